@@ -1,0 +1,519 @@
+"""IntervalMask: who sees whom in block diffusion, as two key intervals per query row.
+
+Every attention pattern of block diffusion (prefix and block, block-causal, anchors, BD3-LM, decoding against a
+cache) lets a query row see at most two contiguous runs of keys. Writing the mask as four integers a row keeps it
+16 bytes a row at any length, buildable on the device, and readable by one kernel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+Length = int | Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class IntervalMask:
+    """Query row ``(b, i)`` sees the keys of ``[ctx_lo, ctx_hi)`` and of ``[blk_lo, blk_hi)``.
+
+    ctx_lo, ctx_hi, blk_lo, blk_hi: int32 ``[B, Lq]``; B = 1 serves every row of a batch. kv_len: Lk, static.
+    An interval with lo >= hi is empty, keys in both intervals count once, and neither order nor adjacency of the
+    two is assumed. The constructors keep every bound within ``[0, kv_len]``.
+
+    In the constructors a length is an int, or an int32 or int64 tensor ``[B]``. Those of self-attention take
+    ``max_len``, the padded length: required when ``seq_len`` is a tensor; rows and keys from ``seq_len`` on are
+    padding, whose rows are empty. A window W means that a key is visible iff ``q_pos - k_pos < W``. Nothing of size
+    Lq x Lk is made and nothing is read back from the device; ``device`` matters only where no tensor gives one.
+    """
+
+    ctx_lo: Tensor
+    ctx_hi: Tensor
+    blk_lo: Tensor
+    blk_hi: Tensor
+    kv_len: int
+
+    def __post_init__(self) -> None:
+        bounds = [b for b in self._bounds() if isinstance(b, Tensor)]  # a tree_map may put anything in their place
+        for name, bound in zip(("ctx_lo", "ctx_hi", "blk_lo", "blk_hi"), bounds, strict=False):
+            if bound.dim() != 2 or bound.dtype != torch.int32 or bound.shape != bounds[0].shape:
+                raise ValueError(
+                    f"IntervalMask: {name} is {bound.dtype} {list(bound.shape)}; "
+                    "the four bounds are int32 [B, Lq] of one shape"
+                )
+
+    @property
+    def batch(self) -> int:
+        """Rows of the batch that the mask tells apart (1: the same mask for all)."""
+        return self.ctx_lo.shape[0]
+
+    @property
+    def q_len(self) -> int:
+        return self.ctx_lo.shape[1]
+
+    @property
+    def device(self) -> torch.device:
+        return self.ctx_lo.device
+
+    def to(self, device: torch.device | str) -> IntervalMask:
+        """The same mask on another device."""
+        return IntervalMask(*(bound.to(device) for bound in self._bounds()), self.kv_len)
+
+    def _bounds(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return self.ctx_lo, self.ctx_hi, self.blk_lo, self.blk_hi
+
+    # ---- self-attention ------------------------------------------------------------------------------------------
+
+    @staticmethod
+    def full(
+        kv_lens: Length, *, q_len: int | None = None, kv_len: int | None = None, device: torch.device | str | None = None
+    ) -> IntervalMask:
+        """Every row sees the first ``kv_lens`` keys.
+
+        kv_len: Lk, ``kv_lens`` itself when that is an int. q_len: Lq, ``kv_len`` unless given.
+        """
+        device = _device(device, kv_lens)
+        lens, kv_len = _padded(kv_lens, kv_len, device, "full", "kv_lens", "kv_len")
+        return _intervals(kv_len, kv_len if q_len is None else q_len, context=(0, lens))
+
+    @staticmethod
+    def causal(
+        seq_len: Length, *, max_len: int | None = None, device: torch.device | str | None = None
+    ) -> IntervalMask:
+        """Row i sees the keys up to i."""
+        device = _device(device, seq_len)
+        lens, max_len = _padded(seq_len, max_len, device, "causal")
+        pos = _arange(max_len, device)
+        return _intervals(max_len, max_len, context=(0, pos + 1), rows=pos < lens)
+
+    @staticmethod
+    def sliding_window(
+        seq_len: Length, window: int, *, max_len: int | None = None, device: torch.device | str | None = None
+    ) -> IntervalMask:
+        """Row i sees the last ``window`` keys up to i, itself included."""
+        _at_least_one("sliding_window", "window", window)
+        device = _device(device, seq_len)
+        lens, max_len = _padded(seq_len, max_len, device, "sliding_window")
+        pos = _arange(max_len, device)
+        return _intervals(max_len, max_len, context=(pos - window + 1, pos + 1), rows=pos < lens)
+
+    @staticmethod
+    def prefix_lm(
+        seq_len: Length,
+        prefix_len: Length,
+        *,
+        max_len: int | None = None,
+        device: torch.device | str | None = None,
+    ) -> IntervalMask:
+        """Prefix-LM: the prefix is bidirectional, what follows is causal."""
+        device = _device(device, seq_len, prefix_len)
+        lens, max_len = _padded(seq_len, max_len, device, "prefix_lm")
+        prefix = _column(prefix_len, device, "prefix_lm", "prefix_len")
+        pos = _arange(max_len, device)
+        visible = torch.maximum(prefix.minimum(lens), pos + 1)
+        return _intervals(max_len, max_len, context=(0, visible), rows=pos < lens)
+
+    @staticmethod
+    def prefix_block(
+        seq_len: Length,
+        prefix_len: Length,
+        *,
+        max_len: int | None = None,
+        device: torch.device | str | None = None,
+    ) -> IntervalMask:
+        """A causal prefix, then one bidirectional block that sees the whole prefix."""
+        device = _device(device, seq_len, prefix_len)
+        lens, max_len = _padded(seq_len, max_len, device, "prefix_block")
+        prefix = _column(prefix_len, device, "prefix_block", "prefix_len")
+        pos = _arange(max_len, device)
+        return _intervals(
+            max_len,
+            max_len,
+            context=(0, torch.minimum(prefix, pos + 1)),
+            block=(prefix, torch.where(pos < prefix, 0, lens)),
+            rows=pos < lens,
+        )
+
+    @staticmethod
+    def block_causal(
+        seq_len: Length,
+        block_size: int,
+        prefix_len: Length = 0,
+        *,
+        max_len: int | None = None,
+        device: torch.device | str | None = None,
+    ) -> IntervalMask:
+        """Blocks of ``block_size`` see all earlier blocks and, in both directions, their own.
+
+        The first ``prefix_len`` tokens are causal and belong to no block; the first block starts after them.
+        """
+        _at_least_one("block_causal", "block_size", block_size)
+        device = _device(device, seq_len, prefix_len)
+        lens, max_len = _padded(seq_len, max_len, device, "block_causal")
+        prefix = _column(prefix_len, device, "block_causal", "prefix_len")
+        pos = _arange(max_len, device)
+        start = pos - (pos - prefix) % block_size
+        in_prefix = pos < prefix
+        return _intervals(
+            max_len,
+            max_len,
+            context=(0, torch.where(in_prefix, pos + 1, start)),
+            block=(start, torch.where(in_prefix, 0, torch.minimum(start + block_size, lens))),
+            rows=pos < lens,
+        )
+
+    @staticmethod
+    def block_diffusion(
+        seq_len: Length,
+        block_size: int,
+        *,
+        max_len: int | None = None,
+        device: torch.device | str | None = None,
+    ) -> IntervalMask:
+        """BD3-LM's training mask (arXiv 2503.09573) over ``[x_t ; x_0]``, so Lq = Lk = 2 * max_len.
+
+        A noised block of x_t sees itself in both directions and the clean blocks of x_0 before it; a block of x_0
+        sees the clean blocks up to its own.
+        """
+        _at_least_one("block_diffusion", "block_size", block_size)
+        device = _device(device, seq_len)
+        lens, max_len = _padded(seq_len, max_len, device, "block_diffusion")
+        row = _arange(2 * max_len, device)
+        half = row - row % max(max_len, 1)  # where the row's own copy of the sequence begins
+        pos = row - half
+        start = pos - pos % block_size
+        end = torch.minimum(start + block_size, lens)
+        return _intervals(
+            2 * max_len,
+            2 * max_len,
+            context=(max_len, max_len + start),
+            block=(half + start, half + end),
+            rows=pos < lens,
+        )
+
+    @staticmethod
+    def packed(
+        cu_seqlens: Sequence[int] | Tensor,
+        inner: Callable[..., IntervalMask],
+        *,
+        total_len: int | None = None,
+        max_len: int | None = None,
+        device: torch.device | str | None = None,
+    ) -> IntervalMask:
+        """Documents packed into one row, each under its own mask at its own positions.
+
+        cu_seqlens: n + 1 offsets, from 0; document d is ``[cu_seqlens[d], cu_seqlens[d + 1])``.
+        inner: called once as ``inner(lengths, max_len=max_len)``, lengths an int32 tensor ``[n]``, and returns the
+        batch of the documents' self-attention masks. ``IntervalMask.causal`` is one as it stands; arguments are
+        added with functools.partial, and may be tensors ``[n]``: one prefix length a document.
+        total_len: the length of the row; required with a tensor, else the last offset. What lies behind the last
+        document is padding. max_len: an upper bound of the document lengths, by default the longest one, or
+        total_len with a tensor.
+        """
+        if isinstance(cu_seqlens, Tensor):
+            if total_len is None:
+                raise ValueError("IntervalMask.packed: cu_seqlens is a tensor, so total_len is required")
+            max_len = total_len if max_len is None else max_len
+            offsets = cu_seqlens.to(torch.int32)
+        else:
+            total_len = cu_seqlens[-1] if total_len is None else total_len
+            if max_len is None:
+                max_len = max((b - a for a, b in zip(cu_seqlens, cu_seqlens[1:], strict=False)), default=0)
+            offsets = torch.tensor(list(cu_seqlens), dtype=torch.int32, device=device)
+        if offsets.dim() != 1 or offsets.numel() < 2:
+            raise ValueError(f"IntervalMask.packed: cu_seqlens is {list(offsets.shape)}; at least [2] is needed")
+        max_len = max(max_len, 1)
+        documents = inner(offsets.diff(), max_len=max_len)
+        if (documents.q_len, documents.kv_len) != (max_len, max_len):
+            raise ValueError(
+                f"IntervalMask.packed: inner made a mask of {documents.q_len} rows and {documents.kv_len} keys; "
+                f"self-attention over {max_len} tokens is needed"
+            )
+        pos = _arange(total_len, offsets.device)
+        found = torch.searchsorted(offsets[1:], pos, right=True)
+        doc = found.clamp(max=offsets.numel() - 2)
+        start = offsets[doc]
+        local = (pos - start).clamp(max=max_len - 1)
+        rows = doc if documents.batch > 1 else torch.zeros_like(doc)
+        ctx_lo, ctx_hi, blk_lo, blk_hi = (start + bound[rows, local] for bound in documents._bounds())
+        return _intervals(
+            total_len,
+            total_len,
+            context=(ctx_lo, ctx_hi),
+            block=(blk_lo, blk_hi),
+            rows=found < offsets.numel() - 1,
+        )
+
+    # ---- training drafters ---------------------------------------------------------------------------------------
+
+    @staticmethod
+    def anchor_blocks(
+        context_len: int,
+        anchors: Tensor,
+        block_size: int,
+        *,
+        keep: Tensor | None = None,
+        context_start: Tensor | None = None,
+        window: int | None = None,
+        convention: str = "specforge",
+        include_context: bool = False,
+    ) -> IntervalMask:
+        """DFlash training (arXiv 2602.06036): one block per anchor, each over the context before its anchor.
+
+        The keys are ``[context (context_len) | N blocks of block_size]``. The queries are the N * block_size slots,
+        or with include_context the context's own causal rows before them (the target itself drafts, through LoRA).
+        Slot 0 of a block stands at its anchor, slot j at anchor + j. A block sees the context strictly before its
+        anchor and its own slots in both directions, never another block.
+
+        anchors: int32 or int64 ``[B, N]``, positions in the context, in any order.
+        keep: bool ``[B, N]``; the rows of an anchor that is not kept are empty.
+        context_start: int ``[B, N]``, where the anchor's document begins (packing); with include_context int
+        ``[B, context_len]``, where each token's document begins, from which the anchors' are read.
+        window: sliding layers, under one of two conventions. "specforge": a key is visible iff
+        ``q_pos - k_pos < window`` at the slot's own position, and the block is causal. "speculators": all slots see
+        the same ``window`` tokens before the anchor, and the block is bidirectional.
+        """
+        _at_least_one("anchor_blocks", "block_size", block_size)
+        if window is not None:
+            _at_least_one("anchor_blocks", "window", window)
+        if convention not in ("specforge", "speculators"):
+            raise ValueError(
+                f"IntervalMask.anchor_blocks: convention is {convention!r}; 'specforge' and 'speculators' are known"
+            )
+        if anchors.dim() != 2 or anchors.dtype not in (torch.int32, torch.int64):
+            raise ValueError(
+                f"IntervalMask.anchor_blocks: anchors is {anchors.dtype} {list(anchors.shape)}; int [B, N] is needed"
+            )
+        batch, count = anchors.shape
+        starts = context_len if include_context else count
+        for name, given, width in (("keep", keep, count), ("context_start", context_start, starts)):
+            if given is not None and given.shape != (batch, width):
+                raise ValueError(
+                    f"IntervalMask.anchor_blocks: {name} is {list(given.shape)}; {[batch, width]} is needed"
+                )
+        anchors = anchors.to(torch.int32)
+        if context_start is None:
+            context_start = anchors.new_zeros(batch, starts)
+        token_start = context_start.to(torch.int32)
+        anchor_start = token_start.gather(1, anchors.long()) if include_context else token_start
+
+        slot = _arange(count * block_size, anchors.device)
+        off = slot % block_size
+        own = context_len + slot - off
+        anchor = anchors.repeat_interleave(block_size, dim=1)
+        lo = anchor_start.repeat_interleave(block_size, dim=1)
+        blk_lo, blk_hi = own, own + block_size
+        if window is not None and convention == "specforge":
+            lo = torch.maximum(lo, anchor + off - (window - 1))
+            blk_lo, blk_hi = own + (off - (window - 1)).clamp(min=0), own + off + 1
+        elif window is not None:
+            lo = torch.maximum(lo, anchor - window)
+        context, block = (lo, anchor.clamp(max=context_len)), (blk_lo, blk_hi)
+        rows = None if keep is None else keep.repeat_interleave(block_size, dim=1)
+        kv_len = context_len + count * block_size
+        blocks = _intervals(kv_len, count * block_size, context, block, rows, batch=batch)
+        if not include_context:
+            return blocks
+        pos = _arange(context_len, anchors.device)
+        lo = token_start if window is None else torch.maximum(token_start, pos - (window - 1))
+        causal = _intervals(kv_len, context_len, context=(lo, pos + 1))
+        pairs = zip(causal._bounds(), blocks._bounds(), strict=True)
+        return IntervalMask(*(torch.cat(pair, dim=1) for pair in pairs), kv_len)
+
+    # ---- decoding ------------------------------------------------------------------------------------------------
+
+    @staticmethod
+    def decode(
+        cache_lens: Length,
+        block_len: int,
+        *,
+        q_lens: Length | None = None,
+        kv_start: Length = 0,
+        causal: bool = False,
+        window: int | None = None,
+        kv_len: int | None = None,
+        device: torch.device | str | None = None,
+    ) -> IntervalMask:
+        """A block of ``block_len`` rows against a cache: drafting, verification (``causal=True``) and the canvas.
+
+        Row b of the key buffer holds cached tokens at ``[kv_start, cache_lens)`` and the block itself at
+        ``[cache_lens, cache_lens + q_lens)``; the index of a key is its position. Rows from ``q_lens`` on
+        (default: block_len) are empty. Every other row sees the cache and the whole block, or with causal the block
+        up to itself.
+        kv_len: the capacity of the buffer; required when cache_lens is a tensor, else cache_lens + block_len.
+        """
+        if window is not None:
+            _at_least_one("decode", "window", window)
+        device = _device(device, cache_lens, q_lens, kv_start)
+        if kv_len is None:
+            if isinstance(cache_lens, Tensor):
+                raise ValueError("IntervalMask.decode: cache_lens is a tensor, so kv_len (the capacity) is required")
+            kv_len = cache_lens + block_len
+        cached = _column(cache_lens, device, "decode", "cache_lens")
+        start = _column(kv_start, device, "decode", "kv_start")
+        rows = _column(block_len if q_lens is None else q_lens, device, "decode", "q_lens").clamp(max=block_len)
+        slot = _arange(block_len, device)
+        pos = cached + slot
+        lo = start if window is None else torch.maximum(start, pos - (window - 1))
+        return _intervals(
+            kv_len,
+            block_len,
+            context=(lo, cached),
+            block=(torch.maximum(lo, cached), pos + 1 if causal else cached + rows),
+            rows=slot < rows,
+        )
+
+    # ---- other forms ---------------------------------------------------------------------------------------------
+
+    @staticmethod
+    def from_dense(mask: Tensor) -> IntervalMask:
+        """The intervals of a dense mask; reads the mask back, so it is for tests and for masks made elsewhere.
+
+        mask: bool (True: visible), or additive (0: visible, -1e4 or less: hidden), ``[B, 1, Lq, Lk]``,
+        ``[B, Lq, Lk]`` or ``[Lq, Lk]``.
+        Raises ValueError for a row whose visible keys are more than two runs, for a mask that differs by head, and
+        for an additive value that is neither.
+        """
+        visible = mask
+        if mask.dtype != torch.bool:
+            visible = mask == 0
+            odd = ~visible & ~(mask <= -1e4)
+            if odd.any():
+                value = mask[odd][0].item()
+                raise ValueError(f"IntervalMask.from_dense: {value:g} in the mask; only 0 and <= -1e4 make a mask")
+        if visible.dim() == 4 and visible.shape[1] == 1:
+            visible = visible[:, 0]
+        elif visible.dim() == 2:
+            visible = visible[None]
+        elif visible.dim() != 3:
+            raise ValueError(
+                f"IntervalMask.from_dense: mask is {list(mask.shape)}; "
+                "[B, 1, Lq, Lk], [B, Lq, Lk] and [Lq, Lk] are supported"
+            )
+        kv_len = visible.shape[-1]
+        edges = torch.nn.functional.pad(visible.to(torch.int32), (1, 1)).diff(dim=-1)  # [B, Lq, Lk + 1]
+        begins, ends = edges == 1, edges == -1
+        runs = begins.sum(-1)
+        if (runs > 2).any():
+            b, i = (runs > 2).nonzero()[0].tolist()
+            raise ValueError(
+                f"IntervalMask.from_dense: row {i} of batch entry {b} sees {int(runs[b, i])} separate runs of keys; "
+                "at most 2 are supported"
+            )
+
+        def nth(edge: Tensor, n: int) -> Tensor:
+            return ((edge.cumsum(-1) == n) & edge).to(torch.int32).argmax(-1)  # 0 where there is no n-th
+
+        context, block = ((nth(begins, n), nth(ends, n)) for n in (1, 2))
+        return _intervals(kv_len, visible.shape[1], context, block, batch=visible.shape[0])
+
+    def to_bool(self) -> Tensor:
+        """bool ``[B, 1, Lq, Lk]``, True where the key is visible (what scaled_dot_product_attention takes)."""
+        key = torch.arange(self.kv_len, device=self.device, dtype=torch.int32)
+        return self._sees(*(bound[:, None, :, None] for bound in self._bounds()), key)
+
+    def to_dense(self, dtype: torch.dtype) -> Tensor:
+        """Additive ``[B, 1, Lq, Lk]``: 0 where visible, else the lowest finite number of ``dtype``.
+
+        This is what transformers models take; ``dtype`` must be the model's, since the lowest float32 overflows to
+        -inf in half precision.
+        """
+        visible = self.to_bool()
+        hidden = torch.full((), torch.finfo(dtype).min, dtype=dtype, device=self.device)
+        return torch.where(visible, torch.zeros((), dtype=dtype, device=self.device), hidden)
+
+    def to_flex(self):
+        """The same mask as a FlexAttention BlockMask (all heads alike; for the batch entries that the mask has)."""
+        from torch.nn.attention.flex_attention import create_block_mask
+
+        single = self.batch == 1
+
+        def mask_mod(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+            b = torch.zeros_like(b) if single else b
+            return self._sees(*(bound[b, q] for bound in self._bounds()), k)
+
+        batch = None if single else self.batch
+        return create_block_mask(mask_mod, batch, None, self.q_len, self.kv_len, device=self.device)
+
+    @staticmethod
+    def _sees(ctx_lo: Tensor, ctx_hi: Tensor, blk_lo: Tensor, blk_hi: Tensor, key: Tensor) -> Tensor:
+        return ((key >= ctx_lo) & (key < ctx_hi)) | ((key >= blk_lo) & (key < blk_hi))
+
+
+def _device(device: torch.device | str | None, *lengths: Length | None) -> torch.device | str | None:
+    return next((x.device for x in lengths if isinstance(x, Tensor)), device)
+
+
+def _arange(length: int, device: torch.device | str | None) -> Tensor:
+    """int32 [1, length]: the positions of a row."""
+    return torch.arange(length, dtype=torch.int32, device=device)[None]
+
+
+def _at_least_one(where: str, name: str, value: int) -> None:
+    if value < 1:
+        raise ValueError(f"IntervalMask.{where}: {name} is {value}; at least 1 is needed")
+
+
+def _column(length: Length, device: torch.device | str | None, where: str, name: str) -> Tensor:
+    """A length as int32 [B, 1], without a copy from the host."""
+    if isinstance(length, Tensor):
+        if length.dim() != 1 or length.dtype not in (torch.int32, torch.int64):
+            raise ValueError(
+                f"IntervalMask.{where}: {name} is {length.dtype} {list(length.shape)}; an int or int [B] is needed"
+            )
+        return length.to(torch.int32)[:, None]
+    if length < 0:
+        raise ValueError(f"IntervalMask.{where}: {name} is {length}; a length is not negative")
+    return torch.full((1, 1), length, dtype=torch.int32, device=device)
+
+
+def _padded(
+    lens: Length,
+    padded: int | None,
+    device: torch.device | str | None,
+    where: str,
+    name: str = "seq_len",
+    padded_name: str = "max_len",
+) -> tuple[Tensor, int]:
+    """The true lengths [B, 1] and the static length that they are padded to."""
+    if padded is None:
+        if isinstance(lens, Tensor):
+            raise ValueError(f"IntervalMask.{where}: {name} is a tensor, so {padded_name} is required")
+        padded = lens
+    return _column(lens, device, where, name), padded
+
+
+def _intervals(
+    kv_len: int,
+    q_len: int,
+    context: tuple[int | Tensor, int | Tensor],
+    block: tuple[int | Tensor, int | Tensor] = (0, 0),
+    rows: Tensor | None = None,
+    batch: int = 1,
+) -> IntervalMask:
+    """Broadcasts bounds to int32 [B, q_len], clamps them to [0, kv_len], and empties rows where ``rows`` is False."""
+    given = [*context, *block] + ([] if rows is None else [rows])
+    tensors = [x for x in given if isinstance(x, Tensor)]
+    shape = torch.broadcast_shapes((batch, q_len), *(x.shape for x in tensors))
+    bounds = []
+    for bound in (*context, *block):
+        if not isinstance(bound, Tensor):
+            bound = torch.full((1, 1), bound, dtype=torch.int32, device=tensors[0].device)
+        bound = bound.to(torch.int32).clamp(0, kv_len)
+        if rows is not None:
+            bound = torch.where(rows, bound, 0)
+        bounds.append(bound.expand(shape).contiguous())
+    return IntervalMask(*bounds, kv_len)
+
+
+# Tensors are the leaves and kv_len is part of the structure, so a mask crosses torch.compile and graph capture.
+pytree.register_pytree_node(
+    IntervalMask,
+    lambda mask: (list(mask._bounds()), mask.kv_len),
+    lambda bounds, kv_len: IntervalMask(*bounds, kv_len),
+    serialized_type_name="dflash_ext.IntervalMask",
+)
