@@ -1,7 +1,35 @@
 """Block diffusion for language models: kernels, masks, and the drafters and decoders built on them."""
 
 from .masks import IntervalMask
+from .ops import (
+    CrossEntropy,
+    Sample,
+    Verification,
+    block_attn,
+    block_attn_decode,
+    kv_inject,
+    linear_cross_entropy,
+    masked_cross_entropy,
+    reveal,
+    reveal_count,
+    sample,
+    verify,
+)
 
 __version__ = "0.1.0"
 
-__all__ = ["IntervalMask"]
+__all__ = [
+    "CrossEntropy",
+    "IntervalMask",
+    "Sample",
+    "Verification",
+    "block_attn",
+    "block_attn_decode",
+    "kv_inject",
+    "linear_cross_entropy",
+    "masked_cross_entropy",
+    "reveal",
+    "reveal_count",
+    "sample",
+    "verify",
+]

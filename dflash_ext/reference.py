@@ -210,7 +210,6 @@ class Sample(NamedTuple):
     distribution's. All these are after temperature and before the filters, at temperature 1 where it is 0.
     pivot, normaliser: the filtered distribution is ``q(x) = exp(z_x - normaliser)`` for every ``z_x >= pivot`` and 0
     elsewhere, z being the logits over temperature.
-    filtered_entropy: of q; None unless asked for.
     """
 
     token: Tensor
@@ -222,7 +221,6 @@ class Sample(NamedTuple):
     max_prob: Tensor
     pivot: Tensor
     normaliser: Tensor
-    filtered_entropy: Tensor | None
 
 
 def sample(
@@ -234,10 +232,11 @@ def sample(
     top_p: float | Tensor | None = None,
     min_p: float | Tensor | None = None,
     return_filtered_entropy: bool = False,
-) -> Sample:
+) -> Sample | tuple[Sample, Tensor]:
     """Draws one token per row by inverse CDF in vocabulary order, from one number of [0, 1) per row.
 
     logits: ``[N, V]``. uniform: ``[N]``, any floating dtype. The filters are those of ``filter_logits``.
+    With return_filtered_entropy also the entropy of the filtered distribution, ``[N]``.
     """
     filtered = filter_logits(logits, temperature, top_k, top_p, min_p)
     token = _inverse_cdf(torch.softmax(filtered, dim=-1), uniform)
@@ -247,7 +246,7 @@ def sample(
     probs = logp.exp()
     logprob = logp.gather(-1, token[:, None])[:, 0]
     top = probs.topk(min(2, probs.shape[-1]), dim=-1).values
-    return Sample(
+    drawn = Sample(
         token=token,
         prob=logprob.exp(),
         logprob=logprob,
@@ -257,10 +256,10 @@ def sample(
         max_prob=top[:, 0],
         pivot=torch.where(filtered > -math.inf, filtered, math.inf).amin(-1),
         normaliser=torch.logsumexp(filtered, dim=-1),
-        filtered_entropy=(
-            torch.special.entr(torch.softmax(filtered, dim=-1)).sum(-1) if return_filtered_entropy else None
-        ),
     )
+    if not return_filtered_entropy:
+        return drawn
+    return drawn, torch.special.entr(torch.softmax(filtered, dim=-1)).sum(-1)
 
 
 class Verification(NamedTuple):
@@ -291,7 +290,7 @@ def verify(
     device = draft_tokens.device
     if uniforms is None and (isinstance(temperature, Tensor) or temperature != 0):
         raise ValueError("verify: temperature > 0 needs random numbers, and none were given")
-    temperature = torch.as_tensor(temperature, device=device).expand(batch)
+    temperature = _per_row(temperature, target_logits).flatten().expand(batch)
     parameters = [_repeated(x, drafted + 1) for x in (temperature, top_k, top_p, min_p)]
     p = torch.softmax(filter_logits(target_logits.flatten(0, 1), *parameters), dim=-1).unflatten(0, (batch, -1))
     if draft_logits is None:
@@ -475,7 +474,10 @@ def _per_row(value: float | Tensor | None, rows: Tensor) -> Tensor | None:
     """A number, or one number per row, as something that broadcasts against ``rows [N, V]``."""
     if value is None:
         return None
-    return value[:, None] if isinstance(value, Tensor) else torch.full((1, 1), value, device=rows.device)
+    dtype = torch.promote_types(rows.dtype, torch.float32)
+    if isinstance(value, Tensor):
+        return value.to(dtype)[:, None]
+    return torch.full((1, 1), value, dtype=dtype, device=rows.device)
 
 
 def _repeated(value: float | Tensor | None, times: int) -> float | Tensor | None:

@@ -1,0 +1,21 @@
+"""The public operators."""
+
+from ..reference import CrossEntropy, Sample, Verification, linear_cross_entropy, masked_cross_entropy
+from .attention import block_attn, block_attn_decode
+from .kv import kv_inject
+from .sampling import reveal, reveal_count, sample, verify
+
+__all__ = [
+    "CrossEntropy",
+    "Sample",
+    "Verification",
+    "block_attn",
+    "block_attn_decode",
+    "kv_inject",
+    "linear_cross_entropy",
+    "masked_cross_entropy",
+    "reveal",
+    "reveal_count",
+    "sample",
+    "verify",
+]

@@ -1,0 +1,144 @@
+"""Attention under an IntervalMask: for training and prefill, and against a cache."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import reference
+from ..masks import IntervalMask
+from .serving import warn_once
+
+
+def block_attn(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: IntervalMask,
+    *,
+    scale: float | None = None,
+    softcap: float | None = None,
+    deterministic: bool = False,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """softmax(softcap(q k^T * scale)) v over the keys that ``mask`` shows to each row. Differentiable.
+
+    Args:
+        q: ``[B, Hq, Lq, D]``, floating; D a multiple of 8, at most 512; last dimension contiguous.
+        k, v: ``[B, Hkv, Lk, D]`` of q's dtype; Hkv divides Hq, and query head h reads key head h * Hkv // Hq.
+        mask: Lq rows over Lk keys, for the B entries of the batch or for one that serves all, on q's device.
+        scale: D ** -0.5 unless given.
+        softcap: scores become ``softcap * tanh(scores / softcap)`` (Gemma 2); None for none.
+        deterministic: gradients that have the same bits in every run.
+        return_lse: also the natural log of each row's sum of exp(scores), which carries a gradient too.
+
+    Returns:
+        ``[B, Hq, Lq, D]`` in q's dtype; with return_lse also float32 (float64 for float64) ``[B, Hq, Lq]``.
+        A row that sees no key gives 0, an LSE of -inf, and zero gradients.
+
+    Under autocast q, k and v are cast to its dtype. Raises ValueError for arguments that do not fit together.
+    """
+    q, k, v = _autocast(q, k, v)
+    _check("block_attn", q, k, v)
+    _check_mask("block_attn", q, mask)
+    if k.shape[2] != mask.kv_len:
+        raise ValueError(f"block_attn: the mask is over {mask.kv_len} keys, k has {k.shape[2]}")
+    warn_once("block_attn", q.device)
+    if q.is_cuda and softcap is None and not (return_lse or deterministic):
+        return _scaled_dot_product(q, k, v, mask, scale)
+    return reference.block_attn(q, k, v, mask, scale=scale, softcap=softcap, return_lse=return_lse)
+
+
+def block_attn_decode(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    mask: IntervalMask,
+    *,
+    block_table: Tensor | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+) -> Tensor:
+    """``block_attn`` of a few rows against a key and value cache, for decoding; no gradient.
+
+    Args:
+        q: ``[B, Hq, Lq, D]`` as in ``block_attn``.
+        k_cache, v_cache: contiguous ``[B, Hkv, S, D]``; or, with block_table, pages
+            ``[pages, page_size, Hkv, D]``. The block's own keys are in the cache already. What lies outside the
+            visible intervals is never used, NaN included.
+        mask: ``IntervalMask.decode(...)`` with kv_len at most S, or at most max_pages * page_size.
+        block_table: int32 ``[B, max_pages]``: entry j is the page of positions
+            ``[j * page_size, (j + 1) * page_size)``; entries beyond a row's length may hold -1.
+        scale, softcap: as in ``block_attn``.
+
+    Returns:
+        ``[B, Hq, Lq, D]`` in q's dtype, 0 for rows that see no key.
+
+    Raises ValueError for arguments that do not fit together.
+    """
+    q, k_cache, v_cache = _autocast(q, k_cache, v_cache)
+    _check_mask("block_attn_decode", q, mask)
+    if block_table is None:
+        _check("block_attn_decode", q, k_cache, v_cache)
+        capacity = k_cache.shape[2]
+    else:
+        _check("block_attn_decode", q, k_cache.transpose(1, 2), v_cache.transpose(1, 2), paged=True)
+        if block_table.dtype != torch.int32 or block_table.dim() != 2 or block_table.shape[0] != q.shape[0]:
+            raise ValueError(
+                f"block_attn_decode: block_table is {block_table.dtype} {list(block_table.shape)}; "
+                f"int32 [{q.shape[0]}, max_pages] is needed"
+            )
+        capacity = block_table.shape[1] * k_cache.shape[1]
+    if mask.kv_len > capacity:
+        raise ValueError(f"block_attn_decode: the mask is over {mask.kv_len} keys, the cache holds {capacity}")
+    warn_once("block_attn_decode", q.device)
+    with torch.no_grad():
+        return reference.block_attn_decode(
+            q, k_cache, v_cache, mask, block_table=block_table, scale=scale, softcap=softcap
+        )
+
+
+def _scaled_dot_product(q: Tensor, k: Tensor, v: Tensor, mask: IntervalMask, scale: float | None) -> Tensor:
+    group = q.shape[1] // k.shape[1]
+    # Key heads are repeated because enable_gqa with a mask would leave only the slowest of PyTorch's kernels.
+    k, v = (x.repeat_interleave(group, dim=1) if group > 1 else x for x in (k, v))
+    visible = mask.to_bool()
+    # An empty row attends to everything and is then overwritten, which keeps NaN out of it and of its gradients.
+    empty = ~visible.any(-1, keepdim=True)
+    out = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=visible | empty, scale=scale)
+    return out.masked_fill(empty, 0.0)
+
+
+def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(x.to(dtype) for x in tensors)
+
+
+def _check(op: str, q: Tensor, k: Tensor, v: Tensor, paged: bool = False) -> None:
+    """q [B, Hq, Lq, D] against k and v [B or pages, Hkv, Lk or page_size, D]."""
+    shapes = f"q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}"
+    if not q.dim() == k.dim() == v.dim() == 4:
+        raise ValueError(f"{op}: {shapes}; four dimensions each are needed")
+    if k.shape != v.shape or q.shape[3] != k.shape[3] or not (paged or q.shape[0] == k.shape[0]):
+        raise ValueError(f"{op}: {shapes} do not fit: q [B, Hq, Lq, D] and k, v [B, Hkv, Lk, D] are needed")
+    if q.shape[1] % k.shape[1]:
+        raise ValueError(f"{op}: {q.shape[1]} query heads are no multiple of {k.shape[1]} key heads")
+    if q.shape[3] % 8 or not 8 <= q.shape[3] <= 512:
+        raise ValueError(f"{op}: head_dim is {q.shape[3]}; multiples of 8 up to 512 are supported")
+    if not q.dtype == k.dtype == v.dtype or not q.is_floating_point():
+        raise ValueError(f"{op}: q is {q.dtype}, k {k.dtype}, v {v.dtype}; one floating dtype is needed")
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.stride(3) != 1:
+            raise ValueError(f"{op}: the last dimension of {name} has stride {x.stride(3)}; 1 is needed")
+
+
+def _check_mask(op: str, q: Tensor, mask: IntervalMask) -> None:
+    if mask.q_len != q.shape[2] or mask.batch not in (1, q.shape[0]):
+        raise ValueError(
+            f"{op}: the mask is for batch {mask.batch} and {mask.q_len} rows, q has {q.shape[0]} and {q.shape[2]}"
+        )
+    if mask.device != q.device:
+        raise ValueError(f"{op}: the mask is on {mask.device}, q on {q.device}")

@@ -1,0 +1,239 @@
+"""Drawing tokens, verifying drafts, and choosing which positions of a canvas to commit."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import reference
+from ..reference import Sample, Verification
+from .serving import warn_once
+
+# Operators that are given the same seed must not share random numbers: a draft and its verification least of all.
+_SAMPLE, _VERIFY = 1, 2
+
+
+def sample(
+    logits: Tensor,
+    seed: Tensor,
+    *,
+    temperature: float | Tensor = 1.0,
+    top_k: int | Tensor | None = None,
+    top_p: float | Tensor | None = None,
+    min_p: float | Tensor | None = None,
+    return_filtered_entropy: bool = False,
+) -> Sample | tuple[Sample, Tensor]:
+    """Draws one token per row of ``logits [N, V]``, and measures the distribution it came from.
+
+    Args:
+        seed: int64 ``[1]``, from which every row takes its own random number by its index; or ``[N]``, one per
+            row, so that a draw does not depend on where in the batch its row stands. The same seed gives the same
+            tokens. It is read on the device, so a captured graph draws anew once the seed tensor is updated.
+        temperature: 0 takes the argmax (the lowest index among equals).
+        top_k, top_p, min_p: filters, applied in this order after temperature. top_k None or 0, top_p None or >= 1,
+            and min_p None or 0 are off. Tokens of equal logits are kept or dropped together, and the most probable
+            token is always kept.
+        return_filtered_entropy: also the entropy of the distribution after the filters, ``[N]``.
+
+    temperature and the filters are numbers or tensors ``[N]``.
+
+    Returns:
+        Sample, each field ``[N]``; its reals are float32 (float64 for float64 logits). ``token`` (int64) with
+        ``prob`` and ``logprob``; ``entropy`` in nats, ``margin`` (p1 - p2), ``argmax`` and ``max_prob``, all of the
+        distribution after temperature and before the filters (of temperature 1 where it is 0); ``pivot`` and
+        ``normaliser``, the filtered distribution in the form that ``verify`` takes: ``exp(z - normaliser)`` where
+        ``z >= pivot``, else 0, for z = logits / temperature.
+
+    Raises ValueError for arguments that do not fit together.
+    """
+    if logits.dim() != 2 or not logits.is_floating_point() or logits.shape[1] == 0:
+        raise ValueError(f"sample: logits is {logits.dtype} {list(logits.shape)}; floating [N, V] is needed")
+    rows = logits.shape[0]
+    _check_numbers("sample", rows, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
+    warn_once("sample", logits.device)
+    return reference.sample(
+        logits,
+        _uniforms("sample", seed, _SAMPLE, rows, 1)[:, 0],
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        return_filtered_entropy=return_filtered_entropy,
+    )
+
+
+def verify(
+    draft_tokens: Tensor,
+    target_logits: Tensor,
+    *,
+    draft_logits: Tensor | None = None,
+    draft_pivot: Tensor | None = None,
+    draft_normaliser: Tensor | None = None,
+    seed: Tensor | None = None,
+    uniforms: Tensor | None = None,
+    temperature: float | Tensor = 0.0,
+    top_k: int | Tensor | None = None,
+    top_p: float | Tensor | None = None,
+    min_p: float | Tensor | None = None,
+    draft_lens: Tensor | None = None,
+) -> Verification:
+    """The longest prefix of a draft that the target accepts, and the target's own token after it.
+
+    At temperature 0 a token is accepted while it is the target's argmax, and the next token is the target's argmax.
+    Above 0 token x is accepted with probability min(1, p(x) / q(x)); the token after the first rejection is drawn
+    from max(p - q, 0), normalised, and the bonus token after a draft that was accepted whole from p. So the output
+    is distributed as the target's own (arXiv 2211.17192, 2302.01318). p and q are both under the temperature and the
+    filters of ``sample``.
+
+    Args:
+        draft_tokens: int64 ``[B, K]``.
+        target_logits: ``[B, K + 1, V]``; entry k is the target's prediction of draft token k, the last of the bonus.
+        draft_logits: ``[B, K, V]``, those that the draft was drawn from. None for a draft that was not sampled, or
+            not left to right: a point mass, accepted with p(x), whose residual is p without x.
+        draft_pivot, draft_normaliser: ``[B, K]`` from the draft's ``Sample``, so that q is the one drawn from;
+            without them q is filtered again.
+        seed: int64 ``[1]`` or ``[B]`` on the device, as in ``sample``; the same seed may serve both.
+        uniforms: ``[B, K + 1]`` in [0, 1) in place of a seed: one per acceptance, the last for the draw.
+        temperature, top_k, top_p, min_p: numbers or tensors ``[B]``; rows of temperature 0 and above may mix.
+        draft_lens: int ``[B]``, how many tokens of a row were drafted; the rest are ignored. K unless given.
+
+    Returns:
+        Verification of ``accepted`` int64 ``[B]`` (0 to draft_lens) and ``next_token`` int64 ``[B]``.
+
+    Raises ValueError for arguments that do not fit together.
+    """
+    if draft_tokens.dim() != 2 or draft_tokens.dtype != torch.int64:
+        raise ValueError(
+            f"verify: draft_tokens is {draft_tokens.dtype} {list(draft_tokens.shape)}; int64 [B, K] is needed"
+        )
+    batch, drafted = draft_tokens.shape
+    vocab = target_logits.shape[-1]
+    for name, given, shape in (
+        ("target_logits", target_logits, (batch, drafted + 1, vocab)),
+        ("draft_logits", draft_logits, (batch, drafted, vocab)),
+        ("draft_pivot", draft_pivot, (batch, drafted)),
+        ("draft_normaliser", draft_normaliser, (batch, drafted)),
+        ("uniforms", uniforms, (batch, drafted + 1)),
+        ("draft_lens", draft_lens, (batch,)),
+    ):
+        if given is not None and given.shape != shape:
+            raise ValueError(f"verify: {name} is {list(given.shape)}; {list(shape)} is needed")
+    if (draft_pivot is None) != (draft_normaliser is None) or (draft_pivot is not None and draft_logits is None):
+        raise ValueError("verify: draft_pivot and draft_normaliser come together, and with draft_logits")
+    if seed is not None and uniforms is not None:
+        raise ValueError("verify: seed and uniforms are both given; one of them is needed")
+    _check_numbers("verify", batch, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
+    if seed is not None:
+        uniforms = _uniforms("verify", seed, _VERIFY, batch, drafted + 1)
+    warn_once("verify", draft_tokens.device)
+    return reference.verify(
+        draft_tokens,
+        target_logits,
+        draft_logits=draft_logits,
+        draft_pivot=draft_pivot,
+        draft_normaliser=draft_normaliser,
+        uniforms=uniforms,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        draft_lens=draft_lens,
+    )
+
+
+def reveal(
+    scores: Tensor | None,
+    masked: Tensor,
+    *,
+    count: int | Tensor | None = None,
+    threshold: float | Tensor | None = None,
+    factor: float | Tensor | None = None,
+    entropy_bound: float | Tensor | None = None,
+    entropy: Tensor | None = None,
+) -> Tensor:
+    """Which masked positions of a canvas to commit in this step of diffusion: an order and one limit.
+
+    The masked positions are taken in falling order of score (left to right among equals), as far as the limit goes:
+    the order is confidence (scores = max p), margin (p1 - p2), entropy (scores = -H), or left to right (None).
+
+    Args:
+        scores: ``[B, L]``, or None.
+        masked: bool ``[B, L]``: the positions that may be committed.
+        count: so many positions, or all that are left (linear and cosine schedules: ``reveal_count``).
+        threshold: all of score > threshold (Fast-dLLM); scores are confidences.
+        factor: the n-th while its confidence >= 1 - factor / (n + 1) (dInfer); scores are confidences.
+        entropy_bound: the longest prefix whose ``sum(H) - max(H)`` is at most the bound (arXiv 2505.24857). In the
+            order of -H and with every position masked this is also the acceptance rule of uniform-state diffusion.
+        entropy: ``[B, L]``, H in nats, for entropy_bound.
+
+    A limit is a number or a tensor ``[B]``. All but count take at least one position of a row that has any.
+
+    Returns:
+        bool ``[B, L]``, a part of masked. Raises ValueError unless exactly one limit is given, with what it needs.
+    """
+    if masked.dim() != 2 or masked.dtype != torch.bool:
+        raise ValueError(f"reveal: masked is {masked.dtype} {list(masked.shape)}; bool [B, L] is needed")
+    for name, given in (("scores", scores), ("entropy", entropy)):
+        if given is not None and given.shape != masked.shape:
+            raise ValueError(f"reveal: {name} is {list(given.shape)}; {list(masked.shape)} is needed")
+    _check_numbers(
+        "reveal", masked.shape[0], count=count, threshold=threshold, factor=factor, entropy_bound=entropy_bound
+    )
+    warn_once("reveal", masked.device)
+    return reference.reveal(
+        scores,
+        masked,
+        count=count,
+        threshold=threshold,
+        factor=factor,
+        entropy_bound=entropy_bound,
+        entropy=entropy,
+    )
+
+
+def reveal_count(total: Tensor, step: int, steps: int, *, schedule: str = "linear") -> Tensor:
+    """How many positions to commit in step ``step`` (from 0) of ``steps``, for ``reveal``'s count.
+
+    total: int ``[B]``, the positions masked before the first step. schedule: "linear", equal shares, the remainder
+    going to the first steps; or "cosine", after which a fraction cos(pi s / 2 steps) is still masked after s steps
+    (MaskGIT, arXiv 2202.04200), rounded down. The counts of all steps add up to total. Returns int ``[B]``.
+    Raises ValueError for a step out of range or an unknown schedule.
+    """
+    return reference.reveal_count(total, step, steps, schedule=schedule)
+
+
+def _check_numbers(op: str, rows: int, **numbers: float | Tensor | None) -> None:
+    for name, value in numbers.items():
+        if isinstance(value, Tensor) and value.shape != (rows,):
+            raise ValueError(f"{op}: {name} is a tensor {list(value.shape)}; a number or [{rows}] is needed")
+        if not isinstance(value, Tensor) and value is not None and value < 0:
+            raise ValueError(f"{op}: {name} is {value}; it is not negative")
+
+
+def _uniforms(op: str, seed: Tensor, stream: int, rows: int, count: int) -> Tensor:
+    """float64 ``[rows, count]`` in [0, 1), a function of the seed, the stream, the row and the column.
+
+    SplitMix64's mixing function over counters, so nothing is read back and no state is kept. With one seed per row,
+    every row counts as the first of its own seed.
+    """
+    if seed.dtype != torch.int64 or seed.shape not in ((1,), (rows,)):
+        raise ValueError(f"{op}: seed is {seed.dtype} {list(seed.shape)}; int64 [1] or [{rows}] is needed")
+    index = torch.arange(rows, device=seed.device) if seed.shape[0] == 1 else torch.zeros_like(seed)
+    key = _mix(_mix(_mix(seed + _GOLDEN) + stream) + index * _GOLDEN)
+    bits = _mix(key[:, None] + torch.arange(1, count + 1, device=seed.device) * _GOLDEN)
+    return _shifted(bits, 11).double() * 2.0**-53
+
+
+# 2^64 over the golden ratio and SplitMix64's two multipliers, as the signed numbers that torch.int64 wraps around.
+_GOLDEN, _FIRST, _SECOND = -0x61C8864680B583EB, -0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15
+
+
+def _mix(x: Tensor) -> Tensor:
+    x = (x ^ _shifted(x, 30)) * _FIRST
+    x = (x ^ _shifted(x, 27)) * _SECOND
+    return x ^ _shifted(x, 31)
+
+
+def _shifted(x: Tensor, bits: int) -> Tensor:
+    """x >> bits without the sign."""
+    return (x >> bits) & ((1 << (64 - bits)) - 1)

@@ -1,0 +1,36 @@
+"""What serves each operator on each kind of device: for ``dflash-ext doctor``, and for one warning where it is slow."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+
+import torch
+
+NATIVE = "native kernel"
+_REFERENCE = "plain PyTorch (reference)"
+
+SERVED_BY = {
+    "block_attn": {
+        "cpu": _REFERENCE,
+        "cuda": "PyTorch SDPA with a dense mask; reference with softcap, LSE or deterministic",
+    },
+    "block_attn_decode": {"cpu": _REFERENCE, "cuda": _REFERENCE},
+    "masked_cross_entropy": {"cpu": NATIVE, "cuda": NATIVE},
+    "linear_cross_entropy": {"cpu": f"PyTorch GEMM and {NATIVE}", "cuda": f"PyTorch GEMM and {NATIVE}"},
+    "sample": {"cpu": _REFERENCE, "cuda": _REFERENCE},
+    "verify": {"cpu": _REFERENCE, "cuda": _REFERENCE},
+    "reveal": {"cpu": _REFERENCE, "cuda": _REFERENCE},
+    "kv_inject": {"cpu": _REFERENCE, "cuda": _REFERENCE},
+}
+
+
+def warn_once(op: str, device: torch.device) -> None:
+    """Says, at the first call of an operator on a GPU, that no kernel of this package serves it."""
+    if device.type == "cuda" and not torch.compiler.is_compiling():
+        _warn(op)
+
+
+@functools.cache
+def _warn(op: str) -> None:
+    warnings.warn(f"dflash_ext.{op} on cuda is served by {SERVED_BY[op]['cuda']}", stacklevel=4)
