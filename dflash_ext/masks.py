@@ -1,8 +1,8 @@
 """IntervalMask: who sees whom in block diffusion, as two key intervals per query row.
 
-Every attention pattern of block diffusion (prefix and block, block-causal, anchors, BD3-LM, decoding against a
-cache) lets a query row see at most two contiguous runs of keys. Writing the mask as four integers a row keeps it
-16 bytes a row at any length, buildable on the device, and readable by one kernel.
+Every attention pattern of block diffusion (prefix and block, block-causal, anchors, BD3-LM, decoding against
+a cache) lets a query row see at most two contiguous runs of keys. Writing the mask as four integers a row
+keeps it 16 bytes a row at any length, buildable on the device, and readable by one kernel.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 Length = int | Tensor
+Device = torch.device | str | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -22,13 +23,14 @@ class IntervalMask:
     """Query row ``(b, i)`` sees the keys of ``[ctx_lo, ctx_hi)`` and of ``[blk_lo, blk_hi)``.
 
     ctx_lo, ctx_hi, blk_lo, blk_hi: int32 ``[B, Lq]``; B = 1 serves every row of a batch. kv_len: Lk, static.
-    An interval with lo >= hi is empty, keys in both intervals count once, and neither order nor adjacency of the
-    two is assumed. The constructors keep every bound within ``[0, kv_len]``.
+    An interval with lo >= hi is empty, keys in both intervals count once, and neither order nor adjacency of
+    the two is assumed. The constructors keep every bound within ``[0, kv_len]``.
 
     In the constructors a length is an int, or an int32 or int64 tensor ``[B]``. Those of self-attention take
-    ``max_len``, the padded length: required when ``seq_len`` is a tensor; rows and keys from ``seq_len`` on are
-    padding, whose rows are empty. A window W means that a key is visible iff ``q_pos - k_pos < W``. Nothing of size
-    Lq x Lk is made and nothing is read back from the device; ``device`` matters only where no tensor gives one.
+    ``max_len``, the padded length: required when ``seq_len`` is a tensor; rows and keys from ``seq_len`` on
+    are padding, whose rows are empty. A window W means that a key is visible iff ``q_pos - k_pos < W``.
+    Nothing of size Lq x Lk is made and nothing is read back from the device; ``device`` matters only where no
+    tensor gives one.
     """
 
     ctx_lo: Tensor
@@ -38,7 +40,8 @@ class IntervalMask:
     kv_len: int
 
     def __post_init__(self) -> None:
-        bounds = [b for b in self._bounds() if isinstance(b, Tensor)]  # a tree_map may put anything in their place
+        # A tree_map may put anything in the place of tensors.
+        bounds = [bound for bound in self._bounds() if isinstance(bound, Tensor)]
         for name, bound in zip(("ctx_lo", "ctx_hi", "blk_lo", "blk_hi"), bounds, strict=False):
             if bound.dim() != 2 or bound.dtype != torch.int32 or bound.shape != bounds[0].shape:
                 raise ValueError(
@@ -59,18 +62,18 @@ class IntervalMask:
     def device(self) -> torch.device:
         return self.ctx_lo.device
 
-    def to(self, device: torch.device | str) -> IntervalMask:
+    def to(self, device: Device) -> IntervalMask:
         """The same mask on another device."""
         return IntervalMask(*(bound.to(device) for bound in self._bounds()), self.kv_len)
 
     def _bounds(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         return self.ctx_lo, self.ctx_hi, self.blk_lo, self.blk_hi
 
-    # ---- self-attention ------------------------------------------------------------------------------------------
+    # ---- self-attention ----------------------------------------------------------------------------------
 
     @staticmethod
     def full(
-        kv_lens: Length, *, q_len: int | None = None, kv_len: int | None = None, device: torch.device | str | None = None
+        kv_lens: Length, *, q_len: int | None = None, kv_len: int | None = None, device: Device = None
     ) -> IntervalMask:
         """Every row sees the first ``kv_lens`` keys.
 
@@ -81,9 +84,7 @@ class IntervalMask:
         return _intervals(kv_len, kv_len if q_len is None else q_len, context=(0, lens))
 
     @staticmethod
-    def causal(
-        seq_len: Length, *, max_len: int | None = None, device: torch.device | str | None = None
-    ) -> IntervalMask:
+    def causal(seq_len: Length, *, max_len: int | None = None, device: Device = None) -> IntervalMask:
         """Row i sees the keys up to i."""
         device = _device(device, seq_len)
         lens, max_len = _padded(seq_len, max_len, device, "causal")
@@ -92,7 +93,7 @@ class IntervalMask:
 
     @staticmethod
     def sliding_window(
-        seq_len: Length, window: int, *, max_len: int | None = None, device: torch.device | str | None = None
+        seq_len: Length, window: int, *, max_len: int | None = None, device: Device = None
     ) -> IntervalMask:
         """Row i sees the last ``window`` keys up to i, itself included."""
         _at_least_one("sliding_window", "window", window)
@@ -107,7 +108,7 @@ class IntervalMask:
         prefix_len: Length,
         *,
         max_len: int | None = None,
-        device: torch.device | str | None = None,
+        device: Device = None,
     ) -> IntervalMask:
         """Prefix-LM: the prefix is bidirectional, what follows is causal."""
         device = _device(device, seq_len, prefix_len)
@@ -123,7 +124,7 @@ class IntervalMask:
         prefix_len: Length,
         *,
         max_len: int | None = None,
-        device: torch.device | str | None = None,
+        device: Device = None,
     ) -> IntervalMask:
         """A causal prefix, then one bidirectional block that sees the whole prefix."""
         device = _device(device, seq_len, prefix_len)
@@ -145,7 +146,7 @@ class IntervalMask:
         prefix_len: Length = 0,
         *,
         max_len: int | None = None,
-        device: torch.device | str | None = None,
+        device: Device = None,
     ) -> IntervalMask:
         """Blocks of ``block_size`` see all earlier blocks and, in both directions, their own.
 
@@ -172,12 +173,12 @@ class IntervalMask:
         block_size: int,
         *,
         max_len: int | None = None,
-        device: torch.device | str | None = None,
+        device: Device = None,
     ) -> IntervalMask:
         """BD3-LM's training mask (arXiv 2503.09573) over ``[x_t ; x_0]``, so Lq = Lk = 2 * max_len.
 
-        A noised block of x_t sees itself in both directions and the clean blocks of x_0 before it; a block of x_0
-        sees the clean blocks up to its own.
+        A noised block of x_t sees itself in both directions and the clean blocks of x_0 before it; a block of
+        x_0 sees the clean blocks up to its own.
         """
         _at_least_one("block_diffusion", "block_size", block_size)
         device = _device(device, seq_len)
@@ -202,17 +203,17 @@ class IntervalMask:
         *,
         total_len: int | None = None,
         max_len: int | None = None,
-        device: torch.device | str | None = None,
+        device: Device = None,
     ) -> IntervalMask:
         """Documents packed into one row, each under its own mask at its own positions.
 
         cu_seqlens: n + 1 offsets, from 0; document d is ``[cu_seqlens[d], cu_seqlens[d + 1])``.
-        inner: called once as ``inner(lengths, max_len=max_len)``, lengths an int32 tensor ``[n]``, and returns the
-        batch of the documents' self-attention masks. ``IntervalMask.causal`` is one as it stands; arguments are
-        added with functools.partial, and may be tensors ``[n]``: one prefix length a document.
-        total_len: the length of the row; required with a tensor, else the last offset. What lies behind the last
-        document is padding. max_len: an upper bound of the document lengths, by default the longest one, or
-        total_len with a tensor.
+        inner: called once as ``inner(lengths, max_len=max_len)``, lengths an int32 tensor ``[n]``, and
+        returns the batch of the documents' self-attention masks. ``IntervalMask.causal`` is one as it stands;
+        arguments are added with functools.partial, and may be tensors ``[n]``: one prefix length a document.
+        total_len: the length of the row; required with a tensor, else the last offset. What lies behind the
+        last document is padding. max_len: an upper bound of the document lengths, by default the longest one,
+        or total_len with a tensor.
         """
         if isinstance(cu_seqlens, Tensor):
             if total_len is None:
@@ -225,12 +226,14 @@ class IntervalMask:
                 max_len = max((b - a for a, b in zip(cu_seqlens, cu_seqlens[1:], strict=False)), default=0)
             offsets = torch.tensor(list(cu_seqlens), dtype=torch.int32, device=device)
         if offsets.dim() != 1 or offsets.numel() < 2:
-            raise ValueError(f"IntervalMask.packed: cu_seqlens is {list(offsets.shape)}; at least [2] is needed")
+            raise ValueError(
+                f"IntervalMask.packed: cu_seqlens is {list(offsets.shape)}; [2] or more is needed"
+            )
         max_len = max(max_len, 1)
         documents = inner(offsets.diff(), max_len=max_len)
         if (documents.q_len, documents.kv_len) != (max_len, max_len):
             raise ValueError(
-                f"IntervalMask.packed: inner made a mask of {documents.q_len} rows and {documents.kv_len} keys; "
+                f"IntervalMask.packed: inner made {documents.q_len} rows over {documents.kv_len} keys; "
                 f"self-attention over {max_len} tokens is needed"
             )
         pos = _arange(total_len, offsets.device)
@@ -248,7 +251,7 @@ class IntervalMask:
             rows=found < offsets.numel() - 1,
         )
 
-    # ---- training drafters ---------------------------------------------------------------------------------------
+    # ---- training drafters -------------------------------------------------------------------------------
 
     @staticmethod
     def anchor_blocks(
@@ -264,29 +267,31 @@ class IntervalMask:
     ) -> IntervalMask:
         """DFlash training (arXiv 2602.06036): one block per anchor, each over the context before its anchor.
 
-        The keys are ``[context (context_len) | N blocks of block_size]``. The queries are the N * block_size slots,
-        or with include_context the context's own causal rows before them (the target itself drafts, through LoRA).
-        Slot 0 of a block stands at its anchor, slot j at anchor + j. A block sees the context strictly before its
-        anchor and its own slots in both directions, never another block.
+        The keys are ``[context (context_len) | N blocks of block_size]``. The queries are the N * block_size
+        slots, or with include_context the context's own causal rows before them (the target itself drafts,
+        through LoRA). Slot 0 of a block stands at its anchor, slot j at anchor + j. A block sees the context
+        strictly before its anchor and its own slots in both directions, never another block.
 
         anchors: int32 or int64 ``[B, N]``, positions in the context, in any order.
         keep: bool ``[B, N]``; the rows of an anchor that is not kept are empty.
         context_start: int ``[B, N]``, where the anchor's document begins (packing); with include_context int
         ``[B, context_len]``, where each token's document begins, from which the anchors' are read.
         window: sliding layers, under one of two conventions. "specforge": a key is visible iff
-        ``q_pos - k_pos < window`` at the slot's own position, and the block is causal. "speculators": all slots see
-        the same ``window`` tokens before the anchor, and the block is bidirectional.
+        ``q_pos - k_pos < window`` at the slot's own position, and the block is causal. "speculators": all
+        slots see the same ``window`` tokens before the anchor, and the block is bidirectional.
         """
         _at_least_one("anchor_blocks", "block_size", block_size)
         if window is not None:
             _at_least_one("anchor_blocks", "window", window)
         if convention not in ("specforge", "speculators"):
             raise ValueError(
-                f"IntervalMask.anchor_blocks: convention is {convention!r}; 'specforge' and 'speculators' are known"
+                f"IntervalMask.anchor_blocks: convention is {convention!r}; "
+                "'specforge' and 'speculators' are supported"
             )
         if anchors.dim() != 2 or anchors.dtype not in (torch.int32, torch.int64):
             raise ValueError(
-                f"IntervalMask.anchor_blocks: anchors is {anchors.dtype} {list(anchors.shape)}; int [B, N] is needed"
+                f"IntervalMask.anchor_blocks: anchors is {anchors.dtype} {list(anchors.shape)}; "
+                "int32 or int64 [B, N] is needed"
             )
         batch, count = anchors.shape
         starts = context_len if include_context else count
@@ -324,7 +329,7 @@ class IntervalMask:
         pairs = zip(causal._bounds(), blocks._bounds(), strict=True)
         return IntervalMask(*(torch.cat(pair, dim=1) for pair in pairs), kv_len)
 
-    # ---- decoding ------------------------------------------------------------------------------------------------
+    # ---- decoding ----------------------------------------------------------------------------------------
 
     @staticmethod
     def decode(
@@ -336,14 +341,14 @@ class IntervalMask:
         causal: bool = False,
         window: int | None = None,
         kv_len: int | None = None,
-        device: torch.device | str | None = None,
+        device: Device = None,
     ) -> IntervalMask:
-        """A block of ``block_len`` rows against a cache: drafting, verification (``causal=True``) and the canvas.
+        """A block of ``block_len`` rows against a cache: to draft, to verify (``causal=True``), a canvas.
 
         Row b of the key buffer holds cached tokens at ``[kv_start, cache_lens)`` and the block itself at
         ``[cache_lens, cache_lens + q_lens)``; the index of a key is its position. Rows from ``q_lens`` on
-        (default: block_len) are empty. Every other row sees the cache and the whole block, or with causal the block
-        up to itself.
+        (default: block_len) are empty. Every other row sees the cache and the whole block, or with causal the
+        block up to itself.
         kv_len: the capacity of the buffer; required when cache_lens is a tensor, else cache_lens + block_len.
         """
         if window is not None:
@@ -351,11 +356,13 @@ class IntervalMask:
         device = _device(device, cache_lens, q_lens, kv_start)
         if kv_len is None:
             if isinstance(cache_lens, Tensor):
-                raise ValueError("IntervalMask.decode: cache_lens is a tensor, so kv_len (the capacity) is required")
+                raise ValueError("IntervalMask.decode: cache_lens is a tensor, so kv_len is required")
             kv_len = cache_lens + block_len
         cached = _column(cache_lens, device, "decode", "cache_lens")
         start = _column(kv_start, device, "decode", "kv_start")
-        rows = _column(block_len if q_lens is None else q_lens, device, "decode", "q_lens").clamp(max=block_len)
+        rows = _column(block_len if q_lens is None else q_lens, device, "decode", "q_lens").clamp(
+            max=block_len
+        )
         slot = _arange(block_len, device)
         pos = cached + slot
         lo = start if window is None else torch.maximum(start, pos - (window - 1))
@@ -367,16 +374,16 @@ class IntervalMask:
             rows=slot < rows,
         )
 
-    # ---- other forms ---------------------------------------------------------------------------------------------
+    # ---- other forms -------------------------------------------------------------------------------------
 
     @staticmethod
     def from_dense(mask: Tensor) -> IntervalMask:
-        """The intervals of a dense mask; reads the mask back, so it is for tests and for masks made elsewhere.
+        """The intervals of a dense mask that was made elsewhere; waits for the device to check it.
 
         mask: bool (True: visible), or additive (0: visible, -1e4 or less: hidden), ``[B, 1, Lq, Lk]``,
         ``[B, Lq, Lk]`` or ``[Lq, Lk]``.
-        Raises ValueError for a row whose visible keys are more than two runs, for a mask that differs by head, and
-        for an additive value that is neither.
+        Raises ValueError for a row whose visible keys are more than two runs, for a mask that differs by
+        head, and for an additive value that is neither.
         """
         visible = mask
         if mask.dtype != torch.bool:
@@ -384,7 +391,7 @@ class IntervalMask:
             odd = ~visible & ~(mask <= -1e4)
             if odd.any():
                 value = mask[odd][0].item()
-                raise ValueError(f"IntervalMask.from_dense: {value:g} in the mask; only 0 and <= -1e4 make a mask")
+                raise ValueError(f"IntervalMask.from_dense: {value:g} in the mask; 0 or <= -1e4 is needed")
         if visible.dim() == 4 and visible.shape[1] == 1:
             visible = visible[:, 0]
         elif visible.dim() == 2:
@@ -401,33 +408,33 @@ class IntervalMask:
         if (runs > 2).any():
             b, i = (runs > 2).nonzero()[0].tolist()
             raise ValueError(
-                f"IntervalMask.from_dense: row {i} of batch entry {b} sees {int(runs[b, i])} separate runs of keys; "
-                "at most 2 are supported"
+                f"IntervalMask.from_dense: row {i} of batch entry {b} sees {int(runs[b, i])} separate runs "
+                "of keys; at most 2 are supported"
             )
 
         def nth(edge: Tensor, n: int) -> Tensor:
-            return ((edge.cumsum(-1) == n) & edge).to(torch.int32).argmax(-1)  # 0 where there is no n-th
+            return ((edge.cumsum(-1) == n) & edge).int().argmax(-1).int()  # 0 where there is no n-th
 
         context, block = ((nth(begins, n), nth(ends, n)) for n in (1, 2))
         return _intervals(kv_len, visible.shape[1], context, block, batch=visible.shape[0])
 
     def to_bool(self) -> Tensor:
-        """bool ``[B, 1, Lq, Lk]``, True where the key is visible (what scaled_dot_product_attention takes)."""
+        """bool ``[B, 1, Lq, Lk]``, True where the key is visible (PyTorch SDPA's convention)."""
         key = torch.arange(self.kv_len, device=self.device, dtype=torch.int32)
         return self._sees(*(bound[:, None, :, None] for bound in self._bounds()), key)
 
     def to_dense(self, dtype: torch.dtype) -> Tensor:
         """Additive ``[B, 1, Lq, Lk]``: 0 where visible, else the lowest finite number of ``dtype``.
 
-        This is what transformers models take; ``dtype`` must be the model's, since the lowest float32 overflows to
-        -inf in half precision.
+        This is what transformers models take; ``dtype`` must be the model's, since the lowest float32
+        overflows to -inf in half precision.
         """
         visible = self.to_bool()
         hidden = torch.full((), torch.finfo(dtype).min, dtype=dtype, device=self.device)
         return torch.where(visible, torch.zeros((), dtype=dtype, device=self.device), hidden)
 
     def to_flex(self):
-        """The same mask as a FlexAttention BlockMask (all heads alike; for the batch entries that the mask has)."""
+        """The same mask as a FlexAttention BlockMask, for its own batch size and any number of heads."""
         from torch.nn.attention.flex_attention import create_block_mask
 
         single = self.batch == 1
@@ -444,11 +451,11 @@ class IntervalMask:
         return ((key >= ctx_lo) & (key < ctx_hi)) | ((key >= blk_lo) & (key < blk_hi))
 
 
-def _device(device: torch.device | str | None, *lengths: Length | None) -> torch.device | str | None:
+def _device(device: Device, *lengths: Length | None) -> Device:
     return next((x.device for x in lengths if isinstance(x, Tensor)), device)
 
 
-def _arange(length: int, device: torch.device | str | None) -> Tensor:
+def _arange(length: int, device: Device) -> Tensor:
     """int32 [1, length]: the positions of a row."""
     return torch.arange(length, dtype=torch.int32, device=device)[None]
 
@@ -458,12 +465,13 @@ def _at_least_one(where: str, name: str, value: int) -> None:
         raise ValueError(f"IntervalMask.{where}: {name} is {value}; at least 1 is needed")
 
 
-def _column(length: Length, device: torch.device | str | None, where: str, name: str) -> Tensor:
+def _column(length: Length, device: Device, where: str, name: str) -> Tensor:
     """A length as int32 [B, 1], without a copy from the host."""
     if isinstance(length, Tensor):
         if length.dim() != 1 or length.dtype not in (torch.int32, torch.int64):
             raise ValueError(
-                f"IntervalMask.{where}: {name} is {length.dtype} {list(length.shape)}; an int or int [B] is needed"
+                f"IntervalMask.{where}: {name} is {length.dtype} {list(length.shape)}; "
+                "an int, or int32 or int64 [B], is needed"
             )
         return length.to(torch.int32)[:, None]
     if length < 0:
@@ -474,7 +482,7 @@ def _column(length: Length, device: torch.device | str | None, where: str, name:
 def _padded(
     lens: Length,
     padded: int | None,
-    device: torch.device | str | None,
+    device: Device,
     where: str,
     name: str = "seq_len",
     padded_name: str = "max_len",
@@ -495,7 +503,7 @@ def _intervals(
     rows: Tensor | None = None,
     batch: int = 1,
 ) -> IntervalMask:
-    """Broadcasts bounds to int32 [B, q_len], clamps them to [0, kv_len], and empties rows where ``rows`` is False."""
+    """Bounds broadcast to int32 [B, q_len] and clamped to [0, kv_len]; empty where ``rows`` is False."""
     given = [*context, *block] + ([] if rows is None else [rows])
     tensors = [x for x in given if isinstance(x, Tensor)]
     shape = torch.broadcast_shapes((batch, q_len), *(x.shape for x in tensors))
@@ -503,14 +511,14 @@ def _intervals(
     for bound in (*context, *block):
         if not isinstance(bound, Tensor):
             bound = torch.full((1, 1), bound, dtype=torch.int32, device=tensors[0].device)
-        bound = bound.to(torch.int32).clamp(0, kv_len)
+        bound = bound.clamp(0, kv_len)
         if rows is not None:
             bound = torch.where(rows, bound, 0)
         bounds.append(bound.expand(shape).contiguous())
     return IntervalMask(*bounds, kv_len)
 
 
-# Tensors are the leaves and kv_len is part of the structure, so a mask crosses torch.compile and graph capture.
+# kv_len is part of the structure, not a leaf, so that it stays a number under torch.compile and export.
 pytree.register_pytree_node(
     IntervalMask,
     lambda mask: (list(mask._bounds()), mask.kv_len),

@@ -1,6 +1,6 @@
-"""Every operator in plain PyTorch, written to be read: the definition of correct that kernels are tested against.
+"""Every operator in plain PyTorch, written to be read: what kernels are tested against.
 
-Any floating dtype; the arithmetic is in float32, or in float64 for float64 inputs. Nothing here is meant to be fast.
+Any floating dtype; the arithmetic is in float32, or in float64 for float64 inputs. Speed is no aim here.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .masks import IntervalMask
 
-# ---- attention -----------------------------------------------------------------------------------------------
+# ---- attention -------------------------------------------------------------------------------------------
 
 
 def block_attn(
@@ -70,7 +70,7 @@ def block_attn_decode(
     return block_attn(q, *caches, mask, scale=scale, softcap=softcap)
 
 
-# ---- loss ----------------------------------------------------------------------------------------------------
+# ---- loss ------------------------------------------------------------------------------------------------
 
 
 class CrossEntropy(NamedTuple):
@@ -160,7 +160,7 @@ def _divergence(teacher: Tensor, logp: Tensor, keep: Tensor, kind: str) -> Tenso
     raise ValueError(f"teacher_kind is {kind!r}; 'kl' and 'tv' are supported")
 
 
-# ---- sampling ------------------------------------------------------------------------------------------------
+# ---- sampling --------------------------------------------------------------------------------------------
 
 
 def filter_logits(
@@ -178,8 +178,8 @@ def filter_logits(
       top-p        keeps a token iff the tokens that are more probable than it have a mass below p; None and
                    p >= 1 keep all.
       min-p        keeps p(x) >= min_p * max p; None and 0 keep all.
-    Tokens of equal logits share one fate, so that what is kept is what reaches a pivot; the most probable token is
-    always kept. Each parameter is a number or a tensor ``[N]``.
+    Tokens of equal logits share one fate, so that what is kept is what reaches a pivot; the most probable
+    token is always kept. Each parameter is a number or a tensor ``[N]``.
     """
     temperature, top_k, top_p, min_p = (_per_row(x, logits) for x in (temperature, top_k, top_p, min_p))
     greedy = temperature == 0
@@ -204,12 +204,13 @@ def filter_logits(
 
 
 class Sample(NamedTuple):
-    """One draw per row of ``[N, V]`` logits; every field is ``[N]``, the real ones in the logits' widened dtype.
+    """One draw per row of ``[N, V]`` logits; every field is ``[N]``, the real ones in the logits' widened
+    dtype.
 
     token: int64. prob, logprob: the token's; entropy (nats), margin (p1 - p2), max_prob, argmax (int64): the
     distribution's. All these are after temperature and before the filters, at temperature 1 where it is 0.
-    pivot, normaliser: the filtered distribution is ``q(x) = exp(z_x - normaliser)`` for every ``z_x >= pivot`` and 0
-    elsewhere, z being the logits over temperature.
+    pivot, normaliser: the filtered distribution is ``q(x) = exp(z_x - normaliser)`` for every ``z_x >=
+    pivot`` and 0 elsewhere, z being the logits over temperature.
     """
 
     token: Tensor
@@ -263,7 +264,8 @@ def sample(
 
 
 class Verification(NamedTuple):
-    """accepted: int64 ``[B]``, how many drafted tokens are kept. next_token: int64 ``[B]``, the target's token after
+    """accepted: int64 ``[B]``, how many drafted tokens are kept. next_token: int64 ``[B]``, the target's
+    token after
     them: the correction of the first rejected one, or the bonus."""
 
     accepted: Tensor
@@ -291,53 +293,58 @@ def verify(
     if uniforms is None and (isinstance(temperature, Tensor) or temperature != 0):
         raise ValueError("verify: temperature > 0 needs random numbers, and none were given")
     temperature = _per_row(temperature, target_logits).flatten().expand(batch)
-    parameters = [_repeated(x, drafted + 1) for x in (temperature, top_k, top_p, min_p)]
-    p = torch.softmax(filter_logits(target_logits.flatten(0, 1), *parameters), dim=-1).unflatten(0, (batch, -1))
-    if draft_logits is None:
-        q = torch.nn.functional.one_hot(draft_tokens, vocab).to(p.dtype)
-    elif draft_pivot is None:
-        parameters = [_repeated(x, drafted) for x in (temperature, top_k, top_p, min_p)]
-        q = torch.softmax(filter_logits(draft_logits.flatten(0, 1), *parameters), dim=-1).view(batch, drafted, vocab)
-    else:
-        z = _widened(draft_logits) / torch.where(temperature == 0, 1.0, temperature)[:, None, None]
-        q = torch.where(z >= draft_pivot[..., None], (z - draft_normaliser[..., None]).exp(), 0.0)
-
-    # A row of temperature 0 has p = 1 at its argmax: u = 0.5 and a point-mass draft make it the greedy rule.
     greedy = temperature == 0
-    if uniforms is None:
-        uniforms = torch.full((batch, drafted + 1), 0.5, device=device)
-    uniforms = torch.where(greedy[:, None], 0.5, uniforms)
+    drafted_lens = torch.full((batch,), drafted, device=device) if draft_lens is None else draft_lens
+    real = torch.arange(drafted, device=device) < drafted_lens[:, None]
+    draft_tokens = draft_tokens.masked_fill(~real, 0)
+
+    filters = (temperature, top_k, top_p, min_p)
+    p = _filtered_probs(target_logits, *filters)
     point = torch.nn.functional.one_hot(draft_tokens, vocab).to(p.dtype)
+    if draft_logits is None:
+        q = point
+    elif draft_pivot is None:
+        q = _filtered_probs(draft_logits, *filters)
+    else:
+        z = _widened(draft_logits) / torch.where(greedy, 1.0, temperature)[:, None, None]
+        q = torch.where(z >= draft_pivot[..., None], (z - draft_normaliser[..., None]).exp(), 0.0)
+    # At temperature 0 all of p is at the argmax, so a point-mass draft makes these rules the greedy ones.
     q = torch.where(greedy[:, None, None], point, q)
+    if uniforms is None:
+        uniforms = torch.zeros(batch, drafted + 1, device=device)
 
     picked = draft_tokens[..., None]
     p_token = p[:, :drafted].gather(-1, picked)[..., 0]
     q_token = q.gather(-1, picked)[..., 0]
-    passed = uniforms[:, :drafted] * q_token < p_token
-    if draft_lens is not None:
-        passed &= torch.arange(drafted, device=device) < draft_lens[:, None]
+    passed = (uniforms[:, :drafted] * q_token < p_token) & real
     accepted = passed.cumprod(-1).sum(-1)
 
     row = torch.arange(batch, device=device)
     wanted = p[row, accepted]
-    rejected = accepted < (drafted if draft_lens is None else draft_lens.clamp(max=drafted))
     if drafted:
         residual = (wanted - q[row, accepted.clamp(max=drafted - 1)]).clamp(min=0)
-        # With p = q the residual is nothing but rounding, and the rejection was too.
-        rejected = rejected & (residual.sum(-1) > 0)
+        # Where p = q the residual is nothing but rounding, and so was the rejection.
+        rejected = (accepted < drafted_lens) & (residual.sum(-1) > 0)
         wanted = torch.where(rejected[:, None], residual, wanted)
     return Verification(accepted, _inverse_cdf(wanted, uniforms[:, drafted]))
 
 
+def _filtered_probs(logits: Tensor, *filters: float | Tensor | None) -> Tensor:
+    """Of ``logits [B, K, V]``, under filters that are numbers or tensors [B]."""
+    batch, count, vocab = logits.shape
+    filters = (f.repeat_interleave(count) if isinstance(f, Tensor) else f for f in filters)
+    return torch.softmax(filter_logits(logits.reshape(-1, vocab), *filters), dim=-1).view(logits.shape)
+
+
 def _inverse_cdf(mass: Tensor, uniform: Tensor) -> Tensor:
-    """The first token where the running sum of ``mass [N, V]`` passes ``uniform [N]`` times its total: int64 [N]."""
+    """int64 [N]: where the running sum of ``mass [N, V]`` first passes ``uniform [N]`` times its total."""
     cdf = mass.double().cumsum(-1)
     total = cdf[:, -1:]
     passed = (cdf > uniform.double()[:, None] * total) | (cdf == total)
     return (passed & (mass > 0)).to(torch.uint8).argmax(-1)
 
 
-# ---- revealing a canvas --------------------------------------------------------------------------------------
+# ---- revealing a canvas ----------------------------------------------------------------------------------
 
 
 def reveal(
@@ -354,7 +361,9 @@ def reveal(
     limits = {"count": count, "threshold": threshold, "factor": factor, "entropy_bound": entropy_bound}
     given = [name for name, limit in limits.items() if limit is not None]
     if len(given) != 1:
-        raise ValueError(f"reveal: {', '.join(given) or 'no limit'} given; exactly one of {', '.join(limits)} is needed")
+        raise ValueError(
+            f"reveal: {', '.join(given) or 'no limit'} given; exactly one of {', '.join(limits)} is needed"
+        )
     if entropy_bound is not None and entropy is None:
         raise ValueError("reveal: entropy_bound needs entropy")
     if scores is None:
@@ -392,7 +401,7 @@ def reveal_count(total: Tensor, step: int, steps: int, *, schedule: str = "linea
     raise ValueError(f"reveal_count: schedule is {schedule!r}; 'linear' and 'cosine' are supported")
 
 
-# ---- injecting context into a cache --------------------------------------------------------------------------
+# ---- injecting context into a cache ----------------------------------------------------------------------
 
 
 def kv_inject(
@@ -463,7 +472,7 @@ def _rope(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
     return torch.cat((turned, rest), dim=-1)
 
 
-# ---- shared --------------------------------------------------------------------------------------------------
+# ---- shared ----------------------------------------------------------------------------------------------
 
 
 def _widened(x: Tensor) -> Tensor:
@@ -478,8 +487,3 @@ def _per_row(value: float | Tensor | None, rows: Tensor) -> Tensor | None:
     if isinstance(value, Tensor):
         return value.to(dtype)[:, None]
     return torch.full((1, 1), value, dtype=dtype, device=rows.device)
-
-
-def _repeated(value: float | Tensor | None, times: int) -> float | Tensor | None:
-    """A parameter per row of the batch as one per row of the batch's blocks."""
-    return value.repeat_interleave(times) if isinstance(value, Tensor) else value

@@ -64,8 +64,8 @@ def block_attn_decode(
     Args:
         q: ``[B, Hq, Lq, D]`` as in ``block_attn``.
         k_cache, v_cache: contiguous ``[B, Hkv, S, D]``; or, with block_table, pages
-            ``[pages, page_size, Hkv, D]``. The block's own keys are in the cache already. What lies outside the
-            visible intervals is never used, NaN included.
+            ``[pages, page_size, Hkv, D]``. The block's own keys are in the cache already. What lies outside
+            the visible intervals is never used, NaN included.
         mask: ``IntervalMask.decode(...)`` with kv_len at most S, or at most max_pages * page_size.
         block_table: int32 ``[B, max_pages]``: entry j is the page of positions
             ``[j * page_size, (j + 1) * page_size)``; entries beyond a row's length may hold -1.
@@ -90,7 +90,7 @@ def block_attn_decode(
             )
         capacity = block_table.shape[1] * k_cache.shape[1]
     if mask.kv_len > capacity:
-        raise ValueError(f"block_attn_decode: the mask is over {mask.kv_len} keys, the cache holds {capacity}")
+        raise ValueError(f"block_attn_decode: the mask is over {mask.kv_len} keys, the cache has {capacity}")
     warn_once("block_attn_decode", q.device)
     with torch.no_grad():
         return reference.block_attn_decode(
@@ -103,7 +103,7 @@ def _scaled_dot_product(q: Tensor, k: Tensor, v: Tensor, mask: IntervalMask, sca
     # Key heads are repeated because enable_gqa with a mask would leave only the slowest of PyTorch's kernels.
     k, v = (x.repeat_interleave(group, dim=1) if group > 1 else x for x in (k, v))
     visible = mask.to_bool()
-    # An empty row attends to everything and is then overwritten, which keeps NaN out of it and of its gradients.
+    # An empty row attends to everything and is then overwritten, which keeps NaN out of its gradients.
     empty = ~visible.any(-1, keepdim=True)
     out = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=visible | empty, scale=scale)
     return out.masked_fill(empty, 0.0)
@@ -138,7 +138,8 @@ def _check(op: str, q: Tensor, k: Tensor, v: Tensor, paged: bool = False) -> Non
 def _check_mask(op: str, q: Tensor, mask: IntervalMask) -> None:
     if mask.q_len != q.shape[2] or mask.batch not in (1, q.shape[0]):
         raise ValueError(
-            f"{op}: the mask is for batch {mask.batch} and {mask.q_len} rows, q has {q.shape[0]} and {q.shape[2]}"
+            f"{op}: the mask is for batch {mask.batch} and {mask.q_len} rows, "
+            f"q has {q.shape[0]} and {q.shape[2]}"
         )
     if mask.device != q.device:
         raise ValueError(f"{op}: the mask is on {mask.device}, q on {q.device}")

@@ -32,31 +32,31 @@ def kv_inject(
 ) -> None:
     """Writes the keys and values that every layer of a drafter makes of the context, in place; no gradient.
 
-    Per layer: one projection gives K and V (plus bias); K gets its RMS norm and its rotary embedding, V optionally a
-    norm without weight; both go to the cache, in the cache's dtype.
+    Per layer: one projection gives K and V (plus bias); K gets its RMS norm and its rotary embedding, V
+    optionally a norm without weight; both go to the cache, in the cache's dtype.
 
     Args:
         features: ``[B, S, H]``, the context features, the same for all layers.
-        weight: ``[L * 2 * Hkv * D, H]``, the layers' k_proj and v_proj one below the other: K of layer 0, V of layer
-            0, K of layer 1, and so on. bias: ``[L * 2 * Hkv * D]``, likewise.
-        k_caches, v_caches: L tensors each, or one with a leading dimension L: contiguous ``[B, Hkv, capacity, D]``,
-            or, with block_table, pages ``[pages, page_size, Hkv, D]``.
+        weight: ``[L * 2 * Hkv * D, H]``, the layers' k_proj and v_proj one below the other: K of layer 0, V
+            of layer 0, K of layer 1, and so on. bias: ``[L * 2 * Hkv * D]``, likewise.
+        k_caches, v_caches: L tensors each, or one with a leading dimension L: contiguous
+            ``[B, Hkv, capacity, D]``, or, with block_table, pages ``[pages, page_size, Hkv, D]``.
         positions: int ``[B, S]``, the tokens' positions.
         cos, sin: tables over positions, ``[P, R]``, or ``[L, P, R]`` where layers differ in theta; 2 * R <= D
             dimensions are rotated and the rest left as they are.
         k_norm: ``[L, D]``, the weights of the K norm, None for none; norm_eps is added to the mean square;
             norm_plus_one multiplies by 1 + k_norm (Gemma); norm_after_rope normalises the rotated key.
         v_norm: normalises V as well, without a weight (Gemma 4).
-        rope_interleaved: pairs dimensions (0, 1), (2, 3), ... instead of i and i + R of the first 2 * R (neox).
-        slots: int ``[B, S]``, where in the row's cache each token goes: its position unless given. Tokens of a
-            negative slot are padding and not written. The slots of one row differ.
+        rope_interleaved: pairs dimensions 2 * i and 2 * i + 1 instead of i and i + R (neox).
+        slots: int ``[B, S]``, where in the row's cache each token goes: its position unless given. Tokens of
+            a negative slot are padding and not written. The slots of one row differ.
         block_table: int32 ``[B, max_pages]``; slot s lies in page ``block_table[b, s // page_size]``.
 
     Raises ValueError for arguments that do not fit together.
     """
     layers = len(k_caches)
     if layers == 0 or len(v_caches) != layers:
-        raise ValueError(f"kv_inject: {layers} k_caches and {len(v_caches)} v_caches; one of each per layer is needed")
+        raise ValueError(f"kv_inject: {layers} k_caches, {len(v_caches)} v_caches; one per layer is needed")
     cache = k_caches[0]
     if cache.dim() != 4:
         raise ValueError(f"kv_inject: a cache is {list(cache.shape)}; four dimensions are needed")
@@ -77,7 +77,8 @@ def kv_inject(
             raise ValueError(f"kv_inject: {name} is {list(given.shape)}; {list(shape)} is needed")
     if cos.dim() not in (2, 3) or (cos.dim() == 3 and cos.shape[0] != layers) or 2 * cos.shape[-1] > head_dim:
         raise ValueError(
-            f"kv_inject: cos is {list(cos.shape)}; [P, R] or [{layers}, P, R] with R <= {head_dim // 2} is needed"
+            f"kv_inject: cos is {list(cos.shape)}; [P, R] or [{layers}, P, R], R at most {head_dim // 2}, "
+            "is needed"
         )
     if block_table is None and cache.shape[0] != batch:
         raise ValueError(f"kv_inject: the caches are for batch {cache.shape[0]}, features for {batch}")

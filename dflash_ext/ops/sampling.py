@@ -9,7 +9,7 @@ from .. import reference
 from ..reference import Sample, Verification
 from .serving import warn_once
 
-# Operators that are given the same seed must not share random numbers: a draft and its verification least of all.
+# Given one seed, the operators draw from different streams: a draft and its verification must be independent.
 _SAMPLE, _VERIFY = 1, 2
 
 
@@ -26,23 +26,24 @@ def sample(
     """Draws one token per row of ``logits [N, V]``, and measures the distribution it came from.
 
     Args:
-        seed: int64 ``[1]``, from which every row takes its own random number by its index; or ``[N]``, one per
-            row, so that a draw does not depend on where in the batch its row stands. The same seed gives the same
-            tokens. It is read on the device, so a captured graph draws anew once the seed tensor is updated.
+        seed: int64 ``[1]``, from which every row takes its own random number by its index; or ``[N]``, one
+            per row, so that a draw does not depend on where in the batch its row stands. The same seed gives
+            the same tokens. It is read on the device, so a captured graph draws anew once the seed tensor is
+            updated.
         temperature: 0 takes the argmax (the lowest index among equals).
-        top_k, top_p, min_p: filters, applied in this order after temperature. top_k None or 0, top_p None or >= 1,
-            and min_p None or 0 are off. Tokens of equal logits are kept or dropped together, and the most probable
-            token is always kept.
+        top_k, top_p, min_p: filters, applied in this order after temperature. top_k None or 0, top_p None or
+            >= 1, and min_p None or 0 are off. Tokens of equal logits are kept or dropped together, and the
+            most probable token is always kept.
         return_filtered_entropy: also the entropy of the distribution after the filters, ``[N]``.
 
     temperature and the filters are numbers or tensors ``[N]``.
 
     Returns:
         Sample, each field ``[N]``; its reals are float32 (float64 for float64 logits). ``token`` (int64) with
-        ``prob`` and ``logprob``; ``entropy`` in nats, ``margin`` (p1 - p2), ``argmax`` and ``max_prob``, all of the
-        distribution after temperature and before the filters (of temperature 1 where it is 0); ``pivot`` and
-        ``normaliser``, the filtered distribution in the form that ``verify`` takes: ``exp(z - normaliser)`` where
-        ``z >= pivot``, else 0, for z = logits / temperature.
+        ``prob`` and ``logprob``; ``entropy`` in nats, ``margin`` (p1 - p2), ``argmax`` and ``max_prob``, all
+        of the distribution after temperature and before the filters (of temperature 1 where it is 0);
+        ``pivot`` and ``normaliser``, the filtered distribution in the form that ``verify`` takes:
+        ``exp(z - normaliser)`` where ``z >= pivot``, else 0, for z = logits / temperature.
 
     Raises ValueError for arguments that do not fit together.
     """
@@ -79,19 +80,20 @@ def verify(
 ) -> Verification:
     """The longest prefix of a draft that the target accepts, and the target's own token after it.
 
-    At temperature 0 a token is accepted while it is the target's argmax, and the next token is the target's argmax.
-    Above 0 token x is accepted with probability min(1, p(x) / q(x)); the token after the first rejection is drawn
-    from max(p - q, 0), normalised, and the bonus token after a draft that was accepted whole from p. So the output
-    is distributed as the target's own (arXiv 2211.17192, 2302.01318). p and q are both under the temperature and the
-    filters of ``sample``.
+    At temperature 0 a token is accepted while it is the target's argmax, and the next token is the target's
+    argmax. Above 0 token x is accepted with probability min(1, p(x) / q(x)); the token after the first
+    rejection is drawn from max(p - q, 0), normalised, and the bonus token after a draft that was accepted
+    whole from p. So the output is distributed as the target's own (arXiv 2211.17192, 2302.01318). p and q are
+    both under the temperature and the filters of ``sample``.
 
     Args:
         draft_tokens: int64 ``[B, K]``.
-        target_logits: ``[B, K + 1, V]``; entry k is the target's prediction of draft token k, the last of the bonus.
-        draft_logits: ``[B, K, V]``, those that the draft was drawn from. None for a draft that was not sampled, or
-            not left to right: a point mass, accepted with p(x), whose residual is p without x.
-        draft_pivot, draft_normaliser: ``[B, K]`` from the draft's ``Sample``, so that q is the one drawn from;
-            without them q is filtered again.
+        target_logits: ``[B, K + 1, V]``; entry k is the target's prediction of draft token k, the last of the
+            bonus.
+        draft_logits: ``[B, K, V]``, those that the draft was drawn from. None for a draft that was not
+            sampled, or not left to right: a point mass, accepted with p(x), whose residual is p without x.
+        draft_pivot, draft_normaliser: ``[B, K]`` from the draft's ``Sample``, so that q is the one drawn
+            from; without them q is filtered again.
         seed: int64 ``[1]`` or ``[B]`` on the device, as in ``sample``; the same seed may serve both.
         uniforms: ``[B, K + 1]`` in [0, 1) in place of a seed: one per acceptance, the last for the draw.
         temperature, top_k, top_p, min_p: numbers or tensors ``[B]``; rows of temperature 0 and above may mix.
@@ -118,7 +120,9 @@ def verify(
     ):
         if given is not None and given.shape != shape:
             raise ValueError(f"verify: {name} is {list(given.shape)}; {list(shape)} is needed")
-    if (draft_pivot is None) != (draft_normaliser is None) or (draft_pivot is not None and draft_logits is None):
+    if (draft_pivot is None) != (draft_normaliser is None) or (
+        draft_pivot is not None and draft_logits is None
+    ):
         raise ValueError("verify: draft_pivot and draft_normaliser come together, and with draft_logits")
     if seed is not None and uniforms is not None:
         raise ValueError("verify: seed and uniforms are both given; one of them is needed")
@@ -153,8 +157,9 @@ def reveal(
 ) -> Tensor:
     """Which masked positions of a canvas to commit in this step of diffusion: an order and one limit.
 
-    The masked positions are taken in falling order of score (left to right among equals), as far as the limit goes:
-    the order is confidence (scores = max p), margin (p1 - p2), entropy (scores = -H), or left to right (None).
+    The masked positions are taken in falling order of score (left to right among equals), as far as the limit
+    goes. Scores may be the confidence (max p), the margin (p1 - p2), -H for the order of entropy, or None for
+    left to right.
 
     Args:
         scores: ``[B, L]``, or None.
@@ -162,14 +167,16 @@ def reveal(
         count: so many positions, or all that are left (linear and cosine schedules: ``reveal_count``).
         threshold: all of score > threshold (Fast-dLLM); scores are confidences.
         factor: the n-th while its confidence >= 1 - factor / (n + 1) (dInfer); scores are confidences.
-        entropy_bound: the longest prefix whose ``sum(H) - max(H)`` is at most the bound (arXiv 2505.24857). In the
-            order of -H and with every position masked this is also the acceptance rule of uniform-state diffusion.
+        entropy_bound: the longest prefix whose ``sum(H) - max(H)`` is at most the bound (arXiv 2505.24857).
+            In the order of -H and with every position masked this is also the acceptance rule of
+            uniform-state diffusion.
         entropy: ``[B, L]``, H in nats, for entropy_bound.
 
     A limit is a number or a tensor ``[B]``. All but count take at least one position of a row that has any.
 
     Returns:
-        bool ``[B, L]``, a part of masked. Raises ValueError unless exactly one limit is given, with what it needs.
+        bool ``[B, L]``, a part of masked. Raises ValueError unless exactly one limit is given, with what it
+        needs.
     """
     if masked.dim() != 2 or masked.dtype != torch.bool:
         raise ValueError(f"reveal: masked is {masked.dtype} {list(masked.shape)}; bool [B, L] is needed")
@@ -177,7 +184,12 @@ def reveal(
         if given is not None and given.shape != masked.shape:
             raise ValueError(f"reveal: {name} is {list(given.shape)}; {list(masked.shape)} is needed")
     _check_numbers(
-        "reveal", masked.shape[0], count=count, threshold=threshold, factor=factor, entropy_bound=entropy_bound
+        "reveal",
+        masked.shape[0],
+        count=count,
+        threshold=threshold,
+        factor=factor,
+        entropy_bound=entropy_bound,
     )
     warn_once("reveal", masked.device)
     return reference.reveal(
@@ -194,9 +206,10 @@ def reveal(
 def reveal_count(total: Tensor, step: int, steps: int, *, schedule: str = "linear") -> Tensor:
     """How many positions to commit in step ``step`` (from 0) of ``steps``, for ``reveal``'s count.
 
-    total: int ``[B]``, the positions masked before the first step. schedule: "linear", equal shares, the remainder
-    going to the first steps; or "cosine", after which a fraction cos(pi s / 2 steps) is still masked after s steps
-    (MaskGIT, arXiv 2202.04200), rounded down. The counts of all steps add up to total. Returns int ``[B]``.
+    total: int ``[B]``, the positions masked before the first step. schedule: "linear", equal shares, the
+    remainder going to the first steps; or "cosine", after which a fraction cos(pi s / 2 steps) is still
+    masked after s steps (MaskGIT, arXiv 2202.04200), rounded down. The counts of all steps add up to total.
+    Returns int ``[B]``.
     Raises ValueError for a step out of range or an unknown schedule.
     """
     return reference.reveal_count(total, step, steps, schedule=schedule)
@@ -213,8 +226,8 @@ def _check_numbers(op: str, rows: int, **numbers: float | Tensor | None) -> None
 def _uniforms(op: str, seed: Tensor, stream: int, rows: int, count: int) -> Tensor:
     """float64 ``[rows, count]`` in [0, 1), a function of the seed, the stream, the row and the column.
 
-    SplitMix64's mixing function over counters, so nothing is read back and no state is kept. With one seed per row,
-    every row counts as the first of its own seed.
+    SplitMix64's mixing function over counters, so nothing is read back and no state is kept. With one seed
+    per row, every row counts as the first of its own seed.
     """
     if seed.dtype != torch.int64 or seed.shape not in ((1,), (rows,)):
         raise ValueError(f"{op}: seed is {seed.dtype} {list(seed.shape)}; int64 [1] or [{rows}] is needed")
@@ -224,7 +237,7 @@ def _uniforms(op: str, seed: Tensor, stream: int, rows: int, count: int) -> Tens
     return _shifted(bits, 11).double() * 2.0**-53
 
 
-# 2^64 over the golden ratio and SplitMix64's two multipliers, as the signed numbers that torch.int64 wraps around.
+# 2^64 over the golden ratio and SplitMix64's two multipliers, as signed numbers, for torch.int64 wraps around.
 _GOLDEN, _FIRST, _SECOND = -0x61C8864680B583EB, -0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15
 
 

@@ -1,4 +1,4 @@
-"""What serves each operator on each kind of device: for ``dflash-ext doctor``, and for one warning where it is slow."""
+"""What serves each operator on each kind of device, as ``dflash-ext doctor`` and one warning say."""
 
 from __future__ import annotations
 
