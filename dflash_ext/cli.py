@@ -1,0 +1,324 @@
+"""The command line. Each command reads its input, calls the library and prints; what is wrong is said in one line."""
+
+from __future__ import annotations
+
+import functools
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+app = typer.Typer(
+    name="dflash-ext",
+    help="Block-diffusion drafters and lossless speculative decoding.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+console = Console()
+errors = Console(stderr=True)
+
+TargetName = Annotated[str, typer.Option(help="Folder or hub name of a causal LM; 'smollm2' is the packaged one.")]
+Drafter = Annotated[Path | None, typer.Option(help="Folder of a DFlash drafter.")]
+Prompts = Annotated[Path | None, typer.Option(help="JSONL of prompts or conversations, or plain text.")]
+Field = Annotated[str | None, typer.Option(help="The key that holds the prompt, where it is none of the usual ones.")]
+Device = Annotated[str | None, typer.Option(help="cpu or cuda; a GPU is used where there is one.")]
+Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; float32 on the CPU by default.")]
+Tokenizer = Annotated[str | None, typer.Option(help="Where the tokenizer is, if not with the target.")]
+
+
+def command(function: Callable) -> Callable:
+    """Registers a command; a ValueError or OSError becomes one line on standard error and exit code 2."""
+
+    @app.command()
+    @functools.wraps(function)
+    def run(*args, **kwargs):
+        try:
+            return function(*args, **kwargs)
+        except (ValueError, OSError, ImportError) as error:
+            errors.print(f"dflash-ext: {error}", style="red", soft_wrap=True, markup=False, highlight=False)
+            raise typer.Exit(2) from None
+        except KeyboardInterrupt:
+            errors.print("dflash-ext: interrupted; what was computed is kept", style="red")
+            raise typer.Exit(130) from None
+
+    return run
+
+
+@command
+def demo(
+    quick: Annotated[bool, typer.Option("--quick", help="Only the part that trains a tiny model, under two minutes.")] = False,
+    prompts: Annotated[int, typer.Option(min=1, help="How many prompts the real model answers.")] = 6,
+    max_new_tokens: Annotated[int, typer.Option(min=2)] = 128,
+) -> None:
+    """Trains and decodes on the spot, then decodes with a real model and a real drafter."""
+    from .demo import real_model, tiny_model
+
+    tiny_model(console)
+    if not quick:
+        real_model(console, count=prompts, max_new_tokens=max_new_tokens)
+
+
+@command
+def train(
+    output: Annotated[Path, typer.Option(help="Folder for the drafter, its log and the answers.")],
+    target: TargetName,
+    prompts: Prompts = None,
+    answers: Annotated[Path | None, typer.Option(help="Answers of an earlier run to train on, instead of prompts.")] = None,
+    field: Field = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Use only the first prompts.")] = None,
+    max_prompt_tokens: Annotated[int, typer.Option(min=1)] = 512,
+    max_new_tokens: Annotated[int, typer.Option(min=2, help="Length of the target's answers.")] = 256,
+    temperature: Annotated[list[float] | None, typer.Option(help="Of the answers; repeat for several answers each.")] = None,
+    decode_batch: Annotated[int, typer.Option(min=1, help="Prompts answered at a time.")] = 32,
+    mask_token: Annotated[str | None, typer.Option(help="The mask token, by text or id, if the tokenizer has none.")] = None,
+    layers: Annotated[int, typer.Option(min=1)] = 5,
+    taps: Annotated[str, typer.Option(help="How many layers of the target to tap, or their ids: 1,9,17.")] = "5",
+    block_size: Annotated[int, typer.Option(help="Slots of a block, the anchor included.")] = 16,
+    intermediate_size: Annotated[int | None, typer.Option(min=1, help="Width of the drafter's MLPs.")] = None,
+    steps: Annotated[int, typer.Option(min=1)] = 1000,
+    batch_size: Annotated[int, typer.Option(min=1, help="Sequences per forward pass.")] = 8,
+    accumulation: Annotated[int, typer.Option(min=1, help="Forward passes per step.")] = 1,
+    anchors: Annotated[int, typer.Option(min=1, help="Blocks drawn from each sequence.")] = 64,
+    max_length: Annotated[int, typer.Option(min=4, help="Tokens of a training sequence.")] = 1024,
+    learning_rate: Annotated[float, typer.Option(min=0)] = 6e-4,
+    gamma: Annotated[float | None, typer.Option(help="Decay of the position weights; D-PACE weights if not given.")] = None,
+    held_out: Annotated[float, typer.Option(min=0, max=0.5, help="Share of the prompts kept for evaluation.")] = 0.02,
+    compile: Annotated[bool, typer.Option("--compile", help="Train under torch.compile.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in the output folder.")] = False,
+    save_every: Annotated[int, typer.Option(min=0, help="Steps between checkpoints; 0 for none.")] = 0,
+    seed: int = 0,
+    tokenizer: Tokenizer = None,
+    dtype: Dtype = None,
+    device: Device = None,
+) -> None:
+    """Trains a drafter for a target on the target's own answers to your prompts."""
+    from .data import ResponseDataset
+    from .models import DFlashDrafter, Target
+    from .train import Recipe, train_drafter
+    from .train.curve import plot_curve
+
+    if (prompts is None) == (answers is None):
+        raise ValueError("train needs either --prompts, which the target answers first, or --answers")
+    model, tok = _load_target(target, tokenizer, dtype, device)
+    tap_choice = [int(t) for t in taps.split(",")] if "," in taps else _integer(taps, "--taps")
+    plain = Target(model)
+    drafter = DFlashDrafter.for_target(
+        plain,
+        mask_token_id=_mask_token(tok, mask_token),
+        num_layers=layers,
+        block_size=block_size,
+        taps=tap_choice,
+        intermediate_size=intermediate_size,
+    ).to(plain.device)
+    parameters = sum(p.numel() for p in drafter.parameters())
+    console.print(f"drafter: {layers} layers, {parameters / 1e6:.1f} M parameters, taps {drafter.config.target_layer_ids}")
+
+    output.mkdir(parents=True, exist_ok=True)
+    if answers is None:
+        answers = output / "answers.jsonl"
+        _regenerate(
+            plain, model, tok, prompts, answers, field, limit, max_prompt_tokens, max_new_tokens, temperature, decode_batch, seed
+        )
+    dataset = ResponseDataset(answers, max_length)
+    trained, kept_out = dataset.split(held_out, seed)
+    console.print(f"answers: {len(trained)} to train on, {len(kept_out)} held out")
+    recipe = Recipe(
+        steps=steps,
+        batch_size=batch_size,
+        accumulation=accumulation,
+        anchors=anchors,
+        learning_rate=learning_rate,
+        gamma=gamma,
+        seed=seed,
+        save_every=save_every,
+        compile=compile,
+    )
+    tapped = Target(model, drafter.config.target_layer_ids)
+    log = train_drafter(drafter, tapped, trained, output, recipe, held_out=kept_out, resume=resume)
+    plot_curve(log, output / "curve.png")
+    console.print(f"the drafter is in {output}")
+
+
+def _regenerate(
+    target, model, tok, prompts, path, field, limit, max_prompt_tokens, max_new_tokens, temperature, decode_batch, seed
+) -> None:
+    from .data import read_conversations, regenerate
+    from .models import stop_tokens
+    from .progress import progress
+
+    conversations = read_conversations(prompts, field=field, limit=limit)
+    temperatures = tuple(temperature or (0.0,))
+    with progress(console, "the target answers", len(conversations) * len(temperatures)) as advance:
+        dropped = regenerate(
+            target,
+            tok,
+            conversations,
+            path,
+            max_prompt_tokens=max_prompt_tokens,
+            max_new_tokens=max_new_tokens,
+            temperatures=temperatures,
+            batch_size=decode_batch,
+            seed=seed,
+            stop_token_ids=stop_tokens(tok, model),
+            on_progress=advance,
+        )
+    if dropped:
+        console.print(f"{dropped} prompts longer than {max_prompt_tokens} tokens were left out (--max-prompt-tokens)")
+
+
+@command
+def generate(
+    target: TargetName,
+    prompt: Annotated[list[str] | None, typer.Argument(help="Prompts; or give a file with --prompts.")] = None,
+    drafter: Drafter = None,
+    prompts: Prompts = None,
+    field: Field = None,
+    limit: Annotated[int | None, typer.Option(min=1)] = None,
+    max_prompt_tokens: Annotated[int, typer.Option(min=1)] = 2048,
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 256,
+    temperature: Annotated[float, typer.Option(min=0)] = 0.0,
+    top_k: Annotated[int | None, typer.Option(min=1)] = None,
+    top_p: Annotated[float | None, typer.Option(min=0, max=1)] = None,
+    block_size: Annotated[int | None, typer.Option(help="Slots of a block, at most the drafter's own.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1)] = 8,
+    seed: int = 0,
+    output: Annotated[Path | None, typer.Option(help="Write the answers to this JSONL.")] = None,
+    tokenizer: Tokenizer = None,
+    dtype: Dtype = None,
+    device: Device = None,
+) -> None:
+    """Decodes prompts: speculatively with a drafter, plainly without one."""
+    from .data import Conversation, encode, read_conversations
+    from .decode import decode
+    from .models import stop_tokens
+    from .report import completion_line, statistics_table
+
+    if bool(prompt) == (prompts is not None):
+        raise ValueError("generate needs prompts: as arguments, or a file with --prompts")
+    conversations = (
+        [Conversation.user(text) for text in prompt] if prompt else read_conversations(prompts, field=field, limit=limit)
+    )
+    model, tok = _load_target(target, tokenizer, dtype, device)
+    tapped, draft = _pair(model, target, drafter, dtype, device)
+    encoded = [encode(c, tok, max_prompt_tokens=max_prompt_tokens) for c in conversations]
+    streaming = len(encoded) == 1
+    written = output.open("w") if output else None
+
+    def stream(_index: int, tokens: list[int]) -> None:
+        if streaming:
+            sys.stdout.write(tok.decode(tokens, skip_special_tokens=True))
+            sys.stdout.flush()
+
+    def finish(index: int, completion) -> None:
+        text = tok.decode(completion.tokens, skip_special_tokens=True)
+        if written:
+            written.write(json.dumps({"index": index, "text": text, **completion_line(completion)}) + "\n")
+            written.flush()
+        elif not streaming:
+            console.rule(f"prompt {index + 1}")
+            console.print(text, markup=False, highlight=False)
+
+    decoded = decode(
+        tapped,
+        draft,
+        encoded,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        stop_token_ids=stop_tokens(tok, model),
+        block_size=block_size,
+        batch_size=batch_size,
+        seed=seed,
+        on_tokens=stream,
+        on_finish=finish,
+    )
+    if streaming:
+        print()
+    console.print(statistics_table({"all prompts": decoded}))
+
+
+@command
+def evaluate(
+    target: TargetName,
+    drafter: Drafter,
+    prompts: Annotated[list[Path], typer.Option(help="A prompt set; repeat for several.")],
+    limit: Annotated[int | None, typer.Option(min=1, help="The first prompts of each set.")] = 80,
+    max_new_tokens: Annotated[int, typer.Option(min=2)] = 256,
+    temperature: Annotated[float, typer.Option(min=0)] = 0.0,
+    block_size: Annotated[int | None, typer.Option()] = None,
+    batch_size: Annotated[int, typer.Option(min=1)] = 8,
+    seed: int = 0,
+    output: Annotated[Path | None, typer.Option(help="Write the figures to this JSON.")] = None,
+    tokenizer: Tokenizer = None,
+    dtype: Dtype = None,
+    device: Device = None,
+) -> None:
+    """Measures tau and acceptance by position on prompt sets, by real decoding."""
+    from .data import encode, read_conversations
+    from .eval import measure
+    from .models import stop_tokens
+    from .progress import progress
+    from .report import statistics_table
+
+    sets = {path.stem: read_conversations(path, limit=limit) for path in prompts}
+    model, tok = _load_target(target, tokenizer, dtype, device)
+    tapped, draft = _pair(model, target, drafter, dtype, device)
+    results = {}
+    for name, conversations in sets.items():
+        encoded = [encode(c, tok, max_prompt_tokens=2048) for c in conversations]
+        with progress(console, name, len(encoded)) as advance:
+            results[name] = measure(
+                tapped,
+                draft,
+                encoded,
+                max_new_tokens=max_new_tokens,
+                temperature=temperature,
+                stop_token_ids=stop_tokens(tok, model),
+                block_size=block_size,
+                batch_size=batch_size,
+                seed=seed,
+                on_finish=lambda *_: advance(1),
+            )
+    console.print(statistics_table(results))
+    if output:
+        from .eval import figures
+
+        output.write_text(json.dumps({name: figures(decoded) for name, decoded in results.items()}, indent=1) + "\n")
+        console.print(f"the figures are in {output}")
+
+
+@command
+def doctor() -> None:
+    """Says what is built, on what it runs, and what serves each operator."""
+    from .doctor import report
+
+    report(console)
+
+
+def _integer(text: str, option: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise ValueError(f"{option} is '{text}': a number is expected") from None
+
+
+def _load_target(name: str, tokenizer: str | None, dtype: str | None, device: str | None):
+    import torch
+
+    from .integrations.gguf import smollm2_path
+    from .models import load_target
+
+    kinds = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if dtype is not None and dtype not in kinds:
+        raise ValueError(f"dtype '{dtype}' is not supported; choose one of {', '.join(kinds)}")
+    where = torch.device(device) if device else None
+    if where is not None and where.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError("there is no CUDA device here; leave --device out to run on the CPU")
+    source = str(smollm2_path()) if name == "smollm2" else name
+    return load_target(source, tokenizer=tokenizer, dtype=kinds.get(dtype), device=where)

@@ -1,0 +1,65 @@
+"""What decoding returns: the tokens of each prompt, and how the cycles went."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass
+class Completion:
+    """The answer to one prompt.
+
+    Attributes:
+        tokens: the new tokens, with the stop token if one ended the row.
+        finish_reason: "stop" or "length".
+        committed: tokens that each cycle added to the row, the bonus token included; the first token is prefill's.
+        accepted: drafted tokens that each cycle's verification accepted.
+    """
+
+    tokens: list[int] = field(default_factory=list)
+    finish_reason: str | None = None
+    committed: list[int] = field(default_factory=list)
+    accepted: list[int] = field(default_factory=list)
+
+    @property
+    def tau(self) -> float:
+        """Mean tokens committed per cycle; 1 for a row that prefill alone finished."""
+        return sum(self.committed) / len(self.committed) if self.committed else 1.0
+
+
+@dataclass
+class Decoded:
+    """The completions of a call, in the order of its prompts, and where its time went (seconds).
+
+    Attributes:
+        draft_width: drafted tokens per cycle, 0 for plain decoding.
+        cycles: forward passes of the target after prefill, each for a whole batch.
+    """
+
+    completions: list[Completion]
+    draft_width: int
+    cycles: int = 0
+    prefill_seconds: float = 0.0
+    draft_seconds: float = 0.0
+    verify_seconds: float = 0.0
+
+    @property
+    def tau(self) -> float:
+        """Tokens committed per cycle, bonus included: the mean of the requests' means (as in arXiv 2602.06036)."""
+        return sum(c.tau for c in self.completions) / len(self.completions)
+
+    @property
+    def acceptance(self) -> list[float]:
+        """For each drafted position, the share of cycles that accepted it (and so everything before it)."""
+        accepted = [a for c in self.completions for a in c.accepted]
+        return [sum(a > i for a in accepted) / max(len(accepted), 1) for i in range(self.draft_width)]
+
+    @property
+    def decode_seconds(self) -> float:
+        return self.draft_seconds + self.verify_seconds
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Tokens per second of decoding; prefill and its token are left out."""
+        tokens = sum(sum(c.committed) for c in self.completions)
+        return tokens / self.decode_seconds if self.decode_seconds else 0.0

@@ -1,0 +1,261 @@
+"""Lossless speculative decoding with a block-diffusion drafter; plain decoding is the case without one.
+
+A cycle: the drafter fills a block behind the anchor in one pass, the target checks the whole block in one pass, the longest
+accepted prefix and one token of the target's own (the bonus) are committed, and the bonus is the next anchor. Greedy output
+is the target's own greedy output; at temperature > 0 rejection sampling keeps the target's distribution (Leviathan et al.,
+arXiv 2211.17192). Rows of a batch accept different lengths: each keeps its own positions in `RowCache`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from ..models import DFlashDrafter, Target
+from ..ops import sample, verify
+from ..reference import Verification
+from .cache import RowCache
+from .completion import Completion, Decoded
+from .stopwatch import Stopwatch
+
+
+@torch.no_grad()
+def decode(
+    target: Target,
+    drafter: DFlashDrafter | None,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    temperature: float | Sequence[float] = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    stop_token_ids: Sequence[int] = (),
+    block_size: int | None = None,
+    batch_size: int = 32,
+    seed: int = 0,
+    on_tokens: Callable[[int, list[int]], None] | None = None,
+    on_finish: Callable[[int, Completion], None] | None = None,
+) -> Decoded:
+    """Completes prompts with the target's own output, drafted by `drafter`.
+
+    Args:
+        target: the verifier; with a drafter, tapped at the drafter's `target_layer_ids`.
+        drafter: None decodes plainly, one token a pass.
+        prompts: token ids, at least one each.
+        temperature: one for all prompts or one each; 0 is greedy.
+        top_k, top_p: filters of the target's distribution, and of the drafter's.
+        stop_token_ids: tokens that end a row; they are kept in its output.
+        block_size: slots of a block, anchor included; at most the drafter's own, which is the default.
+        batch_size: rows decoded at a time; prompts of similar length share a batch.
+        on_tokens: called with a prompt's index and its newly committed tokens, cycle by cycle.
+        on_finish: called with a prompt's index and its completion as soon as it ends.
+
+    Raises:
+        ValueError: an empty prompt, a block size that the drafter cannot fill, or a drafter made for another target.
+    """
+    if not prompts:
+        raise ValueError("there is no prompt to decode")
+    if empty := [i for i, prompt in enumerate(prompts) if len(prompt) == 0]:
+        raise ValueError(f"prompt {empty[0]} has no tokens: a prompt needs at least one")
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens is {max_new_tokens}: at least one token is decoded")
+    temperatures = [float(temperature)] * len(prompts) if isinstance(temperature, int | float) else list(temperature)
+    if len(temperatures) != len(prompts) or min(temperatures) < 0:
+        raise ValueError("temperature must be one number >= 0, or one for each prompt")
+    draft_width = _draft_width(target, drafter, block_size)
+
+    completions = [Completion() for _ in prompts]
+    decoded = Decoded(completions, draft_width)
+    by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+
+    def commit(index: int, tokens: list[int]) -> bool:
+        """Adds tokens to a row up to a stop token or its length; returns whether the row has ended."""
+        completion = completions[index]
+        tokens = tokens[: max_new_tokens - len(completion.tokens)]
+        stops = [i for i, token in enumerate(tokens) if token in stop_token_ids]
+        tokens = tokens[: stops[0] + 1] if stops else tokens
+        completion.tokens += tokens
+        if stops:
+            completion.finish_reason = "stop"
+        elif len(completion.tokens) == max_new_tokens:
+            completion.finish_reason = "length"
+        if on_tokens:
+            on_tokens(index, tokens)
+        if completion.finish_reason and on_finish:
+            on_finish(index, completion)
+        return completion.finish_reason is not None
+
+    for first in range(0, len(prompts), batch_size):
+        indices = by_length[first : first + batch_size]
+        batch = _Batch(
+            target,
+            drafter,
+            [prompts[i] for i in indices],
+            draft_width=draft_width,
+            max_new_tokens=max_new_tokens,
+            temperatures=[temperatures[i] for i in indices],
+            seeds=[(seed << 40) + (index << 20) for index in indices],
+            filters={"top_k": top_k, "top_p": top_p},
+        )
+        anchors = batch.prefill()
+        decoded.prefill_seconds += batch.watch.lap()["prefill"]
+        ended = [commit(i, [token]) for i, token in zip(indices, anchors, strict=True)]
+        while not all(ended):
+            # Ended rows ride along, frozen, until leaving them out saves more than copying the caches costs.
+            if 4 * sum(ended) >= len(ended):
+                rows = [row for row, done in enumerate(ended) if not done]
+                batch.select(rows)
+                indices, ended = [indices[row] for row in rows], [False] * len(rows)
+            for row, tokens in enumerate(batch.cycle(ended)):
+                if not ended[row]:
+                    completion = completions[indices[row]]
+                    before = len(completion.tokens)
+                    completion.accepted.append(len(tokens) - 1)
+                    ended[row] = commit(indices[row], tokens)
+                    completion.committed.append(len(completion.tokens) - before)
+            decoded.cycles += 1
+        laps = batch.watch.lap()
+        decoded.draft_seconds += laps.get("draft", 0.0)
+        decoded.verify_seconds += laps.get("verify", 0.0)
+    return decoded
+
+
+def _draft_width(target: Target, drafter: DFlashDrafter | None, block_size: int | None) -> int:
+    if drafter is None:
+        return 0
+    drafter.check_target(target)
+    if tuple(drafter.config.target_layer_ids) != target.tap_ids:
+        raise ValueError(
+            f"the drafter reads the target's layers {drafter.config.target_layer_ids}, "
+            f"the target is tapped at {list(target.tap_ids)}"
+        )
+    largest = drafter.config.block_size
+    block_size = largest if block_size is None else block_size
+    if not 2 <= block_size <= largest:
+        raise ValueError(f"block size {block_size} is not supported: this drafter fills blocks of 2 to {largest} slots")
+    return block_size - 1
+
+
+class _Batch:
+    """Rows decoded together: their caches, their anchors, and the features that the drafter has not seen yet."""
+
+    def __init__(self, target, drafter, prompts, *, draft_width, max_new_tokens, temperatures, seeds, filters):
+        self.target, self.drafter, self.draft_width, self.filters = target, drafter, draft_width, filters
+        self.greedy = max(temperatures) == 0
+        self.watch = Stopwatch(target.device)
+        device = target.device
+        self.temperature = torch.tensor(temperatures, device=device)
+        # Seeds belong to prompts and positions, so that a row's draws do not depend on the rows beside it.
+        self.seeds = torch.tensor(seeds, device=device)
+        # Prompts are aligned at their ends, so that the last column is every row's last token.
+        self.lengths = [len(prompt) for prompt in prompts]
+        width = max(self.lengths)
+        self.prompt_ids = torch.tensor([[0] * (width - len(p)) + list(p) for p in prompts], device=device)
+        self.start = torch.tensor(self.lengths, device=device)  # position of the anchor
+        positions = torch.arange(width, device=device) - (width - self.start)[:, None]
+        self.new_positions = positions.clamp(min=-1)
+        self.slots = torch.arange(draft_width + 1, device=device)
+        # A row's last cycle starts at most one token before its end and writes a whole block.
+        capacity = width + max_new_tokens + draft_width + 1
+        self.target_cache, self.draft_cache = RowCache(capacity), RowCache(capacity)
+
+    def prefill(self) -> list[int]:
+        """Runs the prompts through the target and draws every row's first token, its first anchor."""
+        self.watch.start("prefill")
+        chunk, features = 1024, []
+        for ids, positions in zip(self.prompt_ids.split(chunk, 1), self.new_positions.split(chunk, 1), strict=True):
+            # One more than the highest position of these columns: the longest row has no padding.
+            end = self.target_cache.visible + ids.shape[1]
+            self.target_cache.place(positions, end)
+            logits, taps = self.target.step(ids, positions, self.target_cache, keep_logits=1)
+            features.append(taps)
+        self.new_features = torch.cat(features, dim=1) if self.drafter else None
+        self.anchor = self._draw(logits, self.start[:, None])[0][:, 0]
+        anchors = self.anchor.tolist()
+        self.watch.stop()
+        return anchors
+
+    def cycle(self, ended: list[bool]) -> list[list[int]]:
+        """Drafts, verifies and commits once; returns every row's new tokens. Rows that have `ended` stay as they are."""
+        frozen = torch.tensor(ended, device=self.start.device)
+        positions = self.start[:, None] + self.slots
+        end = max(self.lengths) + self.draft_width + 1
+        draft, drawn = self._draft(positions, end)
+        self.watch.start("verify")
+        block = torch.cat([self.anchor[:, None], draft], dim=1)
+        self.target_cache.place(positions, end)
+        logits, taps = self.target.step(block, positions, self.target_cache, keep_logits=self.draft_width + 1)
+        result = self._verify(draft, drawn, logits)
+        # One transfer carries what the host needs: how many were accepted, and the tokens.
+        tokens = torch.cat([result.accepted[:, None], result.next_token[:, None], draft], dim=1).tolist()
+        self.watch.stop()
+
+        self.anchor = torch.where(frozen, self.anchor, result.next_token)
+        self.start = torch.where(frozen, self.start, self.start + result.accepted + 1)
+        self.new_features = taps
+        seen = (self.slots > result.accepted[:, None]) | frozen[:, None]
+        self.new_positions = positions.masked_fill(seen, -1)
+        committed = []
+        for row, (accepted, bonus, *drafted) in enumerate(tokens):
+            committed.append([*drafted[:accepted], bonus])
+            if not ended[row]:
+                self.lengths[row] += accepted + 1
+        return committed
+
+    def _draft(self, positions: Tensor, end: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """The drafted tokens [B, K], and what `verify` must know of their draw."""
+        if self.drafter is None:
+            return positions[:, :0], {}
+        self.watch.start("draft")
+        block = torch.full_like(positions, self.drafter.config.mask_token_id)
+        block[:, 0] = self.anchor
+        placed = torch.cat([self.new_positions, positions], dim=1)
+        self.draft_cache.place(placed, end)
+        hidden = self.drafter(
+            noise_embeds=self.drafter.embed(self.target, block),
+            context_hidden_states=self.new_features,
+            position_ids=placed.clamp(min=0),
+            attention_mask=self.drafter.decode_masks(self.start.int(), self.draft_width + 1, end),
+            past_key_values=self.draft_cache,
+        ).last_hidden_state
+        drawn = self._draw(self.drafter.logits(self.target, hidden[:, 1:]), positions[:, 1:])
+        self.watch.stop()
+        return drawn
+
+    def _draw(self, logits: Tensor, positions: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Draws the tokens [B, K] at `positions` from logits [B, K, V], and what `verify` must know of the draw."""
+        if self.greedy:
+            return logits.argmax(dim=-1), {}
+        drawn = sample(
+            logits.flatten(0, 1),
+            (self.seeds[:, None] + positions).flatten(),
+            temperature=self.temperature.repeat_interleave(logits.shape[1]),
+            **self.filters,
+        )
+        pivot, normaliser = (x.view(positions.shape) for x in (drawn.pivot, drawn.normaliser))
+        return drawn.token.view(positions.shape), {
+            "draft_logits": logits,
+            "draft_pivot": pivot,
+            "draft_normaliser": normaliser,
+        }
+
+    def _verify(self, draft: Tensor, drawn: dict[str, Tensor], logits: Tensor) -> Verification:
+        if self.greedy:
+            return verify(draft, logits)
+        return verify(
+            draft, logits, seed=self.seeds + self.start, temperature=self.temperature, **self.filters, **drawn
+        )
+
+    def select(self, rows: list[int]) -> None:
+        """Keeps only these rows."""
+        index = torch.tensor(rows, device=self.start.device)
+        self.lengths = [self.lengths[row] for row in rows]
+        self.anchor, self.start = self.anchor[index], self.start[index]
+        self.temperature, self.seeds = self.temperature[index], self.seeds[index]
+        self.new_positions = self.new_positions[index]
+        self.target_cache.select(index)
+        if self.drafter is not None:
+            self.new_features = self.new_features[index]
+            self.draft_cache.select(index)

@@ -1,0 +1,6 @@
+from .drafter import DFlashDrafter
+from .drafter_config import DFlashConfig, default_taps
+from .loading import load_drafter, load_target, stop_tokens
+from .target import Target
+
+__all__ = ["DFlashConfig", "DFlashDrafter", "Target", "default_taps", "load_drafter", "load_target", "stop_tokens"]

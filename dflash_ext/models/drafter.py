@@ -1,0 +1,221 @@
+"""The DFlash drafter (arXiv 2602.06036): a few layers that denoise one block of tokens from a target's features.
+
+Layout of a block: slot 0 is the anchor, the last token that was committed; slots 1..B-1 hold the mask token. A layer's keys
+are those of the context (features of the target, fused once, projected by the layer's own k_proj and v_proj) followed by
+the block's. Context makes no queries and passes no MLP. The embedding and the head are the target's.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache
+from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP, Qwen3RMSNorm, Qwen3RotaryEmbedding, apply_rotary_pos_emb
+
+from ..masks import IntervalMask
+from ..ops import block_attn
+from .drafter_config import DFlashConfig
+from .target import Target
+
+
+class DFlashAttention(nn.Module):
+    """Attention whose queries are the block and whose keys are [cached context | new context | block]."""
+
+    def __init__(self, config: DFlashConfig, layer_idx: int):
+        super().__init__()
+        self.layer_idx = layer_idx
+        self.head_dim = config.head_dim
+        hidden, bias = config.hidden_size, config.attention_bias
+        self.q_proj = nn.Linear(hidden, config.num_attention_heads * self.head_dim, bias=bias)
+        self.k_proj = nn.Linear(hidden, config.num_key_value_heads * self.head_dim, bias=bias)
+        self.v_proj = nn.Linear(hidden, config.num_key_value_heads * self.head_dim, bias=bias)
+        self.o_proj = nn.Linear(config.num_attention_heads * self.head_dim, hidden, bias=bias)
+        self.q_norm = Qwen3RMSNorm(self.head_dim, eps=config.rms_norm_eps)
+        self.k_norm = Qwen3RMSNorm(self.head_dim, eps=config.rms_norm_eps)
+
+    def forward(
+        self, block: Tensor, context: Tensor, rotary: tuple[Tensor, Tensor], mask: IntervalMask, cache: Cache | None
+    ) -> Tensor:
+        def heads(x: Tensor) -> Tensor:
+            return x.unflatten(-1, (-1, self.head_dim))
+
+        source = torch.cat([context, block], dim=1)
+        q = self.q_norm(heads(self.q_proj(block))).transpose(1, 2)
+        k = self.k_norm(heads(self.k_proj(source))).transpose(1, 2)
+        v = heads(self.v_proj(source)).transpose(1, 2)
+        cos, sin = rotary
+        block_len = block.shape[1]
+        q, _ = apply_rotary_pos_emb(q, q, cos[:, -block_len:], sin[:, -block_len:])
+        k, _ = apply_rotary_pos_emb(k, k, cos, sin)
+        if cache is not None:
+            k, v = cache.update(k, v, self.layer_idx)
+        out = block_attn(q, k, v.to(q.dtype), _over_last_keys(mask, k.shape[2]))
+        return self.o_proj(out.transpose(1, 2).flatten(2))
+
+
+def _over_last_keys(mask: IntervalMask, count: int) -> IntervalMask:
+    """The mask over its last `count` keys, which are all that transformers' sliding-window caches keep."""
+    gone = mask.kv_len - count
+    if gone == 0:
+        return mask
+    bounds = (mask.ctx_lo, mask.ctx_hi, mask.blk_lo, mask.blk_hi)
+    return IntervalMask(*((bound - gone).clamp(min=0) for bound in bounds), count)
+
+
+class DFlashLayer(nn.Module):
+    def __init__(self, config: DFlashConfig, layer_idx: int):
+        super().__init__()
+        self.self_attn = DFlashAttention(config, layer_idx)
+        self.mlp = Qwen3MLP(config)
+        self.input_layernorm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+    def forward(
+        self, block: Tensor, context: Tensor, rotary: tuple[Tensor, Tensor], mask: IntervalMask, cache: Cache | None
+    ) -> Tensor:
+        block = block + self.self_attn(self.input_layernorm(block), context, rotary, mask, cache)
+        return block + self.mlp(self.post_attention_layernorm(block))
+
+
+class DFlashDrafter(PreTrainedModel):
+    """Reads and writes the published DFlash checkpoints; serves training, decoding and transformers' own DFlash loop."""
+
+    config_class = DFlashConfig
+    base_model_prefix = ""
+    main_input_name = "noise_embeds"
+    _no_split_modules = ["DFlashLayer"]
+    _supports_sdpa = True
+
+    def __init__(self, config: DFlashConfig):
+        super().__init__(config)
+        taps = len(config.target_layer_ids)
+        self.fc = nn.Linear(taps * config.hidden_size, config.hidden_size, bias=False)
+        self.hidden_norm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.layers = nn.ModuleList(DFlashLayer(config, i) for i in range(config.num_hidden_layers))
+        self.norm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.rotary_emb = Qwen3RotaryEmbedding(config)
+        self.post_init()
+
+    @classmethod
+    def for_target(cls, target: Target, *, mask_token_id: int, **options) -> DFlashDrafter:
+        """A new drafter of random weights for `target`; `options` are those of `DFlashConfig.for_target`."""
+        return cls(DFlashConfig.for_target(target, mask_token_id=mask_token_id, **options))
+
+    def check_target(self, target: Target) -> None:
+        """Raises a ValueError that says what differs when this drafter was not made for `target`."""
+        config = self.config
+        for name, mine, theirs in (
+            ("hidden_size", config.hidden_size, target.hidden_size),
+            ("num_target_layers", config.num_target_layers, target.num_layers),
+            ("vocab_size", config.vocab_size, target.vocab_size),
+        ):
+            if mine is not None and mine != theirs:
+                raise ValueError(
+                    f"the drafter was made for another target: its {name} is {mine}, "
+                    f"{type(target.model).__name__} has {theirs}"
+                )
+
+    def embed(self, target: Target, token_ids: Tensor) -> Tensor:
+        """Embeds block tokens [...] with the target's table: [..., H], in the drafter's dtype."""
+        scale = self.config.optional("input_embedding_scale")
+        if scale is None:
+            embeds = target.embed(token_ids)
+        else:
+            embeds = nn.functional.embedding(token_ids, target.model.get_input_embeddings().weight) * scale
+        return embeds.to(self.dtype)
+
+    def logits(self, target: Target, hidden: Tensor) -> Tensor:
+        """Applies the target's head to the drafter's output [..., H]: [..., V]."""
+        logits = nn.functional.linear(self.head_input(hidden).to(target.dtype), target.head)
+        softcap = self.softcap
+        return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+
+    def head_input(self, hidden: Tensor) -> Tensor:
+        """What the target's head is applied to: the drafter's output [..., H] times the optional `output_multiplier`."""
+        multiplier = self.config.optional("output_multiplier")
+        return hidden if multiplier is None else hidden * multiplier
+
+    @property
+    def softcap(self) -> float | None:
+        """The optional soft cap of the drafter's logits."""
+        return self.config.optional("final_logit_softcapping")
+
+    def anchor_masks(
+        self, context_len: int, anchors: Tensor, keep: Tensor | None = None, context_start: Tensor | None = None
+    ) -> dict[str, IntervalMask]:
+        """Training masks by kind of layer, for blocks at `anchors` [B, N] over a context of `context_len` keys."""
+        # A causal block is the sliding convention's: without a window of its own it gets one that reaches everything.
+        everything = context_len + self.config.block_size
+        return {
+            kind: IntervalMask.anchor_blocks(
+                context_len,
+                anchors,
+                self.config.block_size,
+                keep=keep,
+                context_start=context_start,
+                window=(window or everything) if causal else window,
+                convention="specforge" if causal else "speculators",
+            )
+            for kind, causal, window in self.config.attention_kinds()
+        }
+
+    def decode_masks(self, cache_lens: Tensor, block_len: int, kv_len: int) -> dict[str, IntervalMask]:
+        """Decoding masks by kind of layer: a block behind `cache_lens` [B] context keys of each row."""
+        masks = {}
+        for kind, causal, window in self.config.attention_kinds():
+            if window is not None and not causal:
+                # The window of a bidirectional block is the anchor's: its later slots do not slide it.
+                start = (cache_lens - window).clamp(min=0)
+                masks[kind] = IntervalMask.decode(cache_lens, block_len, kv_start=start, kv_len=kv_len)
+            else:
+                masks[kind] = IntervalMask.decode(cache_lens, block_len, causal=causal, window=window, kv_len=kv_len)
+        return masks
+
+    def forward(
+        self,
+        noise_embeds: Tensor,
+        context_hidden_states: Tensor,
+        position_ids: Tensor,
+        attention_mask: dict[str, IntervalMask] | Tensor | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs,
+    ) -> BaseModelOutputWithPast:
+        """Denoises blocks in one pass.
+
+        Args:
+            noise_embeds: [B, Q, H], the embedded slots: one block when decoding, all anchors' blocks when training.
+            context_hidden_states: [B, S, taps * H], the target's features that are not in the cache yet.
+            position_ids: int64 [B, S + Q]: the context's positions, then the slots'.
+            attention_mask: masks by kind of layer (`anchor_masks`, `decode_masks`); or, for one block, None or a padding
+                mask [B, cached + S + Q] that is True (1) for tokens and False (0) for padding on the left.
+            past_key_values: a cache of the context's keys and values; the block's are appended and are the caller's to
+                drop.
+
+        Returns:
+            `last_hidden_state` [B, Q, H], to which the target's head applies; slot 0's is of no use.
+        """
+        block_len = noise_embeds.shape[1]
+        if not isinstance(attention_mask, dict):
+            cached = past_key_values.get_seq_length() if past_key_values is not None else 0
+            kv_len = cached + context_hidden_states.shape[1] + block_len
+            attention_mask = self._single_block_masks(attention_mask, noise_embeds, kv_len)
+        context = self.hidden_norm(self.fc(context_hidden_states.to(self.fc.weight.dtype)))
+        rotary = self.rotary_emb(noise_embeds, position_ids)
+        hidden = noise_embeds
+        for layer, kind in zip(self.layers, self.config.layer_types, strict=True):
+            hidden = layer(hidden, context, rotary, attention_mask[kind], past_key_values)
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden), past_key_values=past_key_values)
+
+    def _single_block_masks(self, padding: Tensor | None, noise_embeds: Tensor, kv_len: int) -> dict[str, IntervalMask]:
+        batch, block_len = noise_embeds.shape[:2]
+        lens = torch.full((batch,), kv_len - block_len, dtype=torch.int32, device=noise_embeds.device)
+        masks = self.decode_masks(lens, block_len, kv_len)
+        if padding is None:
+            return masks
+        first = padding.int().argmax(dim=1, keepdim=True).int()
+        return {
+            kind: IntervalMask(mask.ctx_lo.maximum(first), mask.ctx_hi, mask.blk_lo, mask.blk_hi, kv_len)
+            for kind, mask in masks.items()
+        }

@@ -1,0 +1,94 @@
+"""Reads targets, tokenizers and drafters from folders, and says in one line what is wrong with them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from huggingface_hub.errors import HFValidationError
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from .drafter import DFlashDrafter
+from .drafter_config import DFlashConfig
+
+
+def default_device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def load_target(
+    name: str, *, tokenizer: str | None = None, dtype: torch.dtype | None = None, device: torch.device | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A causal LM in evaluation mode, frozen, and its tokenizer.
+
+    Args:
+        name: a folder of safetensors or a model's name on the hub.
+        tokenizer: where the tokenizer is, `name` by default.
+        dtype: float32 on the CPU and bfloat16 on a GPU by default.
+
+    Raises:
+        ValueError: nothing there can be read as a causal LM, or the tokenizer is another model's.
+    """
+    device = device or default_device()
+    dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, use_safetensors=True)
+        tok = AutoTokenizer.from_pretrained(tokenizer or name)
+    except (OSError, HFValidationError) as error:
+        raise ValueError(f"cannot read a target from '{name}': {_first_line(error)}") from None
+    check_tokenizer(tok, model)
+    return model.to(device).eval().requires_grad_(False), tok
+
+
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
+    """Raises a ValueError when `tokenizer` cannot be the one that `model` was trained with."""
+    vocab = model.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > vocab:
+        raise ValueError(
+            f"the tokenizer is another model's: it has {len(tokenizer)} tokens, {type(model).__name__} embeds {vocab}"
+        )
+    ends = model.generation_config.eos_token_id if model.generation_config else None
+    ends = [ends] if isinstance(ends, int) else ends or []
+    if ends and tokenizer.eos_token_id is not None and tokenizer.eos_token_id not in ends:
+        raise ValueError(
+            f"the tokenizer is another model's: it ends texts with token {tokenizer.eos_token_id}, "
+            f"{type(model).__name__} with {', '.join(map(str, ends))}"
+        )
+
+
+def stop_tokens(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> tuple[int, ...]:
+    """The tokens that end an answer, by the model's generation config and its tokenizer."""
+    ends = model.generation_config.eos_token_id if model.generation_config else None
+    ends = {ends} if isinstance(ends, int) else set(ends or [])
+    return tuple(sorted(ends | ({tokenizer.eos_token_id} - {None})))
+
+
+def load_drafter(
+    path: str | Path, *, dtype: torch.dtype | None = None, device: torch.device | None = None
+) -> DFlashDrafter:
+    """A drafter in evaluation mode from a folder in the published layout (`config.json` and safetensors).
+
+    Raises:
+        ValueError: the folder holds no DFlash drafter, or its tensors do not fit its config.
+    """
+    device = device or default_device()
+    dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
+    if not (Path(path) / "config.json").is_file():
+        raise ValueError(f"no drafter in '{path}': there is no config.json")
+    config = DFlashConfig.from_pretrained(path)
+    if config.mask_token_id is None or not config.dflash_config.get("target_layer_ids"):
+        raise ValueError(f"no drafter in '{path}': its config.json has no dflash_config with mask_token_id and taps")
+    try:
+        drafter, info = DFlashDrafter.from_pretrained(
+            path, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True
+        )
+    except (OSError, RuntimeError) as error:
+        raise ValueError(f"cannot read the drafter in '{path}': {_first_line(error)}") from None
+    for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if keys := sorted(map(str, info.get(problem) or ())):
+            raise ValueError(f"the drafter in '{path}' does not fit its config: {problem.replace('_', ' ')} {keys[0]}")
+    return drafter.to(device).eval()
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -1,0 +1,130 @@
+"""One training run of a drafter: from answers to a folder with the drafter, its log and its curve."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch.utils.data import Dataset
+from transformers import TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
+
+from ..models import DFlashDrafter, Target
+from .trainer import AnchorCollator, DFlashTrainer
+
+
+@dataclass
+class Recipe:
+    """How to train; the defaults are the DFlash paper's where a small budget allows (arXiv 2602.06036).
+
+    Attributes:
+        steps: optimizer steps.
+        batch_size: sequences per device and forward pass.
+        accumulation: forward passes per step.
+        anchors: blocks drawn from each sequence.
+        gamma: decay of the position weights; None for D-PACE weights.
+        warmup: share of the steps over which the learning rate rises before its cosine decay.
+        save_every: steps between the checkpoints that an interrupted run resumes from; 0 for none.
+        compile: run the drafter under torch.compile.
+    """
+
+    steps: int = 1000
+    batch_size: int = 8
+    accumulation: int = 1
+    anchors: int = 64
+    learning_rate: float = 6e-4
+    weight_decay: float = 0.01
+    gamma: float | None = None
+    warmup: float = 0.04
+    seed: int = 0
+    save_every: int = 0
+    log_every: int = 10
+    compile: bool = False
+
+
+def train_drafter(
+    drafter: DFlashDrafter,
+    target: Target,
+    answers: Dataset,
+    output: str | Path,
+    recipe: Recipe,
+    *,
+    held_out: Dataset | None = None,
+    resume: bool = False,
+) -> list[dict]:
+    """Trains `drafter` in place and saves it to `output` in the published layout.
+
+    Args:
+        drafter: float32 on the target's device; on a GPU it trains under bfloat16 autocast.
+        answers: samples {"input_ids", "loss_mask"} of the target's own answers.
+        held_out: answers to prompts that are not trained on; evaluated at the end.
+        resume: go on from the last checkpoint in `output`.
+
+    Returns:
+        The log: one dict per entry, with step, loss, tau, learning rate. It is also written to `output/training.json`.
+
+    An interrupt saves the drafter as it stands before it is raised again.
+    """
+    output = Path(output)
+    on_gpu = target.device.type == "cuda"
+    config = drafter.config
+    args = TrainingArguments(
+        output_dir=str(output),
+        max_steps=recipe.steps,
+        per_device_train_batch_size=recipe.batch_size,
+        per_device_eval_batch_size=recipe.batch_size,
+        gradient_accumulation_steps=recipe.accumulation,
+        learning_rate=recipe.learning_rate,
+        weight_decay=recipe.weight_decay,
+        lr_scheduler_type="cosine",
+        warmup_steps=round(recipe.warmup * recipe.steps),
+        max_grad_norm=1.0,
+        bf16=on_gpu,
+        use_cpu=not on_gpu,
+        optim="adamw_torch_fused" if on_gpu else "adamw_torch",
+        torch_compile=recipe.compile,
+        logging_steps=recipe.log_every,
+        save_strategy="steps" if recipe.save_every else "no",
+        save_steps=recipe.save_every or 500,
+        save_total_limit=1,
+        seed=recipe.seed,
+        data_seed=recipe.seed,
+        train_sampling_strategy="group_by_length",
+        remove_unused_columns=False,
+        dataloader_num_workers=4 if on_gpu else 0,
+        dataloader_pin_memory=on_gpu,
+        report_to="none",
+        label_names=["labels"],
+        prediction_loss_only=True,
+    )
+    trainer = DFlashTrainer(
+        drafter,
+        target,
+        gamma=recipe.gamma,
+        args=args,
+        train_dataset=answers,
+        eval_dataset=held_out,
+        data_collator=AnchorCollator(recipe.anchors, config.block_size, config.mask_token_id),
+    )
+    checkpoint = get_last_checkpoint(str(output)) if resume and output.is_dir() else None
+    try:
+        trainer.train(resume_from_checkpoint=checkpoint)
+        if held_out is not None and len(held_out):
+            trainer.evaluate()
+    finally:
+        save_drafter(drafter, output, dtype=torch.bfloat16)
+        log = [entry for entry in trainer.state.log_history if entry]
+        (output / "training.json").write_text(json.dumps({"recipe": asdict(recipe), "log": log}, indent=1) + "\n")
+    return log
+
+
+def save_drafter(drafter: DFlashDrafter, folder: str | Path, *, dtype: torch.dtype | None = None) -> None:
+    """Writes `config.json` and safetensors shards of at most 16 MB, in `dtype` (the drafter's own by default)."""
+    dtype = dtype or drafter.dtype
+    state = {name: tensor.detach().to(dtype) for name, tensor in drafter.state_dict().items()}
+    was = drafter.config.dtype
+    drafter.config.dtype = dtype
+    drafter.save_pretrained(folder, state_dict=state, max_shard_size="16MB")
+    drafter.config.dtype = was
