@@ -1,0 +1,189 @@
+// Vectors of any width for the CPU kernels, through the compiler's vector extensions: one source, lowered to whatever
+// instruction set the file is compiled for. Everything sits in a namespace named after that instruction set, and no
+// standard-library template is used: otherwise the linker could keep an AVX-512 copy of a shared inline function.
+#pragma once
+
+#include <stdint.h>
+
+#ifndef DFLASH_ISA
+#error "CPU kernels are compiled once per instruction set with -DDFLASH_ISA=<name>"
+#endif
+#define DFLASH_INLINE static inline __attribute__((always_inline))
+#define DFLASH_MEMBER inline __attribute__((always_inline))
+
+namespace dflash::DFLASH_ISA {
+
+struct bfloat16 {
+  uint16_t bits;
+};
+struct float16 {
+  uint16_t bits;
+};
+
+template <class Element, int kLanes>
+struct VectorOf {
+  typedef Element type __attribute__((vector_size(sizeof(Element) * kLanes)));
+};
+template <class Element, int kLanes>
+using Vector = typename VectorOf<Element, kLanes>::type;
+
+#if defined(__AVX512F__)
+constexpr int kVectorBytes = 64;
+#elif defined(__AVX2__)
+constexpr int kVectorBytes = 32;
+#else
+constexpr int kVectorBytes = 16;
+#endif
+
+template <class V>
+constexpr int lanes_of = sizeof(V) / sizeof(V{}[0]);
+
+constexpr float kInfinity = __builtin_inff();
+
+template <class To, class From>
+DFLASH_INLINE To bits_as(const From& from) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  __builtin_memcpy(&to, &from, sizeof(to));
+  return to;
+}
+
+// ------------------------------------------------------------- loads and stores
+
+template <class V, class T>
+struct Memory;  // V: vector of float or double; T: element type in memory
+
+template <class V>
+struct Memory<V, float> {
+  static DFLASH_MEMBER V load(const float* p) {
+    V v;
+    __builtin_memcpy(&v, p, sizeof(v));
+    return v;
+  }
+  static DFLASH_MEMBER void store(float* p, V v) { __builtin_memcpy(p, &v, sizeof(v)); }
+};
+
+template <class V>
+struct Memory<V, double> {
+  static DFLASH_MEMBER V load(const double* p) {
+    V v;
+    __builtin_memcpy(&v, p, sizeof(v));
+    return v;
+  }
+  static DFLASH_MEMBER void store(double* p, V v) { __builtin_memcpy(p, &v, sizeof(v)); }
+};
+
+template <class V>
+struct Memory<V, bfloat16> {
+  using Narrow = Vector<uint16_t, lanes_of<V>>;
+  using Wide = Vector<uint32_t, lanes_of<V>>;
+  static DFLASH_MEMBER V load(const bfloat16* p) {
+    Narrow bits;
+    __builtin_memcpy(&bits, p, sizeof(bits));
+    return bits_as<V>(__builtin_convertvector(bits, Wide) << 16);
+  }
+  static DFLASH_MEMBER void store(bfloat16* p, V v) {
+    const Wide bits = bits_as<Wide>(v);
+    const Wide rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    const Narrow out = __builtin_convertvector(v == v ? rounded : (bits >> 16) | 0x40, Narrow);
+    __builtin_memcpy(p, &out, sizeof(out));
+  }
+};
+
+template <class V>
+struct Memory<V, float16> {
+  using Narrow = Vector<uint16_t, lanes_of<V>>;
+  using Wide = Vector<uint32_t, lanes_of<V>>;
+  static DFLASH_MEMBER V load(const float16* p) {
+    Narrow bits;
+    __builtin_memcpy(&bits, p, sizeof(bits));
+    const Wide wide = __builtin_convertvector(bits, Wide);
+    const Wide magnitude = (wide & 0x7fff) << 13;
+    // Moving the exponent by a multiplication gets subnormals right as well.
+    const Wide finite = bits_as<Wide>(bits_as<V>(magnitude) * 0x1p112f);
+    const Wide special = magnitude | 0x7f800000;
+    return bits_as<V>((magnitude >= 0x7c00u << 13 ? special : finite) | (wide & 0x8000) << 16);
+  }
+  static DFLASH_MEMBER void store(float16* p, V v) {
+    const Wide bits = bits_as<Wide>(v);
+    const Wide magnitude = bits & 0x7fffffff;
+    Wide normal = (magnitude + 0xfff + ((magnitude >> 13) & 1) - (112u << 23)) >> 13;
+    normal = normal > 0x7c00 ? Wide{} + 0x7c00 : normal;
+    // Below the smallest normal, adding 0.5 lines the mantissa up with half precision's and rounds it.
+    const Wide subnormal = bits_as<Wide>(bits_as<V>(magnitude) + 0.5f) - 0x3f000000;
+    Wide half = magnitude < 113u << 23 ? subnormal : normal;
+    half = magnitude > 0x7f800000 ? Wide{} + 0x7e00 : half;
+    const Narrow out = __builtin_convertvector(half | ((bits >> 16) & 0x8000), Narrow);
+    __builtin_memcpy(p, &out, sizeof(out));
+  }
+};
+
+template <class V, class T>
+DFLASH_INLINE V load(const T* p) {
+  return Memory<V, T>::load(p);
+}
+template <class T, class V>
+DFLASH_INLINE void store(T* p, V v) {
+  Memory<V, T>::store(p, v);
+}
+
+// ------------------------------------------------------------------ arithmetic
+
+DFLASH_INLINE float exp_of(float x) { return __builtin_expf(x); }
+DFLASH_INLINE double exp_of(double x) { return __builtin_exp(x); }
+DFLASH_INLINE float log_of(float x) { return __builtin_logf(x); }
+DFLASH_INLINE double log_of(double x) { return __builtin_log(x); }
+
+// e^x = 2^n e^r with |r| <= ln(2)/2; e^r by its Taylor polynomial (relative error below 1e-7 there). Results below
+// the smallest normal number are 0, above the largest infinity; NaN stays NaN.
+template <int kLanes>
+DFLASH_INLINE auto exp_lanes(Vector<float, kLanes> x) {
+  using V = Vector<float, kLanes>;
+  using I = Vector<int32_t, kLanes>;
+  constexpr float kRound = 0x1.8p23f;  // adding and subtracting it rounds to an integer
+  V bounded = x > 88.7f ? V{} + 88.7f : x;
+  bounded = bounded < -87.3f ? V{} - 87.3f : bounded;
+  const V shifted = bounded * 0x1.715476p0f + kRound;
+  const V n = shifted - kRound;
+  const V r = (bounded - n * 0x1.62e4p-1f) - n * 0x1.7f7d1cp-20f;
+  V poly = r * (1.0f / 5040) + 1.0f / 720;
+  poly = poly * r + 1.0f / 120;
+  poly = poly * r + 1.0f / 24;
+  poly = poly * r + 1.0f / 6;
+  poly = poly * r + 0.5f;
+  poly = poly * r + 1.0f;
+  poly = poly * r + 1.0f;
+  // n lies in the low bits of `shifted`. Two steps, because 2^128 is no float.
+  const I exponent = bits_as<I>(shifted) - bits_as<I>(V{} + kRound);
+  const I half = exponent >> 1;
+  V result = poly * bits_as<V>((half + 127) << 23) * bits_as<V>((exponent - half + 127) << 23);
+  result = x < -87.3f ? V{} : result;
+  return x > 88.7f ? V{} + kInfinity : result;
+}
+
+template <int kLanes>
+DFLASH_INLINE auto exp_lanes(Vector<double, kLanes> x) {
+  for (int i = 0; i < kLanes; ++i) x[i] = __builtin_exp(x[i]);
+  return x;
+}
+
+template <class V>
+DFLASH_INLINE V exp_of(V x) {
+  return exp_lanes<lanes_of<V>>(x);
+}
+
+template <class V>
+DFLASH_INLINE auto sum_lanes(V v) {
+  auto sum = v[0];
+  for (int i = 1; i < lanes_of<V>; ++i) sum += v[i];
+  return sum;
+}
+
+template <class V>
+DFLASH_INLINE auto max_lanes(V v) {
+  auto max = v[0];
+  for (int i = 1; i < lanes_of<V>; ++i) max = v[i] > max ? v[i] : max;
+  return max;
+}
+
+}  // namespace dflash::DFLASH_ISA

@@ -1,0 +1,49 @@
+// What every operator needs around torch's stable ABI.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <initializer_list>
+#include <optional>
+
+#include "common/check.h"
+
+// Weak: the CPU build of torch does not have it.
+extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void** stream);
+
+namespace dflash {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+inline Tensor new_empty(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType dtype) {
+  return torch::stable::new_empty(like, sizes, dtype);
+}
+
+template <class T>
+T* optional_data(const std::optional<Tensor>& tensor) {
+  return tensor ? static_cast<T*>(tensor->data_ptr()) : nullptr;
+}
+
+// Makes the tensor's device current for its lifetime, and knows the stream that torch uses there.
+class CudaScope {
+ public:
+  explicit CudaScope(const Tensor& tensor) : guard_(tensor.get_device_index()) {
+    check(aoti_torch_get_current_cuda_stream != nullptr, "this torch has no CUDA");
+    check(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream_) == 0, "no current CUDA stream");
+  }
+  void* stream() const { return stream_; }
+
+ private:
+  torch::stable::accelerator::DeviceGuard guard_;
+  void* stream_ = nullptr;
+};
+
+// `error` is what a kernel's launcher returned: null, or CUDA's message.
+inline void check_launch(const char* op, const char* error) {
+  check(error == nullptr, op, ": the CUDA launch failed: ", error ? error : "");
+}
+
+}  // namespace dflash

@@ -1,0 +1,51 @@
+// What the operator tells the kernels. Plain data: no torch header reaches a kernel.
+#pragma once
+
+#include <cstdint>
+
+namespace dflash {
+
+enum class DType { kFloat32, kFloat64, kBFloat16, kFloat16 };
+enum class Teacher { kNone, kKL, kTV };
+enum class Pass {
+  kForward,   // logits -> losses and stats
+  kBackward,  // logits, stats, grad_losses -> grad
+  kInPlace,   // logits -> losses, and logits become d(row_loss)/d(logits)
+};
+
+// Per row, for the backward: the softmax's normaliser, the teacher's, and what total variation needs.
+enum Stat { kMax, kLogSum, kTeacherMax, kTeacherLogSum, kMeanSign, kNumStats };
+
+// Row r of a [outer, inner, vocab] tensor starts at (r / inner) * outer_stride + (r % inner) * inner_stride.
+struct RowStrides {
+  int64_t outer = 0, inner = 0;
+};
+
+// `Real` below is float, or double where the logits are double.
+struct CrossEntropyParams {
+  Pass pass;
+  DType dtype;
+  Teacher teacher_kind;
+  int64_t rows, inner, vocab;
+
+  const void* logits;   // [rows, vocab]
+  const void* teacher;  // [rows, vocab], of the logits' dtype
+  void* grad;           // [rows, vocab], of the logits' dtype; the logits themselves for kInPlace
+  RowStrides logits_strides, teacher_strides, grad_strides;
+
+  const int64_t* target;    // [rows]
+  const void* weight;       // [rows] Real; null: all ones. Rows of weight 0 are skipped
+  const void* grad_losses;  // [rows] Real, for kBackward
+  int64_t grad_losses_stride;
+
+  void* losses;   // [rows] Real: weight * loss
+  void* nll;      // [rows] Real
+  void* entropy;  // [rows] Real
+  void* stats;    // [rows, kNumStats] Real; not used by kInPlace
+  bool* correct;  // [rows]
+
+  double softcap;  // 0: none
+  double label_smoothing, z_loss, teacher_mix;
+};
+
+}  // namespace dflash

@@ -1,0 +1,194 @@
+// Operators of the loss family. Shapes here are [outer, inner, vocab] for logits and [outer, inner] for everything per
+// row; dflash_ext/ops/loss.py brings tensors into this form and documents the semantics.
+#include "loss/kernels.h"
+
+#include <tuple>
+
+#include "common/cpu.h"
+#include "common/tensor.h"
+
+namespace dflash {
+
+DFLASH_CPU_KERNEL(CrossEntropyParams, masked_cross_entropy)
+
+namespace {
+
+constexpr const char* kOp = "masked_cross_entropy";
+
+DType dtype_of(const Tensor& logits) {
+  switch (logits.scalar_type()) {
+    case ScalarType::Float: return DType::kFloat32;
+    case ScalarType::BFloat16: return DType::kBFloat16;
+    case ScalarType::Half: return DType::kFloat16;
+    case ScalarType::Double:
+      check(logits.is_cpu(), kOp, ": float64 logits are supported on the CPU only");
+      return DType::kFloat64;
+    default: fail(kOp, ": logits must be float32, bfloat16 or float16 (on the CPU also float64)");
+  }
+}
+
+ScalarType real_of(const Tensor& logits) {
+  return logits.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+RowStrides row_strides(const char* name, const Tensor& rows) {
+  check(rows.size(2) <= 1 || rows.stride(2) == 1, kOp, ": the last dimension of ", name,
+        " must be contiguous, its stride is ", rows.stride(2));
+  return {rows.stride(0), rows.stride(1)};
+}
+
+void check_per_row(const char* name, const Tensor& tensor, const Tensor& logits, ScalarType dtype) {
+  check(tensor.dim() == 2 && tensor.size(0) == logits.size(0) && tensor.size(1) == logits.size(1) &&
+            tensor.is_contiguous() && tensor.scalar_type() == dtype &&
+            tensor.get_device_index() == logits.get_device_index() && tensor.is_cpu() == logits.is_cpu(),
+        kOp, ": ", name, " must be contiguous, one entry a row, on the logits' device and of the right dtype");
+}
+
+// Rows of weight 0 may hold any target. A CUDA kernel cannot raise: it makes such a row NaN.
+template <class Real>
+void check_targets(const CrossEntropyParams& p) {
+  const Real* weight = static_cast<const Real*>(p.weight);
+  for (int64_t row = 0; row < p.rows; ++row) {
+    const bool counts = !weight || weight[row] != 0;
+    check(!counts || (p.target[row] >= 0 && p.target[row] < p.vocab), kOp, ": target ", p.target[row], " of row ", row,
+          " is outside the vocabulary [0, ", p.vocab, "); give rows that do not count a weight of 0");
+  }
+}
+
+struct Options {
+  int64_t teacher_kind;
+  double teacher_mix, softcap, label_smoothing, z_loss;
+};
+
+CrossEntropyParams params_of(Pass pass, const Tensor& logits, const Tensor& target, const std::optional<Tensor>& weight,
+                             const std::optional<Tensor>& teacher, const Options& options) {
+  CrossEntropyParams p{};
+  p.pass = pass;
+  p.dtype = dtype_of(logits);
+  check(logits.dim() == 3, kOp, ": logits must be [outer, inner, vocab], they have ", logits.dim(), " dimensions");
+  p.inner = logits.size(1);
+  p.rows = logits.size(0) * p.inner;
+  p.vocab = logits.size(2);
+  check(p.vocab > 0 && p.vocab < int64_t(1) << 31, kOp, ": a vocabulary of ", p.vocab, " is not supported");
+  p.logits = logits.data_ptr();
+  p.logits_strides = row_strides("logits", logits);
+
+  check_per_row("target", target, logits, ScalarType::Long);
+  p.target = static_cast<const int64_t*>(target.data_ptr());
+  if (weight) check_per_row("weight", *weight, logits, real_of(logits));
+  p.weight = optional_data<void>(weight);
+  p.teacher_kind = Teacher::kNone;
+  if (teacher) {
+    check(teacher->dim() == 3 && teacher->size(0) == logits.size(0) && teacher->size(1) == p.inner &&
+              teacher->size(2) == p.vocab && teacher->scalar_type() == logits.scalar_type() &&
+              teacher->get_device_index() == logits.get_device_index() && teacher->is_cpu() == logits.is_cpu(),
+          kOp, ": teacher must have the logits' shape, dtype and device");
+    p.teacher_kind = options.teacher_kind == 0 ? Teacher::kKL : Teacher::kTV;
+    p.teacher = teacher->data_ptr();
+    p.teacher_strides = row_strides("teacher", *teacher);
+  }
+  p.softcap = options.softcap;
+  p.label_smoothing = options.label_smoothing;
+  p.z_loss = options.z_loss;
+  p.teacher_mix = options.teacher_mix;
+  return p;
+}
+
+void run(const CrossEntropyParams& p, const Tensor& logits) {
+  if (p.rows == 0) return;
+  if (logits.is_cpu()) {
+    p.dtype == DType::kFloat64 ? check_targets<double>(p) : check_targets<float>(p);
+    // At least 32 K logits a thread: below that, waking it costs more than it saves.
+    run_on_cpu(masked_cross_entropy, p, p.rows, 1 + 32768 / p.vocab);
+    return;
+  }
+#ifdef DFLASH_EXT_CUDA
+  const CudaScope cuda(logits);
+  check_launch(kOp, masked_cross_entropy_sm80(p, cuda.stream()));
+#else
+  fail(kOp, ": this build has no CUDA kernel for it (`dflash-ext doctor` shows what was built)");
+#endif
+}
+
+// (losses, nll, correct, entropy), each [outer, inner]
+using Rows = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+
+Rows new_rows(CrossEntropyParams& p, const Tensor& logits) {
+  const auto make = [&](ScalarType dtype) { return new_empty(logits, {logits.size(0), logits.size(1)}, dtype); };
+  Rows rows{make(real_of(logits)), make(real_of(logits)), make(ScalarType::Bool), make(real_of(logits))};
+  p.losses = std::get<0>(rows).data_ptr();
+  p.nll = std::get<1>(rows).data_ptr();
+  p.correct = static_cast<bool*>(std::get<2>(rows).data_ptr());
+  p.entropy = std::get<3>(rows).data_ptr();
+  return rows;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(Tensor logits, Tensor target, std::optional<Tensor> weight,
+                                                           std::optional<Tensor> teacher, int64_t teacher_kind,
+                                                           double teacher_mix, double softcap, double label_smoothing,
+                                                           double z_loss) {
+  auto p = params_of(Pass::kForward, logits, target, weight, teacher,
+                     {teacher_kind, teacher_mix, softcap, label_smoothing, z_loss});
+  auto [losses, nll, correct, entropy] = new_rows(p, logits);
+  Tensor stats = new_empty(logits, {logits.size(0), logits.size(1), kNumStats}, real_of(logits));
+  p.stats = stats.data_ptr();
+  run(p, logits);
+  return {losses, nll, correct, entropy, stats};
+}
+
+Tensor backward(Tensor grad_losses, Tensor logits, Tensor target, std::optional<Tensor> weight,
+                std::optional<Tensor> teacher, Tensor stats, int64_t teacher_kind, double teacher_mix, double softcap,
+                double label_smoothing, double z_loss) {
+  auto p = params_of(Pass::kBackward, logits, target, weight, teacher,
+                     {teacher_kind, teacher_mix, softcap, label_smoothing, z_loss});
+  check_per_row("grad_losses", grad_losses, logits, real_of(logits));
+  p.grad_losses = grad_losses.data_ptr();
+  p.stats = stats.data_ptr();
+  Tensor grad = new_empty(logits, {logits.size(0), logits.size(1), logits.size(2)}, logits.scalar_type());
+  p.grad = grad.data_ptr();
+  p.grad_strides = row_strides("grad", grad);
+  run(p, logits);
+  return grad;
+}
+
+Rows in_place(Tensor logits, Tensor target, std::optional<Tensor> weight, std::optional<Tensor> teacher,
+              int64_t teacher_kind, double teacher_mix, double softcap, double label_smoothing, double z_loss) {
+  auto p = params_of(Pass::kInPlace, logits, target, weight, teacher,
+                     {teacher_kind, teacher_mix, softcap, label_smoothing, z_loss});
+  p.grad = logits.data_ptr();
+  p.grad_strides = p.logits_strides;
+  Rows rows = new_rows(p, logits);
+  run(p, logits);
+  return rows;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(dflash_ext, m) {
+  m.def(
+      "masked_cross_entropy(Tensor logits, Tensor target, Tensor? weight, Tensor? teacher, int teacher_kind, "
+      "float teacher_mix, float softcap, float label_smoothing, float z_loss) "
+      "-> (Tensor losses, Tensor nll, Tensor correct, Tensor entropy, Tensor stats)");
+  m.def(
+      "masked_cross_entropy_backward(Tensor grad_losses, Tensor logits, Tensor target, Tensor? weight, "
+      "Tensor? teacher, Tensor stats, int teacher_kind, float teacher_mix, float softcap, float label_smoothing, "
+      "float z_loss) -> Tensor");
+  m.def(
+      "masked_cross_entropy_(Tensor(a!) logits, Tensor target, Tensor? weight, Tensor? teacher, int teacher_kind, "
+      "float teacher_mix, float softcap, float label_smoothing, float z_loss) "
+      "-> (Tensor losses, Tensor nll, Tensor correct, Tensor entropy)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(dflash_ext, CPU, m) {
+  m.impl("masked_cross_entropy", TORCH_BOX(&forward));
+  m.impl("masked_cross_entropy_backward", TORCH_BOX(&backward));
+  m.impl("masked_cross_entropy_", TORCH_BOX(&in_place));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(dflash_ext, CUDA, m) {
+  m.impl("masked_cross_entropy", TORCH_BOX(&forward));
+  m.impl("masked_cross_entropy_backward", TORCH_BOX(&backward));
+  m.impl("masked_cross_entropy_", TORCH_BOX(&in_place));
+}
+
+}  // namespace dflash

@@ -1,0 +1,42 @@
+"""The native library: where it is, loading it once, and what is known about its build."""
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+PATH = Path(__file__).with_name("libdflash_ext_ops.so")
+
+
+@cache
+def load() -> Path:
+    """Registers the native operators as ``torch.ops.dflash_ext`` and returns the library's path.
+
+    Raises:
+        ImportError: the library was not built, or this torch cannot load it.
+    """
+    if not PATH.exists():
+        raise ImportError(f"the native library {PATH} was not built: run `pip install -e .` in the source folder")
+    try:
+        torch.ops.load_library(str(PATH))
+    except OSError as error:
+        raise ImportError(
+            f"torch {torch.__version__} cannot load {PATH} (torch 2.11 or later is supported): {error}"
+        ) from error
+    return PATH
+
+
+def build_info() -> dict[str, Any] | None:
+    """Facts about the build, or None when the module that holds them was built for another Python.
+
+    Operators need none of this. Keys: ``version``, ``compiler``, ``cuda_version`` and ``cuda_archs`` (both empty in a
+    CPU-only build), ``cpu_isas`` (instruction sets with kernels of their own), and ``kernels``: for every CUDA kernel
+    and architecture a dict of ``name``, ``arch``, ``registers``, ``shared_bytes``, ``local_bytes``, ``spill_bytes``.
+    """
+    try:
+        from dflash_ext import _C
+    except ImportError:
+        return None
+    facts = {name: getattr(_C, name) for name in ("version", "compiler", "cuda_version", "cuda_archs", "cpu_isas")}
+    return {**facts, "kernels": _C.kernels()}

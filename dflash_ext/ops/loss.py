@@ -1,0 +1,202 @@
+"""Cross-entropy where it counts: per-row weights, softcap, label smoothing, z-loss and a teacher."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..library import load
+from ..reference import CrossEntropy
+
+load()
+_native = torch.ops.dflash_ext
+
+TEACHER_KINDS = ("kl", "tv")
+REDUCTIONS = ("mean", "sum", "none")
+
+
+class _Options(NamedTuple):
+    """The operators' trailing arguments, in their order."""
+
+    teacher_kind: int
+    teacher_mix: float
+    softcap: float
+    label_smoothing: float
+    z_loss: float
+
+
+def masked_cross_entropy(
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    *,
+    reduction: str = "mean",
+    softcap: float | None = None,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    teacher: Tensor | None = None,
+    teacher_kind: str = "kl",
+    teacher_mix: float = 0.0,
+) -> CrossEntropy:
+    """Weighted cross-entropy of each row of logits, with what training wants to know beside it.
+
+    With ``z = softcap * tanh(logits / softcap)`` (or the logits), ``p = softmax(z)`` and ``t = softmax(teacher)``::
+
+        row = (1 - teacher_mix) * ((1 - label_smoothing) * -log p[target] + label_smoothing * mean(-log p))
+              + z_loss * logsumexp(z) ** 2
+              + teacher_mix * distance(t, p)
+
+    Rows of weight 0 are skipped: they are not read, their outputs and gradients are 0, and they may hold any target.
+    The forward reads the logits once (twice with ``teacher_kind="tv"``), the backward reads them once and writes
+    their gradient once. Sums are in float32, in float64 for float64 logits.
+
+    Args:
+        logits: ``[..., V]`` float32, bfloat16 or float16, on the CPU also float64; any strides as long as the last
+            dimension is contiguous.
+        target: ``[...]`` integer. Outside ``[0, V)`` in a row that counts: an error on the CPU; on CUDA, where a check
+            would have to wait for the GPU, that row's loss, nll and gradient are NaN.
+        weight: ``[...]``, or None for ones everywhere.
+        reduction: ``"mean"`` is ``sum(weight * row) / sum(weight)``, 0 if no row counts; ``"sum"``; ``"none"`` is
+            ``weight * row`` per row.
+        softcap: bound on the logits' size (Gemma 2); None for none.
+        label_smoothing: share of the target's mass that is spread evenly over the vocabulary.
+        z_loss: weight of ``logsumexp ** 2``, which keeps the normaliser near 1 (PaLM).
+        teacher: logits of the teacher, of the same shape, dtype and device; the softcap is not applied to them.
+        teacher_kind: ``"kl"`` for KL(t || p), ``"tv"`` for total variation, half of ``sum |t - p|``: one minus the rate
+            at which speculative sampling accepts a draft.
+        teacher_mix: share of the teacher's term.
+
+    Returns:
+        CrossEntropy(loss, nll, correct, entropy). Only ``loss`` carries a gradient, and only to the logits. ``nll`` and
+        ``entropy`` (of p, in nats) are float32 or float64, ``correct`` says whether the argmax (the first, if there
+        are several) is the target.
+
+    Raises:
+        ValueError: an argument of the wrong shape, dtype or range.
+        RuntimeError: a target outside the vocabulary (CPU).
+    """
+    options = _options(reduction, softcap, label_smoothing, z_loss, teacher, teacher_kind, teacher_mix)
+    real = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    shape = logits.shape[:-1]
+    _check(logits, target, weight, teacher, shape)
+    rows = shape[-1:].numel()
+    weight = None if weight is None else weight.to(real).reshape(-1, rows).contiguous()
+    losses, nll, correct, entropy, _ = _native.masked_cross_entropy(
+        _as_3d(logits),
+        target.to(torch.int64).reshape(-1, rows).contiguous(),
+        weight,
+        None if teacher is None else _as_3d(teacher.detach()),
+        *options,
+    )
+    return CrossEntropy(
+        _reduce(losses, weight, reduction, shape), nll.view(shape), correct.view(shape), entropy.view(shape)
+    )
+
+
+def _as_3d(logits: Tensor) -> Tensor:
+    """[outer, inner, V] without a copy wherever the strides allow it."""
+    if logits.stride(-1) != 1 and logits.shape[-1] > 1:
+        raise ValueError(
+            f"masked_cross_entropy: the last dimension must be contiguous, its stride is {logits.stride(-1)}"
+        )
+    if logits.dim() < 3:
+        return logits[(None,) * (3 - logits.dim())]
+    return logits.flatten(0, -3)
+
+
+def _reduce(losses: Tensor, weight: Tensor | None, reduction: str, shape: torch.Size) -> Tensor:
+    if reduction == "none":
+        return losses.view(shape)
+    total = losses.sum()
+    if reduction == "sum":
+        return total
+    if weight is None:
+        return total / max(losses.numel(), 1)
+    count = weight.sum()
+    return total / torch.where(count == 0, 1.0, count)
+
+
+def _options(
+    reduction: str,
+    softcap: float | None,
+    label_smoothing: float,
+    z_loss: float,
+    teacher: Tensor | None,
+    teacher_kind: str,
+    teacher_mix: float,
+) -> _Options:
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction is {reduction!r}; 'mean', 'sum' and 'none' are supported")
+    if teacher_kind not in TEACHER_KINDS:
+        raise ValueError(f"teacher_kind is {teacher_kind!r}; 'kl' and 'tv' are supported")
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"softcap is {softcap}; it must be positive, or None for none")
+    for name, share in (("label_smoothing", label_smoothing), ("teacher_mix", teacher_mix)):
+        if not 0 <= share <= 1:
+            raise ValueError(f"{name} is {share}; it must be between 0 and 1")
+    if teacher is None and teacher_mix:
+        raise ValueError(f"teacher_mix is {teacher_mix}, but no teacher is given")
+    return _Options(
+        TEACHER_KINDS.index(teacher_kind), float(teacher_mix), softcap or 0.0, float(label_smoothing), float(z_loss)
+    )
+
+
+def _check(logits: Tensor, target: Tensor, weight: Tensor | None, teacher: Tensor | None, shape: torch.Size) -> None:
+    for name, tensor in (("target", target), ("weight", weight)):
+        if tensor is not None and tensor.shape != shape:
+            raise ValueError(f"{name} has shape {list(tensor.shape)}; one entry per row of logits is {list(shape)}")
+    if target.is_floating_point():
+        raise ValueError(f"target is {target.dtype}; token ids are integers")
+    if teacher is not None and (teacher.shape, teacher.dtype) != (logits.shape, logits.dtype):
+        raise ValueError(
+            f"teacher is {teacher.dtype} {list(teacher.shape)}; it must be like the logits, "
+            f"{logits.dtype} {list(logits.shape)}"
+        )
+    for name, tensor in (("target", target), ("weight", weight), ("teacher", teacher)):
+        if tensor is not None and tensor.device != logits.device:
+            raise ValueError(f"{name} is on {tensor.device}, the logits are on {logits.device}")
+    if weight is not None and weight.requires_grad:
+        raise ValueError("weight requires a gradient; only the logits get one: detach it")
+
+
+# ------------------------------------------------------------------- registration
+
+
+def _fake_rows(logits: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    real = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    row, flag = (logits.new_empty(logits.shape[:-1], dtype=dtype) for dtype in (real, torch.bool))
+    return row, torch.empty_like(row), flag, torch.empty_like(row)
+
+
+@torch.library.register_fake("dflash_ext::masked_cross_entropy")
+def _(logits, target, weight, teacher, *options):
+    rows = _fake_rows(logits)
+    return *rows, rows[0].new_empty(*rows[0].shape, 5)
+
+
+@torch.library.register_fake("dflash_ext::masked_cross_entropy_")
+def _(logits, target, weight, teacher, *options):
+    return _fake_rows(logits)
+
+
+@torch.library.register_fake("dflash_ext::masked_cross_entropy_backward")
+def _(grad_losses, logits, target, weight, teacher, stats, *options):
+    return logits.new_empty(logits.shape)
+
+
+def _keep(ctx, inputs, output):
+    logits, target, weight, teacher, *ctx.options = inputs
+    _, nll, correct, entropy, stats = output
+    ctx.mark_non_differentiable(nll, correct, entropy, stats)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(logits, target, weight, teacher, stats)
+
+
+def _backward(ctx, grad_losses, *_):
+    grad = None
+    if grad_losses is not None:
+        grad = _native.masked_cross_entropy_backward(grad_losses.contiguous(), *ctx.saved_tensors, *ctx.options)
+    return grad, *[None] * 8
+
+
+torch.library.register_autograd("dflash_ext::masked_cross_entropy", _backward, setup_context=_keep)
