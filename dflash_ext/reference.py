@@ -288,19 +288,22 @@ def verify(
 ) -> Verification:
     """Speculative sampling (arXiv 2211.17192, 2302.01318); see ``dflash_ext.verify`` for shapes and rules."""
     batch, drafted = draft_tokens.shape
-    vocab = target_logits.shape[-1]
     device = draft_tokens.device
-    if uniforms is None and (isinstance(temperature, Tensor) or temperature != 0):
-        raise ValueError("verify: temperature > 0 needs random numbers, and none were given")
-    temperature = _per_row(temperature, target_logits).flatten().expand(batch)
-    greedy = temperature == 0
     drafted_lens = torch.full((batch,), drafted, device=device) if draft_lens is None else draft_lens
     real = torch.arange(drafted, device=device) < drafted_lens[:, None]
-    draft_tokens = draft_tokens.masked_fill(~real, 0)
+    if not isinstance(temperature, Tensor) and temperature == 0:
+        best = target_logits.argmax(-1)
+        accepted = ((draft_tokens == best[:, :drafted]) & real).cumprod(-1).sum(-1)
+        return Verification(accepted, best.gather(-1, accepted[:, None])[:, 0])
+    if uniforms is None:
+        raise ValueError("verify: temperature > 0 needs random numbers, and none were given")
 
+    temperature = _per_row(temperature, target_logits).flatten().expand(batch)
+    greedy = temperature == 0
+    draft_tokens = draft_tokens.masked_fill(~real, 0)
     filters = (temperature, top_k, top_p, min_p)
     p = _filtered_probs(target_logits, *filters)
-    point = torch.nn.functional.one_hot(draft_tokens, vocab).to(p.dtype)
+    point = torch.nn.functional.one_hot(draft_tokens, p.shape[-1]).to(p.dtype)
     if draft_logits is None:
         q = point
     elif draft_pivot is None:
@@ -310,8 +313,6 @@ def verify(
         q = torch.where(z >= draft_pivot[..., None], (z - draft_normaliser[..., None]).exp(), 0.0)
     # At temperature 0 all of p is at the argmax, so a point-mass draft makes these rules the greedy ones.
     q = torch.where(greedy[:, None, None], point, q)
-    if uniforms is None:
-        uniforms = torch.zeros(batch, drafted + 1, device=device)
 
     picked = draft_tokens[..., None]
     p_token = p[:, :drafted].gather(-1, picked)[..., 0]

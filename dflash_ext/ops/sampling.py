@@ -237,7 +237,7 @@ def _uniforms(op: str, seed: Tensor, stream: int, rows: int, count: int) -> Tens
     return _shifted(bits, 11).double() * 2.0**-53
 
 
-# 2^64 over the golden ratio and SplitMix64's two multipliers, as signed numbers, for torch.int64 wraps around.
+# 2^64 over the golden ratio and SplitMix64's two multipliers, as the signed numbers that torch.int64 holds.
 _GOLDEN, _FIRST, _SECOND = -0x61C8864680B583EB, -0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15
 
 

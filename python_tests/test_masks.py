@@ -1,0 +1,386 @@
+"""Every constructor against its rule, written here once more for one (row, key) pair at a time."""
+
+from functools import partial
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils import _pytree as pytree
+
+from dflash_ext import IntervalMask, block_attn
+
+settings.register_profile("masks", max_examples=40, deadline=None)
+settings.load_profile("masks")
+
+LEN = st.integers(0, 9)
+LENS = st.lists(st.integers(0, 9), min_size=1, max_size=3)
+BLOCK = st.integers(1, 4)
+WINDOW = st.integers(1, 6)
+
+
+def matrix(rows, keys, sees):
+    return torch.tensor([[bool(sees(i, j)) for j in range(keys)] for i in range(rows)]).reshape(rows, keys)
+
+
+def assert_mask(mask, entries):
+    """entries: one bool [Lq, Lk] matrix per batch entry."""
+    want = torch.stack(entries)[:, None]
+    assert torch.equal(mask.to_bool().expand_as(want), want)
+    for bound in (mask.ctx_lo, mask.ctx_hi, mask.blk_lo, mask.blk_hi):
+        assert ((bound >= 0) & (bound <= mask.kv_len)).all()
+
+
+def causal(i, j):
+    return j <= i
+
+
+def windowed(i, j, window):
+    return j <= i and i - j < window
+
+
+def prefix_lm(i, j, prefix):
+    return j < prefix or j <= i
+
+
+def prefix_block(i, j, prefix):
+    return j <= i if i < prefix else True
+
+
+def block_causal(i, j, block_size, prefix):
+    if i < prefix:
+        return j <= i
+    return j < prefix or (j - prefix) // block_size <= (i - prefix) // block_size
+
+
+def block_diffusion(i, j, block_size, half):
+    """The first half of the rows and keys is noised, the second clean."""
+    noised_row, noised_key = i < half, j < half
+    row_block, key_block = i % half // block_size, j % half // block_size
+    if noised_row:
+        return key_block == row_block if noised_key else key_block < row_block
+    return not noised_key and key_block <= row_block
+
+
+# The constructors of self-attention, each with its rule.
+SELF_ATTENTION = {
+    "causal": (IntervalMask.causal, causal),
+    "sliding_window": (partial(IntervalMask.sliding_window, window=3), partial(windowed, window=3)),
+    "prefix_lm": (partial(IntervalMask.prefix_lm, prefix_len=4), partial(prefix_lm, prefix=4)),
+    "prefix_block": (partial(IntervalMask.prefix_block, prefix_len=4), partial(prefix_block, prefix=4)),
+    "block_causal": (
+        partial(IntervalMask.block_causal, block_size=3, prefix_len=2),
+        partial(block_causal, block_size=3, prefix=2),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SELF_ATTENTION)
+@given(lens=LENS, extra=st.integers(0, 2), packed_tail=st.integers(0, 3))
+def test_self_attention_at_one_length_in_padded_batches_and_packed(name, lens, extra, packed_tail):
+    build, rule = SELF_ATTENTION[name]
+    assert_mask(build(lens[0]), [matrix(lens[0], lens[0], rule)])
+
+    width = max(lens) + extra
+    padded = [matrix(width, width, lambda i, j, n=n: i < n and j < n and rule(i, j)) for n in lens]
+    assert_mask(build(torch.tensor(lens), max_len=width), padded)
+
+    offsets = torch.tensor([0, *lens]).cumsum(0)
+    total = int(offsets[-1]) + packed_tail
+    documents = torch.block_diag(*(matrix(n, n, rule) for n in lens), torch.zeros(packed_tail, packed_tail))
+    assert_mask(IntervalMask.packed(offsets.tolist(), build, total_len=total), [documents.bool()])
+    assert_mask(IntervalMask.packed(offsets, build, total_len=total, max_len=width), [documents.bool()])
+
+
+@given(length=LEN, prefixes=LENS, block_size=BLOCK, window=WINDOW)
+def test_parameters_may_differ_by_row(length, prefixes, block_size, window):
+    def rows(rule, **fixed):
+        return [matrix(length, length, partial(rule, prefix=p, **fixed)) for p in prefixes]
+
+    given = torch.tensor(prefixes, dtype=torch.int32)
+    assert_mask(IntervalMask.prefix_lm(length, given), rows(prefix_lm))
+    assert_mask(IntervalMask.prefix_block(length, given), rows(prefix_block))
+    blocks = rows(block_causal, block_size=block_size)
+    assert_mask(IntervalMask.block_causal(length, block_size, given), blocks)
+    sliding = matrix(length, length, partial(windowed, window=window))
+    assert_mask(IntervalMask.sliding_window(length, window), [sliding])
+
+
+@given(lens=LENS, prefixes=st.lists(LEN, min_size=3, max_size=3))
+def test_packed_documents_have_their_own_prefixes(lens, prefixes):
+    offsets = torch.tensor([0, *lens]).cumsum(0).tolist()
+    given = torch.tensor(prefixes[: len(lens)])
+    want = torch.block_diag(
+        *(matrix(n, n, partial(prefix_block, prefix=p)) for n, p in zip(lens, prefixes, strict=False))
+    )
+    inner = partial(IntervalMask.prefix_block, prefix_len=given)
+    assert_mask(IntervalMask.packed(offsets, inner), [want.bool().reshape(sum(lens), sum(lens))])
+
+
+@given(lens=st.lists(st.integers(1, 8), min_size=1, max_size=3), block_size=BLOCK)
+def test_block_diffusion(lens, block_size):
+    width = max(lens)
+
+    def sees(i, j, length):
+        if i % width >= length or j % width >= length:
+            return False
+        return block_diffusion(i, j, block_size, width)
+
+    want = [matrix(2 * width, 2 * width, partial(sees, length=n)) for n in lens]
+    assert_mask(IntervalMask.block_diffusion(torch.tensor(lens), block_size, max_len=width), want)
+    alone = matrix(2 * width, 2 * width, partial(sees, length=width))
+    assert_mask(IntervalMask.block_diffusion(width, block_size), [alone])
+
+
+@given(lens=LENS, q_len=LEN)
+def test_full(lens, q_len):
+    want = [matrix(q_len, 9, lambda i, j, n=n: j < n) for n in lens]
+    assert_mask(IntervalMask.full(torch.tensor(lens), q_len=q_len, kv_len=9), want)
+    assert_mask(IntervalMask.full(lens[0]), [torch.ones(lens[0], lens[0], dtype=torch.bool)])
+
+
+@st.composite
+def anchored(draw):
+    """Unsorted anchors, kept and dropped, over a context of packed documents."""
+    batch, count, context_len = draw(st.integers(1, 2)), draw(st.integers(0, 4)), draw(st.integers(1, 9))
+    positions = st.integers(0, context_len - 1)
+    anchors = [[draw(positions) for _ in range(count)] for _ in range(batch)]
+    keep = [[draw(st.booleans()) for _ in range(count)] for _ in range(batch)]
+    document_start = []
+    for _ in range(batch):
+        starts = sorted({0, *draw(st.lists(positions, max_size=2))})
+        document_start.append([max(s for s in starts if s <= pos) for pos in range(context_len)])
+    return context_len, anchors, keep, document_start
+
+
+@given(
+    case=anchored(),
+    block_size=BLOCK,
+    window=st.none() | WINDOW,
+    convention=st.sampled_from(["specforge", "speculators"]),
+    include_context=st.booleans(),
+)
+def test_anchor_blocks(case, block_size, window, convention, include_context):
+    context_len, anchors, keep, document_start = case
+    batch, count = len(anchors), len(anchors[0])
+    head = context_len if include_context else 0
+
+    def sees(row, key, b):
+        if row < head:
+            near = window is None or row - key < window
+            return document_start[b][row] <= key <= row and near
+        n, slot = divmod(row - head, block_size)
+        anchor = anchors[b][n]
+        if not keep[b][n]:
+            return False
+        if key < context_len:
+            if not document_start[b][anchor] <= key < anchor:
+                return False
+            if window is None:
+                return True
+            return anchor + slot - key < window if convention == "specforge" else anchor - key <= window
+        key_block, key_slot = divmod(key - context_len, block_size)
+        if key_block != n:
+            return False
+        if window is not None and convention == "specforge":
+            return 0 <= slot - key_slot < window
+        return True
+
+    by_token = torch.tensor(document_start)
+    given_anchors = torch.tensor(anchors, dtype=torch.int64).reshape(batch, count)
+    mask = IntervalMask.anchor_blocks(
+        context_len,
+        given_anchors,
+        block_size,
+        keep=torch.tensor(keep, dtype=torch.bool).reshape(batch, count),
+        context_start=by_token if include_context else by_token.gather(1, given_anchors),
+        window=window,
+        convention=convention,
+        include_context=include_context,
+    )
+    rows, keys = head + count * block_size, context_len + count * block_size
+    assert_mask(mask, [matrix(rows, keys, partial(sees, b=b)) for b in range(batch)])
+
+
+@given(
+    rows=st.lists(st.tuples(st.integers(0, 6), st.integers(0, 4), st.integers(0, 6)), min_size=1, max_size=3),
+    causal_block=st.booleans(),
+    window=st.none() | WINDOW,
+)
+def test_decode(rows, causal_block, window):
+    block_len, capacity = 4, 12
+
+    def sees(slot, key, cached, length, start):
+        pos = cached + slot
+        if slot >= length or key >= cached + length or key < start:
+            return False
+        if window is not None and pos - key >= window:
+            return False
+        return key <= pos or not causal_block
+
+    rows = [(c, n, min(start, c)) for c, n, start in rows]
+    cached, lengths, starts = (torch.tensor(column) for column in zip(*rows, strict=True))
+    mask = IntervalMask.decode(
+        cached,
+        block_len,
+        q_lens=lengths,
+        kv_start=starts,
+        causal=causal_block,
+        window=window,
+        kv_len=capacity,
+    )
+    want = [matrix(block_len, capacity, partial(sees, cached=c, length=n, start=s)) for c, n, s in rows]
+    assert_mask(mask, want)
+    c = rows[0][0]
+    alone = matrix(block_len, c + block_len, partial(sees, cached=c, length=block_len, start=0))
+    assert_mask(IntervalMask.decode(c, block_len, causal=causal_block, window=window), [alone])
+
+
+def test_anchor_blocks_and_decode_show_a_block_the_same_keys():
+    for window in (None, 3):
+        training = IntervalMask.anchor_blocks(8, torch.tensor([[5]]), 4, window=window).to_bool()[0, 0]
+        decoding = IntervalMask.decode(5, 4, causal=window is not None, window=window).to_bool()[0, 0]
+        assert torch.equal(torch.cat((training[:, :5], training[:, 8:]), dim=1), decoding)
+
+
+# ---- other forms -----------------------------------------------------------------------------------------
+
+
+@given(bounds=st.lists(st.integers(0, 7), min_size=24, max_size=24))
+def test_any_two_intervals_survive_a_round_trip(bounds):
+    mask = IntervalMask(*torch.tensor(bounds, dtype=torch.int32).view(4, 2, 3), kv_len=7)
+    dense = mask.to_bool()
+    for form in (dense, dense[:, 0], mask.to_dense(torch.float32), mask.to_dense(torch.float16)):
+        assert torch.equal(IntervalMask.from_dense(form).to_bool(), dense)
+    assert torch.equal(IntervalMask.from_dense(dense[1, 0]).to_bool(), dense[1:])
+
+
+@given(visible=st.lists(st.booleans(), min_size=24, max_size=24))
+def test_from_dense_takes_two_runs_and_refuses_three(visible):
+    dense = torch.tensor(visible).view(2, 2, 6)
+    runs = [
+        ["".join(".#"[x] for x in row).replace(".", " ").split() for row in b] for b in dense.int().tolist()
+    ]
+    worst = next(((b, i) for b in range(2) for i in range(2) if len(runs[b][i]) > 2), None)
+    if worst is None:
+        assert torch.equal(IntervalMask.from_dense(dense).to_bool()[:, 0], dense)
+    else:
+        with pytest.raises(
+            ValueError, match=f"row {worst[1]} of batch entry {worst[0]} sees 3 separate runs"
+        ):
+            IntervalMask.from_dense(dense)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_to_dense_is_finite_zero_where_visible_and_lowest_elsewhere(dtype):
+    mask = IntervalMask.block_diffusion(6, 2)
+    dense = mask.to_dense(dtype)
+    assert dense.dtype == dtype and dense.isfinite().all()
+    assert torch.equal(dense == 0, mask.to_bool())
+    assert (dense[~mask.to_bool()] == torch.finfo(dtype).min).all()
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [
+        IntervalMask.anchor_blocks(
+            300, torch.tensor([[250, 7], [140, 0]]), 4, keep=torch.tensor([[True] * 2] * 2)
+        ),
+        IntervalMask.block_causal(260, 16, 10),
+    ],
+    ids=["batch", "one for all"],
+)
+def test_to_flex_is_the_same_mask(mask):
+    from torch.nn.attention.flex_attention import create_mask, flex_attention
+
+    flex = mask.to_flex()
+    again = create_mask(flex.mask_mod, mask.batch, 1, mask.q_len, mask.kv_len, device="cpu")
+    assert torch.equal(again, mask.to_bool())
+    torch.manual_seed(0)
+    q = torch.randn(mask.batch, 2, mask.q_len, 8)
+    k, v = torch.randn(2, mask.batch, 2, mask.kv_len, 8)
+    torch.testing.assert_close(flex_attention(q, k, v, block_mask=flex), block_attn(q, k, v, mask))
+
+
+def test_a_mask_passes_through_torch_compile_in_both_directions():
+    @partial(torch.compile, fullgraph=True, backend="eager")
+    def step(mask, cache_lens, x):
+        fresh = IntervalMask.decode(cache_lens, 2, kv_len=mask.kv_len)
+        return fresh, x + mask.to_dense(x.dtype).clamp(min=-1)
+
+    mask = IntervalMask.prefix_block(5, 2)
+    fresh, out = step(mask, torch.tensor([1, 3]), torch.zeros(5, 5))
+    assert torch.equal(out, mask.to_bool().float() - 1)
+    assert torch.equal(fresh.to_bool(), IntervalMask.decode(torch.tensor([1, 3]), 2, kv_len=5).to_bool())
+
+
+def test_a_mask_is_a_pytree_whose_key_count_is_structure():
+    mask = IntervalMask.causal(4)
+    leaves, structure = pytree.tree_flatten({"mask": mask})
+    assert [leaf.shape for leaf in leaves] == [(1, 4)] * 4
+    assert structure != pytree.tree_flatten({"mask": IntervalMask.full(2, q_len=4)})[1]
+    doubled = pytree.tree_map(lambda x: torch.cat((x, x)), mask)
+    assert doubled.batch == 2 and torch.equal(doubled.to_bool()[1:], mask.to_bool())
+    pytree.tree_map(str, mask)
+
+
+def test_properties_and_device():
+    mask = IntervalMask.decode(torch.tensor([1, 2, 3]), 4, kv_len=9)
+    assert (mask.batch, mask.q_len, mask.kv_len, mask.device.type) == (3, 4, 9, "cpu")
+    assert mask.to("meta").device.type == "meta"
+    assert IntervalMask.causal(3, device="meta").device.type == "meta"
+
+
+@pytest.mark.gpu
+def test_constructors_do_not_wait_for_the_gpu():
+    lens = torch.tensor([3, 5], device="cuda")
+    anchors = torch.tensor([[4, 1], [0, 2]], device="cuda")
+
+    def build():
+        return (
+            IntervalMask.prefix_block(lens, 2, max_len=6),
+            IntervalMask.block_diffusion(lens, 2, max_len=6),
+            IntervalMask.packed(lens.cumsum(0), IntervalMask.causal, total_len=8),
+            IntervalMask.anchor_blocks(6, anchors, 4, window=3),
+            IntervalMask.decode(lens, 4, causal=True, kv_len=12),
+        )
+
+    build()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        masks = build()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert all(mask.device.type == "cuda" for mask in masks)
+
+
+# ---- refusals --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: IntervalMask.causal(torch.tensor([3])), "max_len is required"),
+        (lambda: IntervalMask.causal(-1), "seq_len is -1"),
+        (lambda: IntervalMask.causal(torch.tensor([3.0]), max_len=3), "torch.float32"),
+        (lambda: IntervalMask.prefix_block(4, torch.tensor([[1]])), "prefix_len"),
+        (lambda: IntervalMask.sliding_window(4, 0), "window is 0"),
+        (lambda: IntervalMask.block_causal(4, 0), "block_size is 0"),
+        (lambda: IntervalMask.full(torch.tensor([2])), "kv_len is required"),
+        (lambda: IntervalMask.decode(torch.tensor([2]), 4), "kv_len is required"),
+        (lambda: IntervalMask.packed(torch.tensor([0, 2]), IntervalMask.causal), "total_len is required"),
+        (lambda: IntervalMask.packed([0], IntervalMask.causal), "cu_seqlens"),
+        (lambda: IntervalMask.packed([0, 4], partial(IntervalMask.block_diffusion, block_size=2)), "8 rows"),
+        (lambda: IntervalMask.anchor_blocks(4, torch.tensor([1]), 2), "anchors"),
+        (lambda: IntervalMask.anchor_blocks(4, torch.tensor([[1]]), 2, convention="other"), "'other'"),
+        (lambda: IntervalMask.anchor_blocks(4, torch.tensor([[1]]), 2, keep=torch.ones(1, 2) > 0), "keep"),
+        (lambda: IntervalMask.from_dense(torch.ones(1, 2, 3, 3, dtype=torch.bool)), r"\[1, 2, 3, 3\]"),
+        (lambda: IntervalMask.from_dense(torch.tensor([[0.0, -0.5]])), "-0.5"),
+        (lambda: IntervalMask(*torch.zeros(4, 1, 3).int()[:3], torch.zeros(1, 2).int(), 3), "blk_hi"),
+        (lambda: IntervalMask(*torch.zeros(4, 1, 3), 3), "ctx_lo is torch.float32"),
+    ],
+)
+def test_refusals_name_the_value(build, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        build()
+    assert "\n" not in str(caught.value)
