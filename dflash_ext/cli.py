@@ -195,8 +195,8 @@ def generate(
     """Decodes prompts: speculatively with a drafter, plainly without one."""
     from .data import Conversation, encode, read_conversations
     from .decode import decode
+    from .eval import table
     from .models import stop_tokens
-    from .report import completion_line, statistics_table
 
     if bool(prompt) == (prompts is not None):
         raise ValueError("generate needs prompts: as arguments, or a file with --prompts")
@@ -204,7 +204,7 @@ def generate(
         [Conversation.user(text) for text in prompt] if prompt else read_conversations(prompts, field=field, limit=limit)
     )
     model, tok = _load_target(target, tokenizer, dtype, device)
-    tapped, draft = _pair(model, target, drafter, dtype, device)
+    tapped, draft = _pair(model, drafter)
     encoded = [encode(c, tok, max_prompt_tokens=max_prompt_tokens) for c in conversations]
     streaming = len(encoded) == 1
     written = output.open("w") if output else None
@@ -217,7 +217,8 @@ def generate(
     def finish(index: int, completion) -> None:
         text = tok.decode(completion.tokens, skip_special_tokens=True)
         if written:
-            written.write(json.dumps({"index": index, "text": text, **completion_line(completion)}) + "\n")
+            row = {"index": index, "text": text, "finish_reason": completion.finish_reason, "tau": completion.tau}
+            written.write(json.dumps(row) + "\n")
             written.flush()
         elif not streaming:
             console.rule(f"prompt {index + 1}")
@@ -240,7 +241,7 @@ def generate(
     )
     if streaming:
         print()
-    console.print(statistics_table({"all prompts": decoded}))
+    console.print(table({"all prompts": decoded}))
 
 
 @command
@@ -261,19 +262,19 @@ def evaluate(
 ) -> None:
     """Measures tau and acceptance by position on prompt sets, by real decoding."""
     from .data import encode, read_conversations
-    from .eval import measure
+    from .decode import decode
+    from .eval import figures, table
     from .models import stop_tokens
     from .progress import progress
-    from .report import statistics_table
 
     sets = {path.stem: read_conversations(path, limit=limit) for path in prompts}
     model, tok = _load_target(target, tokenizer, dtype, device)
-    tapped, draft = _pair(model, target, drafter, dtype, device)
+    tapped, draft = _pair(model, drafter)
     results = {}
     for name, conversations in sets.items():
         encoded = [encode(c, tok, max_prompt_tokens=2048) for c in conversations]
         with progress(console, name, len(encoded)) as advance:
-            results[name] = measure(
+            results[name] = decode(
                 tapped,
                 draft,
                 encoded,
@@ -285,10 +286,8 @@ def evaluate(
                 seed=seed,
                 on_finish=lambda *_: advance(1),
             )
-    console.print(statistics_table(results))
+    console.print(table(results))
     if output:
-        from .eval import figures
-
         output.write_text(json.dumps({name: figures(decoded) for name, decoded in results.items()}, indent=1) + "\n")
         console.print(f"the figures are in {output}")
 
@@ -322,3 +321,35 @@ def _load_target(name: str, tokenizer: str | None, dtype: str | None, device: st
         raise ValueError("there is no CUDA device here; leave --device out to run on the CPU")
     source = str(smollm2_path()) if name == "smollm2" else name
     return load_target(source, tokenizer=tokenizer, dtype=kinds.get(dtype), device=where)
+
+
+def _pair(model, path: Path | None):
+    """The target, tapped for the drafter in `path` if there is one, and that drafter."""
+    from .models import Target, load_drafter
+
+    if path is None:
+        return Target(model), None
+    drafter = load_drafter(path, dtype=model.dtype, device=model.device)
+    return Target(model, drafter.config.target_layer_ids), drafter
+
+
+def _mask_token(tokenizer, given: str | None) -> int:
+    """The id of the mask token: as given by text or id, or the tokenizer's own."""
+    if given is None:
+        if tokenizer.mask_token_id is None:
+            raise ValueError("the tokenizer has no mask token: name a spare one, by text or id, with --mask-token")
+        return tokenizer.mask_token_id
+    if given.isdigit():
+        return int(given)
+    token = tokenizer.convert_tokens_to_ids(given)
+    if token is None or token == tokenizer.unk_token_id:
+        raise ValueError(f"mask token '{given}' is not in the tokenizer's vocabulary")
+    return token
+
+
+def main() -> None:
+    app()
+
+
+if __name__ == "__main__":
+    main()

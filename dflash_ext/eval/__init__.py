@@ -1,0 +1,3 @@
+from .figures import figures, table
+
+__all__ = ["figures", "table"]

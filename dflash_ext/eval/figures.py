@@ -1,0 +1,41 @@
+"""What a decoding run shows, in plain numbers and as a table."""
+
+from __future__ import annotations
+
+from rich.table import Table
+
+from ..decode import Decoded
+
+
+def figures(decoded: Decoded) -> dict:
+    """A JSON-ready summary; times are milliseconds per cycle of a whole batch."""
+    return {
+        "prompts": len(decoded.completions),
+        "tokens": sum(len(c.tokens) for c in decoded.completions),
+        "tau": round(decoded.tau, 4),
+        "acceptance": [round(share, 4) for share in decoded.acceptance],
+        "tokens_per_second": round(decoded.tokens_per_second, 1),
+        "draft_ms": round(1e3 * decoded.draft_seconds / max(decoded.cycles, 1), 3),
+        "verify_ms": round(1e3 * decoded.verify_seconds / max(decoded.cycles, 1), 3),
+    }
+
+
+def table(results: dict[str, Decoded]) -> Table:
+    """One row per named run."""
+    view = Table()
+    view.add_column("")
+    for column in ("prompts", "tau", "tokens/s", "draft ms", "verify ms", "accepted by position, %"):
+        view.add_column(column, justify="right" if column != "accepted by position, %" else "left")
+    for name, decoded in results.items():
+        row = figures(decoded)
+        accepted = " ".join(f"{100 * share:.0f}" for share in row["acceptance"]) or "-"
+        view.add_row(
+            name,
+            str(row["prompts"]),
+            f"{row['tau']:.2f}",
+            f"{row['tokens_per_second']:.1f}",
+            f"{row['draft_ms']:.1f}",
+            f"{row['verify_ms']:.1f}",
+            accepted,
+        )
+    return view
