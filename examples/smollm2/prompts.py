@@ -18,8 +18,8 @@ Every source is optional and none is in an evaluation set:
   generator is left out: its templates are GSM8K test problems.
 
 --exclude names the evaluation sets; a prompt that shares a third of its 8-word runs with one of theirs is
-dropped. Rows are {"prompt": str, "source": str}, in an order fixed by --seed. Check the licence of each source
-before passing the result on.
+dropped. Rows are {"prompt": str, "source": str}, in an order fixed by --seed. Check the licence of each
+source before passing the result on.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ import sysconfig
 import textwrap
 import typing
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 MAX_CHARS = 1200  # about 300 tokens of English
@@ -58,8 +58,9 @@ REQUEST = re.compile(
 )
 NEEDS_CONTEXT = re.compile(
     r"\b(above|previous|previously|earlier|again|continue|same|instead|this|that|these|those|it|its|them|they|"
-    r"he|she|another|more|last|your (answer|response|list|code|story|example)|you (said|mentioned|gave|wrote)|"
-    r"the (code|text|article|story|list|table|error|function|conversation|rest|other|second|third|next|first))\b",
+    r"he|she|another|more|last|your (answer|response|list|code|story|example)|"
+    r"you (said|mentioned|gave|wrote)|the (code|text|article|story|list|table|error|function|conversation|"
+    r"rest|other|second|third|next|first))\b",
     re.IGNORECASE,
 )
 COMMON_ENGLISH = frozenset(
@@ -136,8 +137,8 @@ def completion_prompt(function: ast.FunctionDef) -> str | None:
     text = "\n".join([docstring_prose(docstring), *examples_of(function.name, docstring)])
     if len(text) < 40:
         return None
-    hints = [node.annotation for node in ast.walk(function.args) if isinstance(node, ast.arg) and node.annotation]
-    hints += [function.returns] if function.returns else []
+    arguments = [node for node in ast.walk(function.args) if isinstance(node, ast.arg)]
+    hints = [hint for hint in [*(node.annotation for node in arguments), function.returns] if hint]
     parts = [part for hint in hints for part in ast.walk(hint)]
     names = {part.id for part in parts if isinstance(part, ast.Name)}
     from_typing = names.intersection(typing.__all__)
@@ -239,7 +240,7 @@ def main() -> None:
     parser.add_argument("--gsm8k", type=Path, help="JSONL with a question a row")
     parser.add_argument("--sharegpt", type=Path, help="JSON array of conversations")
     parser.add_argument("--code", type=Path, nargs="*", default=[], help="folders of Python source")
-    parser.add_argument("--reasoning-gym", type=int, default=0, metavar="N", help="number of generated puzzles")
+    parser.add_argument("--reasoning-gym", type=int, default=0, metavar="N", help="number of puzzles")
     parser.add_argument("--exclude", type=Path, nargs="*", default=[], help="JSONL evaluation sets")
     parser.add_argument("--max-sharegpt", type=int, default=14_000)
     parser.add_argument("--max-code", type=int, default=8_000)
@@ -249,7 +250,7 @@ def main() -> None:
     evaluation = EvaluationSets(args.exclude)
     seen: set[str] = set()
 
-    def collect(source: str, texts: Iterator[str], limit: int | None = None) -> list[dict]:
+    def collect(source: str, texts: Iterable[str], limit: int | None = None) -> list[dict]:
         kept, near = [], 0
         for text in texts:
             if limit is not None and len(kept) == limit:
@@ -266,9 +267,9 @@ def main() -> None:
         return kept
 
     standard_library = Path(sysconfig.get_paths()["stdlib"])
-    functions = (prompt for folder in [*args.code, standard_library] for prompt in documented_functions(folder))
-    with_examples_first = sorted(functions, key=lambda prompt: ">>>" not in prompt)
-    rows = collect("code", iter(with_examples_first), args.max_code)
+    functions = [text for folder in [*args.code, standard_library] for text in documented_functions(folder)]
+    functions.sort(key=lambda prompt: ">>>" not in prompt)  # those with examples first
+    rows = collect("code", functions, args.max_code)
     if args.gsm8k:
         rows += collect("gsm8k", gsm8k_questions(args.gsm8k))
     if args.sharegpt:

@@ -1,0 +1,71 @@
+"""The file that answers are kept in, a JSONL that grows by a line as each answer ends:
+
+    {"format": "dflash_ext.responses", "target": ..., "vocab_size": ..., "max_new_tokens": ..., ...}
+    {"index": 17, "temperature": 0.0, "prompt_ids": [...], "response_ids": [...]}
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+from .errors import DataError
+
+FORMAT = "dflash_ext.responses"
+ROW_KEYS = {"index", "temperature", "prompt_ids", "response_ids"}
+
+
+def whole_lines(path: Path) -> Iterator[tuple[int, dict]]:
+    """The header and the rows, each with the offset of its end. A last line that was cut off is skipped.
+
+    Raises:
+        DataError: the first line is no header, or a line is not a row.
+    """
+    end = 0
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.endswith(b"\n"):
+                return
+            end += len(line)
+            try:
+                row = json.loads(line)
+            except ValueError:
+                raise DataError(f"{path}:{number}: not valid JSON") from None
+            if number == 1 and (not isinstance(row, dict) or row.get("format") != FORMAT):
+                raise DataError(f"{path}: not a file of answers, its first line is no {FORMAT} header")
+            if number > 1 and not (isinstance(row, dict) and ROW_KEYS <= row.keys()):
+                raise DataError(f"{path}:{number}: a row with {', '.join(sorted(ROW_KEYS))} is expected")
+            yield end, row
+
+
+def resume(path: Path, header: dict) -> Counter:
+    """Leaves a header and whole lines at `path`; counts the answers there by (index, temperature).
+
+    Raises:
+        DataError: there is something at `path` that was not begun with the same header.
+    """
+    header = {"format": FORMAT, **header}
+    first_line = (json.dumps(header) + "\n").encode()
+    lines = whole_lines(path) if path.exists() else iter(())
+    end, found = next(lines, (0, None))
+    if found is None:
+        if path.exists() and not first_line.startswith(path.read_bytes()):
+            raise DataError(f"{path}: exists and is not a file of answers")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(first_line)
+        return Counter()
+    for key, value in header.items():
+        if found.get(key) != value:
+            raise DataError(
+                f"{path}: holds answers made with other {key.replace('_', ' ')} ({found.get(key)}, "
+                f"this run has {value}); choose another file"
+            )
+    answered = Counter()
+    for row_end, row in lines:
+        answered[row["index"], row["temperature"]] += 1
+        end = row_end
+    os.truncate(path, end)
+    return answered
