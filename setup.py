@@ -1,7 +1,7 @@
 """Builds the native library with CMake. Metadata is in pyproject.toml; what is built, in CMakeLists.txt.
 
-Environment: DFLASH_EXT_CUDA_ARCHS (default "80;90;90a"), DFLASH_EXT_KERNELS ("all", "none" or families such as
-"loss"), MAX_JOBS, and for nvcc CUDACXX, CUDA_HOME, PATH, /usr/local/cuda, in that order.
+Environment: DFLASH_EXT_CUDA_ARCHS (default "80;90;90a"), DFLASH_EXT_KERNELS ("all", "none" or families such
+as "loss"), MAX_JOBS, and for nvcc CUDACXX, CUDA_HOME, PATH, /usr/local/cuda, in that order.
 """
 
 import filecmp
@@ -48,7 +48,8 @@ def package_dir(name: str) -> Path:
 def mirror(source: Path, destination: Path) -> None:
     """Copies headers into the build tree, touching only what changed.
 
-    An isolated build has torch and pybind11 in a temporary folder; objects that named it would be rebuilt every time.
+    An isolated build has torch and pybind11 in a temporary folder; objects that named it would be rebuilt
+    every time.
     """
     for header in source.rglob("*.h"):
         copy = destination / header.relative_to(source)
@@ -92,7 +93,7 @@ class CMakeBuild(build_ext):
             subprocess.run([cmake, "-S", ROOT, "-B", build, "-G", "Ninja", *definitions], check=True)
             subprocess.run([cmake, "--build", build, "--parallel", jobs], check=True)
         except subprocess.CalledProcessError as error:
-            raise SetupError(f"building dflash_ext failed (exit status {error.returncode}); see above") from error
+            raise SetupError("building dflash_ext failed; the compiler's messages are above") from error
 
         into = ROOT if self.inplace or self.editable_mode else Path(self.build_lib)
         for product in PRODUCTS:

@@ -17,7 +17,7 @@ def load() -> Path:
         ImportError: the library was not built, or this torch cannot load it.
     """
     if not PATH.exists():
-        raise ImportError(f"the native library {PATH} was not built: run `pip install -e .` in the source folder")
+        raise ImportError(f"{PATH} was not built: run `pip install -e .` in the source folder")
     try:
         torch.ops.load_library(str(PATH))
     except OSError as error:
@@ -30,13 +30,14 @@ def load() -> Path:
 def build_info() -> dict[str, Any] | None:
     """Facts about the build, or None when the module that holds them was built for another Python.
 
-    Operators need none of this. Keys: ``version``, ``compiler``, ``cuda_version`` and ``cuda_archs`` (both empty in a
-    CPU-only build), ``cpu_isas`` (instruction sets with kernels of their own), and ``kernels``: for every CUDA kernel
-    and architecture a dict of ``name``, ``arch``, ``registers``, ``shared_bytes``, ``local_bytes``, ``spill_bytes``.
+    Operators need none of this. Keys: ``version``, ``compiler``, ``cuda_version`` and ``cuda_archs`` (both
+    empty in a CPU-only build), ``cpu_isas`` (instruction sets with kernels of their own), and ``kernels``:
+    for every CUDA kernel and architecture a dict of ``name``, ``arch``, ``registers``, ``shared_bytes``,
+    ``local_bytes``, ``spill_bytes``.
     """
     try:
         from dflash_ext import _C
     except ImportError:
         return None
-    facts = {name: getattr(_C, name) for name in ("version", "compiler", "cuda_version", "cuda_archs", "cpu_isas")}
-    return {**facts, "kernels": _C.kernels()}
+    names = ("version", "compiler", "cuda_version", "cuda_archs", "cpu_isas")
+    return {name: getattr(_C, name) for name in names} | {"kernels": _C.kernels()}

@@ -1,8 +1,10 @@
 """The public operators."""
 
-from ..reference import CrossEntropy, Sample, Verification, linear_cross_entropy, masked_cross_entropy
+from ..reference import CrossEntropy, Sample, Verification
 from .attention import block_attn, block_attn_decode
 from .kv import kv_inject
+from .linear_loss import linear_cross_entropy
+from .loss import masked_cross_entropy
 from .sampling import reveal, reveal_count, sample, verify
 
 __all__ = [

@@ -46,51 +46,55 @@ def masked_cross_entropy(
               + z_loss * logsumexp(z) ** 2
               + teacher_mix * distance(t, p)
 
-    Rows of weight 0 are skipped: they are not read, their outputs and gradients are 0, and they may hold any target.
-    The forward reads the logits once (twice with ``teacher_kind="tv"``), the backward reads them once and writes
-    their gradient once. Sums are in float32, in float64 for float64 logits.
+    Rows of weight 0 are skipped: they are not read, their outputs and gradients are 0, and they may hold any
+    target. The forward reads the logits once (twice with ``teacher_kind="tv"``), the backward reads them once
+    and writes their gradient once. Sums are in float32, in float64 for float64 logits.
 
     Args:
         logits: ``[..., V]`` float32, bfloat16 or float16, on the CPU also float64; any strides as long as the last
             dimension is contiguous.
-        target: ``[...]`` integer. Outside ``[0, V)`` in a row that counts: an error on the CPU; on CUDA, where a check
-            would have to wait for the GPU, that row's loss, nll and gradient are NaN.
+        target: ``[...]`` integer. Outside ``[0, V)`` in a row that counts: an error on the CPU; on CUDA, where
+            a check would have to wait for the GPU, that row's loss, nll and gradient are NaN.
         weight: ``[...]``, or None for ones everywhere.
-        reduction: ``"mean"`` is ``sum(weight * row) / sum(weight)``, 0 if no row counts; ``"sum"``; ``"none"`` is
-            ``weight * row`` per row.
+        reduction: ``"mean"`` is ``sum(weight * row) / sum(weight)``, 0 if no row counts; ``"sum"``;
+            ``"none"`` is ``weight * row`` per row.
         softcap: bound on the logits' size (Gemma 2); None for none.
         label_smoothing: share of the target's mass that is spread evenly over the vocabulary.
         z_loss: weight of ``logsumexp ** 2``, which keeps the normaliser near 1 (PaLM).
-        teacher: logits of the teacher, of the same shape, dtype and device; the softcap is not applied to them.
-        teacher_kind: ``"kl"`` for KL(t || p), ``"tv"`` for total variation, half of ``sum |t - p|``: one minus the rate
-            at which speculative sampling accepts a draft.
+        teacher: logits of the teacher, of the same shape, dtype and device; not softcapped.
+        teacher_kind: ``"kl"`` for KL(t || p), ``"tv"`` for total variation, half of ``sum |t - p|``: one minus
+            the rate at which speculative sampling accepts a draft.
         teacher_mix: share of the teacher's term.
 
     Returns:
-        CrossEntropy(loss, nll, correct, entropy). Only ``loss`` carries a gradient, and only to the logits. ``nll`` and
-        ``entropy`` (of p, in nats) are float32 or float64, ``correct`` says whether the argmax (the first, if there
-        are several) is the target.
+        CrossEntropy(loss, nll, correct, entropy). Only ``loss`` carries a gradient, and only to the logits.
+        ``nll`` and ``entropy`` (of p, in nats) are float32 or float64, ``correct`` says whether the argmax
+        (the first, if there are several) is the target.
 
     Raises:
         ValueError: an argument of the wrong shape, dtype or range.
         RuntimeError: a target outside the vocabulary (CPU).
     """
-    options = _options(reduction, softcap, label_smoothing, z_loss, teacher, teacher_kind, teacher_mix)
-    real = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    options = options_of(reduction, softcap, label_smoothing, z_loss, teacher, teacher_kind, teacher_mix)
     shape = logits.shape[:-1]
     _check(logits, target, weight, teacher, shape)
-    rows = shape[-1:].numel()
-    weight = None if weight is None else weight.to(real).reshape(-1, rows).contiguous()
+    logits = _as_3d(logits)
+    rows = logits.shape[:2]
+    weight = None if weight is None else weight.to(real_dtype(logits)).reshape(rows).contiguous()
     losses, nll, correct, entropy, _ = _native.masked_cross_entropy(
-        _as_3d(logits),
-        target.to(torch.int64).reshape(-1, rows).contiguous(),
+        logits,
+        target.to(torch.int64).reshape(rows).contiguous(),
         weight,
         None if teacher is None else _as_3d(teacher.detach()),
         *options,
     )
-    return CrossEntropy(
-        _reduce(losses, weight, reduction, shape), nll.view(shape), correct.view(shape), entropy.view(shape)
-    )
+    loss = reduce_losses(losses.view(shape), weight, reduction)
+    return CrossEntropy(loss, nll.view(shape), correct.view(shape), entropy.view(shape))
+
+
+def real_dtype(logits: Tensor) -> torch.dtype:
+    """The precision of sums and of everything per row."""
+    return torch.float64 if logits.dtype == torch.float64 else torch.float32
 
 
 def _as_3d(logits: Tensor) -> Tensor:
@@ -104,9 +108,10 @@ def _as_3d(logits: Tensor) -> Tensor:
     return logits.flatten(0, -3)
 
 
-def _reduce(losses: Tensor, weight: Tensor | None, reduction: str, shape: torch.Size) -> Tensor:
+def reduce_losses(losses: Tensor, weight: Tensor | None, reduction: str) -> Tensor:
+    """``losses`` are already multiplied by their weights."""
     if reduction == "none":
-        return losses.view(shape)
+        return losses
     total = losses.sum()
     if reduction == "sum":
         return total
@@ -116,7 +121,7 @@ def _reduce(losses: Tensor, weight: Tensor | None, reduction: str, shape: torch.
     return total / torch.where(count == 0, 1.0, count)
 
 
-def _options(
+def options_of(
     reduction: str,
     softcap: float | None,
     label_smoothing: float,
@@ -125,6 +130,7 @@ def _options(
     teacher_kind: str,
     teacher_mix: float,
 ) -> _Options:
+    """Checks what both losses take and brings it into the operators' form."""
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction is {reduction!r}; 'mean', 'sum' and 'none' are supported")
     if teacher_kind not in TEACHER_KINDS:
@@ -163,9 +169,8 @@ def _check(logits: Tensor, target: Tensor, weight: Tensor | None, teacher: Tenso
 
 
 def _fake_rows(logits: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    real = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    row, flag = (logits.new_empty(logits.shape[:-1], dtype=dtype) for dtype in (real, torch.bool))
-    return row, torch.empty_like(row), flag, torch.empty_like(row)
+    real = real_dtype(logits)
+    return tuple(logits.new_empty(logits.shape[:-1], dtype=dtype) for dtype in (real, real, torch.bool, real))
 
 
 @torch.library.register_fake("dflash_ext::masked_cross_entropy")
