@@ -189,7 +189,7 @@ def filter_logits(
     if top_k is not None:
         vocab = z.shape[-1]
         last = torch.where(top_k <= 0, vocab, top_k.clamp(max=vocab)).long() - 1
-        pivot = ordered.gather(-1, last)
+        pivot = ordered.gather(-1, last.expand(z.shape[0], 1))
         z = z.masked_fill(z < pivot, -math.inf)
         ordered = ordered.masked_fill(ordered < pivot, -math.inf)
     if top_p is not None:
