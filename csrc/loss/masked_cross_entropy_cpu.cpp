@@ -150,7 +150,7 @@ struct CrossEntropyRow {
     } else if (params.pass == Pass::kForward) {
       *stats = forward<kTeacher>(row, x, y);
     } else if (params.pass == Pass::kBackward) {
-      const Real upstream = static_cast<const Real*>(params.grad_losses)[row * params.grad_losses_stride];
+      const Real upstream = static_cast<const Real*>(params.grad_losses)[row];
       backward<kTeacher>(row, x, y, grad, *stats, upstream * weight(row));
     } else {
       const Stats own = forward<kTeacher>(row, x, y);

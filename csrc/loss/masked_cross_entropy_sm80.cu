@@ -178,7 +178,7 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks<kTeacher>) masked_cross_e
     const Stats own = kernel.forward();
     if (threadIdx.x == 0) *stats = own;
   } else if constexpr (kPass == Pass::kBackward) {
-    const float upstream = static_cast<const float*>(params.grad_losses)[kernel.row * params.grad_losses_stride];
+    const float upstream = static_cast<const float*>(params.grad_losses)[kernel.row];
     kernel.backward(grad, *stats, upstream * weight);
   } else {
     kernel.backward(grad, kernel.forward(), weight);

@@ -36,7 +36,6 @@ struct CrossEntropyParams {
   const int64_t* target;    // [rows]
   const void* weight;       // [rows] Real; null: all ones. Rows of weight 0 are skipped
   const void* grad_losses;  // [rows] Real, for kBackward
-  int64_t grad_losses_stride;
 
   void* losses;   // [rows] Real: weight * loss
   void* nll;      // [rows] Real

@@ -40,7 +40,7 @@ def masked_cross_entropy(
 ) -> CrossEntropy:
     """Weighted cross-entropy of each row of logits, with what training wants to know beside it.
 
-    With ``z = softcap * tanh(logits / softcap)`` (or the logits), ``p = softmax(z)`` and ``t = softmax(teacher)``::
+    With ``z = softcap * tanh(logits / softcap)`` (or the logits), ``p = softmax(z)``, ``t = softmax(teacher)``::
 
         row = (1 - teacher_mix) * ((1 - label_smoothing) * -log p[target] + label_smoothing * mean(-log p))
               + z_loss * logsumexp(z) ** 2
@@ -51,10 +51,10 @@ def masked_cross_entropy(
     and writes their gradient once. Sums are in float32, in float64 for float64 logits.
 
     Args:
-        logits: ``[..., V]`` float32, bfloat16 or float16, on the CPU also float64; any strides as long as the last
-            dimension is contiguous.
-        target: ``[...]`` integer. Outside ``[0, V)`` in a row that counts: an error on the CPU; on CUDA, where
-            a check would have to wait for the GPU, that row's loss, nll and gradient are NaN.
+        logits: ``[..., V]`` float32, bfloat16 or float16, on the CPU also float64; any strides as long as the
+            last dimension is contiguous.
+        target: ``[...]`` integer. Outside ``[0, V)`` in a row that counts: an error on the CPU; on CUDA,
+            where the check would have to wait for the GPU, that row's loss, nll and gradient are NaN.
         weight: ``[...]``, or None for ones everywhere.
         reduction: ``"mean"`` is ``sum(weight * row) / sum(weight)``, 0 if no row counts; ``"sum"``;
             ``"none"`` is ``weight * row`` per row.
@@ -62,8 +62,8 @@ def masked_cross_entropy(
         label_smoothing: share of the target's mass that is spread evenly over the vocabulary.
         z_loss: weight of ``logsumexp ** 2``, which keeps the normaliser near 1 (PaLM).
         teacher: logits of the teacher, of the same shape, dtype and device; not softcapped.
-        teacher_kind: ``"kl"`` for KL(t || p), ``"tv"`` for total variation, half of ``sum |t - p|``: one minus
-            the rate at which speculative sampling accepts a draft.
+        teacher_kind: ``"kl"`` for KL(t || p), ``"tv"`` for total variation, half of ``sum |t - p|``: one
+            minus the rate at which speculative sampling accepts a draft.
         teacher_mix: share of the teacher's term.
 
     Returns:
@@ -77,7 +77,7 @@ def masked_cross_entropy(
     """
     options = options_of(reduction, softcap, label_smoothing, z_loss, teacher, teacher_kind, teacher_mix)
     shape = logits.shape[:-1]
-    _check(logits, target, weight, teacher, shape)
+    _check(logits, target, weight, teacher)
     logits = _as_3d(logits)
     rows = logits.shape[:2]
     weight = None if weight is None else weight.to(real_dtype(logits)).reshape(rows).contiguous()
@@ -142,15 +142,17 @@ def options_of(
             raise ValueError(f"{name} is {share}; it must be between 0 and 1")
     if teacher is None and teacher_mix:
         raise ValueError(f"teacher_mix is {teacher_mix}, but no teacher is given")
-    return _Options(
-        TEACHER_KINDS.index(teacher_kind), float(teacher_mix), softcap or 0.0, float(label_smoothing), float(z_loss)
-    )
+    numbers = (teacher_mix, softcap or 0.0, label_smoothing, z_loss)
+    return _Options(TEACHER_KINDS.index(teacher_kind), *map(float, numbers))
 
 
-def _check(logits: Tensor, target: Tensor, weight: Tensor | None, teacher: Tensor | None, shape: torch.Size) -> None:
+def _check(logits: Tensor, target: Tensor, weight: Tensor | None, teacher: Tensor | None) -> None:
+    shape = logits.shape[:-1]
     for name, tensor in (("target", target), ("weight", weight)):
         if tensor is not None and tensor.shape != shape:
-            raise ValueError(f"{name} has shape {list(tensor.shape)}; one entry per row of logits is {list(shape)}")
+            raise ValueError(
+                f"{name} has shape {list(tensor.shape)}; one entry per row of logits is {list(shape)}"
+            )
     if target.is_floating_point():
         raise ValueError(f"target is {target.dtype}; token ids are integers")
     if teacher is not None and (teacher.shape, teacher.dtype) != (logits.shape, logits.dtype):
@@ -198,9 +200,10 @@ def _keep(ctx, inputs, output):
 
 
 def _backward(ctx, grad_losses, *_):
-    grad = None
-    if grad_losses is not None:
-        grad = _native.masked_cross_entropy_backward(grad_losses.contiguous(), *ctx.saved_tensors, *ctx.options)
+    if grad_losses is None:
+        return (None,) * 9
+    saved = ctx.saved_tensors
+    grad = _native.masked_cross_entropy_backward(grad_losses.contiguous(), *saved, *ctx.options)
     return grad, *[None] * 8
 
 
