@@ -53,9 +53,9 @@ def read_conversations(
 ) -> list[Conversation]:
     """Everything that the file at `path` asks, in its order; the first `limit` of it.
 
-    A `.jsonl` file holds a JSON object in every line, a `.json` file an array of them; any other file is plain
-    text, cut at blank lines (or at line ends or spaces where there is none) into documents of some 2,000
-    characters. A row is recognised by the first of these keys that it has:
+    A `.jsonl` file holds a JSON object in every line, a `.json` file an array of them; any other file is
+    plain text, cut at blank lines (or at line ends or spaces where there is none) into documents of some
+    2,000 characters. A row is recognised by the first of these keys that it has:
 
     - `messages` [{"role", "content"}] or `conversations` [{"from", "value"}]: every user turn is asked, after
       the history that the row gives; assistant turns before the first user turn are left out;
@@ -162,7 +162,7 @@ def _decode(raw: bytes, where: str) -> str:
 
 
 def _documents(text: str) -> Iterator[str]:
-    """Pieces of at most DOCUMENT_CHARS, cut at the last blank line, line end or space of their second half."""
+    """At most DOCUMENT_CHARS each, cut at the last blank line, line end or space of their second half."""
     text = re.sub(r"\n\s*\n", "\n\n", text.replace("\r\n", "\n"))
     start = 0
     while start < len(text):
@@ -180,8 +180,8 @@ def _conversations(row: Any, field: str | None, where: str) -> Iterator[Conversa
         raise DataError(f"{where}: a JSON object is expected, this is {_excerpt(row)}")
     key = field or next((key for key in KEYS if key in row), None)
     if key not in row:
-        wanted = f"'{field}'" if field else f"one of {', '.join(KEYS)}"
-        raise DataError(f"{where}: has no {wanted}, only {', '.join(row) or 'no key at all'}")
+        wanted = f"the key '{field}'" if field else f"any of the keys {', '.join(KEYS)}"
+        raise DataError(f"{where}: {wanted} is expected; the row has {', '.join(row) or 'no key at all'}")
     asked = row[key]
     if isinstance(asked, list) and asked and all(isinstance(turn, str) for turn in asked):
         asked = asked[0]

@@ -34,11 +34,11 @@ def regenerate(
     stop_token_ids: Sequence[int] = (),
     on_progress: Callable[[int], None] | None = None,
 ) -> int:
-    """Lets `target` answer every conversation once per entry of `temperatures`; the JSONL at `path` gets them.
+    """Lets `target` answer every conversation once per entry of `temperatures`, into the JSONL at `path`.
 
-    Each answer is written as it ends. A file that is already there is continued: the answers in it are kept, a
-    line that was cut off is replaced. `on_progress(n)` is called for every n answers that are done, counting
-    those found in the file and those of prompts left out: `len(conversations) * len(temperatures)` in all.
+    Each answer is written as it ends. A file that is already there is continued: the answers in it are kept,
+    a line that was cut off is replaced. `on_progress(n)` is called for every n answers that are done, with
+    those found in the file and those of prompts left out `len(conversations) * len(temperatures)` in all.
 
     Returns:
         How many conversations were left out because they have more than `max_prompt_tokens` tokens.

@@ -1,0 +1,117 @@
+import json
+
+import pytest
+
+from dflash_ext.data import Conversation, DataError, encode, regenerate
+from dflash_ext.decode import decode
+from dflash_ext.models import Target
+from python_tests.data.letters import letters
+from python_tests.tiny import tiny_model
+
+PROMPTS = ["what is it", "say something long, please", "a", "x" * 60, "count to ten"]
+LEFT_OUT = 3  # longer than max_prompt_tokens
+
+
+@pytest.fixture(scope="module")
+def target():
+    return Target(tiny_model("llama"))
+
+
+def answer(target, path, **changes):
+    conversations = [Conversation.user(text) for text in changes.pop("prompts", PROMPTS)]
+    options = dict(
+        max_new_tokens=12, max_prompt_tokens=40, temperatures=(0.0, 0.9), batch_size=2, stop_token_ids=(2,)
+    )
+    return regenerate(target, letters(), conversations, path, **options | changes)
+
+
+def rows_of(path):
+    header, *rows = map(json.loads, path.read_text().splitlines())
+    return rows
+
+
+def test_every_prompt_is_answered_by_the_target(target, tmp_path):
+    path, done = tmp_path / "new" / "answers.jsonl", []
+    assert answer(target, path, on_progress=done.append) == 1
+    assert sum(done) == 2 * len(PROMPTS)
+    rows = rows_of(path)
+    asked = [i for i in range(len(PROMPTS)) if i != LEFT_OUT]
+    assert sorted((row["index"], row["temperature"]) for row in rows) == [
+        (i, t) for i in asked for t in (0.0, 0.9)
+    ]
+    for row in rows:
+        prompt = encode(Conversation.user(PROMPTS[row["index"]]), letters(), max_prompt_tokens=40)
+        assert row["prompt_ids"] == prompt
+        if row["temperature"] == 0:
+            (completion,) = decode(target, None, [prompt], max_new_tokens=12, stop_token_ids=(2,)).completions
+            assert row["response_ids"] == completion.tokens
+
+
+def test_each_answer_is_on_disk_when_it_is_reported(target, tmp_path):
+    path = tmp_path / "answers.jsonl"
+    seen = []
+    answer(target, path, max_prompt_tokens=99, on_progress=lambda _: seen.append(len(rows_of(path))))
+    assert seen == list(range(1, 11))
+
+
+@pytest.mark.parametrize("cut", ["header", "in a row", "after a row", "nothing"])
+def test_an_interrupted_run_goes_on(target, tmp_path, cut):
+    path = tmp_path / "answers.jsonl"
+    answer(target, path)
+    whole = path.read_bytes()
+    lines = whole.splitlines(keepends=True)
+    kept = {
+        "header": lines[0][:30],
+        "in a row": b"".join(lines[:4]) + lines[4][:-7],
+        "after a row": b"".join(lines[:4]),
+        "nothing": whole,
+    }[cut]
+    path.write_bytes(kept)
+    done = []
+    answer(target, path, on_progress=done.append)
+    assert sum(done) == 2 * len(PROMPTS)
+    after = path.read_bytes()
+    assert after.startswith(kept[: kept.rfind(b"\n") + 1])
+    greedy = [
+        sorted(r["response_ids"] for r in map(json.loads, text.splitlines()[1:]) if not r["temperature"])
+        for text in (whole, after)
+    ]
+    assert greedy[0] == greedy[1]
+    assert len(after.splitlines()) == len(lines)
+
+
+def test_a_temperature_given_twice_gives_two_different_samples(target, tmp_path):
+    path = tmp_path / "answers.jsonl"
+    answer(target, path, temperatures=(5.0,))
+    answer(target, path, temperatures=(5.0, 5.0))
+    rows = rows_of(path)
+    assert len(rows) == 8
+    assert len({tuple(row["response_ids"]) for row in rows}) == 8
+
+
+def test_answers_to_something_else_are_refused_and_kept(target, tmp_path):
+    path = tmp_path / "answers.jsonl"
+    answer(target, path)
+    before = path.read_bytes()
+    with pytest.raises(DataError, match="answers.jsonl: holds answers made with other weights"):
+        answer(Target(tiny_model("llama", initializer_range=0.1)), path)
+    with pytest.raises(DataError, match="made with other prompts"):
+        answer(target, path, prompts=PROMPTS[1:])
+    with pytest.raises(DataError, match=r"made with other max new tokens \(12, this run has 5\)"):
+        answer(target, path, max_new_tokens=5)
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("content", ['{"prompt": "mine"}\n', "no line end", "notes\n"])
+def test_a_file_of_something_else_is_refused_and_kept(target, tmp_path, content):
+    path = tmp_path / "mine.jsonl"
+    path.write_text(content)
+    with pytest.raises(DataError, match="mine.jsonl"):
+        answer(target, path)
+    assert path.read_text() == content
+
+
+def test_prompts_that_are_all_too_long(target, tmp_path):
+    with pytest.raises(DataError, match="no prompt has at most 3 tokens"):
+        answer(target, tmp_path / "answers.jsonl", max_prompt_tokens=3)
+    assert not list(tmp_path.iterdir())
