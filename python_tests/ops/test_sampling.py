@@ -1,0 +1,113 @@
+"""What the public sampling functions add to their reference: seeds, checks, devices."""
+
+import pytest
+import torch
+
+from dflash_ext import reference, reveal, reveal_count, sample, verify
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+
+
+def seed(*values, device="cpu"):
+    return torch.tensor(values, device=device)
+
+
+def logits(*shape, device="cpu"):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(0)).to(device)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_seed_decides_the_tokens(device):
+    z = logits(64, 50, device=device)
+    first = sample(z, seed(7, device=device), temperature=0.9, top_p=0.95)
+    again = sample(z, seed(7, device=device), temperature=0.9, top_p=0.95)
+    other = sample(z, seed(8, device=device), temperature=0.9, top_p=0.95)
+    assert torch.equal(first.token, again.token) and not torch.equal(first.token, other.token)
+    assert first.token.dtype == torch.int64 and first.token.device.type == device
+
+
+def test_a_seed_per_row_makes_draws_independent_of_the_batch():
+    z = logits(4, 50)
+    seeds = seed(3, 5, 2**62, -9)
+    together = sample(z, seeds).token
+    alone = torch.cat([sample(z[i : i + 1], seeds[i : i + 1]).token for i in range(4)])
+    assert torch.equal(together, alone)
+    order = torch.tensor([2, 0, 3, 1])
+    assert torch.equal(sample(z[order], seeds[order]).token, together[order])
+
+
+@pytest.mark.parametrize("by", ["row", "seed"])
+def test_draws_over_rows_and_over_seeds_are_uniform_and_uncorrelated(by):
+    """Uniform logits over 8 tokens: pairs of successive draws fall evenly into 64 cells."""
+    count = 20_000
+    z = torch.zeros(count, 8)
+    token = sample(z, seed(11) if by == "row" else torch.arange(count)).token
+    cells = (token[:-1] * 8 + token[1:]).bincount(minlength=64).double()
+    expected = (count - 1) / 64
+    assert ((cells - expected) ** 2 / expected).sum() < 110  # 63 degrees of freedom: p = 0.0002
+
+
+def test_one_seed_may_serve_the_draft_and_its_verification():
+    """p = q / 2 on every drafted token: half are accepted, which a shared random number would bend."""
+    count, vocab = 20_000, 8
+    draft_logits = torch.zeros(count, 1, vocab)
+    draft_logits[..., vocab // 2 :] = -torch.inf
+    target_logits = torch.zeros(count, 2, vocab)
+    drawn = sample(draft_logits[:, 0], seed(3))
+    got = verify(
+        drawn.token[:, None], target_logits, draft_logits=draft_logits, seed=seed(3), temperature=1.0
+    )
+    committed = torch.where(got.accepted > 0, drawn.token, got.next_token)
+    counts = committed.bincount(minlength=vocab).double()
+    expected = count / vocab
+    assert ((counts - expected) ** 2 / expected).sum() < 30  # 7 degrees of freedom: p = 0.0001
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_verify_draws_are_those_of_its_uniforms(device):
+    draft = torch.zeros(3, 2, dtype=torch.int64, device=device)
+    z, uniforms = logits(3, 3, 9, device=device), torch.rand(3, 3, device=device)
+    got = verify(draft, z, uniforms=uniforms, temperature=0.8, top_k=4)
+    want = reference.verify(draft, z, uniforms=uniforms, temperature=0.8, top_k=4)
+    assert torch.equal(got.accepted, want.accepted) and torch.equal(got.next_token, want.next_token)
+    once, twice = (verify(draft, z, seed=seed(5, device=device), temperature=0.8) for _ in range(2))
+    assert torch.equal(once.next_token, twice.next_token)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_reveal_and_its_counts_on_the_device(device):
+    masked = torch.tensor([[True, True, False, True]], device=device)
+    scores = torch.tensor([[0.2, 0.9, 1.0, 0.5]], device=device)
+    count = reveal_count(masked.sum(-1), 0, 2)
+    assert reveal(scores, masked, count=count).tolist() == [[False, True, False, True]]
+
+
+DRAFT, TARGET = torch.zeros(2, 3, dtype=torch.int64), torch.zeros(2, 4, 5)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: sample(torch.zeros(3), seed(1)), r"logits is torch.float32 \[3\]"),
+        (lambda: sample(torch.zeros(3, 4).long(), seed(1)), "torch.int64"),
+        (lambda: sample(torch.zeros(3, 4), seed(1, 2)), r"int64 \[1\] or \[3\]"),
+        (lambda: sample(torch.zeros(3, 4), torch.zeros(1)), "seed is torch.float32"),
+        (lambda: sample(torch.zeros(3, 4), seed(1), temperature=-0.5), "temperature is -0.5"),
+        (lambda: sample(torch.zeros(3, 4), seed(1), top_p=torch.ones(2)), r"top_p is a tensor \[2\]"),
+        (lambda: verify(DRAFT.int(), TARGET), "torch.int32"),
+        (lambda: verify(DRAFT, TARGET[:, :3]), r"target_logits is \[2, 3, 5\]; \[2, 4, 5\]"),
+        (lambda: verify(DRAFT, TARGET, draft_logits=TARGET), "draft_logits"),
+        (lambda: verify(DRAFT, TARGET, draft_pivot=torch.zeros(2, 3)), "come together"),
+        (lambda: verify(DRAFT, TARGET, temperature=1.0), "needs random numbers"),
+        (lambda: verify(DRAFT, TARGET, temperature=1.0, seed=seed(1, 2, 3)), "seed"),
+        (lambda: verify(DRAFT, TARGET, seed=seed(1), uniforms=torch.zeros(2, 4)), "both given"),
+        (lambda: verify(DRAFT, TARGET, draft_lens=seed(1, 2, 3)), "draft_lens"),
+        (lambda: reveal(None, torch.ones(2, 3), count=1), "masked is torch.float32"),
+        (lambda: reveal(torch.ones(3), torch.ones(2, 3) > 0, count=1), r"scores is \[3\]"),
+        (lambda: reveal(None, torch.ones(2, 3) > 0, count=-1), "count is -1"),
+    ],
+)
+def test_refusals_name_the_value(call, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        call()
+    assert "\n" not in str(caught.value)
