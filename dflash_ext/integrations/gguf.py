@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import shutil
+import struct
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -42,7 +43,7 @@ def convert_gguf(
     ``fix_tokenizer`` may repair in place what the GGUF format loses. The folder appears whole or not at all,
     and one that another process finished meanwhile is kept.
 
-    Raises ValueError if the file is missing or the package ``gguf``, which reads it, is not installed.
+    Raises ValueError if the file is missing or broken, or if the package ``gguf`` is not installed.
     """
     gguf, folder = Path(gguf), Path(folder)
     if not gguf.is_file():
@@ -52,8 +53,7 @@ def convert_gguf(
     folder.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
-        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-        model = _dense_model(gguf)
+        model, tokenizer = _read(gguf)
         # GGUF metadata has no such limit, and transformers then writes one of 10^30 tokens.
         tokenizer.model_max_length = model.config.max_position_embeddings
         if fix_tokenizer is not None:
@@ -80,20 +80,24 @@ def smollm2_path(cache_dir: str | os.PathLike | None = None) -> Path:
     return folder
 
 
-def _dense_model(gguf: Path) -> PreTrainedModel:
+def _read(gguf: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     options = {}
     if hasattr(transformers, "GgufConfig"):  # newer versions may otherwise keep the weights in packed blocks
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
-    loaded = AutoModelForCausalLM.from_pretrained(
-        gguf.parent, gguf_file=gguf.name, dtype=torch.float32, **options
-    )
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+        loaded = AutoModelForCausalLM.from_pretrained(
+            gguf.parent, gguf_file=gguf.name, dtype=torch.float32, **options
+        )
+    except (ValueError, struct.error) as error:
+        raise ValueError(f"{gguf}: cannot be read as a GGUF checkpoint: {error}") from None
     # A model read from a GGUF refuses to be saved, and its config points back at the file.
     if hasattr(loaded.config, "quantization_config"):
         del loaded.config.quantization_config
     model = AutoModelForCausalLM.from_config(loaded.config, dtype=torch.float32)
     model.load_state_dict(loaded.state_dict())
     model.generation_config = loaded.generation_config
-    return model
+    return model, tokenizer
 
 
 def _packaged_gguf(package: str) -> Path:
