@@ -126,7 +126,7 @@ def masked_cross_entropy(
         loss = row
     else:
         raise ValueError(f"reduction is {reduction!r}; 'mean', 'sum' and 'none' are supported")
-    entropy = torch.special.entr(logp.detach().exp()).sum(-1).masked_fill(~keep, 0.0)
+    entropy = _entropy(logp.detach()).masked_fill(~keep, 0.0)
     correct = (z.argmax(-1) == target) & keep
     return CrossEntropy(loss, nll.detach().masked_fill(~keep, 0.0), correct, entropy)
 
@@ -251,7 +251,7 @@ def sample(
         token=token,
         prob=logprob.exp(),
         logprob=logprob,
-        entropy=torch.special.entr(probs).sum(-1),
+        entropy=_entropy(logp),
         margin=top[:, 0] - top[:, 1] if top.shape[-1] > 1 else top[:, 0],
         argmax=logp.argmax(-1),
         max_prob=top[:, 0],
@@ -260,7 +260,7 @@ def sample(
     )
     if not return_filtered_entropy:
         return drawn
-    return drawn, torch.special.entr(torch.softmax(filtered, dim=-1)).sum(-1)
+    return drawn, _entropy(torch.log_softmax(filtered, dim=-1))
 
 
 class Verification(NamedTuple):
@@ -478,6 +478,11 @@ def _rope(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
 
 def _widened(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _entropy(logp: Tensor) -> Tensor:
+    """In nats, of log-probabilities over the last dimension, of which some may be -inf."""
+    return -(logp.exp() * logp.clamp(min=torch.finfo(logp.dtype).min)).sum(-1)
 
 
 def _per_row(value: float | Tensor | None, rows: Tensor) -> Tensor | None:

@@ -44,7 +44,7 @@ def block_attn(
     if k.shape[2] != mask.kv_len:
         raise ValueError(f"block_attn: the mask is over {mask.kv_len} keys, k has {k.shape[2]}")
     warn_once("block_attn", q.device)
-    if q.is_cuda and softcap is None and not (return_lse or deterministic):
+    if softcap is None and not (return_lse or deterministic):
         return _scaled_dot_product(q, k, v, mask, scale)
     return reference.block_attn(q, k, v, mask, scale=scale, softcap=softcap, return_lse=return_lse)
 
@@ -100,12 +100,15 @@ def block_attn_decode(
 
 def _scaled_dot_product(q: Tensor, k: Tensor, v: Tensor, mask: IntervalMask, scale: float | None) -> Tensor:
     group = q.shape[1] // k.shape[1]
-    # Key heads are repeated because enable_gqa with a mask would leave only the slowest of PyTorch's kernels.
-    k, v = (x.repeat_interleave(group, dim=1) if group > 1 else x for x in (k, v))
+    if q.is_cuda and group > 1:
+        # There enable_gqa together with a mask would leave only the slowest of PyTorch's kernels.
+        k, v = (x.repeat_interleave(group, dim=1) for x in (k, v))
     visible = mask.to_bool()
     # An empty row attends to everything and is then overwritten, which keeps NaN out of its gradients.
     empty = ~visible.any(-1, keepdim=True)
-    out = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=visible | empty, scale=scale)
+    out = torch.nn.functional.scaled_dot_product_attention(
+        q, k, v, attn_mask=visible | empty, scale=scale, enable_gqa=k.shape[1] != q.shape[1]
+    )
     return out.masked_fill(empty, 0.0)
 
 

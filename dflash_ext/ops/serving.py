@@ -9,12 +9,10 @@ import torch
 
 NATIVE = "native kernel"
 _REFERENCE = "plain PyTorch (reference)"
+_SDPA = "PyTorch SDPA with a dense mask; plain PyTorch with softcap, LSE or deterministic"
 
 SERVED_BY = {
-    "block_attn": {
-        "cpu": _REFERENCE,
-        "cuda": "PyTorch SDPA with a dense mask; reference with softcap, LSE or deterministic",
-    },
+    "block_attn": {"cpu": _SDPA, "cuda": _SDPA},
     "block_attn_decode": {"cpu": _REFERENCE, "cuda": _REFERENCE},
     "masked_cross_entropy": {"cpu": NATIVE, "cuda": NATIVE},
     "linear_cross_entropy": {"cpu": f"PyTorch GEMM and {NATIVE}", "cuda": f"PyTorch GEMM and {NATIVE}"},
