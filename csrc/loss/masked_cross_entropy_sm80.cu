@@ -1,7 +1,7 @@
 // Masked cross-entropy on CUDA: one block a row. Every thread keeps running sums of its share; the forward reads a row
 // once, the backward reads it once and writes it once, and the in-place pass does both while the row is in the cache.
 #include "loss/kernels.h"
-#include "loss/row.h"
+#include "loss/row_part.h"
 
 namespace dflash {
 namespace device {
@@ -11,17 +11,6 @@ constexpr int kThreads = 256;
 // Blocks per multiprocessor: bounds the registers. The teacher's sums take twice as many.
 template <bool kTeacher>
 constexpr int kMinBlocks = kTeacher ? 2 : 4;
-
-// A thread's or a block's part of a row.
-struct RowPart : RowSums<float> {
-  float before = -kInfinity, rest = -kInfinity;  // largest logit before the target, and from it on
-
-  DFLASH_INLINE void merge(const RowPart& other) {
-    RowSums<float>::merge(other);
-    before = fmaxf(before, other.before);
-    rest = fmaxf(rest, other.rest);
-  }
-};
 
 struct Variation {
   float distance = 0, mean_sign = 0;
@@ -33,23 +22,17 @@ struct Variation {
 
 template <class T, bool kTeacher>
 struct CrossEntropyRow {
-  const CrossEntropyParams& params;
+  using Stats = RowLoss<float>::Stats;
+  const RowHead& head;
   const RowLoss<float> loss;
-  const int64_t row;
-  const int vocab, target;  // target: -1 if it is outside the vocabulary
+  const int vocab, target;
   const T* x;
   const T* y;
 
-  DFLASH_INLINE explicit CrossEntropyRow(const CrossEntropyParams& p)
-      : params(p), loss(p), row(blockIdx.x), vocab(p.vocab),
-        target(p.target[row] >= 0 && p.target[row] < p.vocab ? int(p.target[row]) : -1),
-        x(static_cast<const T*>(p.logits) + start(p.logits_strides)),
-        y(kTeacher ? static_cast<const T*>(p.teacher) + start(p.teacher_strides) : nullptr) {}
-
-  DFLASH_INLINE int64_t start(const RowStrides& s) const {
-    return row / params.inner * s.outer + row % params.inner * s.inner;
-  }
-  DFLASH_INLINE float weight() const { return params.weight ? static_cast<const float*>(params.weight)[row] : 1.f; }
+  DFLASH_INLINE explicit CrossEntropyRow(const RowHead& head)
+      : head(head), loss(head.params), vocab(head.params.vocab), target(head.target),
+        x(static_cast<const T*>(head.params.logits) + head.start(head.params.logits_strides)),
+        y(kTeacher ? static_cast<const T*>(head.params.teacher) + head.start(head.params.teacher_strides) : nullptr) {}
 
   // Calls f(index, logits, teacher's logits) over this thread's share: chunks of 16 bytes, aligned for x, and the
   // single elements before and after them.
@@ -62,126 +45,80 @@ struct CrossEntropyRow {
     const bool teacher_aligned = kTeacher && is_aligned(y + head);
     for (int c = threadIdx.x; c < chunks; c += kThreads) {
       const int i = head + c * kSize;
-      float z[kSize], t[kSize] = {};
-      load(z, x + i, true);
-      if constexpr (kTeacher) load(t, y + i, teacher_aligned);
-      f(i, z, t);
+      float logits[kSize], teacher[kSize] = {};
+      load(logits, x + i, true);
+      if constexpr (kTeacher) load(teacher, y + i, teacher_aligned);
+      f(i, logits, teacher);
     }
     const int singles = vocab - chunks * kSize;
     for (int s = threadIdx.x; s < singles; s += kThreads) {
       const int i = s < head ? s : s + chunks * kSize;
-      float z[1], t[1] = {};
-      load(z, x + i, false);
-      if constexpr (kTeacher) load(t, y + i, false);
-      f(i, z, t);
+      float logits[1], teacher[1] = {};
+      load(logits, x + i, false);
+      if constexpr (kTeacher) load(teacher, y + i, false);
+      f(i, logits, teacher);
     }
   }
 
-  template <int kCount>
-  DFLASH_INLINE void add(RowPart& part, int index, float (&z)[kCount], const float (&y)[kCount]) const {
-    float max = z[0], teacher_max = y[0];
+  // p and t need their normalisers first: a second read of the row.
+  DFLASH_INLINE Variation variation(const Stats& stats) const {
+    Variation sum;
+    for_each([&](int, auto& logits, auto& teacher) {
 #pragma unroll
-    for (int k = 1; k < kCount; ++k) {
-      max = fmaxf(max, z[k]);
-      teacher_max = fmaxf(teacher_max, y[k]);
-    }
-    if (index + kCount <= target) {
-      part.before = fmaxf(part.before, max);
-    } else if (index >= target) {
-      part.rest = fmaxf(part.rest, max);
-    } else {
-#pragma unroll
-      for (int k = 0; k < kCount; ++k) (index + k < target ? part.before : part.rest) = fmaxf(
-          index + k < target ? part.before : part.rest, z[k]);
-    }
-    max = loss.softcap(max);
-    if (max > part.max || (kTeacher && teacher_max > part.teacher_max)) part.raise(max, kTeacher ? teacher_max : -kInfinity);
-    const float origin = finite_or_zero(part.max), teacher_origin = finite_or_zero(part.teacher_max);
-#pragma unroll
-    for (int k = 0; k < kCount; ++k) {
-      part.template add<kTeacher>(loss.softcap(z[k]), y[k], origin, teacher_origin);
-    }
-    part.count += kCount;
+      for (int k = 0; k < int(sizeof(logits) / 4); ++k) {
+        const float p = stats.probability(loss.softcap(logits[k])), t = stats.teacher_probability(teacher[k]);
+        const float sign = loss.half_sign(p, t);
+        sum.merge({sign * (p - t), sign * p});
+      }
+    });
+    return block_merge<kThreads>(sum);
   }
-
-  using Stats = RowLoss<float>::Stats;
 
   DFLASH_INLINE Stats forward() const {
     RowPart part;
-    for_each([&](int i, auto& z, auto& t) { add(part, i, z, t); });
+    for_each([&](int i, auto& logits, auto& teacher) { part.add<kTeacher>(loss, target, i, logits, teacher); });
     part = block_merge<kThreads>(part);
     Stats stats = loss.stats(part);
-    Variation variation;
-    if (kTeacher && loss.teacher == Teacher::kTV) {
-      for_each([&](int, auto& z, auto& t) {
-#pragma unroll
-        for (int k = 0; k < int(sizeof(z) / 4); ++k) {
-          const float p = stats.probability(loss.softcap(z[k])), q = stats.teacher_probability(t[k]);
-          const float sign = loss.half_sign(p, q);
-          variation.merge({sign * (p - q), sign * p});
-        }
-      });
-      variation = block_merge<kThreads>(variation);
-      stats.mean_sign = variation.mean_sign;
-    }
-    if (threadIdx.x == 0) {
-      const float logit = target >= 0 ? to_float(x[target]) : __int_as_float(0x7fffffff);
-      const float nll = loss.nll(stats, loss.softcap(logit));
-      write(loss.loss(part, stats, nll, variation.distance), nll, loss.entropy(part, stats),
-            (target == 0 || logit > part.before) && logit >= part.rest);
-    }
+    Variation tv;
+    if (kTeacher && loss.teacher == Teacher::kTV) tv = variation(stats);
+    stats.mean_sign = tv.mean_sign;
+    if (threadIdx.x == 0) head.write(loss, part, stats, target < 0 ? kNaN : to_float(x[target]), tv.distance);
+    __syncthreads();  // the in-place pass overwrites x[target] next
     return stats;
-  }
-
-  DFLASH_INLINE void write(float value, float nll, float entropy, bool correct) const {
-    static_cast<float*>(params.losses)[row] = weight() * value;
-    static_cast<float*>(params.nll)[row] = nll;
-    static_cast<float*>(params.entropy)[row] = entropy;
-    params.correct[row] = correct;
   }
 
   // `grad` may be `x`: every element is read and written by the same thread.
   DFLASH_INLINE void backward(T* grad, const Stats& stats, float scale) const {
-    if (target < 0) scale = __int_as_float(0x7fffffff);
-    for_each([&](int i, auto& z, auto& t) {
-      constexpr int kCount = sizeof(z) / 4;
-      float g[kCount];
-#pragma unroll
-      for (int k = 0; k < kCount; ++k) {
-        const float capped = loss.softcap(z[k]);
-        g[k] = loss.template gradient<kTeacher>(stats, capped, t[k]);
-        if (i + k == target) g[k] += loss.target_gradient(capped);
-        g[k] *= scale;
-      }
+    if (target < 0) scale = kNaN;
+    for_each([&](int i, auto& logits, auto& teacher) {
+      float g[sizeof(logits) / 4];
+      gradients<kTeacher>(g, loss, stats, scale, target, i, logits, teacher);
       store(grad + i, g, is_aligned(grad + i));
     });
-  }
-
-  DFLASH_INLINE void clear(T* grad) const {
-    for (int i = threadIdx.x; i < vocab; i += kThreads) grad[i] = from_float<T>(0.f);
   }
 };
 
 template <class T, bool kTeacher, Pass kPass>
 __global__ void __launch_bounds__(kThreads, kMinBlocks<kTeacher>) masked_cross_entropy(const CrossEntropyParams params) {
-  const CrossEntropyRow<T, kTeacher> kernel(params);
+  const RowHead head(params, blockIdx.x);
+  const CrossEntropyRow<T, kTeacher> row(head);
   using Stats = RowLoss<float>::Stats;
-  T* grad = static_cast<T*>(params.grad) + kernel.start(params.grad_strides);
-  Stats* stats = static_cast<Stats*>(params.stats) + kernel.row;
-  const float weight = kernel.weight();
+  Stats* stats = static_cast<Stats*>(params.stats) + head.row;
+  T* grad = static_cast<T*>(params.grad) + head.start(params.grad_strides);
 
-  if (weight == 0) {
-    if (kPass != Pass::kBackward && threadIdx.x == 0) kernel.write(0, 0, 0, false);
+  if (head.weight == 0) {
+    if (kPass != Pass::kBackward && threadIdx.x == 0) head.write(0, 0, 0, false);
     if (kPass == Pass::kForward && threadIdx.x == 0) *stats = Stats{};
-    if (kPass != Pass::kForward) kernel.clear(grad);
+    if (kPass != Pass::kForward) {
+      for (int i = threadIdx.x; i < row.vocab; i += kThreads) grad[i] = from_float<T>(0.f);
+    }
   } else if constexpr (kPass == Pass::kForward) {
-    const Stats own = kernel.forward();
+    const Stats own = row.forward();
     if (threadIdx.x == 0) *stats = own;
   } else if constexpr (kPass == Pass::kBackward) {
-    const float upstream = static_cast<const float*>(params.grad_losses)[kernel.row];
-    kernel.backward(grad, *stats, upstream * weight);
+    row.backward(grad, *stats, head.weight * static_cast<const float*>(params.grad_losses)[head.row]);
   } else {
-    kernel.backward(grad, kernel.forward(), weight);
+    row.backward(grad, row.forward(), head.weight);
   }
 }
 

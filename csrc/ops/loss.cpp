@@ -104,6 +104,9 @@ void run(const CrossEntropyParams& p, const Tensor& logits) {
   }
 #ifdef DFLASH_EXT_CUDA
   const CudaScope cuda(logits);
+#ifdef DFLASH_EXT_HOPPER
+  if (masked_cross_entropy_sm90_serves(p)) return check_launch(kOp, masked_cross_entropy_sm90(p, cuda.stream()));
+#endif
   check_launch(kOp, masked_cross_entropy_sm80(p, cuda.stream()));
 #else
   fail(kOp, ": this build has no CUDA kernel for it (`dflash-ext doctor` shows what was built)");

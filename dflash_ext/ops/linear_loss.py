@@ -42,7 +42,7 @@ def linear_cross_entropy(
         weight: ``[...]``, or None for ones. Rows of weight 0 are left out of the matrix products.
         max_rows: a bound on the number of rows that count. Without it their number is read back from the
             device; with it nothing waits for the device, and ``max_rows`` rows are computed. If more rows
-            count, it is an error on the CPU, and on CUDA the loss is NaN.
+            count, it is an error on the CPU, and on CUDA (or compiled) the loss is NaN.
         chunk_rows: rows of logits that exist at a time; None chooses by the size of the vocabulary.
         reduction, softcap, label_smoothing, z_loss, teacher, teacher_kind, teacher_mix: as in
             ``masked_cross_entropy``; ``teacher`` holds logits ``[..., V]``.
@@ -89,7 +89,8 @@ def _rows_that_count(weight: Tensor | None, max_rows: int | None) -> tuple[Tenso
     if max_rows >= weight.numel():
         return None, None
     rank = counts.cumsum(0)
-    if weight.device.type == "cpu" and rank[-1] > max_rows:
+    on_host = weight.device.type == "cpu" and not torch.compiler.is_compiling()
+    if on_host and rank[-1] > max_rows:
         raise ValueError(f"linear_cross_entropy: {int(rank[-1])} rows count, more than max_rows = {max_rows}")
     # A stable sort puts the rows that count first; the kernel skips whatever follows them.
     return torch.argsort(~counts, stable=True)[:max_rows], counts & (rank > max_rows)
@@ -126,7 +127,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             return scaled, *[None] * 7
 
         real = real_dtype(hidden)
-        scale = grad_losses if weight is None else torch.where(weight == 0, 0.0, weight * grad_losses)
+        scale = grad_losses.contiguous() if weight is None else torch.where(weight == 0, 0.0, weight * grad_losses)
         grad_hidden = torch.zeros_like(hidden) if needs_hidden else None
         grad_head = torch.zeros_like(head, dtype=real)
         for chunk in _chunks(len(hidden), rows, ctx.chunk_rows):
