@@ -1,0 +1,144 @@
+// Masked cross-entropy in place, on Hopper: a cluster of blocks keeps a whole row in its shared memory, so that the
+// row is read once and written once whatever its length. Bulk copies bring it in, in pieces; the sums of a piece are
+// taken while the next ones arrive, and the blocks exchange their sums through distributed shared memory.
+#include <cooperative_groups.h>
+
+#include "common/hopper.h"
+#include "loss/kernels.h"
+#include "loss/row_part.h"
+
+namespace dflash {
+namespace device {
+namespace {
+
+constexpr int kThreads = 512;
+constexpr int kPieces = 4;
+constexpr int kMaxCluster = 8;
+// Two blocks a multiprocessor: while one computes, the other's row arrives.
+constexpr int kMaxSliceBytes = 110 * 1024;
+
+template <class T>
+__global__ void __launch_bounds__(kThreads, 2) masked_cross_entropy_in_place(const CrossEntropyParams params,
+                                                                             const int slice) {
+  namespace cg = cooperative_groups;
+  constexpr int kSize = Chunk<T>::kSize;
+  extern __shared__ __align__(16) unsigned char shared[];
+  __shared__ BytesBarrier arrived[kPieces];
+  __shared__ __align__(16) unsigned char parts_storage[kMaxCluster * sizeof(RowPart)];
+  T* const logits = reinterpret_cast<T*>(shared);
+  RowPart* const parts = reinterpret_cast<RowPart*>(parts_storage);
+
+  const auto cluster = cg::this_cluster();
+  const int blocks = cluster.num_blocks(), rank = cluster.block_rank();
+  const RowHead head(params, blockIdx.x / blocks);
+  const int first = rank * slice;
+  const int count = max(0, min(slice, int(params.vocab) - first));
+  T* const row = static_cast<T*>(params.grad) + head.start(params.grad_strides);
+  T* const own = row + first;
+
+  if (head.weight == 0) {
+    if (rank == 0 && threadIdx.x == 0) head.write(0, 0, 0, false);
+    const float zeros[kSize] = {};
+    for (int i = threadIdx.x * kSize; i < count; i += kThreads * kSize) store(own + i, zeros, true);
+    return;
+  }
+
+  const int piece = (slice / kPieces + kSize - 1) / kSize * kSize;
+  const auto piece_end = [&](int p) { return p == kPieces - 1 ? count : min(count, (p + 1) * piece); };
+  if (threadIdx.x == 0) {
+    for (int p = 0; p < kPieces; ++p) arrived[p].init();
+    fence_barriers();
+    for (int p = 0; p < kPieces; ++p) {
+      const int begin = min(count, p * piece), end = piece_end(p);
+      if (begin < end) arrived[p].copy(logits + begin, own + begin, (end - begin) * sizeof(T));
+    }
+  }
+  // Read before any block may overwrite it.
+  const float target_logit = head.target < 0 ? kNaN : to_float(row[head.target]);
+  __syncthreads();
+
+  const RowLoss<float> loss(params);
+  const float no_teacher[kSize] = {};
+  RowPart part;
+  for (int p = 0; p < kPieces; ++p) {
+    const int begin = min(count, p * piece), end = piece_end(p);
+    if (begin < end) arrived[p].wait(0);
+    for (int i = begin + threadIdx.x * kSize; i < end; i += kThreads * kSize) {
+      float x[kSize];
+      load(x, logits + i, true);
+      part.add<false>(loss, head.target, first + i, x, no_teacher);
+    }
+  }
+  part = block_merge<kThreads>(part);
+  if (threadIdx.x < blocks) cluster.map_shared_rank(parts, threadIdx.x)[rank] = part;
+  cluster.sync();
+  part = parts[0];
+  for (int b = 1; b < blocks; ++b) part.merge(parts[b]);
+
+  const auto stats = loss.stats(part);
+  if (rank == 0 && threadIdx.x == 0) head.write(loss, part, stats, target_logit, 0);
+  const float scale = head.target < 0 ? kNaN : head.weight;
+  for (int i = threadIdx.x * kSize; i < count; i += kThreads * kSize) {
+    float x[kSize], g[kSize];
+    load(x, logits + i, true);
+    gradients<false>(g, loss, stats, scale, head.target, first + i, x, no_teacher);
+    store(own + i, g, true);
+  }
+}
+
+int bytes_of(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
+
+int cluster_size(const CrossEntropyParams& p) {
+  const int64_t bytes = p.vocab * bytes_of(p.dtype);
+  int blocks = 1;
+  while (blocks <= kMaxCluster && bytes > int64_t(blocks) * kMaxSliceBytes) blocks *= 2;
+  return blocks;
+}
+
+template <class T>
+cudaError_t launch(const CrossEntropyParams& p, cudaStream_t stream) {
+  const int blocks = cluster_size(p);
+  constexpr int kSize = Chunk<T>::kSize;
+  const int slice = (p.vocab / blocks + kSize - 1) / kSize * kSize + (p.vocab % blocks ? kSize : 0);
+  const auto kernel = masked_cross_entropy_in_place<T>;
+  cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kMaxSliceBytes + 64);
+  if (status != cudaSuccess) return status;
+
+  cudaLaunchAttribute cluster{};
+  cluster.id = cudaLaunchAttributeClusterDimension;
+  cluster.val.clusterDim = {unsigned(blocks), 1, 1};
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(p.rows * blocks);
+  config.blockDim = dim3(kThreads);
+  config.dynamicSmemBytes = slice * sizeof(T);
+  config.stream = stream;
+  config.attrs = &cluster;
+  config.numAttrs = 1;
+  return cudaLaunchKernelEx(&config, kernel, p, slice);
+}
+
+}  // namespace
+}  // namespace device
+
+bool masked_cross_entropy_sm90_serves(const CrossEntropyParams& p) {
+  int gpu = 0, major = 0;
+  if (cudaGetDevice(&gpu) != cudaSuccess) return false;
+  if (cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, gpu) != cudaSuccess) return false;
+  // The bulk copy wants rows that start and end at multiples of 16 bytes.
+  const int64_t bytes = device::bytes_of(p.dtype);
+  const bool aligned = (reinterpret_cast<uintptr_t>(p.logits) | p.vocab * bytes | p.logits_strides.outer * bytes |
+                        p.logits_strides.inner * bytes) % 16 == 0;
+  return major == 9 && p.pass == Pass::kInPlace && p.teacher_kind == Teacher::kNone && aligned &&
+         device::cluster_size(p) <= device::kMaxCluster;
+}
+
+const char* masked_cross_entropy_sm90(const CrossEntropyParams& params, void* stream) {
+  const auto cuda_stream = static_cast<cudaStream_t>(stream);
+  cudaError_t status = cudaErrorInvalidValue;
+  if (params.dtype == DType::kFloat32) status = device::launch<float>(params, cuda_stream);
+  if (params.dtype == DType::kBFloat16) status = device::launch<__nv_bfloat16>(params, cuda_stream);
+  if (params.dtype == DType::kFloat16) status = device::launch<__half>(params, cuda_stream);
+  return status == cudaSuccess ? nullptr : cudaGetErrorString(status);
+}
+
+}  // namespace dflash

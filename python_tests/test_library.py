@@ -1,0 +1,80 @@
+"""The native library: what is in it, and that every part of it gives the same results."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from dflash_ext import library
+
+MEASURE = """
+import torch
+from dflash_ext import masked_cross_entropy
+torch.manual_seed(0)
+for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+    x = torch.randn(3, 999, dtype=torch.float64).mul(4).to(dtype)
+    x[1, ::3] = -torch.inf
+    x[1, 1], x[2, 7] = 6e-8, 60000.0
+    leaf = x.clone().requires_grad_()
+    out = masked_cross_entropy(leaf, torch.tensor([5, 1, 7]), label_smoothing=0.0, softcap=30.0)
+    out.loss.backward()
+    print(*out.nll.tolist(), *out.entropy.tolist(), leaf.grad.double().abs().sum().item())
+"""
+
+
+def measure(isa):
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURE],
+        cwd=Path(library.PATH).parent.parent,
+        env={"DFLASH_EXT_CPU_ISA": isa, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    return torch.tensor([[float(word) for word in line.split()] for line in done.stdout.splitlines()])
+
+
+def test_instruction_sets_agree():
+    if (info := library.build_info()) is None:
+        isas = ["baseline"]
+    else:
+        isas = [isa for isa in info["cpu_isas"].split(",") if isa != "avx512"]
+    best = measure("")
+    for isa in isas:
+        torch.testing.assert_close(measure(isa), best, rtol=1e-3, atol=1e-5)
+
+
+def test_an_unknown_instruction_set_is_refused():
+    with pytest.raises(AssertionError, match="DFLASH_EXT_CPU_ISA is 'mmx'"):
+        measure("mmx")
+
+
+def test_a_missing_library_is_named(monkeypatch, tmp_path):
+    monkeypatch.setattr(library, "PATH", tmp_path / "libdflash_ext_ops.so")
+    with pytest.raises(ImportError, match="libdflash_ext_ops.so was not built: run `pip install -e .`"):
+        library.load.__wrapped__()
+
+
+def test_operators_do_not_need_the_info_module():
+    code = "import sys; sys.modules['dflash_ext._C'] = None\n" + MEASURE
+    code += "from dflash_ext.library import build_info; assert build_info() is None"
+    done = subprocess.run([sys.executable, "-c", code], cwd=Path(library.PATH).parent.parent, capture_output=True)
+    assert done.returncode == 0, done.stderr.decode()
+
+
+def test_no_kernel_spills():
+    info = library.build_info()
+    assert info is not None
+    assert bool(info["kernels"]) == bool(info["cuda_version"])
+    for kernel in info["kernels"]:
+        assert kernel["spill_bytes"] == kernel["local_bytes"] == 0, kernel["name"]
+
+
+def test_every_family_is_built_for_every_architecture():
+    info = library.build_info()
+    if not info["cuda_version"]:
+        pytest.skip("a CPU-only build")
+    built = {kernel["arch"] for kernel in info["kernels"]}
+    assert built >= {f"sm_{arch}" for arch in info["cuda_archs"].split(",")}
