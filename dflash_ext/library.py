@@ -32,8 +32,9 @@ def build_info() -> dict[str, Any] | None:
 
     Operators need none of this. Keys: ``version``, ``compiler``, ``cuda_version`` and ``cuda_archs`` (both
     empty in a CPU-only build), ``cpu_isas`` (instruction sets with kernels of their own), and ``kernels``:
-    for every CUDA kernel and architecture a dict of ``name``, ``arch``, ``registers``, ``shared_bytes``,
-    ``local_bytes``, ``spill_bytes``.
+    for every CUDA kernel and architecture a dict of ``name``, ``arch``, ``threads`` (a block's bound),
+    ``registers`` (a thread's), ``shared_bytes`` (static), ``local_bytes``, ``spill_bytes``, ``occupancy``
+    (percent of a multiprocessor's warps; the dynamic shared memory of a launch may lower it).
     """
     try:
         from dflash_ext import _C

@@ -14,10 +14,12 @@ namespace {
 struct KernelResources {
   const char* symbol;
   const char* arch;
+  int threads;  // the launch bound
   int registers;
   int shared_bytes;  // static; dynamic shared memory is chosen at launch
   int local_bytes;   // stack frame
   int spill_bytes;   // stores + loads
+  int occupancy;     // percent of a multiprocessor's warps, dynamic shared memory not counted
 };
 
 const std::vector<KernelResources> kKernels = {
@@ -38,10 +40,12 @@ py::list kernels() {
     py::dict row;
     row["name"] = demangled(k.symbol);
     row["arch"] = k.arch;
+    row["threads"] = k.threads;
     row["registers"] = k.registers;
     row["shared_bytes"] = k.shared_bytes;
     row["local_bytes"] = k.local_bytes;
     row["spill_bytes"] = k.spill_bytes;
+    row["occupancy"] = k.occupancy;
     rows.append(row);
   }
   return rows;
@@ -57,6 +61,7 @@ PYBIND11_MODULE(_C, m) {
   m.attr("cuda_archs") = DFLASH_EXT_CUDA_ARCHS;
   m.attr("cpu_isas") = DFLASH_EXT_CPU_ISAS;
   m.def("kernels", &kernels,
-        "One dict per CUDA kernel and architecture: name, arch, registers, shared_bytes (static), local_bytes, "
-        "spill_bytes. Read from the assembler at build time, so no GPU is needed.");
+        "One dict per CUDA kernel and architecture: name, arch, threads (launch bound), registers, shared_bytes "
+        "(static), local_bytes, spill_bytes, occupancy (percent of a multiprocessor's warps, dynamic shared memory not "
+        "counted). Read from the toolchain at build time, so no GPU is needed.");
 }
