@@ -99,8 +99,7 @@ def train(
     """Trains a drafter for a target on the target's own answers to your prompts."""
     from .data import ResponseDataset
     from .models import DFlashDrafter, Target
-    from .train import Recipe, train_drafter
-    from .train.curve import plot_curve
+    from .train import Recipe, plot_curve, train_drafter
 
     if (prompts is None) == (answers is None):
         raise ValueError("train needs either --prompts, which the target answers first, or --answers")

@@ -1,12 +1,18 @@
 from .anchors import Blocks, build_blocks, dpace, position_decay, sample_anchors
+from .curve import plot_curve
+from .run import Recipe, save_drafter, train_drafter
 from .trainer import AnchorCollator, DFlashTrainer
 
 __all__ = [
     "AnchorCollator",
     "Blocks",
     "DFlashTrainer",
+    "Recipe",
     "build_blocks",
     "dpace",
+    "plot_curve",
     "position_decay",
     "sample_anchors",
+    "save_drafter",
+    "train_drafter",
 ]

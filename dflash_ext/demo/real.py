@@ -1,0 +1,51 @@
+"""A real target, SmolLM2-135M-Instruct, and the drafter that ships with the package."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+from rich.console import Console
+
+from ..data import Conversation, encode
+from ..integrations.gguf import smollm2_path
+from ..models import Target, load_drafter, load_target, stop_tokens
+from .compare import compare
+
+DRAFTER = Path(__file__).parents[1] / "drafters" / "smollm2-135m-instruct"
+
+# None of these was trained on.
+PROMPTS = [
+    "A baker sells 12 loaves in the morning and twice as many in the afternoon. Each loaf costs $3. "
+    "How much money does the baker make in a day?",
+    "Tom has 45 marbles. He gives 9 to each of his three cousins. How many marbles does he have left?",
+    "def count_vowels(text: str) -> int:\n"
+    '    """Return how many vowels the text has.\n    >>> count_vowels("banana")\n    3\n    """\n',
+    "Explain in a few sentences why the sky is blue.",
+    "Write a short letter to a neighbour, inviting them to dinner on Saturday.",
+    "What are three differences between a lake and a river?",
+]
+
+
+def real_model(console: Console, *, count: int, max_new_tokens: int) -> None:
+    """Decodes unseen prompts and prints; raises RuntimeError if speculative output is not the target's own."""
+    console.rule("SmolLM2-135M-Instruct and the drafter that ships with this package")
+    began = time.perf_counter()
+    with console.status("reading SmolLM2 (the first time it is converted from GGUF, about a minute)"):
+        model, tokenizer = load_target(str(smollm2_path()))
+    drafter = load_drafter(DRAFTER, dtype=model.dtype, device=model.device)
+    target = Target(model, drafter.config.target_layer_ids)
+    prompts = {
+        " ".join(text.split()): encode(Conversation.user(text), tokenizer, max_prompt_tokens=1024)
+        for text in PROMPTS[:count]
+    }
+    compare(
+        console,
+        target,
+        drafter,
+        tokenizer,
+        prompts,
+        max_new_tokens=max_new_tokens,
+        stop_token_ids=stop_tokens(tokenizer, model),
+    )
+    console.print(f"this part took {time.perf_counter() - began:.0f} s")
