@@ -335,12 +335,13 @@ def test_properties_and_device():
 def test_constructors_do_not_wait_for_the_gpu():
     lens = torch.tensor([3, 5], device="cuda")
     anchors = torch.tensor([[4, 1], [0, 2]], device="cuda")
+    offsets = torch.tensor([0, 3, 8], device="cuda")
 
     def build():
         return (
             IntervalMask.prefix_block(lens, 2, max_len=6),
             IntervalMask.block_diffusion(lens, 2, max_len=6),
-            IntervalMask.packed(lens.cumsum(0), IntervalMask.causal, total_len=8),
+            IntervalMask.packed(offsets, IntervalMask.causal, total_len=8),
             IntervalMask.anchor_blocks(6, anchors, 4, window=3),
             IntervalMask.decode(lens, 4, causal=True, kv_len=12),
         )

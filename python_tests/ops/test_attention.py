@@ -7,8 +7,6 @@ import torch
 
 from dflash_ext import IntervalMask, block_attn, block_attn_decode, reference
 
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
-
 
 def inputs(mask, device, dtype, heads=4, kv_heads=2, head_dim=16, batch=2):
     generator = torch.Generator().manual_seed(0)
@@ -21,7 +19,6 @@ def some_empty_rows(device):
     return IntervalMask.anchor_blocks(11, torch.tensor([[9, 2], [4, 0]], device=device), 4, keep=keep)
 
 
-@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(
     ("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 1e-5), (torch.bfloat16, 2e-2)]
 )
@@ -42,7 +39,6 @@ def test_output_and_gradients(device, dtype, tolerance, softcap):
     assert empty.any() and (out[empty] == 0).all() and (grads[0][empty] == 0).all()
 
 
-@pytest.mark.parametrize("device", DEVICES)
 def test_lse(device):
     mask = some_empty_rows(device)
     q, k, v = inputs(mask, device, torch.float32)
@@ -52,7 +48,6 @@ def test_lse(device):
     assert lse.dtype == torch.float32 and torch.equal(lse == -math.inf, empty)
 
 
-@pytest.mark.parametrize("device", DEVICES)
 def test_decode_takes_pages_and_a_mask_shorter_than_the_cache(device):
     mask = IntervalMask.decode(torch.tensor([3, 7], device=device), 2, kv_len=9, causal=True)
     q, _, _ = inputs(mask, device, torch.float32)
@@ -66,7 +61,6 @@ def test_decode_takes_pages_and_a_mask_shorter_than_the_cache(device):
     assert not block_attn_decode(q.requires_grad_(), k, v, mask).requires_grad
 
 
-@pytest.mark.parametrize("device", DEVICES)
 def test_autocast_casts_instead_of_refusing(device):
     mask = IntervalMask.causal(6, device=device)
     q, k, v = inputs(mask, device, torch.float32)

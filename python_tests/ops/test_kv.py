@@ -7,7 +7,6 @@ import torch
 
 from dflash_ext import kv_inject
 
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 LAYERS, BATCH, LENGTH, WIDTH, HEADS, HEAD_DIM, CAPACITY, PAGE = 3, 2, 4, 10, 2, 8, 12, 4
 
 
@@ -47,7 +46,6 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("paged", [False, True])
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_keys_and_values_of_every_token(case, paged, device):

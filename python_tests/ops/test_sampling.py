@@ -5,8 +5,6 @@ import torch
 
 from dflash_ext import reference, reveal, reveal_count, sample, verify
 
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
-
 
 def seed(*values, device="cpu"):
     return torch.tensor(values, device=device)
@@ -16,7 +14,6 @@ def logits(*shape, device="cpu"):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(0)).to(device)
 
 
-@pytest.mark.parametrize("device", DEVICES)
 def test_a_seed_decides_the_tokens(device):
     z = logits(64, 50, device=device)
     first = sample(z, seed(7, device=device), temperature=0.9, top_p=0.95)
@@ -63,7 +60,6 @@ def test_one_seed_may_serve_the_draft_and_its_verification():
     assert ((counts - expected) ** 2 / expected).sum() < 30  # 7 degrees of freedom: p = 0.0001
 
 
-@pytest.mark.parametrize("device", DEVICES)
 def test_verify_draws_are_those_of_its_uniforms(device):
     draft = torch.zeros(3, 2, dtype=torch.int64, device=device)
     z, uniforms = logits(3, 3, 9, device=device), torch.rand(3, 3, device=device)
@@ -74,7 +70,6 @@ def test_verify_draws_are_those_of_its_uniforms(device):
     assert torch.equal(once.next_token, twice.next_token)
 
 
-@pytest.mark.parametrize("device", DEVICES)
 def test_reveal_and_its_counts_on_the_device(device):
     masked = torch.tensor([[True, True, False, True]], device=device)
     scores = torch.tensor([[0.2, 0.9, 1.0, 0.5]], device=device)
