@@ -2,13 +2,13 @@
 
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 from dflash_ext import library
 
+ROOT = library.PATH.parent.parent
 MEASURE = """
 import torch
 from dflash_ext import masked_cross_entropy
@@ -27,7 +27,7 @@ for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
 def measure(isa):
     done = subprocess.run(
         [sys.executable, "-c", MEASURE],
-        cwd=Path(library.PATH).parent.parent,
+        cwd=ROOT,
         env={"DFLASH_EXT_CPU_ISA": isa, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
@@ -60,7 +60,7 @@ def test_a_missing_library_is_named(monkeypatch, tmp_path):
 def test_operators_do_not_need_the_info_module():
     code = "import sys; sys.modules['dflash_ext._C'] = None\n" + MEASURE
     code += "from dflash_ext.library import build_info; assert build_info() is None"
-    done = subprocess.run([sys.executable, "-c", code], cwd=Path(library.PATH).parent.parent, capture_output=True)
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True)
     assert done.returncode == 0, done.stderr.decode()
 
 

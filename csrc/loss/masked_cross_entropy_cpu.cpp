@@ -11,7 +11,7 @@ struct CrossEntropyRow {
   static constexpr int64_t kPiece = 1024;
   using Wide = Vector<Real, kLanes>;
   using One = Vector<Real, 1>;
-  using Stats = typename RowLoss<Real>::Stats;
+  using Stats = RowStats<Real>;
 
   const CrossEntropyParams& params;
   const RowLoss<Real> loss;
@@ -83,7 +83,7 @@ struct CrossEntropyRow {
       using X = decltype(lanes);
       const X p = stats.probability(loss.softcap(load<X>(x + i)));
       const X t = stats.teacher_probability(load<X>(y + i));
-      const X sign = loss.half_sign(p, t);
+      const X sign = half_sign(p, t);
       distance += sum_lanes(sign * (p - t));
       mean_sign += sum_lanes(sign * p);
     });
@@ -101,8 +101,7 @@ struct CrossEntropyRow {
     const One logit = load<One>(x + target);
     Stats stats = loss.stats(sums);
     const Real distance = kTeacher && loss.teacher == Teacher::kTV ? total_variation(stats, x, y) : Real(0);
-    const Real nll = loss.nll(stats, loss.softcap(logit)[0]);
-    write(row, loss.loss(sums, stats, nll, distance), nll, loss.entropy(sums, stats),
+    write(row, loss.values(sums, loss.softcap(logit)[0], distance),
           (target == 0 || logit[0] > before) && logit[0] >= rest);
     return stats;
   }
@@ -113,18 +112,20 @@ struct CrossEntropyRow {
     // Read before the loop, which may overwrite the logits.
     const One z = loss.softcap(load<One>(x + target));
     const One teacher = kTeacher ? load<One>(y + target) : One{};
+    const RowGradient<Real> gradient(loss, stats, scale);
     for_each(0, params.vocab, [&](auto lanes, int64_t i) __attribute__((always_inline)) {
       using X = decltype(lanes);
+      const X zi = loss.softcap(load<X>(x + i));
       const X yi = kTeacher ? load<X>(y + i) : X{};
-      store(grad + i, scale * loss.template gradient<kTeacher>(stats, loss.softcap(load<X>(x + i)), yi));
+      store(grad + i, gradient.template at<kTeacher>(zi, yi) * loss.softcap.slope(zi));
     });
-    store(grad + target, scale * (loss.template gradient<kTeacher>(stats, z, teacher) + loss.target_gradient(z[0])));
+    store(grad + target, (gradient.template at<kTeacher>(z, teacher) + gradient.of_target) * loss.softcap.slope(z));
   }
 
-  DFLASH_MEMBER void write(int64_t row, Real value, Real nll, Real entropy, bool correct) const {
-    static_cast<Real*>(params.losses)[row] = weight(row) * value;
-    static_cast<Real*>(params.nll)[row] = nll;
-    static_cast<Real*>(params.entropy)[row] = entropy;
+  DFLASH_MEMBER void write(int64_t row, const typename RowLoss<Real>::Values& values, bool correct) const {
+    static_cast<Real*>(params.losses)[row] = weight(row) * values.loss;
+    static_cast<Real*>(params.nll)[row] = values.nll;
+    static_cast<Real*>(params.entropy)[row] = values.entropy;
     params.correct[row] = correct;
   }
 
@@ -144,7 +145,7 @@ struct CrossEntropyRow {
     Stats* stats = reinterpret_cast<Stats*>(params.stats) + row;
 
     if (weight(row) == 0) {
-      if (params.pass != Pass::kBackward) write(row, 0, 0, 0, false);
+      if (params.pass != Pass::kBackward) write(row, {}, false);
       if (params.pass == Pass::kForward) *stats = Stats{};
       if (params.pass != Pass::kForward) __builtin_memset(grad, 0, params.vocab * sizeof(T));
     } else if (params.pass == Pass::kForward) {

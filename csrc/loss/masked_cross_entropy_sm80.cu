@@ -22,7 +22,7 @@ struct Variation {
 
 template <class T, bool kTeacher>
 struct CrossEntropyRow {
-  using Stats = RowLoss<float>::Stats;
+  using Stats = RowStats<float>;
   const RowHead& head;
   const RowLoss<float> loss;
   const int vocab, target;
@@ -67,7 +67,7 @@ struct CrossEntropyRow {
 #pragma unroll
       for (int k = 0; k < int(sizeof(logits) / 4); ++k) {
         const float p = stats.probability(loss.softcap(logits[k])), t = stats.teacher_probability(teacher[k]);
-        const float sign = loss.half_sign(p, t);
+        const float sign = half_sign(p, t);
         sum.merge({sign * (p - t), sign * p});
       }
     });
@@ -82,17 +82,20 @@ struct CrossEntropyRow {
     Variation tv;
     if (kTeacher && loss.teacher == Teacher::kTV) tv = variation(stats);
     stats.mean_sign = tv.mean_sign;
-    if (threadIdx.x == 0) head.write(loss, part, stats, target < 0 ? kNaN : to_float(x[target]), tv.distance);
+    if (threadIdx.x == 0) {
+      const float logit = target < 0 ? kNaN : to_float(x[target]);
+      head.write(loss.values(part, loss.softcap(logit), tv.distance), part.is_argmax(target, logit));
+    }
     __syncthreads();  // the in-place pass overwrites x[target] next
     return stats;
   }
 
   // `grad` may be `x`: every element is read and written by the same thread.
   DFLASH_INLINE void backward(T* grad, const Stats& stats, float scale) const {
-    if (target < 0) scale = kNaN;
+    const RowGradient<float> gradient(loss, stats, target < 0 ? kNaN : scale);
     for_each([&](int i, auto& logits, auto& teacher) {
       float g[sizeof(logits) / 4];
-      gradients<kTeacher>(g, loss, stats, scale, target, i, logits, teacher);
+      gradients<kTeacher>(g, gradient, loss.softcap, target, i, logits, teacher);
       store(grad + i, g, is_aligned(grad + i));
     });
   }
@@ -102,12 +105,12 @@ template <class T, bool kTeacher, Pass kPass>
 __global__ void __launch_bounds__(kThreads, kMinBlocks<kTeacher>) masked_cross_entropy(const CrossEntropyParams params) {
   const RowHead head(params, blockIdx.x);
   const CrossEntropyRow<T, kTeacher> row(head);
-  using Stats = RowLoss<float>::Stats;
+  using Stats = RowStats<float>;
   Stats* stats = static_cast<Stats*>(params.stats) + head.row;
   T* grad = static_cast<T*>(params.grad) + head.start(params.grad_strides);
 
   if (head.weight == 0) {
-    if (kPass != Pass::kBackward && threadIdx.x == 0) head.write(0, 0, 0, false);
+    if (kPass != Pass::kBackward && threadIdx.x == 0) head.write({}, false);
     if (kPass == Pass::kForward && threadIdx.x == 0) *stats = Stats{};
     if (kPass != Pass::kForward) {
       for (int i = threadIdx.x; i < row.vocab; i += kThreads) grad[i] = from_float<T>(0.f);

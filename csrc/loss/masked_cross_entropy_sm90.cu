@@ -37,7 +37,7 @@ __global__ void __launch_bounds__(kThreads, 2) masked_cross_entropy_in_place(con
   T* const own = row + first;
 
   if (head.weight == 0) {
-    if (rank == 0 && threadIdx.x == 0) head.write(0, 0, 0, false);
+    if (rank == 0 && threadIdx.x == 0) head.write({}, false);
     const float zeros[kSize] = {};
     for (int i = threadIdx.x * kSize; i < count; i += kThreads * kSize) store(own + i, zeros, true);
     return;
@@ -75,13 +75,14 @@ __global__ void __launch_bounds__(kThreads, 2) masked_cross_entropy_in_place(con
   part = parts[0];
   for (int b = 1; b < blocks; ++b) part.merge(parts[b]);
 
-  const auto stats = loss.stats(part);
-  if (rank == 0 && threadIdx.x == 0) head.write(loss, part, stats, target_logit, 0);
-  const float scale = head.target < 0 ? kNaN : head.weight;
+  if (rank == 0 && threadIdx.x == 0) {
+    head.write(loss.values(part, loss.softcap(target_logit), 0), part.is_argmax(head.target, target_logit));
+  }
+  const RowGradient<float> gradient(loss, loss.stats(part), head.target < 0 ? kNaN : head.weight);
   for (int i = threadIdx.x * kSize; i < count; i += kThreads * kSize) {
     float x[kSize], g[kSize];
     load(x, logits + i, true);
-    gradients<false>(g, loss, stats, scale, head.target, first + i, x, no_teacher);
+    gradients<false>(g, gradient, loss.softcap, head.target, first + i, x, no_teacher);
     store(own + i, g, true);
   }
 }

@@ -13,8 +13,8 @@ enum class Pass {
   kInPlace,   // logits -> losses, and logits become d(row_loss)/d(logits)
 };
 
-// Per row, for the backward: the softmax's normaliser, the teacher's, and what total variation needs.
-enum Stat { kMax, kLogSum, kTeacherMax, kTeacherLogSum, kMeanSign, kNumStats };
+// Numbers per row that the forward hands to the backward: RowStats in row.h.
+constexpr int kNumStats = 5;
 
 // Row r of a [outer, inner, vocab] tensor starts at (r / inner) * outer_stride + (r % inner) * inner_stride.
 struct RowStrides {

@@ -41,7 +41,7 @@ struct Sums {
     const X dz = z - max;
     const X ez = exp_of(dz);
     e += ez;
-    e_d += ez == 0 ? X{} : ez * dz;  // 0 * -inf counts as 0
+    e_d += ez * (dz > -1e4f ? dz : X{} - 1e4f);  // 0 * -inf counts as 0
     d += dz;
     if constexpr (kTeacher) {
       const X dy = y - teacher_max;
@@ -87,6 +87,28 @@ struct RowSums : Sums<Real> {
   }
 };
 
+// What the second pass over a row needs to know of the first.
+template <class Real>
+struct RowStats {
+  Real max, inverse_sum, teacher_max, teacher_inverse_sum, mean_sign;
+
+  template <class X>
+  DFLASH_MEMBER X probability(X z) const {
+    return exp_of(z - max) * inverse_sum;
+  }
+  template <class X>
+  DFLASH_MEMBER X teacher_probability(X y) const {
+    return exp_of(y - teacher_max) * teacher_inverse_sum;
+  }
+};
+
+// sign(p - t) / 2: the slope of total variation in p.
+template <class X>
+DFLASH_INLINE X half_sign(X p, X t) {
+  const X half = X{} + 0.5f;
+  return p > t ? half : (p < t ? -half : X{});
+}
+
 // The loss of one row:
 //   (1 - mix) * ((1 - smoothing) * nll + smoothing * mean_v(-log p_v)) + z_loss * lse^2 + mix * distance(teacher, p)
 template <class Real>
@@ -104,60 +126,58 @@ struct RowLoss {
         teacher(p.teacher_kind),
         vocab(Real(p.vocab)) {}
 
-  // What the second pass over a row needs.
-  struct Stats {
-    Real max, log_sum, teacher_max, teacher_log_sum, mean_sign;
+  DFLASH_MEMBER RowStats<Real> stats(const RowSums<Real>& sums) const {
+    return {finite_or_zero(sums.max), 1 / sums.e, finite_or_zero(sums.teacher_max), 1 / sums.u, Real(0)};
+  }
 
-    template <class X>
-    DFLASH_MEMBER X probability(X z) const {
-      return exp_of((z - max) - log_sum);
-    }
-    template <class X>
-    DFLASH_MEMBER X teacher_probability(X y) const {
-      return exp_of((y - teacher_max) - teacher_log_sum);
-    }
+  struct Values {
+    Real loss, nll, entropy;
   };
 
-  DFLASH_MEMBER Stats stats(const RowSums<Real>& sums) const {
-    return {finite_or_zero(sums.max), log_of(sums.e), finite_or_zero(sums.teacher_max), log_of(sums.u), Real(0)};
-  }
-
-  // sign(p - t) / 2: the slope of total variation in p.
-  template <class X>
-  DFLASH_MEMBER X half_sign(X p, X t) const {
-    const X half = X{} + Real(0.5);
-    return p > t ? half : (p < t ? -half : X{});
-  }
-
-  DFLASH_MEMBER Real nll(const Stats& s, Real z_target) const { return s.log_sum - (z_target - s.max); }
-
-  DFLASH_MEMBER Real entropy(const RowSums<Real>& sums, const Stats& s) const { return s.log_sum - sums.e_d / sums.e; }
-
-  DFLASH_MEMBER Real loss(const RowSums<Real>& sums, const Stats& s, Real nll, Real total_variation) const {
+  // z_target: the target's score after the softcap.
+  DFLASH_MEMBER Values values(const RowSums<Real>& sums, Real z_target, Real total_variation) const {
+    const Real max = finite_or_zero(sums.max), log_sum = log_of(sums.e);
+    const Real nll = log_sum - (z_target - max);
     Real hard = nll;
-    if (smoothing != 0) hard = (1 - smoothing) * nll + smoothing * (s.log_sum - sums.d / vocab);
+    if (smoothing != 0) hard = (1 - smoothing) * nll + smoothing * (log_sum - sums.d / vocab);
     Real loss = (1 - mix) * hard;
-    if (z_loss != 0) loss += z_loss * (s.max + s.log_sum) * (s.max + s.log_sum);
+    if (z_loss != 0) loss += z_loss * (max + log_sum) * (max + log_sum);
     if (mix != 0) {
-      const Real kl = sums.u_difference / sums.u - s.teacher_log_sum + s.log_sum;
+      const Real kl = sums.u_difference / sums.u - log_of(sums.u) + log_sum;
       loss += mix * (teacher == Teacher::kKL ? kl : total_variation);
     }
-    return loss;
+    return {loss, nll, log_sum - sums.e_d / sums.e};
+  }
+};
+
+// scale * d(loss) / d(z) of one row, z being the scores after the softcap.
+template <class Real>
+struct RowGradient {
+  RowStats<Real> stats;
+  Real factor, offset;  // of exp(z - max), and of every token
+  Real of_target;       // of the target, on top
+  Real mix;             // of the teacher's term
+  Teacher teacher;
+
+  DFLASH_MEMBER RowGradient(const RowLoss<Real>& loss, const RowStats<Real>& stats, Real scale)
+      : stats(stats), mix(scale * loss.mix), teacher(loss.teacher) {
+    const Real hard = scale * (1 - loss.mix);
+    const Real lse = stats.max - log_of(stats.inverse_sum);
+    factor = (hard + (loss.z_loss == 0 ? Real(0) : 2 * scale * loss.z_loss * lse)) * stats.inverse_sum;
+    offset = hard * loss.smoothing / loss.vocab;
+    of_target = -hard * (1 - loss.smoothing);
   }
 
-  // d(loss) / d(logit), but for the target's own term.
   template <bool kTeacher, class X>
-  DFLASH_MEMBER X gradient(const Stats& s, X z, X y) const {
-    const X p = s.probability(z);
-    X g = p * (1 - mix + 2 * z_loss * (s.max + s.log_sum)) - (1 - mix) * smoothing / vocab;
+  DFLASH_MEMBER X at(X z, X y) const {
+    const X e = exp_of(z - stats.max);
+    X g = e * factor - offset;
     if constexpr (kTeacher) {
-      const X t = s.teacher_probability(y);
-      g += mix * (teacher == Teacher::kKL ? p - t : p * (half_sign(p, t) - s.mean_sign));
+      const X p = e * stats.inverse_sum, t = stats.teacher_probability(y);
+      g += mix * (teacher == Teacher::kKL ? p - t : p * (half_sign(p, t) - stats.mean_sign));
     }
-    return g * softcap.slope(z);
+    return g;
   }
-
-  DFLASH_MEMBER Real target_gradient(Real z) const { return -(1 - mix) * (1 - smoothing) * softcap.slope(z); }
 };
 
 }  // namespace dflash::DFLASH_ISA

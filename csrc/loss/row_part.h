@@ -7,6 +7,17 @@ namespace dflash::DFLASH_ISA {
 
 constexpr float kNaN = __builtin_nanf("");
 
+// One branch for all of them.
+template <int kCount>
+DFLASH_INLINE void softcapped(float (&z)[kCount], const Softcap<float>& softcap, const float (&x)[kCount]) {
+#pragma unroll
+  for (int k = 0; k < kCount; ++k) z[k] = x[k];
+  if (softcap.cap != 0) {
+#pragma unroll
+    for (int k = 0; k < kCount; ++k) z[k] = softcap(x[k]);
+  }
+}
+
 struct RowPart : RowSums<float> {
   float before = -kInfinity, rest = -kInfinity;  // largest logit before the target, and from it on
 
@@ -42,27 +53,34 @@ struct RowPart : RowSums<float> {
         if (index + k >= target) rest = fmaxf(rest, x[k]);
       }
     }
+    float z[kCount];
+    softcapped(z, loss.softcap, x);
     largest = loss.softcap(largest);
     if (largest > max || (kTeacher && teacher_largest > teacher_max)) raise(largest, teacher_largest);
     const float origin = finite_or_zero(max), teacher_origin = finite_or_zero(teacher_max);
 #pragma unroll
     for (int k = 0; k < kCount; ++k) {
-      Sums<float>::add<kTeacher>(loss.softcap(x[k]), y[k], origin, teacher_origin);
+      Sums<float>::add<kTeacher>(z[k], y[k], origin, teacher_origin);
     }
     count += kCount;
   }
 };
 
-// scale * d(loss) / d(logit) of tokens [index, index + kCount).
+// The gradient of logits x of tokens [index, index + kCount); y are the teacher's.
 template <bool kTeacher, int kCount>
-DFLASH_INLINE void gradients(float (&out)[kCount], const RowLoss<float>& loss, const RowLoss<float>::Stats& stats,
-                             float scale, int target, int index, const float (&x)[kCount], const float (&y)[kCount]) {
+DFLASH_INLINE void gradients(float (&out)[kCount], const RowGradient<float>& gradient, const Softcap<float>& softcap,
+                             int target, int index, const float (&x)[kCount], const float (&y)[kCount]) {
+  float z[kCount];
+  softcapped(z, softcap, x);
 #pragma unroll
-  for (int k = 0; k < kCount; ++k) {
-    const float z = loss.softcap(x[k]);
-    float g = loss.gradient<kTeacher>(stats, z, y[k]);
-    if (index + k == target) g += loss.target_gradient(z);
-    out[k] = scale * g;
+  for (int k = 0; k < kCount; ++k) out[k] = gradient.at<kTeacher>(z[k], y[k]);
+  if (index <= target && target < index + kCount) {
+#pragma unroll
+    for (int k = 0; k < kCount; ++k) out[k] += index + k == target ? gradient.of_target : 0.f;
+  }
+  if (softcap.cap != 0) {
+#pragma unroll
+    for (int k = 0; k < kCount; ++k) out[k] *= softcap.slope(z[k]);
   }
 }
 
@@ -81,18 +99,12 @@ struct RowHead {
     return row / params.inner * s.outer + row % params.inner * s.inner;
   }
 
-  DFLASH_INLINE void write(float loss, float nll, float entropy, bool correct) const {
-    static_cast<float*>(params.losses)[row] = weight * loss;
-    static_cast<float*>(params.nll)[row] = nll;
-    static_cast<float*>(params.entropy)[row] = entropy;
+  // For one thread of the row's.
+  DFLASH_INLINE void write(const RowLoss<float>::Values& values, bool correct) const {
+    static_cast<float*>(params.losses)[row] = weight * values.loss;
+    static_cast<float*>(params.nll)[row] = values.nll;
+    static_cast<float*>(params.entropy)[row] = values.entropy;
     params.correct[row] = correct;
-  }
-
-  // For one thread: everything that the forward returns of the row.
-  DFLASH_INLINE void write(const RowLoss<float>& loss, const RowPart& sums, const RowLoss<float>::Stats& stats,
-                           float logit, float total_variation) const {
-    const float nll = loss.nll(stats, loss.softcap(logit));
-    write(loss.loss(sums, stats, nll, total_variation), nll, loss.entropy(sums, stats), sums.is_argmax(target, logit));
   }
 };
 

@@ -8,8 +8,8 @@ from torch import Tensor
 from ..reference import CrossEntropy
 from .loss import options_of, real_dtype, reduce_losses
 
-# Logits that exist at a time, by device: enough rows for the matrix products to run at full speed.
-_LOGITS_AT_A_TIME = {"cuda": 1 << 28, "cpu": 1 << 24}
+# Logits that exist at a time: on a GPU enough rows for the matrix products to run at full speed.
+_LOGITS_AT_A_TIME = {"cuda": 160 << 20, "cpu": 16 << 20}
 
 
 def linear_cross_entropy(
@@ -70,13 +70,18 @@ def linear_cross_entropy(
         weight,
         None if teacher is None else teacher.detach().reshape(-1, vocab),
         rows,
-        chunk_rows or max(1, _LOGITS_AT_A_TIME.get(hidden.device.type, 1 << 28) // vocab),
+        chunk_rows or _rows_at_a_time(hidden.device, vocab),
         options,
     )
     if overflow is not None:
         losses = losses.masked_fill(overflow, torch.nan)
     loss = reduce_losses(losses.view(shape), weight, reduction)
     return CrossEntropy(loss, nll.view(shape), correct.view(shape), entropy.view(shape))
+
+
+def _rows_at_a_time(device: torch.device, vocab: int) -> int:
+    """A multiple of what the matrix products handle at a time."""
+    return max(256, _LOGITS_AT_A_TIME[device.type] // vocab // 256 * 256)
 
 
 def _rows_that_count(weight: Tensor | None, max_rows: int | None) -> tuple[Tensor | None, Tensor | None]:
@@ -113,6 +118,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 output[chunk] = result[0]
             if grad_hidden is not None:
                 grad_hidden[chunk] = logits @ head
+            del logits  # before the next chunk's
         ctx.mark_non_differentiable(*outputs[1:])
         ctx.save_for_backward(hidden, head, target, weight, teacher, rows, grad_hidden)
         ctx.chunk_rows, ctx.options = chunk_rows, options
@@ -127,7 +133,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
             return scaled, *[None] * 7
 
         real = real_dtype(hidden)
-        scale = grad_losses.contiguous() if weight is None else torch.where(weight == 0, 0.0, weight * grad_losses)
+        # Where a gradient overflowed, 0 * inf must not reach the rows that do not count.
+        weight = torch.ones_like(grad_losses) if weight is None else weight
+        scale = torch.where(weight == 0, 0.0, weight * grad_losses)
         grad_hidden = torch.zeros_like(hidden) if needs_hidden else None
         grad_head = torch.zeros_like(head, dtype=real)
         for chunk in _chunks(len(hidden), rows, ctx.chunk_rows):
@@ -137,6 +145,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if needs_hidden:
                 grad_hidden[chunk] = grad_logits @ head
             grad_head += _matmul(grad_logits.T, x, real)
+            del grad_logits
         return grad_hidden, grad_head.to(head.dtype), *[None] * 6
 
 

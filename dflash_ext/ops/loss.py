@@ -40,7 +40,7 @@ def masked_cross_entropy(
 ) -> CrossEntropy:
     """Weighted cross-entropy of each row of logits, with what training wants to know beside it.
 
-    With ``z = softcap * tanh(logits / softcap)`` or ``z = logits``, ``p = softmax(z)``, ``t = softmax(teacher)``::
+    With ``z = softcap * tanh(logits / softcap)`` or logits, ``p = softmax(z)`` and ``t = softmax(teacher)``::
 
         row = (1 - teacher_mix) * ((1 - label_smoothing) * -log p[target] + label_smoothing * mean(-log p))
               + z_loss * logsumexp(z) ** 2

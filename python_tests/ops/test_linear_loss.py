@@ -42,8 +42,9 @@ def test_matches_the_definition(max_rows, reduction, train_head, device):
     data = inputs(device=device)
     options = OPTIONS | {"reduction": reduction, "teacher": torch.randn(30, 50, device=device)}
     grad = torch.randn(30, device=device) if reduction == "none" else None
-    actual = run(linear_cross_entropy, *data, torch.float32, train_head, grad, max_rows=max_rows, chunk_rows=4, **options)
     expected = run(reference.linear_cross_entropy, *data, torch.float64, train_head, grad, **options)
+    options |= {"max_rows": max_rows, "chunk_rows": 4}
+    actual = run(linear_cross_entropy, *data, torch.float32, train_head, grad, **options)
     for ours, theirs in zip(actual, expected, strict=True):
         torch.testing.assert_close(ours.to(theirs.dtype), theirs, rtol=1e-4, atol=2e-5)
 
@@ -76,10 +77,10 @@ def test_gradient(train_head):
 def test_all_rows_and_leading_dimensions(device):
     torch.manual_seed(3)
     hidden, head, target, _ = inputs(kept=30, device=device)
-    flat = run(linear_cross_entropy, hidden, head, target, None, torch.float32, True, chunk_rows=7)
-    folded = run(
-        linear_cross_entropy, hidden.view(2, 15, 16), head, target.view(2, 15), None, torch.float32, True, chunk_rows=7
-    )
+    rest = (None, torch.float32, True)
+    flat = run(linear_cross_entropy, hidden, head, target, *rest, chunk_rows=7)
+    hidden, target = hidden.view(2, 15, 16), target.view(2, 15)
+    folded = run(linear_cross_entropy, hidden, head, target, *rest, chunk_rows=7)
     for a, b in zip(flat, folded, strict=True):
         assert torch.equal(a, b.view(a.shape))
 

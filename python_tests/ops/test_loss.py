@@ -38,16 +38,19 @@ def inputs(shape, dtype=torch.float32, device="cpu", teacher=False, keep=0.7):
 def both(logits, target, weight, teacher, grad=None, **options):
     """The results and the gradient of the operator, and of the definition in float64."""
     results = []
-    for function, dtype in ((masked_cross_entropy, logits.dtype), (reference.masked_cross_entropy, torch.float64)):
+    functions = {masked_cross_entropy: logits.dtype, reference.masked_cross_entropy: torch.float64}
+    for function, dtype in functions.items():
         leaf = logits.detach().clone().to(dtype).requires_grad_()
-        out = function(leaf, target, weight, teacher=None if teacher is None else teacher.to(dtype), **options)
+        teacher = None if teacher is None else teacher.to(dtype)
+        out = function(leaf, target, weight, teacher=teacher, **options)
         out.loss.backward(None if grad is None else grad.to(out.loss.dtype))
         results.append((out, leaf.grad))
     return results
 
 
 def relative_error(actual, expected):
-    return ((actual.double() - expected.double()).abs().max() / expected.abs().max().clamp(min=1e-30)).item()
+    """Relative to the largest entry; gradients that are 0 in exact arithmetic are held against 1e-2."""
+    return ((actual.double() - expected.double()).abs().max() / expected.abs().max().clamp(min=1e-2)).item()
 
 
 @pytest.mark.parametrize("vocab", [1, 2, 7, 64, 1000, 50257])
@@ -75,8 +78,9 @@ def test_is_as_exact_as_torch(dtype, device):
     leaf = logits.clone().requires_grad_()
     torchs = F.cross_entropy(leaf, target, reduction="none")
     torchs.mean().backward()
-    assert relative_error(out.nll, expected.nll) <= 1.5 * relative_error(torchs, expected.nll)
-    assert relative_error(grad, expected_grad) <= 1.5 * relative_error(leaf.grad, expected_grad)
+    half_ulp = 2**-24  # of float32: errors below it tell nothing
+    for ours, torchs_own, exact in ((out.nll, torchs, expected.nll), (grad, leaf.grad, expected_grad)):
+        assert relative_error(ours, exact) <= max(half_ulp, 1.5 * relative_error(torchs_own, exact))
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
@@ -272,7 +276,7 @@ def test_does_not_depend_on_what_memory_held():
     logits, target, weight, _ = inputs((64, 5001), torch.bfloat16, "cuda")
     results = []
     for poison in (0.0, torch.nan):
-        torch.full((8 << 20,), poison, device="cuda")  # freed at once: the caching allocator hands it out again
+        torch.full((8 << 20,), poison, device="cuda")  # freed at once, and its memory handed out again
         leaf = logits.clone().requires_grad_()
         out = masked_cross_entropy(leaf, target, weight)
         out.loss.backward()
