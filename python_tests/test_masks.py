@@ -290,6 +290,7 @@ def test_to_dense_is_finite_zero_where_visible_and_lowest_elsewhere(dtype):
     ],
     ids=["batch", "one for all"],
 )
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 def test_to_flex_is_the_same_mask(mask):
     from torch.nn.attention.flex_attention import create_mask, flex_attention
 
