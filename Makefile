@@ -35,4 +35,5 @@ clean:
 
 .venv/ready: .venv/torch pyproject.toml setup.py $(NATIVE)
 	$(PIP) --no-build-isolation --editable ".[test,demo]"
+	@$(BIN)/python -c "from dflash_ext import library; print('dflash_ext:', library.summary())"
 	touch $@

@@ -42,3 +42,14 @@ def build_info() -> dict[str, Any] | None:
         return None
     names = ("version", "compiler", "cuda_version", "cuda_archs", "cpu_isas")
     return {name: getattr(_C, name) for name in names} | {"kernels": _C.kernels()}
+
+
+def summary() -> str:
+    """One line: for what the native library was built."""
+    info = build_info()
+    if info is None:
+        return f"native library {load()}; its build facts are of another Python"
+    gpu = "no CUDA (nvcc was not there)"
+    if info["cuda_version"]:
+        gpu = f"CUDA {info['cuda_version']} for {info['cuda_archs']}, {len(info['kernels'])} kernels"
+    return f"native library {info['version']}: CPU ({info['cpu_isas']}) and {gpu}"

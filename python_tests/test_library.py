@@ -64,6 +64,11 @@ def test_operators_do_not_need_the_info_module():
     assert done.returncode == 0, done.stderr.decode()
 
 
+def test_the_summary_says_whether_there_is_cuda():
+    has_cuda = bool(library.build_info()["cuda_version"])
+    assert ("no CUDA" in library.summary()) != has_cuda
+
+
 def test_no_kernel_spills():
     info = library.build_info()
     assert info is not None

@@ -43,6 +43,8 @@ __global__ void __launch_bounds__(kThreads, 2) masked_cross_entropy_in_place(con
     return;
   }
 
+  // The other blocks' shared memory is there once they have all arrived here.
+  auto all_started = cluster.barrier_arrive();
   const int piece = (slice / kPieces + kSize - 1) / kSize * kSize;
   const auto piece_end = [&](int p) { return p == kPieces - 1 ? count : min(count, (p + 1) * piece); };
   if (threadIdx.x == 0) {
@@ -70,6 +72,7 @@ __global__ void __launch_bounds__(kThreads, 2) masked_cross_entropy_in_place(con
     }
   }
   part = block_merge<kThreads>(part);
+  cluster.barrier_wait(static_cast<decltype(all_started)&&>(all_started));
   if (threadIdx.x < blocks) cluster.map_shared_rank(parts, threadIdx.x)[rank] = part;
   cluster.sync();
   part = parts[0];
