@@ -1,5 +1,5 @@
 # make demo   the whole path on real input        make test   all tests
-# make lint   ruff                                make clean  removes .venv and build
+# make lint   ruff                                make clean  undoes all of it
 #
 # Needs Python 3.10+ with venv and headers, make and g++; nvcc is used if it is there. TORCH chooses the torch to install
 # (TORCH=torch takes the newest, with CUDA), PYTHON the interpreter, ARGS goes to the command.
@@ -24,7 +24,7 @@ lint: .venv/ready
 	$(BIN)/ruff check .
 
 clean:
-	rm -rf .venv build
+	rm -rf .venv build dflash_ext/*.so
 
 .venv/torch:
 	$(PYTHON) -m venv .venv
