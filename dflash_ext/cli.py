@@ -51,7 +51,9 @@ def command(function: Callable) -> Callable:
 
 @command
 def demo(
-    quick: Annotated[bool, typer.Option("--quick", help="Only the part that trains a tiny model, under two minutes.")] = False,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Only the part that trains a tiny model, under two minutes.")
+    ] = False,
     prompts: Annotated[int, typer.Option(min=1, help="How many prompts the real model answers.")] = 6,
     max_new_tokens: Annotated[int, typer.Option(min=2)] = 128,
 ) -> None:
@@ -68,14 +70,20 @@ def train(
     output: Annotated[Path, typer.Option(help="Folder for the drafter, its log and the answers.")],
     target: TargetName,
     prompts: Prompts = None,
-    answers: Annotated[Path | None, typer.Option(help="Answers of an earlier run to train on, instead of prompts.")] = None,
+    answers: Annotated[
+        Path | None, typer.Option(help="Answers of an earlier run to train on, instead of prompts.")
+    ] = None,
     field: Field = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Use only the first prompts.")] = None,
     max_prompt_tokens: Annotated[int, typer.Option(min=1)] = 512,
     max_new_tokens: Annotated[int, typer.Option(min=2, help="Length of the target's answers.")] = 256,
-    temperature: Annotated[list[float] | None, typer.Option(help="Of the answers; repeat for several answers each.")] = None,
+    temperature: Annotated[
+        list[float] | None, typer.Option(help="Of the answers; repeat for several answers each.")
+    ] = None,
     decode_batch: Annotated[int, typer.Option(min=1, help="Prompts answered at a time.")] = 32,
-    mask_token: Annotated[str | None, typer.Option(help="The mask token, by text or id, if the tokenizer has none.")] = None,
+    mask_token: Annotated[
+        str | None, typer.Option(help="The mask token, by text or id, if the tokenizer has none.")
+    ] = None,
     layers: Annotated[int, typer.Option(min=1)] = 5,
     taps: Annotated[str, typer.Option(help="How many layers of the target to tap, or their ids: 1,9,17.")] = "5",
     block_size: Annotated[int, typer.Option(help="Slots of a block, the anchor included.")] = 16,
@@ -86,10 +94,14 @@ def train(
     anchors: Annotated[int, typer.Option(min=1, help="Blocks drawn from each sequence.")] = 64,
     max_length: Annotated[int, typer.Option(min=4, help="Tokens of a training sequence.")] = 1024,
     learning_rate: Annotated[float, typer.Option(min=0)] = 6e-4,
-    gamma: Annotated[float | None, typer.Option(help="Decay of the position weights; D-PACE weights if not given.")] = None,
+    gamma: Annotated[
+        float | None, typer.Option(help="Decay of the position weights; D-PACE weights if not given.")
+    ] = None,
     held_out: Annotated[float, typer.Option(min=0, max=0.5, help="Share of the prompts kept for evaluation.")] = 0.02,
     compile: Annotated[bool, typer.Option("--compile", help="Train under torch.compile.")] = False,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in the output folder.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the last checkpoint in the output folder.")
+    ] = False,
     save_every: Annotated[int, typer.Option(min=0, help="Steps between checkpoints; 0 for none.")] = 0,
     seed: int = 0,
     tokenizer: Tokenizer = None,
@@ -115,13 +127,26 @@ def train(
         intermediate_size=intermediate_size,
     ).to(plain.device)
     parameters = sum(p.numel() for p in drafter.parameters())
-    console.print(f"drafter: {layers} layers, {parameters / 1e6:.1f} M parameters, taps {drafter.config.target_layer_ids}")
+    console.print(
+        f"drafter: {layers} layers, {parameters / 1e6:.1f} M parameters, taps {drafter.config.target_layer_ids}"
+    )
 
     output.mkdir(parents=True, exist_ok=True)
     if answers is None:
         answers = output / "answers.jsonl"
         _regenerate(
-            plain, model, tok, prompts, answers, field, limit, max_prompt_tokens, max_new_tokens, temperature, decode_batch, seed
+            plain,
+            model,
+            tok,
+            prompts,
+            answers,
+            field,
+            limit,
+            max_prompt_tokens,
+            max_new_tokens,
+            temperature,
+            decode_batch,
+            seed,
         )
     dataset = ResponseDataset(answers, max_length)
     trained, kept_out = dataset.split(held_out, seed)
@@ -200,7 +225,9 @@ def generate(
     if bool(prompt) == (prompts is not None):
         raise ValueError("generate needs prompts: as arguments, or a file with --prompts")
     conversations = (
-        [Conversation.user(text) for text in prompt] if prompt else read_conversations(prompts, field=field, limit=limit)
+        [Conversation.user(text) for text in prompt]
+        if prompt
+        else read_conversations(prompts, field=field, limit=limit)
     )
     model, tok = _load_target(target, tokenizer, dtype, device)
     tapped, draft = _pair(model, drafter)

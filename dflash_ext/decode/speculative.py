@@ -1,9 +1,10 @@
 """Lossless speculative decoding with a block-diffusion drafter; plain decoding is the case without one.
 
-A cycle: the drafter fills a block behind the anchor in one pass, the target checks the whole block in one pass, the longest
-accepted prefix and one token of the target's own (the bonus) are committed, and the bonus is the next anchor. Greedy output
-is the target's own greedy output; at temperature > 0 rejection sampling keeps the target's distribution (Leviathan et al.,
-arXiv 2211.17192). Rows of a batch accept different lengths: each keeps its own positions in `RowCache`.
+A cycle: the drafter fills a block behind the anchor in one pass, the target checks the whole block in one pass, the
+longest accepted prefix and one token of the target's own (the bonus) are committed, and the bonus is the next anchor.
+Greedy output is the target's own greedy output; at temperature > 0 rejection sampling keeps the target's distribution
+(Leviathan et al., arXiv 2211.17192). Rows of a batch accept different lengths: each keeps its own positions in
+`RowCache`.
 """
 
 from __future__ import annotations
@@ -178,7 +179,7 @@ class _Batch:
         return anchors
 
     def cycle(self, ended: list[bool]) -> list[list[int]]:
-        """Drafts, verifies and commits once; returns every row's new tokens. Rows that have `ended` stay as they are."""
+        """Drafts, verifies and commits once; returns every row's new tokens. Rows that have `ended` stay put."""
         frozen = torch.tensor(ended, device=self.start.device)
         positions = self.start[:, None] + self.slots
         end = max(self.lengths) + self.draft_width + 1

@@ -40,7 +40,9 @@ def tiny_model(console: Console) -> None:
     model = _train_target(console, tokenizer, seen)
 
     target = Target(model)
-    drafter = DFlashDrafter.for_target(target, mask_token_id=tokenizer.mask_token_id, num_layers=2, block_size=8, taps=2)
+    drafter = DFlashDrafter.for_target(
+        target, mask_token_id=tokenizer.mask_token_id, num_layers=2, block_size=8, taps=2
+    )
     tapped = Target(model, drafter.config.target_layer_ids)
     with tempfile.TemporaryDirectory() as folder:
         answers = Path(folder) / "answers.jsonl"
@@ -63,8 +65,11 @@ def tiny_model(console: Console) -> None:
     losses = [entry for entry in log if "loss" in entry]
     console.print(f"drafter: loss {losses[0]['loss']:.2f} -> {losses[-1]['loss']:.2f} in {DRAFTER_STEPS} steps")
 
-    prompts = {text.strip().splitlines()[0]: encode(Conversation(text=text[:400]), tokenizer, max_prompt_tokens=CONTEXT)
-               for text in unseen[:6] if text.strip()}
+    prompts = {
+        text.strip().splitlines()[0]: encode(Conversation(text=text[:400]), tokenizer, max_prompt_tokens=CONTEXT)
+        for text in unseen[:6]
+        if text.strip()
+    }
     compare(console, tapped, drafter.eval(), tokenizer, prompts, max_new_tokens=64, stop_token_ids=())
     console.print(f"this part took {time.perf_counter() - began:.0f} s")
 
@@ -113,5 +118,7 @@ def _train_target(console: Console, tokenizer: PreTrainedTokenizerFast, texts: l
             losses.append(loss.item())
             advance(1)
     parameters = sum(p.numel() for p in model.parameters())
-    console.print(f"target: {parameters / 1e6:.1f} M parameters, loss {losses[0]:.2f} -> {losses[-1]:.2f} in {TARGET_STEPS} steps")
+    console.print(
+        f"target: {parameters / 1e6:.1f} M parameters, loss {losses[0]:.2f} -> {losses[-1]:.2f} in {TARGET_STEPS} steps"
+    )
     return model.eval().requires_grad_(False)

@@ -1,8 +1,9 @@
 """The DFlash drafter (arXiv 2602.06036): a few layers that denoise one block of tokens from a target's features.
 
-Layout of a block: slot 0 is the anchor, the last token that was committed; slots 1..B-1 hold the mask token. A layer's keys
-are those of the context (features of the target, fused once, projected by the layer's own k_proj and v_proj) followed by
-the block's. Context makes no queries and passes no MLP. The embedding and the head are the target's.
+Layout of a block: slot 0 is the anchor, the last token that was committed; slots 1..B-1 hold the mask token. A
+layer's keys are those of the context (features of the target, fused once, projected by the layer's own k_proj and
+v_proj) followed by the block's. Context makes no queries and passes no MLP. The embedding and the head are the
+target's.
 """
 
 from __future__ import annotations
@@ -80,7 +81,7 @@ class DFlashLayer(nn.Module):
 
 
 class DFlashDrafter(PreTrainedModel):
-    """Reads and writes the published DFlash checkpoints; serves training, decoding and transformers' own DFlash loop."""
+    """Reads and writes published DFlash checkpoints; serves training, decoding and transformers' own DFlash loop."""
 
     config_class = DFlashConfig
     base_model_prefix = ""
@@ -133,7 +134,7 @@ class DFlashDrafter(PreTrainedModel):
         return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
     def head_input(self, hidden: Tensor) -> Tensor:
-        """What the target's head is applied to: the drafter's output [..., H] times the optional `output_multiplier`."""
+        """What the target's head is applied to: the drafter's output times the optional `output_multiplier`."""
         multiplier = self.config.optional("output_multiplier")
         return hidden if multiplier is None else hidden * multiplier
 
@@ -188,8 +189,8 @@ class DFlashDrafter(PreTrainedModel):
             noise_embeds: [B, Q, H], the embedded slots: one block when decoding, all anchors' blocks when training.
             context_hidden_states: [B, S, taps * H], the target's features that are not in the cache yet.
             position_ids: int64 [B, S + Q]: the context's positions, then the slots'.
-            attention_mask: masks by kind of layer (`anchor_masks`, `decode_masks`); or, for one block, None or a padding
-                mask [B, cached + S + Q] that is True (1) for tokens and False (0) for padding on the left.
+            attention_mask: masks by kind of layer (`anchor_masks`, `decode_masks`); or, for one block, None or a
+                padding mask [B, cached + S + Q] that is True (1) for tokens and False (0) for padding on the left.
             past_key_values: a cache of the context's keys and values; the block's are appended and are the caller's to
                 drop.
 

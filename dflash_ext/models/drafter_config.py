@@ -1,4 +1,4 @@
-"""The published configuration of a DFlash drafter: Qwen3's keys plus `block_size`, `num_target_layers` and `dflash_config`."""
+"""The published configuration of a DFlash drafter: Qwen3's keys and those of block diffusion."""
 
 from __future__ import annotations
 
@@ -20,8 +20,9 @@ def default_taps(num_target_layers: int, count: int) -> list[int]:
 class DFlashConfig(Qwen3Config):
     """Reads and writes `config.json` of the published checkpoints.
 
-    `block_size` may stand at the top level or inside `dflash_config`; `mask_token_id` and `target_layer_ids` stand inside.
-    Optional keys, in either place: `is_causal`, `input_embedding_scale`, `output_multiplier`, `final_logit_softcapping`.
+    `block_size` may stand at the top level or inside `dflash_config`; `mask_token_id` and `target_layer_ids` stand
+    inside. Optional keys, in either place: `is_causal`, `input_embedding_scale`, `output_multiplier`,
+    `final_logit_softcapping`.
     """
 
     block_size: int | None = None

@@ -124,7 +124,8 @@ class Target:
             keep_logits: how many of the last columns get logits.
 
         Returns:
-            logits [B, keep_logits, V] in the model's dtype and the context features [B, Q, taps * H] (None without taps).
+            logits [B, keep_logits, V] in the model's dtype and the context features [B, Q, taps * H] (None without
+            taps).
         """
         with self._tapped() as outputs:
             output = self.model(
@@ -138,7 +139,7 @@ class Target:
         return output.logits, self._concatenate(outputs)
 
     def _causal_masks(self, positions: Tensor, kv_len: int) -> Tensor | dict[str, Tensor]:
-        """The additive masks [B, 1, Q, kv_len] of tokens at `positions`, by kind of layer where the model mixes kinds."""
+        """The additive masks [B, 1, Q, kv_len] of tokens at `positions`; by kind of layer if there are several."""
         end = (positions + 1).int()
         nothing = torch.zeros_like(end)
         masks = {}

@@ -41,7 +41,8 @@ def position_decay(block_size: int, gamma: float) -> Tensor:
 def dpace(nll: Tensor, counts: Tensor, alpha: float = 0.5) -> Tensor:
     """Weights that follow what acceptance would be (D-PACE, arXiv 2605.18810).
 
-    w_j = sum over m >= j of prod over i <= m of ((1 - alpha) q_i + alpha), q_i being the drafter's probability of label i.
+    w_j = sum over m >= j of prod over i <= m of ((1 - alpha) q_i + alpha), q_i being the drafter's probability of
+    label i.
 
     Args:
         nll: [..., K], the drafter's negative log-likelihood of each drafted slot's label.
@@ -61,7 +62,8 @@ class Blocks:
     Attributes:
         noise_ids: int64 [B, N, block_size], the anchor's token, then mask tokens.
         labels: int64 [B, N, block_size]: slot k's label is the token at anchor + k.
-        counts: bool [B, N, block_size], the slots that have a label: kept anchor, in bounds, not slot 0, in the loss mask.
+        counts: bool [B, N, block_size], the slots that have a label: kept anchor, in bounds, not slot 0, in the loss
+            mask.
         positions: int64 [B, N, block_size].
     """
 

@@ -20,8 +20,8 @@ from .anchors import build_blocks, dpace, position_decay, sample_anchors
 class AnchorCollator:
     """Pads samples on the right, draws their anchors and cuts the blocks behind them.
 
-    Samples are {"input_ids": int64 [S], "loss_mask": bool [S]}; batches hold `input_ids` [B, S], `anchors` and `keep` [B, N]
-    and the fields of `Blocks` [B, N, block_size].
+    Samples are {"input_ids": int64 [S], "loss_mask": bool [S]}; batches hold `input_ids` [B, S], `anchors` and `keep`
+    [B, N] and the fields of `Blocks` [B, N, block_size].
     """
 
     num_anchors: int
@@ -41,9 +41,9 @@ class AnchorCollator:
 class DFlashTrainer(Trainer):
     """Trains a drafter against a frozen target.
 
-    The loss is the cross-entropy of each drafted slot's token under the target's frozen head, weighted by slot. It is divided
-    by the sum of the weights (with D-PACE, whose weights move, by the number of blocks) of the whole step, over accumulated
-    batches and ranks.
+    The loss is the cross-entropy of each drafted slot's token under the target's frozen head, weighted by slot. It is
+    divided by the sum of the weights (with D-PACE, whose weights move, by the number of blocks) of the whole step,
+    over accumulated batches and ranks.
 
     Args:
         model: the drafter.
@@ -112,7 +112,7 @@ class DFlashTrainer(Trainer):
         return (loss, {"loss": loss}) if return_outputs else loss
 
     def log(self, logs, *args, **kwargs):
-        """Adds to the logged loss the tau that greedy decoding would have on the data of the steps since the last log."""
+        """Adds to the logged loss the tau that greedy decoding would have had on the blocks since the last log."""
         if "loss" in logs and self._tau:
             logs["tau"] = round(torch.stack(self._tau).mean().item(), 3)
             self._tau.clear()

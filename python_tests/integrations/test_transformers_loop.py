@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from python_tests.tiny import FAMILIES, random_prompts, tiny_pair
 
 from dflash_ext.decode import decode
+from python_tests.tiny import FAMILIES, random_prompts, tiny_pair
 
 
 @pytest.mark.parametrize("sliding", [False, True])

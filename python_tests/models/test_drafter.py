@@ -2,18 +2,20 @@ import json
 
 import pytest
 import torch
-from python_tests.tiny import FAMILIES, MASK_TOKEN, random_prompts, tiny_model, tiny_pair
 from safetensors import safe_open
 from transformers import Qwen3Config
 
 from dflash_ext.decode import RowCache
 from dflash_ext.models import DFlashConfig, DFlashDrafter, Target, default_taps, load_drafter
 from dflash_ext.train.run import save_drafter
+from python_tests.tiny import FAMILIES, MASK_TOKEN, random_prompts, tiny_model, tiny_pair
 
 LENGTH = 24
 
 
-def training_forward(target: Target, drafter: DFlashDrafter, tokens: torch.Tensor, anchors: torch.Tensor) -> torch.Tensor:
+def training_forward(
+    target: Target, drafter: DFlashDrafter, tokens: torch.Tensor, anchors: torch.Tensor
+) -> torch.Tensor:
     """Logits [B, N, block, V] of all anchors' blocks in one pass."""
     size = drafter.config.block_size
     positions = anchors[:, :, None] + torch.arange(size)
@@ -30,7 +32,7 @@ def training_forward(target: Target, drafter: DFlashDrafter, tokens: torch.Tenso
 
 
 def decoding_forward(target: Target, drafter: DFlashDrafter, tokens: list[int], cuts: list[int]) -> torch.Tensor:
-    """Logits [block, V] of the block behind the last token of `tokens`, its context fed to a cache in pieces at `cuts`."""
+    """Logits [block, V] of the block behind the last of `tokens`, its context fed to a cache in pieces."""
     size, anchor = drafter.config.block_size, len(tokens) - 1
     features = target.features(torch.tensor([tokens]))[:, :anchor]
     cache = RowCache(LENGTH + size)
@@ -145,7 +147,12 @@ def test_reads_the_published_qwen3_8b_config(tmp_path):
 def test_a_longer_rotary_scaling_survives(tmp_path):
     config = DFlashConfig(
         num_target_layers=36,
-        rope_parameters={"rope_type": "yarn", "factor": 4.0, "rope_theta": 5e5, "original_max_position_embeddings": 4096},
+        rope_parameters={
+            "rope_type": "yarn",
+            "factor": 4.0,
+            "rope_theta": 5e5,
+            "original_max_position_embeddings": 4096,
+        },
         dflash_config={"mask_token_id": 1},
     )
     config.save_pretrained(tmp_path)

@@ -1,9 +1,9 @@
 import pytest
 import torch
-from python_tests.tiny import FAMILIES, random_prompts, tiny_model
 
 from dflash_ext.decode import RowCache
 from dflash_ext.models import Target
+from python_tests.tiny import FAMILIES, random_prompts, tiny_model
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -27,7 +27,8 @@ def test_steps_against_a_cache_equal_one_pass(family):
     def step(pieces: list[list[int]], starts: list[int]):
         width = max(map(len, pieces))
         ids = torch.tensor([[0] * (width - len(p)) + p for p in pieces])
-        positions = torch.tensor([[-1] * (width - len(p)) + list(range(s, s + len(p))) for p, s in zip(pieces, starts)])
+        rows = zip(pieces, starts, strict=True)
+        positions = torch.tensor([[-1] * (width - len(p)) + list(range(s, s + len(p))) for p, s in rows])
         cache.place(positions, int(positions.max()) + 1)
         return target.step(ids, positions, cache, keep_logits=width)
 

@@ -1,0 +1,273 @@
+"""Lossless: greedy output is the target's own token by token, and sampling keeps the target's distribution."""
+
+import itertools
+import math
+import random
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from dflash_ext.decode import decode
+from dflash_ext.models import DFlashDrafter, Target
+from python_tests.tiny import FAMILIES, MASK_TOKEN, random_prompts, tiny_model, tiny_pair
+
+PROMPTS = random_prompts(1, 5, 9, 17)
+
+
+def own_output(model, prompt: list[int], count: int) -> list[int]:
+    """What the target itself decodes greedily."""
+    ids = torch.tensor([prompt])
+    options = dict(do_sample=False, eos_token_id=None, attention_mask=torch.ones_like(ids))
+    return model.generate(ids, max_new_tokens=count, **options)[0, len(prompt) :].tolist()
+
+
+class Oracle(DFlashDrafter):
+    """Drafts the known continuation of each row, wrong at one position in `period`, by chance."""
+
+    def script(self, prompts: list[list[int]], answers: list[list[int]], period: int) -> None:
+        """Rows keep the order of `prompts`, which are sorted by length, and ended rows leave."""
+        self.texts = [p + a for p, a in zip(prompts, answers, strict=True)]
+        self.reached = [len(p) for p in prompts]  # the position of each prompt's anchor
+        self.period = period
+
+    def on_tokens(self, index: int, tokens: list[int]) -> None:
+        self.reached[index] += len(tokens)
+
+    def decode_masks(self, cache_lens, block_len, kv_len):
+        self.starts = cache_lens.tolist()
+        return super().decode_masks(cache_lens, block_len, kv_len)
+
+    def logits(self, target, hidden):
+        logits = torch.zeros(*hidden.shape[:2], target.vocab_size)
+        prompts = iter(range(len(self.texts)))
+        for row, start in enumerate(self.starts):
+            index = next(i for i in prompts if self.reached[i] - 1 == start)
+            for slot in range(hidden.shape[1]):
+                token = self.texts[index][start + 1 + slot]
+                wrong = random.Random(start + slot).random() < 1 / self.period
+                logits[row, slot, (token + 1) % MASK_TOKEN if wrong else token] = 9.0
+        return logits
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_greedy_equals_the_target_with_a_random_drafter(family, batch_size):
+    target, drafter = tiny_pair(family)
+    expected = [own_output(target.model, p, 30) for p in PROMPTS]
+    for draft in (drafter, None):
+        decoded = decode(target, draft, PROMPTS, max_new_tokens=30, batch_size=batch_size)
+        assert [c.tokens for c in decoded.completions] == expected
+    assert decoded.tau == 1.0
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("period", [2, 4, 10**9])
+def test_greedy_equals_the_target_when_rows_accept_different_lengths(family, period):
+    target, drafter = tiny_pair(family)
+    known = [own_output(target.model, p, 40) for p in PROMPTS]  # the last block reaches beyond the answer
+    oracle = Oracle(drafter.config).eval()
+    oracle.script(PROMPTS, known, period)
+    decoded = decode(target, oracle, PROMPTS, max_new_tokens=30, on_tokens=oracle.on_tokens)
+    assert [c.tokens for c in decoded.completions] == [tokens[:30] for tokens in known]
+    if period > 40:
+        assert decoded.acceptance == [1.0] * 5
+        assert all(c.committed[:-1] == [6] * 4 for c in decoded.completions)
+    else:
+        lengths = {a for c in decoded.completions for a in c.accepted}
+        assert {0, 1, 2} <= lengths
+
+
+def test_statistics_add_up():
+    target, drafter = tiny_pair("llama")
+    expected = [own_output(target.model, p, 40) for p in PROMPTS]
+    oracle = Oracle(drafter.config).eval()
+    oracle.script(PROMPTS, expected, 3)
+    decoded = decode(target, oracle, PROMPTS, max_new_tokens=30, on_tokens=oracle.on_tokens)
+    for completion in decoded.completions:
+        assert 1 + sum(completion.committed) == len(completion.tokens) == 30
+        assert all(c <= a + 1 for c, a in zip(completion.committed, completion.accepted, strict=True))
+        assert completion.tau == sum(completion.committed) / len(completion.committed)
+    assert decoded.tau == sum(c.tau for c in decoded.completions) / 4
+    accepted = list(itertools.chain(*(c.accepted for c in decoded.completions)))
+    assert decoded.acceptance[0] == sum(a >= 1 for a in accepted) / len(accepted)
+    assert sorted(decoded.acceptance, reverse=True) == decoded.acceptance
+    assert decoded.draft_seconds > 0 and decoded.verify_seconds > 0 and decoded.prefill_seconds > 0
+
+
+def test_smaller_blocks_and_their_bounds():
+    target, drafter = tiny_pair("qwen3")
+    expected = [own_output(target.model, p, 20) for p in PROMPTS]
+    for block_size in (2, 4):
+        decoded = decode(target, drafter, PROMPTS, max_new_tokens=20, block_size=block_size)
+        assert [c.tokens for c in decoded.completions] == expected
+        assert len(decoded.acceptance) == block_size - 1
+    for block_size in (1, 7):
+        with pytest.raises(ValueError, match=f"block size {block_size}.*2 to 6"):
+            decode(target, drafter, PROMPTS, max_new_tokens=4, block_size=block_size)
+
+
+def test_stop_tokens_and_callbacks():
+    target, drafter = tiny_pair("llama")
+    expected = [own_output(target.model, p, 30) for p in PROMPTS]
+    stop = expected[0][12]
+    streamed = {i: [] for i in range(4)}
+    finished = {}
+    decoded = decode(
+        target,
+        drafter,
+        PROMPTS,
+        max_new_tokens=30,
+        stop_token_ids=[stop],
+        on_tokens=lambda i, tokens: streamed[i].extend(tokens),
+        on_finish=finished.__setitem__,
+    )
+    for i, (tokens, completion) in enumerate(zip(expected, decoded.completions, strict=True)):
+        cut = tokens.index(stop) + 1 if stop in tokens else 30
+        assert completion.tokens == tokens[:cut] == streamed[i]
+        assert completion.finish_reason == ("stop" if stop in tokens else "length")
+        assert finished[i] is completion
+
+
+@pytest.mark.parametrize("max_new_tokens", [1, 2])
+def test_very_short_answers(max_new_tokens):
+    target, drafter = tiny_pair("llama")
+    decoded = decode(target, drafter, PROMPTS, max_new_tokens=max_new_tokens)
+    assert [c.tokens for c in decoded.completions] == [own_output(target.model, p, max_new_tokens) for p in PROMPTS]
+
+
+def test_a_long_prompt_is_prefilled_in_pieces():
+    model = tiny_model("gemma3", max_position_embeddings=4096)
+    target = Target(model)
+    drafter = DFlashDrafter.for_target(target, mask_token_id=MASK_TOKEN, num_layers=1, taps=1, block_size=4).eval()
+    prompts = random_prompts(1500, 40)
+    decoded = decode(Target(model, drafter.config.target_layer_ids), drafter, prompts, max_new_tokens=8)
+    assert [c.tokens for c in decoded.completions] == [own_output(model, p, 8) for p in prompts]
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (dict(prompts=[]), "no prompt"),
+        (dict(prompts=[[5], []]), "prompt 1 has no tokens"),
+        (dict(max_new_tokens=0), "max_new_tokens is 0"),
+        (dict(temperature=-1.0), "temperature"),
+        (dict(temperature=[0.0]), "temperature"),
+    ],
+)
+def test_refuses(options, message):
+    target, drafter = tiny_pair("llama")
+    options = dict(prompts=PROMPTS, max_new_tokens=4) | options
+    with pytest.raises(ValueError, match=message):
+        decode(target, drafter, options.pop("prompts"), **options)
+
+
+def test_refuses_a_target_tapped_elsewhere():
+    target, drafter = tiny_pair("llama")
+    with pytest.raises(ValueError, match="tapped at"):
+        decode(Target(target.model, [0, 1, 2]), drafter, PROMPTS, max_new_tokens=4)
+
+
+# ---- sampling ------------------------------------------------------------------------------------------------
+
+VOCAB, NEW, ROWS = 5, 3, 4000
+
+
+def small_pair(sharpness: float) -> tuple[Target, DFlashDrafter]:
+    """A target of five tokens with pronounced preferences, and a drafter that disagrees with it."""
+    torch.manual_seed(3)
+    config = LlamaConfig(
+        vocab_size=VOCAB,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=4,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=64,
+        tie_word_embeddings=False,
+    )
+    model = LlamaForCausalLM(config).eval().requires_grad_(False)
+    model.lm_head.weight.normal_(std=sharpness)
+    model.model.embed_tokens.weight.normal_(std=1.0)
+    target = Target(model)
+    drafter = DFlashDrafter.for_target(target, mask_token_id=4, num_layers=1, taps=1, block_size=4).eval()
+    return Target(model, drafter.config.target_layer_ids), drafter
+
+
+def exact_distribution(model, prompt, temperature, top_k, top_p) -> dict[tuple[int, ...], float]:
+    """The target's exact probability of every continuation, with the filters written out anew."""
+    exact = {}
+    for tokens in itertools.product(range(VOCAB), repeat=NEW):
+        logits = model(torch.tensor([prompt + list(tokens)])).logits[0, len(prompt) - 1 : -1].double() / temperature
+        probability = 1.0
+        for row, token in zip(logits, tokens, strict=True):
+            p = row.softmax(-1)
+            order = p.argsort(descending=True).tolist()
+            kept = order[: top_k or VOCAB]
+            if top_p is not None:
+                mass = sum(p[i] for i in kept)
+                running = list(itertools.accumulate((p[i] / mass).item() for i in kept))
+                kept = [i for i, before in zip(kept, [0.0, *running], strict=False) if before < top_p]
+            total = sum(p[i].item() for i in kept)
+            probability *= p[token].item() / total if token in kept else 0.0
+        exact[tokens] = probability
+    return exact
+
+
+@pytest.mark.parametrize("drafted", [True, False])
+@pytest.mark.parametrize(
+    "temperature, top_k, top_p", [(1.0, None, None), (0.7, None, None), (1.0, 3, None), (1.3, None, 0.8)]
+)
+def test_sampling_keeps_the_targets_distribution(drafted, temperature, top_k, top_p):
+    target, drafter = small_pair(0.7)
+    prompt = [1, 3, 0]
+    exact = exact_distribution(target.model, prompt, temperature, top_k, top_p)
+    decoded = decode(
+        target,
+        drafter if drafted else None,
+        [prompt] * ROWS,
+        max_new_tokens=NEW,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        batch_size=1000,
+        seed=11,
+    )
+    seen = {tokens: 0 for tokens in exact}
+    for completion in decoded.completions:
+        seen[tuple(completion.tokens)] += 1
+    assert all(seen[tokens] == 0 for tokens, p in exact.items() if p == 0)
+    # Cells of few expected draws are pooled, as the chi-square approximation needs.
+    cells = [(seen[t], ROWS * p) for t, p in exact.items() if ROWS * p >= 5]
+    cells.append(
+        (sum(seen[t] for t, p in exact.items() if ROWS * p < 5), sum(ROWS * p for p in exact.values() if ROWS * p < 5))
+    )
+    cells = [(s, e) for s, e in cells if e > 0]
+    chi_square = sum((s - e) ** 2 / e for s, e in cells)
+    freedom = len(cells) - 1
+    # Wilson-Hilferty: about one in 10^5 fair runs is beyond 4.26 standard deviations.
+    z = ((chi_square / freedom) ** (1 / 3) - (1 - 2 / (9 * freedom))) / math.sqrt(2 / (9 * freedom))
+    assert z < 4.26, (chi_square, freedom)
+    if drafted:
+        accepted = [a for c in decoded.completions for a in c.accepted]
+        assert 0 < sum(accepted) < len(accepted) * 3  # both acceptance and rejection took part
+
+
+def test_a_row_draws_the_same_alone_and_in_a_batch():
+    target, drafter = small_pair(0.7)
+    prompts = [[1, 3, 0], [2], [0, 1]]
+    options = dict(max_new_tokens=12, temperature=1.0, seed=5)
+    together = decode(target, drafter, prompts, **options)
+    alone = decode(target, drafter, prompts, batch_size=1, **options)
+    other = decode(target, drafter, prompts, **options | {"seed": 6})
+    assert [c.tokens for c in together.completions] == [c.tokens for c in alone.completions]
+    assert [c.tokens for c in together.completions] != [c.tokens for c in other.completions]
+
+
+def test_greedy_and_sampled_rows_mix():
+    target, drafter = tiny_pair("llama")
+    decoded = decode(target, drafter, PROMPTS, max_new_tokens=20, temperature=[0.0, 1.0, 0.0, 1.0])
+    for row in (0, 2):
+        assert decoded.completions[row].tokens == own_output(target.model, PROMPTS[row], 20)
+    for row in (1, 3):
+        assert decoded.completions[row].tokens != own_output(target.model, PROMPTS[row], 20)
