@@ -172,18 +172,27 @@ DFLASH_INLINE V exp_of(V x) {
   return exp_lanes<lanes_of<V>>(x);
 }
 
+// Lane i of the lower half beside lane i of the upper half, again and again: log2(lanes) steps.
+template <class V, class Combine>
+DFLASH_INLINE auto reduce_lanes(V v, Combine&& combine) {
+  if constexpr (lanes_of<V> == 1) {
+    return v[0];
+  } else {
+    using Half = Vector<__typeof__(v[0] + v[0]), lanes_of<V> / 2>;
+    Half halves[2];
+    __builtin_memcpy(halves, &v, sizeof(v));
+    return reduce_lanes(combine(halves[0], halves[1]), combine);
+  }
+}
+
 template <class V>
 DFLASH_INLINE auto sum_lanes(V v) {
-  auto sum = v[0];
-  for (int i = 1; i < lanes_of<V>; ++i) sum += v[i];
-  return sum;
+  return reduce_lanes(v, [](auto a, auto b) __attribute__((always_inline)) { return a + b; });
 }
 
 template <class V>
 DFLASH_INLINE auto max_lanes(V v) {
-  auto max = v[0];
-  for (int i = 1; i < lanes_of<V>; ++i) max = v[i] > max ? v[i] : max;
-  return max;
+  return reduce_lanes(v, [](auto a, auto b) __attribute__((always_inline)) { return a > b ? a : b; });
 }
 
 }  // namespace dflash::DFLASH_ISA

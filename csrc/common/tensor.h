@@ -9,6 +9,7 @@
 #include <optional>
 
 #include "common/check.h"
+#include "common/layout.h"
 
 // Weak: the CPU build of torch does not have it.
 extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void** stream);
@@ -25,6 +26,30 @@ inline Tensor new_empty(const Tensor& like, std::initializer_list<int64_t> sizes
 template <class T>
 T* optional_data(const std::optional<Tensor>& tensor) {
   return tensor ? static_cast<T*>(tensor->data_ptr()) : nullptr;
+}
+
+inline DType dtype_of(const char* op, const char* name, const Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float: return DType::kFloat32;
+    case ScalarType::BFloat16: return DType::kBFloat16;
+    case ScalarType::Half: return DType::kFloat16;
+    case ScalarType::Double:
+      check(tensor.is_cpu(), op, ": float64 ", name, " are supported on the CPU only");
+      return DType::kFloat64;
+    default: fail(op, ": ", name, " must be float32, bfloat16 or float16 (on the CPU also float64)");
+  }
+}
+
+// The precision of a tensor's arithmetic.
+inline ScalarType real_of(const Tensor& tensor) {
+  return tensor.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+// Of a [outer, inner, width] tensor.
+inline RowStrides row_strides(const char* op, const char* name, const Tensor& rows) {
+  check(rows.size(2) <= 1 || rows.stride(2) == 1, op, ": the last dimension of ", name,
+        " must be contiguous, its stride is ", rows.stride(2));
+  return {rows.stride(0), rows.stride(1)};
 }
 
 // Makes the tensor's device current for its lifetime, and knows the stream that torch uses there.

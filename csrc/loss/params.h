@@ -3,9 +3,10 @@
 
 #include <cstdint>
 
+#include "common/layout.h"
+
 namespace dflash {
 
-enum class DType { kFloat32, kFloat64, kBFloat16, kFloat16 };
 enum class Teacher { kNone, kKL, kTV };
 enum class Pass {
   kForward,   // logits -> losses and stats
@@ -15,11 +16,6 @@ enum class Pass {
 
 // Numbers per row that the forward hands to the backward: RowStats in row.h.
 constexpr int kNumStats = 5;
-
-// Row r of a [outer, inner, vocab] tensor starts at (r / inner) * outer_stride + (r % inner) * inner_stride.
-struct RowStrides {
-  int64_t outer = 0, inner = 0;
-};
 
 // `Real` below is float, or double where the logits are double.
 struct CrossEntropyParams {

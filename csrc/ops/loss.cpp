@@ -15,28 +15,6 @@ namespace {
 
 constexpr const char* kOp = "masked_cross_entropy";
 
-DType dtype_of(const Tensor& logits) {
-  switch (logits.scalar_type()) {
-    case ScalarType::Float: return DType::kFloat32;
-    case ScalarType::BFloat16: return DType::kBFloat16;
-    case ScalarType::Half: return DType::kFloat16;
-    case ScalarType::Double:
-      check(logits.is_cpu(), kOp, ": float64 logits are supported on the CPU only");
-      return DType::kFloat64;
-    default: fail(kOp, ": logits must be float32, bfloat16 or float16 (on the CPU also float64)");
-  }
-}
-
-ScalarType real_of(const Tensor& logits) {
-  return logits.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-}
-
-RowStrides row_strides(const char* name, const Tensor& rows) {
-  check(rows.size(2) <= 1 || rows.stride(2) == 1, kOp, ": the last dimension of ", name,
-        " must be contiguous, its stride is ", rows.stride(2));
-  return {rows.stride(0), rows.stride(1)};
-}
-
 void check_per_row(const char* name, const Tensor& tensor, const Tensor& logits, ScalarType dtype) {
   check(tensor.dim() == 2 && tensor.size(0) == logits.size(0) && tensor.size(1) == logits.size(1) &&
             tensor.is_contiguous() && tensor.scalar_type() == dtype &&
@@ -64,14 +42,14 @@ CrossEntropyParams params_of(Pass pass, const Tensor& logits, const Tensor& targ
                              const std::optional<Tensor>& teacher, const Options& options) {
   CrossEntropyParams p{};
   p.pass = pass;
-  p.dtype = dtype_of(logits);
+  p.dtype = dtype_of(kOp, "logits", logits);
   check(logits.dim() == 3, kOp, ": logits must be [outer, inner, vocab], they have ", logits.dim(), " dimensions");
   p.inner = logits.size(1);
   p.rows = logits.size(0) * p.inner;
   p.vocab = logits.size(2);
   check(p.vocab > 0 && p.vocab < int64_t(1) << 31, kOp, ": a vocabulary of ", p.vocab, " is not supported");
   p.logits = logits.data_ptr();
-  p.logits_strides = row_strides("logits", logits);
+  p.logits_strides = row_strides(kOp, "logits", logits);
 
   check_per_row("target", target, logits, ScalarType::Long);
   p.target = static_cast<const int64_t*>(target.data_ptr());
@@ -85,7 +63,7 @@ CrossEntropyParams params_of(Pass pass, const Tensor& logits, const Tensor& targ
           kOp, ": teacher must have the logits' shape, dtype and device");
     p.teacher_kind = options.teacher_kind == 0 ? Teacher::kKL : Teacher::kTV;
     p.teacher = teacher->data_ptr();
-    p.teacher_strides = row_strides("teacher", *teacher);
+    p.teacher_strides = row_strides(kOp, "teacher", *teacher);
   }
   p.softcap = options.softcap;
   p.label_smoothing = options.label_smoothing;
@@ -149,7 +127,7 @@ Tensor backward(Tensor grad_losses, Tensor logits, Tensor target, std::optional<
   p.stats = stats.data_ptr();
   Tensor grad = new_empty(logits, {logits.size(0), logits.size(1), logits.size(2)}, logits.scalar_type());
   p.grad = grad.data_ptr();
-  p.grad_strides = row_strides("grad", grad);
+  p.grad_strides = row_strides(kOp, "grad", grad);
   run(p, logits);
   return grad;
 }
