@@ -335,9 +335,12 @@ def _integer(text: str, option: str) -> int:
 
 def _load_target(name: str, tokenizer: str | None, dtype: str | None, device: str | None):
     import torch
+    from transformers.utils.logging import disable_progress_bar
 
     from .integrations.gguf import smollm2_path
     from .models import load_target
+
+    disable_progress_bar()  # those of reading and writing weights, which take moments
 
     kinds = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     if dtype is not None and dtype not in kinds:

@@ -116,6 +116,12 @@ class DFlashConfig(Qwen3Config):
             sliding = kind == "sliding_attention"
             yield kind, sliding if causal is None else causal, self.sliding_window if sliding else None
 
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs) -> DFlashConfig:
+        """Reads the published layout; its empty `rope_scaling` would be taken for a deprecated setting."""
+        given = {k: v for k, v in config_dict.items() if (k, v) != ("rope_scaling", None)}
+        return super().from_dict(given, **kwargs)
+
     def to_dict(self) -> dict[str, Any]:
         """The published layout: `rope_theta` and `rope_scaling` instead of transformers' `rope_parameters`."""
         config = super().to_dict()

@@ -80,13 +80,20 @@ def load_drafter(
         raise ValueError(f"no drafter in '{path}': its config.json has no dflash_config with mask_token_id and taps")
     try:
         drafter, info = DFlashDrafter.from_pretrained(
-            path, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True
+            path,
+            config=config,
+            dtype=dtype,
+            use_safetensors=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are reported below, in one line
         )
     except (OSError, RuntimeError) as error:
         raise ValueError(f"cannot read the drafter in '{path}': {_first_line(error)}") from None
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if keys := sorted(map(str, info.get(problem) or ())):
-            raise ValueError(f"the drafter in '{path}' does not fit its config: {problem.replace('_', ' ')} {keys[0]}")
+        if keys := sorted(key if isinstance(key, str) else key[0] for key in info.get(problem) or ()):
+            raise ValueError(
+                f"the drafter in '{path}' does not fit its config: {len(keys)} {problem.replace('_', ' ')}, as {keys[0]}"
+            )
     return drafter.to(device).eval()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from copy import deepcopy
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -122,9 +123,6 @@ def train_drafter(
 
 def save_drafter(drafter: DFlashDrafter, folder: str | Path, *, dtype: torch.dtype | None = None) -> None:
     """Writes `config.json` and safetensors shards of at most 16 MB, in `dtype` (the drafter's own by default)."""
-    dtype = dtype or drafter.dtype
-    state = {name: tensor.detach().to(dtype) for name, tensor in drafter.state_dict().items()}
-    was = drafter.config.dtype
-    drafter.config.dtype = dtype
-    drafter.save_pretrained(folder, state_dict=state, max_shard_size="16MB")
-    drafter.config.dtype = was
+    if dtype not in (None, drafter.dtype):
+        drafter = deepcopy(drafter).to(dtype)
+    drafter.save_pretrained(folder, max_shard_size="16MB")

@@ -1,0 +1,149 @@
+"""What a user can get wrong is one line on standard error, exit code 2 and no traceback."""
+
+import json
+
+import pytest
+import torch
+from python_tests.tiny import random_prompts, tiny_pair
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+from typer.testing import CliRunner
+
+from dflash_ext.cli import app
+from dflash_ext.decode import decode
+from dflash_ext.models import Target, load_drafter
+from dflash_ext.train import save_drafter
+
+
+def word_tokenizer(size: int = 97, eos: str = "w002") -> PreTrainedTokenizerFast:
+    words = {f"w{i:03}": i for i in range(size)}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="w000"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=eos, unk_token="w000")
+
+
+@pytest.fixture
+def house(tmp_path):
+    """A target with its tokenizer, a drafter, and a file of prompts."""
+    target, drafter = tiny_pair("llama")
+    target.model.save_pretrained(tmp_path / "target")
+    word_tokenizer().save_pretrained(tmp_path / "target")
+    save_drafter(drafter, tmp_path / "drafter")
+    rows = [{"prompt": " ".join(f"w{i:03}" for i in p)} for p in random_prompts(5, 7, 9)]
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return tmp_path
+
+
+def run(*words) -> tuple[int, str, str]:
+    result = CliRunner().invoke(app, [str(w) for w in words], catch_exceptions=False)
+    return result.exit_code, result.stdout, result.stderr
+
+
+def test_generate_writes_the_targets_own_tokens(house):
+    out = house / "out.jsonl"
+    code, printed, _ = run(
+        *("generate", "--target", house / "target", "--drafter", house / "drafter", "--prompts", house / "prompts.jsonl"),
+        *("--max-new-tokens", 12, "--output", out),
+    )
+    assert code == 0 and "tau" in printed
+    rows = sorted(map(json.loads, out.read_text().splitlines()), key=lambda r: r["index"])
+    target, _ = tiny_pair("llama")
+    plain = decode(Target(target.model), None, random_prompts(5, 7, 9), max_new_tokens=12, stop_token_ids=[2])
+    tokenizer = word_tokenizer()
+    expected = [tokenizer.decode(c.tokens, skip_special_tokens=True) for c in plain.completions]
+    assert [row["text"] for row in rows] == expected
+
+
+def test_generate_streams_one_prompt(house):
+    code, printed, _ = run("generate", "w005 w006 w007", "--target", house / "target", "--max-new-tokens", 4)
+    assert code == 0 and "w" in printed
+
+
+def test_train_then_evaluate(house):
+    """A drafter from prompts in one command, then its figures; a second run reuses the answers."""
+    out = house / "trained"
+    train = [
+        *("train", "--target", house / "target", "--prompts", house / "prompts.jsonl", "--output", out),
+        *("--mask-token", "w096", "--layers", 1, "--taps", "1,3", "--block-size", 4, "--steps", 2, "--batch-size", 2),
+        *("--anchors", 4, "--max-new-tokens", 16, "--held-out", 0.34),
+    ]
+    code, printed, errors = run(*train)
+    assert code == 0, errors
+    drafter = load_drafter(out)
+    assert drafter.config.target_layer_ids == [1, 3] and drafter.config.mask_token_id == 96
+    assert {p.name for p in out.iterdir()} >= {"answers.jsonl", "config.json", "model.safetensors", "training.json"}
+    answers = (out / "answers.jsonl").read_text()
+    assert run(*train)[0] == 0
+    assert (out / "answers.jsonl").read_text() == answers
+    figures = house / "figures.json"
+    code, _, errors = run(
+        *("evaluate", "--target", house / "target", "--drafter", out, "--prompts", house / "prompts.jsonl"),
+        *("--max-new-tokens", 8, "--output", figures),
+    )
+    assert code == 0, errors
+    row = json.loads(figures.read_text())["prompts"]
+    assert row["prompts"] == 3 and row["tau"] >= 1 and len(row["acceptance"]) == 3
+
+
+def test_doctor(house):
+    code, printed, _ = run("doctor")
+    assert code == 0
+    for word in ("torch", "block_attn", "masked_cross_entropy", "native"):
+        assert word in printed
+
+
+def wrong_cases(house):
+    target, drafter, prompts = house / "target", house / "drafter", house / "prompts.jsonl"
+    other, tokenizers = house / "other", house / "tokenizer"
+    generate = ["generate", "--target", target, "--max-new-tokens", 4]
+    train = ["train", "--target", target, "--output", house / "out", "--steps", 1, "--mask-token", 96]
+    bad = house / "bad.jsonl"
+    bad.write_text('{"prompt": "w3"}\n{"prompt": \n')
+    empty = house / "empty.jsonl"
+    empty.write_text("")
+    config = json.loads((drafter / "config.json").read_text())
+    changes = {
+        "other": {"num_target_layers": 9},
+        "far": {"dflash_config": {"mask_token_id": 96, "target_layer_ids": [1, 3, 40]}},
+        "wide": {"intermediate_size": 128},
+    }
+    for name, change in changes.items():
+        (house / name).mkdir()
+        (house / name / "config.json").write_text(json.dumps(config | change))
+        (house / name / "model.safetensors").write_bytes((drafter / "model.safetensors").read_bytes())
+    far = house / "far"
+    word_tokenizer(200).save_pretrained(tokenizers / "larger")
+    word_tokenizer(97, eos="w005").save_pretrained(tokenizers / "ends")
+    return [
+        (["generate", "w3", "--target", house / "nowhere"], "cannot read a target from"),
+        ([*generate, "--prompts", house / "missing.jsonl"], "missing.jsonl: no such file"),
+        ([*generate, "--prompts", empty], "the file is empty"),
+        ([*generate, "--prompts", bad], "bad.jsonl:2: not valid JSON"),
+        ([*generate, "w3", "--tokenizer", tokenizers / "larger"], "the tokenizer is another model's"),
+        ([*generate, "w3", "--tokenizer", tokenizers / "ends"], "ends texts with token 5"),
+        ([*generate, "w3", "--drafter", house / "nowhere"], "no config.json"),
+        ([*generate, "w3", "--drafter", target], "no drafter in"),
+        ([*generate, "w3", "--drafter", other], "made for another target: its num_target_layers is 9"),
+        ([*generate, "w3", "--drafter", far], "tap 40 is out of range"),
+        ([*generate, "w3", "--drafter", house / "wide"], "does not fit its config: 6 mismatched keys"),
+        ([*generate, "w3", "--drafter", drafter, "--block-size", 1], "block size 1"),
+        ([*generate, "w3", "--drafter", drafter, "--block-size", 40], "block size 40"),
+        ([*generate], "needs prompts"),
+        ([*generate, "w3", "--dtype", "float8"], "dtype 'float8' is not supported"),
+        ([*generate, "w3", "--device", "cuda"], "no CUDA device") if not torch.cuda.is_available() else None,
+        ([*train, "--prompts", prompts, "--block-size", 1], "block_size is 1"),
+        ([*train, "--prompts", prompts, "--taps", "1,6"], "tap 6 is out of range"),
+        ([*train, "--prompts", prompts, "--taps", "many"], "--taps is 'many'"),
+        ([*train[:-2], "--prompts", prompts], "has no mask token"),
+        ([*train[:-2], "--prompts", prompts, "--mask-token", "nope"], "mask token 'nope'"),
+        ([*train[:-2], "--prompts", prompts, "--mask-token", "500"], "mask token 500"),
+        ([*train], "--prompts"),
+    ]
+
+
+def test_what_users_get_wrong(house):
+    for words, message in filter(None, wrong_cases(house)):
+        code, printed, errors = run(*words)
+        assert code == 2, (words, printed, errors)
+        assert message in errors, (words, errors)
+        assert len(errors.strip().splitlines()) == 1 and "Traceback" not in errors, errors

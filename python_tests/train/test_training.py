@@ -1,0 +1,148 @@
+import json
+
+import pytest
+import torch
+from python_tests.tiny import MASK_TOKEN, tiny_pair
+from transformers import TrainingArguments
+
+from dflash_ext.decode import decode
+from dflash_ext.models import load_drafter
+from dflash_ext.train import AnchorCollator, DFlashTrainer, Recipe, dpace, position_decay, save_drafter, train_drafter
+
+
+class Cycles(torch.utils.data.Dataset):
+    """Texts that repeat a cycle of tokens, which a drafter learns quickly."""
+
+    def __init__(self, rows: int = 64, length: int = 40):
+        self.rows, self.length = rows, length
+
+    def __len__(self):
+        return self.rows
+
+    def __getitem__(self, index):
+        if index >= self.rows:
+            raise IndexError(index)
+        ids = 10 + (torch.arange(self.length - index % 5) + index) % 7
+        mask = torch.ones(len(ids), dtype=torch.bool)
+        mask[:5] = False
+        return {"input_ids": ids, "loss_mask": mask}
+
+
+def a_trainer(target, drafter, tmp_path, gamma):
+    args = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none", remove_unused_columns=False)
+    return DFlashTrainer(drafter, target, gamma=gamma, args=args)
+
+
+@pytest.mark.parametrize("gamma", [3.0, None])
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_the_loss_is_its_definition(family, gamma, tmp_path):
+    """The trainer's loss against one written block by block with PyTorch's own cross-entropy."""
+    torch.manual_seed(0)
+    target, drafter = tiny_pair(family)
+    batch = AnchorCollator(4, 6, MASK_TOKEN)([Cycles()[i] for i in (1, 3)])
+    loss = a_trainer(target, drafter, tmp_path, gamma).compute_loss(drafter, batch)
+
+    total = divisor = 0.0
+    for row in range(2):
+        ids = batch["input_ids"][row]
+        features = target.features(ids[None])
+        for block in range(4):
+            if not batch["keep"][row, block]:
+                continue
+            anchor = int(batch["anchors"][row, block])
+            noise = torch.tensor([[int(ids[anchor])] + [MASK_TOKEN] * 5])
+            hidden = drafter(
+                noise_embeds=drafter.embed(target, noise),
+                context_hidden_states=features[:, :anchor],
+                position_ids=torch.arange(anchor + 6)[None],
+            ).last_hidden_state
+            counts = batch["counts"][row, block, 1:]
+            logits = drafter.logits(target, hidden)[0, 1:]
+            nll = torch.nn.functional.cross_entropy(logits, batch["labels"][row, block, 1:], reduction="none")
+            weights = dpace(nll, counts) if gamma is None else position_decay(6, gamma)[1:] * counts
+            total += (weights * nll).sum()
+            divisor += 1 if gamma is None else weights.sum()
+    torch.testing.assert_close(loss, total / divisor, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("gamma", [3.0, None])
+def test_accumulation_changes_nothing(gamma, tmp_path):
+    """One step over a batch of 8 and one over 4 times 2 have the same gradient."""
+    gradients = []
+    for size, accumulation in ((8, 1), (2, 4)):
+        target, drafter = tiny_pair("llama")
+        trainer = a_trainer(target, drafter, tmp_path, gamma)
+        trainer.args.gradient_accumulation_steps = accumulation
+        trainer.current_gradient_accumulation_steps = accumulation
+        # Every valid anchor is drawn, so that both ways see the same blocks.
+        collate = AnchorCollator(40, 6, MASK_TOKEN)
+        batches = [collate([Cycles()[i] for i in range(begin, begin + size)]) for begin in range(0, 8, size)]
+        batches, divisor = trainer.get_batch_samples(iter(batches), accumulation, torch.device("cpu"))
+        for batch in batches:
+            trainer.training_step(drafter, batch, divisor)
+        gradients.append(torch.cat([p.grad.flatten() for p in drafter.parameters()]))
+    torch.testing.assert_close(*gradients, atol=1e-5, rtol=1e-3)
+
+
+def test_training_raises_tau_and_leaves_the_target_alone(tmp_path):
+    target, drafter = tiny_pair("llama", block_size=4)
+    frozen = {name: tensor.clone() for name, tensor in target.model.state_dict().items()}
+    prompt = [10 + i % 7 for i in range(12)]
+    answer = decode(target, None, [prompt], max_new_tokens=30).completions[0].tokens
+
+    class Answers(Cycles):
+        def __getitem__(self, index):
+            if index >= self.rows:
+                raise IndexError(index)
+            ids = torch.tensor(prompt + answer)
+            return {"input_ids": ids, "loss_mask": torch.arange(len(ids)) >= len(prompt)}
+
+    recipe = Recipe(steps=60, batch_size=4, anchors=16, learning_rate=3e-3, gamma=4.0)
+    log = train_drafter(drafter, target, Answers(32), tmp_path, recipe)
+    decoded = decode(target, drafter.eval(), [prompt], max_new_tokens=30)
+    assert decoded.completions[0].tokens == answer
+    assert decoded.tau > 2.5
+    losses = [entry["loss"] for entry in log if "loss" in entry]
+    assert losses[-1] < 0.9 * losses[0]
+    assert all(torch.equal(tensor, frozen[name]) for name, tensor in target.model.state_dict().items())
+    saved = json.loads((tmp_path / "training.json").read_text())
+    assert saved["recipe"]["steps"] == 60 and saved["log"][-1]["step"] == 60
+    again = load_drafter(tmp_path, dtype=torch.float32, device=torch.device("cpu"))
+    assert decode(target, again, [prompt], max_new_tokens=30).tau > 2.5
+
+
+def test_an_interrupted_run_resumes(tmp_path):
+    target, drafter = tiny_pair("llama")
+    # Every valid anchor is drawn, so that runs differ in nothing but the interruption.
+    recipe = Recipe(steps=6, batch_size=4, anchors=40, save_every=2, log_every=1)
+    whole = train_drafter(drafter, target, Cycles(), tmp_path / "whole", recipe)
+
+    class Interrupt(Exception):
+        pass
+
+    target, drafter = tiny_pair("llama")
+    calls = []
+
+    def interrupt(*_):
+        calls.append(1)
+        if len(calls) == 5:
+            raise Interrupt
+
+    handle = drafter.register_forward_hook(interrupt)
+    with pytest.raises(Interrupt):
+        train_drafter(drafter, target, Cycles(), tmp_path / "cut", recipe)
+    handle.remove()
+    assert load_drafter(tmp_path / "cut") is not None  # what was trained is kept
+    _, drafter = tiny_pair("llama")
+    log = train_drafter(drafter, target, Cycles(), tmp_path / "cut", recipe, resume=True)
+    steps = [entry["step"] for entry in log if "loss" in entry]
+    assert steps == list(range(1, 7))
+    expected = [entry["loss"] for entry in whole if "loss" in entry]
+    assert [entry["loss"] for entry in log if "loss" in entry] == pytest.approx(expected, rel=1e-3)
+
+
+def test_saving_in_bfloat16_leaves_the_drafter_in_float32(tmp_path):
+    _, drafter = tiny_pair("llama")
+    save_drafter(drafter, tmp_path, dtype=torch.bfloat16)
+    assert drafter.dtype == torch.float32
+    assert json.loads((tmp_path / "config.json").read_text())["dtype"] == "bfloat16"
