@@ -1,0 +1,216 @@
+// Attention on the CPU, forward. Scores are computed transposed, S^T = K Q^T, so that a row is a lane: maxima, sums and
+// masks go lane by lane, and keys and values are read number by number from rows as they lie.
+// The softmax is the online one (Milakov and Gimelshein, arXiv 1805.02867), tile by tile as in FlashAttention
+// (arXiv 2205.14135).
+#include "attn/cpu/scores.h"
+#include "attn/cpu/tile.h"
+
+namespace dflash::DFLASH_ISA {
+
+// Divides a row's sums of weight * value by the sum of weights. If that is 0, the row sees no key.
+template <class T, class Real>
+DFLASH_INLINE void write_row(const AttentionForwardParams& p, const Real* sums, int64_t b, int64_t head, int64_t i,
+                             Real max, Real sum) {
+  T* to = row_of(static_cast<T*>(p.out), p.out_strides, b, head, i);
+  const Real inverse = sum == 0 ? Real(0) : 1 / sum;
+  for (int64_t d = 0; d < p.head_dim; d += 8) store(to + d, load<Vector<Real, 8>>(sums + d) * inverse);
+  if (!p.lse) return;
+  static_cast<Real*>(p.lse)[(b * p.heads + head) * p.q_len + i] = sum == 0 ? Real(-kInfinity) : max + log_of(sum);
+}
+
+template <class T, class Real>
+struct Forward {
+  using B = Block<Real>;
+  using X = typename B::X;
+  using Rows = RowTile<Real>;
+  static constexpr int kHeight = B::kHeight, kVectors = B::kVectors, kWidth = B::kWidth;
+
+  const AttentionForwardParams& p;
+  const int64_t dim;
+  const Scoring<Real> scoring;
+  KeyTile<T, Real> keys;
+  Real* q;       // [panels, dim, kWidth]
+  Real* out;     // [panels, dim, kWidth]: sums of weight * value
+  Real* scores;  // [kKeyTile, kWidth]: of one panel, then their weights
+  Real* row;     // [dim]
+  X max[Rows::kPanels][kVectors], sum[Rows::kPanels][kVectors];
+
+  Forward(const AttentionForwardParams& p, Scratch scratch)
+      : p(p),
+        dim(p.head_dim),
+        scoring{Real(p.scale), Real(p.softcap)},
+        keys(p, scratch),
+        q(scratch.take<Real>(kRowTile * dim)),
+        out(scratch.take<Real>(kRowTile * dim)),
+        scores(scratch.take<Real>(kKeyTile * kWidth)),
+        row(scratch.take<Real>(dim)) {}
+
+  void run(int64_t item) {
+    const int64_t split = item % p.splits, rest = item / p.splits;
+    const int64_t tile = rest % row_tiles_of(p), head = rest / row_tiles_of(p);
+    const Range within = Range{split * p.split_len, (split + 1) * p.split_len}.intersect({0, p.kv_len});
+    const Rows rows(p, head / p.kv_heads, head % p.kv_heads, tile * kRowTile, within);
+    begin(rows);
+    for (int64_t key = rows.keys.begin / kKeyTile * kKeyTile; key < rows.keys.end; key += kKeyTile) {
+      const Range tile{key, key + kKeyTile};
+      if (!keys.load(rows, tile, [&](int64_t j, int64_t& b, int64_t& i) { return locate(rows.b, j, b, i); })) continue;
+      rows.each_panel(tile, [&](int64_t i, Range part) { attend(rows.panels[i], i, tile, part); });
+    }
+    p.splits == 1 ? finish(rows) : finish_part(rows, split);
+  }
+
+  bool locate(int64_t b, int64_t key, int64_t& page, int64_t& i) const {
+    if (!p.pages.table) {
+      page = b;
+      i = key;
+      return true;
+    }
+    const int32_t entry = p.pages.table[b * p.pages.max_pages + key / p.pages.page_size];
+    page = entry;
+    i = key % p.pages.page_size;
+    const bool exists = entry >= 0 && entry < p.pages.count;
+    if (!exists) __atomic_store_n(p.page_missing, true, __ATOMIC_RELAXED);
+    return exists;
+  }
+
+  void begin(const Rows& rows) {
+    for (int64_t i = 0; i < rows.panel_count(); ++i) {
+      for (int lane = 0; lane < kWidth; ++lane) {
+        const int64_t r = i * kWidth + lane;
+        if (rows.sight(r).empty()) {
+          __builtin_memset(row, 0, dim * sizeof(Real));
+        } else {
+          copy_row(row, row_of(static_cast<const T*>(p.q), p.q_strides, rows.b, rows.head(r), rows.position(r)), dim);
+        }
+        for (int64_t d = 0; d < dim; ++d) q[(i * dim + d) * kWidth + lane] = row[d];
+      }
+      for (int n = 0; n < kVectors; ++n) {
+        max[i][n] = X{} - kInfinity;
+        sum[i][n] = X{};
+      }
+    }
+    __builtin_memset(out, 0, rows.panel_count() * dim * kWidth * sizeof(Real));
+  }
+
+  template <bool kMasked>
+  DFLASH_MEMBER void keep(B& block, const Panel<Real>& panel, int64_t key, X (&largest)[kVectors]) const {
+    B::each([&](int m, int n) __attribute__((always_inline)) {
+      X s = scoring(block.at[m][n]);
+      if constexpr (kMasked) s = panel.sees(n, key + m) ? s : X{} - kInfinity;
+      largest[n] = s > largest[n] ? s : largest[n];
+      block.at[m][n] = s;
+    });
+  }
+
+  void attend(const Panel<Real>& panel, int64_t i, Range tile, Range part) {
+    X largest[kVectors];
+    for (int n = 0; n < kVectors; ++n) largest[n] = max[i][n];
+    const int64_t first = part.begin - tile.begin, last = part.end - tile.begin;
+    for (int64_t j = first; j < last; j += kHeight) {
+      B block;
+      block.clear();
+      block.multiply(keys.k + j * dim, dim, 1, q + i * dim * kWidth, kWidth, dim);
+      const int64_t key = tile.begin + j;
+      panel.all_see({key, key + kHeight}) ? keep<false>(block, panel, key, largest)
+                                          : keep<true>(block, panel, key, largest);
+      block.store_to(scores + j * kWidth, kWidth);
+    }
+
+    X shift[kVectors], shrink[kVectors], total[kVectors];
+    for (int n = 0; n < kVectors; ++n) {
+      shift[n] = finite_or_zero(largest[n]);
+      shrink[n] = weight_of(max[i][n] - shift[n]);
+      total[n] = sum[i][n] * shrink[n];
+      max[i][n] = largest[n];
+    }
+    for (int64_t j = first; j < last; ++j) {
+      for (int n = 0; n < kVectors; ++n) {
+        Real* s = scores + j * kWidth + n * B::kLanes;
+        const X w = weight_of(load<X>(s) - shift[n]);
+        total[n] += w;
+        store(s, w);
+      }
+    }
+    for (int n = 0; n < kVectors; ++n) sum[i][n] = total[n];
+
+    for (int64_t d = 0; d < dim; d += kHeight) {
+      Real* const o = out + (i * dim + d) * kWidth;
+      B block;
+      block.load_from(o, kWidth);
+      B::each([&](int m, int n) __attribute__((always_inline)) { block.at[m][n] *= shrink[n]; });
+      block.multiply(keys.v + first * dim + d, 1, dim, scores + first * kWidth, kWidth, last - first);
+      block.store_to(o, kWidth);
+    }
+  }
+
+  // Calls f(b, head, position, maximum, sum) for every row, with `row` holding its sums of weight * value.
+  template <class F>
+  DFLASH_MEMBER void each_row(const Rows& rows, F&& f) {
+    for (int64_t r = 0; r < rows.count; ++r) {
+      const int64_t i = r / kWidth, n = r % kWidth / B::kLanes, lane = r % B::kLanes;
+      for (int64_t d = 0; d < dim; ++d) row[d] = out[(i * dim + d) * kWidth + r % kWidth];
+      f(rows.b, rows.head(r), rows.position(r), max[i][n][lane], sum[i][n][lane]);
+    }
+  }
+
+  void finish(const Rows& rows) {
+    each_row(rows, [&](int64_t b, int64_t head, int64_t i, Real max, Real sum) {
+      write_row<T>(p, row, b, head, i, max, sum);
+    });
+  }
+
+  void finish_part(const Rows& rows, int64_t split) {
+    each_row(rows, [&](int64_t b, int64_t head, int64_t i, Real max, Real sum) {
+      const int64_t at = ((split * p.batch + b) * p.heads + head) * p.q_len + i;
+      copy_row(static_cast<Real*>(p.partial_out) + at * dim, row, dim);
+      static_cast<Real*>(p.partial_stats)[2 * at] = max;
+      static_cast<Real*>(p.partial_stats)[2 * at + 1] = sum;
+    });
+  }
+};
+
+// Adds up what the splits yielded for one row, in their order.
+template <class T, class Real>
+static void combine(const AttentionForwardParams& p, int64_t index) {
+  const int64_t rows = p.batch * p.heads * p.q_len;
+  const Real* stats = static_cast<const Real*>(p.partial_stats) + 2 * index;
+  const Real* part = static_cast<const Real*>(p.partial_out) + index * p.head_dim;
+  Real max = -kInfinity, sum = 0, sums[kMaxHeadDim] = {};
+  for (int64_t s = 0; s < p.splits; ++s) max = stats[2 * s * rows] > max ? stats[2 * s * rows] : max;
+  for (int64_t s = 0; s < p.splits; ++s) {
+    if (stats[2 * s * rows + 1] == 0) continue;
+    const Real weight = exp_of(stats[2 * s * rows] - max);
+    sum += weight * stats[2 * s * rows + 1];
+    for (int64_t d = 0; d < p.head_dim; ++d) sums[d] += weight * part[s * rows * p.head_dim + d];
+  }
+  const int64_t i = index % p.q_len, head = index / p.q_len % p.heads, b = index / p.q_len / p.heads;
+  write_row<T>(p, sums, b, head, i, max, sum);
+}
+
+template <class T, class Real>
+static void run_forward(const AttentionForwardParams& p, int64_t thread) {
+  Forward<T, Real> forward(p, {static_cast<char*>(p.scratch) + thread * forward_scratch(p.head_dim) * sizeof(Real)});
+  take_items(p, p.batch * p.kv_heads * row_tiles_of(p) * p.splits, [&](int64_t item) { forward.run(item); });
+}
+
+void block_attn(const AttentionForwardParams& p, int64_t thread, int64_t) {
+  switch (p.dtype) {
+    case DType::kFloat32: return run_forward<float, float>(p, thread);
+    case DType::kFloat64: return run_forward<double, double>(p, thread);
+    case DType::kBFloat16: return run_forward<bfloat16, float>(p, thread);
+    case DType::kFloat16: return run_forward<float16, float>(p, thread);
+  }
+}
+
+void block_attn_combine(const AttentionForwardParams& p, int64_t begin, int64_t end) {
+  for (int64_t row = begin; row < end; ++row) {
+    switch (p.dtype) {
+      case DType::kFloat32: combine<float, float>(p, row); break;
+      case DType::kFloat64: combine<double, double>(p, row); break;
+      case DType::kBFloat16: combine<bfloat16, float>(p, row); break;
+      case DType::kFloat16: combine<float16, float>(p, row); break;
+    }
+  }
+}
+
+}  // namespace dflash::DFLASH_ISA

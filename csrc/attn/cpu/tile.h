@@ -1,0 +1,136 @@
+// One item of work: a tile of rows of one key head, and the keys that they see, tile by tile.
+#pragma once
+
+#include <initializer_list>
+
+#include "attn/cpu/rows.h"
+
+namespace dflash::DFLASH_ISA {
+
+// Hands out pieces of a thread's scratch memory, each at the beginning of a cache line.
+struct Scratch {
+  char* at;
+
+  template <class Element>
+  DFLASH_MEMBER Element* take(int64_t count) {
+    Element* piece = reinterpret_cast<Element*>(at);
+    at += (count * sizeof(Element) + 63) / 64 * 64;
+    return piece;
+  }
+};
+
+template <class T>
+DFLASH_INLINE auto row_of(T* base, const HeadStrides& strides, int64_t b, int64_t head, int64_t i) {
+  return base + b * strides.batch + head * strides.head + i * strides.row;
+}
+
+template <class Real, class T>
+DFLASH_INLINE void copy_row(Real* to, const T* from, int64_t dim) {
+  using X = Vector<Real, 8>;
+  for (int64_t d = 0; d < dim; d += 8) store(to + d, load<X>(from + d));
+}
+
+template <class Real>
+struct RowTile {
+  static constexpr int kPanels = kRowTile / Block<Real>::kWidth;
+
+  int64_t b, kv_head, group;
+  int64_t first, count;                // rows
+  int64_t first_position, positions;
+  Visible visible[kRowTile];           // by position
+  Range keys;                          // all that is seen lies within
+  Panel<Real> panels[kPanels];
+
+  // `within`: the keys that count.
+  RowTile(const AttentionParams& p, int64_t b, int64_t kv_head, int64_t first, Range within)
+      : b(b), kv_head(kv_head), group(group_of(p)), first(first) {
+    const int64_t rows = rows_of(p);
+    count = rows - first < kRowTile ? rows - first : kRowTile;
+    first_position = first / group;
+    positions = (first + count - 1) / group + 1 - first_position;
+    for (int64_t i = 0; i < positions; ++i) {
+      visible[i] = visible_at(p.mask, b, first_position + i, within);
+      keys = keys.unite(visible[i].context).unite(visible[i].block);
+    }
+    for (int64_t row = 0; row < panel_count() * Block<Real>::kWidth; ++row) {
+      panels[row / Block<Real>::kWidth].set(row % Block<Real>::kWidth, sight(row));
+    }
+  }
+
+  DFLASH_MEMBER int64_t panel_count() const { return (count + Block<Real>::kWidth - 1) / Block<Real>::kWidth; }
+
+  // The last panel's lanes behind the last row repeat it.
+  DFLASH_MEMBER int64_t clamped(int64_t row) const { return first + (row < count ? row : count - 1); }
+  DFLASH_MEMBER int64_t position(int64_t row) const { return clamped(row) / group; }
+  DFLASH_MEMBER int64_t head(int64_t row) const { return kv_head * group + clamped(row) % group; }
+  DFLASH_MEMBER const Visible& sight(int64_t row) const { return visible[position(row) - first_position]; }
+
+  // Calls f(panel, part of the tile that it looks at).
+  template <class F>
+  DFLASH_MEMBER void each_panel(Range tile, F&& f) const {
+    for (int64_t i = 0; i < panel_count(); ++i) {
+      const Range part = panels[i].part_of(tile);
+      if (!part.empty()) f(i, part);
+    }
+  }
+
+  // seen[j]: whether any row sees key tile.begin + j. False if there is none.
+  DFLASH_MEMBER bool find_seen(Range tile, bool* seen) const {
+    int32_t edges[kKeyTile + 1] = {};
+    for (int64_t i = 0; i < positions; ++i) {
+      for (const Range part : {visible[i].context.intersect(tile), visible[i].block.intersect(tile)}) {
+        if (part.empty()) continue;
+        ++edges[part.begin - tile.begin];
+        --edges[part.end - tile.begin];
+      }
+    }
+    bool any = false;
+    for (int64_t j = 0, depth = 0; j < kKeyTile; ++j) {
+      depth += edges[j];
+      seen[j] = depth > 0;
+      any |= seen[j];
+    }
+    return any;
+  }
+};
+
+// Keys and values of a tile as rows of Real. Those that no row sees are zeros, whatever memory holds there.
+template <class T, class Real>
+struct KeyTile {
+  const AttentionParams& p;
+  Real *k, *v;  // [kKeyTile, head_dim]
+
+  KeyTile(const AttentionParams& p, Scratch& scratch)
+      : p(p), k(scratch.take<Real>(kKeyTile * p.head_dim)), v(scratch.take<Real>(kKeyTile * p.head_dim)) {}
+
+  // offset(stride, j): where key j lies, negative where there is none.
+  template <class F>
+  DFLASH_MEMBER bool load(const RowTile<Real>& rows, Range tile, F&& locate) {
+    bool seen[kKeyTile];
+    if (!rows.find_seen(tile, seen)) return false;
+    for (int64_t j = 0; j < kKeyTile; ++j) {
+      Real* const to[] = {k + j * p.head_dim, v + j * p.head_dim};
+      int64_t b, i;
+      if (seen[j] && locate(tile.begin + j, b, i)) {
+        copy_row(to[0], row_of(static_cast<const T*>(p.k), p.k_strides, b, rows.kv_head, i), p.head_dim);
+        copy_row(to[1], row_of(static_cast<const T*>(p.v), p.v_strides, b, rows.kv_head, i), p.head_dim);
+      } else {
+        __builtin_memset(to[0], 0, p.head_dim * sizeof(Real));
+        __builtin_memset(to[1], 0, p.head_dim * sizeof(Real));
+      }
+    }
+    return true;
+  }
+};
+
+// The threads take items from the last, which sees the most under causal masks, to the first.
+template <class F>
+DFLASH_INLINE void take_items(const AttentionParams& p, int64_t count, F&& f) {
+  for (;;) {
+    const int64_t taken = __atomic_fetch_add(p.taken, 1, __ATOMIC_RELAXED);
+    if (taken >= count) return;
+    f(count - 1 - taken);
+  }
+}
+
+}  // namespace dflash::DFLASH_ISA

@@ -1,0 +1,174 @@
+// Operators of the attention family; dflash_ext/ops/attention.py documents the semantics.
+#include "attn/params.h"
+
+#include <algorithm>
+#include <tuple>
+
+#include "common/cpu.h"
+#include "common/tensor.h"
+
+namespace dflash {
+
+DFLASH_CPU_KERNEL(AttentionForwardParams, block_attn)
+DFLASH_CPU_KERNEL(AttentionForwardParams, block_attn_combine)
+
+namespace {
+
+// A cache is read in parts of this many keys, always cut at the same positions, so that a row's result does not depend
+// on what else is in the batch.
+constexpr int64_t kSplitLen = 1024;
+
+HeadStrides head_strides(const char* op, const char* name, const Tensor& x) {
+  check(x.dim() == 4, op, ": ", name, " has ", x.dim(), " dimensions; 4 are needed");
+  check(x.stride(3) == 1, op, ": the last dimension of ", name, " has stride ", x.stride(3), "; 1 is needed");
+  return {x.stride(0), x.stride(1), x.stride(2)};
+}
+
+struct Mask {
+  const Tensor &ctx_lo, &ctx_hi, &blk_lo, &blk_hi;
+};
+
+Intervals intervals(const char* op, const Mask& mask, int64_t batch, int64_t q_len) {
+  const auto bound = [&](const Tensor& x) {
+    check(x.scalar_type() == ScalarType::Int && x.dim() == 2 && (x.size(0) == 1 || x.size(0) == batch) &&
+              x.size(0) == mask.ctx_lo.size(0) && x.size(1) == q_len && x.is_contiguous() && x.is_cpu(),
+          op, ": the mask's bounds must be contiguous int32 [1 or ", batch, ", ", q_len, "], of one shape");
+    return static_cast<const int32_t*>(x.data_ptr());
+  };
+  return {bound(mask.ctx_lo), bound(mask.ctx_hi), bound(mask.blk_lo), bound(mask.blk_hi),
+          mask.ctx_lo.size(0) == 1 ? 0 : q_len};
+}
+
+// The end of the last interval.
+int64_t end_of(const Intervals& mask, int64_t rows) {
+  int32_t end = 0;
+  for (int64_t i = 0; i < rows; ++i) end = std::max({end, mask.ctx_hi[i], mask.blk_hi[i]});
+  return end;
+}
+
+// k and v: [B or pages, Hkv, Lk or page_size, D] by their sizes and strides.
+void set_inputs(const char* op, AttentionParams& p, const Tensor& q, const Tensor& k, const Tensor& v, const Mask& mask,
+                double scale, double softcap) {
+  p.dtype = dtype_of(op, "q", q);
+  p.q_strides = head_strides(op, "q", q);
+  p.k_strides = head_strides(op, "k", k);
+  p.v_strides = head_strides(op, "v", v);
+  for (const Tensor* x : {&k, &v}) {
+    check(x->scalar_type() == q.scalar_type() && x->is_cpu(), op, ": k and v must have q's dtype and device");
+    check(x->size(3) == q.size(3), op, ": head_dim of k and v is ", x->size(3), ", of q ", q.size(3));
+  }
+  p.batch = q.size(0);
+  p.heads = q.size(1);
+  p.q_len = q.size(2);
+  p.head_dim = q.size(3);
+  check(p.head_dim % 8 == 0 && 8 <= p.head_dim && p.head_dim <= kMaxHeadDim, op, ": head_dim is ", p.head_dim,
+        "; multiples of 8 up to ", kMaxHeadDim, " are supported");
+  p.scale = scale;
+  p.softcap = softcap;
+  p.mask = intervals(op, mask, p.batch, p.q_len);
+  p.q = q.data_ptr();
+  p.k = k.data_ptr();
+  p.v = v.data_ptr();
+}
+
+void check_heads(const char* op, const AttentionParams& p) {
+  check(p.kv_heads > 0 && p.heads % p.kv_heads == 0, op, ": ", p.heads, " query heads are no multiple of ", p.kv_heads,
+        " key heads");
+}
+
+// Runs a kernel whose threads share out `items` of work among themselves; each has `scratch` numbers of its own.
+template <class Params>
+void run_items(const CpuKernel<Params>& kernel, Params& p, const Tensor& q, int64_t items, int64_t scratch) {
+  if (items == 0) return;
+  uint32_t threads = 1;
+  check(torch_get_num_threads(&threads) == 0, "torch's get_num_threads failed");
+  const int64_t used = std::min<int64_t>(threads, items);
+  Tensor memory = new_empty(q, {used * scratch}, real_of(q));
+  int64_t taken = 0;
+  p.scratch = memory.data_ptr();
+  p.taken = &taken;
+  run_on_cpu(kernel, p, used, 1);
+}
+
+void run_forward(AttentionForwardParams& p, const Tensor& q) {
+  run_items(block_attn, p, q, p.batch * p.kv_heads * row_tiles_of(p) * p.splits, forward_scratch(p.head_dim));
+}
+
+std::tuple<Tensor, Tensor> forward(Tensor q, Tensor k, Tensor v, Tensor ctx_lo, Tensor ctx_hi, Tensor blk_lo,
+                                   Tensor blk_hi, double scale, double softcap) {
+  constexpr const char* kOp = "block_attn";
+  AttentionForwardParams p{};
+  set_inputs(kOp, p, q, k, v, {ctx_lo, ctx_hi, blk_lo, blk_hi}, scale, softcap);
+  p.kv_heads = k.size(1);
+  p.kv_len = k.size(2);
+  check(k.size(0) == p.batch && v.size(0) == p.batch && v.size(1) == p.kv_heads && v.size(2) == p.kv_len, kOp,
+        ": k and v must be [", p.batch, ", Hkv, Lk, ", p.head_dim, "], of one shape");
+  check_heads(kOp, p);
+  Tensor out = torch::stable::empty_like(q);
+  Tensor lse = new_empty(q, {p.batch, p.heads, p.q_len}, real_of(q));
+  p.out = out.data_ptr();
+  p.out_strides = head_strides(kOp, "out", out);
+  p.lse = lse.data_ptr();
+  p.splits = 1;
+  p.split_len = p.kv_len;
+  run_forward(p, q);
+  return {out, lse};
+}
+
+Tensor decode(Tensor q, Tensor k_cache, Tensor v_cache, Tensor ctx_lo, Tensor ctx_hi, Tensor blk_lo, Tensor blk_hi,
+              std::optional<Tensor> block_table, double scale, double softcap) {
+  constexpr const char* kOp = "block_attn_decode";
+  AttentionForwardParams p{};
+  set_inputs(kOp, p, q, k_cache, v_cache, {ctx_lo, ctx_hi, blk_lo, blk_hi}, scale, softcap);
+  for (int i = 0; i < 3; ++i) check(k_cache.size(i) == v_cache.size(i), kOp, ": the two caches must have one shape");
+  if (block_table) {  // pages [pages, page_size, Hkv, D]
+    check(block_table->scalar_type() == ScalarType::Int && block_table->dim() == 2 &&
+              block_table->size(0) == p.batch && block_table->is_contiguous() && block_table->is_cpu(),
+          kOp, ": block_table must be contiguous int32 [", p.batch, ", max_pages]");
+    p.pages = {static_cast<const int32_t*>(block_table->data_ptr()), block_table->size(1), k_cache.size(1),
+               k_cache.size(0)};
+    for (HeadStrides* strides : {&p.k_strides, &p.v_strides}) std::swap(strides->head, strides->row);
+    p.kv_heads = k_cache.size(2);
+    p.kv_len = p.pages.max_pages * p.pages.page_size;
+  } else {
+    check(k_cache.size(0) == p.batch, kOp, ": the caches are for batch ", k_cache.size(0), ", q for ", p.batch);
+    p.kv_heads = k_cache.size(1);
+    p.kv_len = k_cache.size(2);
+  }
+  check_heads(kOp, p);
+  Tensor out = torch::stable::empty_like(q);
+  p.out = out.data_ptr();
+  p.out_strides = head_strides(kOp, "out", out);
+  p.kv_len = std::min(p.kv_len, end_of(p.mask, p.mask.batch == 0 ? p.q_len : p.batch * p.q_len));
+  p.splits = std::max<int64_t>(1, (p.kv_len + kSplitLen - 1) / kSplitLen);
+  p.split_len = kSplitLen;
+  bool page_missing = false;
+  p.page_missing = &page_missing;
+  const int64_t rows = p.batch * p.heads * p.q_len, kept = p.splits == 1 ? 0 : p.splits * rows;
+  Tensor partial_out = new_empty(q, {kept * p.head_dim}, real_of(q));
+  Tensor partial_stats = new_empty(q, {kept * 2}, real_of(q));
+  p.partial_out = partial_out.data_ptr();
+  p.partial_stats = partial_stats.data_ptr();
+  run_forward(p, q);
+  check(!page_missing, kOp, ": a row sees keys whose entry in block_table is not one of the ", p.pages.count, " pages");
+  if (p.splits > 1 && rows > 0) run_on_cpu(block_attn_combine, p, rows, 64);
+  return out;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(dflash_ext, m) {
+  m.def(
+      "block_attn(Tensor q, Tensor k, Tensor v, Tensor ctx_lo, Tensor ctx_hi, Tensor blk_lo, Tensor blk_hi, "
+      "float scale, float softcap) -> (Tensor out, Tensor lse)");
+  m.def(
+      "block_attn_decode(Tensor q, Tensor k_cache, Tensor v_cache, Tensor ctx_lo, Tensor ctx_hi, Tensor blk_lo, "
+      "Tensor blk_hi, Tensor? block_table, float scale, float softcap) -> Tensor");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(dflash_ext, CPU, m) {
+  m.impl("block_attn", TORCH_BOX(&forward));
+  m.impl("block_attn_decode", TORCH_BOX(&decode));
+}
+
+}  // namespace dflash
