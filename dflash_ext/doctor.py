@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import re
 
 import torch
 import transformers
@@ -26,10 +27,10 @@ def report(console: Console) -> None:
     if build is None:
         facts.add_row("build", "unknown: the module with the build's facts was made for another Python")
     else:
-        archs = ", ".join(build["cuda_archs"]) or "none: built without nvcc"
         facts.add_row("compiler", build["compiler"])
-        facts.add_row("CUDA", f"{build['cuda_version'] or '-'}; {archs}")
-        facts.add_row("CPU kernels for", ", ".join(build["cpu_isas"]))
+        cuda = f"{build['cuda_version']} for {build['cuda_archs']}" if build["cuda_archs"] else "none: built without nvcc"
+        facts.add_row("CUDA", cuda)
+        facts.add_row("CPU kernels for", build["cpu_isas"])
     console.print(facts)
 
     served = Table("operator", "CPU", "GPU", title="what serves each operator")
@@ -38,11 +39,20 @@ def report(console: Console) -> None:
     console.print(served)
 
     if build and build["kernels"]:
-        kernels = Table("kernel", "arch", "registers", "shared B", "spilled B", title="CUDA kernels")
-        for kernel in build["kernels"]:
-            figures = (kernel["registers"], kernel["shared_bytes"], kernel["spill_bytes"])
-            kernels.add_row(kernel["name"], kernel["arch"], *map(str, figures))
-        console.print(kernels)
+        console.print(_kernels(build["kernels"]))
+
+
+def _kernels(kernels: list[dict]) -> Table:
+    """One row per kernel and architecture; its instantiations are counted, their largest figures shown."""
+    families: dict[tuple[str, str], list[dict]] = {}
+    for kernel in kernels:
+        name = re.sub(r"^void |\(anonymous namespace\)::|<.*", "", kernel["name"])
+        families.setdefault((name, kernel["arch"]), []).append(kernel)
+    table = Table("kernel", "arch", "variants", "registers", "shared B", "spilled B", title="CUDA kernels")
+    for (name, arch), variants in sorted(families.items()):
+        largest = (str(max(v[key] for v in variants)) for key in ("registers", "shared_bytes", "spill_bytes"))
+        table.add_row(name, arch, str(len(variants)), *largest)
+    return table
 
 
 def _operator_library() -> str:

@@ -18,6 +18,7 @@ def compare(
     *,
     max_new_tokens: int,
     stop_token_ids: tuple[int, ...],
+    block_size: int | None = None,
 ) -> float:
     """Prints one line per prompt and a table of both ways; returns the mean tau.
 
@@ -30,7 +31,7 @@ def compare(
     encoded = list(prompts.values())
     options = dict(max_new_tokens=max_new_tokens, stop_token_ids=stop_token_ids, batch_size=1)
     plain = decode(target, None, encoded, **options)
-    speculative = decode(target, drafter, encoded, **options)
+    speculative = decode(target, drafter, encoded, block_size=block_size, **options)
     different = []
     for name, one, other in zip(prompts, plain.completions, speculative.completions, strict=True):
         equal = one.tokens == other.tokens

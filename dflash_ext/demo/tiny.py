@@ -21,9 +21,9 @@ from ..progress import progress
 from ..train import Recipe, train_drafter
 from .compare import compare
 
-VOCAB, CONTEXT = 1024, 256
-TARGET_STEPS, DRAFTER_STEPS = 120, 60
-ANSWERS, ANSWER_TOKENS = 96, 64
+VOCAB, CONTEXT = 1024, 128
+TARGET_STEPS, DRAFTER_STEPS = 450, 200
+ANSWERS, ANSWER_TOKENS = 160, 64
 
 
 def tiny_model(console: Console) -> None:
@@ -60,7 +60,7 @@ def tiny_model(console: Console) -> None:
                 on_progress=advance,
             )
         dataset = ResponseDataset(answers, CONTEXT)
-        recipe = Recipe(steps=DRAFTER_STEPS, batch_size=8, anchors=24, learning_rate=3e-3)
+        recipe = Recipe(steps=DRAFTER_STEPS, batch_size=8, anchors=24, learning_rate=3e-3, log_every=50)
         log = train_drafter(drafter, tapped, dataset, folder, recipe)
     losses = [entry for entry in log if "loss" in entry]
     console.print(f"drafter: loss {losses[0]['loss']:.2f} -> {losses[-1]['loss']:.2f} in {DRAFTER_STEPS} steps")
@@ -88,14 +88,14 @@ def _tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
 
 
 def _train_target(console: Console, tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> LlamaForCausalLM:
-    """A causal LM of about 2 M parameters, trained to continue the text."""
+    """A causal LM of about 1 M parameters, trained to continue the text."""
     config = LlamaConfig(
         vocab_size=VOCAB,
-        hidden_size=192,
-        intermediate_size=512,
-        num_hidden_layers=5,
-        num_attention_heads=3,
-        num_key_value_heads=1,
+        hidden_size=128,
+        intermediate_size=384,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
         max_position_embeddings=1024,
         eos_token_id=tokenizer.eos_token_id,
         tie_word_embeddings=True,
@@ -103,8 +103,8 @@ def _train_target(console: Console, tokenizer: PreTrainedTokenizerFast, texts: l
     model = LlamaForCausalLM(config)
     ids = torch.tensor([i for text in texts for i in tokenizer(text[:30_000])["input_ids"]])
     rows = ids[: len(ids) // CONTEXT * CONTEXT].view(-1, CONTEXT)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=4e-3, total_steps=TARGET_STEPS, pct_start=0.1)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=3e-3, total_steps=TARGET_STEPS, pct_start=0.1)
     losses = []
     with progress(console, "training the target", TARGET_STEPS) as advance:
         for _ in range(TARGET_STEPS):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from statistics import fmean
 
 
 def plot_curve(log: list[dict], path: str | Path) -> None:
@@ -12,14 +13,20 @@ def plot_curve(log: list[dict], path: str | Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    steps = [entry for entry in log if "loss" in entry]
     figure, left = pyplot.subplots(figsize=(7, 4), layout="constrained")
     right = left.twinx()
-    x = [entry["step"] for entry in steps]
-    left.plot(x, [entry["loss"] for entry in steps], color="tab:blue")
-    right.plot(x, [entry.get("tau") for entry in steps], color="tab:orange")
+    for axes, key, colour in ((left, "loss", "tab:blue"), (right, "tau", "tab:orange")):
+        points = [(entry["step"], entry[key]) for entry in log if "loss" in entry and key in entry]
+        x, y = ([point[i] for point in points] for i in (0, 1))
+        axes.plot(x, y, color=colour, alpha=0.25, linewidth=0.8)
+        axes.plot(x, _running_mean(y, window=10), color=colour)
     left.set_xlabel("step")
     left.set_ylabel("loss", color="tab:blue")
     right.set_ylabel("tau on training blocks (teacher-forced)", color="tab:orange")
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=100)
     pyplot.close(figure)
+
+
+def _running_mean(values: list[float], window: int) -> list[float]:
+    """Batches hold sequences of similar length, long and short ones in turn: only a mean over them shows a trend."""
+    return [fmean(values[max(0, i + 1 - window) : i + 1]) for i in range(len(values))]

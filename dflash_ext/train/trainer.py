@@ -105,7 +105,8 @@ class DFlashTrainer(Trainer):
         loss = result.loss.view(counts.shape)
         if self.gamma is None:
             loss = loss * dpace(result.nll.view(counts.shape), counts)
-        divisor = self._divisor(inputs) if num_items_in_batch is None else num_items_in_batch
+        # In evaluation Trainer counts the labels itself; a batch then stands for itself.
+        divisor = self._divisor(inputs) if num_items_in_batch is None or not model.training else num_items_in_batch
         loss = loss.sum() / divisor.clamp(min=1)
         if model.training:
             self._tau.append(_teacher_forced_tau(result.correct.view(counts.shape), counts))

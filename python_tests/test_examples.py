@@ -1,0 +1,43 @@
+"""Every example runs, and the README's example is the file it shows."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+from python_tests.test_cli import word_tokenizer
+from python_tests.tiny import tiny_pair
+
+from dflash_ext.ops.serving import SERVED_BY
+from dflash_ext.train import save_drafter
+
+ROOT = Path(__file__).parents[1]
+
+
+def run(*words) -> str:
+    done = subprocess.run([sys.executable, *map(str, words)], cwd=ROOT, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_drop_in():
+    assert re.match(r"loss \d+\.\d+, accuracy 0\.\d+", run("examples/drop_in.py"))
+
+
+def test_the_readme_shows_the_drop_in_example():
+    body = (ROOT / "examples" / "drop_in.py").read_text().split('"""\n', 1)[1].strip()
+    assert body in (ROOT / "README.md").read_text()
+
+
+def test_the_readme_says_what_serves_each_operator():
+    readme = (ROOT / "README.md").read_text()
+    for op, by in SERVED_BY.items():
+        assert f"| `{op}` | {by['cpu']} | {by['cuda']} |" in readme
+
+
+def test_decode(tmp_path):
+    target, drafter = tiny_pair("llama")
+    target.model.save_pretrained(tmp_path / "target")
+    word_tokenizer().save_pretrained(tmp_path / "target")
+    save_drafter(drafter, tmp_path / "drafter")
+    assert "tau" in run("examples/decode.py", tmp_path / "target", tmp_path / "drafter", "w005 w006")
