@@ -401,22 +401,22 @@ class IntervalMask:
                 f"IntervalMask.from_dense: mask is {list(mask.shape)}; "
                 "[B, 1, Lq, Lk], [B, Lq, Lk] and [Lq, Lk] are supported"
             )
-        kv_len = visible.shape[-1]
-        edges = torch.nn.functional.pad(visible.to(torch.int32), (1, 1)).diff(dim=-1)  # [B, Lq, Lk + 1]
-        begins, ends = edges == 1, edges == -1
-        runs = begins.sum(-1)
-        if (runs > 2).any():
-            b, i = (runs > 2).nonzero()[0].tolist()
+        batch, q_len, kv_len = visible.shape
+        # The columns where a row turns visible or hidden are, in order, the bounds of its intervals.
+        padded = torch.nn.functional.pad(visible, (1, 1))
+        turns = padded[..., 1:] != padded[..., :-1]
+        row, column = turns.reshape(batch * q_len, kv_len + 1).nonzero(as_tuple=True)
+        edges = torch.bincount(row, minlength=batch * q_len)
+        if (edges > 4).any():
+            b, i = divmod(int((edges > 4).nonzero()[0]), q_len)
             raise ValueError(
-                f"IntervalMask.from_dense: row {i} of batch entry {b} sees {int(runs[b, i])} separate runs "
-                "of keys; at most 2 are supported"
+                f"IntervalMask.from_dense: row {i} of batch entry {b} sees {int(edges[b * q_len + i]) // 2} "
+                "separate runs of keys; at most 2 are supported"
             )
-
-        def nth(edge: Tensor, n: int) -> Tensor:
-            return ((edge.cumsum(-1) == n) & edge).int().argmax(-1).int()  # 0 where there is no n-th
-
-        context, block = ((nth(begins, n), nth(ends, n)) for n in (1, 2))
-        return _intervals(kv_len, visible.shape[1], context, block, batch=visible.shape[0])
+        nth = torch.arange(row.numel(), device=row.device) - (edges.cumsum(0) - edges)[row]
+        bounds = torch.zeros(4, batch * q_len, dtype=torch.int32, device=visible.device)
+        bounds[nth, row] = column.int()
+        return IntervalMask(*bounds.view(4, batch, q_len), kv_len)
 
     def to_bool(self) -> Tensor:
         """bool ``[B, 1, Lq, Lk]``, True where the key is visible (PyTorch SDPA's convention)."""
