@@ -359,35 +359,45 @@ def reveal(
     entropy: Tensor | None = None,
 ) -> Tensor:
     """Which masked positions of a canvas to commit; see ``dflash_ext.reveal`` for the rules."""
-    limits = {"count": count, "threshold": threshold, "factor": factor, "entropy_bound": entropy_bound}
-    given = [name for name, limit in limits.items() if limit is not None]
-    if len(given) != 1:
-        raise ValueError(
-            f"reveal: {', '.join(given) or 'no limit'} given; exactly one of {', '.join(limits)} is needed"
-        )
-    if entropy_bound is not None and entropy is None:
-        raise ValueError("reveal: entropy_bound needs entropy")
+    rule, limit = reveal_limit(
+        scores, entropy, count=count, threshold=threshold, factor=factor, entropy_bound=entropy_bound
+    )
     if scores is None:
-        if threshold is not None or factor is not None:
-            raise ValueError(f"reveal: {given[0]} needs scores, the confidence of each position")
         scores = torch.zeros(masked.shape, device=masked.device)
-    limit = _per_row(limits[given[0]], masked)
+    limit = _per_row(limit, masked)
 
     # Every rule takes a prefix of the masked positions in falling order of score.
     scores = _widened(scores)
     ranked = scores.clamp(min=torch.finfo(scores.dtype).min).masked_fill(~masked, -math.inf)
     confidence, order = ranked.sort(dim=-1, descending=True, stable=True)
     nth = torch.arange(1, masked.shape[-1] + 1, device=masked.device)
-    if count is not None:
+    if rule == "count":
         taken = nth <= limit
-    elif threshold is not None:
+    elif rule == "threshold":
         taken = (confidence > limit) | (nth == 1)
-    elif factor is not None:
+    elif rule == "factor":
         taken = (confidence >= 1 - limit / (nth + 1)).cumprod(-1).bool() | (nth == 1)
     else:
         h = _widened(entropy).masked_fill(~masked, 0.0).gather(-1, order)
         taken = (h.cumsum(-1) - h.cummax(-1).values <= limit) | (nth == 1)
     return torch.zeros_like(masked).scatter(-1, order, taken.expand_as(masked)) & masked
+
+
+def reveal_limit(
+    scores: Tensor | None, entropy: Tensor | None, **limits: float | Tensor | None
+) -> tuple[str, float | Tensor]:
+    """The one limit of ``reveal`` that is given, by name. Raises ValueError unless it is one, with its needs."""
+    given = [name for name, limit in limits.items() if limit is not None]
+    if len(given) != 1:
+        raise ValueError(
+            f"reveal: {', '.join(given) or 'no limit'} given; exactly one of {', '.join(limits)} is needed"
+        )
+    rule = given[0]
+    if rule == "entropy_bound" and entropy is None:
+        raise ValueError("reveal: entropy_bound needs entropy")
+    if rule in ("threshold", "factor") and scores is None:
+        raise ValueError(f"reveal: {rule} needs scores, the confidence of each position")
+    return rule, limits[rule]
 
 
 def reveal_count(total: Tensor, step: int, steps: int, *, schedule: str = "linear") -> Tensor:

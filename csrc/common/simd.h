@@ -4,12 +4,16 @@
 #pragma once
 
 #include <stdint.h>
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
 
 #ifndef DFLASH_ISA
 #error "CPU kernels are compiled once per instruction set with -DDFLASH_ISA=<name>"
 #endif
 #define DFLASH_INLINE static inline __attribute__((always_inline))
 #define DFLASH_MEMBER inline __attribute__((always_inline))
+#define DFLASH_LAMBDA __attribute__((always_inline))
 
 namespace dflash::DFLASH_ISA {
 
@@ -127,6 +131,35 @@ DFLASH_INLINE void store(T* p, V v) {
   Memory<V, T>::store(p, v);
 }
 
+// What comparing two vectors gives: -1 in the lanes where it holds, else 0.
+template <class V>
+using MaskOf = decltype(V{} > V{});
+
+// Writes the lanes of v that are kept one after the other and returns how many they are. May overwrite a whole vector
+// from `out` on.
+template <class V, class Real>
+DFLASH_INLINE int compact(Real* out, V v, MaskOf<V> keep) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(V) == 64) {
+    if constexpr (sizeof(Real) == 4) {
+      const __mmask16 lanes = _mm512_movepi32_mask(bits_as<__m512i>(keep));
+      _mm512_storeu_ps(out, _mm512_maskz_compress_ps(lanes, v));
+      return __builtin_popcount(lanes);
+    } else {
+      const __mmask8 lanes = _mm512_movepi64_mask(bits_as<__m512i>(keep));
+      _mm512_storeu_pd(out, _mm512_maskz_compress_pd(lanes, v));
+      return __builtin_popcount(lanes);
+    }
+  }
+#endif
+  int count = 0;
+  for (int lane = 0; lane < lanes_of<V>; ++lane) {
+    out[count] = v[lane];
+    count -= keep[lane];
+  }
+  return count;
+}
+
 // ------------------------------------------------------------------ arithmetic
 
 DFLASH_INLINE float exp_of(float x) { return __builtin_expf(x); }
@@ -187,12 +220,12 @@ DFLASH_INLINE auto reduce_lanes(V v, Combine&& combine) {
 
 template <class V>
 DFLASH_INLINE auto sum_lanes(V v) {
-  return reduce_lanes(v, [](auto a, auto b) __attribute__((always_inline)) { return a + b; });
+  return reduce_lanes(v, [](auto a, auto b) DFLASH_LAMBDA { return a + b; });
 }
 
 template <class V>
 DFLASH_INLINE auto max_lanes(V v) {
-  return reduce_lanes(v, [](auto a, auto b) __attribute__((always_inline)) { return a > b ? a : b; });
+  return reduce_lanes(v, [](auto a, auto b) DFLASH_LAMBDA { return a > b ? a : b; });
 }
 
 }  // namespace dflash::DFLASH_ISA

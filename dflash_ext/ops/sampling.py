@@ -6,9 +6,16 @@ import torch
 from torch import Tensor
 
 from .. import reference
+from ..library import load
 from ..reference import Sample, Verification
 from .serving import warn_once
 
+load()
+_native = torch.ops.dflash_ext
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+# The native operators know the rules of reveal by their places here.
+_RULES = ("count", "threshold", "factor", "entropy_bound")
 # Given one seed, the operators draw from different streams: a draft and its verification must be independent.
 _SAMPLE, _VERIFY = 1, 2
 
@@ -26,6 +33,7 @@ def sample(
     """Draws one token per row of ``logits [N, V]``, and measures the distribution it came from.
 
     Args:
+        logits: float32, bfloat16, float16 or float64, the last dimension contiguous; read once, without filters.
         seed: int64 ``[1]``, from which every row takes its own random number by its index; or ``[N]``, one
             per row, so that a draw does not depend on where in the batch its row stands. The same seed gives
             the same tokens. It is read on the device, so a captured graph draws anew once the seed tensor is
@@ -43,18 +51,26 @@ def sample(
         ``prob`` and ``logprob``; ``entropy`` in nats, ``margin`` (p1 - p2), ``argmax`` and ``max_prob``, all
         of the distribution after temperature and before the filters (of temperature 1 where it is 0);
         ``pivot`` and ``normaliser``, the filtered distribution in the form that ``verify`` takes:
-        ``exp(z - normaliser)`` where ``z >= pivot``, else 0, for z = logits / temperature.
+        ``exp(z - normaliser)`` where ``z >= pivot``, else 0, for z = logits / temperature; a pivot may be -inf.
 
     Raises ValueError for arguments that do not fit together.
     """
-    if logits.dim() != 2 or not logits.is_floating_point() or logits.shape[1] == 0:
+    if logits.dim() != 2 or logits.dtype not in _DTYPES or logits.shape[1] == 0:
         raise ValueError(f"sample: logits is {logits.dtype} {list(logits.shape)}; floating [N, V] is needed")
     rows = logits.shape[0]
+    _check_last_dim("sample", "logits", logits)
+    _check_seed("sample", seed, rows, logits.device)
     _check_numbers("sample", rows, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
+    if logits.device.type == "cpu":
+        ids, reals = _native.sample(logits, seed, *_filters(logits, temperature, top_k, top_p, min_p))
+        token, argmax = ids.unbind()
+        prob, logprob, entropy, margin, max_prob, pivot, normaliser, filtered_entropy = reals.unbind()
+        drawn = Sample(token, prob, logprob, entropy, margin, argmax, max_prob, pivot, normaliser)
+        return (drawn, filtered_entropy) if return_filtered_entropy else drawn
     warn_once("sample", logits.device)
     return reference.sample(
         logits,
-        _uniforms("sample", seed, _SAMPLE, rows, 1)[:, 0],
+        _uniforms(seed, _SAMPLE, rows, 1)[:, 0],
         temperature=temperature,
         top_k=top_k,
         top_p=top_p,
@@ -89,7 +105,7 @@ def verify(
     Args:
         draft_tokens: int64 ``[B, K]``.
         target_logits: ``[B, K + 1, V]``; entry k is the target's prediction of draft token k, the last of the
-            bonus.
+            bonus. dtypes as in ``sample``. On the CPU nothing after the first rejected token is read.
         draft_logits: ``[B, K, V]``, those that the draft was drawn from. None for a draft that was not
             sampled, or not left to right: a point mass, accepted with p(x), whose residual is p without x.
         draft_pivot, draft_normaliser: ``[B, K]`` from the draft's ``Sample``, so that q is the one drawn
@@ -124,11 +140,36 @@ def verify(
         draft_pivot is not None and draft_logits is None
     ):
         raise ValueError("verify: draft_pivot and draft_normaliser come together, and with draft_logits")
+    for name, given in (("target_logits", target_logits), ("draft_logits", draft_logits)):
+        if given is not None:
+            _check_last_dim("verify", name, given)
     if seed is not None and uniforms is not None:
         raise ValueError("verify: seed and uniforms are both given; one of them is needed")
-    _check_numbers("verify", batch, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
     if seed is not None:
-        uniforms = _uniforms("verify", seed, _VERIFY, batch, drafted + 1)
+        _check_seed("verify", seed, batch, target_logits.device)
+    elif uniforms is None and (isinstance(temperature, Tensor) or temperature != 0):
+        raise ValueError("verify: temperature > 0 needs random numbers, and none were given")
+    _check_numbers("verify", batch, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
+    if target_logits.device.type == "cpu":
+        if draft_logits is not None:
+            dtype = torch.promote_types(target_logits.dtype, draft_logits.dtype)
+            target_logits, draft_logits = target_logits.to(dtype), draft_logits.to(dtype)
+        real = _real_dtype(target_logits)
+        return Verification(
+            *_native.verify(
+                draft_tokens.contiguous(),
+                target_logits,
+                draft_logits,
+                _as(draft_pivot, real),
+                _as(draft_normaliser, real),
+                seed,
+                _as(uniforms, torch.float64),
+                _as(draft_lens, torch.int64),
+                *_filters(target_logits, temperature, top_k, top_p, min_p),
+            )
+        )
+    if seed is not None:
+        uniforms = _uniforms(seed, _VERIFY, batch, drafted + 1)
     warn_once("verify", draft_tokens.device)
     return reference.verify(
         draft_tokens,
@@ -191,16 +232,22 @@ def reveal(
         factor=factor,
         entropy_bound=entropy_bound,
     )
-    warn_once("reveal", masked.device)
-    return reference.reveal(
-        scores,
-        masked,
-        count=count,
-        threshold=threshold,
-        factor=factor,
-        entropy_bound=entropy_bound,
-        entropy=entropy,
+    rule, limit = reference.reveal_limit(
+        scores, entropy, count=count, threshold=threshold, factor=factor, entropy_bound=entropy_bound
     )
+    if masked.device.type == "cpu":
+        real = torch.float32
+        for given in (scores, entropy):
+            real = real if given is None else torch.promote_types(real, given.dtype)
+        return _native.reveal(
+            _as(scores, real),
+            masked.contiguous(),
+            _as(entropy, real),
+            _RULES.index(rule),
+            *_number_and_tensor(limit, 0.0, real),
+        )
+    warn_once("reveal", masked.device)
+    return reference.reveal(scores, masked, entropy=entropy, **{rule: limit})
 
 
 def reveal_count(total: Tensor, step: int, steps: int, *, schedule: str = "linear") -> Tensor:
@@ -223,14 +270,85 @@ def _check_numbers(op: str, rows: int, **numbers: float | Tensor | None) -> None
             raise ValueError(f"{op}: {name} is {value}; it is not negative")
 
 
-def _uniforms(op: str, seed: Tensor, stream: int, rows: int, count: int) -> Tensor:
+def _check_seed(op: str, seed: Tensor, rows: int, device: torch.device) -> None:
+    if seed.dtype != torch.int64 or seed.shape not in ((1,), (rows,)) or seed.device != device:
+        raise ValueError(
+            f"{op}: seed is {seed.dtype} {list(seed.shape)} on {seed.device}; int64 [1] or [{rows}] on {device} is "
+            "needed"
+        )
+
+
+def _check_last_dim(op: str, name: str, logits: Tensor) -> None:
+    if logits.shape[-1] > 1 and logits.stride(-1) != 1:
+        raise ValueError(
+            f"{op}: the last dimension of {name} must be contiguous, its stride is {logits.stride(-1)}"
+        )
+
+
+# ---- the native operators' arguments ---------------------------------------------------------------------
+
+
+def _real_dtype(logits: Tensor) -> torch.dtype:
+    """The precision of sums and of everything per row."""
+    return torch.promote_types(logits.dtype, torch.float32)
+
+
+def _as(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return None if tensor is None else tensor.to(dtype).contiguous()
+
+
+def _number_and_tensor(
+    value: float | Tensor | None, off: float, real: torch.dtype
+) -> tuple[float, Tensor | None]:
+    """A parameter is a number, or a tensor of one per row in its place."""
+    if isinstance(value, Tensor):
+        return off, _as(value, real)
+    return (off if value is None else float(value)), None
+
+
+def _filters(
+    logits: Tensor,
+    temperature: float | Tensor,
+    top_k: int | Tensor | None,
+    top_p: float | Tensor | None,
+    min_p: float | Tensor | None,
+) -> tuple[float | Tensor | None, ...]:
+    """The four as numbers, then as tensors."""
+    given = (temperature, 1.0), (top_k, 0.0), (top_p, 1.0), (min_p, 0.0)
+    numbers, tensors = zip(
+        *(_number_and_tensor(value, off, _real_dtype(logits)) for value, off in given), strict=True
+    )
+    return *numbers, *tensors
+
+
+@torch.library.register_fake("dflash_ext::sample")
+def _(logits, seed, *filters):
+    rows = logits.shape[0]
+    return (
+        logits.new_empty(2, rows, dtype=torch.int64),
+        logits.new_empty(8, rows, dtype=_real_dtype(logits)),
+    )
+
+
+@torch.library.register_fake("dflash_ext::verify")
+def _(draft_tokens, *others):
+    return draft_tokens.new_empty(draft_tokens.shape[0]), draft_tokens.new_empty(draft_tokens.shape[0])
+
+
+@torch.library.register_fake("dflash_ext::reveal")
+def _(scores, masked, *others):
+    return masked.new_empty(masked.shape)
+
+
+# ---- the native operators' random numbers, in PyTorch ----------------------------------------------------
+
+
+def _uniforms(seed: Tensor, stream: int, rows: int, count: int) -> Tensor:
     """float64 ``[rows, count]`` in [0, 1), a function of the seed, the stream, the row and the column.
 
     SplitMix64's mixing function over counters, so nothing is read back and no state is kept. With one seed
     per row, every row counts as the first of its own seed.
     """
-    if seed.dtype != torch.int64 or seed.shape not in ((1,), (rows,)):
-        raise ValueError(f"{op}: seed is {seed.dtype} {list(seed.shape)}; int64 [1] or [{rows}] is needed")
     index = torch.arange(rows, device=seed.device) if seed.shape[0] == 1 else torch.zeros_like(seed)
     key = _mix(_mix(_mix(seed + _GOLDEN) + stream) + index * _GOLDEN)
     bits = _mix(key[:, None] + torch.arange(1, count + 1, device=seed.device) * _GOLDEN)

@@ -16,9 +16,9 @@ SERVED_BY = {
     "block_attn_decode": {"cpu": _REFERENCE, "cuda": _REFERENCE},
     "masked_cross_entropy": {"cpu": NATIVE, "cuda": NATIVE},
     "linear_cross_entropy": {"cpu": f"PyTorch GEMM and {NATIVE}", "cuda": f"PyTorch GEMM and {NATIVE}"},
-    "sample": {"cpu": _REFERENCE, "cuda": _REFERENCE},
-    "verify": {"cpu": _REFERENCE, "cuda": _REFERENCE},
-    "reveal": {"cpu": _REFERENCE, "cuda": _REFERENCE},
+    "sample": {"cpu": NATIVE, "cuda": _REFERENCE},
+    "verify": {"cpu": NATIVE, "cuda": _REFERENCE},
+    "reveal": {"cpu": NATIVE, "cuda": _REFERENCE},
     "kv_inject": {"cpu": _REFERENCE, "cuda": _REFERENCE},
 }
 

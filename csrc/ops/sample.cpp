@@ -1,0 +1,215 @@
+// Operators of the sampling family: draws, verification of drafts, and what to reveal of a canvas.
+// dflash_ext/ops/sampling.py brings tensors into the form that is expected here and documents the semantics.
+#include "sample/params.h"
+
+#include <tuple>
+
+#include "common/cpu.h"
+#include "common/tensor.h"
+
+namespace dflash {
+
+DFLASH_CPU_KERNEL(SampleParams, sample)
+DFLASH_CPU_KERNEL(VerifyParams, verify)
+DFLASH_CPU_KERNEL(RevealParams, reveal)
+
+namespace {
+
+using OptionalTensor = std::optional<Tensor>;
+
+void check_tensor(const char* op, const char* name, const Tensor& tensor, ScalarType dtype,
+                  std::initializer_list<int64_t> sizes) {
+  bool fits = tensor.is_cpu() && tensor.is_contiguous() && tensor.scalar_type() == dtype &&
+              tensor.dim() == int64_t(sizes.size());
+  int64_t dim = 0;
+  for (const int64_t size : sizes) fits = fits && tensor.size(dim++) == size;
+  check(fits, op, ": ", name, " is of the wrong shape, dtype or device, or not contiguous");
+}
+
+void check_vocab(const char* op, int64_t vocab) {
+  check(vocab > 0 && vocab < int64_t(1) << 31, op, ": a vocabulary of ", vocab, " is not supported");
+}
+
+// At least 32 K logits a thread: below that, waking it costs more than it saves.
+int64_t grain_of(int64_t row_size) { return 1 + 32768 / (row_size + 1); }
+
+PerRow per_row(const char* op, const char* name, const OptionalTensor& values, double value, ScalarType real,
+               int64_t rows) {
+  if (values) check_tensor(op, name, *values, real, {rows});
+  return {optional_data<void>(values), value};
+}
+
+// A number for all rows and, where rows differ, a tensor that takes its place.
+struct FilterArguments {
+  double temperature, top_k, top_p, min_p;
+  const OptionalTensor &temperatures, &top_ks, &top_ps, &min_ps;
+
+  FilterParams params(const char* op, ScalarType real, int64_t rows) const {
+    return {per_row(op, "temperature", temperatures, temperature, real, rows),
+            per_row(op, "top_k", top_ks, top_k, real, rows), per_row(op, "top_p", top_ps, top_p, real, rows),
+            per_row(op, "min_p", min_ps, min_p, real, rows),
+            top_ks || top_ps || min_ps || top_k > 0 || top_p < 1 || min_p > 0};
+  }
+};
+
+SeedParams seed_params(const char* op, const Tensor& seed, int64_t rows) {
+  const bool per_row = seed.dim() == 1 && seed.size(0) != 1;
+  check_tensor(op, "seed", seed, ScalarType::Long, {per_row ? rows : 1});
+  return {static_cast<const int64_t*>(seed.data_ptr()), per_row};
+}
+
+// ---------------------------------------------------------------------- sample
+
+std::tuple<Tensor, Tensor> sample_cpu(Tensor logits, Tensor seed, double temperature, double top_k, double top_p,
+                                      double min_p, OptionalTensor temperatures, OptionalTensor top_ks,
+                                      OptionalTensor top_ps, OptionalTensor min_ps) {
+  constexpr const char* kOp = "sample";
+  check(logits.dim() == 2, kOp, ": logits must be [N, V], they have ", logits.dim(), " dimensions");
+  const int64_t rows = logits.size(0), vocab = logits.size(1);
+  check_vocab(kOp, vocab);
+  check(vocab == 1 || logits.stride(1) == 1, kOp, ": the last dimension of logits must be contiguous, its stride is ",
+        logits.stride(1));
+  const ScalarType real = real_of(logits);
+  Tensor ids = new_empty(logits, {kSampleIds, rows}, ScalarType::Long);
+  Tensor reals = new_empty(logits, {kSampleReals, rows}, real);
+
+  SampleParams p{};
+  p.dtype = dtype_of(kOp, "logits", logits);
+  p.rows = rows;
+  p.vocab = vocab;
+  p.logits = logits.data_ptr();
+  p.stride = logits.stride(0);
+  p.filters = FilterArguments{temperature, top_k, top_p, min_p, temperatures, top_ks, top_ps, min_ps}
+                  .params(kOp, real, rows);
+  p.seed = seed_params(kOp, seed, rows);
+  p.reals = reals.data_ptr();
+  p.ids = static_cast<int64_t*>(ids.data_ptr());
+  if (rows > 0) run_on_cpu(sample, p, rows, grain_of(vocab));
+  return {ids, reals};
+}
+
+// ---------------------------------------------------------------------- verify
+
+void check_drafted(const VerifyParams& p) {
+  for (int64_t row = 0; row < p.rows; ++row) {
+    for (int64_t k = 0; k < p.drafted && (!p.lens || k < p.lens[row]); ++k) {
+      const int64_t token = p.tokens[row * p.drafted + k];
+      check(token >= 0 && token < p.vocab, "verify: draft token ", token, " of row ", row, ", position ", k,
+            ", is outside the vocabulary [0, ", p.vocab, ")");
+    }
+  }
+}
+
+std::tuple<Tensor, Tensor> verify_cpu(Tensor draft_tokens, Tensor target_logits, OptionalTensor draft_logits,
+                                      OptionalTensor draft_pivot, OptionalTensor draft_normaliser, OptionalTensor seed,
+                                      OptionalTensor uniforms, OptionalTensor draft_lens, double temperature,
+                                      double top_k, double top_p, double min_p, OptionalTensor temperatures,
+                                      OptionalTensor top_ks, OptionalTensor top_ps, OptionalTensor min_ps) {
+  constexpr const char* kOp = "verify";
+  check(draft_tokens.dim() == 2 && target_logits.dim() == 3, kOp, ": draft_tokens must be [B, K], target_logits "
+        "[B, K + 1, V]");
+  const int64_t rows = draft_tokens.size(0), drafted = draft_tokens.size(1), vocab = target_logits.size(2);
+  const ScalarType real = real_of(target_logits);
+  check_vocab(kOp, vocab);
+  check_tensor(kOp, "draft_tokens", draft_tokens, ScalarType::Long, {rows, drafted});
+  check(target_logits.is_cpu() && target_logits.size(0) == rows && target_logits.size(1) == drafted + 1, kOp,
+        ": target_logits must be [B, K + 1, V]");
+  if (draft_logits) {
+    check(draft_logits->is_cpu() && draft_logits->dim() == 3 && draft_logits->size(0) == rows &&
+              draft_logits->size(1) == drafted && draft_logits->size(2) == vocab &&
+              draft_logits->scalar_type() == target_logits.scalar_type(),
+          kOp, ": draft_logits must be [B, K, V] and of the target's dtype");
+  }
+  check(draft_pivot.has_value() == draft_normaliser.has_value() && (draft_logits || !draft_pivot), kOp,
+        ": draft_pivot and draft_normaliser come together, and with draft_logits");
+  for (const auto* given : {&draft_pivot, &draft_normaliser}) {
+    if (*given) check_tensor(kOp, "draft_pivot or draft_normaliser", **given, real, {rows, drafted});
+  }
+  if (uniforms) check_tensor(kOp, "uniforms", *uniforms, ScalarType::Double, {rows, drafted + 1});
+  if (draft_lens) check_tensor(kOp, "draft_lens", *draft_lens, ScalarType::Long, {rows});
+  check(seed || uniforms || (temperature == 0 && !temperatures), kOp,
+        ": temperature > 0 needs random numbers, and none were given");
+
+  Tensor accepted = new_empty(draft_tokens, {rows}, ScalarType::Long);
+  Tensor next_token = new_empty(draft_tokens, {rows}, ScalarType::Long);
+  VerifyParams p{};
+  p.dtype = dtype_of(kOp, "target_logits", target_logits);
+  p.draft = !draft_logits ? Draft::kPoint : draft_pivot ? Draft::kDescribed : Draft::kFiltered;
+  p.rows = rows;
+  p.drafted = drafted;
+  p.vocab = vocab;
+  p.tokens = static_cast<const int64_t*>(draft_tokens.data_ptr());
+  p.lens = optional_data<int64_t>(draft_lens);
+  p.target = target_logits.data_ptr();
+  p.target_strides = row_strides(kOp, "target_logits", target_logits);
+  p.draft_logits = optional_data<void>(draft_logits);
+  if (draft_logits) p.draft_strides = row_strides(kOp, "draft_logits", *draft_logits);
+  p.pivots = optional_data<void>(draft_pivot);
+  p.normalisers = optional_data<void>(draft_normaliser);
+  p.filters = FilterArguments{temperature, top_k, top_p, min_p, temperatures, top_ks, top_ps, min_ps}
+                  .params(kOp, real, rows);
+  if (seed) p.seed = seed_params(kOp, *seed, rows);
+  p.uniforms = optional_data<double>(uniforms);
+  p.accepted = static_cast<int64_t*>(accepted.data_ptr());
+  p.next_token = static_cast<int64_t*>(next_token.data_ptr());
+  check_drafted(p);
+  if (rows > 0) run_on_cpu(verify, p, rows, grain_of(vocab));
+  return {accepted, next_token};
+}
+
+// ---------------------------------------------------------------------- reveal
+
+Tensor reveal_cpu(OptionalTensor scores, Tensor masked, OptionalTensor entropy, int64_t rule, double limit,
+                  OptionalTensor limits) {
+  constexpr const char* kOp = "reveal";
+  check(masked.dim() == 2, kOp, ": masked must be [B, L], it has ", masked.dim(), " dimensions");
+  const int64_t rows = masked.size(0), length = masked.size(1);
+  bool is_double = false;
+  for (const auto* given : {&scores, &entropy, &limits}) {
+    is_double = is_double || (*given && (*given)->scalar_type() == ScalarType::Double);
+  }
+  const ScalarType real = is_double ? ScalarType::Double : ScalarType::Float;
+  check_tensor(kOp, "masked", masked, ScalarType::Bool, {rows, length});
+  if (scores) check_tensor(kOp, "scores", *scores, real, {rows, length});
+  if (entropy) check_tensor(kOp, "entropy", *entropy, real, {rows, length});
+
+  RevealParams p{};
+  p.rule = Reveal(rule);
+  check(p.rule == Reveal::kCount || (p.rule == Reveal::kEntropyBound ? entropy : scores), kOp,
+        ": the limit needs scores or entropy, which are not given");
+  p.is_double = is_double;
+  p.rows = rows;
+  p.length = length;
+  p.scores = optional_data<void>(scores);
+  p.entropy = optional_data<void>(entropy);
+  p.masked = static_cast<const bool*>(masked.data_ptr());
+  p.limit = per_row(kOp, "limit", limits, limit, real, rows);
+  Tensor revealed = new_empty(masked, {rows, length}, ScalarType::Bool);
+  p.revealed = static_cast<bool*>(revealed.data_ptr());
+  if (rows > 0) run_on_cpu(reveal, p, rows, grain_of(16 * length));  // a position costs as much as several logits
+  return revealed;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(dflash_ext, m) {
+  m.def(
+      "sample(Tensor logits, Tensor seed, float temperature, float top_k, float top_p, float min_p, "
+      "Tensor? temperatures, Tensor? top_ks, Tensor? top_ps, Tensor? min_ps) -> (Tensor ids, Tensor reals)");
+  m.def(
+      "verify(Tensor draft_tokens, Tensor target_logits, Tensor? draft_logits, Tensor? draft_pivot, "
+      "Tensor? draft_normaliser, Tensor? seed, Tensor? uniforms, Tensor? draft_lens, float temperature, float top_k, "
+      "float top_p, float min_p, Tensor? temperatures, Tensor? top_ks, Tensor? top_ps, Tensor? min_ps) "
+      "-> (Tensor accepted, Tensor next_token)");
+  m.def(
+      "reveal(Tensor? scores, Tensor masked, Tensor? entropy, int rule, float limit, Tensor? limits) "
+      "-> Tensor revealed");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(dflash_ext, CPU, m) {
+  m.impl("sample", TORCH_BOX(&sample_cpu));
+  m.impl("verify", TORCH_BOX(&verify_cpu));
+  m.impl("reveal", TORCH_BOX(&reveal_cpu));
+}
+
+}  // namespace dflash

@@ -1,0 +1,95 @@
+// A row of logits in memory, the filters' parameters, and masses: unnormalised probabilities of its tokens.
+#pragma once
+
+#include "common/simd.h"
+#include "sample/params.h"
+
+namespace dflash::DFLASH_ISA {
+
+// Memory that nothing initialises.
+template <class Element>
+class Array {
+ public:
+  explicit Array(int64_t count) : data_(new Element[count]) {}
+  Array(const Array&) = delete;
+  ~Array() { delete[] data_; }
+  Element* data() const { return data_; }
+
+ private:
+  Element* data_;
+};
+
+template <class Real>
+DFLASH_INLINE Real value_of(const PerRow& parameter, int64_t row) {
+  return parameter.values ? static_cast<const Real*>(parameter.values)[row] : Real(parameter.value);
+}
+
+// The temperature and filters of one row.
+template <class Real>
+struct Filters {
+  Real temperature, top_k, top_p, min_p;
+
+  Filters(const FilterParams& p, int64_t row)
+      : temperature(value_of<Real>(p.temperature, row)), top_k(value_of<Real>(p.top_k, row)),
+        top_p(value_of<Real>(p.top_p, row)), min_p(value_of<Real>(p.min_p, row)) {}
+};
+
+template <class T, class Real>
+struct Logits {
+  static constexpr int kLanes = kVectorBytes / sizeof(Real);
+  using Wide = Vector<Real, kLanes>;
+
+  const T* x;
+  int64_t vocab;
+
+  // Of tokens [i, i + kLanes); past the end -inf.
+  DFLASH_MEMBER Wide at(int64_t i) const {
+    if (i + kLanes <= vocab) return load<Wide>(x + i);
+    Wide v = Wide{} - kInfinity;
+    for (int lane = 0; i + lane < vocab; ++lane) v[lane] = (*this)[i + lane];
+    return v;
+  }
+  DFLASH_MEMBER Real operator[](int64_t token) const { return load<Vector<Real, 1>>(x + token)[0]; }
+};
+
+// exp((x - origin) / temperature) * scale for tokens whose logit x reaches `lowest`, 0 for the others.
+template <class T, class Real>
+struct Masses {
+  using Wide = typename Logits<T, Real>::Wide;
+
+  Logits<T, Real> logits;
+  Real lowest, origin, inverse_temperature, scale;
+
+  DFLASH_MEMBER Wide at(int64_t i) const {
+    const Wide x = logits.at(i);
+    return x >= lowest ? exp_of((x - origin) * inverse_temperature) * scale : Wide{};
+  }
+  DFLASH_MEMBER Real operator[](int64_t token) const {
+    const Real x = logits[token];
+    return x >= lowest ? exp_of((x - origin) * inverse_temperature) * scale : Real(0);
+  }
+};
+
+DFLASH_INLINE int64_t bits_of(double x) { return bits_as<int64_t>(x); }
+DFLASH_INLINE int32_t bits_of(float x) { return bits_as<int32_t>(x); }
+
+// The largest number below x; -inf and NaN stay.
+template <class Real>
+DFLASH_INLINE Real next_below(Real x) {
+  if (!(x > -kInfinity)) return x;
+  if (x == 0) return -bits_as<Real>(bits_of(Real(0)) + 1);
+  return bits_as<Real>(bits_of(x) + (x > 0 ? -1 : 1));
+}
+
+// The smallest x whose x / temperature, as the division rounds it, reaches the pivot: tokens that the division makes
+// equal share one fate.
+template <class Real>
+DFLASH_INLINE Real smallest_logit(Real pivot, Real temperature) {
+  constexpr int kSteps = 4;  // more than the product and the quotient are off by
+  Real x = pivot * temperature;
+  for (int step = 0; step < kSteps; ++step) x = next_below(x);
+  for (int step = 0; step < 2 * kSteps && x / temperature < pivot; ++step) x = -next_below(-x);
+  return x;
+}
+
+}  // namespace dflash::DFLASH_ISA

@@ -1,0 +1,77 @@
+// What the operators tell the kernels. Plain data: no torch header reaches a kernel.
+#pragma once
+
+#include <cstdint>
+
+#include "common/layout.h"
+
+namespace dflash {
+
+// `Real` below is float, or double where the logits are double.
+
+// A number for every row, or one per row.
+struct PerRow {
+  const void* values;  // [rows] Real; null: `value` for all
+  double value;
+};
+
+// The distribution of a row: softmax(logits / temperature), and what top-k, top-p and min-p leave of it.
+struct FilterParams {
+  PerRow temperature, top_k, top_p, min_p;  // off: top_k 0, top_p 1, min_p 0; temperature 0: the argmax alone
+  bool any;                                 // top_k, top_p or min_p is given
+};
+
+struct SeedParams {
+  const int64_t* values;
+  bool per_row;  // values [rows]; otherwise [1]
+};
+
+// Rows of SampleParams::reals and ::ids.
+enum SampleReal { kProb, kLogprob, kEntropy, kMargin, kMaxProb, kPivot, kNormaliser, kFilteredEntropy, kSampleReals };
+enum SampleId { kToken, kArgmax, kSampleIds };
+
+struct SampleParams {
+  DType dtype;
+  int64_t rows, vocab;
+  const void* logits;  // [rows, vocab]
+  int64_t stride;
+  FilterParams filters;
+  SeedParams seed;
+  void* reals;   // [kSampleReals, rows] Real
+  int64_t* ids;  // [kSampleIds, rows]
+};
+
+enum class Draft { kPoint, kFiltered, kDescribed };
+
+struct VerifyParams {
+  DType dtype;
+  Draft draft;  // a point mass; logits whose filters are found again; logits with pivot and normaliser
+  int64_t rows, drafted, vocab;
+  const int64_t* tokens;       // [rows, drafted]
+  const int64_t* lens;         // [rows]; null: all `drafted`
+  const void* target;          // [rows, drafted + 1, vocab]
+  const void* draft_logits;    // [rows, drafted, vocab]; null for a point mass
+  const void* pivots;          // [rows, drafted] Real, and normalisers likewise, for kDescribed
+  const void* normalisers;
+  RowStrides target_strides, draft_strides;
+  FilterParams filters;
+  SeedParams seed;         // where `uniforms` is null
+  const double* uniforms;  // [rows, drafted + 1]
+  int64_t* accepted;       // [rows]
+  int64_t* next_token;     // [rows]
+};
+
+enum class Reveal { kCount, kThreshold, kFactor, kEntropyBound };
+
+struct RevealParams {
+  Reveal rule;
+  bool is_double;  // Real: float or double
+  int64_t rows, length;
+  const void* scores;   // [rows, length] Real; null: left to right
+  const void* entropy;  // [rows, length] Real, for kEntropyBound
+  const bool* masked;   // [rows, length]
+  PerRow limit;
+  bool* revealed;  // [rows, length]
+};
+
+}  // namespace dflash

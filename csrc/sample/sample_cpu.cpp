@@ -1,0 +1,46 @@
+// One draw per row on the CPU, and what the row's distribution looks like.
+#include "sample/random.h"
+#include "sample/row_cpu.h"
+
+namespace dflash::DFLASH_ISA {
+
+template <class T, class Real>
+static void sample_rows(const SampleParams& p, int64_t begin, int64_t end) {
+  const typename Row<T, Real>::Workspace workspace(p.vocab, p.filters.any);
+  for (int64_t n = begin; n < end; ++n) {
+    const Filters<Real> filters(p.filters, n);
+    Row<T, Real> row(static_cast<const T*>(p.logits) + n * p.stride, p.vocab, filters.temperature, workspace);
+    row.read();
+
+    const auto set = [&](SampleReal which, Real value) { static_cast<Real*>(p.reals)[which * p.rows + n] = value; };
+    int64_t token = row.argmax();
+    if (filters.temperature == 0) {
+      set(kPivot, row.max());
+      set(kNormaliser, row.max());
+      set(kFilteredEntropy, 0);
+    } else {
+      if (p.filters.any) row.filter(filters);
+      token = row.draw(uniform_of(p.seed, kSampleStream, n, 0));
+      set(kPivot, row.pivot());
+      set(kNormaliser, row.normaliser());
+      set(kFilteredEntropy, row.kept().entropy());
+    }
+    const double sum = row.sums().e;
+    const Real logprob = row.exponent(row.logit(token)) - Real(__builtin_log(sum));
+    set(kProb, exp_of(logprob));
+    set(kLogprob, logprob);
+    set(kEntropy, row.sums().entropy());
+    set(kMargin, Real((1 - exp_of(row.exponent(row.second()))) / sum));
+    set(kMaxProb, Real(1 / sum));
+    p.ids[kToken * p.rows + n] = token;
+    p.ids[kArgmax * p.rows + n] = row.argmax();
+  }
+}
+
+void sample(const SampleParams& params, int64_t begin, int64_t end) {
+  with_types(params.dtype, [&](auto logit, auto real) {
+    sample_rows<decltype(logit), decltype(real)>(params, begin, end);
+  });
+}
+
+}  // namespace dflash::DFLASH_ISA

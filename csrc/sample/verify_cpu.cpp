@@ -1,0 +1,104 @@
+// Speculative sampling on the CPU. Logits are read only once their token's turn has come.
+#include "sample/random.h"
+#include "sample/row_cpu.h"
+
+namespace dflash::DFLASH_ISA {
+
+struct Verdict {
+  int64_t accepted, next_token;
+};
+
+template <class T, class Real>
+class Verifier {
+  using Wide = typename Logits<T, Real>::Wide;
+  using Workspace = typename Row<T, Real>::Workspace;
+
+ public:
+  explicit Verifier(const VerifyParams& p)
+      : p_(p), target_(p.vocab, p.filters.any), draft_(p.draft == Draft::kFiltered ? p.vocab : 0, p.filters.any) {}
+
+  Verdict verify(int64_t row) const {
+    const Filters<Real> filters(p_.filters, row);
+    const int64_t* tokens = p_.tokens + row * p_.drafted;
+    const int64_t drafted = p_.lens ? larger(int64_t(0), smaller(p_.lens[row], p_.drafted)) : p_.drafted;
+    return filters.temperature == 0 ? verify_greedy(row, tokens, drafted)
+                                    : verify_sampled(row, tokens, drafted, filters);
+  }
+
+ private:
+  Verdict verify_greedy(int64_t row, const int64_t* tokens, int64_t drafted) const {
+    for (int64_t k = 0;; ++k) {
+      Row<T, Real> target(logits(p_.target, p_.target_strides, row, k), p_.vocab, 1, target_);
+      target.read_maxima();
+      if (k == drafted || tokens[k] != target.argmax()) return {k, target.argmax()};
+    }
+  }
+
+  Verdict verify_sampled(int64_t row, const int64_t* tokens, int64_t drafted, const Filters<Real>& filters) const {
+    const double draw = uniform(row, p_.drafted);
+    for (int64_t k = 0;; ++k) {
+      Row<T, Real> target = filtered(logits(p_.target, p_.target_strides, row, k), filters, target_);
+      if (k == drafted) return {k, target.draw(draw)};
+
+      const Masses<T, Real> p = target.probabilities();
+      const int64_t drafted_token = tokens[k];
+      int64_t token;
+      if (p_.draft == Draft::kPoint) {
+        if (uniform(row, k) < p[drafted_token]) continue;
+        token = target.draw(draw, [&](int64_t i) DFLASH_LAMBDA {
+          Wide mass = p.at(i);
+          if (i <= drafted_token && drafted_token < i + lanes_of<Wide>) mass[drafted_token - i] = 0;
+          return mass;
+        });
+      } else {
+        const Masses<T, Real> q = draft_probabilities(row, k, filters);
+        if (uniform(row, k) * q[drafted_token] < p[drafted_token]) continue;
+        token = target.draw(draw, [&](int64_t i) DFLASH_LAMBDA { return larger(p.at(i) - q.at(i), Wide{}); });
+      }
+      // Where p = q the residual is nothing but rounding, and so was the rejection.
+      if (token < 0) token = target.draw(draw, [&](int64_t i) DFLASH_LAMBDA { return p.at(i); });
+      return {k, token};
+    }
+  }
+
+  Masses<T, Real> draft_probabilities(int64_t row, int64_t k, const Filters<Real>& filters) const {
+    const T* x = logits(p_.draft_logits, p_.draft_strides, row, k);
+    if (p_.draft == Draft::kFiltered) return filtered(x, filters, draft_).probabilities();
+    const Real pivot = static_cast<const Real*>(p_.pivots)[row * p_.drafted + k];
+    const Real normaliser = static_cast<const Real*>(p_.normalisers)[row * p_.drafted + k];
+    const Real t = filters.temperature;
+    return {{x, p_.vocab}, smallest_logit(pivot, t), normaliser * t, 1 / t, 1};
+  }
+
+  Row<T, Real> filtered(const T* x, const Filters<Real>& filters, const Workspace& workspace) const {
+    Row<T, Real> row(x, p_.vocab, filters.temperature, workspace);
+    row.read();
+    if (p_.filters.any) row.filter(filters);
+    return row;
+  }
+
+  static const T* logits(const void* tensor, const RowStrides& strides, int64_t row, int64_t k) {
+    return static_cast<const T*>(tensor) + row * strides.outer + k * strides.inner;
+  }
+
+  double uniform(int64_t row, int64_t column) const {
+    return p_.uniforms ? p_.uniforms[row * (p_.drafted + 1) + column]
+                       : uniform_of(p_.seed, kVerifyStream, row, column);
+  }
+
+  const VerifyParams& p_;
+  const Workspace target_, draft_;
+};
+
+void verify(const VerifyParams& params, int64_t begin, int64_t end) {
+  with_types(params.dtype, [&](auto logit, auto real) {
+    const Verifier<decltype(logit), decltype(real)> verifier(params);
+    for (int64_t row = begin; row < end; ++row) {
+      const Verdict verdict = verifier.verify(row);
+      params.accepted[row] = verdict.accepted;
+      params.next_token[row] = verdict.next_token;
+    }
+  });
+}
+
+}  // namespace dflash::DFLASH_ISA
