@@ -53,24 +53,10 @@ struct Forward {
     begin(rows);
     for (int64_t key = rows.keys.begin / kKeyTile * kKeyTile; key < rows.keys.end; key += kKeyTile) {
       const Range tile{key, key + kKeyTile};
-      if (!keys.load(rows, tile, [&](int64_t j, int64_t& b, int64_t& i) { return locate(rows.b, j, b, i); })) continue;
+      if (!keys.load(rows, tile)) continue;
       rows.each_panel(tile, [&](int64_t i, Range part) { attend(rows.panels[i], i, tile, part); });
     }
     p.splits == 1 ? finish(rows) : finish_part(rows, split);
-  }
-
-  bool locate(int64_t b, int64_t key, int64_t& page, int64_t& i) const {
-    if (!p.pages.table) {
-      page = b;
-      i = key;
-      return true;
-    }
-    const int32_t entry = p.pages.table[b * p.pages.max_pages + key / p.pages.page_size];
-    page = entry;
-    i = key % p.pages.page_size;
-    const bool exists = entry >= 0 && entry < p.pages.count;
-    if (!exists) __atomic_store_n(p.page_missing, true, __ATOMIC_RELAXED);
-    return exists;
   }
 
   void begin(const Rows& rows) {

@@ -24,6 +24,7 @@ struct Intervals {
 struct Pages {
   const int32_t* table;  // null: no pages
   int64_t max_pages, page_size, count;
+  bool* missing;  // set when a row sees a key whose entry is no page
 };
 
 // `Real` below is float, or double where q is double.
@@ -35,13 +36,13 @@ struct AttentionParams {
   Intervals mask;
   const void *q, *k, *v;
   HeadStrides q_strides, k_strides, v_strides;
+  Pages pages;
 
   void* scratch;   // for every thread as much as the kernel's scratch function says
   int64_t* taken;  // how many items of work the threads have taken; 0 at first
 };
 
 struct AttentionForwardParams : AttentionParams {
-  Pages pages;
   void* out;
   HeadStrides out_strides;
   void* lse;  // [B, Hq, Lq] Real; null: not wanted
@@ -50,7 +51,6 @@ struct AttentionForwardParams : AttentionParams {
   int64_t splits, split_len;
   void* partial_out;    // [splits, B, Hq, Lq, D] Real: sums of exp(score - maximum) * value
   void* partial_stats;  // [splits, B, Hq, Lq, 2] Real: the maximum (-inf: no key was seen), the sum of exponentials
-  bool* page_missing;   // set when a row sees a key whose entry in the table is no page
 };
 
 struct AttentionBackwardParams : AttentionParams {
@@ -62,7 +62,7 @@ struct AttentionBackwardParams : AttentionParams {
 
   // The rows of a key head are cut into splits; each sums its share of the keys' gradients.
   int64_t splits;
-  void* partial;  // [splits, B, Hkv, 2, kv_len, padded_dim(head_dim)] Real: of K, of V
+  void* partial;  // [splits, B, Hkv, 2, padded(kv_len), padded(head_dim)] Real: of K, of V
   void *grad_q, *grad_k, *grad_v;
   HeadStrides grad_q_strides, grad_k_strides, grad_v_strides;
 };
@@ -77,13 +77,16 @@ inline int64_t group_of(const AttentionParams& p) { return p.heads / p.kv_heads;
 inline int64_t rows_of(const AttentionParams& p) { return p.q_len * group_of(p); }
 inline int64_t row_tiles_of(const AttentionParams& p) { return (rows_of(p) + kRowTile - 1) / kRowTile; }
 
-// Numbers of Real that one thread needs: tiles of rows and of keys, scores, one row; 64 more for each to begin at a
-// cache line.
-inline int64_t forward_scratch(int64_t head_dim) {
-  return (2 * kRowTile + 2 * kKeyTile + 1) * head_dim + kKeyTile * 32 + 6 * 64;
-}
+// Gradients of keys are summed in whole register blocks and key tiles, whatever the instruction set.
+constexpr int64_t padded(int64_t length) { return (length + kKeyTile - 1) / kKeyTile * kKeyTile; }
 
-// Gradients of keys are summed in rows of whole vectors, whatever the instruction set.
-inline int64_t padded_dim(int64_t head_dim) { return (head_dim + 31) / 32 * 32; }
+// Numbers of Real that one thread needs, whole cache lines: tiles of rows and of keys, and what lies between them.
+constexpr int64_t kPanel = 32;  // at least the width of a register block
+constexpr int64_t forward_scratch(int64_t head_dim) {
+  return (2 * kRowTile + 2 * kKeyTile + 1) * padded(head_dim) + kKeyTile * kPanel;
+}
+constexpr int64_t backward_scratch(int64_t head_dim) {
+  return (5 * kRowTile + 2 * kKeyTile) * padded(head_dim) + 2 * kKeyTile * kPanel + 2 * kRowTile;
+}
 
 }  // namespace dflash

@@ -11,12 +11,18 @@ namespace dflash {
 
 DFLASH_CPU_KERNEL(AttentionForwardParams, block_attn)
 DFLASH_CPU_KERNEL(AttentionForwardParams, block_attn_combine)
+DFLASH_CPU_KERNEL(AttentionBackwardParams, block_attn_backward)
+DFLASH_CPU_KERNEL(AttentionBackwardParams, block_attn_backward_keys)
 
 namespace {
 
 // A cache is read in parts of this many keys, always cut at the same positions, so that a row's result does not depend
 // on what else is in the batch.
 constexpr int64_t kSplitLen = 1024;
+
+// Enough pieces of work for as many threads; more would cost memory and sums. Independent of the number of threads, so
+// that gradients are as well.
+constexpr int64_t kBackwardItems = 16;
 
 HeadStrides head_strides(const char* op, const char* name, const Tensor& x) {
   check(x.dim() == 4, op, ": ", name, " has ", x.dim(), " dimensions; 4 are needed");
@@ -94,16 +100,20 @@ void run_forward(AttentionForwardParams& p, const Tensor& q) {
   run_items(block_attn, p, q, p.batch * p.kv_heads * row_tiles_of(p) * p.splits, forward_scratch(p.head_dim));
 }
 
+void set_keys(const char* op, AttentionParams& p, const Tensor& k, const Tensor& v) {
+  p.kv_heads = k.size(1);
+  p.kv_len = k.size(2);
+  check(k.size(0) == p.batch && v.size(0) == p.batch && v.size(1) == p.kv_heads && v.size(2) == p.kv_len, op,
+        ": k and v must be [", p.batch, ", Hkv, Lk, ", p.head_dim, "], of one shape");
+  check_heads(op, p);
+}
+
 std::tuple<Tensor, Tensor> forward(Tensor q, Tensor k, Tensor v, Tensor ctx_lo, Tensor ctx_hi, Tensor blk_lo,
                                    Tensor blk_hi, double scale, double softcap) {
   constexpr const char* kOp = "block_attn";
   AttentionForwardParams p{};
   set_inputs(kOp, p, q, k, v, {ctx_lo, ctx_hi, blk_lo, blk_hi}, scale, softcap);
-  p.kv_heads = k.size(1);
-  p.kv_len = k.size(2);
-  check(k.size(0) == p.batch && v.size(0) == p.batch && v.size(1) == p.kv_heads && v.size(2) == p.kv_len, kOp,
-        ": k and v must be [", p.batch, ", Hkv, Lk, ", p.head_dim, "], of one shape");
-  check_heads(kOp, p);
+  set_keys(kOp, p, k, v);
   Tensor out = torch::stable::empty_like(q);
   Tensor lse = new_empty(q, {p.batch, p.heads, p.q_len}, real_of(q));
   p.out = out.data_ptr();
@@ -115,18 +125,62 @@ std::tuple<Tensor, Tensor> forward(Tensor q, Tensor k, Tensor v, Tensor ctx_lo, 
   return {out, lse};
 }
 
+std::tuple<Tensor, Tensor, Tensor> backward(Tensor grad_out, std::optional<Tensor> grad_lse, Tensor q, Tensor k,
+                                            Tensor v, Tensor ctx_lo, Tensor ctx_hi, Tensor blk_lo, Tensor blk_hi,
+                                            Tensor out, Tensor lse, double scale, double softcap) {
+  constexpr const char* kOp = "block_attn_backward";
+  AttentionBackwardParams p{};
+  set_inputs(kOp, p, q, k, v, {ctx_lo, ctx_hi, blk_lo, blk_hi}, scale, softcap);
+  set_keys(kOp, p, k, v);
+  for (const Tensor* x : {&out, &grad_out}) {
+    check(x->dim() == 4 && x->size(0) == p.batch && x->size(1) == p.heads && x->size(2) == p.q_len &&
+              x->size(3) == p.head_dim && x->scalar_type() == q.scalar_type() && x->is_cpu(),
+          kOp, ": out and its gradient must be like q");
+  }
+  for (const Tensor* x : {&lse, grad_lse ? &*grad_lse : &lse}) {
+    check(x->dim() == 3 && x->size(0) == p.batch && x->size(1) == p.heads && x->size(2) == p.q_len &&
+              x->scalar_type() == real_of(q) && x->is_contiguous() && x->is_cpu(),
+          kOp, ": lse and its gradient must be contiguous [", p.batch, ", ", p.heads, ", ", p.q_len, "]");
+  }
+  p.out = out.data_ptr();
+  p.out_strides = head_strides(kOp, "out", out);
+  p.grad_out = grad_out.data_ptr();
+  p.grad_out_strides = head_strides(kOp, "grad_out", grad_out);
+  p.lse = lse.data_ptr();
+  p.grad_lse = optional_data<void>(grad_lse);
+
+  Tensor grad_q = torch::stable::empty_like(q), grad_k = torch::stable::empty_like(k),
+         grad_v = torch::stable::empty_like(v);
+  p.grad_q = grad_q.data_ptr();
+  p.grad_k = grad_k.data_ptr();
+  p.grad_v = grad_v.data_ptr();
+  p.grad_q_strides = head_strides(kOp, "grad_q", grad_q);
+  p.grad_k_strides = head_strides(kOp, "grad_k", grad_k);
+  p.grad_v_strides = head_strides(kOp, "grad_v", grad_v);
+
+  const int64_t heads = p.batch * p.kv_heads;
+  if (heads == 0) return {grad_q, grad_k, grad_v};
+  p.splits = std::clamp<int64_t>((kBackwardItems + heads - 1) / heads, 1, std::max<int64_t>(1, row_tiles_of(p)));
+  Tensor partial = new_empty(q, {p.splits * heads * 2 * padded(p.kv_len) * padded(p.head_dim)}, real_of(q));
+  p.partial = partial.data_ptr();
+  run_items(block_attn_backward, p, q, heads * p.splits, backward_scratch(p.head_dim));
+  if (p.kv_len > 0) run_on_cpu(block_attn_backward_keys, p, heads * p.kv_len, 64);
+  return {grad_q, grad_k, grad_v};
+}
+
 Tensor decode(Tensor q, Tensor k_cache, Tensor v_cache, Tensor ctx_lo, Tensor ctx_hi, Tensor blk_lo, Tensor blk_hi,
               std::optional<Tensor> block_table, double scale, double softcap) {
   constexpr const char* kOp = "block_attn_decode";
   AttentionForwardParams p{};
   set_inputs(kOp, p, q, k_cache, v_cache, {ctx_lo, ctx_hi, blk_lo, blk_hi}, scale, softcap);
   for (int i = 0; i < 3; ++i) check(k_cache.size(i) == v_cache.size(i), kOp, ": the two caches must have one shape");
+  bool page_missing = false;
   if (block_table) {  // pages [pages, page_size, Hkv, D]
     check(block_table->scalar_type() == ScalarType::Int && block_table->dim() == 2 &&
               block_table->size(0) == p.batch && block_table->is_contiguous() && block_table->is_cpu(),
           kOp, ": block_table must be contiguous int32 [", p.batch, ", max_pages]");
     p.pages = {static_cast<const int32_t*>(block_table->data_ptr()), block_table->size(1), k_cache.size(1),
-               k_cache.size(0)};
+               k_cache.size(0), &page_missing};
     for (HeadStrides* strides : {&p.k_strides, &p.v_strides}) std::swap(strides->head, strides->row);
     p.kv_heads = k_cache.size(2);
     p.kv_len = p.pages.max_pages * p.pages.page_size;
@@ -142,8 +196,6 @@ Tensor decode(Tensor q, Tensor k_cache, Tensor v_cache, Tensor ctx_lo, Tensor ct
   p.kv_len = std::min(p.kv_len, end_of(p.mask, p.mask.batch == 0 ? p.q_len : p.batch * p.q_len));
   p.splits = std::max<int64_t>(1, (p.kv_len + kSplitLen - 1) / kSplitLen);
   p.split_len = kSplitLen;
-  bool page_missing = false;
-  p.page_missing = &page_missing;
   const int64_t rows = p.batch * p.heads * p.q_len, kept = p.splits == 1 ? 0 : p.splits * rows;
   Tensor partial_out = new_empty(q, {kept * p.head_dim}, real_of(q));
   Tensor partial_stats = new_empty(q, {kept * 2}, real_of(q));
@@ -162,12 +214,17 @@ STABLE_TORCH_LIBRARY_FRAGMENT(dflash_ext, m) {
       "block_attn(Tensor q, Tensor k, Tensor v, Tensor ctx_lo, Tensor ctx_hi, Tensor blk_lo, Tensor blk_hi, "
       "float scale, float softcap) -> (Tensor out, Tensor lse)");
   m.def(
+      "block_attn_backward(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor ctx_lo, "
+      "Tensor ctx_hi, Tensor blk_lo, Tensor blk_hi, Tensor out, Tensor lse, float scale, float softcap) "
+      "-> (Tensor grad_q, Tensor grad_k, Tensor grad_v)");
+  m.def(
       "block_attn_decode(Tensor q, Tensor k_cache, Tensor v_cache, Tensor ctx_lo, Tensor ctx_hi, Tensor blk_lo, "
       "Tensor blk_hi, Tensor? block_table, float scale, float softcap) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(dflash_ext, CPU, m) {
   m.impl("block_attn", TORCH_BOX(&forward));
+  m.impl("block_attn_backward", TORCH_BOX(&backward));
   m.impl("block_attn_decode", TORCH_BOX(&decode));
 }
 

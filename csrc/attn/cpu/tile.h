@@ -103,23 +103,37 @@ struct KeyTile {
   KeyTile(const AttentionParams& p, Scratch& scratch)
       : p(p), k(scratch.take<Real>(kKeyTile * p.head_dim)), v(scratch.take<Real>(kKeyTile * p.head_dim)) {}
 
-  // offset(stride, j): where key j lies, negative where there is none.
-  template <class F>
-  DFLASH_MEMBER bool load(const RowTile<Real>& rows, Range tile, F&& locate) {
+  // Returns false, and loads nothing, where no row sees any of the keys.
+  DFLASH_MEMBER bool load(const RowTile<Real>& rows, Range tile) {
     bool seen[kKeyTile];
     if (!rows.find_seen(tile, seen)) return false;
     for (int64_t j = 0; j < kKeyTile; ++j) {
       Real* const to[] = {k + j * p.head_dim, v + j * p.head_dim};
-      int64_t b, i;
-      if (seen[j] && locate(tile.begin + j, b, i)) {
-        copy_row(to[0], row_of(static_cast<const T*>(p.k), p.k_strides, b, rows.kv_head, i), p.head_dim);
-        copy_row(to[1], row_of(static_cast<const T*>(p.v), p.v_strides, b, rows.kv_head, i), p.head_dim);
+      const Place place = seen[j] ? place_of(rows.b, tile.begin + j) : Place{-1, 0};
+      if (place.outer < 0) {
+        for (Real* x : to) __builtin_memset(x, 0, p.head_dim * sizeof(Real));
       } else {
-        __builtin_memset(to[0], 0, p.head_dim * sizeof(Real));
-        __builtin_memset(to[1], 0, p.head_dim * sizeof(Real));
+        copy_row(to[0], row_of(static_cast<const T*>(p.k), p.k_strides, place.outer, rows.kv_head, place.row),
+                 p.head_dim);
+        copy_row(to[1], row_of(static_cast<const T*>(p.v), p.v_strides, place.outer, rows.kv_head, place.row),
+                 p.head_dim);
       }
     }
     return true;
+  }
+
+ private:
+  // The batch entry or page that holds a key (-1: no such page), and where in it.
+  struct Place {
+    int64_t outer, row;
+  };
+  DFLASH_MEMBER Place place_of(int64_t b, int64_t key) const {
+    const Pages& pages = p.pages;
+    if (!pages.table) return {b, key};
+    const int64_t page = pages.table[b * pages.max_pages + key / pages.page_size];
+    if (0 <= page && page < pages.count) return {page, key % pages.page_size};
+    __atomic_store_n(pages.missing, true, __ATOMIC_RELAXED);
+    return {-1, 0};
   }
 };
 
