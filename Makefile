@@ -17,8 +17,9 @@ NATIVE := $(shell find csrc -type f) CMakeLists.txt
 demo: .venv/ready
 	$(BIN)/dflash-ext demo $(ARGS)
 
+# One thread a process: most tests run tiny models, where threads cost more than they bring.
 test: .venv/ready
-	$(BIN)/python -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile $(ARGS)
 
 lint: .venv/ready
 	$(BIN)/ruff check .

@@ -28,8 +28,8 @@ def report(console: Console) -> None:
         facts.add_row("build", "unknown: the module with the build's facts was made for another Python")
     else:
         facts.add_row("compiler", build["compiler"])
-        cuda = f"{build['cuda_version']} for {build['cuda_archs']}" if build["cuda_archs"] else "none: built without nvcc"
-        facts.add_row("CUDA", cuda)
+        archs = build["cuda_archs"]
+        facts.add_row("CUDA", f"{build['cuda_version']} for {archs}" if archs else "none: built without nvcc")
         facts.add_row("CPU kernels for", build["cpu_isas"])
     console.print(facts)
 

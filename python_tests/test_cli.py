@@ -4,7 +4,6 @@ import json
 
 import pytest
 import torch
-from python_tests.tiny import random_prompts, tiny_pair
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 from typer.testing import CliRunner
@@ -13,6 +12,7 @@ from dflash_ext.cli import app
 from dflash_ext.decode import decode
 from dflash_ext.models import Target, load_drafter
 from dflash_ext.train import save_drafter
+from python_tests.tiny import random_prompts, tiny_pair
 
 
 def word_tokenizer(size: int = 97, eos: str = "w002") -> PreTrainedTokenizerFast:
@@ -42,8 +42,8 @@ def run(*words) -> tuple[int, str, str]:
 def test_generate_writes_the_targets_own_tokens(house):
     out = house / "out.jsonl"
     code, printed, _ = run(
-        *("generate", "--target", house / "target", "--drafter", house / "drafter", "--prompts", house / "prompts.jsonl"),
-        *("--max-new-tokens", 12, "--output", out),
+        *("generate", "--target", house / "target", "--drafter", house / "drafter"),
+        *("--prompts", house / "prompts.jsonl", "--max-new-tokens", 12, "--output", out),
     )
     assert code == 0 and "tau" in printed
     rows = sorted(map(json.loads, out.read_text().splitlines()), key=lambda r: r["index"])

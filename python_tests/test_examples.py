@@ -5,11 +5,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-from python_tests.test_cli import word_tokenizer
-from python_tests.tiny import tiny_pair
-
 from dflash_ext.ops.serving import SERVED_BY
 from dflash_ext.train import save_drafter
+from python_tests.test_cli import word_tokenizer
+from python_tests.tiny import tiny_pair
 
 ROOT = Path(__file__).parents[1]
 
@@ -33,6 +32,13 @@ def test_the_readme_says_what_serves_each_operator():
     readme = (ROOT / "README.md").read_text()
     for op, by in SERVED_BY.items():
         assert f"| `{op}` | {by['cpu']} | {by['cuda']} |" in readme
+
+
+def test_transformers_attention():
+    assert re.match(
+        r"denoising loss \d+\.\d+\nblock: .* by 0\.\d*[1-9]\d*\ncausal: .* by 0\.0+\n$",
+        run("examples/transformers_attention.py"),
+    )
 
 
 def test_decode(tmp_path):

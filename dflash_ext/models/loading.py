@@ -91,9 +91,8 @@ def load_drafter(
         raise ValueError(f"cannot read the drafter in '{path}': {_first_line(error)}") from None
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if keys := sorted(key if isinstance(key, str) else key[0] for key in info.get(problem) or ()):
-            raise ValueError(
-                f"the drafter in '{path}' does not fit its config: {len(keys)} {problem.replace('_', ' ')}, as {keys[0]}"
-            )
+            what = f"{len(keys)} {problem.replace('_', ' ')}, as {keys[0]}"
+            raise ValueError(f"the drafter in '{path}' does not fit its config: {what}")
     return drafter.to(device).eval()
 
 

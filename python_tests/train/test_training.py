@@ -2,12 +2,12 @@ import json
 
 import pytest
 import torch
-from python_tests.tiny import MASK_TOKEN, tiny_pair
 from transformers import TrainingArguments
 
 from dflash_ext.decode import decode
 from dflash_ext.models import load_drafter
 from dflash_ext.train import AnchorCollator, DFlashTrainer, Recipe, dpace, position_decay, save_drafter, train_drafter
+from python_tests.tiny import MASK_TOKEN, tiny_pair
 
 
 class Cycles(torch.utils.data.Dataset):
