@@ -8,6 +8,8 @@
 #include <immintrin.h>
 #endif
 
+#include "common/layout.h"
+
 #ifndef DFLASH_ISA
 #error "CPU kernels are compiled once per instruction set with -DDFLASH_ISA=<name>"
 #endif
@@ -50,6 +52,30 @@ DFLASH_INLINE To bits_as(const From& from) {
   To to;
   __builtin_memcpy(&to, &from, sizeof(to));
   return to;
+}
+
+// Memory that nothing initialises.
+template <class Element>
+class Array {
+ public:
+  explicit Array(int64_t count) : data_(new Element[count]) {}
+  Array(const Array&) = delete;
+  ~Array() { delete[] data_; }
+  Element* data() const { return data_; }
+
+ private:
+  Element* data_;
+};
+
+// Calls f with a value of the type in memory and one of the type to compute in.
+template <class F>
+DFLASH_INLINE void with_types(DType dtype, F&& f) {
+  switch (dtype) {
+    case DType::kFloat32: return f(float{}, float{});
+    case DType::kFloat64: return f(double{}, double{});
+    case DType::kBFloat16: return f(bfloat16{}, float{});
+    case DType::kFloat16: return f(float16{}, float{});
+  }
 }
 
 // ------------------------------------------------------------- loads and stores

@@ -45,6 +45,20 @@ inline ScalarType real_of(const Tensor& tensor) {
   return tensor.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
+// What Python has brought into form already: says which tensor escaped it.
+inline void check_tensor(const char* op, const char* name, const Tensor& tensor, const Tensor& beside, ScalarType dtype,
+                         std::initializer_list<int64_t> sizes) {
+  bool fits = tensor.is_contiguous() && tensor.scalar_type() == dtype && tensor.dim() == int64_t(sizes.size()) &&
+              tensor.is_cpu() == beside.is_cpu() && tensor.get_device_index() == beside.get_device_index();
+  std::ostringstream shape;
+  int64_t dim = 0;
+  for (const int64_t size : sizes) {
+    fits = fits && tensor.size(dim) == size;
+    shape << (dim++ ? ", " : "") << size;
+  }
+  check(fits, op, ": ", name, " must be contiguous [", shape.str(), "], of the right dtype and on the others' device");
+}
+
 // Of a [outer, inner, width] tensor.
 inline RowStrides row_strides(const char* op, const char* name, const Tensor& rows) {
   check(rows.size(2) <= 1 || rows.stride(2) == 1, op, ": the last dimension of ", name,

@@ -17,15 +17,6 @@ namespace {
 
 using OptionalTensor = std::optional<Tensor>;
 
-void check_tensor(const char* op, const char* name, const Tensor& tensor, ScalarType dtype,
-                  std::initializer_list<int64_t> sizes) {
-  bool fits = tensor.is_cpu() && tensor.is_contiguous() && tensor.scalar_type() == dtype &&
-              tensor.dim() == int64_t(sizes.size());
-  int64_t dim = 0;
-  for (const int64_t size : sizes) fits = fits && tensor.size(dim++) == size;
-  check(fits, op, ": ", name, " is of the wrong shape, dtype or device, or not contiguous");
-}
-
 void check_vocab(const char* op, int64_t vocab) {
   check(vocab > 0 && vocab < int64_t(1) << 31, op, ": a vocabulary of ", vocab, " is not supported");
 }
@@ -33,9 +24,9 @@ void check_vocab(const char* op, int64_t vocab) {
 // At least 32 K logits a thread: below that, waking it costs more than it saves.
 int64_t grain_of(int64_t row_size) { return 1 + 32768 / (row_size + 1); }
 
-PerRow per_row(const char* op, const char* name, const OptionalTensor& values, double value, ScalarType real,
-               int64_t rows) {
-  if (values) check_tensor(op, name, *values, real, {rows});
+PerRow per_row(const char* op, const char* name, const Tensor& beside, const OptionalTensor& values, double value,
+               ScalarType real, int64_t rows) {
+  if (values) check_tensor(op, name, *values, beside, real, {rows});
   return {optional_data<void>(values), value};
 }
 
@@ -44,17 +35,20 @@ struct FilterArguments {
   double temperature, top_k, top_p, min_p;
   const OptionalTensor &temperatures, &top_ks, &top_ps, &min_ps;
 
-  FilterParams params(const char* op, ScalarType real, int64_t rows) const {
-    return {per_row(op, "temperature", temperatures, temperature, real, rows),
-            per_row(op, "top_k", top_ks, top_k, real, rows), per_row(op, "top_p", top_ps, top_p, real, rows),
-            per_row(op, "min_p", min_ps, min_p, real, rows),
+  FilterParams params(const char* op, const Tensor& logits) const {
+    const ScalarType real = real_of(logits);
+    const int64_t rows = logits.size(0);
+    return {per_row(op, "temperature", logits, temperatures, temperature, real, rows),
+            per_row(op, "top_k", logits, top_ks, top_k, real, rows),
+            per_row(op, "top_p", logits, top_ps, top_p, real, rows),
+            per_row(op, "min_p", logits, min_ps, min_p, real, rows),
             top_ks || top_ps || min_ps || top_k > 0 || top_p < 1 || min_p > 0};
   }
 };
 
-SeedParams seed_params(const char* op, const Tensor& seed, int64_t rows) {
+SeedParams seed_params(const char* op, const Tensor& seed, const Tensor& logits) {
   const bool per_row = seed.dim() == 1 && seed.size(0) != 1;
-  check_tensor(op, "seed", seed, ScalarType::Long, {per_row ? rows : 1});
+  check_tensor(op, "seed", seed, logits, ScalarType::Long, {per_row ? logits.size(0) : 1});
   return {static_cast<const int64_t*>(seed.data_ptr()), per_row};
 }
 
@@ -80,8 +74,8 @@ std::tuple<Tensor, Tensor> sample_cpu(Tensor logits, Tensor seed, double tempera
   p.logits = logits.data_ptr();
   p.stride = logits.stride(0);
   p.filters = FilterArguments{temperature, top_k, top_p, min_p, temperatures, top_ks, top_ps, min_ps}
-                  .params(kOp, real, rows);
-  p.seed = seed_params(kOp, seed, rows);
+                  .params(kOp, logits);
+  p.seed = seed_params(kOp, seed, logits);
   p.reals = reals.data_ptr();
   p.ids = static_cast<int64_t*>(ids.data_ptr());
   if (rows > 0) run_on_cpu(sample, p, rows, grain_of(vocab));
@@ -111,7 +105,7 @@ std::tuple<Tensor, Tensor> verify_cpu(Tensor draft_tokens, Tensor target_logits,
   const int64_t rows = draft_tokens.size(0), drafted = draft_tokens.size(1), vocab = target_logits.size(2);
   const ScalarType real = real_of(target_logits);
   check_vocab(kOp, vocab);
-  check_tensor(kOp, "draft_tokens", draft_tokens, ScalarType::Long, {rows, drafted});
+  check_tensor(kOp, "draft_tokens", draft_tokens, target_logits, ScalarType::Long, {rows, drafted});
   check(target_logits.is_cpu() && target_logits.size(0) == rows && target_logits.size(1) == drafted + 1, kOp,
         ": target_logits must be [B, K + 1, V]");
   if (draft_logits) {
@@ -123,10 +117,10 @@ std::tuple<Tensor, Tensor> verify_cpu(Tensor draft_tokens, Tensor target_logits,
   check(draft_pivot.has_value() == draft_normaliser.has_value() && (draft_logits || !draft_pivot), kOp,
         ": draft_pivot and draft_normaliser come together, and with draft_logits");
   for (const auto* given : {&draft_pivot, &draft_normaliser}) {
-    if (*given) check_tensor(kOp, "draft_pivot or draft_normaliser", **given, real, {rows, drafted});
+    if (*given) check_tensor(kOp, "draft_pivot or draft_normaliser", **given, target_logits, real, {rows, drafted});
   }
-  if (uniforms) check_tensor(kOp, "uniforms", *uniforms, ScalarType::Double, {rows, drafted + 1});
-  if (draft_lens) check_tensor(kOp, "draft_lens", *draft_lens, ScalarType::Long, {rows});
+  if (uniforms) check_tensor(kOp, "uniforms", *uniforms, target_logits, ScalarType::Double, {rows, drafted + 1});
+  if (draft_lens) check_tensor(kOp, "draft_lens", *draft_lens, target_logits, ScalarType::Long, {rows});
   check(seed || uniforms || (temperature == 0 && !temperatures), kOp,
         ": temperature > 0 needs random numbers, and none were given");
 
@@ -147,8 +141,8 @@ std::tuple<Tensor, Tensor> verify_cpu(Tensor draft_tokens, Tensor target_logits,
   p.pivots = optional_data<void>(draft_pivot);
   p.normalisers = optional_data<void>(draft_normaliser);
   p.filters = FilterArguments{temperature, top_k, top_p, min_p, temperatures, top_ks, top_ps, min_ps}
-                  .params(kOp, real, rows);
-  if (seed) p.seed = seed_params(kOp, *seed, rows);
+                  .params(kOp, target_logits);
+  if (seed) p.seed = seed_params(kOp, *seed, target_logits);
   p.uniforms = optional_data<double>(uniforms);
   p.accepted = static_cast<int64_t*>(accepted.data_ptr());
   p.next_token = static_cast<int64_t*>(next_token.data_ptr());
@@ -169,9 +163,9 @@ Tensor reveal_cpu(OptionalTensor scores, Tensor masked, OptionalTensor entropy, 
     is_double = is_double || (*given && (*given)->scalar_type() == ScalarType::Double);
   }
   const ScalarType real = is_double ? ScalarType::Double : ScalarType::Float;
-  check_tensor(kOp, "masked", masked, ScalarType::Bool, {rows, length});
-  if (scores) check_tensor(kOp, "scores", *scores, real, {rows, length});
-  if (entropy) check_tensor(kOp, "entropy", *entropy, real, {rows, length});
+  check_tensor(kOp, "masked", masked, masked, ScalarType::Bool, {rows, length});
+  if (scores) check_tensor(kOp, "scores", *scores, masked, real, {rows, length});
+  if (entropy) check_tensor(kOp, "entropy", *entropy, masked, real, {rows, length});
 
   RevealParams p{};
   p.rule = Reveal(rule);
@@ -183,7 +177,7 @@ Tensor reveal_cpu(OptionalTensor scores, Tensor masked, OptionalTensor entropy, 
   p.scores = optional_data<void>(scores);
   p.entropy = optional_data<void>(entropy);
   p.masked = static_cast<const bool*>(masked.data_ptr());
-  p.limit = per_row(kOp, "limit", limits, limit, real, rows);
+  p.limit = per_row(kOp, "limit", masked, limits, limit, real, rows);
   Tensor revealed = new_empty(masked, {rows, length}, ScalarType::Bool);
   p.revealed = static_cast<bool*>(revealed.data_ptr());
   if (rows > 0) run_on_cpu(reveal, p, rows, grain_of(16 * length));  // a position costs as much as several logits

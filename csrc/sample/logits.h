@@ -6,19 +6,6 @@
 
 namespace dflash::DFLASH_ISA {
 
-// Memory that nothing initialises.
-template <class Element>
-class Array {
- public:
-  explicit Array(int64_t count) : data_(new Element[count]) {}
-  Array(const Array&) = delete;
-  ~Array() { delete[] data_; }
-  Element* data() const { return data_; }
-
- private:
-  Element* data_;
-};
-
 template <class Real>
 DFLASH_INLINE Real value_of(const PerRow& parameter, int64_t row) {
   return parameter.values ? static_cast<const Real*>(parameter.values)[row] : Real(parameter.value);

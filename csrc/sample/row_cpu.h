@@ -275,15 +275,4 @@ class Row {
   Sums sums_, kept_;
 };
 
-// Calls f with a value of the logits' type and one of Real.
-template <class F>
-DFLASH_INLINE void with_types(DType dtype, F&& f) {
-  switch (dtype) {
-    case DType::kFloat32: return f(float{}, float{});
-    case DType::kFloat64: return f(double{}, double{});
-    case DType::kBFloat16: return f(bfloat16{}, float{});
-    case DType::kFloat16: return f(float16{}, float{});
-  }
-}
-
 }  // namespace dflash::DFLASH_ISA

@@ -8,7 +8,11 @@ import torch
 from torch import Tensor
 
 from .. import reference
+from ..library import load
 from .serving import warn_once
+
+load()
+_native = torch.ops.dflash_ext
 
 
 def kv_inject(
@@ -33,7 +37,8 @@ def kv_inject(
     """Writes the keys and values that every layer of a drafter makes of the context, in place; no gradient.
 
     Per layer: one projection gives K and V (plus bias); K gets its RMS norm and its rotary embedding, V
-    optionally a norm without weight; both go to the cache, in the cache's dtype.
+    optionally a norm without weight; both go to the cache, in the cache's dtype. One matrix product, in the
+    features' dtype, serves all layers; everything after it is in float32 (float64 for float64 features).
 
     Args:
         features: ``[B, S, H]``, the context features, the same for all layers.
@@ -87,6 +92,31 @@ def kv_inject(
             f"kv_inject: block_table is {block_table.dtype} {list(block_table.shape)}; "
             f"int32 [{batch}, max_pages] is needed"
         )
+    if features.device.type == "cpu":
+        dtype = torch.promote_types(features.dtype, weight.dtype)
+        real = torch.promote_types(dtype, torch.float32)
+        if any((other.dtype == torch.float64) != (real == torch.float64) for other in (cache, v_caches[0])):
+            raise ValueError(f"kv_inject: features are {dtype}, a cache {cache.dtype}; both or neither may be float64")
+        with torch.no_grad(), torch.autocast("cpu", enabled=False):
+            projected = features.reshape(-1, width).to(dtype) @ weight.to(dtype).T
+        _native.kv_write(
+            projected,
+            list(k_caches),
+            list(v_caches),
+            _as(positions, torch.int64),
+            _as(positions if slots is None else slots, torch.int64),
+            _as(cos, real),
+            _as(sin, real),
+            _as(bias, real),
+            _as(k_norm, real),
+            _as(block_table, torch.int32),
+            norm_eps,
+            norm_plus_one,
+            norm_after_rope,
+            v_norm,
+            rope_interleaved,
+        )
+        return
     warn_once("kv_inject", features.device)
     with torch.no_grad():
         reference.kv_inject(
@@ -107,3 +137,12 @@ def kv_inject(
             slots=slots,
             block_table=block_table,
         )
+
+
+def _as(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return None if tensor is None else tensor.detach().to(dtype).contiguous()
+
+
+@torch.library.register_fake("dflash_ext::kv_write")
+def _(projected, *others):
+    return None
