@@ -46,7 +46,7 @@ def as_attention_mask(mask: IntervalMask) -> Tensor:
     Needed where a forward takes its masks by name (DiffusionGemma's ``decoder_attention_mask``, a dict by kind of
     layer); elsewhere ``interval_mask=mask`` does the same.
     """
-    packed = torch.stack((mask.ctx_lo, mask.ctx_hi, mask.blk_lo, mask.blk_hi), dim=-1)[:, None]
+    packed = _pack(mask)
     if _is_tracked(packed):
         _known[packed] = packed._version, mask
     return packed
@@ -84,7 +84,7 @@ def interval_attention_mask(
         first = keys.int().argmax(-1, keepdim=True)
         end = first + keys.sum(-1, keepdim=True)
         key = torch.arange(kv_length, device=device)
-        if torch.equal(keys, (key >= first) & (key < end)):
+        if not torch.compiler.is_compiling() and torch.equal(keys, (key >= first) & (key < end)):
             padding, start, stop = None, first.int(), end.int()
 
     if padding is None and mask_function in (causal_mask_function, bidirectional_mask_function):
@@ -107,7 +107,7 @@ def interval_attention_mask(
             device=device,
         )
         # An expanded batch has stride 0.
-        mask = IntervalMask.from_dense(visible if visible.stride(0) else visible[:1])
+        mask = _unpack(_packed_from_dense(visible if visible.stride(0) else visible[:1]), kv_length)
     bounds = (mask.ctx_lo, mask.ctx_hi, mask.blk_lo, mask.blk_hi)
     return as_attention_mask(IntervalMask(*(bound.clamp(start, stop) for bound in bounds), kv_length))
 
@@ -218,15 +218,34 @@ def _read(attention_mask: Tensor, kv_len: int) -> IntervalMask:
 
 
 def _convert(attention_mask: Tensor, kv_len: int) -> IntervalMask:
-    packed = attention_mask.dtype == torch.int32 and attention_mask.shape[1:2] + attention_mask.shape[3:] == (1, 4)
-    if packed:
-        return IntervalMask(*(bound.clamp(max=kv_len) for bound in attention_mask[:, 0].unbind(-1)), kv_len)
-    if attention_mask.dim() != 4 or not (attention_mask.dtype == torch.bool or attention_mask.is_floating_point()):
-        raise ValueError(
-            f"block_attn: attention_mask is {attention_mask.dtype} {list(attention_mask.shape)}; "
-            "bool or floating [B, 1, Lq, Lk] is supported"
-        )
-    return IntervalMask.from_dense(attention_mask)
+    if attention_mask.dim() == 4:
+        if attention_mask.dtype == torch.int32 and attention_mask.shape[1] == 1 and attention_mask.shape[3] == 4:
+            return _unpack(attention_mask, kv_len)
+        if attention_mask.dtype == torch.bool or attention_mask.is_floating_point():
+            return _unpack(_packed_from_dense(attention_mask), attention_mask.shape[3])
+    raise ValueError(
+        f"block_attn: attention_mask is {attention_mask.dtype} {list(attention_mask.shape)}; "
+        "bool or floating [B, 1, Lq, Lk] is supported"
+    )
+
+
+def _pack(mask: IntervalMask) -> Tensor:
+    return torch.stack((mask.ctx_lo, mask.ctx_hi, mask.blk_lo, mask.blk_hi), dim=-1)[:, None]
+
+
+def _unpack(packed: Tensor, kv_len: int) -> IntervalMask:
+    return IntervalMask(*(bound.clamp(max=kv_len) for bound in packed[:, 0].unbind(-1)), kv_len)
+
+
+@torch.library.custom_op("dflash_ext::packed_from_dense", mutates_args=(), tags=[torch.Tag.cudagraph_unsafe])
+def _packed_from_dense(mask: Tensor) -> Tensor:
+    """An operator, because it looks at the values, which a compiled graph can do only inside of one."""
+    return _pack(IntervalMask.from_dense(mask))
+
+
+@_packed_from_dense.register_fake
+def _(mask: Tensor) -> Tensor:
+    return mask.new_empty(mask.shape[0], 1, mask.shape[2], 4, dtype=torch.int32)
 
 
 def _is_tracked(tensor: Tensor) -> bool:

@@ -1,0 +1,415 @@
+"""`attn_implementation="block_attn"` against transformers' own eager attention, on tiny random models."""
+
+import copy
+import subprocess
+import sys
+import types
+
+import pytest
+import torch
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    DiffusionGemmaConfig,
+    DiffusionGemmaForBlockDiffusion,
+    DiffusionGemmaTextConfig,
+    DynamicCache,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    Gemma4ForCausalLM,
+    Gemma4TextConfig,
+    LlamaForCausalLM,
+    StaticCache,
+)
+from transformers.models.gpt_oss.modeling_gpt_oss import eager_attention_forward as eager_with_sinks
+
+from dflash_ext import IntervalMask
+from dflash_ext.integrations import as_attention_mask, register
+from dflash_ext.integrations.attention import block_attention, interval_attention_mask
+from python_tests.tiny import SHAPE, tiny_model
+
+FAMILIES = ["llama", "qwen3", "gemma2", "gemma3", "gemma4", "diffusion_gemma"]
+LENGTH, WINDOW = 14, 5
+MIXED = dict(
+    num_hidden_layers=4, sliding_window=WINDOW, layer_types=["sliding_attention", "full_attention"] * 2
+)
+GEMMA = SHAPE | MIXED | dict(head_dim=16)
+
+
+def diffusion_gemma():
+    experts = dict(num_experts=2, top_k_experts=1, moe_intermediate_size=16)
+    text = DiffusionGemmaTextConfig(**GEMMA, **experts, global_head_dim=32)
+    vision = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, head_dim=8)
+    return DiffusionGemmaForBlockDiffusion(
+        DiffusionGemmaConfig(text_config=text, vision_config=vision, canvas_length=6)
+    )
+
+
+def model_of(family):
+    """The text model of a family; DiffusionGemma's is its encoder."""
+    torch.manual_seed(0)
+    if family == "llama":
+        model = tiny_model(family, num_hidden_layers=2)
+    elif family in ("qwen3", "gemma3"):
+        model = tiny_model(family, use_sliding_window=True, **MIXED)
+    elif family == "gemma2":
+        model = Gemma2ForCausalLM(Gemma2Config(**GEMMA, attn_logit_softcapping=2.0))
+    elif family == "gemma4":
+        per_layer = dict(hidden_size_per_layer_input=8, vocab_size_per_layer_input=SHAPE["vocab_size"])
+        config = Gemma4TextConfig(**GEMMA, **per_layer, global_head_dim=32, num_kv_shared_layers=2)
+        model = Gemma4ForCausalLM(config)
+    else:
+        model = diffusion_gemma().model.encoder
+    for weight in model.parameters():  # large enough for attention to choose
+        if weight.dim() > 1:
+            torch.nn.init.normal_(weight, std=0.3)
+    return model.eval().requires_grad_(True)
+
+
+def tokens(*shape):
+    return torch.randint(3, 96, shape, generator=torch.Generator().manual_seed(1))
+
+
+def forward(model, implementation, ids, **inputs):
+    model.set_attn_implementation(implementation)
+    out = model(ids, **inputs)
+    return out.logits if hasattr(out, "logits") else out.last_hidden_state
+
+
+def assert_same(model, ids, eager, ours, rows=None):
+    """Logits of the rows that count, and the gradients of every parameter, under each implementation's inputs."""
+    results = []
+    for implementation, inputs in (("eager", eager), ("block_attn", ours)):
+        out = forward(model, implementation, ids, **inputs)
+        out = out if rows is None else out[rows]
+        loss = (out * torch.cos(torch.arange(out.numel())).view(out.shape)).sum()
+        results.append((out, torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)))
+    (want, wanted), (got, grads) = results
+    torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
+    scale = max(grad.abs().max() for grad in wanted if grad is not None)
+    for one, other in zip(grads, wanted, strict=True):
+        assert (one is None) == (other is None)
+        if one is not None:
+            torch.testing.assert_close(one / scale, other / scale, atol=1e-5, rtol=1e-3)
+
+
+def padding(style):
+    """2-D attention masks of two sequences."""
+    mask = torch.ones(2, LENGTH, dtype=torch.long)
+    if style == "left":
+        mask[0, :6] = 0
+    elif style == "right":
+        mask[1, -7:] = 0
+    elif style == "both":
+        mask[0, :2] = mask[0, -3:] = 0
+    elif style == "hole":
+        mask[0, 4:6] = 0
+    return mask
+
+
+THREE_RUNS = torch.ones(2, LENGTH, dtype=torch.long)
+THREE_RUNS[1, [2, 3, 7]] = 0
+
+
+def layer_masks(family, **prefix):
+    """A prefix and a block for full layers, windows for sliding ones: by kind of layer where a family has both."""
+    block = IntervalMask.prefix_block(LENGTH, **prefix)
+    if family == "llama":
+        return block
+    return {"full_attention": block, "sliding_attention": IntervalMask.sliding_window(LENGTH, 3)}
+
+
+def each(masks, change):
+    return {kind: change(mask) for kind, mask in masks.items()} if isinstance(masks, dict) else change(masks)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_causal(family):
+    assert_same(model_of(family), tokens(2, LENGTH), {}, {})
+
+
+@pytest.mark.parametrize("style", ["none", "left", "right", "both", "hole"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_padding(family, style):
+    mask = padding(style)
+    inputs = dict(attention_mask=mask)
+    assert_same(model_of(family), tokens(2, LENGTH), inputs, inputs, rows=mask.bool())
+
+
+@pytest.mark.parametrize("family", FAMILIES[:-1])  # DiffusionGemma's encoder always has a cache, hence no packing
+def test_packed_documents(family):
+    model = model_of(family)
+    positions = torch.cat([torch.arange(n) for n in (3, 7, 4)])[None]
+    inputs = dict(position_ids=positions, use_cache=False)
+    assert_same(model, tokens(1, LENGTH), inputs, inputs)
+    other = tokens(1, LENGTH).clone()
+    other[0, :3] = 5
+    one, two = (forward(model, "block_attn", ids, **inputs) for ids in (tokens(1, LENGTH), other))
+    torch.testing.assert_close(one[:, 3:], two[:, 3:])
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float32])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_4d_masks(family, dtype):
+    """A bool mask means to block_attn what the additive one means to eager, which would add 0 and 1."""
+    masks = layer_masks(family, prefix_len=torch.tensor([5, 9]))
+    dense = each(masks, lambda mask: mask.to_dense(torch.float32))
+    ours = each(masks, lambda mask: mask.to_bool()) if dtype == torch.bool else dense
+    assert_same(model_of(family), tokens(2, LENGTH), dict(attention_mask=dense), dict(attention_mask=ours))
+
+
+@pytest.mark.parametrize("family", ["gemma3", "gemma4"])
+def test_one_4d_mask_serves_every_layer(family):
+    dense = IntervalMask.prefix_block(LENGTH, 6).to_dense(torch.float32)
+    assert_same(model_of(family), tokens(2, LENGTH), dict(attention_mask=dense), dict(attention_mask=dense))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_interval_masks(family):
+    masks = layer_masks(family, prefix_len=torch.tensor([5, 9]))
+    eager = dict(attention_mask=each(masks, lambda mask: mask.to_dense(torch.float32)))
+    model, ids = model_of(family), tokens(2, LENGTH)
+    assert_same(model, ids, eager, dict(interval_mask=masks))
+    assert_same(model, ids, eager, dict(attention_mask=each(masks, as_attention_mask)))
+    assert_same(model, ids, eager, dict(interval_mask=masks, attention_mask=padding("right")))  # replaced
+
+
+def test_interval_mask_under_gradient_checkpointing():
+    model, masks = model_of("gemma3"), layer_masks("gemma3", prefix_len=5)
+    model.gradient_checkpointing_enable()
+    model.train()
+    eager = dict(attention_mask=each(masks, lambda mask: mask.to_dense(torch.float32)), use_cache=False)
+    assert_same(model, tokens(2, LENGTH), eager, dict(interval_mask=masks, use_cache=False))
+
+
+def test_a_window_that_does_not_bite_needs_no_second_mask():
+    mask = IntervalMask.prefix_block(WINDOW, 2)
+    eager = dict(attention_mask=mask.to_dense(torch.float32))
+    assert_same(model_of("gemma3"), tokens(1, WINDOW), eager, dict(interval_mask=mask))
+
+
+@pytest.mark.parametrize("static", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_caches(family, static):
+    """Prefill beyond the window, several tokens, then single ones; the first sequence is padded on the left."""
+    model, ids, mask = model_of(family).requires_grad_(False), tokens(2, LENGTH), padding("left")
+    config = model.config.get_text_config()
+    outputs = {}
+    for implementation in ("eager", "block_attn"):
+        cache = StaticCache(config, max_cache_len=LENGTH + 3) if static else DynamicCache(config=config)
+        outputs[implementation] = [
+            forward(
+                model,
+                implementation,
+                ids[:, start:stop],
+                attention_mask=mask[:, :stop],
+                past_key_values=cache,
+                position_ids=torch.arange(start, stop)[None],
+            )
+            for start, stop in ((0, 8), (8, 12), (12, 13), (13, 14))
+        ]
+    for want, got in zip(outputs["eager"], outputs["block_attn"], strict=True):
+        rows = slice(None) if want.shape[1] < 8 else slice(6, None)
+        torch.testing.assert_close(got[:, rows], want[:, rows], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+@pytest.mark.parametrize("family", FAMILIES[:-1])
+def test_generate(family, cache):
+    model, ids, mask = model_of(family), tokens(2, LENGTH), padding("left")
+    options = dict(max_new_tokens=12, do_sample=False, eos_token_id=None, cache_implementation=cache)
+    model.set_attn_implementation("eager")
+    want = model.generate(ids, attention_mask=mask, **options)
+    model.set_attn_implementation("block_attn")
+    assert torch.equal(model.generate(ids, attention_mask=mask, **options), want)
+
+
+@pytest.mark.parametrize("style", ["none", "left"])
+def test_diffusion_gemma_denoises(style):
+    """The encoder is causal; the canvas sees all of the prompt that its layers keep, and itself both ways."""
+    model, ids, canvas = diffusion_gemma().eval(), tokens(2, LENGTH), tokens(2, 6)
+    mask = padding(style)
+    inputs = dict(
+        attention_mask=mask,
+        decoder_input_ids=canvas,
+        decoder_attention_mask=torch.nn.functional.pad(mask, (0, 6), value=1),
+    )
+    assert_same(model, ids, inputs, inputs)
+
+
+def test_diffusion_gemma_takes_intervals_for_its_canvas():
+    model, ids, canvas = diffusion_gemma().eval(), tokens(2, LENGTH), tokens(2, 6)
+    masks = {
+        "full_attention": IntervalMask.decode(LENGTH, 6, kv_start=torch.tensor([3, 0]), kv_len=LENGTH + 6),
+        "sliding_attention": IntervalMask.decode(WINDOW - 1, 6, kv_start=2),
+    }
+    inputs = dict(decoder_input_ids=canvas)
+    eager = inputs | dict(decoder_attention_mask=each(masks, lambda mask: mask.to_dense(torch.float32)))
+    ours = inputs | dict(decoder_attention_mask=each(masks, as_attention_mask))
+    assert_same(model, ids, eager, ours)
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def test_diffusion_gemma_generates(cache):
+    model, ids, mask = diffusion_gemma().eval(), tokens(2, LENGTH), padding("left")
+    outputs = []
+    for implementation in ("sdpa", "block_attn"):  # eager fails here on a padded prompt
+        model.set_attn_implementation(implementation)
+        torch.manual_seed(0)
+        options = dict(max_new_tokens=12, max_denoising_steps=4, eos_token_id=None, cache_implementation=cache)
+        outputs.append(model.generate(ids, attention_mask=mask, disable_compile=True, **options).sequences)
+    assert torch.equal(*outputs)
+
+
+def attention_inputs(rows=6, keys=6):
+    generator = torch.Generator().manual_seed(0)
+    module = types.SimpleNamespace(is_causal=True, training=False, num_key_value_groups=2)
+    shapes = [(2, 4, rows, 16), (2, 2, keys, 16), (2, 2, keys, 16)]
+    return module, *(torch.randn(shape, generator=generator, requires_grad=True) for shape in shapes)
+
+
+def test_sinks():
+    module, *qkv = attention_inputs()
+    module.sinks = torch.tensor([-3.0, 0.0, 0.5, 4.0], requires_grad=True)
+    dense = IntervalMask.causal(6).to_dense(torch.float32)
+    want = eager_with_sinks(module, *qkv, dense, scaling=0.25)[0]
+    got = block_attention(module, *qkv, dense, scaling=0.25, s_aux=module.sinks)[0]
+    torch.testing.assert_close(got, want)
+    wanted, grads = (torch.autograd.grad(out.cos().sum(), (*qkv, module.sinks)) for out in (want, got))
+    torch.testing.assert_close(grads, wanted)
+
+
+def test_sinks_of_a_row_that_sees_nothing():
+    module, *qkv = attention_inputs()
+    sinks = torch.zeros(4, requires_grad=True)
+    nothing = torch.zeros(2, 1, 6, 6, dtype=torch.bool)
+    out = block_attention(module, *qkv, nothing, s_aux=sinks)[0]
+    assert not out.any() and not any(grad.any() for grad in torch.autograd.grad(out.sum(), (*qkv, sinks)))
+
+
+@pytest.mark.parametrize(("is_causal", "module_is_causal"), [(None, True), (True, False), (None, False), (False, True)])
+def test_without_a_mask_the_layer_says_whether_it_is_causal(is_causal, module_is_causal):
+    module, *qkv = attention_inputs()
+    module.is_causal = module_is_causal
+    causal = module_is_causal if is_causal is None else is_causal
+    mask = IntervalMask.causal(6) if causal else IntervalMask.full(6)
+    got = block_attention(module, *qkv, None, is_causal=is_causal)[0]
+    torch.testing.assert_close(got, block_attention(module, *qkv, mask.to_bool())[0])
+
+
+def test_without_a_mask_one_row_sees_its_window_of_the_cache():
+    module, *qkv = attention_inputs(rows=1)
+    mask = IntervalMask.decode(5, 1, window=4)
+    got = block_attention(module, *qkv, None, sliding_window=4)[0]
+    torch.testing.assert_close(got, block_attention(module, *qkv, mask.to_bool())[0])
+
+
+def test_plain_causal_masks_stay_linear_in_the_length(monkeypatch):
+    monkeypatch.setattr("dflash_ext.integrations.attention.sdpa_mask", None)
+    packed = interval_attention_mask(2, LENGTH, LENGTH, attention_mask=padding("both").bool())
+    assert packed.dtype == torch.int32 and packed.shape == (2, 1, LENGTH, 4)
+    cached = interval_attention_mask(2, 3, 9, q_offset=torch.tensor(7), kv_offset=1)
+    assert cached[0, 0, :, :2].tolist() == [[0, 7], [0, 8], [0, 9]]
+
+
+def test_a_dense_mask_is_read_once_a_forward(monkeypatch):
+    calls, from_dense = [], IntervalMask.from_dense
+    monkeypatch.setattr(IntervalMask, "from_dense", lambda mask: calls.append(mask) or from_dense(mask))
+    model, ids = model_of("llama"), tokens(1, 4)
+    mask = IntervalMask.causal(4).to_bool()
+    one = forward(model, "block_attn", ids, attention_mask=mask)
+    assert len(calls) == 1 < model.config.num_hidden_layers
+    mask[...] = True
+    two = forward(model, "block_attn", ids, attention_mask=mask)
+    assert len(calls) == 2 and not torch.allclose(one, two)
+    with torch.inference_mode():
+        mask = IntervalMask.causal(4).to_bool()
+        torch.testing.assert_close(forward(model, "block_attn", ids, attention_mask=mask), one.detach())
+        mask[...] = True
+        torch.testing.assert_close(forward(model, "block_attn", ids, attention_mask=mask), two.detach())
+
+
+def test_compiles_whole():
+    """Masks are checked there too, when they are used."""
+    model, ids = model_of("gemma3").requires_grad_(False), tokens(2, LENGTH)
+    del model.model.layers[2:]
+    model.set_attn_implementation("block_attn")
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    masks = layer_masks("gemma3", prefix_len=5)
+    dense = each(masks, lambda mask: mask.to_bool())
+    for inputs in ({}, dict(attention_mask=padding("left")), dict(interval_mask=masks), dict(attention_mask=dense)):
+        want = model(ids, use_cache=False, **inputs).logits
+        torch.testing.assert_close(compiled(ids, use_cache=False, **inputs).logits, want)
+    with pytest.raises(ValueError, match="row 8 of batch entry 1"):
+        compiled(ids, use_cache=False, attention_mask=THREE_RUNS)
+
+
+
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        (dict(attention_mask=THREE_RUNS), "row 8 of batch entry 1 sees 3 separate runs"),
+        (dict(attention_mask=(torch.arange(LENGTH) % 3 == 0).expand(1, 1, LENGTH, -1)), "row 0 .* 5 separate runs"),
+        (dict(attention_mask=torch.full((1, 1, LENGTH, LENGTH), -0.5)), "-0.5 in the mask"),
+        (dict(attention_mask=torch.ones(1, 4, LENGTH, LENGTH).bool()), r"mask is \[1, 4, 14, 14\]"),
+        (dict(attention_mask=torch.ones(1, 1, LENGTH, LENGTH).long()), r"torch.int64 \[1, 1, 14, 14\]"),
+        (dict(attention_mask=IntervalMask.causal(LENGTH).to_flex()), "attention_mask is a BlockMask"),
+        (dict(attention_mask=as_attention_mask(IntervalMask.causal(9))), "the mask is for batch 1 and 9 rows"),
+        (dict(attention_mask=IntervalMask.full(9, q_len=LENGTH).to_bool()), "over 9 keys, k has 14"),
+        (dict(interval_mask=IntervalMask.causal(9)), "the mask is for batch 1 and 9 rows"),
+        (dict(interval_mask=IntervalMask.causal(LENGTH).to_bool()), "interval_mask for .* is Tensor"),
+        (dict(interval_mask={}), "interval_mask for .* is NoneType"),
+        (
+            dict(
+                interval_mask=IntervalMask.causal(LENGTH),
+                attention_mask=IntervalMask.causal(LENGTH).to_bool(),
+            ),
+            "both given",
+        ),
+        (dict(output_attentions=True), "output_attentions"),
+    ],
+)
+def test_what_it_refuses(inputs, message):
+    model = model_of("llama")
+    with pytest.raises(ValueError, match=message) as error:
+        forward(model, "block_attn", tokens(2, LENGTH), **inputs)
+    assert "\n" not in str(error.value)
+
+
+def test_one_interval_mask_is_refused_where_a_window_would_cut_it():
+    with pytest.raises(ValueError, match="over 14 keys was given to layers with a window of 5; pass a dict"):
+        forward(model_of("gemma3"), "block_attn", tokens(1, LENGTH), interval_mask=IntervalMask.causal(LENGTH))
+
+
+def test_dropout_is_refused_in_training_only():
+    model, ids = model_of("llama"), tokens(1, 4)
+    for layer in model.model.layers:
+        layer.self_attn.attention_dropout = 0.1
+    forward(model, "block_attn", ids)
+    with pytest.raises(ValueError, match="dropout is 0.1"):
+        forward(model.train(), "block_attn", ids)
+
+
+def test_other_refusals():
+    module, *qkv = attention_inputs(rows=3)
+    for name in ("position_bias", "cache"):
+        with pytest.raises(ValueError, match="does not support"):
+            block_attention(module, *qkv, None, **{name: torch.zeros(1)})
+    with pytest.raises(ValueError, match="3 rows over 6 keys without a mask"):
+        block_attention(module, *qkv, None)
+
+
+def test_registration(tmp_path):
+    before = AttentionInterface()["block_attn"], AttentionMaskInterface()["block_attn"]
+    register()
+    assert before == (AttentionInterface()["block_attn"], AttentionMaskInterface()["block_attn"])
+    assert before == (block_attention, interval_attention_mask)
+    model_of("llama").save_pretrained(tmp_path)
+    loaded = LlamaForCausalLM.from_pretrained(tmp_path, attn_implementation="block_attn")
+    assert loaded.config._attn_implementation == "block_attn"
+    assert copy.deepcopy(loaded)(tokens(1, 4)).logits.shape == (1, 4, SHAPE["vocab_size"])
+
+
+def test_the_package_alone_does_not_import_transformers():
+    code = "import sys, dflash_ext; assert 'transformers' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
