@@ -235,10 +235,16 @@ def generate(
     streaming = len(encoded) == 1
     written = output.open("w") if output else None
 
+    answer: list[int] = []
+
     def stream(_index: int, tokens: list[int]) -> None:
-        if streaming:
-            sys.stdout.write(tok.decode(tokens, skip_special_tokens=True))
-            sys.stdout.flush()
+        if not streaming:
+            return
+        # A token may be half a character, or lose its space when decoded alone: print what the whole gained.
+        shown = tok.decode(answer, skip_special_tokens=True).rstrip("\ufffd")
+        answer.extend(tokens)
+        sys.stdout.write(tok.decode(answer, skip_special_tokens=True).rstrip("\ufffd")[len(shown) :])
+        sys.stdout.flush()
 
     def finish(index: int, completion) -> None:
         text = tok.decode(completion.tokens, skip_special_tokens=True)

@@ -54,7 +54,8 @@ def decode(
         on_finish: called with a prompt's index and its completion as soon as it ends.
 
     Raises:
-        ValueError: an empty prompt, a block size that the drafter cannot fill, or a drafter made for another target.
+        ValueError: an empty prompt, one too long for the target, a block size that the drafter cannot fill, or a drafter
+            made for another target.
     """
     if not prompts:
         raise ValueError("there is no prompt to decode")
@@ -65,6 +66,11 @@ def decode(
     temperatures = [float(temperature)] * len(prompts) if isinstance(temperature, int | float) else list(temperature)
     if len(temperatures) != len(prompts) or min(temperatures) < 0:
         raise ValueError("temperature must be one number >= 0, or one for each prompt")
+    longest, limit = max(map(len, prompts)), getattr(target.config, "max_position_embeddings", None)
+    if limit is not None and longest + max_new_tokens > limit:
+        raise ValueError(
+            f"a prompt of {longest} tokens and {max_new_tokens} new ones do not fit: the target has {limit} positions"
+        )
     draft_width = _draft_width(target, drafter, block_size)
 
     completions = [Completion() for _ in prompts]

@@ -151,6 +151,7 @@ def test_a_long_prompt_is_prefilled_in_pieces():
         (dict(prompts=[]), "no prompt"),
         (dict(prompts=[[5], []]), "prompt 1 has no tokens"),
         (dict(max_new_tokens=0), "max_new_tokens is 0"),
+        (dict(max_new_tokens=496), "17 tokens and 496 new ones do not fit: the target has 512"),
         (dict(temperature=-1.0), "temperature"),
         (dict(temperature=[0.0]), "temperature"),
     ],
