@@ -1,0 +1,172 @@
+"""verify against its definition for the same random numbers, and its output against the target's distribution."""
+
+import math
+
+import pytest
+import torch
+
+from dflash_ext import reference, sample, verify
+from dflash_ext.ops.sampling import _VERIFY, _uniforms
+
+OPTIONS = {
+    "greedy": {"temperature": 0.0},
+    "plain": {"temperature": 1.0},
+    "top-k": {"temperature": 0.8, "top_k": 6},
+    "top-p": {"temperature": 1.4, "top_p": 0.85},
+    "all": {"temperature": 1.1, "top_k": 40, "top_p": 0.9, "min_p": 0.02},
+    "by row": {
+        "temperature": torch.tensor([0.0, 1.0, 0.5, 0.0, 2.0, 1.2]),
+        "top_k": torch.tensor([0, 3, 0, 5, 9, 0]),
+        "top_p": torch.tensor([0.5, 1.0, 0.9, 1.0, 0.8, 0.95]),
+    },
+}
+BATCH, DRAFTED = 6, 5
+SEED = torch.tensor([9])
+
+
+def case(vocab, dtype, form, options, seed):
+    """Drafts close enough to the target that all lengths are accepted, and what verify takes beside them."""
+    generator = torch.Generator().manual_seed(seed)
+    target = 2 * torch.randn(BATCH, DRAFTED + 1, vocab, generator=generator)
+    drafter = target[:, :-1] + 0.7 * torch.randn(BATCH, DRAFTED, vocab, generator=generator)
+    target[0, 1, ::3] = drafter[1, 0, 1::2] = -math.inf
+    target, drafter = target.to(dtype), drafter.to(dtype)
+    by_token = {
+        name: value.repeat_interleave(DRAFTED) if isinstance(value, torch.Tensor) else value
+        for name, value in options.items()
+    }
+    drawn = sample(drafter.flatten(0, 1), torch.tensor([seed]), **by_token)
+    given = {"uniforms": torch.rand(BATCH, DRAFTED + 1, dtype=torch.float64, generator=generator)}
+    if form != "point mass":
+        given["draft_logits"] = drafter
+    if form == "described":
+        given["draft_pivot"] = drawn.pivot.view(BATCH, DRAFTED)
+        given["draft_normaliser"] = drawn.normaliser.view(BATCH, DRAFTED)
+    return drawn.token.view(BATCH, DRAFTED), target, given | options
+
+
+def same(got, want):
+    assert torch.equal(got.accepted, want.accepted) and torch.equal(got.next_token, want.next_token)
+
+
+@pytest.mark.parametrize("form", ["logits", "described", "point mass"])
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_matches_the_definition(options, form):
+    lengths = set()
+    for seed, vocab in enumerate([2, 9, 63, 1030, 2500] * 3):
+        for dtype in (torch.float32, torch.float64, torch.bfloat16):
+            draft, target, given = case(vocab, dtype, form, options, seed)
+            got = verify(draft, target, **given)
+            same(got, reference.verify(draft, target, **given))
+            lens = torch.tensor([0, 1, 2, 3, 4, 5])
+            short = draft.where(torch.arange(DRAFTED) < lens[:, None], -7)
+            same(
+                verify(short, target, draft_lens=lens.int(), **given),
+                reference.verify(draft, target, draft_lens=lens, **given),
+            )
+            lengths |= set(got.accepted.tolist())
+    assert lengths == set(range(DRAFTED + 1))
+
+
+@pytest.mark.parametrize("form", ["logits", "described", "point mass"])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"temperature": 0.7, "top_k": 3}, {"temperature": 1.3, "top_p": 0.8, "min_p": 0.05}],
+    ids=str,
+)
+@pytest.mark.parametrize("distance", [0.3, 1.5])
+def test_the_first_token_is_distributed_as_the_targets(distance, options, form):
+    """Drafts near to the target and far from it, which are accepted often and seldom."""
+    options = {"temperature": 1.0} | options
+    vocab, count = 7, 40_000
+    generator = torch.Generator().manual_seed(1)
+    target = 1.5 * torch.randn(1, 2, vocab, generator=generator)
+    drafter = target[:, :1] + distance * torch.randn(1, 1, vocab, generator=generator)
+    target, drafter = target.expand(count, -1, -1), drafter.expand(count, -1, -1)
+    drawn = sample(drafter[:, 0], SEED, **options)
+    given = {} if form == "point mass" else {"draft_logits": drafter}
+    if form == "described":
+        given |= {"draft_pivot": drawn.pivot[:, None], "draft_normaliser": drawn.normaliser[:, None]}
+    got = verify(drawn.token[:, None], target, seed=SEED, **given, **options)
+    first = torch.where(got.accepted == 1, drawn.token, got.next_token)
+    bonus = got.next_token[got.accepted == 1]
+    assert 0 < bonus.numel() < count
+    for tokens, row in ((first, 0), (bonus, 1)):
+        probabilities = reference.filter_logits(target[0, row : row + 1].double(), **options).softmax(-1)[0]
+        counts, expected = tokens.bincount(minlength=vocab), tokens.numel() * probabilities
+        assert (counts[expected == 0] == 0).all()
+        statistic = ((counts - expected) ** 2 / expected)[expected > 0].sum()
+        assert statistic < 24  # at most 6 degrees of freedom: p = 0.0005
+
+
+def test_a_draft_drawn_from_the_target_is_accepted_whole():
+    target = torch.randn(50, 6, 300, generator=torch.Generator().manual_seed(2))
+    drawn = sample(target[:, :5].flatten(0, 1), SEED, top_p=0.9)
+    described = {
+        "draft_pivot": drawn.pivot.view(50, 5),
+        "draft_normaliser": drawn.normaliser.view(50, 5),
+    }
+    got = verify(
+        drawn.token.view(50, 5), target, draft_logits=target[:, :5], seed=SEED, temperature=1.0, top_p=0.9, **described
+    )
+    # p and q of one token differ by rounding, which rejects one of millions.
+    assert (got.accepted == 5).all()
+
+
+def test_random_numbers_are_those_of_the_definition():
+    draft, target, given = case(40, torch.float64, "logits", OPTIONS["plain"], 3)
+    del given["uniforms"]
+    for seed in (torch.tensor([2**62 + 1]), torch.arange(BATCH) - 3):
+        numbers = _uniforms(seed, _VERIFY, BATCH, DRAFTED + 1)
+        same(verify(draft, target, seed=seed, **given), reference.verify(draft, target, uniforms=numbers, **given))
+
+
+def test_nothing_after_the_first_rejection_is_read():
+    """Rows that are not needed hold NaN, which the argmax and every sum would take over."""
+    target = torch.zeros(1, 4, 8)
+    target[0, 0, 3], target[0, 1, 5] = 9.0, 9.0
+    target[0, 2:] = math.nan
+    draft = torch.tensor([[3, 4, 1]])
+    got = verify(draft, target)
+    assert (got.accepted.item(), got.next_token.item()) == (1, 5)
+    got = verify(draft, target, temperature=1.0, uniforms=torch.full((1, 4), 0.5))
+    assert (got.accepted.item(), got.next_token.item()) == (1, 5)
+
+
+def test_logits_of_two_dtypes_and_of_any_strides():
+    draft, target, given = case(100, torch.float32, "logits", OPTIONS["top-p"], 4)
+    coarse = given["draft_logits"].bfloat16()
+    mixed = verify(draft, target, **given | {"draft_logits": coarse})
+    same(mixed, verify(draft, target, **given | {"draft_logits": coarse.float()}))
+    wide = torch.randn(BATCH, 2 * DRAFTED + 2, 150)
+    view = wide[:, ::2, 20:120]
+    view.copy_(target)
+    same(verify(draft, view, **given), verify(draft, target, **given))
+
+
+def test_no_rows_and_no_draft():
+    assert verify(torch.zeros(0, 3, dtype=torch.int64), torch.zeros(0, 4, 5)).accepted.shape == (0,)
+    none = torch.zeros(2, 0, dtype=torch.int64)
+    got = verify(none, torch.tensor([[[0.0, 2.0]], [[3.0, 1.0]]]))
+    assert got.accepted.tolist() == [0, 0] and got.next_token.tolist() == [1, 0]
+
+
+def test_a_drafted_token_outside_the_vocabulary_is_named():
+    draft = torch.tensor([[1, 2], [8, 9]])
+    with pytest.raises(RuntimeError, match=r"draft token 9 of row 1, position 1, is outside the vocabulary \[0, 9\)"):
+        verify(draft, torch.zeros(2, 3, 9))
+
+
+def test_registration():
+    draft, target, given = case(30, torch.float32, "described", OPTIONS["plain"], 5)
+    names = ("draft_logits", "draft_pivot", "draft_normaliser")
+    arguments = (draft, target, *(given[name] for name in names), SEED, None, None, 0.9, 5.0, 1.0, 0.0, *[None] * 4)
+    torch.library.opcheck(torch.ops.dflash_ext.verify, arguments)
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def compiled(draft, target, seed, lens):
+        return verify(draft, target, seed=seed, draft_lens=lens, temperature=0.9, top_k=5)
+
+    lens = torch.full((BATCH,), 3, dtype=torch.int32)
+    want = verify(draft, target, seed=SEED, draft_lens=lens, temperature=0.9, top_k=5)
+    same(compiled(draft, target, SEED, lens), want)
