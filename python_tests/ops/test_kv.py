@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from dflash_ext import kv_inject
+from dflash_ext import kv_inject, reference
 
 LAYERS, BATCH, LENGTH, WIDTH, HEADS, HEAD_DIM, CAPACITY, PAGE = 3, 2, 4, 10, 2, 8, 12, 4
 
@@ -153,3 +153,135 @@ def test_refusals_name_the_value(changes, message):
     with pytest.raises(ValueError, match=message) as caught:
         kv_inject(**arguments(**changes))
     assert "\n" not in str(caught.value)
+
+
+def random_case(dtype, cache_dtype, heads, head_dim, rotary, paged, **options):
+    """Arguments of kv_inject, and caches that are a part of larger tensors of sevens."""
+    layers, batch, length, width, capacity, page_size = 2, 3, 5, 24, 16, 4
+    generator = torch.Generator().manual_seed(head_dim)
+
+    def randn(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    shape = (batch * capacity // page_size, page_size, heads) if paged else (batch, heads, capacity)
+    shape = (layers, *(size + 1 for size in shape), head_dim + 3)
+    caches = [torch.full(shape, 7.0, dtype=cache_dtype) for _ in range(2)]
+    angles = randn(layers, 40, rotary // 2)
+    case = {
+        "features": randn(batch, length, width).to(dtype),
+        "weight": (randn(layers * 2 * heads * head_dim, width) / width**0.5).to(dtype),
+        "positions": torch.randint(40, (batch, length), generator=generator),
+        "cos": angles.cos().float(),
+        "sin": angles.sin().float(),
+        "slots": torch.stack([torch.randperm(capacity, generator=generator)[:length] for _ in range(batch)]),
+    }
+    case["slots"][1, 2:4], case["positions"][1, 2:4] = -1, 999  # padding may hold any position
+    if paged:
+        case["block_table"] = torch.randperm(shape[1] - 1, generator=generator).view(batch, -1).int()
+    if options.get("k_norm"):
+        options["k_norm"] = randn(layers, head_dim).to(dtype)
+    if options.get("bias"):
+        options["bias"] = randn(layers * 2 * heads * head_dim).to(dtype)
+    return case | options, caches
+
+
+@pytest.mark.parametrize("paged", [False, True])
+@pytest.mark.parametrize(
+    ("heads", "head_dim", "rotary", "options"),
+    [
+        (2, 128, 128, {"k_norm": True}),
+        (1, 64, 32, {"bias": True, "k_norm": True, "norm_plus_one": True, "v_norm": True}),
+        (3, 20, 20, {"bias": True, "rope_interleaved": True}),
+        (2, 18, 6, {"k_norm": True, "norm_after_rope": True}),
+    ],
+    ids=["qwen3", "gemma", "interleaved", "norm after rope"],
+)
+@pytest.mark.parametrize(
+    ("dtype", "cache_dtype"),
+    [
+        (torch.float32, torch.float32),
+        (torch.float32, torch.float16),
+        (torch.bfloat16, torch.bfloat16),
+        (torch.float16, torch.float32),
+        (torch.float64, torch.float64),
+    ],
+    ids=str,
+)
+def test_matches_the_definition(dtype, cache_dtype, heads, head_dim, rotary, options, paged):
+    case, caches = random_case(dtype, cache_dtype, heads, head_dim, rotary, paged, **options)
+    wide = {
+        name: value.double() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+        for name, value in case.items()
+    }
+    expected = [cache.double() for cache in caches]
+    inner = (slice(None), *[slice(0, -1)] * 3, slice(0, head_dim))
+    kv_inject(k_caches=caches[0][inner], v_caches=caches[1][inner], **case)
+    wide["positions"] = wide["positions"].clamp(max=39)
+    reference.kv_inject(k_caches=expected[0][inner], v_caches=expected[1][inner], **wide)
+    # The product is rounded to the features' dtype, the result to the cache's.
+    rounding = max(torch.finfo(dtype).eps, torch.finfo(cache_dtype).eps, 1e-6)
+    for cache, want in zip(caches, expected, strict=True):
+        torch.testing.assert_close(cache.double(), want, rtol=2 * rounding, atol=2 * rounding)
+        assert torch.equal(cache == 7.0, want == 7.0)  # nothing else is written
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"positions": torch.tensor([[0, 1, 2, 3], [4, 5, 6, 40]])}, "slot 40 of row 1, token 3, is outside the cache"),
+        (
+            {"positions": torch.tensor([[0, 30, 2, 3]] * 2), "slots": torch.arange(4).expand(2, -1)},
+            "position 30 of row 0, token 1, is outside the tables of 30 positions",
+        ),
+        ({"positions": torch.full((2, 4), -1), "slots": torch.zeros(2, 4)}, "position -1"),
+    ],
+)
+def test_places_outside_caches_and_tables_are_named(changes, message):
+    given = arguments(**changes)
+    with pytest.raises(RuntimeError, match=message):
+        kv_inject(**given)
+    assert (given["k_caches"] == 0).all()
+
+
+def test_a_page_that_does_not_exist_is_named():
+    pages = torch.zeros(LAYERS, 6, PAGE, HEADS, HEAD_DIM)
+    table = torch.tensor([[0, 1, 2], [3, 6, 5]], dtype=torch.int32)
+    given = arguments(k_caches=pages, v_caches=pages.clone(), block_table=table)
+    with pytest.raises(RuntimeError, match="names page 6 of 6 for slot 5 of row 1"):
+        kv_inject(**given | {"positions": torch.tensor([[0, 1, 2, 3], [3, 5, 6, 7]])})
+
+
+def test_neither_autocast_nor_gradients_reach_it():
+    case, caches = random_case(torch.float32, torch.float32, 2, 16, 16, False, k_norm=True)
+    again = [cache.clone() for cache in caches]
+    inner = (slice(None), *[slice(0, -1)] * 3, slice(0, 16))
+    kv_inject(k_caches=caches[0][inner], v_caches=caches[1][inner], **case)
+    case["weight"].requires_grad_()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        kv_inject(k_caches=again[0][inner], v_caches=again[1][inner], **case)
+    assert all(torch.equal(a, b) and not b.requires_grad for a, b in zip(caches, again, strict=True))
+
+
+def test_no_tokens_write_nothing():
+    given = arguments(features=torch.zeros(BATCH, 0, WIDTH), positions=torch.zeros(BATCH, 0, dtype=torch.int64))
+    kv_inject(**given)
+    assert (given["k_caches"] == 0).all()
+
+
+def test_registration():
+    case, caches = random_case(torch.float32, torch.float32, 2, 16, 8, False)
+    k, v = (cache[:, :-1, :-1, :-1, :16].contiguous() for cache in caches)
+    projected = case["features"].flatten(0, 1) @ case["weight"].T
+    slots = case["slots"].clamp(min=0)
+    arguments = (projected, list(k), list(v), slots, slots, case["cos"], case["sin"], None, None, None, 1e-6)
+    torch.library.opcheck(torch.ops.dflash_ext.kv_write, (*arguments, False, False, True, False))
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def compiled(k, v):
+        kv_inject(k_caches=k, v_caches=v, **case)
+        return k + v
+
+    other_k, other_v = k.clone(), v.clone()
+    added = compiled(k, v)
+    kv_inject(k_caches=other_k, v_caches=other_v, **case)
+    assert torch.equal(k, other_k) and torch.equal(v, other_v) and torch.equal(added, k + v)

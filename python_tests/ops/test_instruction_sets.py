@@ -1,0 +1,54 @@
+"""Every build of the sampling and injection kernels gives the same results."""
+
+import functools
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from dflash_ext import library
+
+MEASURE = """
+import torch
+from dflash_ext import kv_inject, sample, verify
+torch.manual_seed(0)
+for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+    logits = (3 * torch.randn(6, 7, 1100, dtype=torch.float64)).to(dtype)
+    logits[1, :, ::3] = -torch.inf
+    flat, seed = logits.flatten(0, 1), torch.tensor([1])
+    for filters in ({}, {"top_k": 20, "temperature": 0.7}, {"top_k": 500}, {"top_p": 0.9, "min_p": 0.001}):
+        drawn, entropy = sample(flat, seed, return_filtered_entropy=True, **filters)
+        print(*drawn.token.tolist(), *drawn.argmax.tolist())
+        print(*entropy.tolist(), *drawn.entropy.tolist(), *drawn.margin.tolist(), *drawn.pivot.tolist())
+        draft = drawn.token.view(6, 7)[:, :6]
+        noisy = logits.roll(1, -1) * 0.1 + logits
+        print(*torch.cat(verify(draft, noisy, draft_logits=logits[:, :6], seed=seed, temperature=1.0)).tolist())
+    cache = torch.zeros(2, 1, 2, 3, 8, 20, dtype=dtype)
+    x, w, turn = torch.randn(2, 4, 16).to(dtype), torch.randn(120, 16).to(dtype), torch.randn(9, 9)
+    slots = torch.arange(8).view(2, 4)
+    kv_inject(x, w, cache[0], cache[1], slots, turn.cos(), turn.sin(), k_norm=torch.ones(1, 20), v_norm=True)
+    print(*cache.flatten().tolist())
+"""
+
+
+@functools.cache
+def measure(isa):
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURE],
+        cwd=library.PATH.parent.parent,
+        env={"DFLASH_EXT_CPU_ISA": isa, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    return [torch.tensor([float(word) for word in line.split()]) for line in done.stdout.splitlines()]
+
+
+@pytest.mark.parametrize("isa", ["baseline", "avx2"])
+def test_instruction_sets_agree(isa):
+    if isa not in (library.build_info() or {"cpu_isas": "baseline"})["cpu_isas"].split(","):
+        pytest.skip(f"this build has no kernels for {isa}")
+    best = measure("")
+    for got, want in zip(measure(isa), best, strict=True):
+        torch.testing.assert_close(got, want, rtol=2e-3, atol=2e-5)
