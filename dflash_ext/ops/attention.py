@@ -6,8 +6,14 @@ import torch
 from torch import Tensor
 
 from .. import reference
+from ..library import load
 from ..masks import IntervalMask
 from .serving import warn_once
+
+load()
+_native = torch.ops.dflash_ext
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def block_attn(
@@ -36,14 +42,20 @@ def block_attn(
         ``[B, Hq, Lq, D]`` in q's dtype; with return_lse also float32 (float64 for float64) ``[B, Hq, Lq]``.
         A row that sees no key gives 0, an LSE of -inf, and zero gradients.
 
-    Under autocast q, k and v are cast to its dtype. Raises ValueError for arguments that do not fit together.
+    Sums are in float32, in float64 for float64. On the CPU the result does not depend on the number of threads,
+    and gradients are always deterministic. Under autocast q, k and v are cast to its dtype.
+
+    Raises ValueError for arguments that do not fit together.
     """
     q, k, v = _autocast(q, k, v)
-    _check("block_attn", q, k, v)
+    _check("block_attn", q, k, v, softcap)
     _check_mask("block_attn", q, mask)
     if k.shape[2] != mask.kv_len:
         raise ValueError(f"block_attn: the mask is over {mask.kv_len} keys, k has {k.shape[2]}")
     warn_once("block_attn", q.device)
+    if not q.is_cuda:
+        out, lse = _native.block_attn(q, k, v, *_bounds(mask), *_scaling(q, scale, softcap))
+        return (out, lse) if return_lse else out
     if softcap is None and not (return_lse or deterministic):
         return _scaled_dot_product(q, k, v, mask, scale)
     return reference.block_attn(q, k, v, mask, scale=scale, softcap=softcap, return_lse=return_lse)
@@ -79,10 +91,11 @@ def block_attn_decode(
     q, k_cache, v_cache = _autocast(q, k_cache, v_cache)
     _check_mask("block_attn_decode", q, mask)
     if block_table is None:
-        _check("block_attn_decode", q, k_cache, v_cache)
+        _check("block_attn_decode", q, k_cache, v_cache, softcap)
         capacity = k_cache.shape[2]
     else:
-        _check("block_attn_decode", q, k_cache.transpose(1, 2), v_cache.transpose(1, 2), paged=True)
+        pages = (cache.transpose(1, 2) for cache in (k_cache, v_cache))
+        _check("block_attn_decode", q, *pages, softcap, paged=True)
         if block_table.dtype != torch.int32 or block_table.dim() != 2 or block_table.shape[0] != q.shape[0]:
             raise ValueError(
                 f"block_attn_decode: block_table is {block_table.dtype} {list(block_table.shape)}; "
@@ -93,9 +106,21 @@ def block_attn_decode(
         raise ValueError(f"block_attn_decode: the mask is over {mask.kv_len} keys, the cache has {capacity}")
     warn_once("block_attn_decode", q.device)
     with torch.no_grad():
+        if not q.is_cuda:
+            scaling = _scaling(q, scale, softcap)
+            return _native.block_attn_decode(q, k_cache, v_cache, *_bounds(mask), block_table, *scaling)
         return reference.block_attn_decode(
             q, k_cache, v_cache, mask, block_table=block_table, scale=scale, softcap=softcap
         )
+
+
+def _bounds(mask: IntervalMask) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return tuple(bound.contiguous() for bound in (mask.ctx_lo, mask.ctx_hi, mask.blk_lo, mask.blk_hi))
+
+
+def _scaling(q: Tensor, scale: float | None, softcap: float | None) -> tuple[float, float]:
+    """The native operators' trailing arguments."""
+    return float(q.shape[-1] ** -0.5 if scale is None else scale), float(softcap or 0.0)
 
 
 def _scaled_dot_product(q: Tensor, k: Tensor, v: Tensor, mask: IntervalMask, scale: float | None) -> Tensor:
@@ -117,10 +142,10 @@ def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     if not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
-    return tuple(x.to(dtype) for x in tensors)
+    return tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in tensors)
 
 
-def _check(op: str, q: Tensor, k: Tensor, v: Tensor, paged: bool = False) -> None:
+def _check(op: str, q: Tensor, k: Tensor, v: Tensor, softcap: float | None, paged: bool = False) -> None:
     """q [B, Hq, Lq, D] against k and v [B or pages, Hkv, Lk or page_size, D]."""
     shapes = f"q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}"
     if not q.dim() == k.dim() == v.dim() == 4:
@@ -131,18 +156,67 @@ def _check(op: str, q: Tensor, k: Tensor, v: Tensor, paged: bool = False) -> Non
         raise ValueError(f"{op}: {q.shape[1]} query heads are no multiple of {k.shape[1]} key heads")
     if q.shape[3] % 8 or not 8 <= q.shape[3] <= 512:
         raise ValueError(f"{op}: head_dim is {q.shape[3]}; multiples of 8 up to 512 are supported")
-    if not q.dtype == k.dtype == v.dtype or not q.is_floating_point():
-        raise ValueError(f"{op}: q is {q.dtype}, k {k.dtype}, v {v.dtype}; one floating dtype is needed")
+    if not q.dtype == k.dtype == v.dtype or q.dtype not in DTYPES:
+        raise ValueError(
+            f"{op}: q is {q.dtype}, k {k.dtype}, v {v.dtype}; "
+            "float32, bfloat16, float16 or float64 is needed, one for all"
+        )
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.stride(3) != 1:
             raise ValueError(f"{op}: the last dimension of {name} has stride {x.stride(3)}; 1 is needed")
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"{op}: softcap is {softcap}; it must be positive, or None for none")
 
 
 def _check_mask(op: str, q: Tensor, mask: IntervalMask) -> None:
     if mask.q_len != q.shape[2] or mask.batch not in (1, q.shape[0]):
         raise ValueError(
-            f"{op}: the mask is for batch {mask.batch} and {mask.q_len} rows, "
-            f"q has {q.shape[0]} and {q.shape[2]}"
+            f"{op}: the mask is for batch {mask.batch} and {mask.q_len} rows, q has {q.shape[0]} and {q.shape[2]}"
         )
     if mask.device != q.device:
         raise ValueError(f"{op}: the mask is on {mask.device}, q on {q.device}")
+
+
+# ------------------------------------------------------------------- registration
+
+
+def _lse_like(q: Tensor) -> Tensor:
+    real = torch.float64 if q.dtype == torch.float64 else torch.float32
+    return q.new_empty(q.shape[:-1], dtype=real)
+
+
+@torch.library.register_fake("dflash_ext::block_attn")
+def _(q, k, v, *mask_and_scaling):
+    return torch.empty_like(q), _lse_like(q)
+
+
+@torch.library.register_fake("dflash_ext::block_attn_backward")
+def _(grad_out, grad_lse, q, k, v, *rest):
+    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+
+
+@torch.library.register_fake("dflash_ext::block_attn_decode")
+def _(q, *rest):
+    return torch.empty_like(q)
+
+
+def _keep(ctx, inputs, output):
+    *tensors, scale, softcap = inputs
+    ctx.scaling = scale, softcap
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*tensors, *output)
+
+
+def _backward(ctx, grad_out, grad_lse):
+    if grad_out is None and grad_lse is None:
+        return (None,) * 9
+    *inputs, out, lse = ctx.saved_tensors
+    grad_out = torch.zeros_like(out) if grad_out is None else grad_out
+    if grad_out.stride(-1) != 1:
+        grad_out = grad_out.contiguous()
+    grad_lse = None if grad_lse is None else grad_lse.contiguous()
+    grads = _native.block_attn_backward(grad_out, grad_lse, *inputs, out, lse, *ctx.scaling)
+    return *grads, *[None] * 6
+
+
+torch.library.register_autograd("dflash_ext::block_attn", _backward, setup_context=_keep)

@@ -12,8 +12,8 @@ _REFERENCE = "plain PyTorch (reference)"
 _SDPA = "PyTorch SDPA with a dense mask; plain PyTorch with softcap, LSE or deterministic"
 
 SERVED_BY = {
-    "block_attn": {"cpu": _SDPA, "cuda": _SDPA},
-    "block_attn_decode": {"cpu": _REFERENCE, "cuda": _REFERENCE},
+    "block_attn": {"cpu": NATIVE, "cuda": _SDPA},
+    "block_attn_decode": {"cpu": NATIVE, "cuda": _REFERENCE},
     "masked_cross_entropy": {"cpu": NATIVE, "cuda": NATIVE},
     "linear_cross_entropy": {"cpu": f"PyTorch GEMM and {NATIVE}", "cuda": f"PyTorch GEMM and {NATIVE}"},
     "sample": {"cpu": NATIVE, "cuda": _REFERENCE},
