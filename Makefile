@@ -1,5 +1,6 @@
 # make demo   the whole path on real input        make test   all tests
 # make lint   ruff                                make clean  undoes all of it
+# make sanitize   the operators' tests on a build with the address and undefined-behaviour sanitizers
 #
 # Needs Python 3.10+ with venv and headers, make and g++; nvcc is used if it is there. TORCH chooses the torch to install
 # (TORCH=torch takes the newest, with CUDA), PYTHON the interpreter, ARGS goes to the command.
@@ -12,7 +13,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 NATIVE := $(shell find csrc -type f) CMakeLists.txt
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint sanitize clean
 
 demo: .venv/ready
 	$(BIN)/dflash-ext demo $(ARGS)
@@ -23,6 +24,14 @@ test: .venv/ready
 
 lint: .venv/ready
 	$(BIN)/ruff check .
+
+SANITIZED := build/sanitized
+sanitize: .venv/ready
+	DFLASH_EXT_SANITIZE=1 $(BIN)/python setup.py --quiet build_ext --build-lib $(SANITIZED)
+	DFLASH_EXT_LIBRARY=$(SANITIZED)/dflash_ext/libdflash_ext_ops.so \
+	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
+	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 OMP_NUM_THREADS=2 \
+	$(BIN)/python -m pytest python_tests/ops $(ARGS)
 
 clean:
 	rm -rf .venv build dflash_ext/*.so

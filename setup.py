@@ -1,7 +1,7 @@
 """Builds the native library with CMake. Metadata is in pyproject.toml; what is built, in CMakeLists.txt.
 
 Environment: DFLASH_EXT_CUDA_ARCHS (default "80;90;90a"), DFLASH_EXT_KERNELS ("all", "none" or families such
-as "loss"), MAX_JOBS, and for nvcc CUDACXX, CUDA_HOME, PATH, /usr/local/cuda, in that order.
+as "loss"), MAX_JOBS, DFLASH_EXT_SANITIZE=1, and for nvcc CUDACXX, CUDA_HOME, PATH, /usr/local/cuda, in that order.
 """
 
 import filecmp
@@ -60,17 +60,18 @@ def mirror(source: Path, destination: Path) -> None:
 
 class CMakeBuild(build_ext):
     def run(self) -> None:
-        build = ROOT / "build" / sysconfig.get_config_var("SOABI")
+        sanitize = os.environ.get("DFLASH_EXT_SANITIZE") == "1"
+        build = ROOT / "build" / (sysconfig.get_config_var("SOABI") + ("-sanitize" if sanitize else ""))
         torch, pybind11 = package_dir("torch"), package_dir("pybind11")
         headers = build / "headers"
         for folder in TORCH_HEADERS:
             mirror(torch / "include" / folder, headers / "torch" / folder)
         mirror(pybind11 / "include", headers / "pybind11")
 
-        kernels = os.environ.get("DFLASH_EXT_KERNELS", "all")
+        kernels = "none" if sanitize else os.environ.get("DFLASH_EXT_KERNELS", "all")
         nvcc = None if kernels == "none" else find_nvcc()
         if nvcc is None:
-            reason = "DFLASH_EXT_KERNELS=none" if kernels == "none" else "nvcc was not found"
+            reason = "no CUDA kernels were asked for" if kernels == "none" else "nvcc was not found"
             print(f"dflash_ext: {reason}: building for the CPU only", file=sys.stderr, flush=True)
 
         cmake = find_program("cmake")
@@ -79,6 +80,7 @@ class CMakeBuild(build_ext):
             "CMAKE_CUDA_COMPILER": nvcc or "",
             "DFLASH_EXT_CUDA_ARCHS": os.environ.get("DFLASH_EXT_CUDA_ARCHS", "80;90;90a").replace(",", ";"),
             "DFLASH_EXT_KERNELS": kernels.replace(",", ";"),
+            "DFLASH_EXT_SANITIZE": "ON" if sanitize else "OFF",
             "DFLASH_EXT_VERSION": self.distribution.get_version(),
             "Python_EXECUTABLE": sys.executable,
             "PYTHON_INCLUDE": sysconfig.get_path("include"),

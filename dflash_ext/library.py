@@ -1,12 +1,14 @@
 """The native library: where it is, loading it once, and what is known about its build."""
 
+import os
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 
-PATH = Path(__file__).with_name("libdflash_ext_ops.so")
+# DFLASH_EXT_LIBRARY names another build of it, such as that of `make sanitize`.
+PATH = Path(os.environ.get("DFLASH_EXT_LIBRARY") or Path(__file__).with_name("libdflash_ext_ops.so")).absolute()
 
 
 @cache
