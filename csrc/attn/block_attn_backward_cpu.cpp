@@ -113,12 +113,10 @@ struct Backward {
     const Real* const sloped = scoring.cap == 0 ? probs : grad_scores;
     for (int64_t j = first; j < last; j += kHeight) {
       B block;
-      block.clear();
       block.multiply(keys.k + j * dim, dim, 1, q_lanes + i * dim * kWidth, kWidth, dim);
       const int64_t key = tile.begin + j;
       panel.all_see({key, key + kHeight}) ? keep_probs<false>(block, panel, i, j, key)
                                           : keep_probs<true>(block, panel, i, j, key);
-      block.clear();
       block.multiply(keys.v + j * dim, dim, 1, grad_out_lanes + i * dim * kWidth, kWidth, dim);
       B::each([&](int m, int n) __attribute__((always_inline)) {
         const int64_t at = (j + m) * kWidth + n * kLanes;
@@ -131,11 +129,9 @@ struct Backward {
       add_rows(grad_k + (tile.begin + j) * width, grad_scores + j * kWidth, q + i * kWidth * width);
     }
     for (int64_t d = 0; d < dim; d += kHeight) {
-      Real* const to = grad_q + (i * dim + d) * kWidth;
       B block;
-      block.load_from(to, kWidth);
       block.multiply(keys.k + first * dim + d, 1, dim, grad_scores + first * kWidth, kWidth, last - first);
-      block.store_to(to, kWidth);
+      block.add_to(grad_q + (i * dim + d) * kWidth, kWidth);
     }
   }
 
@@ -143,9 +139,8 @@ struct Backward {
   DFLASH_MEMBER void add_rows(Real* to, const Real* weights, const Real* rows) const {
     for (int64_t d = 0; d < dim; d += kWidth) {
       B block;
-      block.load_from(to + d, width);
       block.multiply(weights, kWidth, 1, rows + d, width, kWidth);
-      block.store_to(to + d, width);
+      block.add_to(to + d, width);
     }
   }
 

@@ -94,7 +94,6 @@ struct Forward {
     const int64_t first = part.begin - tile.begin, last = part.end - tile.begin;
     for (int64_t j = first; j < last; j += kHeight) {
       B block;
-      block.clear();
       block.multiply(keys.k + j * dim, dim, 1, q + i * dim * kWidth, kWidth, dim);
       const int64_t key = tile.begin + j;
       panel.all_see({key, key + kHeight}) ? keep<false>(block, panel, key, largest)
@@ -122,9 +121,10 @@ struct Forward {
     for (int64_t d = 0; d < dim; d += kHeight) {
       Real* const o = out + (i * dim + d) * kWidth;
       B block;
-      block.load_from(o, kWidth);
-      B::each([&](int m, int n) __attribute__((always_inline)) { block.at[m][n] *= shrink[n]; });
       block.multiply(keys.v + first * dim + d, 1, dim, scores + first * kWidth, kWidth, last - first);
+      B::each([&](int m, int n) __attribute__((always_inline)) {
+        block.at[m][n] += load<X>(o + m * kWidth + n * B::kLanes) * shrink[n];
+      });
       block.store_to(o, kWidth);
     }
   }

@@ -1,17 +1,27 @@
-"""The public attention functions on each device, and what they refuse."""
+"""block_attn and block_attn_decode against their definition in float64 and against PyTorch's attention."""
 
 import math
+import os
+import subprocess
+import sys
+from functools import partial
 
 import pytest
 import torch
+import torch.nn.functional as F
 
-from dflash_ext import IntervalMask, block_attn, block_attn_decode, reference
+from dflash_ext import IntervalMask, block_attn, block_attn_decode, library, reference
+
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
 
-def inputs(mask, device, dtype, heads=4, kv_heads=2, head_dim=16, batch=2):
-    generator = torch.Generator().manual_seed(0)
-    shapes = [(batch, heads, mask.q_len, head_dim)] + [(batch, kv_heads, mask.kv_len, head_dim)] * 2
-    return [torch.randn(shape, generator=generator).to(device, dtype) for shape in shapes]
+@pytest.fixture(autouse=True)
+def poisoned_memory():
+    """Memory that torch has not filled yet holds NaN: an output or scratch that is read unwritten shows."""
+    torch.manual_seed(0)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
 
 
 def some_empty_rows(device):
@@ -19,33 +29,390 @@ def some_empty_rows(device):
     return IntervalMask.anchor_blocks(11, torch.tensor([[9, 2], [4, 0]], device=device), 4, keep=keep)
 
 
+def anchors(context_len, count, block_size, batch=2, **options):
+    """Blocks at random places, in no order, a third of them dropped."""
+    where = torch.randint(0, context_len, (batch, count))
+    keep = torch.rand(batch, count) > 0.3
+    return IntervalMask.anchor_blocks(context_len, where, block_size, keep=keep, **options)
+
+
+def from_dense():
+    visible = torch.zeros(2, 1, 70, 150, dtype=torch.bool)
+    for b in range(2):
+        for row, (a, c) in enumerate(torch.randint(0, 150, (70, 2)).tolist()):
+            visible[b, 0, row, a : a + 30] = True
+            visible[b, 0, row, c : c + 9] = True
+    return IntervalMask.from_dense(visible)
+
+
+MASKS = {
+    "full": lambda: IntervalMask.full(torch.tensor([101, 3]), q_len=37, kv_len=130),
+    "causal": lambda: IntervalMask.causal(torch.tensor([133, 70]), max_len=133),
+    "sliding_window": lambda: IntervalMask.sliding_window(torch.tensor([201, 64]), 17, max_len=201),
+    "prefix_lm": lambda: IntervalMask.prefix_lm(90, torch.tensor([41, 0])),
+    "prefix_block": lambda: IntervalMask.prefix_block(203, torch.tensor([70, 131]), max_len=203),
+    "block_causal": lambda: IntervalMask.block_causal(150, 13, torch.tensor([20, 3])),
+    "block_diffusion": lambda: IntervalMask.block_diffusion(torch.tensor([75, 40]), 16, max_len=80),
+    "anchors": lambda: anchors(99, 11, 7),
+    "anchors, window": lambda: anchors(99, 11, 7, window=20),
+    "anchors, other window": lambda: anchors(99, 11, 7, window=20, convention="speculators"),
+    "anchors and context": lambda: anchors(99, 5, 7, include_context=True),
+    "packed": lambda: IntervalMask.packed([0, 40, 41, 130], IntervalMask.causal, total_len=140),
+    "decode": lambda: IntervalMask.decode(torch.tensor([90, 7]), 9, kv_len=110, causal=True, window=33),
+    "from_dense": from_dense,
+}
+
+
+def inputs(mask, device="cpu", dtype=torch.float32, heads=4, kv_heads=2, head_dim=16, batch=2):
+    shapes = [(batch, heads, mask.q_len, head_dim)] + [(batch, kv_heads, mask.kv_len, head_dim)] * 2
+    return [torch.randn(shape).to(device, dtype) for shape in shapes]
+
+
+def with_gradients(function, tensors, upstream, upstream_lse=None):
+    """The function's output, LSE (or None) and gradients of the tensors."""
+    leaves = [x.detach().clone().requires_grad_() for x in tensors]
+    out, lse = function(*leaves) if upstream_lse is not None else (function(*leaves), None)
+    loss = (out * upstream.to(out.dtype)).sum()
+    if lse is not None:
+        # Empty rows have an LSE of -inf; what arrives from above must not make their gradient NaN.
+        loss = loss + (lse.masked_fill(lse.isinf(), 0.0) * upstream_lse.to(lse.dtype)).sum()
+    return out.detach(), None if lse is None else lse.detach(), *torch.autograd.grad(loss, leaves)
+
+
+def sdpa(q, k, v, mask, scale=None):
+    """PyTorch's attention with the dense mask; its empty rows attend to everything and are overwritten."""
+    visible = mask.to_bool()
+    empty = ~visible.any(-1, keepdim=True)
+    out = F.scaled_dot_product_attention(
+        q, k, v, attn_mask=visible | empty, scale=scale, enable_gqa=k.shape[1] != q.shape[1]
+    )
+    return out.masked_fill(empty, 0.0)
+
+
+def distance(got, want):
+    """Root mean square, relative to that of what is wanted."""
+    return ((got.double() - want).square().mean() / want.square().mean().clamp(min=1e-30)).sqrt().item()
+
+
+def check_as_exact_as_torch(mask, q, k, v):
+    upstream = torch.randn(q.shape)
+    exact = with_gradients(partial(reference.block_attn, mask=mask), [x.double() for x in (q, k, v)], upstream)
+    ours = with_gradients(partial(block_attn, mask=mask), (q, k, v), upstream)
+    torchs = with_gradients(partial(sdpa, mask=mask), (q, k, v), upstream)
+    rounding = torch.finfo(q.dtype).eps / 4
+    for name, got, peer, want in zip(("out", "", "q", "k", "v"), ours, torchs, exact, strict=True):
+        if name:
+            assert got.dtype == q.dtype
+            error, limit = distance(got, want), 1.5 * distance(peer, want)
+            assert error <= max(limit, rounding), f"{name}: {error:.3g}, torch's own {limit / 1.5:.3g}"
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
+def test_is_as_exact_as_torch(mask, dtype):
+    mask = mask()
+    check_as_exact_as_torch(mask, *inputs(mask, dtype=dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("head_dim", [8, 64, 72, 128, 256, 512])
+def test_every_head_dim(head_dim, dtype):
+    mask = IntervalMask.prefix_block(77, 31)
+    check_as_exact_as_torch(mask, *inputs(mask, dtype=dtype, head_dim=head_dim, batch=1))
+
+
+@pytest.mark.parametrize(("heads", "kv_heads"), [(1, 1), (6, 2), (5, 1), (8, 8)])
+def test_every_ratio_of_heads(heads, kv_heads):
+    mask = MASKS["anchors"]()
+    check_as_exact_as_torch(mask, *inputs(mask, heads=heads, kv_heads=kv_heads))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_large_scores(dtype):
+    mask = MASKS["block_causal"]()
+    q, k, v = inputs(mask, dtype=dtype)
+    check_as_exact_as_torch(mask, 100 * q, 100 * k, v)
+
+
 @pytest.mark.parametrize(
-    ("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 1e-5), (torch.bfloat16, 2e-2)]
+    ("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 1e-5), (torch.bfloat16, 2e-2)], ids=str
 )
 @pytest.mark.parametrize("softcap", [None, 2.0])
-def test_output_and_gradients(device, dtype, tolerance, softcap):
+def test_output_lse_and_gradients(device, dtype, tolerance, softcap):
     mask = some_empty_rows(device)
-    q, k, v = (x.requires_grad_() for x in inputs(mask, device, dtype))
-    out = block_attn(q, k, v, mask, softcap=softcap)
-    exact = [x.detach().double().requires_grad_() for x in (q, k, v)]
-    want = reference.block_attn(*exact, mask, softcap=softcap)
-    upstream = torch.cos(torch.arange(out.numel(), device=device)).view(out.shape)
-    grads = torch.autograd.grad(out, (q, k, v), upstream.to(dtype))
-    wanted = torch.autograd.grad(want, exact, upstream.double())
-    assert out.dtype == dtype
-    for got, right in zip((out, *grads), (want, *wanted), strict=True):
-        torch.testing.assert_close(got.double(), right, atol=tolerance, rtol=tolerance)
+    tensors = inputs(mask, device, dtype)
+    upstreams = torch.randn_like(tensors[0]), torch.randn(2, 4, mask.q_len, device=device)
+    options = {"softcap": softcap, "scale": -0.7, "return_lse": True}
+    ours = with_gradients(partial(block_attn, mask=mask, **options), tensors, *upstreams)
+    exact = with_gradients(
+        partial(reference.block_attn, mask=mask, **options), [x.double() for x in tensors], *upstreams
+    )
+    for got, want in zip(ours, exact, strict=True):
+        torch.testing.assert_close(got.double(), want, atol=tolerance, rtol=tolerance)
     empty = ~mask.to_bool().any(-1).expand(-1, 4, -1)
-    assert empty.any() and (out[empty] == 0).all() and (grads[0][empty] == 0).all()
+    out, lse, grad_q = ours[:3]
+    assert lse.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert empty.any() and (out[empty] == 0).all() and (grad_q[empty] == 0).all()
+    assert torch.equal(lse == -math.inf, empty)
 
 
-def test_lse(device):
-    mask = some_empty_rows(device)
-    q, k, v = inputs(mask, device, torch.float32)
+def test_lse_alone_has_a_gradient():
+    mask = MASKS["causal"]()
+    q, k, v = (x.requires_grad_() for x in inputs(mask, dtype=torch.float64))
+    grads = [
+        torch.autograd.grad(function(q, k, v, mask, return_lse=True)[1][0].sum(), (q, k), allow_unused=True)
+        for function in (block_attn, reference.block_attn)
+    ]
+    for got, want in zip(*grads, strict=True):
+        torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("softcap", [None, 3.0])
+def test_gradcheck(softcap):
+    mask = some_empty_rows("cpu")
+    tensors = [x.requires_grad_() for x in inputs(mask, dtype=torch.float64, heads=2, kv_heads=1, head_dim=8)]
+    empty = ~mask.to_bool().any(-1).expand(-1, 2, -1)
+
+    def attend(q, k, v):
+        out, lse = block_attn(q, k, v, mask, softcap=softcap, return_lse=True)
+        return out, lse.masked_fill(empty, 0.0)
+
+    assert torch.autograd.gradcheck(attend, tensors)
+
+
+def random_case():
+    """Intervals in any order and place, also beyond the keys, with any shapes, strides, dtype and options."""
+
+    def pick(*choices):
+        return choices[torch.randint(len(choices), ()).item()]
+
+    batch, kv_heads, group = pick(1, 2), pick(1, 2), pick(1, 2, 3, 8)
+    q_len, kv_len = (torch.randint(1, 200, ()).item() for _ in range(2))
+    bounds = torch.randint(-9, kv_len + 9, (4, pick(1, batch), q_len), dtype=torch.int32)
+    mask = IntervalMask(*bounds, kv_len)
+    dtype, head_dim, pad = pick(*DTYPES), 8 * torch.randint(1, 10, ()).item(), pick(0, 1, 3)
+    tensors = []
+    for heads, length in ((kv_heads * group, q_len), (kv_heads, kv_len), (kv_heads, kv_len)):
+        shape = pick((batch, heads, length), (batch, length, heads), (heads, batch, length))
+        x = torch.randn(*shape, head_dim + pad).to(dtype)[..., :head_dim]
+        if shape[:2] == (batch, length) and shape != (batch, heads, length):
+            x = x.transpose(1, 2)
+        elif shape[0] == heads and shape != (batch, heads, length):
+            x = x.transpose(0, 1)
+        tensors.append(x)
+    return mask, tensors, {"softcap": pick(None, 1.0), "scale": pick(None, 0.3)}
+
+
+def check_random_cases(count):
+    tolerance = {torch.float64: 1e-11, torch.float32: 2e-5, torch.bfloat16: 4e-2, torch.float16: 5e-3}
+    for case in range(count):
+        torch.manual_seed(case)
+        mask, tensors, options = random_case()
+        upstreams = torch.randn(tensors[0].shape), torch.randn(tensors[0].shape[:-1])
+        options["return_lse"] = True
+        ours = with_gradients(partial(block_attn, mask=mask, **options), tensors, *upstreams)
+        exact = with_gradients(
+            partial(reference.block_attn, mask=mask, **options), [x.double() for x in tensors], *upstreams
+        )
+        limit = tolerance[tensors[0].dtype]
+        for got, want in zip(ours, exact, strict=True):
+            top = want[want.isfinite()].abs().max().clamp(min=1) if want.isfinite().any() else 1
+            message = f"case {case}: {tensors[0].dtype} {[list(x.shape) for x in tensors]} {options}"
+            torch.testing.assert_close(
+                got.double(), want, atol=limit * top, rtol=0, msg=lambda m, s=message: f"{s}\n{m}"
+            )
+
+
+def test_random_cases():
+    check_random_cases(60)
+
+
+@pytest.mark.slow
+def test_many_random_cases():
+    check_random_cases(2000)
+
+
+def test_layouts_are_kept_and_not_copied():
+    mask = IntervalMask.block_causal(70, 16)
+    fused = torch.randn(2, 70, 6, 24, requires_grad=True)
+    q, k, v = (x.transpose(1, 2) for x in fused.split((4, 1, 1), dim=2))
+    out = block_attn(q, k, v, mask)
+    assert out.transpose(1, 2).is_contiguous()
+    want = reference.block_attn(q, k, v, mask)
+    torch.testing.assert_close(out, want)
+    for upstream in (torch.randn_like(out), torch.ones(()).expand_as(out), torch.randn(2, 4, 24, 70).mT):
+        grads = [torch.autograd.grad(x, fused, upstream, retain_graph=True)[0] for x in (out, want)]
+        torch.testing.assert_close(*grads)
+
+
+def test_what_no_row_sees_is_never_used():
+    mask = anchors(130, 9, 7, context_start=torch.full((2, 9), 3))
+    visible = mask.to_bool()
+    q, k, v = inputs(mask)
+    upstream = torch.randn_like(q)
+    clean = with_gradients(partial(block_attn, mask=mask), (q, k, v), upstream)
+    empty = ~visible.any(-1, keepdim=True)
+    unseen = ~visible.any(-2)[..., None]
+    assert empty.any() and unseen.any()
+    dirty = [q.masked_fill(empty, math.nan), *(x.masked_fill(unseen, math.nan) for x in (k, v))]
+    leaves = [x.requires_grad_() for x in dirty]
+    out = block_attn(*leaves, mask)
+    grads = torch.autograd.grad(out, leaves, upstream.masked_fill(empty, math.nan))
+    assert torch.equal(out, clean[0])
+    assert all(torch.equal(got, want) for got, want in zip(grads, clean[2:], strict=True))
+
+
+def test_not_a_number_is_not_hidden():
+    mask = IntervalMask.causal(40)
+    q, k, v = inputs(mask)
+    q[0, 1, 5], q[1, 3, 7, 0] = math.nan, math.inf
     out, lse = block_attn(q, k, v, mask, return_lse=True)
-    torch.testing.assert_close(out, block_attn(q, k, v, mask))
-    empty = ~mask.to_bool().any(-1).expand(-1, 4, -1)
-    assert lse.dtype == torch.float32 and torch.equal(lse == -math.inf, empty)
+    rows = torch.zeros(2, 4, 40, dtype=torch.bool)
+    rows[0, 1, 5] = rows[1, 3, 7] = True
+    assert torch.equal(out.isnan().all(-1), rows) and not out[~rows].isnan().any()
+    assert lse[0, 1, 5].isnan()
+
+
+@pytest.mark.parametrize("shape", [(0, 3, 4), (2, 0, 4), (2, 3, 0)])
+def test_nothing_to_do(shape):
+    batch, q_len, kv_len = shape
+    mask = IntervalMask(*torch.zeros(4, 1, q_len, dtype=torch.int32), kv_len)
+    q, k, v = (x.requires_grad_() for x in inputs(mask, batch=batch))
+    out = block_attn(q, k, v, mask)
+    grads = torch.autograd.grad(out.sum(), (q, k, v))
+    assert out.shape == q.shape and not out.any() and not any(grad.any() for grad in grads)
+
+
+def test_threads_do_not_change_the_result():
+    mask = IntervalMask.prefix_block(300, 130)
+    tensors = inputs(mask, heads=2, kv_heads=1, batch=1)
+    upstream = torch.randn_like(tensors[0])
+    threads = torch.get_num_threads()
+    results = []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            results.append(with_gradients(partial(block_attn, mask=mask), tensors, upstream))
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True) if a is not None)
+
+
+@pytest.mark.parametrize("isa", ["baseline", "avx2"])
+def test_every_instruction_set(isa):
+    if isa not in (library.build_info() or {"cpu_isas": "baseline"})["cpu_isas"].split(","):
+        pytest.skip(f"this build has no kernels for {isa}")
+    names = "test_random_cases or test_decode or (test_every_head_dim and 72)"
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", names],
+        env=os.environ | {"DFLASH_EXT_CPU_ISA": isa},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout
+
+
+def test_autocast_casts_instead_of_refusing(device):
+    mask = IntervalMask.causal(6, device=device)
+    q, k, v = inputs(mask, device, torch.float32)
+    with torch.autocast(device, torch.bfloat16):
+        out = block_attn(q, k, v.bfloat16(), mask)
+        decoded = block_attn_decode(q, k, v.bfloat16(), mask)
+        wide = block_attn(q.double(), k.double(), v.double(), mask)
+    assert out.dtype == torch.bfloat16 == decoded.dtype and wide.dtype == torch.float64
+    want = block_attn(q.bfloat16(), k.bfloat16(), v.bfloat16(), mask)
+    assert torch.equal(out, want)
+
+
+def test_registrations():
+    mask = some_empty_rows("cpu")
+    bounds = (mask.ctx_lo, mask.ctx_hi, mask.blk_lo, mask.blk_hi)
+    q, k, v = inputs(mask)
+    q = q.transpose(1, 2).contiguous().transpose(1, 2)
+    ops, scaling = torch.ops.dflash_ext, (0.25, 3.0)
+    out, lse = ops.block_attn(q, k, v, *bounds, *scaling)
+    leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+    torch.library.opcheck(ops.block_attn, (*leaves, *bounds, *scaling))
+    saved = (q, k, v, *bounds, out, lse, *scaling)
+    torch.library.opcheck(ops.block_attn_backward, (torch.randn_like(out), None, *saved))
+    torch.library.opcheck(ops.block_attn_backward, (torch.randn_like(out), torch.randn_like(lse), *saved))
+    torch.library.opcheck(ops.block_attn_decode, (q, k, v, *bounds, None, *scaling))
+
+
+@pytest.mark.parametrize("function", [block_attn, block_attn_decode])
+def test_compiles_once_for_all_lengths(function):
+    graphs = []
+
+    def backend(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(function, fullgraph=True, backend=backend, dynamic=True)
+    for length in (9, 17, 130):
+        mask = IntervalMask.prefix_block(torch.tensor([length, length - 1]), 3, max_len=length)
+        q, k, v = inputs(mask)
+        assert torch.equal(compiled(q, k, v, mask), function(q, k, v, mask))
+    assert len(graphs) == 1
+
+
+def test_gradients_of_the_compiled_function():
+    mask = some_empty_rows("cpu")
+    tensors = inputs(mask)
+    upstreams = torch.randn_like(tensors[0]), torch.randn(2, 4, mask.q_len)
+    compiled = torch.compile(block_attn, fullgraph=True, backend="aot_eager")
+    got, want = (
+        with_gradients(partial(f, mask=mask, return_lse=True), tensors, *upstreams) for f in (compiled, block_attn)
+    )
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+def paged(caches, page_size, capacity):
+    """The caches [B, Hkv, S, D] in pages at random places, and the table; the rest of the pages is NaN."""
+    batch, kv_heads, length, dim = caches[0].shape
+    per_row = capacity // page_size
+    table = torch.randperm(batch * per_row + 3)[: batch * per_row].view(batch, per_row).int()
+    result = []
+    for cache in caches:
+        pages = cache.new_full((batch * per_row + 3, page_size, kv_heads, dim), math.nan)
+        padded = F.pad(cache, (0, 0, 0, capacity - length), value=math.nan)
+        cut = padded.transpose(1, 2).reshape(batch * per_row, page_size, kv_heads, dim)
+        pages[table.flatten().long()] = cut
+        result.append(pages)
+    return *result, table
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("options", [{}, {"causal": True}, {"causal": True, "window": 50}], ids=str)
+def test_decode_against_caches_of_any_length(dtype, options):
+    lens, starts = torch.tensor([3, 1500, 2070]), torch.tensor([0, 1100, 2])
+    mask = IntervalMask.decode(lens, 5, kv_len=2100, kv_start=starts, **options)
+    q, k, v = inputs(mask, dtype=dtype, batch=3)
+    want = reference.block_attn(*(x.double() for x in (q, k, v)), mask, softcap=30.0, scale=0.3)
+    at = torch.arange(2100)
+    hidden = (at < starts[:, None]) | (at >= lens[:, None] + 5)
+    k, v = (x.masked_fill(hidden[:, None, :, None], math.nan) for x in (k, v))
+    got = block_attn_decode(q, k, v, mask, softcap=30.0, scale=0.3)
+    assert distance(got, want) < {torch.float64: 1e-14, torch.float32: 1e-6}.get(dtype, 5e-3)
+
+    pages_k, pages_v, table = paged((k, v), 12, 2112)
+    table[0, 1:] = -1
+    decoded = block_attn_decode(q, pages_k, pages_v, mask, block_table=table, softcap=30.0, scale=0.3)
+    assert torch.equal(decoded, got)
+    table[1, 1500 // 12] = 10_000
+    with pytest.raises(RuntimeError, match=r"block_table is not one of the \d+ pages"):
+        block_attn_decode(q, pages_k, pages_v, mask, block_table=table)
+
+
+def test_decode_gives_a_row_the_same_bits_in_any_company():
+    lens = torch.tensor([1300, 40])
+    mask = IntervalMask.decode(lens, 3, kv_len=1400)
+    q, k, v = inputs(mask)
+    both = block_attn_decode(q, k, v, mask)
+    for b, kv_len in ((0, 1310), (0, 1400), (1, 44), (1, 1025)):
+        alone = IntervalMask.decode(lens[b : b + 1], 3, kv_len=kv_len)
+        one = [x[b : b + 1] for x in (q, k[:, :, :kv_len], v[:, :, :kv_len])]
+        assert torch.equal(block_attn_decode(*one, alone)[0], both[b])
 
 
 def test_decode_takes_pages_and_a_mask_shorter_than_the_cache(device):
@@ -61,27 +428,7 @@ def test_decode_takes_pages_and_a_mask_shorter_than_the_cache(device):
     assert not block_attn_decode(q.requires_grad_(), k, v, mask).requires_grad
 
 
-def test_autocast_casts_instead_of_refusing(device):
-    mask = IntervalMask.causal(6, device=device)
-    q, k, v = inputs(mask, device, torch.float32)
-    with torch.autocast(device, torch.bfloat16):
-        out = block_attn(q, k, v.bfloat16(), mask)
-        decoded = block_attn_decode(q, k, v.bfloat16(), mask)
-    assert out.dtype == torch.bfloat16 == decoded.dtype
-    want = block_attn(q.bfloat16(), k.bfloat16(), v.bfloat16(), mask)
-    assert torch.equal(out, want)
-
-
-def test_compiles_without_graph_breaks():
-    mask = some_empty_rows("cpu")
-    q, k, v = inputs(mask, "cpu", torch.float32)
-    compiled = torch.compile(block_attn, fullgraph=True, backend="eager")
-    torch.testing.assert_close(compiled(q, k, v, mask), block_attn(q, k, v, mask))
-
-
-def reject(
-    message, q=(1, 2, 3, 8), k=(1, 2, 3, 8), v=None, dtype=torch.float32, mask=None, op=block_attn, **kw
-):
+def reject(message, q=(1, 2, 3, 8), k=(1, 2, 3, 8), v=None, dtype=torch.float32, mask=None, op=block_attn, **kw):
     q, k, v = torch.zeros(q), torch.zeros(k, dtype=dtype), torch.zeros(v or k, dtype=dtype)
     with pytest.raises(ValueError, match=message) as caught:
         op(q, k, v, IntervalMask.causal(3) if mask is None else mask, **kw)
@@ -97,6 +444,7 @@ def test_refusals_name_the_value():
     reject("head_dim is 12", q=(1, 2, 3, 12), k=(1, 2, 3, 12))
     reject("head_dim is 520", q=(1, 2, 3, 520), k=(1, 2, 3, 520))
     reject("torch.float16", dtype=torch.float16)
+    reject("softcap is 0", softcap=0.0)
     reject("batch 1 and 4 rows", mask=IntervalMask.causal(4))
     reject("batch 2", mask=IntervalMask.causal(torch.tensor([1, 2]), max_len=3))
     reject("over 5 keys, k has 3", mask=IntervalMask.full(5, q_len=3))

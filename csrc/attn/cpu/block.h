@@ -26,19 +26,35 @@ struct Block {
     }
   }
 
-  DFLASH_MEMBER void clear() {
-    each([&](int m, int n) __attribute__((always_inline)) { at[m][n] = X{}; });
-  }
-  DFLASH_MEMBER void load_from(const Real* c, int64_t stride) {
-    each([&](int m, int n) __attribute__((always_inline)) { at[m][n] = load<X>(c + m * stride + n * kLanes); });
+  DFLASH_MEMBER void add(const Block& other) {
+    each([&](int m, int n) __attribute__((always_inline)) { at[m][n] += other.at[m][n]; });
   }
   DFLASH_MEMBER void store_to(Real* c, int64_t stride) const {
     each([&](int m, int n) __attribute__((always_inline)) { store(c + m * stride + n * kLanes, at[m][n]); });
   }
+  DFLASH_MEMBER void add_to(Real* c, int64_t stride) const {
+    each([&](int m, int n) __attribute__((always_inline)) {
+      store(c + m * stride + n * kLanes, load<X>(c + m * stride + n * kLanes) + at[m][n]);
+    });
+  }
 
-  // Adds A B. A is [kHeight, depth] with strides (a_row, a_step), B [depth, kWidth] with rows b_step apart.
+  // Becomes A B. A is [kHeight, depth] with strides (a_row, a_step), B [depth, kWidth] with rows b_step apart. Sums are
+  // made in pieces, so that rounding errors do not grow with the depth.
   DFLASH_MEMBER void multiply(const Real* a, int64_t a_row, int64_t a_step, const Real* b, int64_t b_step,
                               int64_t depth) {
+    constexpr int64_t kPiece = 256;
+    multiply_piece(a, a_row, a_step, b, b_step, depth < kPiece ? depth : kPiece);
+    for (int64_t k = kPiece; k < depth; k += kPiece) {
+      Block more;
+      more.multiply_piece(a + k * a_step, a_row, a_step, b + k * b_step, b_step, depth - k < kPiece ? depth - k : kPiece);
+      add(more);
+    }
+  }
+
+ private:
+  DFLASH_MEMBER void multiply_piece(const Real* a, int64_t a_row, int64_t a_step, const Real* b, int64_t b_step,
+                                    int64_t depth) {
+    each([&](int m, int n) __attribute__((always_inline)) { at[m][n] = X{}; });
     for (int64_t k = 0; k < depth; ++k) {
       X bk[kVectors];
 #pragma GCC unroll 2
