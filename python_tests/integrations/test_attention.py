@@ -21,6 +21,7 @@ from transformers import (
     LlamaForCausalLM,
     StaticCache,
 )
+from transformers.masking_utils import bidirectional_mask_function
 from transformers.models.gpt_oss.modeling_gpt_oss import eager_attention_forward as eager_with_sinks
 
 from dflash_ext import IntervalMask
@@ -45,13 +46,13 @@ def diffusion_gemma():
     )
 
 
-def model_of(family):
+def model_of(family, **changes):
     """The text model of a family; DiffusionGemma's is its encoder."""
     torch.manual_seed(0)
     if family == "llama":
         model = tiny_model(family, num_hidden_layers=2)
     elif family in ("qwen3", "gemma3"):
-        model = tiny_model(family, use_sliding_window=True, **MIXED)
+        model = tiny_model(family, use_sliding_window=True, **MIXED, **changes)
     elif family == "gemma2":
         model = Gemma2ForCausalLM(Gemma2Config(**GEMMA, attn_logit_softcapping=2.0))
     elif family == "gemma4":
@@ -126,6 +127,13 @@ def each(masks, change):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_causal(family):
     assert_same(model_of(family), tokens(2, LENGTH), {}, {})
+
+
+@pytest.mark.parametrize("style", ["none", "right"])
+def test_bidirectional(style):
+    model, mask = model_of("gemma3", use_bidirectional_attention=True), padding(style)
+    inputs = dict(attention_mask=mask)
+    assert_same(model, tokens(2, LENGTH), inputs, inputs, rows=mask.bool())
 
 
 @pytest.mark.parametrize("style", ["none", "left", "right", "both", "hole"])
@@ -272,8 +280,8 @@ def test_sinks():
     module, *qkv = attention_inputs()
     module.sinks = torch.tensor([-3.0, 0.0, 0.5, 4.0], requires_grad=True)
     dense = IntervalMask.causal(6).to_dense(torch.float32)
-    want = eager_with_sinks(module, *qkv, dense, scaling=0.25)[0]
-    got = block_attention(module, *qkv, dense, scaling=0.25, s_aux=module.sinks)[0]
+    want = eager_with_sinks(module, *qkv, dense, scaling=0.4)[0]
+    got = block_attention(module, *qkv, dense, scaling=0.4, s_aux=module.sinks)[0]
     torch.testing.assert_close(got, want)
     wanted, grads = (torch.autograd.grad(out.cos().sum(), (*qkv, module.sinks)) for out in (want, got))
     torch.testing.assert_close(grads, wanted)
@@ -304,12 +312,51 @@ def test_without_a_mask_one_row_sees_its_window_of_the_cache():
     torch.testing.assert_close(got, block_attention(module, *qkv, mask.to_bool())[0])
 
 
+@pytest.mark.parametrize(
+    ("layer_type", "sliding_window", "kind"),
+    [
+        ("chunked_attention", None, "chunked_attention"),
+        (None, 4, "sliding_attention"),
+        (None, None, "full_attention"),
+    ],
+)
+def test_layers_that_name_their_kind_and_layers_that_do_not(layer_type, sliding_window, kind):
+    module, *qkv = attention_inputs()
+    module.layer_type = layer_type
+    kinds = ("full_attention", "sliding_attention", "chunked_attention")
+    masks = {name: IntervalMask.sliding_window(6, width) for width, name in enumerate(kinds, 2)}
+    got = block_attention(module, *qkv, None, sliding_window=sliding_window, interval_mask=masks)[0]
+    torch.testing.assert_close(got, block_attention(module, *qkv, masks[kind].to_bool())[0])
+
+
+def test_a_copied_packed_mask_never_reaches_beyond_the_keys():
+    module, *qkv = attention_inputs()
+    packed = as_attention_mask(IntervalMask.full(9, q_len=6))
+    with pytest.raises(ValueError, match="over 9 keys, k has 6"):
+        block_attention(module, *qkv, packed)
+    got = block_attention(module, *qkv, packed.clone())[0]
+    torch.testing.assert_close(got, block_attention(module, *qkv, None, is_causal=False)[0])
+
+
 def test_plain_causal_masks_stay_linear_in_the_length(monkeypatch):
     monkeypatch.setattr("dflash_ext.integrations.attention.sdpa_mask", None)
     packed = interval_attention_mask(2, LENGTH, LENGTH, attention_mask=padding("both").bool())
     assert packed.dtype == torch.int32 and packed.shape == (2, 1, LENGTH, 4)
     cached = interval_attention_mask(2, 3, 9, q_offset=torch.tensor(7), kv_offset=1)
     assert cached[0, 0, :, :2].tolist() == [[0, 7], [0, 8], [0, 9]]
+    seen = torch.ones(1, 6, dtype=torch.bool)
+    unfilled = interval_attention_mask(
+        1, 1, 4, q_offset=5, kv_offset=3, attention_mask=seen, mask_function=bidirectional_mask_function
+    )
+    assert unfilled[0, 0, :, :2].tolist() == [[0, 3]]
+
+
+def test_mask_functions_of_single_indices():
+    def visible(batch, head, row, key):
+        return torch.stack((key <= row, key == 5)).any()
+
+    packed = interval_attention_mask(2, 3, 6, mask_function=visible, use_vmap=True)
+    assert packed[0, 0].tolist() == [[0, 1, 5, 6], [0, 2, 5, 6], [0, 3, 5, 6]]
 
 
 def test_a_dense_mask_is_read_once_a_forward(monkeypatch):
