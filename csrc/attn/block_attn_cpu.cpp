@@ -101,11 +101,10 @@ struct Forward {
       block.store_to(scores + j * kWidth, kWidth);
     }
 
-    X shift[kVectors], shrink[kVectors], total[kVectors];
+    X shift[kVectors], shrink[kVectors], total[kVectors] = {};
     for (int n = 0; n < kVectors; ++n) {
       shift[n] = finite_or_zero(largest[n]);
       shrink[n] = weight_of(max[i][n] - shift[n]);
-      total[n] = sum[i][n] * shrink[n];
       max[i][n] = largest[n];
     }
     for (int64_t j = first; j < last; ++j) {
@@ -116,7 +115,7 @@ struct Forward {
         store(s, w);
       }
     }
-    for (int n = 0; n < kVectors; ++n) sum[i][n] = total[n];
+    for (int n = 0; n < kVectors; ++n) sum[i][n] = sum[i][n] * shrink[n] + total[n];
 
     for (int64_t d = 0; d < dim; d += kHeight) {
       Real* const o = out + (i * dim + d) * kWidth;

@@ -127,6 +127,11 @@ def test_every_ratio_of_heads(heads, kv_heads):
     check_as_exact_as_torch(mask, *inputs(mask, heads=heads, kv_heads=kv_heads))
 
 
+def test_long_rows():
+    mask = IntervalMask.full(5000, q_len=40)
+    check_as_exact_as_torch(mask, *inputs(mask, heads=2, batch=1))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_large_scores(dtype):
     mask = MASKS["block_causal"]()
