@@ -1,0 +1,22 @@
+import io
+
+from rich.console import Console
+
+from dflash_ext import progress
+
+
+def test_without_a_terminal_lines_tell_the_time_left(monkeypatch):
+    clock = iter([0.0, 4.0, 11.0, 12.0, 30.0])
+    monkeypatch.setattr(progress.time, "monotonic", lambda: next(clock))
+    out = io.StringIO()
+    with progress.progress(Console(file=out), "counting", 8) as advance:
+        for _ in range(4):
+            advance(1)
+    assert out.getvalue().splitlines() == ["counting: 2 of 8, 33 s left", "counting: 4 of 8, 30 s left"]
+
+
+def test_on_a_terminal_there_is_a_bar():
+    out = io.StringIO()
+    with progress.progress(Console(file=out, force_terminal=True, width=80), "counting", 2) as advance:
+        advance(2)
+    assert "counting" in out.getvalue() and "2/2" in out.getvalue()
