@@ -60,39 +60,37 @@ def interval_attention_mask(
     kv_offset: int = 0,
     mask_function: Callable = causal_mask_function,
     attention_mask: Tensor | None = None,
+    local_size: int | None = None,
+    allow_is_causal_skip: bool = True,
     use_vmap: bool = False,
     device: torch.device | str = "cpu",
     **kwargs,
 ) -> Tensor:
     """The mask function of ``block_attn``; the arguments are those of ``transformers.masking_utils.sdpa_mask``.
 
-    A causal or bidirectional mask with padding on either side costs O(B * (Lq + Lk)). Any other function (sliding
-    windows, packed documents, image blocks) is evaluated for all pairs, as SDPA's mask is, and for each batch entry
-    only if it tells them apart.
+    Causal, sliding-window and bidirectional masks with padding on either side cost O(B * (Lq + Lk)). Any other function
+    (packed documents, image blocks, padding with holes) is evaluated for all pairs of row and key, as for SDPA, and for
+    each batch entry only if it tells them apart.
 
     Returns:
         int32 ``[B or 1, 1, Lq, 4]``, always: causality is never left to ``is_causal``.
 
     Raises ValueError, naming the first row, for a mask that is not of interval form.
     """
-    padding = None
-    start, stop = 0, kv_length
+    padding, start, stop = None, 0, kv_length
     if attention_mask is not None:
         missing = max(0, kv_offset + kv_length - attention_mask.shape[1])  # slots of a static cache not yet filled
         padding = nn.functional.pad(attention_mask.to(device, torch.bool), (0, missing))
-        keys = padding[:, kv_offset : kv_offset + kv_length]
-        first = keys.int().argmax(-1, keepdim=True)
-        end = first + keys.sum(-1, keepdim=True)
-        key = torch.arange(kv_length, device=device)
-        if not torch.compiler.is_compiling() and torch.equal(keys, (key >= first) & (key < end)):
-            padding, start, stop = None, first.int(), end.int()
+        if run := _only_run(padding[:, kv_offset : kv_offset + kv_length]):
+            padding, (start, stop) = None, run
 
-    if padding is None and mask_function in (causal_mask_function, bidirectional_mask_function):
-        nothing = torch.zeros(1, q_length, dtype=torch.int32, device=device)
-        end = nothing + kv_length
-        if mask_function is causal_mask_function:
-            end = nothing + (torch.arange(1, q_length + 1, device=device) + (q_offset - kv_offset)).int()
-        mask = IntervalMask(nothing, end, nothing, nothing, kv_length)
+    row = torch.arange(q_length, device=device) + q_offset
+    window = local_size if allow_is_causal_skip else None
+    keys = None if padding is not None else _elementary(mask_function, row, kv_offset + kv_length, window)
+    if keys is not None:
+        first, end = ((key - kv_offset).int()[None] for key in keys)
+        nothing = torch.zeros_like(end)
+        mask = IntervalMask(first, end, nothing, nothing, kv_length)
     else:
         visible = sdpa_mask(
             batch_size,
@@ -166,6 +164,39 @@ def block_attention(
         # The share of the softmax that the keys keep beside the sink: e^lse / (e^lse + e^sink).
         out = out * torch.sigmoid(lse - s_aux.to(lse.dtype)[:, None]).unsqueeze(-1).to(out.dtype)
     return out.transpose(1, 2).contiguous(), None
+
+
+def _only_run(keys: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Where the visible ones of the keys, bool [B, Lk], start and stop, int32 [B, 1] each; None where some row has
+    holes, or while a graph is traced and nothing can be known."""
+    start = keys.int().argmax(-1, keepdim=True)
+    stop = start + keys.sum(-1, keepdim=True)
+    key = torch.arange(keys.shape[1], device=keys.device)
+    if torch.compiler.is_compiling() or not torch.equal(keys, (key >= start) & (key < stop)):
+        return None
+    return start.int(), stop.int()
+
+
+def _elementary(
+    mask_function: Callable, row: Tensor, kv_end: int, window: int | None
+) -> tuple[Tensor, Tensor] | None:
+    """The first key of each row and the one after its last, [Lq] each, under the patterns of which transformers
+    composes masks: bidirectional, causal, sliding window; None for anything else.
+
+    A window comes with transformers' word that the function is causal and local, which is a sliding window or chunks:
+    the keys at the window's two edges tell, in every row.
+    """
+    if mask_function is bidirectional_mask_function:
+        return torch.zeros_like(row), torch.full_like(row, kv_end)
+    if mask_function is causal_mask_function:
+        return torch.zeros_like(row), row + 1
+    if window is None or torch.compiler.is_compiling():
+        return None
+    edges = row[:, None] + torch.tensor([-window, 1 - window, 0, 1], device=row.device)
+    zero = row.new_zeros(1, 1, 1, 1)
+    seen = mask_function(zero, zero, row[None, None, :, None], edges[None, None])
+    inside = torch.tensor([False, True, True, False], device=row.device)
+    return (row + 1 - window, row + 1) if torch.equal(seen, inside.expand_as(seen)) else None
 
 
 def _given(

@@ -21,7 +21,12 @@ from transformers import (
     LlamaForCausalLM,
     StaticCache,
 )
-from transformers.masking_utils import bidirectional_mask_function
+from transformers.masking_utils import (
+    bidirectional_mask_function,
+    chunked_causal_mask_function,
+    sdpa_mask,
+    sliding_window_causal_mask_function,
+)
 from transformers.models.gpt_oss.modeling_gpt_oss import eager_attention_forward as eager_with_sinks
 
 from dflash_ext import IntervalMask
@@ -329,19 +334,31 @@ def test_layers_that_name_their_kind_and_layers_that_do_not(layer_type, sliding_
     torch.testing.assert_close(got, block_attention(module, *qkv, masks[kind].to_bool())[0])
 
 
-def test_a_copied_packed_mask_never_reaches_beyond_the_keys():
+def test_a_copied_packed_mask_never_reaches_beyond_the_keys(monkeypatch):
     module, *qkv = attention_inputs()
     packed = as_attention_mask(IntervalMask.full(9, q_len=6))
     with pytest.raises(ValueError, match="over 9 keys, k has 6"):
         block_attention(module, *qkv, packed)
-    got = block_attention(module, *qkv, packed.clone())[0]
-    torch.testing.assert_close(got, block_attention(module, *qkv, None, is_causal=False)[0])
+    masks = []
+
+    def record(q, k, v, mask, **options):
+        masks.append(mask)
+        return q
+
+    monkeypatch.setattr("dflash_ext.integrations.attention.block_attn", record)
+    block_attention(module, *qkv, packed.clone())
+    assert masks[0].kv_len == 6 and masks[0].ctx_hi.eq(6).all()
 
 
 def test_plain_causal_masks_stay_linear_in_the_length(monkeypatch):
     monkeypatch.setattr("dflash_ext.integrations.attention.sdpa_mask", None)
     packed = interval_attention_mask(2, LENGTH, LENGTH, attention_mask=padding("both").bool())
     assert packed.dtype == torch.int32 and packed.shape == (2, 1, LENGTH, 4)
+    window = sliding_window_causal_mask_function(4)
+    packed = interval_attention_mask(
+        2, 3, 8, 7, 2, window, attention_mask=padding("left").bool()[:, :10], local_size=4
+    )
+    assert packed[:, 0, :, :2].tolist() == [[[4, 6], [4, 7], [4, 8]], [[2, 6], [3, 7], [4, 8]]]
     cached = interval_attention_mask(2, 3, 9, q_offset=torch.tensor(7), kv_offset=1)
     assert cached[0, 0, :, :2].tolist() == [[0, 7], [0, 8], [0, 9]]
     seen = torch.ones(1, 6, dtype=torch.bool)
@@ -349,6 +366,14 @@ def test_plain_causal_masks_stay_linear_in_the_length(monkeypatch):
         1, 1, 4, q_offset=5, kv_offset=3, attention_mask=seen, mask_function=bidirectional_mask_function
     )
     assert unfilled[0, 0, :, :2].tolist() == [[0, 3]]
+
+
+@pytest.mark.parametrize("q_offset", [0, 5])
+def test_chunks_are_not_taken_for_windows(q_offset):
+    start = torch.tensor([0, 3])
+    inputs = (2, 9, 14, q_offset, 0, chunked_causal_mask_function(4, start), padding("right").bool(), 4)
+    bounds = interval_attention_mask(*inputs)[:, 0].unbind(-1)
+    assert torch.equal(IntervalMask(*bounds, 14).to_bool(), sdpa_mask(*inputs, allow_is_causal_skip=False))
 
 
 def test_mask_functions_of_single_indices():
@@ -399,6 +424,7 @@ def test_compiles_whole():
         (dict(attention_mask=(torch.arange(LENGTH) % 3 == 0).expand(1, 1, LENGTH, -1)), "row 0 .* 5 separate runs"),
         (dict(attention_mask=torch.full((1, 1, LENGTH, LENGTH), -0.5)), "-0.5 in the mask"),
         (dict(attention_mask=torch.ones(1, 4, LENGTH, LENGTH).bool()), r"mask is \[1, 4, 14, 14\]"),
+        (dict(attention_mask=torch.ones(1, 1, LENGTH, LENGTH).int()), r"torch.int32 \[1, 1, 14, 14\]"),
         (dict(attention_mask=torch.ones(1, 1, LENGTH, LENGTH).long()), r"torch.int64 \[1, 1, 14, 14\]"),
         (dict(attention_mask=IntervalMask.causal(LENGTH).to_flex()), "attention_mask is a BlockMask"),
         (dict(attention_mask=as_attention_mask(IntervalMask.causal(9))), "the mask is for batch 1 and 9 rows"),
