@@ -116,7 +116,7 @@ def train(
     if (prompts is None) == (answers is None):
         raise ValueError("train needs either --prompts, which the target answers first, or --answers")
     model, tok = _load_target(target, tokenizer, dtype, device)
-    tap_choice = [int(t) for t in taps.split(",")] if "," in taps else _integer(taps, "--taps")
+    tap_choice = [_integer(t, "--taps") for t in taps.split(",")] if "," in taps else _integer(taps, "--taps")
     plain = Target(model)
     drafter = DFlashDrafter.for_target(
         plain,
@@ -300,6 +300,8 @@ def evaluate(
     from .progress import progress
 
     sets = {path.stem: read_conversations(path, limit=limit) for path in prompts}
+    if output and not output.parent.is_dir():
+        raise ValueError(f"{output.parent}: no such folder for --output")
     model, tok = _load_target(target, tokenizer, dtype, device)
     tapped, draft = _pair(model, drafter)
     results = {}
@@ -351,6 +353,8 @@ def _load_target(name: str, tokenizer: str | None, dtype: str | None, device: st
     kinds = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     if dtype is not None and dtype not in kinds:
         raise ValueError(f"dtype '{dtype}' is not supported; choose one of {', '.join(kinds)}")
+    if device is not None and device.split(":")[0] not in ("cpu", "cuda"):
+        raise ValueError(f"device '{device}' is not supported; choose cpu or cuda")
     where = torch.device(device) if device else None
     if where is not None and where.type == "cuda" and not torch.cuda.is_available():
         raise ValueError("there is no CUDA device here; leave --device out to run on the CPU")
@@ -374,7 +378,7 @@ def _mask_token(tokenizer, given: str | None) -> int:
         if tokenizer.mask_token_id is None:
             raise ValueError("the tokenizer has no mask token: name a spare one, by text or id, with --mask-token")
         return tokenizer.mask_token_id
-    if given.isdigit():
+    if given.isascii() and given.isdigit():
         return int(given)
     token = tokenizer.convert_tokens_to_ids(given)
     if token is None or token == tokenizer.unk_token_id:

@@ -1,9 +1,11 @@
 """What a user can get wrong is one line on standard error, exit code 2 and no traceback."""
 
 import json
+import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 from typer.testing import CliRunner
@@ -96,7 +98,7 @@ def wrong_cases(house):
     target, drafter, prompts = house / "target", house / "drafter", house / "prompts.jsonl"
     other, tokenizers = house / "other", house / "tokenizer"
     generate = ["generate", "--target", target, "--max-new-tokens", 4]
-    train = ["train", "--target", target, "--output", house / "out", "--steps", 1, "--mask-token", 96]
+    train = ["train", "--target", target, "--output", house / "out", "--steps", 1, "--taps", "3", "--mask-token", 96]
     bad = house / "bad.jsonl"
     bad.write_text('{"prompt": "w3"}\n{"prompt": \n')
     empty = house / "empty.jsonl"
@@ -112,6 +114,12 @@ def wrong_cases(house):
         (house / name / "config.json").write_text(json.dumps(config | change))
         (house / name / "model.safetensors").write_bytes((drafter / "model.safetensors").read_bytes())
     far = house / "far"
+    state = load_file(target / "model.safetensors")
+    for name in ("torn", "junk"):
+        shutil.copytree(target, house / name)
+    del state["model.layers.2.self_attn.k_proj.weight"]
+    save_file(state, house / "torn" / "model.safetensors")
+    (house / "junk" / "model.safetensors").write_bytes(b"not safetensors")
     word_tokenizer(200).save_pretrained(tokenizers / "larger")
     word_tokenizer(97, eos="w005").save_pretrained(tokenizers / "ends")
     return [
@@ -134,6 +142,14 @@ def wrong_cases(house):
         ([*train, "--prompts", prompts, "--block-size", 1], "block_size is 1"),
         ([*train, "--prompts", prompts, "--taps", "1,6"], "tap 6 is out of range"),
         ([*train, "--prompts", prompts, "--taps", "many"], "--taps is 'many'"),
+        ([*train, "--prompts", prompts, "--taps", "1,x"], "--taps is 'x'"),
+        ([*train, "--prompts", prompts, "--taps", "6"], "6 taps are not supported"),
+        ([*train, "--prompts", prompts, "--gamma", "0"], "gamma is 0"),
+        ([*generate, "w003", "--device", "meta"], "device 'meta' is not supported"),
+        ([*generate, "w003", "--block-size", 4], "needs a drafter"),
+        ([*generate, "w003", "--temperature", "inf"], "finite"),
+        ([*generate[:2], house / "torn", "w003"], "is not whole: 1 tensors are missing"),
+        ([*generate[:2], house / "junk", "w003"], "cannot read a target from"),
         ([*train[:-2], "--prompts", prompts], "has no mask token"),
         ([*train[:-2], "--prompts", prompts, "--mask-token", "nope"], "mask token 'nope'"),
         ([*train[:-2], "--prompts", prompts, "--mask-token", "500"], "mask token 500"),

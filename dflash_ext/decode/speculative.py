@@ -9,6 +9,7 @@ Greedy output is the target's own greedy output; at temperature > 0 rejection sa
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -57,15 +58,21 @@ def decode(
         ValueError: an empty prompt, one too long for the target, a block size that the drafter cannot fill, or a drafter
             made for another target.
     """
+    prompts = [list(map(int, prompt)) for prompt in prompts]
     if not prompts:
         raise ValueError("there is no prompt to decode")
     if empty := [i for i, prompt in enumerate(prompts) if len(prompt) == 0]:
         raise ValueError(f"prompt {empty[0]} has no tokens: a prompt needs at least one")
+    for index, prompt in enumerate(prompts):
+        if outside := [token for token in prompt if not 0 <= token < target.vocab_size]:
+            raise ValueError(f"prompt {index} has token {outside[0]}; the target's vocabulary has {target.vocab_size}")
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens is {max_new_tokens}: at least one token is decoded")
+    if batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size}: at least one row is decoded at a time")
     temperatures = [float(temperature)] * len(prompts) if isinstance(temperature, int | float) else list(temperature)
-    if len(temperatures) != len(prompts) or min(temperatures) < 0:
-        raise ValueError("temperature must be one number >= 0, or one for each prompt")
+    if len(temperatures) != len(prompts) or not all(t >= 0 and math.isfinite(t) for t in temperatures):
+        raise ValueError("temperature must be one finite number >= 0, or one for each prompt")
     longest, limit = max(map(len, prompts)), getattr(target.config, "max_position_embeddings", None)
     if limit is not None and longest + max_new_tokens > limit:
         raise ValueError(
@@ -103,7 +110,7 @@ def decode(
             draft_width=draft_width,
             max_new_tokens=max_new_tokens,
             temperatures=[temperatures[i] for i in indices],
-            seeds=[(seed << 40) + (index << 20) for index in indices],
+            seeds=[_row_seed(seed, index) for index in indices],
             filters={"top_k": top_k, "top_p": top_p},
         )
         anchors = batch.prefill()
@@ -129,8 +136,15 @@ def decode(
     return decoded
 
 
+def _row_seed(seed: int, index: int) -> int:
+    """A seed of 63 bits for a prompt; positions are added to it."""
+    return (seed * 0x9E3779B97F4A7C15 + (index << 24)) % 2**62
+
+
 def _draft_width(target: Target, drafter: DFlashDrafter | None, block_size: int | None) -> int:
     if drafter is None:
+        if block_size is not None:
+            raise ValueError(f"block size {block_size} needs a drafter: plain decoding drafts nothing")
         return 0
     drafter.check_target(target)
     if tuple(drafter.config.target_layer_ids) != target.tap_ids:

@@ -11,10 +11,17 @@ from .target import Target
 
 
 def default_taps(num_target_layers: int, count: int) -> list[int]:
-    """The layers that the DFlash paper taps: `count` of them, evenly from layer 1 to the third from last."""
+    """The layers that the DFlash paper taps: `count` of them, evenly from layer 1 to the third from last.
+
+    A target too shallow for that is tapped up to its last layer.
+    """
+    if not 1 <= count < num_target_layers:
+        most = num_target_layers - 1
+        raise ValueError(f"{count} taps are not supported: a target of {num_target_layers} layers takes 1 to {most}")
     if count == 1:
         return [num_target_layers // 2]
-    return [round(1 + i * (num_target_layers - 4) / (count - 1)) for i in range(count)]
+    last = num_target_layers - 3 if num_target_layers - 3 >= count else num_target_layers - 1
+    return [round(1 + i * (last - 1) / (count - 1)) for i in range(count)]
 
 
 class DFlashConfig(Qwen3Config):
@@ -71,6 +78,10 @@ class DFlashConfig(Qwen3Config):
         if not 0 <= mask_token_id < target.vocab_size:
             raise ValueError(f"mask token {mask_token_id} is not in the target's vocabulary of {target.vocab_size}")
         tap_ids = default_taps(target.num_layers, taps) if isinstance(taps, int) else list(taps)
+        if not tap_ids:
+            raise ValueError("a drafter needs at least one tap")
+        if num_layers < 1:
+            raise ValueError(f"num_layers is {num_layers}: a drafter has at least one layer")
         if bad := [t for t in tap_ids if not 0 <= t < target.num_layers]:
             raise ValueError(f"tap {bad[0]} is out of range: the target has layers 0 to {target.num_layers - 1}")
         dflash = {"mask_token_id": mask_token_id, "target_layer_ids": tap_ids}

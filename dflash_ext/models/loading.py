@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from huggingface_hub.errors import HFValidationError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from .drafter import DFlashDrafter
@@ -32,10 +31,14 @@ def load_target(
     device = device or default_device()
     dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
     try:
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, use_safetensors=True)
+        model, info = AutoModelForCausalLM.from_pretrained(
+            name, dtype=dtype, use_safetensors=True, output_loading_info=True
+        )
         tok = AutoTokenizer.from_pretrained(tokenizer or name)
-    except (OSError, HFValidationError) as error:
-        raise ValueError(f"cannot read a target from '{name}': {_first_line(error)}") from None
+    except Exception as error:  # transformers and safetensors raise many kinds for a file that is not what it should be
+        raise ValueError(f"cannot read a target from '{name}': {_first_line(error)}") from error
+    if missing := sorted(info.get("missing_keys") or ()):
+        raise ValueError(f"the target in '{name}' is not whole: {len(missing)} tensors are missing, as {missing[0]}")
     check_tokenizer(tok, model)
     return model.to(device).eval().requires_grad_(False), tok
 
@@ -75,7 +78,10 @@ def load_drafter(
     dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
     if not (Path(path) / "config.json").is_file():
         raise ValueError(f"no drafter in '{path}': there is no config.json")
-    config = DFlashConfig.from_pretrained(path)
+    try:
+        config = DFlashConfig.from_pretrained(path)
+    except Exception as error:
+        raise ValueError(f"cannot read the drafter's config in '{path}': {_first_line(error)}") from error
     if config.mask_token_id is None or not config.dflash_config.get("target_layer_ids"):
         raise ValueError(f"no drafter in '{path}': its config.json has no dflash_config with mask_token_id and taps")
     try:
@@ -87,8 +93,8 @@ def load_drafter(
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # they are reported below, in one line
         )
-    except (OSError, RuntimeError) as error:
-        raise ValueError(f"cannot read the drafter in '{path}': {_first_line(error)}") from None
+    except Exception as error:
+        raise ValueError(f"cannot read the drafter in '{path}': {_first_line(error)}") from error
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if keys := sorted(key if isinstance(key, str) else key[0] for key in info.get(problem) or ()):
             what = f"{len(keys)} {problem.replace('_', ' ')}, as {keys[0]}"

@@ -44,6 +44,15 @@ class Recipe:
     log_every: int = 10
     compile: bool = False
 
+    def __post_init__(self):
+        for name in ("steps", "batch_size", "accumulation", "anchors"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}: at least 1 is needed")
+        if self.gamma is not None and not self.gamma > 0:
+            raise ValueError(f"gamma is {self.gamma}: a decay above 0 is needed, or none for D-PACE weights")
+        if not self.learning_rate > 0:
+            raise ValueError(f"learning_rate is {self.learning_rate}: a rate above 0 is needed")
+
 
 def train_drafter(
     drafter: DFlashDrafter,
@@ -115,9 +124,10 @@ def train_drafter(
         if held_out is not None and len(held_out):
             trainer.evaluate()
     finally:
-        save_drafter(drafter, output, dtype=torch.bfloat16)
         log = [entry for entry in trainer.state.log_history if entry]
-        (output / "training.json").write_text(json.dumps({"recipe": asdict(recipe), "log": log}, indent=1) + "\n")
+        if trainer.state.global_step:  # a run that failed at once leaves an earlier drafter alone
+            save_drafter(drafter, output, dtype=torch.bfloat16)
+            (output / "training.json").write_text(json.dumps({"recipe": asdict(recipe), "log": log}, indent=1) + "\n")
     return log
 
 
