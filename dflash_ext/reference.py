@@ -317,7 +317,8 @@ def verify(
     picked = draft_tokens[..., None]
     p_token = p[:, :drafted].gather(-1, picked)[..., 0]
     q_token = q.gather(-1, picked)[..., 0]
-    passed = (uniforms[:, :drafted] * q_token < p_token) & real
+    # A token that q could not have drawn (the draft's logits are NaN, say) is no draft: p decides alone.
+    passed = (uniforms[:, :drafted] * q_token < p_token) & (q_token > 0) & real
     accepted = passed.cumprod(-1).sum(-1)
 
     row = torch.arange(batch, device=device)

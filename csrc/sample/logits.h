@@ -18,7 +18,9 @@ struct Filters {
 
   Filters(const FilterParams& p, int64_t row)
       : temperature(value_of<Real>(p.temperature, row)), top_k(value_of<Real>(p.top_k, row)),
-        top_p(value_of<Real>(p.top_p, row)), min_p(value_of<Real>(p.min_p, row)) {}
+        top_p(value_of<Real>(p.top_p, row)), min_p(value_of<Real>(p.min_p, row)) {
+    if (!(temperature > 0)) temperature = 0;  // a tensor's values are not checked: greedy is the safe reading
+  }
 };
 
 template <class T, class Real>

@@ -38,7 +38,7 @@ class Verifier {
     const double draw = uniform(row, p_.drafted);
     for (int64_t k = 0;; ++k) {
       Row<T, Real> target = filtered(logits(p_.target, p_.target_strides, row, k), filters, target_);
-      if (k == drafted) return {k, target.draw(draw)};
+      if (k == drafted) return {k, larger(target.draw(draw), int64_t(0))};
 
       const Masses<T, Real> p = target.probabilities();
       const int64_t drafted_token = tokens[k];
@@ -52,12 +52,14 @@ class Verifier {
         });
       } else {
         const Masses<T, Real> q = draft_probabilities(row, k, filters);
-        if (uniform(row, k) * q[drafted_token] < p[drafted_token]) continue;
+        // A token that q could not have drawn (the draft's logits are NaN, say) is no draft: p decides alone.
+        const Real chance = q[drafted_token];
+        if (chance > 0 && uniform(row, k) * chance < p[drafted_token]) continue;
         token = target.draw(draw, [&](int64_t i) DFLASH_LAMBDA { return larger(p.at(i) - q.at(i), Wide{}); });
       }
       // Where p = q the residual is nothing but rounding, and so was the rejection.
       if (token < 0) token = target.draw(draw, [&](int64_t i) DFLASH_LAMBDA { return p.at(i); });
-      return {k, token};
+      return {k, larger(token, int64_t(0))};  // without any mass (NaN) the first token, as argmax has it
     }
   }
 

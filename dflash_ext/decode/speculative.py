@@ -55,8 +55,8 @@ def decode(
         on_finish: called with a prompt's index and its completion as soon as it ends.
 
     Raises:
-        ValueError: an empty prompt, one too long for the target, a block size that the drafter cannot fill, or a drafter
-            made for another target.
+        ValueError: an empty prompt, one too long for the target or outside its vocabulary, a number out of range, a
+            block size that the drafter cannot fill, or a drafter made for another target.
     """
     prompts = [list(map(int, prompt)) for prompt in prompts]
     if not prompts:

@@ -179,6 +179,8 @@ def _check(hidden, head, target, weight, teacher, max_rows, chunk_rows) -> None:
         )
     if hidden.dtype != head.dtype and not torch.is_autocast_enabled(hidden.device.type):
         raise ValueError(f"hidden is {hidden.dtype}, head is {head.dtype}; they must be the same")
+    if target.is_floating_point() or target.dtype == torch.bool:
+        raise ValueError(f"target is {target.dtype}; an integer dtype is needed")
     for name, tensor in (("target", target), ("weight", weight)):
         if tensor is not None and tensor.shape != shape:
             raise ValueError(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -266,8 +268,11 @@ def _check_numbers(op: str, rows: int, **numbers: float | Tensor | None) -> None
     for name, value in numbers.items():
         if isinstance(value, Tensor) and value.shape != (rows,):
             raise ValueError(f"{op}: {name} is a tensor {list(value.shape)}; a number or [{rows}] is needed")
-        if not isinstance(value, Tensor) and value is not None and value < 0:
-            raise ValueError(f"{op}: {name} is {value}; it is not negative")
+        if isinstance(value, Tensor) or value is None:
+            continue
+        most = 1.0 if name == "min_p" else math.inf
+        if not 0 <= value <= most or (name == "temperature" and math.isinf(value)):
+            raise ValueError(f"{op}: {name} is {value}; a finite number from 0 to {most} is needed")
 
 
 def _check_seed(op: str, seed: Tensor, rows: int, device: torch.device) -> None:

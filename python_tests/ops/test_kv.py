@@ -228,7 +228,10 @@ def test_matches_the_definition(dtype, cache_dtype, heads, head_dim, rotary, opt
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"positions": torch.tensor([[0, 1, 2, 3], [4, 5, 11, 12]])}, "slot 12 of row 1, token 3, is outside the cache of 12"),
+        (
+            {"positions": torch.tensor([[0, 1, 2, 3], [4, 5, 11, 12]])},
+            "slot 12 of row 1, token 3, is outside the cache of 12",
+        ),
         (
             {"positions": torch.tensor([[0, 30, 2, 3]] * 2), "slots": torch.arange(4).expand(2, -1)},
             "position 30 of row 0, token 1, is outside the tables of 30 positions",
