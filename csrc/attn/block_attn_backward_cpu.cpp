@@ -11,7 +11,7 @@ template <class T, class Real>
 struct Backward {
   using B = Block<Real>;
   using X = typename B::X;
-  using Rows = RowTile<Real>;
+  using Rows = RowTile<B>;
   static constexpr int kHeight = B::kHeight, kVectors = B::kVectors, kLanes = B::kLanes, kWidth = B::kWidth;
 
   const AttentionBackwardParams& p;
@@ -97,7 +97,7 @@ struct Backward {
   }
 
   template <bool kMasked>
-  DFLASH_MEMBER void keep_probs(B& block, const Panel<Real>& panel, int64_t i, int64_t j, int64_t key) const {
+  DFLASH_MEMBER void keep_probs(B& block, const Panel<B>& panel, int64_t i, int64_t j, int64_t key) const {
     B::each([&](int m, int n) __attribute__((always_inline)) {
       const X score = scoring(block.at[m][n]);
       const X seen = kMasked ? (panel.sees(n, key + m) ? score : X{} - kInfinity) : score;
@@ -108,7 +108,7 @@ struct Backward {
     });
   }
 
-  void attend(const Panel<Real>& panel, int64_t i, Range tile, Range part) {
+  void attend(const Panel<B>& panel, int64_t i, Range tile, Range part) {
     const int64_t first = part.begin - tile.begin, last = part.end - tile.begin;
     const Real* const sloped = scoring.cap == 0 ? probs : grad_scores;
     for (int64_t j = first; j < last; j += kHeight) {

@@ -18,11 +18,11 @@ DFLASH_INLINE void write_row(const AttentionForwardParams& p, const Real* sums, 
   static_cast<Real*>(p.lse)[(b * p.heads + head) * p.q_len + i] = sum == 0 ? Real(-kInfinity) : max + log_of(sum);
 }
 
-template <class T, class Real>
+template <class T, class B>
 struct Forward {
-  using B = Block<Real>;
+  using Real = typename B::Number;
   using X = typename B::X;
-  using Rows = RowTile<Real>;
+  using Rows = RowTile<B>;
   static constexpr int kHeight = B::kHeight, kVectors = B::kVectors, kWidth = B::kWidth;
 
   const AttentionForwardParams& p;
@@ -79,7 +79,7 @@ struct Forward {
   }
 
   template <bool kMasked>
-  DFLASH_MEMBER void keep(B& block, const Panel<Real>& panel, int64_t key, X (&largest)[kVectors]) const {
+  DFLASH_MEMBER void keep(B& block, const Panel<B>& panel, int64_t key, X (&largest)[kVectors]) const {
     B::each([&](int m, int n) __attribute__((always_inline)) {
       X s = scoring(block.at[m][n]);
       if constexpr (kMasked) s = panel.sees(n, key + m) ? s : X{} - kInfinity;
@@ -88,7 +88,7 @@ struct Forward {
     });
   }
 
-  void attend(const Panel<Real>& panel, int64_t i, Range tile, Range part) {
+  void attend(const Panel<B>& panel, int64_t i, Range tile, Range part) {
     X largest[kVectors];
     for (int n = 0; n < kVectors; ++n) largest[n] = max[i][n];
     const int64_t first = part.begin - tile.begin, last = part.end - tile.begin;
@@ -172,10 +172,16 @@ static void combine(const AttentionForwardParams& p, int64_t index) {
   write_row<T>(p, sums, b, head, i, max, sum);
 }
 
+template <class T, class B>
+static void run_blocks(const AttentionForwardParams& p, int64_t thread) {
+  const int64_t scratch = thread * forward_scratch(p.head_dim) * sizeof(typename B::Number);
+  Forward<T, B> forward(p, {static_cast<char*>(p.scratch) + scratch});
+  take_items(p, p.batch * p.kv_heads * row_tiles_of(p) * p.splits, [&](int64_t item) { forward.run(item); });
+}
+
 template <class T, class Real>
 static void run_forward(const AttentionForwardParams& p, int64_t thread) {
-  Forward<T, Real> forward(p, {static_cast<char*>(p.scratch) + thread * forward_scratch(p.head_dim) * sizeof(Real)});
-  take_items(p, p.batch * p.kv_heads * row_tiles_of(p) * p.splits, [&](int64_t item) { forward.run(item); });
+  rows_of(p) <= Block<Real>::kLanes ? run_blocks<T, Block<Real, 1>>(p, thread) : run_blocks<T, Block<Real>>(p, thread);
 }
 
 void block_attn(const AttentionForwardParams& p, int64_t thread, int64_t) {

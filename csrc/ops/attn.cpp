@@ -196,11 +196,14 @@ Tensor decode(Tensor q, Tensor k_cache, Tensor v_cache, Tensor ctx_lo, Tensor ct
   p.kv_len = std::min(p.kv_len, end_of(p.mask, p.mask.batch == 0 ? p.q_len : p.batch * p.q_len));
   p.splits = std::max<int64_t>(1, (p.kv_len + kSplitLen - 1) / kSplitLen);
   p.split_len = kSplitLen;
-  const int64_t rows = p.batch * p.heads * p.q_len, kept = p.splits == 1 ? 0 : p.splits * rows;
-  Tensor partial_out = new_empty(q, {kept * p.head_dim}, real_of(q));
-  Tensor partial_stats = new_empty(q, {kept * 2}, real_of(q));
-  p.partial_out = partial_out.data_ptr();
-  p.partial_stats = partial_stats.data_ptr();
+  const int64_t rows = p.batch * p.heads * p.q_len;
+  std::optional<Tensor> partial_out, partial_stats;
+  if (p.splits > 1) {
+    partial_out = new_empty(q, {p.splits * rows * p.head_dim}, real_of(q));
+    partial_stats = new_empty(q, {p.splits * rows * 2}, real_of(q));
+  }
+  p.partial_out = optional_data<void>(partial_out);
+  p.partial_stats = optional_data<void>(partial_stats);
   run_forward(p, q);
   check(!page_missing, kOp, ": a row sees keys whose entry in block_table is not one of the ", p.pages.count, " pages");
   if (p.splits > 1 && rows > 0) run_on_cpu(block_attn_combine, p, rows, 64);

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NoReturn
+
 import torch
 from torch import Tensor
 
@@ -147,15 +149,20 @@ def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 def _check(op: str, q: Tensor, k: Tensor, v: Tensor, softcap: float | None, paged: bool = False) -> None:
     """q [B, Hq, Lq, D] against k and v [B or pages, Hkv, Lk or page_size, D]."""
-    shapes = f"q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}"
-    if not q.dim() == k.dim() == v.dim() == 4:
-        raise ValueError(f"{op}: {shapes}; four dimensions each are needed")
-    if k.shape != v.shape or q.shape[3] != k.shape[3] or not (paged or q.shape[0] == k.shape[0]):
-        raise ValueError(f"{op}: {shapes} do not fit: q [B, Hq, Lq, D] and k, v [B, Hkv, Lk, D] are needed")
-    if q.shape[1] % k.shape[1]:
-        raise ValueError(f"{op}: {q.shape[1]} query heads are no multiple of {k.shape[1]} key heads")
-    if q.shape[3] % 8 or not 8 <= q.shape[3] <= 512:
-        raise ValueError(f"{op}: head_dim is {q.shape[3]}; multiples of 8 up to 512 are supported")
+    q_shape, k_shape = q.shape, k.shape
+
+    def fail(what: str) -> NoReturn:
+        raise ValueError(f"{op}: q {list(q_shape)}, k {list(k_shape)}, v {list(v.shape)}{what}")
+
+    if not len(q_shape) == len(k_shape) == v.dim() == 4:
+        fail("; four dimensions each are needed")
+    batch, heads, _, head_dim = q_shape
+    if k_shape != v.shape or head_dim != k_shape[3] or not (paged or batch == k_shape[0]):
+        fail(" do not fit: q [B, Hq, Lq, D] and k, v [B, Hkv, Lk, D] are needed")
+    if heads % k_shape[1]:
+        raise ValueError(f"{op}: {heads} query heads are no multiple of {k_shape[1]} key heads")
+    if head_dim % 8 or not 8 <= head_dim <= 512:
+        raise ValueError(f"{op}: head_dim is {head_dim}; multiples of 8 up to 512 are supported")
     if not q.dtype == k.dtype == v.dtype or q.dtype not in DTYPES:
         raise ValueError(
             f"{op}: q is {q.dtype}, k {k.dtype}, v {v.dtype}; "

@@ -6,12 +6,14 @@
 
 namespace dflash::DFLASH_ISA {
 
-template <class Real>
+// kVectors: 2, or 1 where that is already wider than all there is to do.
+template <class Real, int kVectors_ = 2>
 struct Block {
   static constexpr int kLanes = kVectorBytes / sizeof(Real);
-  static constexpr int kVectors = 2;
+  static constexpr int kVectors = kVectors_;
   static constexpr int kWidth = kVectors * kLanes;
-  static constexpr int kHeight = kVectorBytes == 64 ? 8 : 4;  // all accumulators stay in registers
+  static constexpr int kHeight = kVectorBytes == 64 || kVectors == 1 ? 8 : 4;  // all accumulators stay in registers
+  using Number = Real;
   using X = Vector<Real, kLanes>;
 
   X at[kHeight][kVectors];

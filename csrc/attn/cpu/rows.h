@@ -47,10 +47,10 @@ struct KeyIndex<double> {
   using type = uint64_t;
 };
 
-template <class Real>
+template <class Block>
 struct Panel {
-  using B = Block<Real>;
-  using Key = typename KeyIndex<Real>::type;
+  using B = Block;
+  using Key = typename KeyIndex<typename B::Number>::type;
   using Index = Vector<Key, B::kLanes>;
 
   // By row: where an interval begins and how long it is.

@@ -30,16 +30,16 @@ DFLASH_INLINE void copy_row(Real* to, const T* from, int64_t dim) {
   for (int64_t d = 0; d < dim; d += 8) store(to + d, load<X>(from + d));
 }
 
-template <class Real>
+template <class Block>
 struct RowTile {
-  static constexpr int kPanels = kRowTile / Block<Real>::kWidth;
+  static constexpr int kWidth = Block::kWidth, kPanels = kRowTile / kWidth;
 
   int64_t b, kv_head, group;
   int64_t first, count;                // rows
   int64_t first_position, positions;
   Visible visible[kRowTile];           // by position
   Range keys;                          // all that is seen lies within
-  Panel<Real> panels[kPanels];
+  Panel<Block> panels[kPanels];
 
   // `within`: the keys that count.
   RowTile(const AttentionParams& p, int64_t b, int64_t kv_head, int64_t first, Range within)
@@ -52,12 +52,10 @@ struct RowTile {
       visible[i] = visible_at(p.mask, b, first_position + i, within);
       keys = keys.unite(visible[i].context).unite(visible[i].block);
     }
-    for (int64_t row = 0; row < panel_count() * Block<Real>::kWidth; ++row) {
-      panels[row / Block<Real>::kWidth].set(row % Block<Real>::kWidth, sight(row));
-    }
+    for (int64_t row = 0; row < panel_count() * kWidth; ++row) panels[row / kWidth].set(row % kWidth, sight(row));
   }
 
-  DFLASH_MEMBER int64_t panel_count() const { return (count + Block<Real>::kWidth - 1) / Block<Real>::kWidth; }
+  DFLASH_MEMBER int64_t panel_count() const { return (count + kWidth - 1) / kWidth; }
 
   // The last panel's lanes behind the last row repeat it.
   DFLASH_MEMBER int64_t clamped(int64_t row) const { return first + (row < count ? row : count - 1); }
@@ -74,8 +72,8 @@ struct RowTile {
     }
   }
 
-  // seen[j]: whether any row sees key tile.begin + j. False if there is none.
-  DFLASH_MEMBER bool find_seen(Range tile, bool* seen) const {
+  // seen[j]: whether any row sees key tile.begin + j. Returns how many are seen.
+  DFLASH_MEMBER int find_seen(Range tile, bool* seen) const {
     int32_t edges[kKeyTile + 1] = {};
     for (int64_t i = 0; i < positions; ++i) {
       for (const Range part : {visible[i].context.intersect(tile), visible[i].block.intersect(tile)}) {
@@ -84,41 +82,55 @@ struct RowTile {
         --edges[part.end - tile.begin];
       }
     }
-    bool any = false;
+    int total = 0;
     for (int64_t j = 0, depth = 0; j < kKeyTile; ++j) {
       depth += edges[j];
       seen[j] = depth > 0;
-      any |= seen[j];
+      total += seen[j];
     }
-    return any;
+    return total;
   }
 };
 
-// Keys and values of a tile as rows of Real. Those that no row sees are zeros, whatever memory holds there.
+// Keys and values of a tile as rows of Real, one behind the other.
 template <class T, class Real>
 struct KeyTile {
   const AttentionParams& p;
-  Real *k, *v;  // [kKeyTile, head_dim]
+  Real *k_copy, *v_copy;
+  const Real *k, *v;  // [kKeyTile, head_dim]
 
   KeyTile(const AttentionParams& p, Scratch& scratch)
-      : p(p), k(scratch.take<Real>(kKeyTile * p.head_dim)), v(scratch.take<Real>(kKeyTile * p.head_dim)) {}
+      : p(p),
+        k_copy(scratch.take<Real>(kKeyTile * p.head_dim)),
+        v_copy(scratch.take<Real>(kKeyTile * p.head_dim)) {}
 
-  // Returns false, and loads nothing, where no row sees any of the keys.
-  DFLASH_MEMBER bool load(const RowTile<Real>& rows, Range tile) {
+  // Returns false, and loads nothing, where no row sees any of the keys. Rows that are all seen and lie in memory as
+  // they should stay there. In a copy, keys that no row sees are zeros, whatever memory holds.
+  template <class Rows>
+  DFLASH_MEMBER bool load(const Rows& rows, Range tile) {
     bool seen[kKeyTile];
-    if (!rows.find_seen(tile, seen)) return false;
-    for (int64_t j = 0; j < kKeyTile; ++j) {
-      Real* const to[] = {k + j * p.head_dim, v + j * p.head_dim};
-      const Place place = seen[j] ? place_of(rows.b, tile.begin + j) : Place{-1, 0};
-      if (place.outer < 0) {
-        for (Real* x : to) __builtin_memset(x, 0, p.head_dim * sizeof(Real));
-      } else {
-        copy_row(to[0], row_of(static_cast<const T*>(p.k), p.k_strides, place.outer, rows.kv_head, place.row),
-                 p.head_dim);
-        copy_row(to[1], row_of(static_cast<const T*>(p.v), p.v_strides, place.outer, rows.kv_head, place.row),
-                 p.head_dim);
+    const int total = rows.find_seen(tile, seen);
+    if (total == 0) return false;
+    if constexpr (__is_same(T, Real)) {
+      if (total == kKeyTile && !p.pages.table && p.k_strides.row == p.head_dim && p.v_strides.row == p.head_dim) {
+        k = key_row(rows, {rows.b, tile.begin});
+        v = value_row(rows, {rows.b, tile.begin});
+        return true;
       }
     }
+    for (int64_t j = 0; j < kKeyTile; ++j) {
+      Real *const to_k = k_copy + j * p.head_dim, *const to_v = v_copy + j * p.head_dim;
+      const Place place = seen[j] ? place_of(rows.b, tile.begin + j) : Place{-1, 0};
+      if (place.outer < 0) {
+        __builtin_memset(to_k, 0, p.head_dim * sizeof(Real));
+        __builtin_memset(to_v, 0, p.head_dim * sizeof(Real));
+      } else {
+        copy_row(to_k, key_row(rows, place), p.head_dim);
+        copy_row(to_v, value_row(rows, place), p.head_dim);
+      }
+    }
+    k = k_copy;
+    v = v_copy;
     return true;
   }
 
@@ -134,6 +146,14 @@ struct KeyTile {
     if (0 <= page && page < pages.count) return {page, key % pages.page_size};
     __atomic_store_n(pages.missing, true, __ATOMIC_RELAXED);
     return {-1, 0};
+  }
+  template <class Rows>
+  DFLASH_MEMBER const T* key_row(const Rows& rows, Place place) const {
+    return row_of(static_cast<const T*>(p.k), p.k_strides, place.outer, rows.kv_head, place.row);
+  }
+  template <class Rows>
+  DFLASH_MEMBER const T* value_row(const Rows& rows, Place place) const {
+    return row_of(static_cast<const T*>(p.v), p.v_strides, place.outer, rows.kv_head, place.row);
   }
 };
 
