@@ -409,9 +409,14 @@ def test_compiles_whole():
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     masks = layer_masks("gemma3", prefix_len=5)
     dense = each(masks, lambda mask: mask.to_bool())
-    for inputs in ({}, dict(attention_mask=padding("left")), dict(interval_mask=masks), dict(attention_mask=dense)):
-        want = model(ids, use_cache=False, **inputs).logits
-        torch.testing.assert_close(compiled(ids, use_cache=False, **inputs).logits, want)
+    for inputs in (
+        dict(use_cache=False),
+        dict(use_cache=True),
+        dict(use_cache=False, attention_mask=padding("left")),
+        dict(use_cache=False, attention_mask=dense),
+        dict(use_cache=False, interval_mask=masks),
+    ):
+        torch.testing.assert_close(compiled(ids, **inputs).logits, model(ids, **inputs).logits)
     with pytest.raises(ValueError, match="row 8 of batch entry 1"):
         compiled(ids, use_cache=False, attention_mask=THREE_RUNS)
 
