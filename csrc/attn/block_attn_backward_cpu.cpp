@@ -98,7 +98,7 @@ struct Backward {
 
   template <bool kMasked>
   DFLASH_MEMBER void keep_probs(B& block, const Panel<B>& panel, int64_t i, int64_t j, int64_t key) const {
-    B::each([&](int m, int n) __attribute__((always_inline)) {
+    B::each([&](int m, int n) DFLASH_LAMBDA {
       const X score = scoring(block.at[m][n]);
       const X seen = kMasked ? (panel.sees(n, key + m) ? score : X{} - kInfinity) : score;
       const X prob = weight_of(seen - load<X>(lse + i * kWidth + n * kLanes));
@@ -118,7 +118,7 @@ struct Backward {
       panel.all_see({key, key + kHeight}) ? keep_probs<false>(block, panel, i, j, key)
                                           : keep_probs<true>(block, panel, i, j, key);
       block.multiply(keys.v + j * dim, dim, 1, grad_out_lanes + i * dim * kWidth, kWidth, dim);
-      B::each([&](int m, int n) __attribute__((always_inline)) {
+      B::each([&](int m, int n) DFLASH_LAMBDA {
         const int64_t at = (j + m) * kWidth + n * kLanes;
         const X difference = block.at[m][n] - load<X>(delta + i * kWidth + n * kLanes);
         store(grad_scores + at, load<X>(sloped + at) * difference);

@@ -80,7 +80,7 @@ struct Forward {
 
   template <bool kMasked>
   DFLASH_MEMBER void keep(B& block, const Panel<B>& panel, int64_t key, X (&largest)[kVectors]) const {
-    B::each([&](int m, int n) __attribute__((always_inline)) {
+    B::each([&](int m, int n) DFLASH_LAMBDA {
       X s = scoring(block.at[m][n]);
       if constexpr (kMasked) s = panel.sees(n, key + m) ? s : X{} - kInfinity;
       largest[n] = s > largest[n] ? s : largest[n];
@@ -121,7 +121,7 @@ struct Forward {
       Real* const o = out + (i * dim + d) * kWidth;
       B block;
       block.multiply(keys.v + first * dim + d, 1, dim, scores + first * kWidth, kWidth, last - first);
-      B::each([&](int m, int n) __attribute__((always_inline)) {
+      B::each([&](int m, int n) DFLASH_LAMBDA {
         block.at[m][n] += load<X>(o + m * kWidth + n * B::kLanes) * shrink[n];
       });
       block.store_to(o, kWidth);

@@ -26,7 +26,8 @@ constexpr int64_t kBackwardItems = 16;
 
 HeadStrides head_strides(const char* op, const char* name, const Tensor& x) {
   check(x.dim() == 4, op, ": ", name, " has ", x.dim(), " dimensions; 4 are needed");
-  check(x.stride(3) == 1 || x.numel() == 0, op, ": the last dimension of ", name, " has stride ", x.stride(3), "; 1 is needed");
+  check(x.stride(3) == 1 || x.numel() == 0, op, ": the last dimension of ", name, " has stride ", x.stride(3),
+        "; 1 is needed");
   return {x.stride(0), x.stride(1), x.stride(2)};
 }
 

@@ -12,7 +12,7 @@ struct Block {
   static constexpr int kLanes = kVectorBytes / sizeof(Real);
   static constexpr int kVectors = kVectors_;
   static constexpr int kWidth = kVectors * kLanes;
-  static constexpr int kHeight = kVectorBytes == 64 || kVectors == 1 ? 8 : 4;  // all accumulators stay in registers
+  static constexpr int kHeight = kVectorBytes == 64 || kVectors == 1 ? 8 : 4;  // accumulators stay in registers
   using Number = Real;
   using X = Vector<Real, kLanes>;
 
@@ -29,13 +29,13 @@ struct Block {
   }
 
   DFLASH_MEMBER void add(const Block& other) {
-    each([&](int m, int n) __attribute__((always_inline)) { at[m][n] += other.at[m][n]; });
+    each([&](int m, int n) DFLASH_LAMBDA { at[m][n] += other.at[m][n]; });
   }
   DFLASH_MEMBER void store_to(Real* c, int64_t stride) const {
-    each([&](int m, int n) __attribute__((always_inline)) { store(c + m * stride + n * kLanes, at[m][n]); });
+    each([&](int m, int n) DFLASH_LAMBDA { store(c + m * stride + n * kLanes, at[m][n]); });
   }
   DFLASH_MEMBER void add_to(Real* c, int64_t stride) const {
-    each([&](int m, int n) __attribute__((always_inline)) {
+    each([&](int m, int n) DFLASH_LAMBDA {
       store(c + m * stride + n * kLanes, load<X>(c + m * stride + n * kLanes) + at[m][n]);
     });
   }
@@ -48,7 +48,8 @@ struct Block {
     multiply_piece(a, a_row, a_step, b, b_step, depth < kPiece ? depth : kPiece);
     for (int64_t k = kPiece; k < depth; k += kPiece) {
       Block more;
-      more.multiply_piece(a + k * a_step, a_row, a_step, b + k * b_step, b_step, depth - k < kPiece ? depth - k : kPiece);
+      const int64_t rest = depth - k < kPiece ? depth - k : kPiece;
+      more.multiply_piece(a + k * a_step, a_row, a_step, b + k * b_step, b_step, rest);
       add(more);
     }
   }
@@ -56,12 +57,12 @@ struct Block {
  private:
   DFLASH_MEMBER void multiply_piece(const Real* a, int64_t a_row, int64_t a_step, const Real* b, int64_t b_step,
                                     int64_t depth) {
-    each([&](int m, int n) __attribute__((always_inline)) { at[m][n] = X{}; });
+    each([&](int m, int n) DFLASH_LAMBDA { at[m][n] = X{}; });
     for (int64_t k = 0; k < depth; ++k) {
       X bk[kVectors];
 #pragma GCC unroll 2
       for (int n = 0; n < kVectors; ++n) bk[n] = load<X>(b + k * b_step + n * kLanes);
-      each([&](int m, int n) __attribute__((always_inline)) { at[m][n] += a[m * a_row + k * a_step] * bk[n]; });
+      each([&](int m, int n) DFLASH_LAMBDA { at[m][n] += a[m * a_row + k * a_step] * bk[n]; });
     }
   }
 };

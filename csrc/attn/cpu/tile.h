@@ -74,6 +74,11 @@ struct RowTile {
 
   // seen[j]: whether any row sees key tile.begin + j. Returns how many are seen.
   DFLASH_MEMBER int find_seen(Range tile, bool* seen) const {
+    for (int64_t i = 0; i < panel_count(); ++i) {
+      if (!panels[i].all_see(tile)) continue;
+      __builtin_memset(seen, true, kKeyTile);
+      return kKeyTile;
+    }
     int32_t edges[kKeyTile + 1] = {};
     for (int64_t i = 0; i < positions; ++i) {
       for (const Range part : {visible[i].context.intersect(tile), visible[i].block.intersect(tile)}) {
