@@ -13,14 +13,14 @@ static void sample_rows(const SampleParams& p, int64_t begin, int64_t end) {
     row.read();
 
     const auto set = [&](SampleReal which, Real value) { static_cast<Real*>(p.reals)[which * p.rows + n] = value; };
-    int64_t token = larger(row.argmax(), int64_t(0));
+    int64_t token = row.argmax();
     if (filters.temperature == 0) {
       set(kPivot, row.max());
       set(kNormaliser, row.max());
       set(kFilteredEntropy, 0);
     } else {
       if (p.filters.any) row.filter(filters);
-      token = larger(row.draw(uniform_of(p.seed, kSampleStream, n, 0)), int64_t(0));
+      token = row.draw(uniform_of(p.seed, kSampleStream, n, 0));
       set(kPivot, row.pivot());
       set(kNormaliser, row.normaliser());
       set(kFilteredEntropy, row.kept().entropy());

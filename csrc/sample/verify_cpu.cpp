@@ -38,7 +38,7 @@ class Verifier {
     const double draw = uniform(row, p_.drafted);
     for (int64_t k = 0;; ++k) {
       Row<T, Real> target = filtered(logits(p_.target, p_.target_strides, row, k), filters, target_);
-      if (k == drafted) return {k, larger(target.draw(draw), int64_t(0))};
+      if (k == drafted) return {k, target.draw(draw)};
 
       const Masses<T, Real> p = target.probabilities();
       const int64_t drafted_token = tokens[k];
@@ -52,7 +52,7 @@ class Verifier {
         });
       } else {
         const Masses<T, Real> q = draft_probabilities(row, k, filters);
-        // A token that q could not have drawn (the draft's logits are NaN, say) is no draft: p decides alone.
+        // A token that q could not have drawn (its logits are NaN, say) is rejected.
         const Real chance = q[drafted_token];
         if (chance > 0 && uniform(row, k) * chance < p[drafted_token]) continue;
         token = target.draw(draw, [&](int64_t i) DFLASH_LAMBDA { return larger(p.at(i) - q.at(i), Wide{}); });

@@ -152,6 +152,22 @@ def test_a_rejection_that_is_nothing_but_rounding_draws_from_the_target():
     assert got.accepted == 0 and got.next_token == want.next_token
 
 
+@pytest.mark.parametrize("hopeless", [math.nan, -math.inf])
+def test_logits_without_hope_still_give_a_token_of_the_vocabulary(hopeless):
+    target = torch.full((1, 2, 70), hopeless)
+    uniforms = torch.full((1, 2), 0.5, dtype=torch.float64)
+    for given in ({}, {"draft_logits": target[:, :1]}, {"top_k": 3}, {"top_p": 0.5}):
+        got = verify(torch.tensor([[69]]), target, uniforms=uniforms, temperature=1.0, **given)
+        assert got.accepted == 0 and 0 <= got.next_token < 70
+
+
+def test_a_token_that_the_draft_could_not_have_drawn_is_rejected():
+    target, drafter = torch.zeros(1, 2, 6), torch.zeros(1, 1, 6)
+    drafter[..., 4] = -math.inf
+    uniforms = torch.full((1, 2), 0.5, dtype=torch.float64)
+    assert verify(torch.tensor([[4]]), target, draft_logits=drafter, uniforms=uniforms, temperature=1.0).accepted == 0
+
+
 def test_logits_of_two_dtypes_and_of_any_strides():
     draft, target, given = case(100, torch.float32, "logits", OPTIONS["top-p"], 4)
     coarse = given["draft_logits"].bfloat16()
