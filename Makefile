@@ -8,6 +8,8 @@
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 ARGS ?=
+# Threads that spin while they wait bring a machine with other work on it to a crawl.
+export OMP_WAIT_POLICY ?= PASSIVE
 
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
