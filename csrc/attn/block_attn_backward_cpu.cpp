@@ -50,7 +50,7 @@ struct Backward {
     const int64_t size = padded(p.kv_len) * width;
     grad_k = static_cast<Real*>(p.partial) + (split * p.batch * p.kv_heads + head) * 2 * size;
     grad_v = grad_k + size;
-    __builtin_memset(grad_k, 0, 2 * size * sizeof(Real));
+    if (size > 0) __builtin_memset(grad_k, 0, 2 * size * sizeof(Real));
     for (int64_t t = split; t < row_tiles_of(p); t += p.splits) {
       const Rows rows(p, head / p.kv_heads, head % p.kv_heads, t * kRowTile, {0, p.kv_len});
       begin(rows);
