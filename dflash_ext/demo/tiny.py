@@ -22,7 +22,7 @@ from ..train import Recipe, train_drafter
 from .compare import compare
 
 VOCAB, CONTEXT = 1024, 128
-TARGET_STEPS, DRAFTER_STEPS = 450, 200
+TARGET_STEPS, DRAFTER_STEPS = 320, 150
 ANSWERS, ANSWER_TOKENS = 160, 64
 
 
