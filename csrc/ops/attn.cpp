@@ -170,12 +170,13 @@ std::tuple<Tensor, Tensor, Tensor> backward(Tensor grad_out, std::optional<Tenso
 }
 
 Tensor decode(Tensor q, Tensor k_cache, Tensor v_cache, Tensor ctx_lo, Tensor ctx_hi, Tensor blk_lo, Tensor blk_hi,
-              std::optional<Tensor> block_table, double scale, double softcap) {
+              int64_t kv_len, std::optional<Tensor> block_table, double scale, double softcap) {
   constexpr const char* kOp = "block_attn_decode";
   AttentionForwardParams p{};
   set_inputs(kOp, p, q, k_cache, v_cache, {ctx_lo, ctx_hi, blk_lo, blk_hi}, scale, softcap);
   for (int i = 0; i < 3; ++i) check(k_cache.size(i) == v_cache.size(i), kOp, ": the two caches must have one shape");
   bool page_missing = false;
+  int64_t capacity;
   if (block_table) {  // pages [pages, page_size, Hkv, D]
     check(block_table->scalar_type() == ScalarType::Int && block_table->dim() == 2 &&
               block_table->size(0) == p.batch && block_table->is_contiguous() && block_table->is_cpu(),
@@ -184,17 +185,18 @@ Tensor decode(Tensor q, Tensor k_cache, Tensor v_cache, Tensor ctx_lo, Tensor ct
                k_cache.size(0), &page_missing};
     for (HeadStrides* strides : {&p.k_strides, &p.v_strides}) std::swap(strides->head, strides->row);
     p.kv_heads = k_cache.size(2);
-    p.kv_len = p.pages.max_pages * p.pages.page_size;
+    capacity = p.pages.max_pages * p.pages.page_size;
   } else {
     check(k_cache.size(0) == p.batch, kOp, ": the caches are for batch ", k_cache.size(0), ", q for ", p.batch);
     p.kv_heads = k_cache.size(1);
-    p.kv_len = k_cache.size(2);
+    capacity = k_cache.size(2);
   }
+  check(0 <= kv_len && kv_len <= capacity, kOp, ": the mask is over ", kv_len, " keys, the cache has ", capacity);
   check_heads(kOp, p);
   Tensor out = torch::stable::empty_like(q);
   p.out = out.data_ptr();
   p.out_strides = head_strides(kOp, "out", out);
-  p.kv_len = std::min(p.kv_len, end_of(p.mask, p.mask.batch == 0 ? p.q_len : p.batch * p.q_len));
+  p.kv_len = std::min(kv_len, end_of(p.mask, p.mask.batch == 0 ? p.q_len : p.batch * p.q_len));
   p.splits = std::max<int64_t>(1, (p.kv_len + kSplitLen - 1) / kSplitLen);
   p.split_len = kSplitLen;
   const int64_t rows = p.batch * p.heads * p.q_len;
@@ -223,7 +225,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(dflash_ext, m) {
       "-> (Tensor grad_q, Tensor grad_k, Tensor grad_v)");
   m.def(
       "block_attn_decode(Tensor q, Tensor k_cache, Tensor v_cache, Tensor ctx_lo, Tensor ctx_hi, Tensor blk_lo, "
-      "Tensor blk_hi, Tensor? block_table, float scale, float softcap) -> Tensor");
+      "Tensor blk_hi, SymInt kv_len, Tensor? block_table, float scale, float softcap) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(dflash_ext, CPU, m) {

@@ -10,6 +10,7 @@ from torch import Tensor
 from .. import reference
 from ..library import load
 from ..masks import IntervalMask
+from .devices import autocast_dtype, check_one_device
 from .serving import warn_once
 
 load()
@@ -47,8 +48,9 @@ def block_attn(
     Sums are in float32, in float64 for float64. On the CPU the result does not depend on the number of threads,
     and gradients are always deterministic. Under autocast q, k and v are cast to its dtype.
 
-    Raises ValueError for arguments that do not fit together.
+    Raises ValueError for arguments that do not fit together, TypeError for a mask that is no IntervalMask.
     """
+    _check_places("block_attn", mask, q=q, k=k, v=v)
     q, k, v = _autocast(q, k, v)
     _check("block_attn", q, k, v, softcap)
     _check_mask("block_attn", q, mask)
@@ -88,10 +90,10 @@ def block_attn_decode(
     Returns:
         ``[B, Hq, Lq, D]`` in q's dtype, 0 for rows that see no key.
 
-    Raises ValueError for arguments that do not fit together.
+    Raises ValueError for arguments that do not fit together, TypeError for a mask that is no IntervalMask.
     """
+    _check_places("block_attn_decode", mask, q=q, k_cache=k_cache, v_cache=v_cache, block_table=block_table)
     q, k_cache, v_cache = _autocast(q, k_cache, v_cache)
-    _check_mask("block_attn_decode", q, mask)
     if block_table is None:
         _check("block_attn_decode", q, k_cache, v_cache, softcap)
         capacity = k_cache.shape[2]
@@ -103,14 +105,16 @@ def block_attn_decode(
                 f"block_attn_decode: block_table is {block_table.dtype} {list(block_table.shape)}; "
                 f"int32 [{q.shape[0]}, max_pages] is needed"
             )
+        block_table = block_table.contiguous()
         capacity = block_table.shape[1] * k_cache.shape[1]
+    _check_mask("block_attn_decode", q, mask)
     if mask.kv_len > capacity:
         raise ValueError(f"block_attn_decode: the mask is over {mask.kv_len} keys, the cache has {capacity}")
     warn_once("block_attn_decode", q.device)
     with torch.no_grad():
         if not q.is_cuda:
             scaling = _scaling(q, scale, softcap)
-            return _native.block_attn_decode(q, k_cache, v_cache, *_bounds(mask), block_table, *scaling)
+            return _native.block_attn_decode(q, k_cache, v_cache, *_bounds(mask), mask.kv_len, block_table, *scaling)
         return reference.block_attn_decode(
             q, k_cache, v_cache, mask, block_table=block_table, scale=scale, softcap=softcap
         )
@@ -140,11 +144,19 @@ def _scaled_dot_product(q: Tensor, k: Tensor, v: Tensor, mask: IntervalMask, sca
 
 
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device):
+    dtype = autocast_dtype(tensors[0].device)
+    if dtype is None:
         return tensors
-    dtype = torch.get_autocast_dtype(device)
     return tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in tensors)
+
+
+def _check_places(op: str, mask: IntervalMask, **tensors: Tensor | None) -> None:
+    if not isinstance(mask, IntervalMask):
+        raise TypeError(
+            f"{op}: mask is a {type(mask).__name__}; an IntervalMask is needed, which IntervalMask.full, causal, "
+            "from_dense and others make"
+        )
+    check_one_device(op, **tensors, mask=mask.ctx_lo)
 
 
 def _check(op: str, q: Tensor, k: Tensor, v: Tensor, softcap: float | None, paged: bool = False) -> None:
@@ -159,7 +171,7 @@ def _check(op: str, q: Tensor, k: Tensor, v: Tensor, softcap: float | None, page
     batch, heads, _, head_dim = q_shape
     if k_shape != v.shape or head_dim != k_shape[3] or not (paged or batch == k_shape[0]):
         fail(" do not fit: q [B, Hq, Lq, D] and k, v [B, Hkv, Lk, D] are needed")
-    if heads % k_shape[1]:
+    if k_shape[1] == 0 or heads % k_shape[1]:
         raise ValueError(f"{op}: {heads} query heads are no multiple of {k_shape[1]} key heads")
     if head_dim % 8 or not 8 <= head_dim <= 512:
         raise ValueError(f"{op}: head_dim is {head_dim}; multiples of 8 up to 512 are supported")
@@ -180,8 +192,6 @@ def _check_mask(op: str, q: Tensor, mask: IntervalMask) -> None:
         raise ValueError(
             f"{op}: the mask is for batch {mask.batch} and {mask.q_len} rows, q has {q.shape[0]} and {q.shape[2]}"
         )
-    if mask.device != q.device:
-        raise ValueError(f"{op}: the mask is on {mask.device}, q on {q.device}")
 
 
 # ------------------------------------------------------------------- registration

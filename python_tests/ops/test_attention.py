@@ -345,7 +345,7 @@ def test_registrations():
     saved = (q, k, v, *bounds, out, lse, *scaling)
     torch.library.opcheck(ops.block_attn_backward, (torch.randn_like(out), None, *saved))
     torch.library.opcheck(ops.block_attn_backward, (torch.randn_like(out), torch.randn_like(lse), *saved))
-    torch.library.opcheck(ops.block_attn_decode, (q, k, v, *bounds, None, *scaling))
+    torch.library.opcheck(ops.block_attn_decode, (q, k, v, *bounds, mask.kv_len, None, *scaling))
 
 
 @pytest.mark.parametrize("function", [block_attn, block_attn_decode])
@@ -436,6 +436,33 @@ def test_decode_takes_pages_and_a_mask_shorter_than_the_cache(device):
     assert not block_attn_decode(q.requires_grad_(), k, v, mask).requires_grad
 
 
+@pytest.mark.parametrize("page_size", [None, 4])
+def test_decode_reads_nothing_beyond_the_masks_keys(page_size):
+    bounds = torch.tensor([[[0, 5]], [[3, 99]], [[7, 8]], [[12, 99]]], dtype=torch.int32)
+    mask = IntervalMask(*bounds, 9)
+    q, _, _ = inputs(mask, batch=1)
+    k, v = torch.randn(2, 1, 2, 12, 16)
+    want = block_attn(q, k[:, :, :9], v[:, :, :9], mask)
+    k[:, :, 9:] = v[:, :, 9:] = math.nan
+    k, v, table = (k, v, None) if page_size is None else paged((k, v), page_size, 12)
+    torch.testing.assert_close(block_attn_decode(q, k, v, mask, block_table=table), want)
+    if page_size:
+        wide = torch.stack((table, table), -1).flatten(1)
+        torch.testing.assert_close(block_attn_decode(q, k, v, mask, block_table=wide[:, ::2]), want)
+
+
+def test_meta_tensors_give_meta_tensors():
+    mask = IntervalMask.prefix_block(9, 3, device="meta")
+    q, k, v = (x.to("meta").requires_grad_() for x in inputs(mask, dtype=torch.bfloat16))
+    out, lse = block_attn(q, k, v, mask, return_lse=True)
+    assert out.is_meta and out.shape == q.shape and out.dtype == q.dtype
+    assert lse.is_meta and lse.shape == q.shape[:3] and lse.dtype == torch.float32
+    grads = torch.autograd.grad(out.sum() + lse.sum(), (q, k, v))
+    assert all(grad.is_meta and grad.shape == x.shape for grad, x in zip(grads, (q, k, v), strict=True))
+    decoded = block_attn_decode(q, k, v, mask)
+    assert decoded.is_meta and decoded.shape == q.shape
+
+
 def reject(message, q=(1, 2, 3, 8), k=(1, 2, 3, 8), v=None, dtype=torch.float32, mask=None, op=block_attn, **kw):
     q, k, v = torch.zeros(q), torch.zeros(k, dtype=dtype), torch.zeros(v or k, dtype=dtype)
     with pytest.raises(ValueError, match=message) as caught:
@@ -456,10 +483,36 @@ def test_refusals_name_the_value():
     reject("batch 1 and 4 rows", mask=IntervalMask.causal(4))
     reject("batch 2", mask=IntervalMask.causal(torch.tensor([1, 2]), max_len=3))
     reject("over 5 keys, k has 3", mask=IntervalMask.full(5, q_len=3))
-    reject("on meta", mask=IntervalMask.causal(3, device="meta"))
+    reject("0 key heads", k=(1, 0, 3, 8))
+    reject("four dimensions", q=(1, 3, 8), op=block_attn_decode)
     reject("the cache has 3", mask=IntervalMask.full(5, q_len=3), op=block_attn_decode)
     table = torch.zeros(2, 1, dtype=torch.int32)
     reject(r"int32 \[1, max_pages\]", k=(4, 3, 2, 8), op=block_attn_decode, block_table=table)
+    reject(
+        "mask is over 4 keys, the cache has 3",
+        k=(4, 3, 2, 8),
+        op=block_attn_decode,
+        block_table=table[:1],
+        mask=IntervalMask.full(4, q_len=3),
+    )
     q = torch.zeros(1, 2, 8, 3).mT
     with pytest.raises(ValueError, match="last dimension of q has stride 3"):
         block_attn(q, q, q, IntervalMask.causal(3))
+
+
+@pytest.mark.parametrize("op", [block_attn, block_attn_decode])
+def test_refuses_a_mask_of_another_type_and_several_devices(op):
+    x = torch.zeros(1, 2, 3, 8)
+    for mask, name in ((None, "NoneType"), (torch.ones(3, 3, dtype=torch.bool), "Tensor")):
+        with pytest.raises(TypeError, match=f"{op.__name__}: mask is a {name}; an IntervalMask is needed"):
+            op(x, x, x, mask)
+    mask, meta = IntervalMask.causal(3), x.to("meta")
+    where = "q is on {}, {} on {}; one device is needed"
+    name = "k" if op is block_attn else "k_cache"
+    for tensors, device, other in (((x, meta, x), "cpu", name), ((meta, meta, meta), "meta", "mask")):
+        with pytest.raises(ValueError, match=where.format(device, other, {"cpu": "meta", "meta": "cpu"}[device])):
+            op(*tensors, mask)
+    if op is block_attn_decode:
+        table = torch.zeros(1, 1, dtype=torch.int32, device="meta")
+        with pytest.raises(ValueError, match=where.format("cpu", "block_table", "meta")):
+            op(x, x, x, mask, block_table=table)
