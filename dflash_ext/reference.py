@@ -41,8 +41,13 @@ def block_attn(
         # An empty row is computed from zeros and then overwritten, which keeps NaN out of its gradients.
         scores = scores.masked_fill(~visible, -math.inf).masked_fill(empty, 0.0)
         probs = torch.softmax(scores, dim=-1).masked_fill(empty, 0.0)
-        out = probs.unflatten(1, (kv_heads, -1)).flatten(2, 3) @ _widened(v)
-    out = out.unflatten(2, (heads // kv_heads, -1)).flatten(1, 2).to(q.dtype)
+        # 0 * NaN is NaN: a value that is not finite reaches the rows that see it, and no other.
+        values = _widened(v)
+        broken = ~values.isfinite()
+        reached = visible.to(values.dtype) @ broken.to(values.dtype) > 0
+        out = probs.unflatten(1, (kv_heads, -1)).flatten(2, 3) @ values.masked_fill(broken, 0.0)
+    out = out.unflatten(2, (heads // kv_heads, -1)).masked_fill(reached.unsqueeze(2), math.nan)
+    out = out.flatten(1, 2).to(q.dtype)
     if not return_lse:
         return out
     return out, torch.logsumexp(scores, dim=-1).masked_fill(empty[..., 0], -math.inf)
@@ -59,14 +64,12 @@ def block_attn_decode(
     softcap: float | None = None,
 ) -> Tensor:
     """Attention against a cache; see ``dflash_ext.block_attn_decode`` for shapes."""
-    seen = mask.to_bool().any(-2)[..., None]  # [B, 1, Lk, 1]
     caches = []
     for cache in (k_cache, v_cache):
         if block_table is not None:
             pages = cache[block_table.clamp(min=0).long()]  # [B, max_pages, page_size, Hkv, D]
             cache = pages.flatten(1, 2).transpose(1, 2)
-        # What was never written may hold NaN, and 0 * NaN would reach the output.
-        caches.append(cache[:, :, : mask.kv_len].masked_fill(~seen, 0.0))
+        caches.append(cache[:, :, : mask.kv_len])
     return block_attn(q, *caches, mask, scale=scale, softcap=softcap)
 
 

@@ -94,6 +94,24 @@ def test_half_precision_is_computed_in_float32_also_under_autocast(dtype):
     assert torch.equal(out, want.to(dtype)) and torch.equal(wide, want) and lse.dtype == torch.float32
 
 
+@pytest.mark.parametrize("broken", [math.nan, math.inf])
+@pytest.mark.parametrize("which", ["k", "v"])
+def test_a_broken_key_reaches_the_rows_that_see_it_and_no_other(which, broken):
+    mask = MASKS["by row"]  # of 5 and 7 tokens, causal: key 3 is seen from row 3 on
+    q = randn(2, 4, mask.q_len, 8)
+    k, v = randn(2, 2, 2, mask.kv_len, 8, seed=1)
+    want = reference.block_attn(q, k, v, mask)
+    (k if which == "k" else v)[:, :, 3] = broken
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    out = reference.block_attn(*leaves, mask)
+    sees = mask.to_bool()[:, 0, :, 3][:, None].expand(-1, 4, -1)
+    assert sees.any() and not sees.all()
+    assert torch.equal(out[~sees], want[~sees]) and out[sees].isnan().all()
+    if which == "v":
+        grads = torch.autograd.grad(out[~sees].sum(), leaves)
+        assert all(grad.isfinite().all() for grad in grads)
+
+
 def test_decode_reads_contiguous_and_paged_caches_and_nothing_outside_the_intervals():
     cached, block_len, page_size = torch.tensor([3, 6]), 2, 4
     mask = IntervalMask.decode(cached, block_len, kv_len=10)
