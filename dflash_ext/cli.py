@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -28,11 +29,12 @@ Prompts = Annotated[Path | None, typer.Option(help="JSONL of prompts or conversa
 Field = Annotated[str | None, typer.Option(help="The key that holds the prompt, where it is none of the usual ones.")]
 Device = Annotated[str | None, typer.Option(help="cpu or cuda; a GPU is used where there is one.")]
 Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; float32 on the CPU by default.")]
+Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1)]
 Tokenizer = Annotated[str | None, typer.Option(help="Where the tokenizer is, if not with the target.")]
 
 
 def command(function: Callable) -> Callable:
-    """Registers a command; a ValueError or OSError becomes one line on standard error and exit code 2."""
+    """Registers a command; what is wrong with its input becomes one line on standard error and exit code 1."""
 
     @app.command()
     @functools.wraps(function)
@@ -41,7 +43,7 @@ def command(function: Callable) -> Callable:
             return function(*args, **kwargs)
         except (ValueError, OSError, ImportError) as error:
             errors.print(f"dflash-ext: {error}", style="red", soft_wrap=True, markup=False, highlight=False)
-            raise typer.Exit(2) from None
+            raise typer.Exit(1) from None
         except KeyboardInterrupt:
             errors.print("dflash-ext: interrupted; what was computed is kept", style="red")
             raise typer.Exit(130) from None
@@ -100,10 +102,10 @@ def train(
     held_out: Annotated[float, typer.Option(min=0, max=0.5, help="Share of the prompts kept for evaluation.")] = 0.02,
     compile: Annotated[bool, typer.Option("--compile", help="Train under torch.compile.")] = False,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on from the last checkpoint in the output folder.")
+        bool, typer.Option("--resume", help="Go on from the output folder's last checkpoint, if it has one.")
     ] = False,
     save_every: Annotated[int, typer.Option(min=0, help="Steps between checkpoints; 0 for none.")] = 0,
-    seed: int = 0,
+    seed: Seed = 0,
     tokenizer: Tokenizer = None,
     dtype: Dtype = None,
     device: Device = None,
@@ -148,7 +150,7 @@ def train(
             decode_batch,
             seed,
         )
-    dataset = ResponseDataset(answers, max_length)
+    dataset = ResponseDataset(answers, max_length, vocab_size=plain.vocab_size)
     trained, kept_out = dataset.split(held_out, seed)
     console.print(f"answers: {len(trained)} to train on, {len(kept_out)} held out")
     recipe = Recipe(
@@ -210,7 +212,7 @@ def generate(
     top_p: Annotated[float | None, typer.Option(min=0, max=1)] = None,
     block_size: Annotated[int | None, typer.Option(help="Slots of a block, at most the drafter's own.")] = None,
     batch_size: Annotated[int, typer.Option(min=1)] = 8,
-    seed: int = 0,
+    seed: Seed = 0,
     output: Annotated[Path | None, typer.Option(help="Write the answers to this JSONL.")] = None,
     tokenizer: Tokenizer = None,
     dtype: Dtype = None,
@@ -281,12 +283,13 @@ def evaluate(
     target: TargetName,
     drafter: Drafter,
     prompts: Annotated[list[Path], typer.Option(help="A prompt set; repeat for several.")],
+    field: Field = None,
     limit: Annotated[int | None, typer.Option(min=1, help="The first prompts of each set.")] = 80,
     max_new_tokens: Annotated[int, typer.Option(min=2)] = 256,
     temperature: Annotated[float, typer.Option(min=0)] = 0.0,
     block_size: Annotated[int | None, typer.Option()] = None,
     batch_size: Annotated[int, typer.Option(min=1)] = 8,
-    seed: int = 0,
+    seed: Seed = 0,
     output: Annotated[Path | None, typer.Option(help="Write the figures to this JSON.")] = None,
     tokenizer: Tokenizer = None,
     dtype: Dtype = None,
@@ -299,9 +302,11 @@ def evaluate(
     from .models import stop_tokens
     from .progress import progress
 
-    sets = {path.stem: read_conversations(path, limit=limit) for path in prompts}
-    if output and not output.parent.is_dir():
-        raise ValueError(f"{output.parent}: no such folder for --output")
+    if len(names := [path.stem for path in prompts]) > len(set(names)):
+        raise ValueError(f"prompt sets are named by their files, and two of {', '.join(names)} have one name")
+    sets = {path.stem: read_conversations(path, field=field, limit=limit) for path in prompts}
+    if output and (output.is_dir() or not output.parent.is_dir()):
+        raise ValueError(f"--output {output}: a file in a folder that exists is expected")
     model, tok = _load_target(target, tokenizer, dtype, device)
     tapped, draft = _pair(model, drafter)
     results = {}
@@ -353,11 +358,12 @@ def _load_target(name: str, tokenizer: str | None, dtype: str | None, device: st
     kinds = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     if dtype is not None and dtype not in kinds:
         raise ValueError(f"dtype '{dtype}' is not supported; choose one of {', '.join(kinds)}")
-    if device is not None and device.split(":")[0] not in ("cpu", "cuda"):
+    if device is not None and not re.fullmatch(r"cpu|cuda(:\d+)?", device):
         raise ValueError(f"device '{device}' is not supported; choose cpu or cuda")
     where = torch.device(device) if device else None
-    if where is not None and where.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError("there is no CUDA device here; leave --device out to run on the CPU")
+    if where is not None and where.type == "cuda" and (where.index or 0) >= torch.cuda.device_count():
+        found = torch.cuda.device_count()
+        raise ValueError(f"there is no CUDA device for --device {device} here ({found} found): leave it out")
     source = str(smollm2_path()) if name == "smollm2" else name
     return load_target(source, tokenizer=tokenizer, dtype=kinds.get(dtype), device=where)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import hashlib
 from array import array
-from itertools import islice
 from pathlib import Path
 
 import torch
@@ -13,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from .errors import DataError
+from .parsing import require_file
 from .response_file import whole_lines
 
 
@@ -23,24 +23,32 @@ class ResponseDataset(Dataset):
     Args:
         path: a file written by `regenerate`; it may have been cut off.
         max_length: sequences are cut to this many tokens.
+        vocab_size: of the target to train for; answers of a target with another vocabulary are refused.
         min_response: answers with fewer tokens than this, after the cut, are left out.
 
     Attributes:
         dropped: how many answers were left out.
 
     Raises:
-        DataError: the file is missing, is of another kind, has a broken line or holds no answer that is
-        long enough.
+        DataError: the file is missing, is of another kind, has a broken line or a token outside the vocabulary,
+        or holds no answer that is long enough.
     """
 
-    def __init__(self, path: str | Path, max_length: int, *, min_response: int = 4):
+    def __init__(self, path: str | Path, max_length: int, *, vocab_size: int | None = None, min_response: int = 4):
         path = Path(path)
-        if not path.is_file():
-            raise DataError(f"{path}: no such file")
+        require_file(path)
+        lines = whole_lines(path)
+        _, header = next(lines, (0, None))
+        if header is None:
+            raise DataError(f"{path}: not a file of answers, there is no whole line in it")
+        if vocab_size not in (None, header["vocab_size"]):
+            raise DataError(
+                f"{path}: answers of a target with a vocabulary of {header['vocab_size']}; this one has {vocab_size}"
+            )
         # One flat array instead of a list for each row: a list of Python ints takes ten times the memory.
         tokens, ends, prompt_lengths, prompt_keys = array("i"), array("q", [0]), array("q"), array("q")
         self.dropped = 0
-        for _, row in islice(whole_lines(path), 1, None):
+        for _, row in lines:
             prompt = row["prompt_ids"]
             sequence = (prompt + row["response_ids"])[:max_length]
             if len(sequence) - len(prompt) < min_response:

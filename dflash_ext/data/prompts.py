@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ import jinja2
 from transformers import PreTrainedTokenizerBase
 
 from .errors import DataError
+from .parsing import decode, excerpt, parse, require_file
 
 KEYS = ("messages", "conversations", "turns", "prompt", "question", "instruction", "text")
 ROLES = {
@@ -34,10 +34,21 @@ class Message(NamedTuple):
 
 @dataclass(frozen=True)
 class Conversation:
-    """What the target is asked: `messages` up to a user's turn, or else plain `text` to be continued."""
+    """What the target is asked: `messages` up to a user's turn, or else plain `text` to be continued.
+
+    Raises DataError for text that is no Unicode, which no tokenizer takes.
+    """
 
     messages: tuple[Message, ...] = ()
     text: str = ""
+
+    def __post_init__(self):
+        for text in (self.text, *(message.content for message in self.messages)):
+            try:
+                text.encode()
+            except UnicodeEncodeError as error:
+                lone = text[error.start]
+                raise DataError(f"a lone surrogate, {lone!r}, which is half a character: {excerpt(text)}") from None
 
     @classmethod
     def user(cls, content: str) -> Conversation:
@@ -71,15 +82,14 @@ def read_conversations(
         DataError: the file is missing, empty, not UTF-8 or asks nothing, or a row is not of this form.
     """
     path = Path(path)
-    if not path.is_file():
-        raise DataError(f"{path}: no such file")
+    require_file(path)
     if limit is not None and limit < 1:
         raise DataError(f"limit is {limit}: at least one prompt is read")
     if path.suffix in (".jsonl", ".json"):
         rows = _json_lines(path) if path.suffix == ".jsonl" else _json_array(path)
-        asked = (conversation for where, row in rows for conversation in _conversations(row, field, where))
+        asked = _asked(rows, field)
     else:
-        documents = _documents(_decode(path.read_bytes(), str(path)))
+        documents = _documents(decode(path.read_bytes(), str(path)))
         asked = (Conversation(text=document) for document in documents)
     conversations = list(islice(asked, limit))
     if not conversations:
@@ -115,15 +125,15 @@ def encode(
                 messages, add_generation_prompt=True, return_dict=True, **template_options
             )["input_ids"]
         except jinja2.TemplateError as error:
-            raise DataError(f"the chat template refuses {_excerpt(messages)}: {error}") from None
+            raise DataError(f"the chat template refuses {excerpt(messages)}: {error}") from None
     else:
         ids = tokenizer("\n\n".join(message.content for message in conversation.messages))["input_ids"]
     if not ids:
-        raise DataError(f"no token in {_excerpt(conversation.text or conversation.messages)}")
+        raise DataError(f"no token in {excerpt(conversation.text or conversation.messages)}")
     if len(ids) > max_prompt_tokens:
         raise PromptTooLong(
             f"a prompt has {len(ids)} tokens, at most {max_prompt_tokens} are allowed: "
-            f"{_excerpt(conversation.text or conversation.messages[-1].content)}"
+            f"{excerpt(conversation.text or conversation.messages[-1].content)}"
         )
     return ids
 
@@ -132,33 +142,17 @@ def _json_lines(path: Path) -> Iterator[tuple[str, Any]]:
     with path.open("rb") as lines:
         for number, line in enumerate(lines, 1):
             where = f"{path}:{number}"
-            if text := _decode(line, where).strip():
-                yield where, _parse(text, where)
+            if text := decode(line, where).strip():
+                yield where, parse(text, where)
 
 
 def _json_array(path: Path) -> Iterator[tuple[str, Any]]:
-    text = _decode(path.read_bytes(), str(path)).strip()
-    rows = _parse(text, str(path)) if text else []
+    text = decode(path.read_bytes(), str(path)).strip()
+    rows = parse(text, str(path)) if text else []
     if not isinstance(rows, list):
         raise DataError(f"{path}: an array of rows is expected; a file with one row a line is named .jsonl")
     for number, row in enumerate(rows, 1):
         yield f"{path}: row {number}", row
-
-
-def _parse(text: str, where: str) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise DataError(f"{where}: not valid JSON: {error.msg} at column {error.colno}") from None
-
-
-def _decode(raw: bytes, where: str) -> str:
-    try:
-        return raw.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = raw.count(b"\n", 0, error.start)
-        where += f": line {line + 1}" if line else ""
-        raise DataError(f"{where}: not UTF-8 (byte 0x{raw[error.start]:02x})") from None
 
 
 def _documents(text: str) -> Iterator[str]:
@@ -175,34 +169,44 @@ def _documents(text: str) -> Iterator[str]:
         start = end
 
 
-def _conversations(row: Any, field: str | None, where: str) -> Iterator[Conversation]:
+def _asked(rows: Iterator[tuple[str, Any]], field: str | None) -> Iterator[Conversation]:
+    for where, row in rows:
+        try:
+            yield from _conversations(row, field)
+        except DataError as error:
+            raise DataError(f"{where}: {error}") from None
+
+
+def _conversations(row: Any, field: str | None) -> Iterator[Conversation]:
     if not isinstance(row, dict):
-        raise DataError(f"{where}: a JSON object is expected, this is {_excerpt(row)}")
+        raise DataError(f"a JSON object is expected, this is {excerpt(row)}")
     key = field or next((key for key in KEYS if key in row), None)
     if key not in row:
         wanted = f"the key '{field}'" if field else f"any of the keys {', '.join(KEYS)}"
-        raise DataError(f"{where}: {wanted} is expected; the row has {', '.join(row) or 'no key at all'}")
+        raise DataError(f"{wanted} is expected; the row has {excerpt(list(row))}")
     asked = row[key]
     if isinstance(asked, list) and asked and all(isinstance(turn, str) for turn in asked):
         asked = asked[0]
     if isinstance(asked, list):
-        yield from _user_turns(asked, f"{where}: '{key}'")
+        yield from _user_turns(asked, key)
     elif not isinstance(asked, str):
-        raise DataError(f"{where}: '{key}' is neither text nor a list of turns: {_excerpt(asked)}")
+        raise DataError(f"'{key}' is neither text nor a list of turns: {excerpt(asked)}")
     elif not asked.strip():
-        raise DataError(f"{where}: '{key}' is empty")
+        raise DataError(f"'{key}' is empty")
     elif key == "text":
         yield Conversation(text=asked)
     elif key == "instruction" and row.get("input"):
+        if not isinstance(row["input"], str):
+            raise DataError(f"'input' is not text: {excerpt(row['input'])}")
         yield Conversation.user(f"{asked}\n\n{row['input']}")
     else:
         yield Conversation.user(asked)
 
 
-def _user_turns(turns: list, where: str) -> Iterator[Conversation]:
+def _user_turns(turns: list, key: str) -> Iterator[Conversation]:
     history: list[Message] = []
     for turn in turns:
-        message = _message(turn, where)
+        message = _message(turn, key)
         if message.role == "assistant" and all(earlier.role == "system" for earlier in history):
             continue
         history.append(message)
@@ -210,16 +214,9 @@ def _user_turns(turns: list, where: str) -> Iterator[Conversation]:
             yield Conversation(messages=tuple(history))
 
 
-def _message(turn: Any, where: str) -> Message:
+def _message(turn: Any, key: str) -> Message:
     if isinstance(turn, dict):
         role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
-        if role in ROLES and isinstance(content, str):
+        if isinstance(role, str) and role in ROLES and isinstance(content, str):
             return Message(ROLES[role], content)
-    raise DataError(
-        f"{where} has the turn {_excerpt(turn)}, not a role ({', '.join(ROLES)}) with text as its content"
-    )
-
-
-def _excerpt(value: Any) -> str:
-    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-    return repr(text if len(text) <= 60 else text[:57] + "...")
+    raise DataError(f"'{key}' has the turn {excerpt(turn)}, not a role ({', '.join(ROLES)}) with text as its content")

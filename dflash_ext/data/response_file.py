@@ -11,8 +11,10 @@ import os
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from .errors import DataError
+from .parsing import decode, excerpt, parse
 
 FORMAT = "dflash_ext.responses"
 ROW_KEYS = {"index", "temperature", "prompt_ids", "response_ids"}
@@ -22,23 +24,38 @@ def whole_lines(path: Path) -> Iterator[tuple[int, dict]]:
     """The header and the rows, each with the offset of its end. A last line that was cut off is skipped.
 
     Raises:
-        DataError: the first line is no header, or a line is not a row.
+        DataError: the first line is no header, or a line is not a row of tokens in the header's vocabulary.
     """
-    end = 0
+    end = vocab_size = 0
     with path.open("rb") as lines:
         for number, line in enumerate(lines, 1):
             if not line.endswith(b"\n"):
                 return
             end += len(line)
-            try:
-                row = json.loads(line)
-            except ValueError:
-                raise DataError(f"{path}:{number}: not valid JSON") from None
-            if number == 1 and (not isinstance(row, dict) or row.get("format") != FORMAT):
+            where = f"{path}:{number}"
+            row = parse(decode(line, where).rstrip("\n"), where)
+            if number > 1:
+                if wrong := _what_is_wrong(row, vocab_size):
+                    raise DataError(f"{where}: {wrong}")
+            elif not isinstance(row, dict) or row.get("format") != FORMAT or type(row.get("vocab_size")) is not int:
                 raise DataError(f"{path}: not a file of answers, its first line is no {FORMAT} header")
-            if number > 1 and not (isinstance(row, dict) and ROW_KEYS <= row.keys()):
-                raise DataError(f"{path}:{number}: a row with {', '.join(sorted(ROW_KEYS))} is expected")
+            else:
+                vocab_size = row["vocab_size"]
             yield end, row
+
+
+def _what_is_wrong(row: Any, vocab_size: int) -> str | None:
+    if not (isinstance(row, dict) and ROW_KEYS <= row.keys()):
+        return f"a row with {', '.join(sorted(ROW_KEYS))} is expected, this is {excerpt(row)}"
+    if type(row["index"]) is not int or type(row["temperature"]) not in (int, float):
+        return f"index {excerpt(row['index'])} and temperature {excerpt(row['temperature'])} should be numbers"
+    for key in ("prompt_ids", "response_ids"):
+        ids = row[key]
+        if not isinstance(ids, list):
+            return f"'{key}' is not a list of tokens: {excerpt(ids)}"
+        if strange := [token for token in ids if type(token) is not int or not 0 <= token < vocab_size]:
+            return f"'{key}' has {excerpt(strange[0])}, which is no token of a vocabulary of {vocab_size}"
+    return None
 
 
 def resume(path: Path, header: dict) -> Counter:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from copy import deepcopy
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -50,8 +51,8 @@ class Recipe:
                 raise ValueError(f"{name} is {getattr(self, name)}: at least 1 is needed")
         if self.gamma is not None and not self.gamma > 0:
             raise ValueError(f"gamma is {self.gamma}: a decay above 0 is needed, or none for D-PACE weights")
-        if not self.learning_rate > 0:
-            raise ValueError(f"learning_rate is {self.learning_rate}: a rate above 0 is needed")
+        if not 0 < self.learning_rate < math.inf:
+            raise ValueError(f"learning_rate is {self.learning_rate}: a finite rate above 0 is needed")
 
 
 def train_drafter(

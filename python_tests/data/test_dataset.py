@@ -8,7 +8,7 @@ from dflash_ext.data import DataError, ResponseDataset
 
 def write(path, *answers, cut=0):
     """Answers are (prompt, response) pairs of token ids; `cut` bytes are missing at the end."""
-    lines = ['{"format": "dflash_ext.responses"}']
+    lines = ['{"format": "dflash_ext.responses", "vocab_size": 97}']
     for index, (prompt, response) in enumerate(answers):
         row = {"index": index, "temperature": 0.0, "prompt_ids": prompt, "response_ids": response}
         lines.append(json.dumps(row))
@@ -58,16 +58,52 @@ def test_split_sizes_at_the_edges(tmp_path):
     assert [len(part) for part in alone.split(0.5)] == [1, 0]
 
 
-def test_what_is_wrong_is_said(tmp_path):
+def test_what_is_wrong_with_a_file_is_said(tmp_path):
     with pytest.raises(DataError, match="a.jsonl: no such file"):
         ResponseDataset(tmp_path / "a.jsonl", 100)
+    with pytest.raises(DataError, match="a file is expected, this is a folder"):
+        ResponseDataset(tmp_path, 100)
+    (tmp_path / "empty.jsonl").touch()
+    with pytest.raises(DataError, match="empty.jsonl: not a file of answers, there is no whole line in it"):
+        ResponseDataset(tmp_path / "empty.jsonl", 100)
+    path = write(tmp_path / "a.jsonl", ([1], [2]))
     with pytest.raises(DataError, match="a.jsonl: holds no answer with 4 tokens or more within 100"):
-        ResponseDataset(write(tmp_path / "a.jsonl", ([1], [2])), 100)
+        ResponseDataset(path, 100)
+    with pytest.raises(DataError, match="a.jsonl: answers of a target with a vocabulary of 97; this one has 98"):
+        ResponseDataset(path, 100, vocab_size=98)
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text('{"prompt": "x"}\n')
     with pytest.raises(DataError, match="prompts.jsonl: not a file of answers"):
         ResponseDataset(prompts, 100)
-    broken = write(tmp_path / "b.jsonl", ([1], [2] * 4))
-    broken.write_text(broken.read_text() + "{}\n")
-    with pytest.raises(DataError, match="b.jsonl:3: a row with index, "):
-        ResponseDataset(broken, 100)
+
+
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        (b"{}", "a row with index, prompt_ids, response_ids, temperature is expected, this is {}"),
+        (b"[1]", "a row with index, .* is expected, this is .1."),
+        (b"\xff", "not UTF-8 .byte 0xff."),
+        (b"", "not valid JSON"),
+        (b"[" * 99_999, "the JSON is nested too deeply"),
+        (b"9" * 5000, "a number has too many digits"),
+        (dict(index=[1]), "index .1. and temperature 0.0 should be numbers"),
+        (dict(temperature="0"), "index 0 and temperature '0' should be numbers"),
+        (dict(prompt_ids="abc"), "'prompt_ids' is not a list of tokens: 'abc'"),
+        (dict(prompt_ids=None), "'prompt_ids' is not a list of tokens: None"),
+        (dict(prompt_ids=[[5]]), "'prompt_ids' has .5., which is no token"),
+        (dict(prompt_ids=[True]), "'prompt_ids' has True, which is no token"),
+        (dict(response_ids=[5, 6.0]), "'response_ids' has 6.0, which is no token"),
+        (dict(response_ids=[-1]), "'response_ids' has -1, which is no token"),
+        (dict(response_ids=[96, 97]), "'response_ids' has 97, which is no token of a vocabulary of 97"),
+        (dict(response_ids=[10**30]), "'response_ids' has 10+, which is no token"),
+    ],
+    ids=lambda value: str(value)[:30],
+)
+def test_what_is_wrong_with_a_row_is_said_in_one_line(tmp_path, line, message):
+    path = write(tmp_path / "a.jsonl", ([1], [2] * 4))
+    if isinstance(line, dict):
+        line = json.dumps({"index": 0, "temperature": 0.0, "prompt_ids": [5], "response_ids": [6]} | line).encode()
+    path.write_bytes(path.read_bytes() + line + b"\n")
+    with pytest.raises(DataError, match=f"a.jsonl:3: {message}") as error:
+        ResponseDataset(path, 100)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 400

@@ -83,7 +83,7 @@ def test_text_without_any_gap_is_cut_all_the_same(tmp_path):
         (b"[1, 2]\n", "a.jsonl:1: a JSON object is expected"),
         (
             b'{"id": 1, "body": "x"}\n',
-            "a.jsonl:1: any of the keys messages, .*, text is expected; the row has id, body",
+            "a.jsonl:1: any of the keys messages, .*, text is expected; the row has \\['id', 'body'\\]",
         ),
         (b'{"prompt": " "}\n', "a.jsonl:1: 'prompt' is empty"),
         (b'{"prompt": 3}\n', "a.jsonl:1: 'prompt' is neither text nor a list of turns"),
@@ -91,23 +91,38 @@ def test_text_without_any_gap_is_cut_all_the_same(tmp_path):
             b'{"messages": [{"role": "robot", "content": "x"}]}\n',
             "a.jsonl:1: 'messages' has the turn .*robot",
         ),
-        (b'{"messages": [{"role": "user", "content": null}]}\n', "a.jsonl:1: 'messages' has the turn .*null"),
+        (b'{"messages": [{"role": "user", "content": null}]}\n', "a.jsonl:1: 'messages' has the turn .*None"),
         (b'{"messages": []}\n', "a.jsonl: holds no prompt"),
+        (b'{"messages": [{"role": ["user"], "content": "x"}]}\n', "a.jsonl:1: 'messages' has the turn .*user"),
+        (b'{"prompt": "x"}\n{"prompt": ' + b"[" * 99_999, "a.jsonl:2: the JSON is nested too deeply"),
+        (b'{"prompt": ' + b"[" * 900 + b"]" * 900 + b"}", r"a.jsonl:1: 'prompt' has the turn \[\["),
+        (b'{"prompt": ' + b"9" * 5000 + b"}", "a.jsonl:1: a number has too many digits"),
+        (b'{"prompt": "half \\ud83d of it"}\n', r"a.jsonl:1: a lone surrogate, '\\ud83d', which is half a character"),
+        (b'{"two\\nlines": 1}\n', r"the row has \['two\\nlines'\]"),
+        (b'{"instruction": "x", "input": ["y"]}\n', r"a.jsonl:1: 'input' is not text: \['y'\]"),
     ],
+    ids=lambda value: str(value)[:30],
 )
 def test_what_is_wrong_is_said_in_one_line(tmp_path, content, message):
     path = tmp_path / "a.jsonl"
     path.write_bytes(content)
     with pytest.raises(DataError, match=message) as error:
         read_conversations(path)
-    assert "\n" not in str(error.value)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 400
 
 
 def test_other_mistakes(tmp_path):
     with pytest.raises(DataError, match="nowhere.jsonl: no such file"):
         read_conversations(tmp_path / "nowhere.jsonl")
+    with pytest.raises(DataError, match="a file is expected, this is a folder"):
+        read_conversations(tmp_path)
+    (tmp_path / "a.json").write_text('[{"prompt": "x"},\n {"prompt": }]')
+    with pytest.raises(DataError, match="a.json: not valid JSON: Expecting value at line 2, column 13"):
+        read_conversations(tmp_path / "a.json")
+    with pytest.raises(DataError, match="a lone surrogate"):
+        Conversation.user("not \udcff UTF-8 on the command line")
     path = write(tmp_path / "a.jsonl", {"prompt": "x"})
-    with pytest.raises(DataError, match="a.jsonl:1: the key 'problem' is expected; the row has prompt"):
+    with pytest.raises(DataError, match="a.jsonl:1: the key 'problem' is expected; the row has \\['prompt'\\]"):
         read_conversations(path, field="problem")
     with pytest.raises(DataError, match="limit is 0"):
         read_conversations(path, limit=0)
