@@ -47,6 +47,11 @@ struct AttentionForwardParams : AttentionParams {
   HeadStrides out_strides;
   void* lse;  // [B, Hq, Lq] Real; null: not wanted
 
+  // On a GPU: the mask's plan, TilePlan[plan_entries * tiles_of(q_len, tile_positions)]; entry 0 serves all of the
+  // batch where plan_entries is 1.
+  const int32_t* plan;
+  int64_t plan_entries;
+
   // With splits > 1 the keys are cut at multiples of split_len, and what each part yields is combined afterwards.
   int64_t splits, split_len;
   void* partial_out;    // [splits, B, Hq, Lq, D] Real: sums of exp(score - maximum) * value

@@ -1,31 +1,51 @@
-// Hopper's asynchronous copies: a barrier in shared memory that counts bytes, and the bulk copy that fills it.
+// Hopper's asynchronous copies: a barrier in shared memory that counts arrivals and bytes, the bulk copies that fill
+// shared memory and complete on it, and the stores that empty it.
 #pragma once
 
-#include "common/device.h"
+#include <cuda.h>
+
+#include "common/mma.h"
 
 namespace dflash::DFLASH_ISA {
 
-DFLASH_INLINE uint32_t shared_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
-
-// Initialised by one thread; fence_barriers, then a block barrier, before anybody waits.
-struct BytesBarrier {
+// Initialised by one thread; fence_barriers, then a block barrier, before anybody waits. A phase ends when all
+// arrivals and all expected bytes are there; phases are waited for by their parity.
+struct Barrier {
   uint64_t state;
 
-  DFLASH_INLINE void init() {
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_address(&state)) : "memory");
+  DFLASH_INLINE void init(uint32_t arrivals = 1) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(&state)), "r"(arrivals) : "memory");
+  }
+
+  DFLASH_INLINE void arrive() {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(&state)) : "memory");
+  }
+
+  // An arrival that brings bytes along.
+  DFLASH_INLINE void expect(uint32_t bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(&state)), "r"(bytes)
+                 : "memory");
   }
 
   // Starts copying `bytes` (a multiple of 16, both ends aligned to 16) from global to shared memory.
   DFLASH_INLINE void copy(void* shared, const void* global, uint32_t bytes) {
-    const uint32_t barrier = shared_address(&state);
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+    expect(bytes);
     asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
                      shared_address(shared)),
-                 "l"(global), "r"(bytes), "r"(barrier)
+                 "l"(global), "r"(bytes), "r"(shared_address(&state))
                  : "memory");
   }
 
-  DFLASH_INLINE void wait(uint32_t phase) {
+  // Starts copying the box of a tensor that begins at the coordinates; its bytes are expected separately.
+  DFLASH_INLINE void copy(uint32_t shared, const CUtensorMap& map, int c0, int c1, int c2, int c3) {
+    asm volatile(
+        "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4, %5}], "
+        "[%6];" ::"r"(shared),
+        "l"(&map), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "r"(shared_address(&state))
+        : "memory");
+  }
+
+  DFLASH_INLINE void wait(uint32_t parity) {
     asm volatile(
         "{\n"
         ".reg .pred done;\n"
@@ -33,11 +53,51 @@ struct BytesBarrier {
         "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
         "@!done bra again_%=;\n"
         "}\n" ::"r"(shared_address(&state)),
-        "r"(phase)
+        "r"(parity)
         : "memory");
   }
 };
 
 DFLASH_INLINE void fence_barriers() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
+
+// What the thread has written to shared memory becomes visible to asynchronous copies and products.
+DFLASH_INLINE void fence_shared_writes() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+// Starts copying a box from shared memory into a tensor; what lies outside the tensor is dropped.
+DFLASH_INLINE void store_box(const CUtensorMap& map, uint32_t shared, int c0, int c1, int c2, int c3) {
+  asm volatile("cp.async.bulk.tensor.4d.global.shared::cta.bulk_group [%0, {%1, %2, %3, %4}], [%5];" ::"l"(&map),
+               "r"(c0), "r"(c1), "r"(c2), "r"(c3), "r"(shared)
+               : "memory");
+}
+
+DFLASH_INLINE void commit_stores() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
+
+// Waits until the thread's stores have read their shared memory.
+DFLASH_INLINE void wait_for_stores() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }
+
+// Barriers among some of a block's threads: `count` of them, waiting or only arriving.
+DFLASH_INLINE void named_barrier_wait(int id, int count) {
+  asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(count) : "memory");
+}
+DFLASH_INLINE void named_barrier_arrive(int id, int count) {
+  asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(count) : "memory");
+}
+
+// Moves registers between the warpgroups of a block.
+template <int kRegisters>
+DFLASH_INLINE void take_registers() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
+}
+template <int kRegisters>
+DFLASH_INLINE void give_registers() {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
+}
+
+// Four 8 x 8 matrices of 16-bit elements; lane l gives the address of row l % 8 of matrix l / 8.
+DFLASH_INLINE void store_matrices(uint32_t address, uint32_t r0, uint32_t r1, uint32_t r2, uint32_t r3) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(r0), "r"(r1),
+               "r"(r2), "r"(r3)
+               : "memory");
+}
 
 }  // namespace dflash::DFLASH_ISA

@@ -23,7 +23,7 @@ __global__ void __launch_bounds__(kThreads, 2) masked_cross_entropy_in_place(con
   namespace cg = cooperative_groups;
   constexpr int kSize = Chunk<T>::kSize;
   extern __shared__ __align__(16) unsigned char shared[];
-  __shared__ BytesBarrier arrived[kPieces];
+  __shared__ Barrier arrived[kPieces];
   __shared__ __align__(16) unsigned char parts_storage[kMaxCluster * sizeof(RowPart)];
   T* const logits = reinterpret_cast<T*>(shared);
   RowPart* const parts = reinterpret_cast<RowPart*>(parts_storage);

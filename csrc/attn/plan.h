@@ -1,0 +1,42 @@
+// The plan of a mask: for every tile of query rows, which keys its rows see at all and which they see in common. One
+// kernel makes it; every layer's attention reads it.
+#pragma once
+
+#include "attn/params.h"
+
+namespace dflash {
+
+// The tile's rows are the positions [first, first + positions) of one entry of the mask's batch.
+struct TilePlan {
+  int32_t entry, first;
+  int32_t keys;                    // how many keys the two runs hold
+  int32_t lo[2], hi[2];            // runs that hold every key that some row sees; in order, empty where lo == hi
+  int32_t full_lo[2], full_hi[2];  // each within a run: all rows see all of it
+  int32_t reserved;
+};
+constexpr int64_t kTilePlanInts = sizeof(TilePlan) / sizeof(int32_t);
+
+struct PlanParams {
+  Intervals mask;
+  int64_t entries, q_len, kv_len;
+  int64_t positions;  // of a tile
+  int32_t* tiles;     // [entries * tiles_of(q_len, positions), kTilePlanInts]: those with the most keys first
+  int32_t* unsorted;  // as much again
+};
+
+constexpr int64_t tiles_of(int64_t q_len, int64_t positions) { return (q_len + positions - 1) / positions; }
+
+// How many query heads of one key head share a tile: row r of it stands at position r / fold in head r % fold.
+inline int64_t fold_of(int64_t heads, int64_t kv_heads) {
+  const int64_t group = heads / kv_heads;
+  int64_t fold = 1;
+  while (fold < 64 && group % (2 * fold) == 0) fold *= 2;
+  return fold;
+}
+
+// The rows of a tile, heads folded in.
+constexpr int64_t tile_rows(int64_t head_dim) { return head_dim <= 256 ? 128 : 64; }
+
+inline int64_t tile_positions(const AttentionParams& p) { return tile_rows(p.head_dim) / fold_of(p.heads, p.kv_heads); }
+
+}  // namespace dflash

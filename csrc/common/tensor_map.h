@@ -1,0 +1,49 @@
+// Describes a tensor to Hopper's copy engine. The driver's function comes through the runtime: nothing links libcuda.
+#pragma once
+
+#include <cuda.h>
+#include <cuda_runtime.h>
+
+#include "common/layout.h"
+
+namespace dflash {
+
+// Sizes and strides (in elements; the first dimension's is 1) of a tensor of 16-bit elements, and of the boxes that
+// are copied at a time: rows of 64 elements, swizzled in shared memory over 128 bytes.
+struct TensorBox {
+  const void* data;
+  int64_t sizes[4], strides[4];
+  int64_t box[4];
+};
+
+// The copy engine counts in 16 bytes.
+inline bool copy_engine_reads(const TensorBox& t) {
+  bool fits = reinterpret_cast<uintptr_t>(t.data) % 16 == 0;
+  for (int d = 1; d < 4; ++d) fits = fits && (t.sizes[d] == 1 || (t.strides[d] > 0 && t.strides[d] % 8 == 0));
+  return fits;
+}
+
+inline cudaError_t make_tensor_map(CUtensorMap* map, DType dtype, const TensorBox& t) {
+  using Encode = decltype(&cuTensorMapEncodeTiled);
+  static const Encode encode = [] {
+    void* function = nullptr;
+    cudaDriverEntryPointQueryResult found{};
+    cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &found);
+    return reinterpret_cast<Encode>(function);
+  }();
+  if (encode == nullptr) return cudaErrorNotSupported;
+  cuuint64_t sizes[4], strides[3];
+  cuuint32_t box[4], steps[4] = {1, 1, 1, 1};
+  for (int d = 0; d < 4; ++d) {
+    sizes[d] = t.sizes[d];
+    box[d] = t.box[d];
+    if (d > 0) strides[d - 1] = t.sizes[d] == 1 ? 16 : t.strides[d] * 2;
+  }
+  const auto type = dtype == DType::kFloat16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
+  const CUresult result =
+      encode(map, type, 4, const_cast<void*>(t.data), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+             CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
+}
+
+}  // namespace dflash

@@ -1,0 +1,114 @@
+// Warpgroup matrix products (wgmma): 64 rows, kN columns, steps of 16 along the sum. The accumulator of a thread is laid
+// out as of mma.sync, warp w holding rows 16w to 16w + 15.
+//
+// Operands lie in shared memory in panels of 64 elements (128 bytes a row), swizzled as the copy engine writes them,
+// every panel aligned to 1024 bytes. A descriptor names an operand's start; its address counts in 16 bytes.
+#pragma once
+
+#include "common/device.h"
+
+namespace dflash::DFLASH_ISA {
+
+constexpr int kPanelColumns = 64, kPanelRowBytes = 128;
+
+// The same address, which the compiler takes for a new one: what is added to it is computed when it is needed, rather
+// than kept in registers over a whole loop.
+DFLASH_INLINE uint32_t renewed(uint32_t address) {
+  asm volatile("" : "+r"(address));
+  return address;
+}
+
+// Rows along M or N, the sum along the panel's columns: 16 columns further is 32 bytes further in the panel.
+DFLASH_INLINE uint64_t row_operand(uint32_t address) {
+  return uint64_t(address >> 4) | uint64_t(1) << 16 | uint64_t(1024 >> 4) << 32 | uint64_t(1) << 62;
+}
+
+// Rows along the sum, the panels' columns along N: the next 64 columns are `panel_bytes` further.
+DFLASH_INLINE uint64_t column_operand(uint32_t address, uint32_t panel_bytes) {
+  return uint64_t(address >> 4) | uint64_t(panel_bytes >> 4) << 16 | uint64_t(1024 >> 4) << 32 | uint64_t(1) << 62;
+}
+
+// Orders the warpgroup's own register accesses before the products that follow.
+DFLASH_INLINE void begin_products() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+DFLASH_INLINE void commit_products() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+
+// Waits until at most kPending groups of products are under way.
+template <int kPending>
+DFLASH_INLINE void wait_for_products() {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
+}
+
+// Keeps the compiler from moving accesses of an accumulator across this point.
+template <int kCount>
+DFLASH_INLINE void pin(float (&d)[kCount]) {
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(d[i])::"memory");
+}
+
+template <class T, int kN>
+struct Product;
+
+#define DFLASH_LIST_64 \
+  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, " \
+  "%22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define DFLASH_LIST_80 \
+  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, " \
+  "%22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39"
+#define DFLASH_LIST_128 \
+  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, " \
+  "%22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, " \
+  "%42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, " \
+  "%62, %63"
+#define DFLASH_LIST_256 \
+  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, " \
+  "%22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, " \
+  "%42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, " \
+  "%62, %63, %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, %80, %81, " \
+  "%82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, %96, %97, %98, %99, %100, " \
+  "%101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, %112, %113, %114, %115, %116, " \
+  "%117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
+
+#define DFLASH_FLOATS_1(i) "+f"(d[i])
+#define DFLASH_FLOATS_4(i) \
+  DFLASH_FLOATS_1(i), DFLASH_FLOATS_1((i) + 1), DFLASH_FLOATS_1((i) + 2), DFLASH_FLOATS_1((i) + 3)
+#define DFLASH_FLOATS_8(i) DFLASH_FLOATS_4(i), DFLASH_FLOATS_4((i) + 4)
+#define DFLASH_FLOATS_32(i) \
+  DFLASH_FLOATS_8(i), DFLASH_FLOATS_8((i) + 8), DFLASH_FLOATS_8((i) + 16), DFLASH_FLOATS_8((i) + 24)
+#define DFLASH_FLOATS_64 DFLASH_FLOATS_32(0)
+#define DFLASH_FLOATS_80 DFLASH_FLOATS_32(0), DFLASH_FLOATS_8(32)
+#define DFLASH_FLOATS_128 DFLASH_FLOATS_32(0), DFLASH_FLOATS_32(32)
+#define DFLASH_FLOATS_256 DFLASH_FLOATS_128, DFLASH_FLOATS_32(64), DFLASH_FLOATS_32(96)
+
+// rows_by_rows: d (+)= a b^T, both row operands. registers_by_columns: d (+)= a b, a in registers as of mma.sync, b a
+// column operand. a0 to a5 number what follows the accumulator.
+#define DFLASH_PRODUCT(T, kN, name, a0, a1, a2, a3, a4, a5)                                                            \
+  template <>                                                                                                          \
+  struct Product<T, kN> {                                                                                              \
+    DFLASH_INLINE static void rows_by_rows(float (&d)[kN / 2], uint64_t a, uint64_t b, bool accumulate) {              \
+      asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " a2 ", 0;\nwgmma.mma_async.sync.aligned.m64n" #kN               \
+                   "k16.f32." name "." name " {" DFLASH_LIST_##kN "}, " a0 ", " a1 ", p, 1, 1, 0, 0;\n}\n"             \
+                   : DFLASH_FLOATS_##kN                                                                                \
+                   : "l"(a), "l"(b), "r"(int(accumulate)));                                                            \
+    }                                                                                                                  \
+    DFLASH_INLINE static void registers_by_columns(float (&d)[kN / 2], const uint32_t (&a)[4], uint64_t b,             \
+                                                   bool accumulate) {                                                  \
+      asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " a5 ", 0;\nwgmma.mma_async.sync.aligned.m64n" #kN               \
+                   "k16.f32." name "." name " {" DFLASH_LIST_##kN "}, {" a0 ", " a1 ", " a2 ", " a3 "}, " a4           \
+                   ", p, 1, 1, 1;\n}\n"                                                                                \
+                   : DFLASH_FLOATS_##kN                                                                                \
+                   : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int(accumulate)));                        \
+    }                                                                                                                  \
+  };
+
+DFLASH_PRODUCT(__nv_bfloat16, 64, "bf16", "%32", "%33", "%34", "%35", "%36", "%37")
+DFLASH_PRODUCT(__half, 64, "f16", "%32", "%33", "%34", "%35", "%36", "%37")
+DFLASH_PRODUCT(__nv_bfloat16, 80, "bf16", "%40", "%41", "%42", "%43", "%44", "%45")
+DFLASH_PRODUCT(__half, 80, "f16", "%40", "%41", "%42", "%43", "%44", "%45")
+DFLASH_PRODUCT(__nv_bfloat16, 128, "bf16", "%64", "%65", "%66", "%67", "%68", "%69")
+DFLASH_PRODUCT(__half, 128, "f16", "%64", "%65", "%66", "%67", "%68", "%69")
+DFLASH_PRODUCT(__nv_bfloat16, 256, "bf16", "%128", "%129", "%130", "%131", "%132", "%133")
+DFLASH_PRODUCT(__half, 256, "f16", "%128", "%129", "%130", "%131", "%132", "%133")
+
+#undef DFLASH_PRODUCT
+
+}  // namespace dflash::DFLASH_ISA
