@@ -6,7 +6,11 @@ import torch
 from torch import Tensor
 
 from ..reference import CrossEntropy
-from .loss import options_of, real_dtype, reduce_losses
+from .autograd import refuse_second_derivative
+from .devices import autocast_dtype, check_one_device
+from .loss import DTYPES, OPTIONS_SCHEMA, check_rows, mean_or_sum, options_of, real_dtype
+
+_native = torch.ops.dflash_ext
 
 # Logits that exist at a time: on a GPU enough rows for the matrix products to run at full speed.
 _LOGITS_AT_A_TIME = {"cuda": 160 << 20, "cpu": 16 << 20}
@@ -31,18 +35,18 @@ def linear_cross_entropy(
     """``masked_cross_entropy`` of ``hidden @ head.T``, a chunk of rows at a time, only for rows that count.
 
     It is composed of matrix products and the native loss kernel, which turns a chunk of logits into its
-    gradient in place. With a frozen head (``head.requires_grad`` is False) the gradient of the hidden states
-    is made in the forward, and the backward only scales it, row by row. With a trainable head the backward
-    computes the logits again, and the head's gradient accumulates in float32.
+    gradient in place. The gradients are made in the forward, while the logits are there, and the backward only
+    scales them; with a trainable head (``head.requires_grad``) and reduction "none" alone, the backward computes
+    the logits again. The head's gradient accumulates in float32.
 
     Args:
         hidden: ``[..., H]`` float32, bfloat16 or float16, on the CPU also float64.
-        head: ``[V, H]`` of the same dtype. Under autocast both are cast to its dtype.
+        head: ``[V, H]`` of the same dtype. Under autocast both and the teacher are cast, unless they are float64.
         target: ``[...]`` integer; see ``masked_cross_entropy``.
         weight: ``[...]``, or None for ones. Rows of weight 0 are left out of the matrix products.
         max_rows: a bound on the number of rows that count. Without it their number is read back from the
             device; with it nothing waits for the device, and ``max_rows`` rows are computed. If more rows
-            count, it is an error on the CPU, and on CUDA (or compiled) the loss is NaN.
+            count, it is an error on the CPU, and on CUDA the loss is NaN.
         chunk_rows: rows of logits that exist at a time; None chooses by the size of the vocabulary.
         reduction, softcap, label_smoothing, z_loss, teacher, teacher_kind, teacher_mix: as in
             ``masked_cross_entropy``; ``teacher`` holds logits ``[..., V]``.
@@ -52,36 +56,132 @@ def linear_cross_entropy(
         weight 0.
 
     Raises:
-        ValueError: an argument of the wrong shape, dtype or range; on the CPU, more rows than ``max_rows``.
+        ValueError: an argument of the wrong shape, dtype, device or range; on the CPU, more rows than
+            ``max_rows``.
+        RuntimeError: a target outside the vocabulary (CPU); a second derivative.
     """
     options = options_of(reduction, softcap, label_smoothing, z_loss, teacher, teacher_kind, teacher_mix)
+    check_one_device("linear_cross_entropy", hidden=hidden, head=head, target=target, weight=weight, teacher=teacher)
+    hidden, head, teacher = _autocast(hidden, head, teacher)
     _check(hidden, head, target, weight, teacher, max_rows, chunk_rows)
-    if torch.is_autocast_enabled(hidden.device.type):
-        dtype = torch.get_autocast_dtype(hidden.device.type)
-        hidden, head = hidden.to(dtype), head.to(dtype)
-        teacher = None if teacher is None else teacher.to(dtype)
     shape, vocab = target.shape, head.shape[0]
     weight = None if weight is None else weight.to(real_dtype(hidden)).flatten()
-    rows, overflow = _rows_that_count(weight, max_rows)
-    losses, nll, correct, entropy = _LinearCrossEntropy.apply(
+    per_row = reduction == "none"
+    train_hidden, train_head = (x.requires_grad and torch.is_grad_enabled() for x in (hidden, head))
+    losses, nll, correct, entropy, *_ = _native.linear_cross_entropy(
         hidden.reshape(-1, hidden.shape[-1]),
         head,
         target.flatten().to(torch.int64),
         weight,
         None if teacher is None else teacher.detach().reshape(-1, vocab),
-        rows,
+        max_rows,
         chunk_rows or _rows_at_a_time(hidden.device, vocab),
-        options,
+        per_row,
+        train_hidden and not (train_head and per_row),
+        train_head and not per_row,
+        *options,
     )
-    if overflow is not None:
-        losses = losses.masked_fill(overflow, torch.nan)
-    loss = reduce_losses(losses.view(shape), weight, reduction)
+    loss = losses.view(shape) if per_row else mean_or_sum(losses, target.numel(), weight, reduction)
     return CrossEntropy(loss, nll.view(shape), correct.view(shape), entropy.view(shape))
+
+
+def _autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    dtype = autocast_dtype(tensors[0].device)
+    if dtype is None:
+        return tensors
+    return tuple(x if x is None or x.dtype == torch.float64 else x.to(dtype) for x in tensors)
 
 
 def _rows_at_a_time(device: torch.device, vocab: int) -> int:
     """A multiple of what the matrix products handle at a time."""
-    return max(256, _LOGITS_AT_A_TIME[device.type] // vocab // 256 * 256)
+    logits = _LOGITS_AT_A_TIME["cuda" if device.type == "cuda" else "cpu"]
+    return max(256, logits // vocab // 256 * 256)
+
+
+def _check(hidden, head, target, weight, teacher, max_rows, chunk_rows) -> None:
+    shape = hidden.shape[:-1]
+    if hidden.dim() == 0 or head.dim() != 2 or hidden.shape[-1] != head.shape[1] or len(head) == 0:
+        raise ValueError(
+            f"hidden is {list(hidden.shape)}, head is {list(head.shape)}; [..., H] and [V, H] are needed, V > 0"
+        )
+    if hidden.dtype not in DTYPES or hidden.dtype != head.dtype:
+        raise ValueError(
+            f"hidden is {hidden.dtype}, head is {head.dtype}; "
+            "float32, bfloat16, float16 or float64 is needed, one for both"
+        )
+    check_rows("hidden", shape, target, weight)
+    if teacher is not None and (teacher.shape, teacher.dtype) != ((*shape, len(head)), hidden.dtype):
+        raise ValueError(
+            f"teacher is {teacher.dtype} {list(teacher.shape)}; it must be {hidden.dtype} {[*shape, len(head)]}"
+        )
+    for name, bound in (("max_rows", max_rows), ("chunk_rows", chunk_rows)):
+        if bound is not None and bound < 1:
+            raise ValueError(f"{name} is {bound}; it must be at least 1")
+
+
+# ------------------------------------------------------------------- the operators
+
+# They are opaque to torch.compile, which can neither follow a number of rows that is read back nor gain from a loop
+# over chunks that it unrolls.
+
+
+@torch.library.custom_op(
+    "dflash_ext::linear_cross_entropy",
+    mutates_args=(),
+    schema="(Tensor hidden, Tensor head, Tensor target, Tensor? weight, Tensor? teacher, SymInt? max_rows, "
+    f"SymInt chunk_rows, bool per_row, bool make_hidden, bool make_head, {OPTIONS_SCHEMA}) -> (Tensor losses, "
+    "Tensor nll, Tensor correct, Tensor entropy, Tensor grad_hidden, Tensor grad_head)",
+)
+def _forward(hidden, head, target, weight, teacher, max_rows, chunk_rows, per_row, make_hidden, make_head, *options):
+    """The losses of hidden [T, H], per_row [T] or their sum []; the others [T]; only losses has a gradient.
+
+    make_*: that gradient of the sum of losses is made here as well; empty if not.
+    """
+    rows, overflow = _rows_that_count(weight, max_rows)
+    (losses, *others), *grads = _by_chunks(
+        hidden, head, target, weight, teacher, rows, chunk_rows, make_hidden, make_head, options
+    )
+    if overflow is not None:
+        losses.masked_fill_(overflow, torch.nan)
+    grads = (hidden.new_empty(0) if grad is None else grad for grad in grads)
+    return losses if per_row else losses.sum(), *others, *grads
+
+
+@torch.library.custom_op(
+    "dflash_ext::linear_cross_entropy_backward",
+    mutates_args=(),
+    schema="(Tensor grad_losses, Tensor? grad_hidden, Tensor? grad_head, Tensor hidden, Tensor head, Tensor target, "
+    "Tensor? weight, Tensor? teacher, SymInt? max_rows, SymInt chunk_rows, bool train_hidden, bool train_head, "
+    f"{OPTIONS_SCHEMA}) -> (Tensor grad_hidden, Tensor grad_head)",
+)
+def _gradients(
+    grad_losses,
+    grad_hidden,
+    grad_head,
+    hidden,
+    head,
+    target,
+    weight,
+    teacher,
+    max_rows,
+    chunk_rows,
+    train_hidden,
+    train_head,
+    *options,
+):
+    """From what the forward made; if it made nothing, from the hidden states, with grad_losses per row."""
+    if grad_hidden is None and grad_head is None:
+        # Where a gradient overflowed, 0 * inf must not reach the rows that do not count.
+        scale = grad_losses if weight is None else torch.where(weight == 0, 0.0, weight * grad_losses)
+        rows, _ = _rows_that_count(scale, max_rows)
+        _, grad_hidden, grad_head = _by_chunks(
+            hidden, head, target, scale, teacher, rows, chunk_rows, train_hidden, train_head, options
+        )
+        grad_losses = grad_losses.new_ones(())
+    return tuple(
+        hidden.new_empty(0) if grad is None else torch.mul(grad, grad_losses[..., None], out=torch.empty_like(like))
+        for grad, like in ((grad_hidden, hidden), (grad_head, head))
+    )
 
 
 def _rows_that_count(weight: Tensor | None, max_rows: int | None) -> tuple[Tensor | None, Tensor | None]:
@@ -94,59 +194,33 @@ def _rows_that_count(weight: Tensor | None, max_rows: int | None) -> tuple[Tenso
     if max_rows >= weight.numel():
         return None, None
     rank = counts.cumsum(0)
-    on_host = weight.device.type == "cpu" and not torch.compiler.is_compiling()
-    if on_host and rank[-1] > max_rows:
+    if weight.is_cpu and rank[-1] > max_rows:
         raise ValueError(f"linear_cross_entropy: {int(rank[-1])} rows count, more than max_rows = {max_rows}")
     # A stable sort puts the rows that count first; the kernel skips whatever follows them.
     return torch.argsort(~counts, stable=True)[:max_rows], counts & (rank > max_rows)
 
 
-class _LinearCrossEntropy(torch.autograd.Function):
-    """(losses, nll, correct, entropy), each [T], of hidden [T, H]; only ``losses`` has a gradient."""
-
-    @staticmethod
-    def forward(ctx, hidden, head, target, weight, teacher, rows, chunk_rows, options):
-        needs_hidden, needs_head = ctx.needs_input_grad[:2]
-        real = real_dtype(hidden)
-        outputs = [hidden.new_zeros(target.shape, dtype=dtype) for dtype in (real, real, torch.bool, real)]
-        # With a frozen head the gradient of the hidden states is made while the logits are there.
-        grad_hidden = torch.zeros_like(hidden) if needs_hidden and not needs_head else None
+def _by_chunks(hidden, head, target, weight, teacher, rows, chunk_rows, make_hidden, make_head, options):
+    """(losses, nll, correct, entropy), each [T], then the gradients of the sum of losses; None for one not made."""
+    real = real_dtype(hidden)
+    results = [hidden.new_zeros(target.shape, dtype=dtype) for dtype in (real, real, torch.bool, real)]
+    grad_hidden = torch.zeros_like(hidden) if make_hidden else None
+    grad_head = torch.zeros_like(head, dtype=real) if make_head else None
+    # In place it turns the logits into their gradient.
+    loss_of = _native.masked_cross_entropy_ if make_hidden or make_head else _native.masked_cross_entropy
+    with torch.autocast(hidden.device.type, enabled=False):
         for chunk in _chunks(len(hidden), rows, chunk_rows):
-            logits = hidden[chunk] @ head.T
-            results = _loss_in_place(logits, chunk, target, weight, teacher, options)
-            for output, result in zip(outputs, results, strict=True):
-                output[chunk] = result[0]
-            if grad_hidden is not None:
-                grad_hidden[chunk] = logits @ head
-            del logits  # before the next chunk's
-        ctx.mark_non_differentiable(*outputs[1:])
-        ctx.save_for_backward(hidden, head, target, weight, teacher, rows, grad_hidden)
-        ctx.chunk_rows, ctx.options = chunk_rows, options
-        return tuple(outputs)
-
-    @staticmethod
-    def backward(ctx, grad_losses, *_):
-        hidden, head, target, weight, teacher, rows, grad_hidden = ctx.saved_tensors
-        needs_hidden, needs_head = ctx.needs_input_grad[:2]
-        if not needs_head:
-            scaled = torch.mul(grad_hidden, grad_losses[:, None], out=torch.empty_like(grad_hidden))
-            return scaled, *[None] * 7
-
-        real = real_dtype(hidden)
-        # Where a gradient overflowed, 0 * inf must not reach the rows that do not count.
-        weight = torch.ones_like(grad_losses) if weight is None else weight
-        scale = torch.where(weight == 0, 0.0, weight * grad_losses)
-        grad_hidden = torch.zeros_like(hidden) if needs_hidden else None
-        grad_head = torch.zeros_like(head, dtype=real)
-        for chunk in _chunks(len(hidden), rows, ctx.chunk_rows):
             x = hidden[chunk]
-            grad_logits = x @ head.T
-            _loss_in_place(grad_logits, chunk, target, scale, teacher, ctx.options)
-            if needs_hidden:
-                grad_hidden[chunk] = grad_logits @ head
-            grad_head += _matmul(grad_logits.T, x, real)
-            del grad_logits
-        return grad_hidden, grad_head.to(head.dtype), *[None] * 6
+            logits = x @ head.T
+            beside = (None if each is None else each[chunk][None] for each in (target, weight, teacher))
+            for result, part in zip(results, loss_of(logits[None], *beside, *options), strict=False):
+                result[chunk] = part[0]
+            if make_hidden:
+                grad_hidden[chunk] = logits @ head
+            if make_head:
+                _accumulate(grad_head, logits.T, x)
+            del logits  # before the next chunk's
+    return results, grad_hidden, grad_head
 
 
 def _chunks(total: int, rows: Tensor | None, size: int) -> Iterator[slice | Tensor]:
@@ -157,39 +231,53 @@ def _chunks(total: int, rows: Tensor | None, size: int) -> Iterator[slice | Tens
         yield span if rows is None else rows[span]
 
 
-def _loss_in_place(logits, chunk, target, weight, teacher, options):
-    """Turns logits [n, V] into d(weight * loss)/d(logits); returns losses, nll, correct, entropy: [1, n]."""
-    target = target[chunk][None]
-    weight, teacher = (None if each is None else each[chunk][None] for each in (weight, teacher))
-    return torch.ops.dflash_ext.masked_cross_entropy_(logits[None], target, weight, teacher, *options)
+def _accumulate(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a @ b, summed in total's dtype."""
+    if a.dtype != total.dtype and a.is_cuda:
+        total += torch.mm(a, b, out_dtype=total.dtype)
+    else:
+        total.addmm_(a.to(total.dtype), b.to(total.dtype))
 
 
-def _matmul(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    """a @ b, summed and returned in dtype."""
-    if a.dtype == dtype:
-        return a @ b
-    return torch.mm(a, b, out_dtype=dtype) if a.is_cuda else a.to(dtype) @ b.to(dtype)
+# ------------------------------------------------------------------- registration
 
 
-def _check(hidden, head, target, weight, teacher, max_rows, chunk_rows) -> None:
-    shape = hidden.shape[:-1]
-    if head.dim() != 2 or hidden.shape[-1] != head.shape[1]:
-        raise ValueError(
-            f"hidden is {list(hidden.shape)}, head is {list(head.shape)}; [..., H] and [V, H] are needed"
-        )
-    if hidden.dtype != head.dtype and not torch.is_autocast_enabled(hidden.device.type):
-        raise ValueError(f"hidden is {hidden.dtype}, head is {head.dtype}; they must be the same")
-    if target.is_floating_point() or target.dtype == torch.bool:
-        raise ValueError(f"target is {target.dtype}; an integer dtype is needed")
-    for name, tensor in (("target", target), ("weight", weight)):
-        if tensor is not None and tensor.shape != shape:
-            raise ValueError(
-                f"{name} has shape {list(tensor.shape)}; one entry per row of hidden is {list(shape)}"
-            )
-    if teacher is not None and teacher.shape != (*shape, len(head)):
-        raise ValueError(f"teacher has shape {list(teacher.shape)}; it must be {[*shape, len(head)]}")
-    if weight is not None and weight.requires_grad:
-        raise ValueError("weight requires a gradient; only hidden and head get one: detach it")
-    for name, bound in (("max_rows", max_rows), ("chunk_rows", chunk_rows)):
-        if bound is not None and bound < 1:
-            raise ValueError(f"{name} is {bound}; it must be at least 1")
+@_forward.register_fake
+def _(hidden, head, target, weight, teacher, max_rows, chunk_rows, per_row, make_hidden, make_head, *options):
+    real = real_dtype(hidden)
+    return (
+        hidden.new_empty(target.shape if per_row else (), dtype=real),
+        *(hidden.new_empty(target.shape, dtype=dtype) for dtype in (real, torch.bool, real)),
+        torch.empty_like(hidden) if make_hidden else hidden.new_empty(0),
+        torch.empty_like(head, dtype=real) if make_head else hidden.new_empty(0),
+    )
+
+
+@_gradients.register_fake
+def _(grad_losses, grad_hidden, grad_head, hidden, head, *others):
+    train_hidden, train_head = others[5:7]
+    return tuple(
+        torch.empty_like(x) if train else hidden.new_empty(0)
+        for x, train in ((hidden, train_hidden), (head, train_head))
+    )
+
+
+def _keep(ctx, inputs, output):
+    *tensors, max_rows, chunk_rows, _, make_hidden, make_head = inputs[:10]
+    ctx.sizes, ctx.options = (max_rows, chunk_rows), inputs[10:]
+    _, *others, grad_hidden, grad_head = output
+    ctx.mark_non_differentiable(*others, grad_hidden, grad_head)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(grad_hidden if make_hidden else None, grad_head if make_head else None, *tensors)
+
+
+def _backward(ctx, grad_losses, *_):
+    if grad_losses is None:
+        return (None,) * 15
+    trained = ctx.needs_input_grad[:2]
+    grads = _native.linear_cross_entropy_backward(grad_losses, *ctx.saved_tensors, *ctx.sizes, *trained, *ctx.options)
+    return *(grad if train else None for grad, train in zip(grads, trained, strict=True)), *[None] * 13
+
+
+_forward.register_autograd(_backward, setup_context=_keep)
+refuse_second_derivative("linear_cross_entropy")

@@ -7,16 +7,22 @@ from torch import Tensor
 
 from ..library import load
 from ..reference import CrossEntropy
+from .autograd import refuse_second_derivative
+from .devices import autocast_dtype, check_one_device
 
 load()
 _native = torch.ops.dflash_ext
 
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 TEACHER_KINDS = ("kl", "tv")
 REDUCTIONS = ("mean", "sum", "none")
 
 
+OPTIONS_SCHEMA = "int teacher_kind, float teacher_mix, float softcap, float label_smoothing, float z_loss"
+
+
 class _Options(NamedTuple):
-    """The operators' trailing arguments, in their order."""
+    """The operators' trailing arguments, in the order of OPTIONS_SCHEMA."""
 
     teacher_kind: int
     teacher_mix: float
@@ -61,7 +67,8 @@ def masked_cross_entropy(
         softcap: bound on the logits' size (Gemma 2); None for none.
         label_smoothing: share of the target's mass that is spread evenly over the vocabulary.
         z_loss: weight of ``logsumexp ** 2``, which keeps the normaliser near 1 (PaLM).
-        teacher: logits of the teacher, of the same shape, dtype and device; not softcapped.
+        teacher: logits of the teacher, of the same shape, dtype and device; not softcapped. Under autocast it
+            is cast to the logits' dtype.
         teacher_kind: ``"kl"`` for KL(t || p), ``"tv"`` for total variation, half of ``sum |t - p|``: one
             minus the rate at which speculative sampling accepts a draft.
         teacher_mix: share of the teacher's term.
@@ -72,12 +79,15 @@ def masked_cross_entropy(
         (the first, if there are several) is the target.
 
     Raises:
-        ValueError: an argument of the wrong shape, dtype or range.
-        RuntimeError: a target outside the vocabulary (CPU).
+        ValueError: an argument of the wrong shape, dtype, device or range.
+        RuntimeError: a target outside the vocabulary (CPU); a second derivative.
     """
     options = options_of(reduction, softcap, label_smoothing, z_loss, teacher, teacher_kind, teacher_mix)
-    shape = logits.shape[:-1]
+    check_one_device("masked_cross_entropy", logits=logits, target=target, weight=weight, teacher=teacher)
+    if teacher is not None and autocast_dtype(logits.device):
+        teacher = teacher.to(logits.dtype)
     _check(logits, target, weight, teacher)
+    shape = logits.shape[:-1]
     logits = _as_3d(logits)
     rows = logits.shape[:2]
     weight = None if weight is None else weight.to(real_dtype(logits)).reshape(rows).contiguous()
@@ -110,13 +120,15 @@ def _as_3d(logits: Tensor) -> Tensor:
 
 def reduce_losses(losses: Tensor, weight: Tensor | None, reduction: str) -> Tensor:
     """``losses`` are already multiplied by their weights."""
-    if reduction == "none":
-        return losses
-    total = losses.sum()
+    return losses if reduction == "none" else mean_or_sum(losses.sum(), losses.numel(), weight, reduction)
+
+
+def mean_or_sum(total: Tensor, rows: int, weight: Tensor | None, reduction: str) -> Tensor:
+    """Of the sum of the losses of so many rows, which are already multiplied by their weights."""
     if reduction == "sum":
         return total
     if weight is None:
-        return total / max(losses.numel(), 1)
+        return total / max(rows, 1)
     count = weight.sum()
     return total / torch.where(count == 0, 1.0, count)
 
@@ -147,24 +159,28 @@ def options_of(
 
 
 def _check(logits: Tensor, target: Tensor, weight: Tensor | None, teacher: Tensor | None) -> None:
-    shape = logits.shape[:-1]
-    for name, tensor in (("target", target), ("weight", weight)):
-        if tensor is not None and tensor.shape != shape:
-            raise ValueError(
-                f"{name} has shape {list(tensor.shape)}; one entry per row of logits is {list(shape)}"
-            )
-    if target.is_floating_point():
-        raise ValueError(f"target is {target.dtype}; token ids are integers")
+    if logits.dim() == 0 or logits.shape[-1] == 0 or logits.dtype not in DTYPES:
+        raise ValueError(
+            f"logits is {logits.dtype} {list(logits.shape)}; float32, bfloat16, float16 or float64 [..., V], V > 0, "
+            "is needed"
+        )
+    check_rows("logits", logits.shape[:-1], target, weight)
     if teacher is not None and (teacher.shape, teacher.dtype) != (logits.shape, logits.dtype):
         raise ValueError(
             f"teacher is {teacher.dtype} {list(teacher.shape)}; it must be like the logits, "
             f"{logits.dtype} {list(logits.shape)}"
         )
-    for name, tensor in (("target", target), ("weight", weight), ("teacher", teacher)):
-        if tensor is not None and tensor.device != logits.device:
-            raise ValueError(f"{name} is on {tensor.device}, the logits are on {logits.device}")
+
+
+def check_rows(what: str, shape: torch.Size, target: Tensor, weight: Tensor | None) -> None:
+    """target and weight have one entry per row of ``what``."""
+    for name, tensor in (("target", target), ("weight", weight)):
+        if tensor is not None and tensor.shape != shape:
+            raise ValueError(f"{name} has shape {list(tensor.shape)}; one entry per row of {what} is {list(shape)}")
+    if target.is_floating_point() or target.dtype == torch.bool:
+        raise ValueError(f"target is {target.dtype}; token ids are integers")
     if weight is not None and weight.requires_grad:
-        raise ValueError("weight requires a gradient; only the logits get one: detach it")
+        raise ValueError("weight requires a gradient, but gets none: detach it")
 
 
 # ------------------------------------------------------------------- registration
@@ -208,3 +224,4 @@ def _backward(ctx, grad_losses, *_):
 
 
 torch.library.register_autograd("dflash_ext::masked_cross_entropy", _backward, setup_context=_keep)
+refuse_second_derivative("masked_cross_entropy")

@@ -1,7 +1,10 @@
 """linear_cross_entropy against its definition in float64."""
 
+import math
+
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from dflash_ext import linear_cross_entropy, reference
 
@@ -104,20 +107,10 @@ def test_more_rows_than_max_rows_on_the_gpu():
 
 def test_the_logits_never_exist_in_full(device):
     hidden, head, target, _ = inputs(64, 8, 500, kept=64, device=device)
-    largest = 0
-
-    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            nonlocal largest
-            out = function(*args, **(kwargs or {}))
-            for tensor in out if isinstance(out, tuple) else (out,):
-                if isinstance(tensor, torch.Tensor):
-                    largest = max(largest, tensor.numel())
-            return out
-
-    with Watch():
+    with torch.profiler.profile(record_shapes=True) as profile:
         run(linear_cross_entropy, hidden, head, target, None, torch.float32, False, chunk_rows=8)
-    assert largest <= 8 * 500
+    shapes = [shape for event in profile.events() for shape in event.input_shapes if all(shape)]
+    assert [8, 500] in shapes and max(math.prod(shape) for shape in shapes) <= 8 * 500
 
 
 def test_under_autocast(device):
@@ -130,18 +123,77 @@ def test_under_autocast(device):
     assert mixed[4].dtype == torch.float32 and torch.equal(mixed[4].bfloat16(), low[4])
 
 
+def test_autocast_leaves_float64_alone(device):
+    hidden, head, target, weight = inputs(dtype=torch.float64)
+    want = run(linear_cross_entropy, hidden, head, target, weight, torch.float64, True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = run(linear_cross_entropy, hidden, head, target, weight, torch.float64, True)
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
 @pytest.mark.parametrize("train_head", [False, True], ids=["frozen", "trainable"])
-def test_compiles_without_a_graph_break(train_head, device):
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("max_rows", [None, 9])
+def test_compiles_once_for_all_lengths(max_rows, reduction, train_head, device):
     torch.manual_seed(5)
-    data = inputs(device=device)
-    compiled = torch.compile(linear_cross_entropy, backend="aot_eager", fullgraph=True)
-    options = {"max_rows": 9, "chunk_rows": 8}
-    for a, b in zip(
-        run(compiled, *data, torch.float32, train_head, **options),
-        run(linear_cross_entropy, *data, torch.float32, train_head, **options),
-        strict=True,
-    ):
-        assert torch.equal(a, b)
+    graphs = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(linear_cross_entropy, backend=graphs, fullgraph=True, dynamic=True)
+    options = {"max_rows": max_rows, "chunk_rows": 8, "reduction": reduction}
+    counts = []
+    for rows in (30, 31, 77):
+        data = *inputs(rows, device=device), torch.float32, train_head
+        grad = torch.rand(rows, device=device) if reduction == "none" else None
+        got, want = (run(function, *data, grad, **options) for function in (compiled, linear_cross_entropy))
+        assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+        counts.append(graphs.frame_count)
+    assert counts[0] == counts[-1] > 0
+    if max_rows and device == "cpu":
+        with pytest.raises(ValueError, match="10 rows count, more than max_rows = 9"):
+            run(compiled, *inputs(kept=10), torch.float32, train_head, grad, **options)
+
+
+@pytest.mark.parametrize("train_head", [False, True], ids=["frozen", "trainable"])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_a_second_derivative_is_refused(reduction, train_head, device):
+    hidden, head, target, weight = inputs(device=device)
+    leaves = [hidden.requires_grad_(), head.requires_grad_()] if train_head else [hidden.requires_grad_()]
+    loss = linear_cross_entropy(hidden, head, target, weight, reduction=reduction).loss
+    grads = torch.autograd.grad(loss, leaves, torch.ones_like(loss), create_graph=True)
+    for grad in grads:
+        with pytest.raises(RuntimeError, match="linear_cross_entropy: its gradient has no derivative"):
+            (loss.sum() + grad.square().sum()).backward(retain_graph=True)
+
+
+def test_backward_twice(device):
+    hidden, head, target, weight = inputs(device=device)
+    leaves = hidden.requires_grad_(), head.requires_grad_()
+    loss = linear_cross_entropy(hidden, head, target, weight).loss
+    once = torch.autograd.grad(loss, leaves, retain_graph=True)
+    twice = torch.autograd.grad(2 * loss, leaves)
+    assert all(torch.equal(2 * a, b) for a, b in zip(once, twice, strict=True))
+
+
+@pytest.mark.parametrize("max_rows", [None, 9])
+def test_meta_tensors_give_meta_tensors(max_rows):
+    data = inputs(device="meta")
+    results = run(linear_cross_entropy, *data, torch.bfloat16, True, max_rows=max_rows)
+    assert all(result.is_meta for result in results)
+    assert [tuple(result.shape) for result in results] == [(), (30,), (30,), (30,), (30, 16), (50, 16)]
+
+
+def test_registrations(device):
+    torch.manual_seed(6)
+    hidden, head, target, weight = inputs(device=device)
+    teacher, per_row = torch.randn(30, 50, device=device), torch.rand(30, device=device)
+    data, bounds, options = (hidden, head, target, weight, teacher), (12, 4), (1, 0.3, 4.0, 0.1, 1e-3)
+    ops = torch.ops.dflash_ext
+    leaves = (hidden.clone().requires_grad_(), head.clone().requires_grad_())
+    for made in ((False, True, True), (True, False, False)):
+        torch.library.opcheck(ops.linear_cross_entropy, (*leaves, *data[2:], *bounds, *made, *options))
+    *_, grad_hidden, grad_head = ops.linear_cross_entropy(*data, *bounds, False, True, True, *options)
+    arguments = (*data, *bounds, True, True, *options)
+    torch.library.opcheck(ops.linear_cross_entropy_backward, (per_row, None, None, *arguments))
+    torch.library.opcheck(ops.linear_cross_entropy_backward, (per_row.sum(), grad_hidden, grad_head, *arguments))
 
 
 @pytest.mark.parametrize(
@@ -151,7 +203,14 @@ def test_compiles_without_a_graph_break(train_head, device):
         ({"head": torch.zeros(50, 16).half()}, "head is torch.float16"),
         ({"weight": torch.ones(2)}, r"weight has shape \[2\]"),
         ({"max_rows": 0}, "max_rows is 0"),
-        ({"teacher": torch.zeros(3, 9), "teacher_mix": 0.1}, r"teacher has shape \[3, 9\]"),
+        ({"teacher": torch.zeros(3, 9), "teacher_mix": 0.1}, r"teacher is torch.float32 \[3, 9\]"),
+        ({"teacher": torch.zeros(3, 50).half(), "teacher_mix": 0.1}, r"teacher is torch.float16 \[3, 50\]"),
+        ({"hidden": torch.zeros(3, 16).int(), "head": torch.zeros(50, 16).int()}, "hidden is torch.int32"),
+        ({"head": torch.zeros(0, 16)}, r"head is \[0, 16\]"),
+        ({"head": torch.zeros(50, 16, device="meta")}, "hidden is on cpu, head on meta; one device is needed"),
+        ({"target": torch.zeros(3, dtype=torch.long, device="meta")}, "hidden is on cpu, target on meta"),
+        ({"teacher": torch.zeros(3, 50, device="meta"), "teacher_mix": 0.1}, "teacher on meta"),
+        ({"weight": torch.ones(3, requires_grad=True)}, "weight requires a gradient"),
     ],
 )
 def test_wrong_arguments(change, message):

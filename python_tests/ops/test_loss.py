@@ -204,6 +204,12 @@ def test_target_outside_the_vocabulary_on_the_gpu():
         ({"teacher": torch.zeros(3, 5).half(), "teacher_mix": 0.5}, "teacher is torch.float16"),
         ({"label_smoothing": 1.5}, "label_smoothing is 1.5"),
         ({"softcap": 0.0}, "softcap is 0.0"),
+        ({"target": torch.zeros(3, dtype=torch.bool)}, "target is torch.bool"),
+        ({"logits": torch.zeros(3, 5).int()}, r"logits is torch.int32 \[3, 5\]"),
+        ({"logits": torch.zeros(3, 0)}, r"logits is torch.float32 \[3, 0\]"),
+        ({"logits": torch.tensor(3.0), "target": torch.tensor(0)}, r"logits is torch.float32 \[\]"),
+        ({"weight": torch.ones(3, device="meta")}, "logits is on cpu, weight on meta; one device is needed"),
+        ({"weight": torch.ones(3, requires_grad=True)}, "weight requires a gradient"),
     ],
 )
 def test_wrong_arguments(change, message):
@@ -251,6 +257,21 @@ def test_under_autocast(device):
     with torch.autocast(device, dtype=torch.bfloat16):
         out = masked_cross_entropy(logits, target)
     assert torch.equal(out.loss, masked_cross_entropy(logits, target).loss)
+
+
+def test_a_teacher_is_cast_under_autocast(device):
+    logits, target, _, teacher = inputs((4, 50), torch.bfloat16, device, teacher=True, keep=1.1)
+    with torch.autocast(device, dtype=torch.bfloat16):
+        out = masked_cross_entropy(logits, target, teacher=teacher.float(), teacher_mix=0.5)
+    assert torch.equal(out.loss, masked_cross_entropy(logits, target, teacher=teacher, teacher_mix=0.5).loss)
+
+
+def test_a_second_derivative_is_refused(device):
+    logits, target, *_ = inputs((4, 50), device=device, keep=1.1)
+    loss = masked_cross_entropy(logits.requires_grad_(), target).loss
+    (grad,) = torch.autograd.grad(loss, logits, create_graph=True)
+    with pytest.raises(RuntimeError, match="masked_cross_entropy: its gradient has no derivative"):
+        (loss + grad.square().sum()).backward()
 
 
 def test_threads_do_not_change_the_result():
