@@ -62,6 +62,7 @@ def demo(
     """Trains and decodes on the spot, then decodes with a real model and a real drafter."""
     from .demo import real_model, tiny_model
 
+    _no_bars_for_weights()
     tiny_model(console)
     if not quick:
         real_model(console, count=prompts, max_new_tokens=max_new_tokens)
@@ -113,7 +114,7 @@ def train(
     """Trains a drafter for a target on the target's own answers to your prompts."""
     from .data import ResponseDataset
     from .models import DFlashDrafter, Target
-    from .train import Recipe, plot_curve, train_drafter
+    from .train import Recipe, plot_curve, summary, train_drafter
 
     if (prompts is None) == (answers is None):
         raise ValueError("train needs either --prompts, which the target answers first, or --answers")
@@ -165,8 +166,11 @@ def train(
         compile=compile,
     )
     tapped = Target(model, drafter.config.target_layer_ids)
-    log = train_drafter(drafter, tapped, trained, output, recipe, held_out=kept_out, resume=resume)
+    log = train_drafter(
+        drafter, tapped, trained, output, recipe, held_out=kept_out, resume=resume, console=console
+    )
     plot_curve(log, output / "curve.png")
+    console.print(summary(log))
     console.print(f"the drafter is in {output}")
 
 
@@ -346,15 +350,20 @@ def _integer(text: str, option: str) -> int:
         raise ValueError(f"{option} is '{text}': a number is expected") from None
 
 
+def _no_bars_for_weights() -> None:
+    """Reading and writing them takes moments."""
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+
+
 def _load_target(name: str, tokenizer: str | None, dtype: str | None, device: str | None):
     import torch
-    from transformers.utils.logging import disable_progress_bar
 
     from .integrations.gguf import smollm2_path
     from .models import load_target
 
-    disable_progress_bar()  # those of reading and writing weights, which take moments
-
+    _no_bars_for_weights()
     kinds = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     if dtype is not None and dtype not in kinds:
         raise ValueError(f"dtype '{dtype}' is not supported; choose one of {', '.join(kinds)}")

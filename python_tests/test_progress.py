@@ -10,13 +10,14 @@ def test_without_a_terminal_lines_tell_the_time_left(monkeypatch):
     monkeypatch.setattr(progress.time, "monotonic", lambda: next(clock))
     out = io.StringIO()
     with progress.progress(Console(file=out), "counting", 8) as advance:
-        for _ in range(4):
-            advance(1)
-    assert out.getvalue().splitlines() == ["counting: 2 of 8, 33 s left", "counting: 4 of 8, 30 s left"]
+        for note in ("", "", "", "to ten"):
+            advance(1, note)
+    assert out.getvalue().splitlines() == ["counting: 2 of 8, 33 s left", "counting: 4 of 8, 30 s left, to ten"]
 
 
 def test_on_a_terminal_there_is_a_bar():
     out = io.StringIO()
     with progress.progress(Console(file=out, force_terminal=True, width=80), "counting", 2) as advance:
-        advance(2)
-    assert "counting" in out.getvalue() and "2/2" in out.getvalue()
+        advance(2, "to ten")
+    for shown in ("counting", "2/2", "to ten"):
+        assert shown in out.getvalue()

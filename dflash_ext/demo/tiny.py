@@ -18,7 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from ..data import Conversation, ResponseDataset, encode, regenerate
 from ..models import DFlashDrafter, Target
 from ..progress import progress
-from ..train import Recipe, train_drafter
+from ..train import Recipe, summary, train_drafter
 from .compare import compare
 
 VOCAB, CONTEXT = 1024, 128
@@ -61,9 +61,8 @@ def tiny_model(console: Console) -> None:
             )
         dataset = ResponseDataset(answers, CONTEXT)
         recipe = Recipe(steps=DRAFTER_STEPS, batch_size=8, anchors=24, learning_rate=3e-3, log_every=50)
-        log = train_drafter(drafter, tapped, dataset, folder, recipe)
-    losses = [entry for entry in log if "loss" in entry]
-    console.print(f"drafter: loss {losses[0]['loss']:.2f} -> {losses[-1]['loss']:.2f} in {DRAFTER_STEPS} steps")
+        log = train_drafter(drafter, tapped, dataset, folder, recipe, console=console)
+    console.print(summary(log))
 
     prompts = {
         text.strip().splitlines()[0]: encode(Conversation(text=text[:400]), tokenizer, max_prompt_tokens=CONTEXT)

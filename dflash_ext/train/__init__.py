@@ -1,5 +1,6 @@
 from .anchors import Blocks, build_blocks, dpace, position_decay, sample_anchors
 from .curve import plot_curve
+from .reporting import summary
 from .run import Recipe, save_drafter, train_drafter
 from .trainer import AnchorCollator, DFlashTrainer
 
@@ -14,5 +15,6 @@ __all__ = [
     "position_decay",
     "sample_anchors",
     "save_drafter",
+    "summary",
     "train_drafter",
 ]

@@ -9,11 +9,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from rich.console import Console
 from torch.utils.data import Dataset
-from transformers import TrainingArguments
+from transformers import PrinterCallback, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
 from ..models import DFlashDrafter, Target
+from .reporting import TrainingProgress
 from .trainer import AnchorCollator, DFlashTrainer
 
 
@@ -64,6 +66,7 @@ def train_drafter(
     *,
     held_out: Dataset | None = None,
     resume: bool = False,
+    console: Console | None = None,
 ) -> list[dict]:
     """Trains `drafter` in place and saves it to `output` in the published layout.
 
@@ -71,7 +74,8 @@ def train_drafter(
         drafter: float32 on the target's device; on a GPU it trains under bfloat16 autocast.
         answers: samples {"input_ids", "loss_mask"} of the target's own answers.
         held_out: answers to prompts that are not trained on; evaluated at the end.
-        resume: go on from the last checkpoint in `output`.
+        resume: go on from the last checkpoint in `output`, if there is one.
+        console: shows the progress, the loss and tau; None shows nothing.
 
     Returns:
         The log: one dict per entry, with step, loss, tau, learning rate. It is also written to `output/training.json`.
@@ -96,7 +100,7 @@ def train_drafter(
         use_cpu=not on_gpu,
         optim="adamw_torch_fused" if on_gpu else "adamw_torch",
         torch_compile=recipe.compile,
-        logging_steps=recipe.log_every,
+        logging_steps=min(recipe.log_every, recipe.steps),
         save_strategy="steps" if recipe.save_every else "no",
         save_steps=recipe.save_every or 500,
         save_total_limit=1,
@@ -109,6 +113,7 @@ def train_drafter(
         report_to="none",
         label_names=["labels"],
         prediction_loss_only=True,
+        disable_tqdm=True,
     )
     trainer = DFlashTrainer(
         drafter,
@@ -119,11 +124,15 @@ def train_drafter(
         eval_dataset=held_out,
         data_collator=AnchorCollator(recipe.anchors, config.block_size, config.mask_token_id),
     )
+    trainer.remove_callback(PrinterCallback)
     checkpoint = get_last_checkpoint(str(output)) if resume and output.is_dir() else None
     try:
-        trainer.train(resume_from_checkpoint=checkpoint)
-        if held_out is not None and len(held_out):
-            trainer.evaluate()
+        with TrainingProgress(console or Console(quiet=True)) as shown:
+            if trainer.is_world_process_zero():
+                trainer.add_callback(shown)
+            trainer.train(resume_from_checkpoint=checkpoint)
+            if held_out is not None and len(held_out):
+                trainer.evaluate()
     finally:
         log = [entry for entry in trainer.state.log_history if entry]
         if trainer.state.global_step:  # a run that failed at once leaves an earlier drafter alone

@@ -1,0 +1,66 @@
+"""A training run on a console: what is trained, the steps, the time left, the loss and tau; and how it ended."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+
+from rich.console import Console
+from transformers import TrainerCallback
+
+from ..progress import progress
+
+
+class TrainingProgress(TrainerCallback):
+    """Callback of transformers' Trainer; to be entered around the run, so that an exception leaves no open bar."""
+
+    def __init__(self, console: Console):
+        self.console = console
+        self.bars = ExitStack()
+        self.note = ""
+        self.evaluating = False
+
+    def __enter__(self) -> TrainingProgress:
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.bars.close()
+
+    def _show(self, what: str, total: int) -> None:
+        self.bars.close()  # one bar at a time
+        self.advance = self.bars.enter_context(progress(self.console, what, total))
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        resumed = f" from step {state.global_step}" if state.global_step else ""
+        self._show(f"training the drafter{resumed}", state.max_steps - state.global_step)
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if "loss" in logs:
+            self.note = f"loss {logs['loss']:.3f}, tau {logs['tau']:.2f}"
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.advance(1, self.note)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.bars.close()
+
+    def on_prediction_step(self, args, state, control, eval_dataloader=None, **kwargs):
+        if not self.evaluating:
+            self._show("evaluating it on held-out answers", len(eval_dataloader))
+            self.evaluating = True
+        self.advance(1)
+
+    def on_evaluate(self, args, state, control, **kwargs):
+        self.evaluating = False
+        self.bars.close()
+
+
+def summary(log: list[dict]) -> str:
+    """One line on the log that `train_drafter` returns: loss and tau at both ends, the loss on held-out answers."""
+    trained = [entry for entry in log if "loss" in entry]
+    if not trained:
+        return "drafter: there was no step left to train"
+    first, last = trained[0], trained[-1]
+    figures = (f"{name} {first[name]:.2f} -> {last[name]:.2f}" for name in ("loss", "tau"))
+    line = f"drafter: {', '.join(figures)} on its training blocks in {last['step']} steps"
+    held_out = [entry["eval_loss"] for entry in log if "eval_loss" in entry]
+    return f"{line}; loss {held_out[-1]:.2f} on held-out answers" if held_out else line
