@@ -3,6 +3,10 @@
 ``register`` adds two functions to transformers' registries. ``interval_attention_mask`` is asked for a mask once per
 forward and kind of layer, and writes the two key intervals of each row into an int32 tensor ``[B, 1, Lq, 4]``, which
 models hand on like any 4-D mask. ``block_attention`` is called by every layer and reads them back.
+
+``generate`` takes no masks but 2-D padding: it refuses ``interval_mask`` by name. To go on behind a prompt that is read
+under an IntervalMask, run the model on all of the prompt but its last token, with ``interval_mask`` and a cache, and
+call ``generate`` on the whole prompt with that cache as ``past_key_values``.
 """
 
 from __future__ import annotations

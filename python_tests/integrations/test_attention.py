@@ -237,6 +237,40 @@ def test_generate(family, cache):
     assert torch.equal(model.generate(ids, attention_mask=mask, **options), want)
 
 
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def test_generate_goes_on_behind_a_prompt_read_under_intervals(cache):
+    """A prompt that sees both ways but for its last token, against eager attention one forward at a time."""
+    model, ids, new = model_of("llama"), tokens(2, LENGTH), 8
+    mask = IntervalMask.full(LENGTH - 1)
+    model.set_attn_implementation("eager")
+    filled, want = DynamicCache(config=model.config), ids
+    dense = mask.to_dense(torch.float32).expand(2, -1, -1, -1)
+    model(ids[:, :-1], attention_mask=dense, past_key_values=filled)
+    for _ in range(new):
+        logits = model(want[:, -1:], past_key_values=filled).logits
+        want = torch.cat([want, logits[:, -1:].argmax(-1)], dim=1)
+
+    model.set_attn_implementation("block_attn")
+    options = dict(max_new_tokens=new, do_sample=False, eos_token_id=None)
+    assert not torch.equal(model.generate(ids, **options), want)
+    if cache == "dynamic":
+        filled, slots = DynamicCache(config=model.config), LENGTH - 1
+    else:
+        filled, slots = StaticCache(model.config, LENGTH + new), LENGTH + new
+    read = IntervalMask.full(LENGTH - 1, q_len=LENGTH - 1, kv_len=slots)
+    model(ids[:, :-1], interval_mask=read, past_key_values=filled)
+    assert torch.equal(model.generate(ids, past_key_values=filled, **options), want)
+
+
+def test_generate_refuses_intervals():
+    model, ids, mask = model_of("llama"), tokens(1, LENGTH), IntervalMask.full(LENGTH)
+    model.set_attn_implementation("block_attn")
+    with pytest.raises(ValueError, match="not used by the model: .'interval_mask'"):
+        model.generate(ids, interval_mask=mask, max_new_tokens=2)
+    with pytest.raises(ValueError, match="must be 2D"):
+        model.generate(ids, attention_mask=as_attention_mask(mask), max_new_tokens=2)
+
+
 @pytest.mark.parametrize("style", ["none", "left"])
 def test_diffusion_gemma_denoises(style):
     """The encoder is causal; the canvas sees all of the prompt that its layers keep, and itself both ways."""
