@@ -1,17 +1,19 @@
 // Forward of block_attn on Hopper.
 //
-// A block of three warpgroups takes one item of work after another: a tile of rows (plan.h) of one batch entry and one
-// group of folded query heads. Warpgroup 0 is the producer: a single thread has the copy engine bring the tile's
-// queries, and the keys and values that the plan says it visits, into a ring of stages. Warpgroups 1 and 2 are the
-// consumers, 64 rows each; with head_dim above 256 they share the 64 rows of the tile, each summing half of the output's
-// columns.
+// A block takes one item of work after another: a tile of rows (plan.h) of one batch entry and one group of folded query
+// heads. Warpgroup 0 is the producer: a single thread has the copy engine bring the tile's queries, and the keys and
+// values that the plan says it visits, into a ring of stages. The other warpgroups are the consumers, 64 rows each; with
+// head_dim above 256 they share the 64 rows of the tile, each summing half of the output's columns.
 //
 // A consumer keeps its output and its softmax's weights in registers. In every step it starts the scores of the next
 // keys, then the product of the previous keys' weights and values, and takes the softmax of the scores while that
-// product runs. The two consumers take turns at starting products, so that one's softmax runs beside the other's
-// products. Only tiles of keys that the plan does not call full pay for masking.
+// product runs. The consumers take turns at starting products, so that one's softmax runs beside another's products.
+// Only tiles of keys that the plan does not call full pay for masking.
+#include <algorithm>
+#include <utility>
+
 #include "attn/kernels.h"
-#include "attn/key_tiles.h"
+#include "attn/key_runs.h"
 #include "attn/softmax.h"
 #include "common/hopper.h"
 #include "common/tensor_map.h"
@@ -21,16 +23,19 @@ namespace dflash {
 namespace device {
 namespace {
 
-constexpr int kWarpgroup = 128, kConsumers = 2;
-constexpr int kThreads = (1 + kConsumers) * kWarpgroup;
-constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;
+constexpr int kWarpgroup = 128;
 
 template <int kDim>
 struct Tiling {
-  static constexpr int kRows = static_cast<int>(tile_rows(kDim));
+  static constexpr int kRows = static_cast<int>(hopper_tile_rows(kDim));
   static constexpr int kKeys = kDim <= 128 ? 128 : kDim == 256 ? 80 : 64;
   static constexpr int kStages = kDim <= 256 ? 2 : 1;
   static constexpr bool kSharesRows = kRows == 64;
+  static constexpr int kConsumers = kSharesRows ? 2 : kRows / 64;
+  static constexpr int kThreads = (1 + kConsumers) * kWarpgroup;
+  // What a launch gives to all threads, shared out anew: it must not become more.
+  static constexpr int kProducerRegisters = kConsumers == 2 ? 24 : 32;
+  static constexpr int kConsumerRegisters = kConsumers == 2 ? 240 : 160;
   static constexpr int kValueColumns = kSharesRows ? kDim / kConsumers : kDim;  // of one consumer
   static constexpr bool kTakesTurns = kDim <= 128;
   static constexpr int kPanels = kDim / kPanelColumns;
@@ -38,16 +43,34 @@ struct Tiling {
   static constexpr int kKeyPanelBytes = kKeys * kPanelRowBytes;
   static constexpr int kQueryBytes = kRows * kDim * 2;
   static constexpr int kKeyBytes = kKeys * kDim * 2;
-  // The output leaves through shared memory: through room of its own, or where the queries were.
+  // The output leaves through shared memory: through room of its own, or where the values were.
   static constexpr bool kOwnOutput = kDim <= 128;
   static constexpr int kBytes = (kOwnOutput ? 2 : 1) * kQueryBytes + 2 * kStages * kKeyBytes + 1024;
 };
 
-// Turns at starting products are named barriers 1 and 2; a consumer's own threads meet at barrier 3 or 4, all at 5.
-constexpr int kTurnBarrier = 1, kOwnBarrier = 3, kConsumersBarrier = 5;
+// In what order the blocks take the items. Heads go in sections whose keys and values fit in the L2 cache together;
+// a section walks through the plan, from the longest tiles to the shortest. The blocks take turns in alternating
+// directions: whoever got the longest item of a round gets the shortest of the next.
+struct Schedule {
+  int fold;
+  unsigned tiles;          // of the plan
+  unsigned heads, groups;  // folded heads: of all batch entries that a tile of the plan serves, of one
+  unsigned section;        // folded heads
+  unsigned items;
+
+  DFLASH_INLINE unsigned item(unsigned round) const {
+    return round * gridDim.x + (round % 2 ? gridDim.x - 1 - blockIdx.x : blockIdx.x);
+  }
+};
 
 struct Maps {
   CUtensorMap q, k, v, out;
+  CUtensorMap k_granule, v_granule;  // boxes of kGranule keys, for tiles with a seam
+};
+
+struct alignas(16) Item {
+  TilePlan plan;
+  int batch, first_head;
 };
 
 template <class Shape>
@@ -55,9 +78,12 @@ struct Ring {
   Barrier full[Shape::kStages], empty[Shape::kStages];
 };
 
+// What the warpgroups share besides the tiles.
 template <class Shape>
-struct Barriers {
-  Barrier q_full, q_empty;
+struct Shared {
+  Item items[2];  // the present one and the next, by parity of the round
+  Barrier item_full[2];
+  Barrier q_full, q_empty, out_empty;
   Ring<Shape> k, v;
 };
 
@@ -74,88 +100,115 @@ struct Stage {
   }
 };
 
-// What is to be computed, in the order of the plan, shared out among the blocks in alternating directions: whoever got
-// the most of a round gets the least of the next.
-struct Work {
-  TilePlan plan;
-  int batch, first_head, kv_head;
-
-  DFLASH_INLINE static bool get(Work& work, const AttentionForwardParams& p, int fold, int64_t round) {
-    const int64_t groups = p.heads / fold, entries = p.batch / p.plan_entries;
-    const int64_t rows_per_tile = tile_rows(p.head_dim);
-    const int64_t tiles = p.plan_entries * tiles_of(p.q_len, rows_per_tile / fold);
-    const int64_t place = round % 2 ? gridDim.x - 1 - blockIdx.x : blockIdx.x;
-    const int64_t item = round * gridDim.x + place;
-    if (item >= tiles * entries * groups) return false;
-    work.plan = reinterpret_cast<const TilePlan*>(p.plan)[item / (entries * groups)];
-    const int rest = item % (entries * groups);
-    work.batch = p.plan_entries > 1 ? work.plan.entry : rest / groups;
-    work.first_head = rest % groups * fold;
-    work.kv_head = work.first_head / (p.heads / p.kv_heads);
-    return true;
-  }
-};
-
 template <class Shape>
-DFLASH_INLINE void produce(const AttentionForwardParams& p, int fold, const Maps& maps, Barriers<Shape>& barriers,
-                           uint32_t q_shared, uint32_t k_shared, uint32_t v_shared) {
-  Stage<Shape::kStages> k_stage, v_stage;
-  uint32_t q_parity = 1;
-  // The first time round every stage is empty.
-  k_stage.parity = v_stage.parity = 1;
-  const auto copy = [&](const CUtensorMap& map, Ring<Shape>& ring, Stage<Shape::kStages>& stage, uint32_t shared,
-                        int key, const Work& work) {
-    ring.empty[stage.index].wait(stage.parity);
-    ring.full[stage.index].expect(Shape::kKeyBytes);
-    for (int panel = 0; panel < Shape::kPanels; ++panel) {
-      ring.full[stage.index].copy(shared + stage.index * Shape::kKeyBytes + panel * Shape::kKeyPanelBytes, map,
-                                  panel * kPanelColumns, key, work.kv_head, work.batch);
-    }
-    stage.advance();
-  };
-  Work work;
-  for (int64_t round = 0; Work::get(work, p, fold, round); ++round) {
-    const KeyTiles<Shape::kKeys> tiles(work.plan);
-    barriers.q_empty.wait(q_parity);
-    barriers.q_full.expect(Shape::kQueryBytes);
-    for (int half = 0; half < Shape::kRows / 64; ++half) {
-      for (int panel = 0; panel < Shape::kPanels; ++panel) {
-        barriers.q_full.copy(q_shared + (half * Shape::kPanels + panel) * Shape::kQueryPanelBytes, maps.q,
-                             panel * kPanelColumns, work.first_head, work.plan.first + half * (64 / fold), work.batch);
+class Producer {
+ public:
+  DFLASH_INLINE Producer(const AttentionForwardParams& p, const Schedule& schedule, const Maps& maps,
+                         Shared<Shape>& shared, uint32_t q, uint32_t k, uint32_t v)
+      : p_(p), schedule_(schedule), maps_(maps), shared_(shared), q_(q), k_(k), v_(v) {
+    // The first time round every stage is empty.
+    k_stage_.parity = v_stage_.parity = 1;
+  }
+
+  DFLASH_INLINE void run() {
+    if (schedule_.item(0) < schedule_.items) publish(0);
+    for (unsigned round = 0; schedule_.item(round) < schedule_.items; ++round) {
+      const Item& item = shared_.items[round % 2];
+      shared_.item_full[round % 2].wait(round / 2 % 2);
+      const KeyRuns<Shape::kKeys> tiles(item.plan);
+      const int batch = item.batch, kv_head = item.first_head / static_cast<int>(p_.heads / p_.kv_heads);
+      // The consumers are done with the previous queries, and with the previous item's plan long since.
+      shared_.q_empty.wait((round + 1) % 2);
+      load_queries(item);
+      if (schedule_.item(round + 1) < schedule_.items) publish(round + 1);
+      for (int i = 0; i <= tiles.count(); ++i) {
+        if (i < tiles.count()) load(maps_.k, maps_.k_granule, shared_.k, k_stage_, k_, tiles[i], kv_head, batch);
+        if (!Shape::kOwnOutput && i == min(1, tiles.count())) shared_.out_empty.wait((round + 1) % 2);
+        if (i > 0) load(maps_.v, maps_.v_granule, shared_.v, v_stage_, v_, tiles[i - 1], kv_head, batch);
       }
     }
-    q_parity ^= 1;
-    if (tiles.count() == 0) continue;
-    copy(maps.k, barriers.k, k_stage, k_shared, tiles[0], work);
-    for (int i = 1; i < tiles.count(); ++i) {
-      copy(maps.k, barriers.k, k_stage, k_shared, tiles[i], work);
-      copy(maps.v, barriers.v, v_stage, v_shared, tiles[i - 1], work);
-    }
-    copy(maps.v, barriers.v, v_stage, v_shared, tiles[tiles.count() - 1], work);
   }
-}
+
+ private:
+  using KeyStage = Stage<Shape::kStages>;
+
+  DFLASH_INLINE void publish(unsigned round) const {
+    const unsigned of_section = schedule_.tiles * schedule_.section;
+    const unsigned section = schedule_.item(round) / of_section, within = schedule_.item(round) % of_section;
+    const unsigned first = section * schedule_.section, width = min(schedule_.section, schedule_.heads - first);
+    const unsigned head = first + within % width;
+    Item& item = shared_.items[round % 2];
+    Barrier& full = shared_.item_full[round % 2];
+    const TilePlan* plan = reinterpret_cast<const TilePlan*>(p_.plan) + within / width;
+    item.batch = p_.plan_entries > 1 ? plan->entry : head / schedule_.groups;
+    item.first_head = head % schedule_.groups * schedule_.fold;
+    full.copy(&item.plan, plan, sizeof(TilePlan));
+  }
+
+  DFLASH_INLINE void load_queries(const Item& item) const {
+    shared_.q_full.expect(Shape::kQueryBytes);
+    for (int part = 0; part < Shape::kRows / 64; ++part) {
+      for (int panel = 0; panel < Shape::kPanels; ++panel) {
+        shared_.q_full.copy(q_ + (part * Shape::kPanels + panel) * Shape::kQueryPanelBytes, maps_.q,
+                            panel * kPanelColumns, item.first_head, item.plan.first + part * (64 / schedule_.fold),
+                            item.batch);
+      }
+    }
+  }
+
+  static DFLASH_INLINE void load(const CUtensorMap& map, const CUtensorMap& granule_map, Ring<Shape>& ring,
+                                 KeyStage& stage, uint32_t to, const KeyTile& tile, int kv_head, int batch) {
+    ring.empty[stage.index].wait(stage.parity);
+    Barrier& full = ring.full[stage.index];
+    full.expect(Shape::kKeyBytes);
+    to += stage.index * Shape::kKeyBytes;
+    for (int panel = 0; panel < Shape::kPanels; ++panel, to += Shape::kKeyPanelBytes) {
+      const int column = panel * kPanelColumns;
+      if (tile.seam == Shape::kKeys) {
+        full.copy(to, map, column, tile.first, kv_head, batch);
+        continue;
+      }
+      for (int key = 0; key < Shape::kKeys; key += kGranule) {
+        full.copy(to + key * kPanelRowBytes, granule_map, column, tile.first + key + (key < tile.seam ? 0 : tile.jump),
+                  kv_head, batch);
+      }
+    }
+    stage.advance();
+  }
+
+  const AttentionForwardParams& p_;
+  const Schedule& schedule_;
+  const Maps& maps_;
+  Shared<Shape>& shared_;
+  const uint32_t q_, k_, v_;
+  KeyStage k_stage_, v_stage_;
+};
 
 template <class T, class Shape>
 class Consumer {
  public:
-  DFLASH_INLINE Consumer(const AttentionForwardParams& p, int fold, const Maps& maps, Barriers<Shape>& barriers,
-                         uint32_t q_shared, uint32_t k_shared, uint32_t v_shared, uint32_t out_shared)
+  DFLASH_INLINE Consumer(const AttentionForwardParams& p, const Schedule& schedule, const Maps& maps,
+                         Shared<Shape>& shared, uint32_t q, uint32_t k, uint32_t v, uint32_t out)
       : p_(p),
-        fold_(fold),
+        schedule_(schedule),
         maps_(maps),
-        barriers_(barriers),
+        shared_(shared),
         index_(threadIdx.x / kWarpgroup - 1),
-        half_(Shape::kSharesRows ? 0 : index_),
-        q_(q_shared + half_ * Shape::kPanels * Shape::kQueryPanelBytes),
-        k_(k_shared),
-        v_(v_shared + (Shape::kSharesRows ? index_ * (Shape::kPanels / kConsumers) * Shape::kKeyPanelBytes : 0)),
-        out_(out_shared + index_ * kOutPanels * Shape::kQueryPanelBytes),
+        part_(Shape::kSharesRows ? 0 : index_),
+        row_(threadIdx.x % kWarpgroup / 32 * 16 + threadIdx.x % 32 / 4),
+        q_(q + part_ * Shape::kPanels * Shape::kQueryPanelBytes),
+        k_(k),
+        v_(v + (Shape::kSharesRows ? index_ * kOutPanels * Shape::kKeyPanelBytes : 0)),
+        out_(out + index_ * kOutPanels * Shape::kQueryPanelBytes),
         scores_(p) {}
 
   DFLASH_INLINE void run() {
-    if (Shape::kTakesTurns && index_ == kConsumers - 1) pass_turn();
-    Work work;
-    for (int64_t round = 0; Work::get(work, p_, fold_, round); ++round) consume(work);
+    if (Shape::kTakesTurns && index_ == Shape::kConsumers - 1) pass_turn();
+    for (unsigned round = 0; schedule_.item(round) < schedule_.items; ++round) {
+      shared_.item_full[round % 2].wait(round / 2 % 2);
+      consume(shared_.items[round % 2], round % 2);
+    }
+    if (threadIdx.x % kWarpgroup == 0) wait_for_stores();
   }
 
  private:
@@ -164,69 +217,61 @@ class Consumer {
   static constexpr int kSteps = kKeys / 16;
   using KeyStage = Stage<Shape::kStages>;
 
-  DFLASH_INLINE void consume(const Work& work) {
-    const KeyTiles<kKeys> tiles(work.plan);
-    // The thread's rows within the 64.
-    const int row = threadIdx.x % kWarpgroup / 32 * 16 + threadIdx.x % 32 / 4;
-    RowBounds bounds[2];
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      const int position = position_of(work, row + 8 * r);
-      if (position < p_.q_len) {
-        bounds[r] = RowBounds(p_.mask, work.batch, position, static_cast<int>(p_.kv_len));
-      }
-    }
+  DFLASH_INLINE void consume(const Item& item, uint32_t parity) {
+    const KeyRuns<kKeys> tiles(item.plan);
+    const int first = item.plan.first + part_ * (64 / schedule_.fold), batch = item.batch, head = item.first_head;
     float out[Shape::kValueColumns / 2] = {};
     OnlineSoftmax softmax;
-    barriers_.q_full.wait(q_parity_);
-    q_parity_ ^= 1;
+    shared_.q_full.wait(parity);
 
     if (tiles.count() > 0) {
       float s[kKeys / 2], correction[2];
       uint32_t weights[kSteps][4];
-      barriers_.k.full[k_stage_.index].wait(k_stage_.parity);
+      shared_.k.full[k_stage_.index].wait(k_stage_.parity);
       start_scores(s);
+      RowBounds bounds[2];
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        const int position = first + (row_ + 8 * r) / schedule_.fold;
+        if (position < p_.q_len) bounds[r] = RowBounds(p_.mask, batch, position, static_cast<int>(p_.kv_len));
+      }
       wait_for_products<0>();
-      release(barriers_.k, k_stage_);
+      release(shared_.k, k_stage_);
       pin(s);
-      add(softmax, s, tiles, 0, bounds, correction);
+      add(softmax, s, tiles[0], bounds, correction);
       round_weights(weights, s);
       for (int i = 1; i < tiles.count(); ++i) {
-        barriers_.k.full[k_stage_.index].wait(k_stage_.parity);
+        shared_.k.full[k_stage_.index].wait(k_stage_.parity);
         take_turn();
         start_scores(s);
-        barriers_.v.full[v_stage_.index].wait(v_stage_.parity);
+        shared_.v.full[v_stage_.index].wait(v_stage_.parity);
         start_output(out, weights);
         pass_turn();
         wait_for_products<1>();
-        release(barriers_.k, k_stage_);
+        release(shared_.k, k_stage_);
         pin(s);
-        add(softmax, s, tiles, i, bounds, correction);
+        add(softmax, s, tiles[i], bounds, correction);
         wait_for_products<0>();
-        release(barriers_.v, v_stage_);
+        release(shared_.v, v_stage_);
         pin(out);
 #pragma unroll
         for (int j = 0; j < Shape::kValueColumns / 2; ++j) out[j] *= correction[j / 2 % 2];
         round_weights(weights, s);
       }
-      if (Shape::kOwnOutput) release_queries();
-      barriers_.v.full[v_stage_.index].wait(v_stage_.parity);
+      release_queries();
+      shared_.v.full[v_stage_.index].wait(v_stage_.parity);
       start_output(out, weights);
       wait_for_products<0>();
-      release(barriers_.v, v_stage_);
+      release(shared_.v, v_stage_);
       pin(out);
-    } else if (Shape::kOwnOutput) {
+    } else {
       release_queries();
     }
 
     float inverse[2], lse[2];
     softmax.finish(scores_.factor, inverse, lse);
-    write_lse(work, row, lse);
-    write_out(work, out, inverse);
-  }
-
-  DFLASH_INLINE int position_of(const Work& work, int row) const {
-    return work.plan.first + (half_ * 64 + row) / fold_;
+    write_lse(batch, head, first, lse);
+    write_out(batch, head, first, out, inverse);
   }
 
   // s = q k^T
@@ -256,11 +301,10 @@ class Consumer {
     commit_products();
   }
 
-  DFLASH_INLINE void add(OnlineSoftmax& softmax, float (&s)[kKeys / 2], const KeyTiles<kKeys>& tiles, int i,
+  DFLASH_INLINE void add(OnlineSoftmax& softmax, float (&s)[kKeys / 2], const KeyTile& tile,
                          const RowBounds (&bounds)[2], float (&correction)[2]) const {
     scores_(s);
-    const int key = tiles[i];
-    if (!tiles.is_full(key)) hide(s, bounds, key);
+    if (!tile.is_full) hide(s, bounds, tile);
     softmax.add(s, scores_.factor, correction);
   }
 
@@ -273,7 +317,8 @@ class Consumer {
     if (Shape::kTakesTurns) named_barrier_wait(kTurnBarrier + index_, 2 * kWarpgroup);
   }
   DFLASH_INLINE void pass_turn() const {
-    if (Shape::kTakesTurns) named_barrier_arrive(kTurnBarrier + (index_ + 1) % kConsumers, 2 * kWarpgroup);
+    const int next = index_ == Shape::kConsumers - 1 ? 0 : index_ + 1;
+    if (Shape::kTakesTurns) named_barrier_arrive(kTurnBarrier + next, 2 * kWarpgroup);
   }
 
   // The warp is done with the stage.
@@ -282,28 +327,30 @@ class Consumer {
     stage.advance();
   }
   DFLASH_INLINE void release_queries() const {
-    if (threadIdx.x % 32 == 0) barriers_.q_empty.arrive();
+    if (threadIdx.x % 32 == 0) shared_.q_empty.arrive();
   }
 
-  DFLASH_INLINE void write_lse(const Work& work, int row, const float (&lse)[2]) const {
+  DFLASH_INLINE void write_lse(int batch, int head, int first, const float (&lse)[2]) const {
     if (p_.lse == nullptr || threadIdx.x % 4 != 0 || (Shape::kSharesRows && index_ > 0)) return;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      const int64_t position = position_of(work, row + 8 * r), head = work.first_head + (row + 8 * r) % fold_;
+      const int row = row_ + 8 * r, position = first + row / schedule_.fold;
       if (position < p_.q_len) {
-        static_cast<float*>(p_.lse)[(work.batch * p_.heads + head) * p_.q_len + position] = lse[r];
+        const int64_t head_row = batch * p_.heads + head + row % schedule_.fold;
+        static_cast<float*>(p_.lse)[head_row * p_.q_len + position] = lse[r];
       }
     }
   }
 
-  DFLASH_INLINE void write_out(const Work& work, const float (&out)[Shape::kValueColumns / 2],
+  DFLASH_INLINE void write_out(int batch, int head, int first, const float (&out)[Shape::kValueColumns / 2],
                                const float (&inverse)[2]) const {
     const bool leads = threadIdx.x % kWarpgroup == 0;
     if (Shape::kOwnOutput) {
       if (leads) wait_for_stores();
       named_barrier_wait(kOwnBarrier + index_, kWarpgroup);
-    } else if (Shape::kSharesRows) {
-      named_barrier_wait(kConsumersBarrier, kConsumers * kWarpgroup);  // both have read the queries
+    } else {
+      // All have read the last values.
+      named_barrier_wait(kConsumersBarrier, Shape::kConsumers * kWarpgroup);
     }
     // Lanes 0 to 15 give the addresses of rows 0 to 15 in one chunk of 8 columns, lanes 16 to 31 in the next.
     const int row = threadIdx.x % kWarpgroup / 32 * 16 + threadIdx.x % 16, chunk = threadIdx.x % 32 / 16;
@@ -324,75 +371,88 @@ class Consumer {
     if (!leads) return;
     const int first_panel = Shape::kSharesRows ? index_ * kOutPanels : 0;
     for (int panel = 0; panel < kOutPanels; ++panel) {
-      store_box(maps_.out, out_ + panel * Shape::kQueryPanelBytes, (first_panel + panel) * kPanelColumns,
-                work.first_head, work.plan.first + half_ * (64 / fold_), work.batch);
+      store_box(maps_.out, out_ + panel * Shape::kQueryPanelBytes, (first_panel + panel) * kPanelColumns, head, first,
+                batch);
     }
     commit_stores();
     if (!Shape::kOwnOutput) {
       wait_for_stores();
-      barriers_.q_empty.arrive();
+      shared_.out_empty.arrive();
     }
   }
 
+  // Named barriers: turns at starting products, a consumer's own threads, all consumers.
+  static constexpr int kTurnBarrier = 1, kOwnBarrier = 4, kConsumersBarrier = 7;
+
   const AttentionForwardParams& p_;
-  const int fold_;
+  const Schedule& schedule_;
   const Maps& maps_;
-  Barriers<Shape>& barriers_;
-  const int index_, half_;
+  Shared<Shape>& shared_;
+  const int index_, part_;
+  const int row_;  // the thread's first among the consumer's 64; the other is 8 below
   const uint32_t q_, k_, v_, out_;
   const Scores scores_;
   KeyStage k_stage_, v_stage_;
-  uint32_t q_parity_ = 0;
 };
 
 template <class T, int kDim>
-__global__ void __launch_bounds__(kThreads, 1)
-    forward(const __grid_constant__ AttentionForwardParams p, const int fold, const __grid_constant__ Maps maps) {
+__global__ void __launch_bounds__(Tiling<kDim>::kThreads, 1)
+    forward(const __grid_constant__ AttentionForwardParams p, const __grid_constant__ Schedule schedule,
+            const __grid_constant__ Maps maps) {
   using Shape = Tiling<kDim>;
   extern __shared__ unsigned char unaligned[];
-  __shared__ Barriers<Shape> barriers;
+  __shared__ Shared<Shape> shared;
   const uint32_t q = (shared_address(unaligned) + 1023) / 1024 * 1024;
   const uint32_t k = q + Shape::kQueryBytes, v = k + Shape::kStages * Shape::kKeyBytes;
-  const uint32_t out = Shape::kOwnOutput ? v + Shape::kStages * Shape::kKeyBytes : q;
+  const uint32_t out = Shape::kOwnOutput ? v + Shape::kStages * Shape::kKeyBytes : v;
   if (threadIdx.x == 0) {
-    barriers.q_full.init();
-    barriers.q_empty.init(Shape::kOwnOutput ? kConsumers * 4 : kConsumers);
+    shared.item_full[0].init();
+    shared.item_full[1].init();
+    shared.q_full.init();
+    shared.q_empty.init(Shape::kConsumers * 4);
+    shared.out_empty.init(Shape::kConsumers);
     for (int i = 0; i < Shape::kStages; ++i) {
-      for (Ring<Shape>* ring : {&barriers.k, &barriers.v}) {
+      for (Ring<Shape>* ring : {&shared.k, &shared.v}) {
         ring->full[i].init();
-        ring->empty[i].init(kConsumers * 4);
+        ring->empty[i].init(Shape::kConsumers * 4);
       }
     }
     fence_barriers();
   }
   __syncthreads();
   if (threadIdx.x < kWarpgroup) {
-    give_registers<kProducerRegisters>();
-    if (threadIdx.x == 0) produce<Shape>(p, fold, maps, barriers, q, k, v);
+    give_registers<Shape::kProducerRegisters>();
+    if (threadIdx.x == 0) Producer<Shape>(p, schedule, maps, shared, q, k, v).run();
   } else {
-    take_registers<kConsumerRegisters>();
-    Consumer<T, Shape>(p, fold, maps, barriers, q, k, v, out).run();
+    take_registers<Shape::kConsumerRegisters>();
+    Consumer<T, Shape>(p, schedule, maps, shared, q, k, v, out).run();
   }
 }
 
-// [B, H, L, D] as the copy engine's (D, H, L, B), or (D, L, H, B) where rows come before heads.
-TensorBox box_of(const AttentionForwardParams& p, const void* data, const HeadStrides& strides, int64_t heads,
-                 int64_t rows) {
-  return {data, {p.head_dim, heads, rows, p.batch}, {1, strides.head, strides.row, strides.batch}, {}};
-}
-
+// Queries and outputs as the copy engine sees them, (D, H, L, B): a box holds the 64 rows of a consumer.
 TensorBox query_box(const AttentionForwardParams& p, const void* data, const HeadStrides& strides) {
   const int64_t fold = fold_of(p.heads, p.kv_heads);
-  TensorBox box = box_of(p, data, strides, p.heads, p.q_len);
-  const int64_t sizes[4] = {kPanelColumns, fold, 64 / fold, 1};
-  for (int d = 0; d < 4; ++d) box.box[d] = sizes[d];
-  return box;
+  return {data, {p.head_dim, p.heads, p.q_len, p.batch}, {1, strides.head, strides.row, strides.batch},
+          {kPanelColumns, fold, 64 / fold, 1}};
 }
 
+// Keys and values, (D, L, H, B).
 TensorBox key_box(const AttentionForwardParams& p, const void* data, const HeadStrides& strides, int64_t keys) {
-  TensorBox box{data, {p.head_dim, p.kv_len, p.kv_heads, p.batch}, {1, strides.row, strides.head, strides.batch},
-                {kPanelColumns, keys, 1, 1}};
-  return box;
+  return {data, {p.head_dim, p.kv_len, p.kv_heads, p.batch}, {1, strides.row, strides.head, strides.batch},
+          {kPanelColumns, keys, 1, 1}};
+}
+
+Schedule schedule_of(const AttentionForwardParams& p, int64_t rows_per_tile) {
+  // What the L2 cache keeps of keys and values beside what goes through it.
+  constexpr int64_t kCachedBytes = 36 << 20;
+  const int64_t fold = fold_of(p.heads, p.kv_heads), groups = p.heads / fold;
+  const int64_t tiles = p.plan_entries * tiles_of(p.q_len, rows_per_tile / fold);
+  const int64_t heads = groups * (p.batch / p.plan_entries);
+  const int64_t bytes = p.batch * p.kv_heads * p.kv_len * p.head_dim * 2 * 2;
+  const int64_t sections = std::clamp<int64_t>((bytes + kCachedBytes - 1) / kCachedBytes, 1, heads);
+  const int64_t section = (heads + sections - 1) / sections;
+  const auto narrow = [](int64_t x) { return static_cast<unsigned>(x); };
+  return {static_cast<int>(fold), narrow(tiles), narrow(heads), narrow(groups), narrow(section), narrow(tiles * heads)};
 }
 
 template <class T, int kDim>
@@ -400,21 +460,28 @@ cudaError_t launch(const AttentionForwardParams& p, cudaStream_t stream) {
   using Shape = Tiling<kDim>;
   const auto kernel = forward<T, kDim>;
   Maps maps;
-  cudaError_t status = make_tensor_map(&maps.q, p.dtype, query_box(p, p.q, p.q_strides));
-  if (status == cudaSuccess) status = make_tensor_map(&maps.out, p.dtype, query_box(p, p.out, p.out_strides));
-  if (status == cudaSuccess) status = make_tensor_map(&maps.k, p.dtype, key_box(p, p.k, p.k_strides, Shape::kKeys));
-  if (status == cudaSuccess) status = make_tensor_map(&maps.v, p.dtype, key_box(p, p.v, p.v_strides, Shape::kKeys));
+  const std::pair<CUtensorMap*, TensorBox> described[] = {
+      {&maps.q, query_box(p, p.q, p.q_strides)},
+      {&maps.out, query_box(p, p.out, p.out_strides)},
+      {&maps.k, key_box(p, p.k, p.k_strides, Shape::kKeys)},
+      {&maps.v, key_box(p, p.v, p.v_strides, Shape::kKeys)},
+      {&maps.k_granule, key_box(p, p.k, p.k_strides, kGranule)},
+      {&maps.v_granule, key_box(p, p.v, p.v_strides, kGranule)},
+  };
+  for (const auto& [map, box] : described) {
+    const cudaError_t status = make_tensor_map(map, p.dtype, box);
+    if (status != cudaSuccess) return status;
+  }
   int gpu = 0, processors = 0;
-  if (status == cudaSuccess) status = cudaGetDevice(&gpu);
+  cudaError_t status = cudaGetDevice(&gpu);
   if (status == cudaSuccess) status = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, gpu);
   if (status == cudaSuccess) {
     status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Shape::kBytes);
   }
   if (status != cudaSuccess) return status;
-  const int fold = static_cast<int>(fold_of(p.heads, p.kv_heads));
-  const int64_t items = tiles_of(p.q_len, Shape::kRows / fold) * p.batch * (p.heads / fold);
-  kernel<<<static_cast<unsigned>(items < processors ? items : processors), kThreads, Shape::kBytes, stream>>>(p, fold,
-                                                                                                             maps);
+  const Schedule schedule = schedule_of(p, Shape::kRows);
+  const unsigned blocks = std::min<unsigned>(schedule.items, processors);
+  kernel<<<blocks, Shape::kThreads, Shape::kBytes, stream>>>(p, schedule, maps);
   return cudaGetLastError();
 }
 

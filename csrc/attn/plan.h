@@ -34,8 +34,9 @@ inline int64_t fold_of(int64_t heads, int64_t kv_heads) {
   return fold;
 }
 
-// The rows of a tile, heads folded in.
+// The rows of a tile, heads folded in: of the portable kernels, and of Hopper's.
 constexpr int64_t tile_rows(int64_t head_dim) { return head_dim <= 256 ? 128 : 64; }
+constexpr int64_t hopper_tile_rows(int64_t head_dim) { return head_dim <= 64 ? 192 : head_dim <= 256 ? 128 : 64; }
 
 inline int64_t tile_positions(const AttentionParams& p) { return tile_rows(p.head_dim) / fold_of(p.heads, p.kv_heads); }
 
