@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 
-def check_one_device(op: str, **tensors: Tensor | None) -> None:
-    """Raises ValueError, naming the first two tensors that are on different devices."""
-    given = [(name, x.device) for name, x in tensors.items() if x is not None]
+def check_one_device(op: str, **arguments: object) -> None:
+    """Raises ValueError, naming the first two, if those arguments that are tensors are on different devices."""
+    given = [(name, x.device) for name, x in arguments.items() if isinstance(x, Tensor)]
     first, device = given[0]
     for name, other in given[1:]:
         if other != device:

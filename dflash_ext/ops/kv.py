@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .. import reference
 from ..library import load
+from .devices import check_one_device
 from .serving import warn_once
 
 load()
@@ -59,6 +60,7 @@ def kv_inject(
 
     Raises ValueError for arguments that do not fit together.
     """
+    k_caches, v_caches = list(k_caches), list(v_caches)
     layers = len(k_caches)
     if layers == 0 or len(v_caches) != layers:
         raise ValueError(f"kv_inject: {layers} k_caches, {len(v_caches)} v_caches; one per layer is needed")
@@ -67,9 +69,30 @@ def kv_inject(
         raise ValueError(f"kv_inject: a cache is {list(cache.shape)}; four dimensions are needed")
     if any(other.shape != cache.shape for other in (*k_caches, *v_caches)):
         raise ValueError("kv_inject: the caches differ in shape; all layers share one")
+    if features.dim() != 3 or not features.is_floating_point():
+        raise ValueError(
+            f"kv_inject: features is {features.dtype} {list(features.shape)}; floating [B, S, H] is needed"
+        )
     batch, length, width = features.shape
     kv_heads, head_dim = cache.shape[2 if block_table is not None else 1], cache.shape[3]
     rows = layers * 2 * kv_heads * head_dim
+    check_one_device(
+        "kv_inject",
+        features=features,
+        weight=weight,
+        positions=positions,
+        cos=cos,
+        sin=sin,
+        bias=bias,
+        k_norm=k_norm,
+        slots=slots,
+        block_table=block_table,
+        **{f"k_caches[{layer}]": each for layer, each in enumerate(k_caches)},
+        **{f"v_caches[{layer}]": each for layer, each in enumerate(v_caches)},
+    )
+    for name, given in (("positions", positions), ("slots", slots)):
+        if given is not None and (given.is_floating_point() or given.dtype == torch.bool):
+            raise ValueError(f"kv_inject: {name} is {given.dtype}; an integer dtype is needed")
     for name, given, shape in (
         ("weight", weight, (rows, width)),
         ("bias", bias, (rows,)),
@@ -82,8 +105,7 @@ def kv_inject(
             raise ValueError(f"kv_inject: {name} is {list(given.shape)}; {list(shape)} is needed")
     if cos.dim() not in (2, 3) or (cos.dim() == 3 and cos.shape[0] != layers) or 2 * cos.shape[-1] > head_dim:
         raise ValueError(
-            f"kv_inject: cos is {list(cos.shape)}; [P, R] or [{layers}, P, R], R at most {head_dim // 2}, "
-            "is needed"
+            f"kv_inject: cos is {list(cos.shape)}; [P, R] or [{layers}, P, R], R at most {head_dim // 2}, is needed"
         )
     if block_table is None and cache.shape[0] != batch:
         raise ValueError(f"kv_inject: the caches are for batch {cache.shape[0]}, features for {batch}")
@@ -92,7 +114,7 @@ def kv_inject(
             f"kv_inject: block_table is {block_table.dtype} {list(block_table.shape)}; "
             f"int32 [{batch}, max_pages] is needed"
         )
-    if features.device.type == "cpu":
+    if not features.is_cuda:
         dtype = torch.promote_types(features.dtype, weight.dtype)
         real = torch.promote_types(dtype, torch.float32)
         if any((other.dtype == torch.float64) != (real == torch.float64) for other in (cache, v_caches[0])):
@@ -101,8 +123,8 @@ def kv_inject(
             projected = features.reshape(-1, width).to(dtype) @ weight.to(dtype).T
         _native.kv_write(
             projected,
-            list(k_caches),
-            list(v_caches),
+            k_caches,
+            v_caches,
             _as(positions, torch.int64),
             _as(positions if slots is None else slots, torch.int64),
             _as(cos, real),

@@ -10,6 +10,7 @@ from torch import Tensor
 from .. import reference
 from ..library import load
 from ..reference import Sample, Verification
+from .devices import check_one_device
 from .serving import warn_once
 
 load()
@@ -32,7 +33,7 @@ def sample(
     min_p: float | Tensor | None = None,
     return_filtered_entropy: bool = False,
 ) -> Sample | tuple[Sample, Tensor]:
-    """Draws one token per row of ``logits [N, V]``, and measures the distribution it came from.
+    """Draws one token per row of ``logits [N, V]``, and measures the distribution it came from; no gradient.
 
     Args:
         logits: float32, bfloat16, float16 or float64, the last dimension contiguous; read once, without filters.
@@ -60,11 +61,14 @@ def sample(
     if logits.dim() != 2 or logits.dtype not in _DTYPES or logits.shape[1] == 0:
         raise ValueError(f"sample: logits is {logits.dtype} {list(logits.shape)}; floating [N, V] is needed")
     rows = logits.shape[0]
+    filters = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
+    check_one_device("sample", logits=logits, seed=seed, **filters)
     _check_last_dim("sample", "logits", logits)
-    _check_seed("sample", seed, rows, logits.device)
-    _check_numbers("sample", rows, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
-    if logits.device.type == "cpu":
-        ids, reals = _native.sample(logits, seed, *_filters(logits, temperature, top_k, top_p, min_p))
+    _check_seed("sample", seed, rows)
+    _check_numbers("sample", rows, **filters)
+    logits = logits.detach()
+    if not logits.is_cuda:
+        ids, reals = _native.sample(logits, seed, *_filters(logits, **filters))
         token, argmax = ids.unbind()
         prob, logprob, entropy, margin, max_prob, pivot, normaliser, filtered_entropy = reals.unbind()
         drawn = Sample(token, prob, logprob, entropy, margin, argmax, max_prob, pivot, normaliser)
@@ -73,10 +77,7 @@ def sample(
     return reference.sample(
         logits,
         _uniforms(seed, _SAMPLE, rows, 1)[:, 0],
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        min_p=min_p,
+        **filters,
         return_filtered_entropy=return_filtered_entropy,
     )
 
@@ -127,7 +128,25 @@ def verify(
             f"verify: draft_tokens is {draft_tokens.dtype} {list(draft_tokens.shape)}; int64 [B, K] is needed"
         )
     batch, drafted = draft_tokens.shape
-    vocab = target_logits.shape[-1]
+    if target_logits.dim() != 3 or target_logits.dtype not in _DTYPES or target_logits.shape[2] == 0:
+        raise ValueError(
+            f"verify: target_logits is {target_logits.dtype} {list(target_logits.shape)}; floating "
+            f"[{batch}, {drafted + 1}, V] is needed"
+        )
+    filters = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
+    check_one_device(
+        "verify",
+        draft_tokens=draft_tokens,
+        target_logits=target_logits,
+        draft_logits=draft_logits,
+        draft_pivot=draft_pivot,
+        draft_normaliser=draft_normaliser,
+        seed=seed,
+        uniforms=uniforms,
+        draft_lens=draft_lens,
+        **filters,
+    )
+    vocab = target_logits.shape[2]
     for name, given, shape in (
         ("target_logits", target_logits, (batch, drafted + 1, vocab)),
         ("draft_logits", draft_logits, (batch, drafted, vocab)),
@@ -138,9 +157,7 @@ def verify(
     ):
         if given is not None and given.shape != shape:
             raise ValueError(f"verify: {name} is {list(given.shape)}; {list(shape)} is needed")
-    if (draft_pivot is None) != (draft_normaliser is None) or (
-        draft_pivot is not None and draft_logits is None
-    ):
+    if (draft_pivot is None) != (draft_normaliser is None) or (draft_pivot is not None and draft_logits is None):
         raise ValueError("verify: draft_pivot and draft_normaliser come together, and with draft_logits")
     for name, given in (("target_logits", target_logits), ("draft_logits", draft_logits)):
         if given is not None:
@@ -148,11 +165,11 @@ def verify(
     if seed is not None and uniforms is not None:
         raise ValueError("verify: seed and uniforms are both given; one of them is needed")
     if seed is not None:
-        _check_seed("verify", seed, batch, target_logits.device)
+        _check_seed("verify", seed, batch)
     elif uniforms is None and (isinstance(temperature, Tensor) or temperature != 0):
         raise ValueError("verify: temperature > 0 needs random numbers, and none were given")
-    _check_numbers("verify", batch, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
-    if target_logits.device.type == "cpu":
+    _check_numbers("verify", batch, **filters)
+    if not target_logits.is_cuda:
         if draft_logits is not None:
             dtype = torch.promote_types(target_logits.dtype, draft_logits.dtype)
             target_logits, draft_logits = target_logits.to(dtype), draft_logits.to(dtype)
@@ -167,7 +184,7 @@ def verify(
                 seed,
                 _as(uniforms, torch.float64),
                 _as(draft_lens, torch.int64),
-                *_filters(target_logits, temperature, top_k, top_p, min_p),
+                *_filters(target_logits, **filters),
             )
         )
     if seed is not None:
@@ -180,11 +197,8 @@ def verify(
         draft_pivot=draft_pivot,
         draft_normaliser=draft_normaliser,
         uniforms=uniforms,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        min_p=min_p,
         draft_lens=draft_lens,
+        **filters,
     )
 
 
@@ -226,18 +240,11 @@ def reveal(
     for name, given in (("scores", scores), ("entropy", entropy)):
         if given is not None and given.shape != masked.shape:
             raise ValueError(f"reveal: {name} is {list(given.shape)}; {list(masked.shape)} is needed")
-    _check_numbers(
-        "reveal",
-        masked.shape[0],
-        count=count,
-        threshold=threshold,
-        factor=factor,
-        entropy_bound=entropy_bound,
-    )
-    rule, limit = reference.reveal_limit(
-        scores, entropy, count=count, threshold=threshold, factor=factor, entropy_bound=entropy_bound
-    )
-    if masked.device.type == "cpu":
+    limits = {"count": count, "threshold": threshold, "factor": factor, "entropy_bound": entropy_bound}
+    check_one_device("reveal", masked=masked, scores=scores, entropy=entropy, **limits)
+    _check_numbers("reveal", masked.shape[0], **limits)
+    rule, limit = reference.reveal_limit(scores, entropy, **limits)
+    if not masked.is_cuda:
         real = torch.float32
         for given in (scores, entropy):
             real = real if given is None else torch.promote_types(real, given.dtype)
@@ -275,19 +282,14 @@ def _check_numbers(op: str, rows: int, **numbers: float | Tensor | None) -> None
             raise ValueError(f"{op}: {name} is {value}; a finite number from 0 to {most} is needed")
 
 
-def _check_seed(op: str, seed: Tensor, rows: int, device: torch.device) -> None:
-    if seed.dtype != torch.int64 or seed.shape not in ((1,), (rows,)) or seed.device != device:
-        raise ValueError(
-            f"{op}: seed is {seed.dtype} {list(seed.shape)} on {seed.device}; int64 [1] or [{rows}] on {device} is "
-            "needed"
-        )
+def _check_seed(op: str, seed: Tensor, rows: int) -> None:
+    if seed.dtype != torch.int64 or seed.shape not in ((1,), (rows,)):
+        raise ValueError(f"{op}: seed is {seed.dtype} {list(seed.shape)}; int64 [1] or [{rows}] is needed")
 
 
 def _check_last_dim(op: str, name: str, logits: Tensor) -> None:
     if logits.shape[-1] > 1 and logits.stride(-1) != 1:
-        raise ValueError(
-            f"{op}: the last dimension of {name} must be contiguous, its stride is {logits.stride(-1)}"
-        )
+        raise ValueError(f"{op}: the last dimension of {name} must be contiguous, its stride is {logits.stride(-1)}")
 
 
 # ---- the native operators' arguments ---------------------------------------------------------------------
@@ -302,9 +304,7 @@ def _as(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return None if tensor is None else tensor.to(dtype).contiguous()
 
 
-def _number_and_tensor(
-    value: float | Tensor | None, off: float, real: torch.dtype
-) -> tuple[float, Tensor | None]:
+def _number_and_tensor(value: float | Tensor | None, off: float, real: torch.dtype) -> tuple[float, Tensor | None]:
     """A parameter is a number, or a tensor of one per row in its place."""
     if isinstance(value, Tensor):
         return off, _as(value, real)
@@ -320,9 +320,7 @@ def _filters(
 ) -> tuple[float | Tensor | None, ...]:
     """The four as numbers, then as tensors."""
     given = (temperature, 1.0), (top_k, 0.0), (top_p, 1.0), (min_p, 0.0)
-    numbers, tensors = zip(
-        *(_number_and_tensor(value, off, _real_dtype(logits)) for value, off in given), strict=True
-    )
+    numbers, tensors = zip(*(_number_and_tensor(value, off, _real_dtype(logits)) for value, off in given), strict=True)
     return *numbers, *tensors
 
 

@@ -139,13 +139,17 @@ def arguments(**changes):
         ({"v_caches": []}, "3 k_caches, 0 v_caches"),
         ({"k_caches": torch.zeros(3, 2, 2, 8)}, r"a cache is \[2, 2, 8\]"),
         ({"k_caches": torch.zeros(3, 2, 2, 9, 8)}, "differ in shape"),
-        ({"positions": torch.zeros(2, 3)}, "positions"),
-        ({"slots": torch.zeros(2, 3)}, "slots"),
+        ({"features": torch.zeros(4, 10)}, r"features is torch.float32 \[4, 10\]"),
+        ({"positions": torch.zeros(2, 3).long()}, r"positions is \[2, 3\]"),
+        ({"positions": torch.zeros(2, 4)}, "positions is torch.float32"),
+        ({"slots": torch.zeros(2, 3).long()}, r"slots is \[2, 3\]"),
+        ({"weight": torch.zeros(96, 10, device="meta")}, "features is on cpu, weight on meta; one device is needed"),
+        ({"v_caches": torch.zeros(3, 2, 2, 12, 8, device="meta")}, r"v_caches\[0\] on meta"),
         ({"k_norm": torch.zeros(8)}, r"k_norm is \[8\]; \[3, 8\]"),
         ({"cos": torch.zeros(30, 5), "sin": torch.zeros(30, 5)}, "R at most 4"),
         ({"cos": torch.zeros(2, 30, 4), "sin": torch.zeros(2, 30, 4)}, r"\[2, 30, 4\]"),
         ({"sin": torch.zeros(30, 3)}, "sin"),
-        ({"features": torch.zeros(1, 4, 10), "positions": torch.zeros(1, 4)}, "for batch 2"),
+        ({"features": torch.zeros(1, 4, 10), "positions": torch.zeros(1, 4).long()}, "for batch 2"),
         ({"block_table": torch.zeros(2, 3)}, "weight"),
     ],
 )
@@ -236,7 +240,7 @@ def test_matches_the_definition(dtype, cache_dtype, heads, head_dim, rotary, opt
             {"positions": torch.tensor([[0, 30, 2, 3]] * 2), "slots": torch.arange(4).expand(2, -1)},
             "position 30 of row 0, token 1, is outside the tables of 30 positions",
         ),
-        ({"positions": torch.full((2, 4), -1), "slots": torch.zeros(2, 4)}, "position -1"),
+        ({"positions": torch.full((2, 4), -1), "slots": torch.zeros(2, 4, dtype=torch.int64)}, "position -1"),
     ],
 )
 def test_places_outside_caches_and_tables_are_named(changes, message):
@@ -269,6 +273,11 @@ def test_no_tokens_write_nothing():
     given = arguments(features=torch.zeros(BATCH, 0, WIDTH), positions=torch.zeros(BATCH, 0, dtype=torch.int64))
     kv_inject(**given)
     assert (given["k_caches"] == 0).all()
+
+
+def test_meta_tensors():
+    given = arguments(k_norm=torch.ones(LAYERS, HEAD_DIM))
+    kv_inject(**{name: value.to("meta") for name, value in given.items()})
 
 
 def test_registration():

@@ -51,9 +51,7 @@ def test_one_seed_may_serve_the_draft_and_its_verification():
     draft_logits[..., vocab // 2 :] = -torch.inf
     target_logits = torch.zeros(count, 2, vocab)
     drawn = sample(draft_logits[:, 0], seed(3))
-    got = verify(
-        drawn.token[:, None], target_logits, draft_logits=draft_logits, seed=seed(3), temperature=1.0
-    )
+    got = verify(drawn.token[:, None], target_logits, draft_logits=draft_logits, seed=seed(3), temperature=1.0)
     committed = torch.where(got.accepted > 0, drawn.token, got.next_token)
     counts = committed.bincount(minlength=vocab).double()
     expected = count / vocab
@@ -77,6 +75,7 @@ def test_reveal_and_its_counts_on_the_device(device):
     assert reveal(scores, masked, count=count).tolist() == [[False, True, False, True]]
 
 
+FILTERS = ("temperature", "top_k", "top_p", "min_p")
 DRAFT, TARGET = torch.zeros(2, 3, dtype=torch.int64), torch.zeros(2, 4, 5)
 
 
@@ -97,6 +96,9 @@ DRAFT, TARGET = torch.zeros(2, 3, dtype=torch.int64), torch.zeros(2, 4, 5)
         (lambda: verify(DRAFT, TARGET, temperature=1.0, seed=seed(1, 2, 3)), "seed"),
         (lambda: verify(DRAFT, TARGET, seed=seed(1), uniforms=torch.zeros(2, 4)), "both given"),
         (lambda: verify(DRAFT, TARGET, draft_lens=seed(1, 2, 3)), "draft_lens"),
+        (lambda: verify(DRAFT, TARGET[0]), r"target_logits is torch.float32 \[4, 5\]"),
+        (lambda: verify(DRAFT, TARGET.long()), "target_logits is torch.int64"),
+        (lambda: verify(DRAFT, TARGET[..., :0]), r"target_logits is torch.float32 \[2, 4, 0\]"),
         (lambda: reveal(None, torch.ones(2, 3), count=1), "masked is torch.float32"),
         (lambda: reveal(torch.ones(3), torch.ones(2, 3) > 0, count=1), r"scores is \[3\]"),
         (lambda: reveal(None, torch.ones(2, 3) > 0, count=-1), "count is -1"),
@@ -106,3 +108,40 @@ def test_refusals_name_the_value(call, message):
     with pytest.raises(ValueError, match=message) as caught:
         call()
     assert "\n" not in str(caught.value)
+
+
+def each_on_meta(arguments):
+    """The arguments with one tensor after another on the meta device, and its name."""
+    for name, value in list(arguments.items())[1:]:
+        if isinstance(value, torch.Tensor):
+            yield name, arguments | {name: value.to("meta")}
+
+
+@pytest.mark.parametrize(
+    ("op", "arguments"),
+    [
+        (sample, {"logits": TARGET[0], "seed": seed(1)} | {name: torch.ones(4) for name in FILTERS}),
+        (
+            verify,
+            {"draft_tokens": DRAFT, "target_logits": TARGET, "draft_logits": TARGET[:, 1:]}
+            | {"draft_pivot": torch.zeros(2, 3), "draft_normaliser": torch.zeros(2, 3)}
+            | {"uniforms": torch.zeros(2, 4), "draft_lens": seed(1, 2)}
+            | {name: torch.ones(2) for name in FILTERS},
+        ),
+        (reveal, {"masked": TARGET[0] == 0, "scores": TARGET[0], "entropy": TARGET[0], "count": seed(1, 2, 3, 4)}),
+    ],
+    ids=["sample", "verify", "reveal"],
+)
+def test_arguments_on_several_devices_are_refused_and_all_on_meta_are_not(op, arguments):
+    first = next(iter(arguments))
+    for name, given in each_on_meta(arguments):
+        with pytest.raises(ValueError, match=f"{op.__name__}: {first} is on cpu, {name} on meta; one device is needed"):
+            op(**given)
+    want = op(**arguments)
+    got = op(**{name: value.to("meta") for name, value in arguments.items()})
+    for a, b in zip(*((x,) if op is reveal else x for x in (got, want)), strict=True):
+        assert a.is_meta and a.shape == b.shape and a.dtype == b.dtype
+
+
+def test_a_draw_carries_no_gradient():
+    assert not any(field.requires_grad for field in sample(torch.randn(2, 4, requires_grad=True), seed(1)))
