@@ -19,7 +19,7 @@ def report(console: Console) -> None:
     facts = Table("", "", show_header=False)
     facts.add_row("dflash_ext", __version__)
     facts.add_row("Python", platform.python_version())
-    facts.add_row("torch", f"{torch.__version__}, {torch.get_num_threads()} threads")
+    facts.add_row("torch", f"{torch.__version__}, threads: {torch.get_num_threads()}")
     facts.add_row("transformers", transformers.__version__)
     facts.add_row("GPU", torch.cuda.get_device_name() if torch.cuda.is_available() else "none")
     facts.add_row("operator library", _operator_library())
@@ -46,13 +46,17 @@ def _kernels(kernels: list[dict]) -> Table:
     """One row per kernel and architecture; its instantiations are counted, their largest figures shown."""
     families: dict[tuple[str, str], list[dict]] = {}
     for kernel in kernels:
-        name = re.sub(r"^void |\(anonymous namespace\)::|<.*", "", kernel["name"])
-        families.setdefault((name, kernel["arch"]), []).append(kernel)
+        families.setdefault((_plain_name(kernel["name"]), kernel["arch"]), []).append(kernel)
     table = Table("kernel", "arch", "variants", "registers", "shared B", "spilled B", title="CUDA kernels")
     for (name, arch), variants in sorted(families.items()):
         largest = (str(max(v[key] for v in variants)) for key in ("registers", "shared_bytes", "spill_bytes"))
         table.add_row(name, arch, str(len(variants)), *largest)
     return table
+
+
+def _plain_name(signature: str) -> str:
+    """`attention` of `void dflash::(anonymous namespace)::attention<float, 64>(...)`."""
+    return re.split(r"[<(]", signature.replace("(anonymous namespace)::", ""))[0].split("::")[-1].split()[-1]
 
 
 def _operator_library() -> str:

@@ -1,0 +1,74 @@
+import io
+
+import torch
+from rich.console import Console
+
+import dflash_ext
+from dflash_ext import doctor, library
+from dflash_ext.ops.serving import SERVED_BY
+
+BUILD = {
+    "version": "1",
+    "compiler": "g++ 99",
+    "cuda_version": "77.1",
+    "cuda_archs": "80,90",
+    "cpu_isas": "baseline,mmx",
+}
+
+
+def kernel(name, arch, registers, shared=0, spilled=0):
+    return {"name": name, "arch": arch, "registers": registers, "shared_bytes": shared, "spill_bytes": spilled}
+
+
+def printed() -> list[list[str]]:
+    """The cells of the rows that are printed, by line."""
+    out = io.StringIO()
+    doctor.report(Console(file=out, width=300))
+    rows = (line.strip("│┃ ").replace("┃", "│").split("│") for line in out.getvalue().splitlines())
+    return [[cell.strip() for cell in row] for row in rows]
+
+
+def test_what_is_installed_and_what_serves_each_operator():
+    rows = printed()
+    assert ["dflash_ext", dflash_ext.__version__] in rows
+    assert ["operator library", str(library.PATH)] in rows
+    assert ["torch", f"{torch.__version__}, threads: {torch.get_num_threads()}"] in rows
+    for operator, by in SERVED_BY.items():
+        assert [operator, by["cpu"], by["cuda"]] in rows
+
+
+def test_what_is_built(monkeypatch):
+    kernels = [
+        kernel("void dflash::(anonymous namespace)::loss<float, 4>(dflash::Params)", "sm_80", 30, 128),
+        kernel("void dflash::(anonymous namespace)::loss<half, 8>(dflash::Params)", "sm_80", 40, 64, 8),
+        kernel("void dflash::(anonymous namespace)::loss<half, 8>(dflash::Params)", "sm_90", 50),
+        kernel("dflash::plain(int)", "sm_80", 7),
+    ]
+    monkeypatch.setattr(library, "build_info", lambda: BUILD | {"kernels": kernels})
+    rows = printed()
+    for row in (["compiler", "g++ 99"], ["CUDA", "77.1 for 80,90"], ["CPU kernels for", "baseline,mmx"]):
+        assert row in rows
+    table = rows[rows.index(["kernel", "arch", "variants", "registers", "shared B", "spilled B"]) :]
+    assert [row for row in table if row[1:2] and row[1].startswith("sm_")] == [
+        ["loss", "sm_80", "2", "40", "128", "8"],
+        ["loss", "sm_90", "1", "50", "0", "0"],
+        ["plain", "sm_80", "1", "7", "0", "0"],
+    ]
+
+
+def test_a_build_without_cuda(monkeypatch):
+    monkeypatch.setattr(library, "build_info", lambda: BUILD | {"cuda_version": "", "cuda_archs": "", "kernels": []})
+    rows = printed()
+    assert ["CUDA", "none: built without nvcc"] in rows
+    assert not any("variants" in row for row in rows)
+
+
+def test_what_cannot_be_told_is_said(monkeypatch):
+    def load():
+        raise ImportError("lib.so was not built")
+
+    monkeypatch.setattr(library, "build_info", lambda: None)
+    monkeypatch.setattr(library, "load", load)
+    rows = printed()
+    assert ["operator library", "not usable: lib.so was not built"] in rows
+    assert ["build", "unknown: the module with the build's facts was made for another Python"] in rows
