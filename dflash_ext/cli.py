@@ -25,11 +25,14 @@ errors = Console(stderr=True)
 
 TargetName = Annotated[str, typer.Option(help="Folder or hub name of a causal LM; 'smollm2' is the packaged one.")]
 Drafter = Annotated[Path | None, typer.Option(help="Folder of a DFlash drafter.")]
-Prompts = Annotated[Path | None, typer.Option(help="JSONL of prompts or conversations, or plain text.")]
+Prompts = Annotated[Path | None, typer.Option(help="Prompts or conversations as JSONL or a JSON array, or plain text.")]
 Field = Annotated[str | None, typer.Option(help="The key that holds the prompt, where it is none of the usual ones.")]
 Device = Annotated[str | None, typer.Option(help="cpu or cuda; a GPU is used where there is one.")]
-Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; float32 on the CPU by default.")]
-Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1)]
+Dtype = Annotated[str | None, typer.Option(help="float32 (default on a CPU), bfloat16 (default on a GPU) or float16.")]
+Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of everything that is drawn at random.")]
+Temperature = Annotated[float, typer.Option(min=0, help="0 is greedy.")]
+BlockSize = Annotated[int | None, typer.Option(help="Slots of a block, at most the drafter's own, the default.")]
+RowsAtATime = Annotated[int, typer.Option(min=1, help="Prompts decoded at a time.")]
 Tokenizer = Annotated[str | None, typer.Option(help="Where the tokenizer is, if not with the target.")]
 
 
@@ -57,7 +60,7 @@ def demo(
         bool, typer.Option("--quick", help="Only the part that trains a tiny model, under two minutes.")
     ] = False,
     prompts: Annotated[int, typer.Option(min=1, help="How many prompts the real model answers.")] = 6,
-    max_new_tokens: Annotated[int, typer.Option(min=2)] = 128,
+    max_new_tokens: Annotated[int, typer.Option(min=2, help="Length of its answers.")] = 128,
 ) -> None:
     """Trains and decodes on the spot, then decodes with a real model and a real drafter."""
     from .demo import real_model, tiny_model
@@ -78,25 +81,25 @@ def train(
     ] = None,
     field: Field = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Use only the first prompts.")] = None,
-    max_prompt_tokens: Annotated[int, typer.Option(min=1)] = 512,
+    max_prompt_tokens: Annotated[int, typer.Option(min=1, help="Longer prompts are left out.")] = 512,
     max_new_tokens: Annotated[int, typer.Option(min=2, help="Length of the target's answers.")] = 256,
     temperature: Annotated[
-        list[float] | None, typer.Option(help="Of the answers; repeat for several answers each.")
+        list[float] | None, typer.Option(help="Of the answers, greedy by default; repeat for several each.")
     ] = None,
     decode_batch: Annotated[int, typer.Option(min=1, help="Prompts answered at a time.")] = 32,
     mask_token: Annotated[
         str | None, typer.Option(help="The mask token, by text or id, if the tokenizer has none.")
     ] = None,
-    layers: Annotated[int, typer.Option(min=1)] = 5,
+    layers: Annotated[int, typer.Option(min=1, help="Layers of the drafter.")] = 5,
     taps: Annotated[str, typer.Option(help="How many layers of the target to tap, or their ids: 1,9,17.")] = "5",
     block_size: Annotated[int, typer.Option(help="Slots of a block, the anchor included.")] = 16,
-    intermediate_size: Annotated[int | None, typer.Option(min=1, help="Width of the drafter's MLPs.")] = None,
-    steps: Annotated[int, typer.Option(min=1)] = 1000,
+    intermediate_size: Annotated[int | None, typer.Option(min=1, help="Width of its MLPs; the target's.")] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps.")] = 1000,
     batch_size: Annotated[int, typer.Option(min=1, help="Sequences per forward pass.")] = 8,
     accumulation: Annotated[int, typer.Option(min=1, help="Forward passes per step.")] = 1,
     anchors: Annotated[int, typer.Option(min=1, help="Blocks drawn from each sequence.")] = 64,
     max_length: Annotated[int, typer.Option(min=4, help="Tokens of a training sequence.")] = 1024,
-    learning_rate: Annotated[float, typer.Option(min=0)] = 6e-4,
+    learning_rate: Annotated[float, typer.Option(min=0, help="Its peak; a cosine decay follows.")] = 6e-4,
     gamma: Annotated[
         float | None, typer.Option(help="Decay of the position weights; D-PACE weights if not given.")
     ] = None,
@@ -208,14 +211,14 @@ def generate(
     drafter: Drafter = None,
     prompts: Prompts = None,
     field: Field = None,
-    limit: Annotated[int | None, typer.Option(min=1)] = None,
-    max_prompt_tokens: Annotated[int, typer.Option(min=1)] = 2048,
-    max_new_tokens: Annotated[int, typer.Option(min=1)] = 256,
-    temperature: Annotated[float, typer.Option(min=0)] = 0.0,
-    top_k: Annotated[int | None, typer.Option(min=1)] = None,
-    top_p: Annotated[float | None, typer.Option(min=0, max=1)] = None,
-    block_size: Annotated[int | None, typer.Option(help="Slots of a block, at most the drafter's own.")] = None,
-    batch_size: Annotated[int, typer.Option(min=1)] = 8,
+    limit: Annotated[int | None, typer.Option(min=1, help="Use only the first prompts.")] = None,
+    max_prompt_tokens: Annotated[int, typer.Option(min=1, help="A longer prompt is an error.")] = 2048,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Length of an answer that nothing stops before.")] = 256,
+    temperature: Temperature = 0.0,
+    top_k: Annotated[int | None, typer.Option(min=1, help="Sample from the most probable tokens only.")] = None,
+    top_p: Annotated[float | None, typer.Option(min=0, max=1, help="Sample from this share of the mass only.")] = None,
+    block_size: BlockSize = None,
+    batch_size: RowsAtATime = 8,
     seed: Seed = 0,
     output: Annotated[Path | None, typer.Option(help="Write the answers to this JSONL.")] = None,
     tokenizer: Tokenizer = None,
@@ -286,13 +289,13 @@ def generate(
 def evaluate(
     target: TargetName,
     drafter: Drafter,
-    prompts: Annotated[list[Path], typer.Option(help="A prompt set; repeat for several.")],
+    prompts: Annotated[list[Path], typer.Option(help="A prompt set, a file as for train; repeat for several.")],
     field: Field = None,
     limit: Annotated[int | None, typer.Option(min=1, help="The first prompts of each set.")] = 80,
-    max_new_tokens: Annotated[int, typer.Option(min=2)] = 256,
-    temperature: Annotated[float, typer.Option(min=0)] = 0.0,
-    block_size: Annotated[int | None, typer.Option()] = None,
-    batch_size: Annotated[int, typer.Option(min=1)] = 8,
+    max_new_tokens: Annotated[int, typer.Option(min=2, help="Length of an answer that nothing stops before.")] = 256,
+    temperature: Temperature = 0.0,
+    block_size: BlockSize = None,
+    batch_size: RowsAtATime = 8,
     seed: Seed = 0,
     output: Annotated[Path | None, typer.Option(help="Write the figures to this JSON.")] = None,
     tokenizer: Tokenizer = None,
