@@ -169,9 +169,7 @@ def train(
         compile=compile,
     )
     tapped = Target(model, drafter.config.target_layer_ids)
-    log = train_drafter(
-        drafter, tapped, trained, output, recipe, held_out=kept_out, resume=resume, console=console
-    )
+    log = train_drafter(drafter, tapped, trained, output, recipe, held_out=kept_out, resume=resume, console=console)
     plot_curve(log, output / "curve.png")
     console.print(summary(log))
     console.print(f"the drafter is in {output}")

@@ -146,9 +146,7 @@ def test_cross_entropy_is_pytorchs_with_a_weight_per_row(reduction, smoothing):
     want = {"none": want, "sum": want.sum(), "mean": want.sum() / weight.sum()}[reduction]
     logits[1, 2] = math.nan
     logits.requires_grad_()
-    got = reference.masked_cross_entropy(
-        logits, target, weight, reduction=reduction, label_smoothing=smoothing
-    )
+    got = reference.masked_cross_entropy(logits, target, weight, reduction=reduction, label_smoothing=smoothing)
     torch.testing.assert_close(got.loss, want)
     (grad,) = torch.autograd.grad(got.loss.sum(), logits)
     assert (grad[1, 1:] == 0).all() and (grad[0] != 0).all()
@@ -229,9 +227,7 @@ FILTERS = st.fixed_dictionaries(
     }
 )
 # Few distinct values, so that ties are common; -9 stands for -inf.
-LOGITS = st.lists(st.sampled_from([-9, -2, -1, 0, 1, 2]), min_size=6, max_size=6).filter(
-    lambda x: max(x) > -9
-)
+LOGITS = st.lists(st.sampled_from([-9, -2, -1, 0, 1, 2]), min_size=6, max_size=6).filter(lambda x: max(x) > -9)
 
 
 def filtered(logits, temperature, top_k, top_p, min_p):

@@ -59,9 +59,7 @@ class PromptTooLong(DataError):
     """A prompt with more tokens than were allowed."""
 
 
-def read_conversations(
-    path: str | Path, *, field: str | None = None, limit: int | None = None
-) -> list[Conversation]:
+def read_conversations(path: str | Path, *, field: str | None = None, limit: int | None = None) -> list[Conversation]:
     """Everything that the file at `path` asks, in its order; the first `limit` of it.
 
     A `.jsonl` file holds a JSON object in every line, a `.json` file an array of them; any other file is

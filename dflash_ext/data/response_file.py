@@ -1,7 +1,7 @@
-"""The file that answers are kept in, a JSONL that grows by a line as each answer ends:
+"""The file that answers are kept in, a JSONL that grows by a line as each answer ends. Its first line is the header:
 
-    {"format": "dflash_ext.responses", "target": ..., "vocab_size": ..., "max_new_tokens": ..., ...}
-    {"index": 17, "temperature": 0.0, "prompt_ids": [...], "response_ids": [...]}
+{"format": "dflash_ext.responses", "target": ..., "vocab_size": ..., "max_new_tokens": ..., ...}
+{"index": 17, "temperature": 0.0, "prompt_ids": [...], "response_ids": [...]}
 """
 
 from __future__ import annotations

@@ -181,9 +181,7 @@ def _only_run(keys: Tensor) -> tuple[Tensor, Tensor] | None:
     return start.int(), stop.int()
 
 
-def _elementary(
-    mask_function: Callable, row: Tensor, kv_end: int, window: int | None
-) -> tuple[Tensor, Tensor] | None:
+def _elementary(mask_function: Callable, row: Tensor, kv_end: int, window: int | None) -> tuple[Tensor, Tensor] | None:
     """The first key of each row and the one after its last, [Lq] each, under the patterns of which transformers
     composes masks: bidirectional, causal, sliding window; None for anything else.
 

@@ -86,9 +86,7 @@ def _read(gguf: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     try:
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-        loaded = AutoModelForCausalLM.from_pretrained(
-            gguf.parent, gguf_file=gguf.name, dtype=torch.float32, **options
-        )
+        loaded = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32, **options)
     except (ValueError, struct.error) as error:
         raise ValueError(f"{gguf}: cannot be read as a GGUF checkpoint: {error}") from None
     # A model read from a GGUF refuses to be saved, and its config points back at the file.

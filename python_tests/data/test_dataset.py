@@ -18,9 +18,7 @@ def write(path, *answers, cut=0):
 
 
 def test_sequences_and_masks(tmp_path):
-    path = write(
-        tmp_path / "a.jsonl", ([5, 6], [7, 8, 9, 10]), ([1], [2, 3]), ([4] * 3, [2] * 9), ([4] * 9, [2] * 9)
-    )
+    path = write(tmp_path / "a.jsonl", ([5, 6], [7, 8, 9, 10]), ([1], [2, 3]), ([4] * 3, [2] * 9), ([4] * 9, [2] * 9))
     dataset = ResponseDataset(path, max_length=8)
     assert (len(dataset), dataset.dropped) == (2, 2)
     assert dataset[0]["input_ids"].tolist() == [5, 6, 7, 8, 9, 10]

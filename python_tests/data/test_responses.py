@@ -19,9 +19,7 @@ def target():
 
 def answer(target, path, **changes):
     conversations = [Conversation.user(text) for text in changes.pop("prompts", PROMPTS)]
-    options = dict(
-        max_new_tokens=12, max_prompt_tokens=40, temperatures=(0.0, 0.9), batch_size=2, stop_token_ids=(2,)
-    )
+    options = dict(max_new_tokens=12, max_prompt_tokens=40, temperatures=(0.0, 0.9), batch_size=2, stop_token_ids=(2,))
     return regenerate(target, letters(), conversations, path, **options | changes)
 
 
@@ -36,9 +34,7 @@ def test_every_prompt_is_answered_by_the_target(target, tmp_path):
     assert sum(done) == 2 * len(PROMPTS)
     rows = rows_of(path)
     asked = [i for i in range(len(PROMPTS)) if i != LEFT_OUT]
-    assert sorted((row["index"], row["temperature"]) for row in rows) == [
-        (i, t) for i in asked for t in (0.0, 0.9)
-    ]
+    assert sorted((row["index"], row["temperature"]) for row in rows) == [(i, t) for i in asked for t in (0.0, 0.9)]
     for row in rows:
         prompt = encode(Conversation.user(PROMPTS[row["index"]]), letters(), max_prompt_tokens=40)
         assert row["prompt_ids"] == prompt

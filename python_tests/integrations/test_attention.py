@@ -36,9 +36,7 @@ from python_tests.tiny import SHAPE, tiny_model
 
 FAMILIES = ["llama", "qwen3", "gemma2", "gemma3", "gemma4", "diffusion_gemma"]
 LENGTH, WINDOW = 14, 5
-MIXED = dict(
-    num_hidden_layers=4, sliding_window=WINDOW, layer_types=["sliding_attention", "full_attention"] * 2
-)
+MIXED = dict(num_hidden_layers=4, sliding_window=WINDOW, layer_types=["sliding_attention", "full_attention"] * 2)
 GEMMA = SHAPE | MIXED | dict(head_dim=16)
 
 
@@ -389,9 +387,7 @@ def test_plain_causal_masks_stay_linear_in_the_length(monkeypatch):
     packed = interval_attention_mask(2, LENGTH, LENGTH, attention_mask=padding("both").bool())
     assert packed.dtype == torch.int32 and packed.shape == (2, 1, LENGTH, 4)
     window = sliding_window_causal_mask_function(4)
-    packed = interval_attention_mask(
-        2, 3, 8, 7, 2, window, attention_mask=padding("left").bool()[:, :10], local_size=4
-    )
+    packed = interval_attention_mask(2, 3, 8, 7, 2, window, attention_mask=padding("left").bool()[:, :10], local_size=4)
     assert packed[:, 0, :, :2].tolist() == [[[4, 6], [4, 7], [4, 8]], [[2, 6], [3, 7], [4, 8]]]
     cached = interval_attention_mask(2, 3, 9, q_offset=torch.tensor(7), kv_offset=1)
     assert cached[0, 0, :, :2].tolist() == [[0, 7], [0, 8], [0, 9]]
@@ -453,7 +449,6 @@ def test_compiles_whole():
         torch.testing.assert_close(compiled(ids, **inputs).logits, model(ids, **inputs).logits)
     with pytest.raises(ValueError, match="row 8 of batch entry 1"):
         compiled(ids, use_cache=False, attention_mask=THREE_RUNS)
-
 
 
 @pytest.mark.parametrize(
