@@ -9,7 +9,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jinja2
 from transformers import PreTrainedTokenizerBase
 
 from .errors import DataError
@@ -122,7 +121,7 @@ def encode(
             ids = tokenizer.apply_chat_template(
                 messages, add_generation_prompt=True, return_dict=True, **template_options
             )["input_ids"]
-        except jinja2.TemplateError as error:
+        except Exception as error:  # a template is a program: it may raise anything
             raise DataError(f"the chat template refuses {excerpt(messages)}: {error}") from None
     else:
         ids = tokenizer("\n\n".join(message.content for message in conversation.messages))["input_ids"]

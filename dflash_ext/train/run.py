@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 from transformers import PrinterCallback, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
-from ..models import DFlashDrafter, Target
+from ..models import DFlashConfig, DFlashDrafter, Target
 from .reporting import TrainingProgress
 from .trainer import AnchorCollator, DFlashTrainer
 
@@ -81,6 +81,9 @@ def train_drafter(
         The log: one dict per entry, with step, loss, tau, learning rate. It is also written to `output/training.json`.
 
     An interrupt saves the drafter as it stands before it is raised again.
+
+    Raises:
+        ValueError: the checkpoint to go on from is of another drafter.
     """
     output = Path(output)
     on_gpu = target.device.type == "cuda"
@@ -126,6 +129,8 @@ def train_drafter(
     )
     trainer.remove_callback(PrinterCallback)
     checkpoint = get_last_checkpoint(str(output)) if resume and output.is_dir() else None
+    if checkpoint:
+        _check_checkpoint(checkpoint, config)
     try:
         with TrainingProgress(console or Console(quiet=True)) as shown:
             if trainer.is_world_process_zero():
@@ -139,6 +144,14 @@ def train_drafter(
             save_drafter(drafter, output, dtype=torch.bfloat16)
             (output / "training.json").write_text(json.dumps({"recipe": asdict(recipe), "log": log}, indent=1) + "\n")
     return log
+
+
+def _check_checkpoint(folder: str, config: DFlashConfig) -> None:
+    saved = DFlashConfig.from_pretrained(folder)
+    for name in ("hidden_size", "num_hidden_layers", "intermediate_size", "block_size", "dflash_config"):
+        mine, theirs = getattr(config, name), getattr(saved, name)
+        if mine != theirs:
+            raise ValueError(f"{folder} is of another drafter: its {name} is {theirs}, this one's is {mine}")
 
 
 def save_drafter(drafter: DFlashDrafter, folder: str | Path, *, dtype: torch.dtype | None = None) -> None:

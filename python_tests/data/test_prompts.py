@@ -155,3 +155,5 @@ def test_encode_refuses_in_one_line():
     system = Conversation(messages=(Message("system", "x"), *user("y")))
     with pytest.raises(DataError, match="chat template refuses .*: no system here"):
         encode(system, tokenizer, max_prompt_tokens=9)
+    with pytest.raises(DataError, match="chat template refuses .*: division by zero"):
+        encode(Conversation.user("x"), letters("{{ 1 / 0 }}"), max_prompt_tokens=9)

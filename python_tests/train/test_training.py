@@ -141,6 +141,18 @@ def test_an_interrupted_run_resumes(tmp_path):
     assert [entry["loss"] for entry in log if "loss" in entry] == pytest.approx(expected, rel=1e-3)
 
 
+@pytest.mark.parametrize("change", [{"num_layers": 1}, {"intermediate_size": 32}, {"block_size": 4}, {"taps": 2}])
+def test_a_checkpoint_of_another_drafter_is_refused(tmp_path, change):
+    recipe = Recipe(steps=1, batch_size=4, save_every=1)
+    target, drafter = tiny_pair("llama")
+    train_drafter(drafter, target, Cycles(8), tmp_path, recipe)
+    saved = (tmp_path / "model.safetensors").read_bytes()
+    target, other = tiny_pair("llama", **change)
+    with pytest.raises(ValueError, match="checkpoint-1 is of another drafter: its "):
+        train_drafter(other, target, Cycles(8), tmp_path, recipe, resume=True)
+    assert (tmp_path / "model.safetensors").read_bytes() == saved
+
+
 def test_saving_in_bfloat16_leaves_the_drafter_in_float32(tmp_path):
     _, drafter = tiny_pair("llama")
     save_drafter(drafter, tmp_path, dtype=torch.bfloat16)
