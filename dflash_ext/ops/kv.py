@@ -120,7 +120,8 @@ def kv_inject(
         if any((other.dtype == torch.float64) != (real == torch.float64) for other in (cache, v_caches[0])):
             raise ValueError(f"kv_inject: features are {dtype}, a cache {cache.dtype}; both or neither may be float64")
         with torch.no_grad(), torch.autocast("cpu", enabled=False):
-            projected = features.reshape(-1, width).to(dtype) @ weight.to(dtype).T
+            # Contiguous: oneDNN's bfloat16 product reads between the rows too, and lets NaN from there through.
+            projected = features.reshape(-1, width).to(dtype).contiguous() @ weight.to(dtype).T
         _native.kv_write(
             projected,
             k_caches,

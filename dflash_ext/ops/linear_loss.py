@@ -210,7 +210,8 @@ def _by_chunks(hidden, head, target, weight, teacher, rows, chunk_rows, make_hid
     loss_of = _native.masked_cross_entropy_ if make_hidden or make_head else _native.masked_cross_entropy
     with torch.autocast(hidden.device.type, enabled=False):
         for chunk in _chunks(len(hidden), rows, chunk_rows):
-            x = hidden[chunk]
+            # Contiguous: oneDNN's bfloat16 product reads between the rows too, and lets NaN from there through.
+            x = hidden[chunk].contiguous()
             logits = x @ head.T
             beside = (None if each is None else each[chunk][None] for each in (target, weight, teacher))
             for result, part in zip(results, loss_of(logits[None], *beside, *options), strict=False):
