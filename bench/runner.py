@@ -41,6 +41,85 @@ def _elapsed(function: Callable[[], object], calls: int) -> float:
     return time.perf_counter() - start
 
 
+FLUSHED_BYTES = 256 << 20  # more than any L2 cache
+GRAPH_CALLS = 32
+SHORT_MS = 0.05
+
+
+def gpu_ms(function: Callable[[], object], *, repeats: int = 15) -> float:
+    """The median time of a call in milliseconds, on the GPU, with its L2 cache flushed before each.
+
+    What takes less than 50 us is timed within a CUDA graph of 32 calls, so that launches do not count: functions that
+    are that short should go through more than 100 MB of inputs in 32 calls.
+    """
+    for _ in range(3):
+        function()
+    flushed = torch.empty(FLUSHED_BYTES, dtype=torch.int8, device="cuda")
+    ms = _median_event_ms(function, flushed.zero_, repeats)
+    if ms > SHORT_MS:
+        return ms
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        kept = [function() for _ in range(GRAPH_CALLS)]
+    ms = _median_event_ms(graph.replay, flushed.zero_, repeats) / GRAPH_CALLS
+    del kept
+    return ms
+
+
+def _median_event_ms(function: Callable[[], object], before: Callable[[], object], repeats: int) -> float:
+    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
+    for start, end in events:
+        before()
+        start.record()
+        function()
+        end.record()
+    torch.cuda.synchronize()
+    return statistics.median(start.elapsed_time(end) for start, end in events)
+
+
+def gpu_name() -> str:
+    """Such as h100: what the results' files are named after."""
+    names = torch.cuda.get_device_name().replace("NVIDIA", "").split()
+    return names[0].lower()
+
+
+def gpu_ceilings() -> dict[str, float]:
+    """What the GPU reaches in this run at a large matrix product and at copying."""
+    a = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
+    source = torch.empty(1 << 30, dtype=torch.int8, device="cuda")
+    target = torch.empty_like(source)
+    return {
+        "matmul_8192_bf16_tflops": 2 * 8192**3 / gpu_ms(lambda: a @ a) / 1e9,
+        "copy_tbs": 2 * source.numel() / gpu_ms(lambda: target.copy_(source)) / 1e9,
+    }
+
+
+def plot(name: str, rows: list[dict], rate: str) -> Path:
+    """Draws ``results/<name>.png``: a group of bars for every case and pass, a bar for everybody."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    rows = [row for row in rows if rate in row]
+    groups = list(dict.fromkeys((row["case"], row["pass"]) for row in rows))
+    impls = list(dict.fromkeys(row["impl"] for row in rows))
+    figure, axes = pyplot.subplots(figsize=(9, 1 + 0.18 * len(rows) + 0.2 * len(groups)), layout="constrained")
+    height = 0.85 / len(impls)
+    for i, impl in enumerate(impls):
+        mine = [(groups.index((row["case"], row["pass"])), row[rate]) for row in rows if row["impl"] == impl]
+        bars = axes.barh([place + i * height for place, _ in mine], [value for _, value in mine], height, label=impl)
+        axes.bar_label(bars, fmt="%.0f", fontsize=6, padding=2)
+    axes.set_yticks([place + 0.4 for place in range(len(groups))], [f"{case}\n{which}" for case, which in groups])
+    axes.tick_params(labelsize=7)
+    axes.invert_yaxis()
+    axes.set_xlabel({"tflops": "TFLOP/s over visible pairs", "gbs": "GB/s"}[rate])
+    axes.legend(fontsize=7)
+    path = RESULTS / f"{name}.png"
+    figure.savefig(path, dpi=150)
+    return path
+
+
 def write(name: str, rows: list[dict], ceilings: dict[str, float] | None = None) -> Path:
     """Writes ``results/<name>.json``: the machine, the versions, and one dict a measurement.
 

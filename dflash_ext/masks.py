@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from .library import load
+
 Length = int | Tensor
 Device = torch.device | str | None
 
@@ -31,6 +33,8 @@ class IntervalMask:
     are padding, whose rows are empty. A window W means that a key is visible iff ``q_pos - k_pos < W``.
     Nothing of size Lq x Lk is made and nothing is read back from the device; ``device`` matters only where no
     tensor gives one.
+
+    tiles: what :meth:`plan` adds.
     """
 
     ctx_lo: Tensor
@@ -38,6 +42,7 @@ class IntervalMask:
     blk_lo: Tensor
     blk_hi: Tensor
     kv_len: int
+    tiles: Tensor | None = None
 
     def __post_init__(self) -> None:
         # A tree_map may put anything in the place of tensors.
@@ -68,6 +73,20 @@ class IntervalMask:
 
     def _bounds(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         return self.ctx_lo, self.ctx_hi, self.blk_lo, self.blk_hi
+
+    def plan(self, heads: int, kv_heads: int, head_dim: int) -> IntervalMask:
+        """The same mask with the GPU kernels' tile lists, made once for all layers of these shapes.
+
+        ``block_attn`` makes them itself, in every call, for a mask that has none, or has those of other shapes.
+        One kernel launch, nothing is read back. On the CPU the mask itself: there the kernels find a tile's keys
+        from its rows' bounds as they reach it, and a list would save less than a thousandth of their time.
+        """
+        if self.device.type != "cuda":
+            return self
+        load()
+        bounds = [bound.contiguous() for bound in self._bounds()]
+        tiles = torch.ops.dflash_ext.block_attn_plan(*bounds, self.kv_len, heads, kv_heads, head_dim)
+        return IntervalMask(*bounds, self.kv_len, tiles)
 
     # ---- self-attention ----------------------------------------------------------------------------------
 
@@ -521,7 +540,7 @@ def _intervals(
 # kv_len is part of the structure, not a leaf, so that it stays a number under torch.compile and export.
 pytree.register_pytree_node(
     IntervalMask,
-    lambda mask: (list(mask._bounds()), mask.kv_len),
-    lambda bounds, kv_len: IntervalMask(*bounds, kv_len),
+    lambda mask: ([*mask._bounds(), *([] if mask.tiles is None else [mask.tiles])], mask.kv_len),
+    lambda leaves, kv_len: IntervalMask(*leaves[:4], kv_len, *leaves[4:]),
     serialized_type_name="dflash_ext.IntervalMask",
 )

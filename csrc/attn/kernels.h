@@ -10,8 +10,11 @@ const char* plan_sm80(const PlanParams& params, void* stream);
 
 const char* forward_sm80(const AttentionForwardParams& params, void* stream);
 
-// On Hopper, for the layouts that `serves` accepts on the current device.
+#if defined(DFLASH_EXT_HOPPER) || defined(__CUDACC__)
+// On Hopper: whether the current device is one, and whether the kernel serves this call there.
+bool forward_sm90_runs_here();
 bool forward_sm90_serves(const AttentionForwardParams& params);
 const char* forward_sm90(const AttentionForwardParams& params, void* stream);
+#endif
 
 }  // namespace dflash

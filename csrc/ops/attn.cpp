@@ -1,9 +1,8 @@
 // Operators of the attention family; dflash_ext/ops/attention.py documents the semantics.
-#include "attn/params.h"
-
 #include <algorithm>
 #include <tuple>
 
+#include "attn/kernels.h"
 #include "common/cpu.h"
 #include "common/tensor.h"
 
@@ -38,7 +37,8 @@ struct Mask {
 Intervals intervals(const char* op, const Mask& mask, int64_t batch, int64_t q_len) {
   const auto bound = [&](const Tensor& x) {
     check(x.scalar_type() == ScalarType::Int && x.dim() == 2 && (x.size(0) == 1 || x.size(0) == batch) &&
-              x.size(0) == mask.ctx_lo.size(0) && x.size(1) == q_len && x.is_contiguous() && x.is_cpu(),
+              x.size(0) == mask.ctx_lo.size(0) && x.size(1) == q_len && x.is_contiguous() &&
+              x.get_device_index() == mask.ctx_lo.get_device_index(),
           op, ": the mask's bounds must be contiguous int32 [1 or ", batch, ", ", q_len, "], of one shape");
     return static_cast<const int32_t*>(x.data_ptr());
   };
@@ -61,7 +61,7 @@ void set_inputs(const char* op, AttentionParams& p, const Tensor& q, const Tenso
   p.k_strides = head_strides(op, "k", k);
   p.v_strides = head_strides(op, "v", v);
   for (const Tensor* x : {&k, &v}) {
-    check(x->scalar_type() == q.scalar_type() && x->is_cpu(), op, ": k and v must have q's dtype and device");
+    check(x->scalar_type() == q.scalar_type() && x->get_device_index() == q.get_device_index(), op, ": k and v must have q's dtype and device");
     check(x->size(3) == q.size(3), op, ": head_dim of k and v is ", x->size(3), ", of q ", q.size(3));
   }
   p.batch = q.size(0);
@@ -101,6 +101,64 @@ void run_forward(AttentionForwardParams& p, const Tensor& q) {
   run_items(block_attn, p, q, p.batch * p.kv_heads * row_tiles_of(p) * p.splits, forward_scratch(p.head_dim));
 }
 
+#ifdef DFLASH_EXT_CUDA
+#ifndef DFLASH_EXT_HOPPER
+constexpr bool forward_sm90_runs_here() { return false; }
+constexpr bool forward_sm90_serves(const AttentionForwardParams&) { return false; }
+constexpr const char* forward_sm90(const AttentionForwardParams&, void*) { return nullptr; }
+#endif
+
+// Positions of a tile of rows.
+int64_t positions_of(int64_t heads, int64_t kv_heads, int64_t head_dim, bool hopper) {
+  return (hopper ? hopper_tile_rows(head_dim) : tile_rows(head_dim)) / fold_of(heads, kv_heads);
+}
+
+Tensor make_plan(const Mask& mask, int64_t kv_len, int64_t positions) {
+  constexpr const char* kOp = "block_attn_plan";
+  const int64_t entries = mask.ctx_lo.size(0), q_len = mask.ctx_lo.size(1);
+  const int64_t tiles = entries * tiles_of(q_len, positions);
+  Tensor plan = new_empty(mask.ctx_lo, {tiles, kTilePlanInts}, ScalarType::Int);
+  Tensor unsorted = new_empty(mask.ctx_lo, {tiles, kTilePlanInts}, ScalarType::Int);
+  const PlanParams p{intervals(kOp, mask, entries, q_len), entries, q_len, kv_len, positions,
+                     static_cast<int32_t*>(plan.data_ptr()), static_cast<int32_t*>(unsorted.data_ptr())};
+  const CudaScope scope(mask.ctx_lo);
+  check_launch(kOp, plan_sm80(p, scope.stream()));
+  return plan;
+}
+
+void run_forward_on_gpu(AttentionForwardParams& p, const Tensor& q, const Mask& mask,
+                        const std::optional<Tensor>& plan) {
+  constexpr const char* kOp = "block_attn";
+  check(p.dtype == DType::kBFloat16 || p.dtype == DType::kFloat16, kOp,
+        ": on a GPU q, k and v must be bfloat16 or float16");
+  if (p.batch == 0 || p.heads == 0 || p.q_len == 0) return;
+  const CudaScope scope(q);
+  const bool hopper = forward_sm90_serves(p);
+  const int64_t positions = positions_of(p.heads, p.kv_heads, p.head_dim, hopper);
+  p.plan_entries = mask.ctx_lo.size(0);
+  // A plan for other tiles than this call's does not fit; it would be wrong to use it, and is cheap to make another.
+  const bool fits = plan && plan->size(0) == p.plan_entries * tiles_of(p.q_len, positions) &&
+                    plan->size(1) == kTilePlanInts && plan->scalar_type() == ScalarType::Int && plan->is_contiguous() &&
+                    plan->get_device_index() == q.get_device_index();
+  const Tensor used = fits ? *plan : make_plan(mask, p.kv_len, positions);
+  p.plan = static_cast<const int32_t*>(used.data_ptr());
+  check_launch(kOp, hopper ? forward_sm90(p, scope.stream()) : forward_sm80(p, scope.stream()));
+}
+
+Tensor plan(Tensor ctx_lo, Tensor ctx_hi, Tensor blk_lo, Tensor blk_hi, int64_t kv_len, int64_t heads,
+            int64_t kv_heads, int64_t head_dim) {
+  check(kv_heads > 0 && heads % kv_heads == 0, "block_attn_plan: ", heads, " query heads are no multiple of ", kv_heads,
+        " key heads");
+  const CudaScope scope(ctx_lo);
+  return make_plan({ctx_lo, ctx_hi, blk_lo, blk_hi}, kv_len,
+                   positions_of(heads, kv_heads, head_dim, forward_sm90_runs_here()));
+}
+#else
+void run_forward_on_gpu(AttentionForwardParams&, const Tensor&, const Mask&, const std::optional<Tensor>&) {
+  fail("block_attn: this build has no CUDA kernels");
+}
+#endif
+
 void set_keys(const char* op, AttentionParams& p, const Tensor& k, const Tensor& v) {
   p.kv_heads = k.size(1);
   p.kv_len = k.size(2);
@@ -110,19 +168,24 @@ void set_keys(const char* op, AttentionParams& p, const Tensor& k, const Tensor&
 }
 
 std::tuple<Tensor, Tensor> forward(Tensor q, Tensor k, Tensor v, Tensor ctx_lo, Tensor ctx_hi, Tensor blk_lo,
-                                   Tensor blk_hi, double scale, double softcap) {
+                                   Tensor blk_hi, std::optional<Tensor> plan, double scale, double softcap) {
   constexpr const char* kOp = "block_attn";
+  const Mask mask{ctx_lo, ctx_hi, blk_lo, blk_hi};
   AttentionForwardParams p{};
-  set_inputs(kOp, p, q, k, v, {ctx_lo, ctx_hi, blk_lo, blk_hi}, scale, softcap);
+  set_inputs(kOp, p, q, k, v, mask, scale, softcap);
   set_keys(kOp, p, k, v);
   Tensor out = torch::stable::empty_like(q);
   Tensor lse = new_empty(q, {p.batch, p.heads, p.q_len}, real_of(q));
   p.out = out.data_ptr();
   p.out_strides = head_strides(kOp, "out", out);
   p.lse = lse.data_ptr();
-  p.splits = 1;
-  p.split_len = p.kv_len;
-  run_forward(p, q);
+  if (q.is_cpu()) {
+    p.splits = 1;
+    p.split_len = p.kv_len;
+    run_forward(p, q);
+  } else {
+    run_forward_on_gpu(p, q, mask, plan);
+  }
   return {out, lse};
 }
 
@@ -218,7 +281,10 @@ Tensor decode(Tensor q, Tensor k_cache, Tensor v_cache, Tensor ctx_lo, Tensor ct
 STABLE_TORCH_LIBRARY_FRAGMENT(dflash_ext, m) {
   m.def(
       "block_attn(Tensor q, Tensor k, Tensor v, Tensor ctx_lo, Tensor ctx_hi, Tensor blk_lo, Tensor blk_hi, "
-      "float scale, float softcap) -> (Tensor out, Tensor lse)");
+      "Tensor? plan, float scale, float softcap) -> (Tensor out, Tensor lse)");
+  m.def(
+      "block_attn_plan(Tensor ctx_lo, Tensor ctx_hi, Tensor blk_lo, Tensor blk_hi, int kv_len, int heads, "
+      "int kv_heads, int head_dim) -> Tensor");
   m.def(
       "block_attn_backward(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor ctx_lo, "
       "Tensor ctx_hi, Tensor blk_lo, Tensor blk_hi, Tensor out, Tensor lse, float scale, float softcap) "
@@ -232,6 +298,13 @@ STABLE_TORCH_LIBRARY_IMPL(dflash_ext, CPU, m) {
   m.impl("block_attn", TORCH_BOX(&forward));
   m.impl("block_attn_backward", TORCH_BOX(&backward));
   m.impl("block_attn_decode", TORCH_BOX(&decode));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(dflash_ext, CUDA, m) {
+  m.impl("block_attn", TORCH_BOX(&forward));
+#ifdef DFLASH_EXT_CUDA
+  m.impl("block_attn_plan", TORCH_BOX(&plan));
+#endif
 }
 
 }  // namespace dflash

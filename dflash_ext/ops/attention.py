@@ -56,10 +56,10 @@ def block_attn(
     _check_mask("block_attn", q, mask)
     if k.shape[2] != mask.kv_len:
         raise ValueError(f"block_attn: the mask is over {mask.kv_len} keys, k has {k.shape[2]}")
-    warn_once("block_attn", q.device)
-    if not q.is_cuda:
-        out, lse = _native.block_attn(q, k, v, *_bounds(mask), *_scaling(q, scale, softcap))
+    if not q.is_cuda or _has_gpu_kernel(q, k, v):
+        out, lse = _native.block_attn(q, k, v, *_bounds(mask), mask.tiles, *_scaling(q, scale, softcap))
         return (out, lse) if return_lse else out
+    warn_once("block_attn", q.device)
     if softcap is None and not (return_lse or deterministic):
         return _scaled_dot_product(q, k, v, mask, scale)
     return reference.block_attn(q, k, v, mask, scale=scale, softcap=softcap, return_lse=return_lse)
@@ -127,6 +127,11 @@ def _bounds(mask: IntervalMask) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 def _scaling(q: Tensor, scale: float | None, softcap: float | None) -> tuple[float, float]:
     """The native operators' trailing arguments."""
     return float(q.shape[-1] ** -0.5 if scale is None else scale), float(softcap or 0.0)
+
+
+def _has_gpu_kernel(*tensors: Tensor) -> bool:
+    differentiated = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+    return tensors[0].dtype in (torch.bfloat16, torch.float16) and not differentiated
 
 
 def _scaled_dot_product(q: Tensor, k: Tensor, v: Tensor, mask: IntervalMask, scale: float | None) -> Tensor:
@@ -207,6 +212,11 @@ def _(q, k, v, *mask_and_scaling):
     return torch.empty_like(q), _lse_like(q)
 
 
+@torch.library.register_fake("dflash_ext::block_attn_plan")
+def _(ctx_lo, *rest):
+    return ctx_lo.new_empty(torch.library.get_ctx().new_dynamic_size(), 12)
+
+
 @torch.library.register_fake("dflash_ext::block_attn_backward")
 def _(grad_out, grad_lse, q, k, v, *rest):
     return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
@@ -218,7 +228,7 @@ def _(q, *rest):
 
 
 def _keep(ctx, inputs, output):
-    *tensors, scale, softcap = inputs
+    *tensors, plan, scale, softcap = inputs
     ctx.scaling = scale, softcap
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*tensors, *output)
@@ -226,14 +236,14 @@ def _keep(ctx, inputs, output):
 
 def _backward(ctx, grad_out, grad_lse):
     if grad_out is None and grad_lse is None:
-        return (None,) * 9
+        return (None,) * 10
     *inputs, out, lse = ctx.saved_tensors
     grad_out = torch.zeros_like(out) if grad_out is None else grad_out
     if grad_out.stride(-1) != 1:
         grad_out = grad_out.contiguous()
     grad_lse = None if grad_lse is None else grad_lse.contiguous()
     grads = _native.block_attn_backward(grad_out, grad_lse, *inputs, out, lse, *ctx.scaling)
-    return *grads, *[None] * 6
+    return *grads, *[None] * 7
 
 
 torch.library.register_autograd("dflash_ext::block_attn", _backward, setup_context=_keep)

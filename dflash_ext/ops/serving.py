@@ -9,10 +9,10 @@ import torch
 
 NATIVE = "native kernel"
 _REFERENCE = "plain PyTorch (reference)"
-_SDPA = "PyTorch SDPA with a dense mask; plain PyTorch with softcap, LSE or deterministic"
+_FORWARD = f"{NATIVE} (bf16, fp16; without gradients), else PyTorch SDPA with a dense mask or plain PyTorch"
 
 SERVED_BY = {
-    "block_attn": {"cpu": NATIVE, "cuda": _SDPA},
+    "block_attn": {"cpu": NATIVE, "cuda": _FORWARD},
     "block_attn_decode": {"cpu": NATIVE, "cuda": _REFERENCE},
     "masked_cross_entropy": {"cpu": NATIVE, "cuda": NATIVE},
     "linear_cross_entropy": {"cpu": f"PyTorch GEMM and {NATIVE}", "cuda": f"PyTorch GEMM and {NATIVE}"},
