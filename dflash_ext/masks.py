@@ -78,8 +78,8 @@ class IntervalMask:
         """The same mask with the GPU kernels' tile lists, made once for all layers of these shapes.
 
         ``block_attn`` makes them itself, in every call, for a mask that has none, or has those of other shapes.
-        One kernel launch, nothing is read back. On the CPU the mask itself: there the kernels find a tile's keys
-        from its rows' bounds as they reach it, and a list would save less than a thousandth of their time.
+        One kernel launch, nothing is read back. On the CPU the mask itself: there the kernels read the bounds of
+        a tile's rows as they reach it, once for all of its keys.
         """
         if self.device.type != "cuda":
             return self
