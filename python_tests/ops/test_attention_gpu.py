@@ -167,9 +167,9 @@ def test_a_plan_changes_nothing_and_a_foreign_one_is_not_used():
 
 def test_one_graph_serves_other_masks_of_the_same_shape():
     def build(prefix):
-        return IntervalMask.prefix_block(torch.tensor([300, 200], device="cuda"), prefix, max_len=300)
+        return IntervalMask.prefix_block(lens, prefix, max_len=300)
 
-    prefix = torch.tensor([100, 50], device="cuda")
+    lens, prefix = torch.tensor([300, 200], device="cuda"), torch.tensor([100, 50], device="cuda")
     q, k, v = inputs(build(prefix), "cuda", torch.bfloat16, head_dim=128)
     block_attn(q, k, v, build(prefix))
     graph = torch.cuda.CUDAGraph()
