@@ -1,4 +1,4 @@
-"""Whoever computes the same attention on the GPU: each peer makes, for one case, a function of (q, k, v)."""
+"""Whoever computes the same attention on the GPU: each peer makes, for a mask and its inputs, the call that is timed."""
 
 from __future__ import annotations
 
@@ -13,37 +13,50 @@ from torch.nn.attention.flex_attention import flex_attention
 
 from dflash_ext import IntervalMask, block_attn
 
-Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
+Call = Callable[[], Tensor]
 
 
-def dflash_ext(mask: IntervalMask, q: Tensor, k: Tensor) -> Attention:
+def dflash_ext(mask: IntervalMask, q: Tensor, k: Tensor, v: Tensor) -> Call:
     planned = mask.plan(q.shape[1], k.shape[1], q.shape[3])
-    return lambda q, k, v: block_attn(q, k, v, planned)
+    return lambda: block_attn(q, k, v, planned)
 
 
-def flex(mask: IntervalMask, q: Tensor, k: Tensor, **options) -> Attention:
+def flex(mask: IntervalMask, q: Tensor, k: Tensor, v: Tensor, **options) -> Call:
     torch._dynamo.reset()
     blocks, compiled = mask.to_flex(), torch.compile(flex_attention, dynamic=False)
-    return lambda q, k, v: compiled(q, k, v, block_mask=blocks, enable_gqa=True, kernel_options=options or None)
+    return lambda: compiled(q, k, v, block_mask=blocks, enable_gqa=True, kernel_options=options or None)
 
 
-def flex_flash(mask: IntervalMask, q: Tensor, k: Tensor) -> Attention:
-    return flex(mask, q, k, BACKEND="FLASH")
+def flex_flash(mask: IntervalMask, q: Tensor, k: Tensor, v: Tensor) -> Call:
+    return flex(mask, q, k, v, BACKEND="FLASH")
 
 
-def sdpa(backend: SDPBackend, *, causal: bool = False):
-    """PyTorch's attention with the dense mask; or causal, which is another problem and a reference speed."""
+def dense(backend: SDPBackend):
+    """PyTorch's attention with the dense mask. Heads are repeated beforehand: with a mask, enable_gqa leaves only the
+    slowest backend."""
 
-    def make(mask: IntervalMask, q: Tensor, k: Tensor) -> Attention:
-        options = {"is_causal": True} if causal else {"attn_mask": mask.to_bool()}
-        group = q.shape[1] // k.shape[1]
+    def make(mask: IntervalMask, q: Tensor, k: Tensor, v: Tensor) -> Call:
+        visible = mask.to_bool()
+        k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
 
-        def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        def call() -> Tensor:
             with sdpa_kernel(backend):
-                return F.scaled_dot_product_attention(q, k, v, **options)
+                return F.scaled_dot_product_attention(q, k, v, attn_mask=visible)
 
-        # With a mask and enable_gqa together only the slowest backend is left, so heads are repeated beforehand.
-        return lambda q, k, v: attend(q, *(x.repeat_interleave(group, 1) if group > 1 else x for x in (k, v)))
+        return call
+
+    return make
+
+
+def causal(backend: SDPBackend):
+    """PyTorch's causal attention, which is another problem and a reference speed."""
+
+    def make(mask: IntervalMask, q: Tensor, k: Tensor, v: Tensor) -> Call:
+        def call() -> Tensor:
+            with sdpa_kernel(backend):
+                return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+
+        return call
 
     return make
 
@@ -51,15 +64,15 @@ def sdpa(backend: SDPBackend, *, causal: bool = False):
 PEERS = {
     "dflash_ext": dflash_ext,
     "flex": flex,
-    "sdpa efficient, dense mask": sdpa(SDPBackend.EFFICIENT_ATTENTION),
-    "sdpa cudnn, dense mask": sdpa(SDPBackend.CUDNN_ATTENTION),
-    "sdpa math, dense mask": sdpa(SDPBackend.MATH),
+    "sdpa efficient, dense mask": dense(SDPBackend.EFFICIENT_ATTENTION),
+    "sdpa cudnn, dense mask": dense(SDPBackend.CUDNN_ATTENTION),
+    "sdpa math, dense mask": dense(SDPBackend.MATH),
 }
 if importlib.util.find_spec("flash_attn"):
     PEERS["flex FLASH"] = flex_flash
 
-# Causal attention of the same shape, a speed to look at and no peer.
+# Of the same shape, to look at and no peers.
 CAUSAL = {
-    "causal sdpa flash": sdpa(SDPBackend.FLASH_ATTENTION, causal=True),
-    "causal sdpa cudnn": sdpa(SDPBackend.CUDNN_ATTENTION, causal=True),
+    "causal sdpa flash": causal(SDPBackend.FLASH_ATTENTION),
+    "causal sdpa cudnn": causal(SDPBackend.CUDNN_ATTENTION),
 }

@@ -112,7 +112,7 @@ def plot(name: str, rows: list[dict], rate: str) -> Path:
         axes.bar_label(bars, fmt="%.0f", fontsize=6, padding=2)
     axes.set_yticks([place + 0.4 for place in range(len(groups))], [f"{case}\n{which}" for case, which in groups])
     axes.tick_params(labelsize=7)
-    axes.invert_yaxis()
+    axes.set_ylim(len(groups), -0.3)
     axes.set_xlabel({"tflops": "TFLOP/s over visible pairs", "gbs": "GB/s"}[rate])
     axes.legend(fontsize=7)
     path = RESULTS / f"{name}.png"
