@@ -1,4 +1,4 @@
-"""Whoever computes the same attention on the GPU: each peer makes, for a mask and its inputs, the call that is timed."""
+"""Whoever computes the same attention on the GPU: each makes, for a mask and inputs, the call that is timed."""
 
 from __future__ import annotations
 
