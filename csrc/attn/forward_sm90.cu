@@ -256,8 +256,7 @@ class Consumer {
         wait_for_products<0>();
         release(shared_.v, v_stage_);
         pin(out);
-#pragma unroll
-        for (int j = 0; j < Shape::kValueColumns / 2; ++j) out[j] *= correction[j / 2 % 2];
+        rescale(out, correction);
         round_weights(weights, s);
       }
       release_queries();
@@ -308,6 +307,13 @@ class Consumer {
     scores_(s);
     if (!tile.is_full) hide(s, bounds, tile);
     softmax.add(s, scores_.factor, correction);
+  }
+
+  // Most tiles bring no row of a warp a new maximum.
+  static DFLASH_INLINE void rescale(float (&out)[Shape::kValueColumns / 2], const float (&correction)[2]) {
+    if (!__any_sync(~0u, correction[0] != 1 || correction[1] != 1)) return;
+#pragma unroll
+    for (int i = 0; i < Shape::kValueColumns / 2; ++i) out[i] *= correction[i / 2 % 2];
   }
 
   static DFLASH_INLINE void round_weights(uint32_t (&weights)[kSteps][4], const float (&s)[kKeys / 2]) {
