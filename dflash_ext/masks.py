@@ -34,7 +34,7 @@ class IntervalMask:
     Nothing of size Lq x Lk is made and nothing is read back from the device; ``device`` matters only where no
     tensor gives one.
 
-    tiles: what :meth:`plan` adds.
+    tiles, planned_for: what :meth:`plan` adds.
     """
 
     ctx_lo: Tensor
@@ -43,6 +43,7 @@ class IntervalMask:
     blk_hi: Tensor
     kv_len: int
     tiles: Tensor | None = None
+    planned_for: tuple | None = None
 
     def __post_init__(self) -> None:
         # A tree_map may put anything in the place of tensors.
@@ -86,7 +87,14 @@ class IntervalMask:
         load()
         bounds = [bound.contiguous() for bound in self._bounds()]
         tiles = torch.ops.dflash_ext.block_attn_plan(*bounds, self.kv_len, heads, kv_heads, head_dim)
-        return IntervalMask(*bounds, self.kv_len, tiles)
+        return IntervalMask(*bounds, self.kv_len, tiles, self._plan_key(heads, kv_heads, head_dim))
+
+    def tiles_for(self, heads: int, kv_heads: int, head_dim: int) -> Tensor | None:
+        """The tile lists, if they were made for these shapes and this very mask."""
+        return self.tiles if self.planned_for == self._plan_key(heads, kv_heads, head_dim) else None
+
+    def _plan_key(self, *shapes: int) -> tuple:
+        return (*shapes, self.batch, self.q_len, self.kv_len)
 
     # ---- self-attention ----------------------------------------------------------------------------------
 
@@ -245,9 +253,7 @@ class IntervalMask:
                 max_len = max((b - a for a, b in zip(cu_seqlens, cu_seqlens[1:], strict=False)), default=0)
             offsets = torch.tensor(list(cu_seqlens), dtype=torch.int32, device=device)
         if offsets.dim() != 1 or offsets.numel() < 2:
-            raise ValueError(
-                f"IntervalMask.packed: cu_seqlens is {list(offsets.shape)}; [2] or more is needed"
-            )
+            raise ValueError(f"IntervalMask.packed: cu_seqlens is {list(offsets.shape)}; [2] or more is needed")
         max_len = max(max_len, 1)
         documents = inner(offsets.diff(), max_len=max_len)
         if (documents.q_len, documents.kv_len) != (max_len, max_len):
@@ -304,8 +310,7 @@ class IntervalMask:
             _at_least_one("anchor_blocks", "window", window)
         if convention not in ("specforge", "speculators"):
             raise ValueError(
-                f"IntervalMask.anchor_blocks: convention is {convention!r}; "
-                "'specforge' and 'speculators' are supported"
+                f"IntervalMask.anchor_blocks: convention is {convention!r}; 'specforge' and 'speculators' are supported"
             )
         if anchors.dim() != 2 or anchors.dtype not in (torch.int32, torch.int64):
             raise ValueError(
@@ -379,9 +384,7 @@ class IntervalMask:
             kv_len = cache_lens + block_len
         cached = _column(cache_lens, device, "decode", "cache_lens")
         start = _column(kv_start, device, "decode", "kv_start")
-        rows = _column(block_len if q_lens is None else q_lens, device, "decode", "q_lens").clamp(
-            max=block_len
-        )
+        rows = _column(block_len if q_lens is None else q_lens, device, "decode", "q_lens").clamp(max=block_len)
         slot = _arange(block_len, device)
         pos = cached + slot
         lo = start if window is None else torch.maximum(start, pos - (window - 1))
@@ -537,10 +540,13 @@ def _intervals(
     return IntervalMask(*bounds, kv_len)
 
 
-# kv_len is part of the structure, not a leaf, so that it stays a number under torch.compile and export.
+# kv_len and planned_for are structure, not leaves, so that they stay numbers under torch.compile and export.
 pytree.register_pytree_node(
     IntervalMask,
-    lambda mask: ([*mask._bounds(), *([] if mask.tiles is None else [mask.tiles])], mask.kv_len),
-    lambda leaves, kv_len: IntervalMask(*leaves[:4], kv_len, *leaves[4:]),
+    lambda mask: (
+        [*mask._bounds(), *([] if mask.tiles is None else [mask.tiles])],
+        (mask.kv_len, mask.planned_for),
+    ),
+    lambda leaves, fixed: IntervalMask(*leaves[:4], fixed[0], *leaves[4:], planned_for=fixed[1]),
     serialized_type_name="dflash_ext.IntervalMask",
 )

@@ -1,5 +1,6 @@
 """Every constructor against its rule, written here once more for one (row, key) pair at a time."""
 
+import dataclasses
 from functools import partial
 
 import pytest
@@ -323,6 +324,17 @@ def test_a_mask_is_a_pytree_whose_key_count_is_structure():
     doubled = pytree.tree_map(lambda x: torch.cat((x, x)), mask)
     assert doubled.batch == 2 and torch.equal(doubled.to_bool()[1:], mask.to_bool())
     pytree.tree_map(str, mask)
+
+
+def test_a_plan_is_used_for_its_own_shapes_only():
+    mask = IntervalMask.causal(4)
+    assert mask.plan(8, 2, 64) is mask  # on the CPU
+    tiles = torch.zeros(1, 12, dtype=torch.int32)
+    planned = dataclasses.replace(mask, tiles=tiles, planned_for=mask._plan_key(8, 2, 64))
+    assert planned.tiles_for(8, 2, 64) is tiles
+    assert planned.tiles_for(8, 2, 128) is None and planned.tiles_for(4, 2, 64) is None
+    doubled = pytree.tree_map(lambda x: torch.cat((x, x)), planned)
+    assert doubled.tiles.shape == (2, 12) and doubled.tiles_for(8, 2, 64) is None
 
 
 def test_properties_and_device():

@@ -136,8 +136,8 @@ void run_forward_on_gpu(AttentionForwardParams& p, const Tensor& q, const Mask& 
   const bool hopper = forward_sm90_serves(p);
   const int64_t positions = positions_of(p.heads, p.kv_heads, p.head_dim, hopper);
   p.plan_entries = mask.ctx_lo.size(0);
-  // A plan for other tiles than this call's does not fit; it would be wrong to use it, and is cheap to make another.
-  const bool fits = plan && plan->size(0) == p.plan_entries * tiles_of(p.q_len, positions) &&
+  // A plan is made for the best kernel here; another kernel's tiles may be others.
+  const bool fits = plan && hopper == forward_sm90_runs_here() && plan->size(0) == p.plan_entries * tiles_of(p.q_len, positions) &&
                     plan->size(1) == kTilePlanInts && plan->scalar_type() == ScalarType::Int && plan->is_contiguous() &&
                     plan->get_device_index() == q.get_device_index();
   const Tensor used = fits ? *plan : make_plan(mask, p.kv_len, positions);

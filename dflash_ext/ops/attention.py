@@ -57,7 +57,8 @@ def block_attn(
     if k.shape[2] != mask.kv_len:
         raise ValueError(f"block_attn: the mask is over {mask.kv_len} keys, k has {k.shape[2]}")
     if not q.is_cuda or _has_gpu_kernel(q, k, v):
-        out, lse = _native.block_attn(q, k, v, *_bounds(mask), mask.tiles, *_scaling(q, scale, softcap))
+        tiles = mask.tiles_for(q.shape[1], k.shape[1], q.shape[3])
+        out, lse = _native.block_attn(q, k, v, *_bounds(mask), tiles, *_scaling(q, scale, softcap))
         return (out, lse) if return_lse else out
     warn_once("block_attn", q.device)
     if softcap is None and not (return_lse or deterministic):
