@@ -34,19 +34,15 @@ class Meeting {
   DFLASH_INLINE Meeting(const DecodeProblem& p, const Parts& parts)
       : counter_(reinterpret_cast<uint32_t&>(p.counters[parts.first_block])), blocks_(parts.blocks) {}
 
-  DFLASH_INLINE void arrive() {
-    __syncthreads();
-    if (threadIdx.x == 0) counter_.fetch_add(1, cuda::memory_order_release);
-  }
+  // One thread of a block, after a barrier that follows what the block has written.
+  DFLASH_INLINE void arrive() { counter_.fetch_add(1, cuda::memory_order_release); }
 
+  // One thread of a block, before a barrier that precedes what the block reads.
   DFLASH_INLINE void wait() {
-    if (threadIdx.x == 0) {
-      while ((counter_.load(cuda::memory_order_acquire) & 0xffff) != blocks_) {
-      }
-      const uint32_t seen = counter_.fetch_add(1 << 16, cuda::memory_order_relaxed) >> 16;
-      if (seen + 1 == blocks_) counter_.store(0, cuda::memory_order_relaxed);
+    while ((counter_.load(cuda::memory_order_acquire) & 0xffff) != blocks_) {
     }
-    __syncthreads();
+    const uint32_t seen = counter_.fetch_add(1 << 16, cuda::memory_order_relaxed) >> 16;
+    if (seen + 1 == blocks_) counter_.store(0, cuda::memory_order_relaxed);
   }
 
  private:
@@ -54,60 +50,76 @@ class Meeting {
   uint32_t blocks_;
 };
 
-// A warp sums columns 2 * lane and 2 * lane + 1 of a row's parts, in their order.
-template <class T>
-DFLASH_INLINE void combine_row(const DecodeProblem& p, const Parts& parts, int row, int column, T* out) {
-  const int lane = threadIdx.x % 32, head_dim = static_cast<int>(p.head_dim);
-  const auto stats = [&](int i) { return __ldcg(p.partial_stats + parts.slot(i) * kDecodeRows + row); };
-  float maximum = -kInfinity;
-  for (int i = lane; i < parts.count; i += 32) maximum = fmaxf(maximum, stats(i).x);
-#pragma unroll
-  for (int mask = 16; mask > 0; mask >>= 1) maximum = fmaxf(maximum, __shfl_xor_sync(~0u, maximum, mask));
-  if (maximum == -kInfinity) maximum = 0;
-
-  float sum = 0;
-  float2 total{0, 0};
-  for (int first = 0; first < parts.count; first += 32) {
-    float own_weight = 0, own_sum = 0;
-    if (first + lane < parts.count) {
-      const float2 own = stats(first + lane);
-      own_weight = exp2_of(own.x - maximum);
-      own_sum = own.y;
-    }
-    const int count = min(parts.count - first, 32);
-#pragma unroll 8
-    for (int i = 0; i < count; ++i) {
-      float2 value{0, 0};
-      if (column < head_dim) {
-        value = __ldcg(reinterpret_cast<const float2*>(
-            p.partial_out + (parts.slot(first + i) * kDecodeRows + row) * head_dim + column));
-      }
-      const float weight = __shfl_sync(~0u, own_weight, i);
-      sum = fmaf(weight, __shfl_sync(~0u, own_sum, i), sum);
-      total.x = fmaf(weight, value.x, total.x);
-      total.y = fmaf(weight, value.y, total.y);
-    }
-  }
-  const float inverse = sum == 0 ? 0.0f : 1 / sum;
-  if (column < head_dim) *reinterpret_cast<uint32_t*>(out + column) = pack<T>(total.x * inverse, total.y * inverse);
-}
-
-// All threads of the block take part; a block that alone made all parts waits for nobody else.
-template <class T, int kThreads>
-DFLASH_INLINE void combine(const DecodeProblem& p, const Share& share, const Item& item) {
+// All threads of the block take part; a block that alone made all parts waits for nobody else. A warp takes pieces of
+// rows, four columns a lane, and adds up their parts in order. It goes through the parts of all its pieces in one
+// sequence, many loads ahead of the sums.
+template <class T, int kDim, int kThreads>
+DFLASH_INLINE void combine(const DecodeProblem& p, const Share& share, const Item& item, const RowPlace* places) {
+  constexpr int kPieces = kDim <= 128 ? 1 : kDim / 128, kWarps = kThreads / 32, kAhead = 16;
   const Parts parts(p, share, item);
-  if (parts.blocks > 1) {
-    Meeting(p, parts).wait();
-  } else {
-    __syncthreads();
-  }
-  constexpr int kColumns = 64, kWarps = kThreads / 32;
   const ItemRows rows(p, p.tile_plan(item.tile), item.replica);
-  const int pieces = (static_cast<int>(p.head_dim) + kColumns - 1) / kColumns;
-  const int warp = (blockIdx.x - parts.first_block) * kWarps + threadIdx.x / 32;
-  for (int i = warp; i < rows.count() * pieces; i += parts.blocks * kWarps) {
-    const int row = i / pieces, column = i % pieces * kColumns + threadIdx.x % 32 * 2;
-    if (rows.has(row)) combine_row(p, parts, row, column, static_cast<T*>(p.out) + rows.offset(p.out_strides, row));
+  const int pieces = rows.positions * p.fold * kPieces, stride = parts.blocks * kWarps;
+  const int head_dim = static_cast<int>(p.head_dim);
+  if (parts.blocks > 1 && threadIdx.x == 0) Meeting(p, parts).wait();
+  __syncthreads();
+
+  struct Cursor {
+    int piece, part = 0;
+
+    DFLASH_INLINE void next(const Parts& parts, int stride) {
+      if (++part < parts.count) return;
+      part = 0;
+      piece += stride;
+    }
+    DFLASH_INLINE int row() const { return piece / kPieces; }
+    DFLASH_INLINE int column() const { return piece % kPieces * 128 + threadIdx.x % 32 * 4; }
+  };
+  Cursor here{static_cast<int>(blockIdx.x - parts.first_block) * kWarps + static_cast<int>(threadIdx.x) / 32};
+  Cursor ahead = here;
+  float maximum = -kInfinity, sum = 0;
+  float4 total{0, 0, 0, 0};
+#pragma unroll 1
+  while (here.piece < pieces) {
+    float2 stats[kAhead];
+    float4 values[kAhead];
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i) {
+      if (ahead.piece >= pieces) break;
+      const int64_t row = parts.slot(ahead.part) * kDecodeRows + ahead.row();
+      stats[i] = __ldcg(p.partial_stats + row);
+      values[i] = {0, 0, 0, 0};
+      if (ahead.column() < head_dim) {
+        values[i] = __ldcg(reinterpret_cast<const float4*>(p.partial_out + row * head_dim + ahead.column()));
+      }
+      ahead.next(parts, stride);
+    }
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i) {
+      if (here.piece >= pieces) break;
+      // What no key was seen in changes nothing, to the bit.
+      const float larger = fmaxf(maximum, stats[i].x), base = larger == -kInfinity ? 0.0f : larger;
+      const float correction = exp2_of(maximum - base), weight = exp2_of(stats[i].x - base);
+      maximum = larger;
+      sum = fmaf(weight, stats[i].y, sum * correction);
+      total.x = fmaf(weight, values[i].x, total.x * correction);
+      total.y = fmaf(weight, values[i].y, total.y * correction);
+      total.z = fmaf(weight, values[i].z, total.z * correction);
+      total.w = fmaf(weight, values[i].w, total.w * correction);
+      if (here.part + 1 == parts.count) {
+        const RowPlace place = places[here.row()];
+        if (here.column() < head_dim && rows.has(place)) {
+          const float inverse = sum == 0 ? 0.0f : 1 / sum;
+          T* const out = static_cast<T*>(p.out) + rows.offset(p.out_strides, place) + here.column();
+          auto* const pairs = reinterpret_cast<uint32_t*>(out);
+          pairs[0] = pack<T>(total.x * inverse, total.y * inverse);
+          pairs[1] = pack<T>(total.z * inverse, total.w * inverse);
+        }
+        maximum = -kInfinity;
+        sum = 0;
+        total = {0, 0, 0, 0};
+      }
+      here.next(parts, stride);
+    }
   }
 }
 

@@ -32,10 +32,8 @@ struct DecodeTile {
 // What a block keeps in shared memory beside queries, keys and values.
 template <class Tile>
 struct DecodeState {
-  Share::Scratch<Tile::kWarps> scratch;
-  Walk<Tile::kKeys> walk;
-  static constexpr int kSteps = kMaxStages + 2;  // those under way, the one at hand, and the one after
-  Step steps[kSteps];                            // step i in place i % kSteps
+  Itinerary<Tile::kKeys, kMaxStages + 1> steps;  // those whose tiles are in the ring, and one more
+  RowPlace places[kDecodeRows];
 };
 
 template <class T, int kDim>
@@ -73,20 +71,12 @@ struct Decoder : DecodeTile<kDim> {
   }
 
   // Chunk c of row r lies in place c ^ r % 8 of its row, so that a chunk of eight neighbouring rows is in all banks.
-  // Tiles begin at multiples of kRowBytes: chunk c ^ 2i of the same row is at the same address ^ 32i.
+  // Tiles begin at multiples of kRowBytes and of 8 rows: what lies at x for (r, c) lies for (r, c ^ i) at x ^ 16i, and
+  // for (r + i, c), where r has none of the bits of i, at (x ^ i % 8 * 16) + i * kRowBytes.
   static DFLASH_INLINE uint32_t place(int row, int chunk) { return (row * kChunks + (chunk ^ (row & 7))) * 16; }
 
   DFLASH_INLINE uint32_t keys_at(int stage) const { return ring + stage * Tile::kStageBytes; }
   DFLASH_INLINE uint32_t values_at(int stage) const { return keys_at(stage) + Tile::kKeyBytes; }
-
-  // 16 bytes of a row.
-  DFLASH_INLINE uint4 read(const T* from) const {
-    if (p.is_aligned) return *reinterpret_cast<const uint4*>(from);
-    alignas(16) T values[8];
-#pragma unroll
-    for (int i = 0; i < 8; ++i) values[i] = from[i];
-    return *reinterpret_cast<const uint4*>(values);
-  }
 
   static DFLASH_INLINE void write(uint32_t shared, uint4 value) {
     asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(shared), "r"(value.x), "r"(value.y), "r"(value.z),
@@ -94,7 +84,7 @@ struct Decoder : DecodeTile<kDim> {
                  : "memory");
   }
 
-  static DFLASH_INLINE uint4 read_shared(uint32_t shared) {
+  static DFLASH_INLINE uint4 read(uint32_t shared) {
     uint4 value;
     asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
                  : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
@@ -103,59 +93,100 @@ struct Decoder : DecodeTile<kDim> {
     return value;
   }
 
-  // Starts copying; zeros where there is nothing.
-  DFLASH_INLINE void copy(uint32_t shared, const T* from, bool exists) const {
-    if (p.is_aligned) {
-      copy_async(shared, from, exists ? 16 : 0);
-    } else {
-      write(shared, exists ? read(from) : uint4{});
-    }
+  // 16 bytes that may lie anywhere.
+  static DFLASH_INLINE uint4 read(const T* from, bool aligned) {
+    if (aligned) return __ldg(reinterpret_cast<const uint4*>(from));
+    const auto* const elements = reinterpret_cast<const uint16_t*>(from);
+    const auto pair = [&](int i) { return elements[2 * i] | uint32_t(elements[2 * i + 1]) << 16; };
+    return {pair(0), pair(1), pair(2), pair(3)};
+  }
+
+  // The page of a key, or the batch entry, and the row in it; no page: -1.
+  DFLASH_INLINE int2 locate(const Job& job, int key) const {
+    if (!p.pages.table) return {job.rows.batch, key};
+    const unsigned size = static_cast<unsigned>(p.pages.page_size), index = key / size;
+    const int page = p.pages.table[job.rows.batch * p.pages.max_pages + index];
+    return {static_cast<unsigned>(page) < p.pages.count ? page : -1, static_cast<int>(key - index * size)};
+  }
+
+  static DFLASH_INLINE const T* row_of(const void* cache, const HeadStrides& strides, int kv_head, int2 location) {
+    return static_cast<const T*>(cache) + kv_head * strides.head + location.x * strides.batch + location.y * strides.row;
   }
 
   // Starts copying a tile of keys and values. Only what some row may see is read.
   DFLASH_INLINE void fetch(const Step& step, int stage) const {
-    constexpr int kRows = kKeys / kWarps;
-    const ItemRows& rows = step.rows;
-    const int first = warp * kRows, head_dim = static_cast<int>(p.head_dim);
-    int page = -1, slot = step.key + first + lane % kRows;
-    if (step.needs(slot)) {
-      page = rows.batch;
-      if (p.pages.table) {
-        const int size = static_cast<int>(p.pages.page_size);
-        page = p.pages.table[rows.batch * p.pages.max_pages + static_cast<unsigned>(slot) / size];
-        slot = static_cast<unsigned>(slot) % size;
-        if (static_cast<unsigned>(page) >= p.pages.count) page = -1;
-      }
-    }
-    const T* const k = static_cast<const T*>(p.k) + rows.kv_head * p.k_strides.head;
-    const T* const v = static_cast<const T*>(p.v) + rows.kv_head * p.v_strides.head;
+    constexpr int kRows = kKeys / kWarps, kCopies = kRows * kChunks / 32, kStride = kChunks < 32 ? 32 / kChunks : 1;
+    const Job& job = state.steps.job(step);
+    if (!p.kv_aligned || (p.pages.table && p.pages.page_size % kRows != 0)) return fetch_singly(job, step.key, stage);
+    const int head_dim = static_cast<int>(p.head_dim);
+    const int chunk = lane % kChunks, row = warp * kRows + lane / kChunks;  // of copy 0
+    unsigned needed = ~0u;                                                  // a bit for every copy
+    if (!step.is_inside) {
+      needed = 0;
 #pragma unroll
-    for (int i = 0; i < kRows * kChunks / 32; ++i) {
-      const int row = (i * 32 + lane) / kChunks, chunk = (i * 32 + lane) % kChunks;
-      const int64_t from_page = __shfl_sync(~0u, page, row), from_slot = __shfl_sync(~0u, slot, row);
-      const bool exists = from_page >= 0 && chunk * 8 < head_dim;
-      const uint32_t at = place(first + row, chunk);
-      copy(keys_at(stage) + at,
-           exists ? k + from_page * p.k_strides.batch + from_slot * p.k_strides.row + chunk * 8 : k, exists);
-      copy(values_at(stage) + at,
-           exists ? v + from_page * p.v_strides.batch + from_slot * p.v_strides.row + chunk * 8 : v, exists);
+      for (int i = 0; i < kCopies; ++i) needed |= job.needs(step.key + row + i * 32 / kChunks) << i;
+    }
+    // All rows of the warp are on one page.
+    int2 location{-1, 0};
+    if (__any_sync(~0u, needed)) location = locate(job, step.key + warp * kRows);
+    if (location.x < 0) needed = 0;
+    location.y += lane / kChunks;
+    const T* k = row_of(p.k, p.k_strides, job.rows.kv_head, location) + chunk * 8;
+    const T* v = row_of(p.v, p.v_strides, job.rows.kv_head, location) + chunk * 8;
+    const uint32_t keys = keys_at(stage) + place(row, chunk);
+#pragma unroll
+    for (int i = 0; i < kCopies; ++i) {
+      constexpr int kMore = kChunks > 32 ? 32 : 0;  // chunks to the right, in every other copy
+      const int down = i * 32 / kChunks, right = i % 2 * kMore;
+      const int bytes = needed >> i & (chunk + right) * 8 < head_dim ? 16 : 0;
+      const uint32_t at = (keys ^ down % 8 * 16) + down * kRowBytes + right * 16;
+      copy_async(at, k + right * 8, bytes);
+      copy_async(at + Tile::kKeyBytes, v + right * 8, bytes);
+      if (kMore == 0 || i % 2 == 1) {
+        k += kStride * p.k_strides.row;
+        v += kStride * p.v_strides.row;
+      }
     }
   }
 
-  DFLASH_INLINE void begin(const ItemRows& rows) {
-#pragma unroll 4
-    for (int i = threadIdx.x; i < kDecodeRows * kChunks; i += kThreads) {
-      const int row = i / kChunks, chunk = i % kChunks;
-      const bool exists = chunk * 8 < p.head_dim && rows.has(row);
-      const T* const from = static_cast<const T*>(p.q) + (exists ? rows.offset(p.q_strides, row) + chunk * 8 : 0);
-      write(queries + place(row, chunk), exists ? read(from) : uint4{});
+  // The same for caches that are not aligned, or on pages of odd sizes.
+  DFLASH_INLINE void fetch_singly(const Job& job, int first_key, int stage) const {
+#pragma unroll 1
+    for (int i = threadIdx.x; i < kKeys * kChunks; i += kThreads) {
+      const int key = i / kChunks, chunk = i % kChunks;
+      bool exists = job.needs(first_key + key) && chunk * 8 < p.head_dim;
+      const int2 location = exists ? locate(job, first_key + key) : int2{0, 0};
+      exists &= location.x >= 0;
+      const T* const k = row_of(p.k, p.k_strides, job.rows.kv_head, location) + chunk * 8;
+      const T* const v = row_of(p.v, p.v_strides, job.rows.kv_head, location) + chunk * 8;
+      const uint32_t to = keys_at(stage) + place(key, chunk);
+      write(to, exists ? read(k, p.kv_aligned) : uint4{});
+      write(to + Tile::kKeyBytes, exists ? read(v, p.kv_aligned) : uint4{});
     }
+  }
+
+  DFLASH_INLINE RowPlace own_place(int r) const { return state.places[first_row + lane / 4 + 8 * r]; }
+
+  // What an item needs beside its keys.
+  DFLASH_INLINE void begin(const Job& job) {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      const int row = first_row + lane / 4 + 8 * r;
-      bounds[r] = rows.has(row)
-                      ? RowBounds(p.mask, rows.batch, rows.position(row), static_cast<int>(p.kv_len))
-                      : RowBounds();
+      const RowPlace row = own_place(r);
+      bounds[r] = RowBounds();
+      if (job.rows.has(row)) {
+        bounds[r] = RowBounds(p.mask, job.rows.batch, job.rows.first + row.position, static_cast<int>(p.kv_len));
+      }
+    }
+    constexpr int kCount = kDecodeRows * kChunks / kThreads;
+#pragma unroll 4
+    for (int i = 0; i < kCount; ++i) {
+      const int row = (i * kThreads + threadIdx.x) / kChunks, chunk = threadIdx.x % kChunks;
+      const RowPlace in_tile = state.places[row];
+      uint4 value{};
+      if (chunk * 8 < p.head_dim && job.rows.has(in_tile)) {
+        value = read(static_cast<const T*>(p.q) + job.rows.offset(p.q_strides, in_tile) + chunk * 8, p.q_aligned);
+      }
+      write(queries + place(row, chunk), value);
     }
     clear();
   }
@@ -212,10 +243,11 @@ struct Decoder : DecodeTile<kDim> {
     const uint32_t values = values_at(stage);
     bool found = false;
     for (int i = threadIdx.x; i < kKeys * kChunks; i += kThreads) {
-      const uint4 bad = not_finite(read_shared(values + i * 16));
+      const uint4 bad = not_finite(read(values + i * 16));
       found |= (bad.x | bad.y | bad.z | bad.w) != 0;
     }
     if (!__syncthreads_or(found)) return;
+#pragma unroll 1
     for (int key = 0; key < kKeys; ++key) {
       const bool seen[2] = {bounds[0].sees(first_key + key), bounds[1].sees(first_key + key)};
 #pragma unroll
@@ -236,14 +268,14 @@ struct Decoder : DecodeTile<kDim> {
     }
     __syncthreads();
     for (int i = threadIdx.x; i < kKeys * kChunks; i += kThreads) {
-      const uint4 value = read_shared(values + i * 16), bad = not_finite(value);
+      const uint4 value = read(values + i * 16), bad = not_finite(value);
       write(values + i * 16, {value.x & ~bad.x, value.y & ~bad.y, value.z & ~bad.z, value.w & ~bad.w});
     }
     __syncthreads();
   }
 
   DFLASH_INLINE void visit(const Step& step, int stage) {
-    const bool has_rows = first_row < step.rows.count();
+    const bool has_rows = first_row < state.steps.job(step).rows.positions * p.fold;
     float s[kKeys / 2];
     if (has_rows) {
       multiply_keys(s, stage);
@@ -264,114 +296,118 @@ struct Decoder : DecodeTile<kDim> {
     if (has_rows) add_values(s, stage);
   }
 
-  // Calls store(row, r, column, n) for every pair of neighbours o[n][2 * r] that the output has.
+  // Calls store(n, r) for every pair of neighbours o[n][2 * r], o[n][2 * r + 1] of a row that the head dimension holds.
   template <class Store>
-  DFLASH_INLINE void for_each_pair(const ItemRows& rows, Store&& store) const {
+  DFLASH_INLINE void for_each_pair(Store&& store) const {
+    const int columns = static_cast<int>(p.head_dim) - first_column - lane % 4 * 2;
 #pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      const int row = first_row + lane / 4 + 8 * r;
-      if (!rows.has(row)) continue;
-#pragma unroll
-      for (int n = 0; n < kColumns / 8; ++n) {
-        const int column = first_column + n * 8 + lane % 4 * 2;
-        if (column < p.head_dim) store(row, r, column, n);
-      }
+    for (int n = 0; n < kColumns / 8; ++n) {
+      if (n * 8 < columns) store(n);
     }
   }
 
   DFLASH_INLINE void write_out(const ItemRows& rows) {
     float inverse[2], lse[2];
     softmax.finish(scores.factor, inverse, lse);
-    for_each_pair(rows, [&](int row, int r, int column, int n) {
-      T* const to = static_cast<T*>(p.out) + rows.offset(p.out_strides, row) + column;
-      *reinterpret_cast<uint32_t*>(to) = pack<T>(o[n][2 * r] * inverse[r], o[n][2 * r + 1] * inverse[r]);
-    });
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const RowPlace row = own_place(r);
+      if (!rows.has(row)) continue;
+      T* const out = static_cast<T*>(p.out) + rows.offset(p.out_strides, row) + first_column + lane % 4 * 2;
+      for_each_pair([&](int n) {
+        *reinterpret_cast<uint32_t*>(out + n * 8) = pack<T>(o[n][2 * r] * inverse[r], o[n][2 * r + 1] * inverse[r]);
+      });
+    }
   }
 
   DFLASH_INLINE void write_part(const ItemRows& rows, int64_t slot) {
-    slot *= kDecodeRows;
-    for_each_pair(rows, [&](int row, int r, int column, int n) {
-      *reinterpret_cast<float2*>(p.partial_out + (slot + row) * p.head_dim + column) = {o[n][2 * r], o[n][2 * r + 1]};
-    });
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       float sum = softmax.sum[r];
       sum += __shfl_xor_sync(~0u, sum, 1);
       sum += __shfl_xor_sync(~0u, sum, 2);
-      const int row = first_row + lane / 4 + 8 * r;
-      if (first_column == 0 && lane % 4 == 0 && rows.has(row)) {
-        p.partial_stats[slot + row] = {softmax.largest[r] * scores.factor, sum};
-      }
+      if (!rows.has(own_place(r))) continue;
+      const int64_t row = slot * kDecodeRows + first_row + lane / 4 + 8 * r;
+      if (first_column == 0 && lane % 4 == 0) p.partial_stats[row] = {softmax.largest[r] * scores.factor, sum};
+      float* const out = p.partial_out + row * p.head_dim + first_column + lane % 4 * 2;
+      for_each_pair([&](int n) {
+        *reinterpret_cast<float2*>(out + n * 8) = {o[n][2 * r], o[n][2 * r + 1]};
+      });
     }
   }
 
   // The copies of this many tiles, started last, may still be under way.
   static DFLASH_INLINE void wait_for_all_but(int tiles) {
-    switch (tiles) {
-      case 0: return wait_for_copies<0>();
-      case 1: return wait_for_copies<1>();
-      case 2: return wait_for_copies<2>();
-      default: return wait_for_copies<3>();
-    }
-  }
-
-  // Keeps step i for all to read, and goes on.
-  DFLASH_INLINE void keep_step(const Share& share, unsigned i) const {
-    Step& step = state.steps[i % State::kSteps];
-    step = state.walk.step(p);
-    if (step.unit < share.end) state.walk.next(p);
+    if (tiles >= 2) return wait_for_copies<2>();
+    if (tiles == 1) return wait_for_copies<1>();
+    wait_for_copies<0>();
   }
 
   DFLASH_INLINE void run() {
-    const Share share = Share::of_block(p, state.scratch);
+    const Share share(p);
     if (share.begin == share.end) return;
+    if (threadIdx.x < kDecodeRows) state.places[threadIdx.x] = {p, static_cast<int>(threadIdx.x)};
+    auto& steps = state.steps;
     const bool is_guide = threadIdx.x == kThreads - 1;
     if (is_guide) {
-      state.walk.start(p, share.item, share.begin);
-      for (int i = 0; i <= p.stages; ++i) keep_step(share, i);
+      steps.start(p, share.item, share.begin, share.end);
+      steps.add(p);
     }
-    __syncthreads();
 
-    const auto step_at = [&](unsigned i) -> const Step& { return state.steps[i % State::kSteps]; };
-    const auto fetch_step = [&](unsigned i, int stage) {
-      if (step_at(i).unit < share.end) fetch(step_at(i), stage);
+    // Before step 0 the first tiles are fetched; then one further with every step. A ring of one stage has room only
+    // when the step before is done with it.
+    const int first = 1 - p.stages;
+    int i = first, stage = 0, fetch_stage = 0;
+#pragma unroll 1
+    for (;; ++i) {
+      if (i >= 0) wait_for_all_but(p.stages - 2);
+      __syncthreads();  // the tile of step i is there, and so is step i - first; with step i - 1 all are done
+      const Step &step = steps[max(i, 0)], &ahead = steps[i - first];
+      if (step.unit == share.end) break;
+      if (ahead.unit < share.end) fetch(ahead, fetch_stage);
       commit_copies();
-    };
-    for (int i = 0; i + 1 < p.stages; ++i) fetch_step(i, i);
-
-    int stage = 0, last_stage = p.stages - 1;
-    bool is_new = true;
-    for (unsigned i = 0; step_at(i).unit < share.end; ++i) {
-      const Step& step = step_at(i);
-      __syncthreads();  // nobody reads the queries or the stage any more that are written next
-      fetch_step(i + p.stages - 1, last_stage);
-      if (is_new) begin(step.rows);
-      wait_for_all_but(p.stages - 1);
-      __syncthreads();
-      if (is_guide) keep_step(share, i + p.stages + 1);
+      fetch_stage = fetch_stage + 1 == p.stages ? 0 : fetch_stage + 1;
+      if (is_guide) steps.add(p);
+      if (i < 0) continue;
+      const Job& job = steps.job(step);
+      if (step.begins_job) begin(job);
+      if (p.stages == 1) wait_for_copies<0>();
+      if (step.begins_job || p.stages == 1) __syncthreads();
       visit(step, stage);
-      last_stage = stage;
       stage = stage + 1 == p.stages ? 0 : stage + 1;
 
-      is_new = step.ends_item;
       const bool leaves = step.ends_item || (step.ends_unit && step.unit + 1 == share.end);
-      if (p.exact && step.ends_unit) {
-        write_part(step.rows, step.unit);
-        clear();
-      } else if (!p.exact && leaves) {
-        if (share.holds(step.item)) {
-          write_out(step.rows);
+      if (p.exact ? step.ends_unit : leaves) {
+        if (!p.exact && share.holds(job.item)) {
+          write_out(job.rows);
         } else {
-          write_part(step.rows, 2 * blockIdx.x + share.begins(step.item));
+          write_part(job.rows, p.exact ? step.unit : 2 * static_cast<int>(blockIdx.x) + share.begins(job.item));
         }
+        clear();
       }
-      if (leaves && !share.holds(step.item)) Meeting(p, Parts(p, share, step.item)).arrive();
     }
 
-    // Only now: the others have had all this time to write their parts.
-    for (Item item = share.item; item.first < share.end; item.next(p)) {
-      if (p.exact || !share.holds(item)) combine<T, kThreads>(p, share, item);
+    // Others make parts of the first item or of the last. All blocks get here at about the same time, and say so
+    // before they wait for each other.
+    const Item last = steps.job(steps[i - 1]).item;
+    const auto for_each_item = [&](auto&& call) {
+#pragma unroll 1
+      for (Item item = share.item;;) {
+        if (p.exact || !share.holds(item)) call(item);
+        if (item.first == last.first) break;
+        if (p.exact) {
+          item.next(p);
+        } else {
+          item = last;
+        }
+      }
+    };
+    if (threadIdx.x == 0) {
+      for_each_item([&](const Item& item) {
+        if (!share.holds(item)) Meeting(p, Parts(p, share, item)).arrive();
+      });
     }
+    for_each_item([&](const Item& item) { combine<T, kDim, kThreads>(p, share, item, state.places); });
   }
 };
 
@@ -447,10 +483,10 @@ cudaError_t launch(const DecodeParams& params, cudaStream_t stream) {
   problem.fold = static_cast<int>(decode_fold(params));
   problem.positions = static_cast<int>(decode_positions(params));
   problem.unit_shift = std::countr_zero(static_cast<unsigned>(params.exact ? kExactKeys : Tile::kKeys));
-  problem.min_units = params.exact ? 1 : 2;
+  problem.min_units_shift = params.exact ? 0 : 1;
   problem.stages = grid.stages;
-  problem.is_aligned = is_aligned(params.q, params.q_strides) && is_aligned(params.k, params.k_strides) &&
-                       is_aligned(params.v, params.v_strides);
+  problem.q_aligned = is_aligned(params.q, params.q_strides);
+  problem.kv_aligned = is_aligned(params.k, params.k_strides) && is_aligned(params.v, params.v_strides);
   problem.partial_out = static_cast<float*>(params.workspace);
   problem.partial_stats =
       reinterpret_cast<float2*>(problem.partial_out + slots_of(params, grid) * kDecodeRows * params.head_dim);

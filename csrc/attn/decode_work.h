@@ -13,11 +13,11 @@ struct DecodeProblem : DecodeParams {
   int tiles, replicas;  // items are tiles of the plan times replicas
   int head_tiles, fold, positions;
   int unit_shift;  // a unit is 1 << unit_shift keys
-  int min_units;   // a block takes no fewer, as long as there are any
+  int min_units_shift;  // a block takes no fewer than 1 << min_units_shift, as long as there are any
   int stages;
-  bool is_aligned;  // rows of q, k and v begin at multiples of 16 bytes
-  float* partial_out;     // [slots, kDecodeRows, head_dim]: sums of exp2(score - maximum) * value
-  float2* partial_stats;  // [slots, kDecodeRows]: the maximum (-inf: no key was seen), the sum of exponentials
+  bool q_aligned, kv_aligned;  // rows begin at multiples of 16 bytes
+  float* partial_out;          // [slots, kDecodeRows, head_dim]: sums of exp2(score - maximum) * value
+  float2* partial_stats;       // [slots, kDecodeRows]: the maximum (-inf: no key was seen), the sum of exponentials
 
   DFLASH_INLINE TilePlan tile_plan(int tile) const { return reinterpret_cast<const TilePlan*>(plan)[tile]; }
 };
@@ -59,114 +59,143 @@ struct Item {
   }
 };
 
+// Where a row stands in its tile; the same for all items.
+struct RowPlace {
+  int16_t position, head;
+
+  RowPlace() = default;
+  DFLASH_INLINE RowPlace(const DecodeProblem& p, int row)
+      : position(static_cast<int16_t>(row / p.fold)), head(static_cast<int16_t>(row % p.fold)) {}
+};
+
 // The rows of an item.
 struct ItemRows {
-  int batch, kv_head, head, heads;  // the first query head, how many
-  int first, end, fold;             // positions
+  int batch, kv_head;
+  int head, heads;       // the first query head, how many
+  int first, positions;  // the first position, how many
 
   ItemRows() = default;
   DFLASH_INLINE ItemRows(const DecodeProblem& p, const TilePlan& plan, int replica)
-      : first(plan.first), end(min(plan.first + p.positions, static_cast<int>(p.q_len))), fold(p.fold) {
+      : first(plan.first), positions(min(p.positions, static_cast<int>(p.q_len) - plan.first)) {
     const int kv_heads = static_cast<int>(p.kv_heads), group = static_cast<int>(p.heads) / kv_heads;
-    const int head_tile = replica % p.head_tiles, outer = replica / p.head_tiles;
-    batch = p.plan_entries > 1 ? plan.entry : outer / kv_heads;
-    kv_head = outer % kv_heads;
-    head = kv_head * group + head_tile * fold;
-    heads = min(fold, group - head_tile * fold);
+    const int outer = replica / p.head_tiles, head_tile = replica - outer * p.head_tiles;
+    batch = outer / kv_heads;
+    kv_head = outer - batch * kv_heads;
+    head = kv_head * group + head_tile * p.fold;
+    heads = min(p.fold, group - head_tile * p.fold);
+    if (p.plan_entries > 1) batch = plan.entry;
   }
 
-  DFLASH_INLINE int count() const { return (end - first) * fold; }
-  DFLASH_INLINE bool has(int row) const { return row < count() && row % fold < heads; }
-  DFLASH_INLINE int position(int row) const { return first + row / fold; }
+  DFLASH_INLINE bool has(RowPlace row) const { return row.position < positions && row.head < heads; }
 
   // Where the row begins in a tensor of queries or outputs.
-  DFLASH_INLINE int64_t offset(const HeadStrides& strides, int row) const {
-    return batch * strides.batch + (head + row % fold) * strides.head + position(row) * strides.row;
+  DFLASH_INLINE int64_t offset(const HeadStrides& strides, RowPlace row) const {
+    return batch * strides.batch + (head + row.head) * strides.head + (first + row.position) * strides.row;
   }
 };
 
-// A visit to one key tile of an item.
-struct Step {
+// An item at hand.
+struct Job {
   Item item;
   ItemRows rows;
-  int unit;             // of the list
-  int key;              // the tile's first
-  int lo[2], hi[2];     // runs of the keys that rows may see
-  bool is_full;         // all rows see all keys of the tile
-  bool ends_unit, ends_item;
+  int lo[2], hi[2];  // runs of the keys that rows may see
 
   DFLASH_INLINE bool needs(int key) const { return (key >= lo[0] && key < hi[0]) || (key >= lo[1] && key < hi[1]); }
 };
 
-// Goes from key tile to key tile, and from item to item. One thread does; the rest of the block reads its steps.
-template <int kKeys>
-class Walk {
- public:
-  DFLASH_INLINE void start(const DecodeProblem& p, const Item& item, int unit) {
-    item_ = item;
-    unit_ = unit;
-    offset_ = 0;
-    enter(p);
-  }
-
-  DFLASH_INLINE Step step(const DecodeProblem& p) const {
-    Step step{item_, rows_, unit_};
-    step.key = (units_[unit_ - item_.first] << p.unit_shift) + offset_;
-    step.is_full = false;
-#pragma unroll
-    for (int run = 0; run < 2; ++run) {
-      step.lo[run] = plan_.lo[run];
-      step.hi[run] = plan_.hi[run];
-      step.is_full |= step.key >= plan_.full_lo[run] && step.key + kKeys <= plan_.full_hi[run];
-    }
-    step.ends_unit = (offset_ + kKeys) >> p.unit_shift != 0;
-    step.ends_item = step.ends_unit && unit_ + 1 == item_.first + item_.count;
-    return step;
-  }
-
-  DFLASH_INLINE void next(const DecodeProblem& p) {
-    offset_ += kKeys;
-    if (offset_ >> p.unit_shift == 0) return;
-    offset_ = 0;
-    if (++unit_ < item_.first + item_.count) return;
-    item_.next(p);
-    if (item_.tile < p.tiles) enter(p);
-  }
-
- private:
-  DFLASH_INLINE void enter(const DecodeProblem& p) {
-    plan_ = p.tile_plan(item_.tile);
-    units_ = Units(plan_, p.unit_shift);
-    rows_ = ItemRows(p, plan_, item_.replica);
-  }
-
-  Item item_;
-  ItemRows rows_;
-  TilePlan plan_;
-  Units units_;
-  int unit_, offset_;
+// A visit to one key tile of a job.
+struct Step {
+  int unit;  // of the list
+  int job;
+  int key;         // the tile's first
+  bool is_inside;  // all its keys are needed
+  bool is_full;    // all rows see all its keys
+  bool begins_job, ends_unit, ends_item;
 };
 
-// A block's run of units.
+// A block's way through its units, key tile by key tile. It lies in shared memory: one thread adds steps ahead of time,
+// all read them. Step i and its job are there until step i + kSteps is added.
+template <int kKeys, int kSteps>
+class Itinerary {
+ public:
+  DFLASH_INLINE void start(const DecodeProblem& p, const Item& item, int unit, int end) {
+    count_ = 0;
+    job_ = 0;
+    unit_ = unit;
+    end_ = end;
+    enter(p, item);
+  }
+
+  DFLASH_INLINE void add(const DecodeProblem& p) {
+    Step& step = steps_[count_];
+    count_ = count_ + 1 == kSteps ? 0 : count_ + 1;
+    step.unit = unit_;
+    if (unit_ == end_) return;
+    if (unit_ == jobs_[job_].item.first + jobs_[job_].item.count) {
+      Item item = jobs_[job_].item;
+      item.next(p);
+      job_ = job_ + 1 == kSteps ? 0 : job_ + 1;
+      enter(p, item);
+    }
+    const Item& item = jobs_[job_].item;
+    const int key = (units_[unit_ - item.first] << p.unit_shift) + offset_;
+    bool is_inside = false, is_full = false;
+#pragma unroll
+    for (int run = 0; run < 2; ++run) {
+      is_inside |= key >= plan_.lo[run] && key + kKeys <= plan_.hi[run];
+      is_full |= key >= plan_.full_lo[run] && key + kKeys <= plan_.full_hi[run];
+    }
+    offset_ += kKeys;
+    const bool ends_unit = offset_ >> p.unit_shift != 0;
+    step.job = job_;
+    step.key = key;
+    step.is_inside = is_inside;
+    step.is_full = is_full;
+    step.begins_job = is_new_;
+    step.ends_unit = ends_unit;
+    step.ends_item = ends_unit && unit_ + 1 == item.first + item.count;
+    is_new_ = false;
+    if (ends_unit) {
+      offset_ = 0;
+      ++unit_;
+    }
+  }
+
+  DFLASH_INLINE const Step& operator[](unsigned i) const { return steps_[i % kSteps]; }
+  DFLASH_INLINE const Job& job(const Step& step) const { return jobs_[step.job]; }
+
+ private:
+  DFLASH_INLINE void enter(const DecodeProblem& p, const Item& item) {
+    plan_ = p.tile_plan(item.tile);
+    units_ = Units(plan_, p.unit_shift);
+    offset_ = 0;
+    is_new_ = true;
+    jobs_[job_] = {item, {p, plan_, item.replica}, {plan_.lo[0], plan_.lo[1]}, {plan_.hi[0], plan_.hi[1]}};
+  }
+
+  Step steps_[kSteps];
+  Job jobs_[kSteps];
+  TilePlan plan_;
+  Units units_;
+  int count_, job_;  // the places of the next step and of the job at hand
+  int unit_, end_, offset_;
+  bool is_new_;
+};
+
+// A block's run of units: of all blocks' equal shares, the first few are one unit longer.
 struct Share {
   int begin = 0, end = 0;
-  int total, blocks;  // units of all blocks, blocks that have any
-  Item item;          // what `begin` belongs to
+  int blocks;             // that have any
+  int length, remainder;  // of a share, and how many are longer
+  Item item;              // what `begin` belongs to
 
-  template <int kWarps>
-  struct Scratch {
-    int sums[kWarps];
-    Item found;
-  };
-
-  // All threads of the block take part.
-  template <int kWarps>
-  static DFLASH_INLINE Share of_block(const DecodeProblem& p, Scratch<kWarps>& scratch) {
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    const int each = (p.tiles + kWarps * 32 - 1) / (kWarps * 32);
-    const int tile = min(static_cast<int>(threadIdx.x) * each, p.tiles), tiles_end = min(tile + each, p.tiles);
+  // Every warp finds out by itself; its lanes take equal runs of tiles.
+  DFLASH_INLINE explicit Share(const DecodeProblem& p) {
+    const int lane = threadIdx.x % 32, each = (p.tiles + 31) / 32;
+    const int tile = min(lane * each, p.tiles), tiles_end = min(tile + each, p.tiles);
     const auto count = [&](int i) { return Units(p.tile_plan(i), p.unit_shift).count; };
     int own = 0;
+#pragma unroll 1
     for (int i = tile; i < tiles_end; ++i) own += count(i);
     int before = own;
 #pragma unroll
@@ -174,44 +203,42 @@ struct Share {
       const int other = __shfl_up_sync(~0u, before, distance);
       if (lane >= distance) before += other;
     }
-    if (lane == 31) scratch.sums[warp] = before;
-    __syncthreads();
+    const int total = __shfl_sync(~0u, before, 31) * p.replicas;
     before -= own;
-    int total = 0;
-#pragma unroll
-    for (int i = 0; i < kWarps; ++i) {
-      if (i < warp) before += scratch.sums[i];
-      total += scratch.sums[i];
-    }
-    Share share;
-    share.total = total * p.replicas;
-    share.blocks = max(min(static_cast<int>(gridDim.x), share.total / p.min_units), 1);
+    blocks = max(min(static_cast<int>(gridDim.x), total >> p.min_units_shift), 1);
+    length = total / blocks;
+    remainder = total - length * blocks;
     const int block = blockIdx.x;
-    if (block >= share.blocks) return share;
-    share.begin = share.first_of(block);
-    share.end = share.first_of(block + 1);
+    if (block >= blocks) return;
+    begin = first_of(block);
+    end = first_of(block + 1);
 
-    // The thread whose tiles hold `begin` says which item that is.
-    int first = before * p.replicas;
-    if (share.begin >= first && share.begin < first + own * p.replicas) {
-      int i = tile, units = count(i);
-      while (share.begin >= first + units * p.replicas) {
-        first += units * p.replicas;
-        units = count(++i);
+    // The lane whose tiles hold `begin` says which item that is.
+    item = {tile, 0, before * p.replicas, 0};
+    const bool is_here = begin >= item.first && begin < item.first + own * p.replicas;
+    if (is_here) {
+      item.count = count(item.tile);
+      while (begin >= item.first + item.count * p.replicas) {
+        item.first += item.count * p.replicas;
+        item.count = count(++item.tile);
       }
-      const int replica = (share.begin - first) / units;
-      scratch.found = {i, replica, first + replica * units, units};
     }
-    __syncthreads();
-    share.item = scratch.found;
-    return share;
+    const int finder = __ffs(__ballot_sync(~0u, is_here)) - 1;
+    item.tile = __shfl_sync(~0u, item.tile, finder);
+    item.count = __shfl_sync(~0u, item.count, finder);
+    item.first = __shfl_sync(~0u, item.first, finder);
+    item.replica = (begin - item.first) / item.count;
+    item.first += item.replica * item.count;
   }
 
   DFLASH_INLINE bool begins(const Item& item) const { return item.first >= begin; }
   DFLASH_INLINE bool holds(const Item& item) const { return begins(item) && item.first + item.count <= end; }
 
-  DFLASH_INLINE int first_of(int block) const { return static_cast<int>(int64_t(block) * total / blocks); }
-  DFLASH_INLINE int block_of(int unit) const { return static_cast<int>((int64_t(unit + 1) * blocks - 1) / total); }
+  DFLASH_INLINE int first_of(int block) const { return block * length + min(block, remainder); }
+  DFLASH_INLINE int block_of(int unit) const {
+    const int longer = remainder * (length + 1);
+    return unit < longer ? unit / (length + 1) : remainder + (unit - longer) / length;
+  }
 };
 
 }  // namespace dflash::DFLASH_ISA
