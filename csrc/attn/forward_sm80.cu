@@ -1,0 +1,449 @@
+// block_attn's forward on any GPU since Ampere, with mma.sync, ldmatrix and cp.async.
+//
+// A block takes a tile of rows through the key tiles that its plan names. One buffer holds a tile of keys and one a
+// tile of values, in turns: values arrive while scores are made, the next keys while outputs are. Scores and
+// probabilities stay in registers.
+#include <algorithm>
+
+#include "attn/kernels.h"
+#include "attn/key_runs.h"
+#include "attn/softmax.h"
+#include "common/mma.h"
+
+namespace dflash {
+namespace device {
+namespace {
+
+// Elements have 16 bits and travel in chunks of 16 bytes.
+constexpr int kChunkSize = 8;
+
+// Which shape a tile has, and who does what in it.
+template <int kHeadDim_>
+struct Tiling {
+  static constexpr int kHeadDim = kHeadDim_;
+  static constexpr int kRows = tile_rows(kHeadDim);
+  static constexpr int kKeys = kHeadDim <= 128 ? 64 : kHeadDim == 256 ? 48 : 32;
+
+  // A warp's outputs take 128 registers a thread at most: 32 rows (each fragment of keys and values then serves two
+  // fragments of rows, which halves the reads of shared memory), or 16 rows of 256 columns. A larger head dimension is
+  // shared by warps: each sums the scores over its own columns of q and k, and makes its own columns of the output.
+  static constexpr int kFragments = kHeadDim == 128 ? 2 : 1;
+  static constexpr int kWarpRows = 16 * kFragments;
+  static constexpr int kWarpDim = std::min(kHeadDim, 256);
+  static constexpr int kParts = kHeadDim / kWarpDim;
+  static constexpr int kThreads = kRows / kWarpRows * kParts * 32;
+  static constexpr int kMinBlocks = kHeadDim <= 128 ? 2 : 1;
+
+  // With few rows a warp, reading queries again for every key tile would cost more than the registers do.
+  static constexpr bool kKeepsQueries = kFragments == 1;
+
+  static constexpr int kRowBytes = kHeadDim * 2;
+  static constexpr int kKeysAt = kKeepsQueries ? 0 : kRows * kRowBytes;
+  static constexpr int kValuesAt = kKeysAt + kKeys * kRowBytes;
+  static constexpr int kTileBytes = std::max(kRows * kRowBytes, kValuesAt + kKeys * kRowBytes);
+};
+
+// What the host works out for the kernel.
+struct Launch {
+  int fold_bits;
+  bool q_aligned, k_aligned, v_aligned, out_aligned;  // whether every chunk of a row is
+};
+
+// The rows of a tile: row r stands at position first + r / fold, in head `head` + r % fold.
+struct TileRows {
+  int64_t batch;
+  int head, first, q_len, fold_bits;
+
+  DFLASH_INLINE int position(int row) const { return first + (row >> fold_bits); }
+  DFLASH_INLINE int head_of(int row) const { return head + (row & ((1 << fold_bits) - 1)); }
+  DFLASH_INLINE bool has(int row) const { return position(row) < q_len; }
+  DFLASH_INLINE int64_t offset(const HeadStrides& strides, int row) const {
+    return batch * strides.batch + head_of(row) * strides.head + position(row) * strides.row;
+  }
+};
+
+// A block's item of work. It lies in shared memory: registers are what the kernel is short of.
+template <int kKeys>
+struct Item {
+  TilePlan plan;
+  KeyRuns<kKeys> keys;
+  Scores scores;
+  TileRows rows;
+  const uint16_t *k, *v;  // the head's
+
+  DFLASH_INLINE Item(const AttentionForwardParams& p, const Launch& launch, int64_t index)
+      : plan(reinterpret_cast<const TilePlan*>(p.plan)[index / (repeats(p) * head_groups(p, launch))]),
+        keys(plan),
+        scores(p) {
+    const int64_t batch = p.plan_entries == 1 ? index / head_groups(p, launch) % repeats(p) : plan.entry;
+    const int64_t head = index % head_groups(p, launch) << launch.fold_bits;
+    const int64_t kv_head = head / (p.heads / p.kv_heads);
+    rows = {batch, static_cast<int>(head), plan.first, static_cast<int>(p.q_len), launch.fold_bits};
+    k = static_cast<const uint16_t*>(p.k) + batch * p.k_strides.batch + kv_head * p.k_strides.head;
+    v = static_cast<const uint16_t*>(p.v) + batch * p.v_strides.batch + kv_head * p.v_strides.head;
+  }
+
+ private:
+  static DFLASH_INLINE int64_t repeats(const AttentionForwardParams& p) { return p.plan_entries == 1 ? p.batch : 1; }
+  static DFLASH_INLINE int64_t head_groups(const AttentionForwardParams& p, const Launch& launch) {
+    return p.heads >> launch.fold_bits;
+  }
+};
+
+template <class Tile>
+struct Shared {
+  alignas(128) uint8_t tiles[Tile::kTileBytes];  // of queries, keys and values; at the end of outputs
+  Item<Tile::kKeys> item;
+  RowBounds bounds[Tile::kRows];
+  float4 partials[Tile::kParts == 1 ? 0 : Tile::kThreads * Tile::kKeys / 8];  // scores over a part of the columns
+};
+
+// Rows in shared memory: chunk c of row r lies in place c ^ r % 8, so that one chunk of eight neighbouring rows is in
+// eight different banks.
+template <class Tile>
+DFLASH_INLINE uint32_t chunk_offset(int row, int chunk) {
+  return row * Tile::kRowBytes + (chunk ^ row % 8) * 16;
+}
+
+// A lane's address in the pieces of 16 x 16 elements that ldmatrix takes from such rows.
+template <class Tile>
+class Pieces {
+ public:
+  DFLASH_INLINE Pieces(uint32_t rows, int row, int chunk) : lane_(rows + chunk_offset<Tile>(row, chunk)) {}
+
+  // The piece that begins at row 16 * i, column 16 * j.
+  DFLASH_INLINE uint32_t operator()(int i, int j) const {
+    return (lane_ ^ (j * 32 & 127)) + (j * 32 & ~127) + i * 16 * Tile::kRowBytes;
+  }
+
+ private:
+  uint32_t lane_;
+};
+
+// How the threads share rows that are to be copied: each takes one chunk of every kStep-th row from `row` on.
+template <class Tile>
+struct CopyShare {
+  static constexpr int kChunks = Tile::kHeadDim / kChunkSize, kStep = Tile::kThreads / kChunks;
+  int row = threadIdx.x / kChunks, chunk = threadIdx.x % kChunks;
+};
+
+DFLASH_INLINE void store_shared(uint32_t to, const uint32_t (&words)[4]) {
+  asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(words[0]), "r"(words[1]), "r"(words[2]),
+               "r"(words[3])
+               : "memory");
+}
+
+// Copies kCount rows into shared memory. at(i) is where the thread's chunk of row share.row + i begins, has(i) whether
+// there is such a chunk: otherwise it is zeros.
+template <class Tile, int kCount, class At, class Has>
+DFLASH_INLINE void copy_rows(uint32_t to, bool aligned, const At& at, const Has& has) {
+  using Share = CopyShare<Tile>;
+  static_assert(kCount % Share::kStep == 0);
+  const Share share;
+  if (aligned) {
+#pragma unroll
+    for (int i = 0; i < kCount; i += Share::kStep) {
+      copy_async(to + chunk_offset<Tile>(share.row + i, share.chunk), at(i), has(i) ? 16 : 0);
+    }
+  } else {
+#pragma unroll 1
+    for (int i = 0; i < kCount; i += Share::kStep) {
+      uint32_t pairs[kChunkSize / 2] = {};
+      if (has(i)) {
+        const uint16_t* from = at(i);
+#pragma unroll
+        for (int k = 0; k < kChunkSize / 2; ++k) pairs[k] = from[2 * k] | uint32_t(from[2 * k + 1]) << 16;
+      }
+      store_shared(to + chunk_offset<Tile>(share.row + i, share.chunk), pairs);
+    }
+  }
+  commit_copies();
+}
+
+// The state of a thread while its block works on an item.
+template <class T, class Tile>
+class TileForward {
+  static constexpr int kKeys = Tile::kKeys, kFragments = Tile::kFragments, kParts = Tile::kParts;
+  static constexpr int kSteps = Tile::kWarpDim / 16, kKeySteps = kKeys / 16;
+  using ThreadScores = float[kFragments][kKeys / 2];  // laid out as softmax.h says
+
+ public:
+  DFLASH_INLINE TileForward(const AttentionForwardParams& p, const Launch& launch, Shared<Tile>& shared)
+      : p_(p),
+        launch_(launch),
+        shared_(shared),
+        tiles_(shared_address(shared.tiles)),
+        lane_(threadIdx.x % 32),
+        warp_(threadIdx.x / 32),
+        row_(warp_ / kParts * Tile::kWarpRows),
+        part_bytes_(warp_ % kParts * Tile::kWarpDim * 2),
+        query_pieces_(tiles_ + part_bytes_, row_ + lane_ % 16, lane_ / 16),
+        key_pieces_(tiles_ + Tile::kKeysAt + part_bytes_, lane_ / 16 * 8 + lane_ % 8, lane_ / 8 % 2),
+        value_pieces_(tiles_ + Tile::kValuesAt + part_bytes_, lane_ % 16, lane_ / 16) {}
+
+  DFLASH_INLINE void run() {
+    if (threadIdx.x == 0) shared_.item = Item<kKeys>(p_, launch_, blockIdx.x);
+    __syncthreads();
+    load_queries();
+    const int count = shared_.item.keys.count();
+    if (count > 0) copy_keys(0);
+    for (int tile = 0; tile < shared_.item.keys.count(); ++tile) {
+      wait_for_copies<0>();
+      __syncthreads();  // the keys are there, and the last values have been used
+      copy_values(tile);
+      ThreadScores s = {};
+      multiply_keys(s);
+      wait_for_copies<0>();
+      __syncthreads();  // the values are there, and the keys have been used
+      if (tile + 1 < shared_.item.keys.count()) copy_keys(tile + 1);
+      add_partials(s);
+      take_exponentials(s, shared_.item.keys[tile]);
+      multiply_values(s);
+    }
+    wait_for_copies<0>();  // of the queries, where there are no keys
+    __syncthreads();
+    write();
+  }
+
+ private:
+  DFLASH_INLINE bool is_inside(int chunk) const { return chunk * kChunkSize < static_cast<int>(p_.head_dim); }
+
+  DFLASH_INLINE void load_queries() {
+    const TileRows rows = shared_.item.rows;
+    const CopyShare<Tile> share;
+    const auto at = [&](int i) {
+      return static_cast<const uint16_t*>(p_.q) + rows.offset(p_.q_strides, share.row + i) + share.chunk * kChunkSize;
+    };
+    const auto has = [&](int i) { return rows.has(share.row + i) && is_inside(share.chunk); };
+    copy_rows<Tile, Tile::kRows>(tiles_, launch_.q_aligned, at, has);
+    static_assert(Tile::kRows <= Tile::kThreads);
+    if (const int row = threadIdx.x; row < Tile::kRows) {
+      shared_.bounds[row] =
+          rows.has(row) ? RowBounds(p_.mask, rows.batch, rows.position(row), static_cast<int>(p_.kv_len)) : RowBounds();
+    }
+    if constexpr (Tile::kKeepsQueries) {
+      wait_for_copies<0>();
+      __syncthreads();
+#pragma unroll
+      for (int step = 0; step < kSteps; ++step) load_matrices(queries_[step], query_pieces_(0, step));
+      __syncthreads();
+    }
+  }
+
+  DFLASH_INLINE void copy_keys(int tile) {
+    copy(Tile::kKeysAt, tile, shared_.item.k, p_.k_strides.row, launch_.k_aligned);
+  }
+  DFLASH_INLINE void copy_values(int tile) {
+    copy(Tile::kValuesAt, tile, shared_.item.v, p_.v_strides.row, launch_.v_aligned);
+  }
+
+  // Keys that no row sees are zeros, so that nothing they hold reaches a row.
+  DFLASH_INLINE void copy(int to, int tile, const uint16_t* head, int64_t stride, bool aligned) {
+    const CopyShare<Tile> share;
+    const KeyTile keys = shared_.item.keys[tile];
+    const uint16_t* before_seam = head + (keys.first + share.row) * stride + share.chunk * kChunkSize;
+    const uint16_t* after_seam = before_seam + keys.jump * stride;
+    const int hi = shared_.item.plan.hi[0], next_lo = shared_.item.plan.lo[1], next_hi = shared_.item.plan.hi[1];
+    const bool inside = is_inside(share.chunk);
+    const auto at = [&](int i) { return (share.row + i < keys.seam ? before_seam : after_seam) + i * stride; };
+    const auto has = [&](int i) {
+      const int key = keys.first + share.row + i + (share.row + i < keys.seam ? 0 : keys.jump);
+      return inside & ((key < hi) | ((key >= next_lo) & (key < next_hi)));
+    };
+    copy_rows<Tile, kKeys>(tiles_ + to, aligned, at, has);
+  }
+
+  // s = q k^T; with kParts > 1 over the warp's columns, for the other warp of the same rows to add.
+  DFLASH_INLINE void multiply_keys(ThreadScores& s) {
+#pragma unroll
+    for (int step = 0; step < kSteps; ++step) {
+      uint32_t a[kFragments][4];
+#pragma unroll
+      for (int m = 0; m < kFragments; ++m) {
+        if constexpr (Tile::kKeepsQueries) {
+#pragma unroll
+          for (int i = 0; i < 4; ++i) a[m][i] = queries_[step][i];
+        } else {
+          load_matrices(a[m], query_pieces_(m, step));
+        }
+      }
+#pragma unroll
+      for (int n = 0; n < kKeySteps; ++n) {
+        uint32_t b[4];
+        load_matrices(b, key_pieces_(n, step));
+#pragma unroll
+        for (int m = 0; m < kFragments; ++m) {
+          multiply<T>(reinterpret_cast<float(&)[4]>(s[m][8 * n]), a[m], b[0], b[1]);
+          multiply<T>(reinterpret_cast<float(&)[4]>(s[m][8 * n + 4]), a[m], b[2], b[3]);
+        }
+      }
+    }
+    if constexpr (kParts > 1) {
+#pragma unroll
+      for (int i = 0; i < kKeys / 8; ++i) {
+        *partial(warp_, i) = make_float4(s[0][4 * i], s[0][4 * i + 1], s[0][4 * i + 2], s[0][4 * i + 3]);
+      }
+    }
+  }
+
+  DFLASH_INLINE void add_partials(ThreadScores& s) {
+    if constexpr (kParts > 1) {
+      static_assert(kParts == 2 && kFragments == 1);
+#pragma unroll
+      for (int i = 0; i < kKeys / 8; ++i) {
+        const float4 other = *partial(warp_ ^ 1, i);
+        s[0][4 * i] += other.x;
+        s[0][4 * i + 1] += other.y;
+        s[0][4 * i + 2] += other.z;
+        s[0][4 * i + 3] += other.w;
+      }
+    }
+  }
+  DFLASH_INLINE float4* partial(int warp, int i) { return &shared_.partials[(warp * (kKeys / 8) + i) * 32 + lane_]; }
+
+  // Scores become exponentials, and earlier outputs shrink where a row's maximum has grown.
+  DFLASH_INLINE void take_exponentials(ThreadScores& s, const KeyTile& keys) {
+    const Scores& scores = shared_.item.scores;
+#pragma unroll
+    for (int m = 0; m < kFragments; ++m) {
+      scores(s[m]);
+      if (!keys.is_full) {
+        const RowBounds* own = &shared_.bounds[row_ + 16 * m + lane_ / 4];
+        hide(s[m], {own[0], own[8]}, keys);
+      }
+      const float before[2] = {softmax_[m].largest[0], softmax_[m].largest[1]};
+      float correction[2];
+      softmax_[m].add(s[m], scores.factor, correction);
+      // Maxima soon stop growing. A branch does not pay, though, where a multiprocessor has one block: it keeps the
+      // exponentials from running under the matrix products that follow.
+      const bool has_grown = before[0] != softmax_[m].largest[0] || before[1] != softmax_[m].largest[1];
+      if (Tile::kMinBlocks == 1 || __any_sync(~0u, has_grown)) {
+#pragma unroll
+        for (int n = 0; n < Tile::kWarpDim / 8; ++n) {
+#pragma unroll
+          for (int i = 0; i < 4; ++i) o_[m][n][i] *= correction[i / 2];
+        }
+      }
+    }
+  }
+
+  // o += s v
+  DFLASH_INLINE void multiply_values(const ThreadScores& s) {
+#pragma unroll
+    for (int step = 0; step < kKeySteps; ++step) {
+      uint32_t a[kFragments][4];
+#pragma unroll
+      for (int m = 0; m < kFragments; ++m) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) a[m][i] = pack<T>(s[m][8 * step + 2 * i], s[m][8 * step + 2 * i + 1]);
+      }
+#pragma unroll
+      for (int n = 0; n < Tile::kWarpDim / 16; ++n) {
+        uint32_t b[4];
+        load_matrices_transposed(b, value_pieces_(step, n));
+#pragma unroll
+        for (int m = 0; m < kFragments; ++m) {
+          multiply<T>(o_[m][2 * n], a[m], b[0], b[1]);
+          multiply<T>(o_[m][2 * n + 1], a[m], b[2], b[3]);
+        }
+      }
+    }
+  }
+
+  // Outputs go through shared memory, to be written as whole rows.
+  DFLASH_INLINE void write() {
+    const TileRows rows = shared_.item.rows;
+#pragma unroll
+    for (int m = 0; m < kFragments; ++m) {
+      float inverse[2], lse[2];
+      softmax_[m].finish(shared_.item.scores.factor, inverse, lse);
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        const int row = row_ + 16 * m + 8 * r + lane_ / 4;
+#pragma unroll
+        for (int n = 0; n < Tile::kWarpDim / 8; ++n) {
+          *reinterpret_cast<uint32_t*>(shared_.tiles + part_bytes_ + chunk_offset<Tile>(row, n) + lane_ % 4 * 4) =
+              pack<T>(o_[m][n][2 * r] * inverse[r], o_[m][n][2 * r + 1] * inverse[r]);
+        }
+        if (p_.lse && lane_ % 4 == 0 && warp_ % kParts == 0 && rows.has(row)) {
+          const int64_t head = rows.batch * p_.heads + rows.head_of(row);
+          static_cast<float*>(p_.lse)[head * p_.q_len + rows.position(row)] = lse[r];
+        }
+      }
+    }
+    __syncthreads();
+    const CopyShare<Tile> share;
+    for (int row = share.row; row < Tile::kRows; row += share.kStep) {
+      if (!rows.has(row) || !is_inside(share.chunk)) continue;
+      const auto chunk =
+          *reinterpret_cast<const Chunk<uint16_t>*>(shared_.tiles + chunk_offset<Tile>(row, share.chunk));
+      auto* out = static_cast<uint16_t*>(p_.out) + rows.offset(p_.out_strides, row) + share.chunk * kChunkSize;
+      if (launch_.out_aligned) {
+        *reinterpret_cast<Chunk<uint16_t>*>(out) = chunk;
+      } else {
+#pragma unroll
+        for (int i = 0; i < kChunkSize; ++i) out[i] = chunk.values[i];
+      }
+    }
+  }
+
+  const AttentionForwardParams& p_;
+  const Launch& launch_;
+  Shared<Tile>& shared_;
+  const uint32_t tiles_;
+  const int lane_, warp_, row_, part_bytes_;
+  const Pieces<Tile> query_pieces_, key_pieces_, value_pieces_;
+  uint32_t queries_[Tile::kKeepsQueries ? kSteps : 1][4];
+  OnlineSoftmax softmax_[kFragments];
+  float o_[kFragments][Tile::kWarpDim / 8][4] = {};
+};
+
+template <class T, class Tile>
+__global__ void __launch_bounds__(Tile::kThreads, Tile::kMinBlocks)
+    forward(const __grid_constant__ AttentionForwardParams p, const __grid_constant__ Launch launch) {
+  extern __shared__ __align__(128) uint8_t shared_memory[];
+  TileForward<T, Tile>(p, launch, *reinterpret_cast<Shared<Tile>*>(shared_memory)).run();
+}
+
+bool in_chunks(const void* data, const HeadStrides& strides) {
+  return reinterpret_cast<uintptr_t>(data) % 16 == 0 &&
+         (strides.batch | strides.head | strides.row) % kChunkSize == 0;
+}
+
+template <class T, int kHeadDim>
+cudaError_t launch(const AttentionForwardParams& p, cudaStream_t stream) {
+  using Tile = Tiling<kHeadDim>;
+  constexpr int kSharedBytes = sizeof(Shared<Tile>);
+  static_assert(kSharedBytes <= 99 * 1024, "more than compute capability 8.6 and 8.9 give a block");
+  const int64_t fold = fold_of(p.heads, p.kv_heads);
+  const int64_t tiles = p.plan_entries * tiles_of(p.q_len, Tile::kRows / fold);
+  const int64_t items = tiles * (p.plan_entries == 1 ? p.batch : 1) * (p.heads / fold);
+  if (items == 0) return cudaSuccess;
+  const auto kernel = forward<T, Tile>;
+  const cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
+  if (status != cudaSuccess) return status;
+  const Launch launch{__builtin_ctzll(fold), in_chunks(p.q, p.q_strides), in_chunks(p.k, p.k_strides),
+                      in_chunks(p.v, p.v_strides), in_chunks(p.out, p.out_strides)};
+  kernel<<<items, Tile::kThreads, kSharedBytes, stream>>>(p, launch);
+  return cudaGetLastError();
+}
+
+template <class T>
+cudaError_t launch(const AttentionForwardParams& p, cudaStream_t stream) {
+  if (p.head_dim <= 64) return launch<T, 64>(p, stream);
+  if (p.head_dim <= 128) return launch<T, 128>(p, stream);
+  if (p.head_dim <= 256) return launch<T, 256>(p, stream);
+  return launch<T, 512>(p, stream);
+}
+
+}  // namespace
+}  // namespace device
+
+const char* forward_sm80(const AttentionForwardParams& params, void* stream) {
+  const auto cuda_stream = static_cast<cudaStream_t>(stream);
+  const cudaError_t status = params.dtype == DType::kBFloat16 ? device::launch<__nv_bfloat16>(params, cuda_stream)
+                                                              : device::launch<__half>(params, cuda_stream);
+  return status == cudaSuccess ? nullptr : cudaGetErrorString(status);
+}
+
+}  // namespace dflash
