@@ -55,6 +55,11 @@ class DFlashConfig(Qwen3Config):
             if self.num_target_layers is None:
                 return  # transformers builds default configs; a drafter cannot be made from one
             self.dflash_config["target_layer_ids"] = default_taps(self.num_target_layers, self.num_hidden_layers)
+        taps, mask = self.target_layer_ids, self.mask_token_id
+        if not isinstance(taps, list) or not all(type(tap) is int and tap >= 0 for tap in taps):
+            raise ValueError(f"target_layer_ids is {taps!r}: a list of layer numbers is needed")
+        if mask is not None and (type(mask) is not int or not 0 <= mask < self.vocab_size):
+            raise ValueError(f"mask_token_id is {mask!r}: a token of the vocabulary of {self.vocab_size} is needed")
 
     @classmethod
     def for_target(

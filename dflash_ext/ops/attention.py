@@ -45,6 +45,7 @@ def block_attn(
         ``[B, Hq, Lq, D]`` in q's dtype; with return_lse also float32 (float64 for float64) ``[B, Hq, Lq]``.
         A row that sees no key gives 0, an LSE of -inf, and zero gradients.
 
+    k and v must be finite: the kernels work on tiles, and what is not finite in a value reaches other rows of its tile.
     Sums are in float32, in float64 for float64. On the CPU the result does not depend on the number of threads,
     and gradients are always deterministic. Under autocast q, k and v are cast to its dtype.
 

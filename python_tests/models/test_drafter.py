@@ -188,3 +188,17 @@ def test_refuses_folders_without_a_drafter(tmp_path):
     tiny_model("qwen3").save_pretrained(tmp_path / "target")
     with pytest.raises(ValueError, match="no drafter"):
         load_drafter(tmp_path / "target")
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"target_layer_ids": "all"}, "target_layer_ids is 'all'"),
+        ({"target_layer_ids": [1, -2]}, "list of layer numbers"),
+        ({"target_layer_ids": [1], "mask_token_id": 64}, "mask_token_id is 64: a token of the vocabulary of 64"),
+        ({"target_layer_ids": [1], "mask_token_id": "<mask>"}, "mask_token_id is '<mask>'"),
+    ],
+)
+def test_a_wrong_config_is_refused_by_name(given, message):
+    with pytest.raises(ValueError, match=message):
+        DFlashConfig(dflash_config=given, vocab_size=64, num_target_layers=4)
