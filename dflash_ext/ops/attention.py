@@ -10,6 +10,7 @@ from torch import Tensor
 from .. import reference
 from ..library import load
 from ..masks import IntervalMask
+from .autograd import refuse_second_derivative
 from .devices import autocast_dtype, check_one_device
 from .serving import warn_once
 
@@ -249,3 +250,4 @@ def _backward(ctx, grad_out, grad_lse):
 
 
 torch.library.register_autograd("dflash_ext::block_attn", _backward, setup_context=_keep)
+refuse_second_derivative("block_attn")

@@ -516,3 +516,10 @@ def test_refuses_a_mask_of_another_type_and_several_devices(op):
         table = torch.zeros(1, 1, dtype=torch.int32, device="meta")
         with pytest.raises(ValueError, match=where.format("cpu", "block_table", "meta")):
             op(x, x, x, mask, block_table=table)
+
+
+def test_a_second_derivative_is_refused():
+    q, k, v = (x.requires_grad_() for x in inputs(IntervalMask.causal(4)))
+    (grad,) = torch.autograd.grad(block_attn(q, k, v, IntervalMask.causal(4)).square().sum(), q, create_graph=True)
+    with pytest.raises(RuntimeError, match="block_attn: its gradient has no derivative"):
+        grad.sum().backward()
