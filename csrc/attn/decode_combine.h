@@ -50,76 +50,85 @@ class Meeting {
   uint32_t blocks_;
 };
 
-// All threads of the block take part; a block that alone made all parts waits for nobody else. A warp takes pieces of
-// rows, four columns a lane, and adds up their parts in order. It goes through the parts of all its pieces in one
-// sequence, many loads ahead of the sums.
+// The sum of one row's parts, in their order: half a warp takes 128 columns, eight a lane. `piece` says which 128.
+template <class T, int kDim>
+DFLASH_INLINE void combine_row(const DecodeProblem& p, const Parts& parts, int row, int piece, T* out) {
+  constexpr int kBatch = 8;  // parts whose loads are under way together
+  constexpr int kQuads = kDim <= 64 ? 1 : 2;
+  const int lane = threadIdx.x % 16, head_dim = static_cast<int>(p.head_dim);
+  const int columns[2] = {piece * 128 + lane * 4, piece * 128 + 64 + lane * 4};
+  float2 stats[kBatch];
+  float4 values[kBatch][kQuads];
+  const auto load = [&](int first) {
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      const int64_t at = parts.slot(min(first + i, parts.count - 1)) * kDecodeRows + row;
+      stats[i] = first + i < parts.count ? __ldcg(p.partial_stats + at) : float2{-kInfinity, 0};
+#pragma unroll
+      for (int j = 0; j < kQuads; ++j) {
+        values[i][j] = {0, 0, 0, 0};
+        if (first + i < parts.count && columns[j] < head_dim) {
+          values[i][j] = __ldcg(reinterpret_cast<const float4*>(p.partial_out + at * head_dim + columns[j]));
+        }
+      }
+    }
+  };
+  load(0);
+  float maximum = -kInfinity;
+#pragma unroll 1
+  for (int i = lane; i < parts.count; i += 16) {
+    maximum = fmaxf(maximum, __ldcg(p.partial_stats + parts.slot(i) * kDecodeRows + row).x);
+  }
+#pragma unroll
+  for (int mask = 8; mask > 0; mask >>= 1) maximum = fmaxf(maximum, __shfl_xor_sync(~0u, maximum, mask));
+  if (maximum == -kInfinity) maximum = 0;
+
+  float sum = 0;
+  float4 totals[kQuads] = {};
+#pragma unroll 1
+  for (int first = 0;;) {
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      const float weight = exp2_of(stats[i].x - maximum);
+      sum = fmaf(weight, stats[i].y, sum);
+#pragma unroll
+      for (int j = 0; j < kQuads; ++j) {
+        totals[j].x = fmaf(weight, values[i][j].x, totals[j].x);
+        totals[j].y = fmaf(weight, values[i][j].y, totals[j].y);
+        totals[j].z = fmaf(weight, values[i][j].z, totals[j].z);
+        totals[j].w = fmaf(weight, values[i][j].w, totals[j].w);
+      }
+    }
+    first += kBatch;
+    if (first >= parts.count) break;
+    load(first);
+  }
+  const float inverse = sum == 0 ? 0.0f : 1 / sum;
+#pragma unroll
+  for (int j = 0; j < kQuads; ++j) {
+    if (!out || columns[j] >= head_dim) continue;
+    auto* const pairs = reinterpret_cast<uint32_t*>(out + columns[j]);
+    pairs[0] = pack<T>(totals[j].x * inverse, totals[j].y * inverse);
+    pairs[1] = pack<T>(totals[j].z * inverse, totals[j].w * inverse);
+  }
+}
+
+// All threads of the block take part; a block that alone made all parts waits for nobody else.
 template <class T, int kDim, int kThreads>
 DFLASH_INLINE void combine(const DecodeProblem& p, const Share& share, const Item& item, const RowPlace* places) {
-  constexpr int kPieces = kDim <= 128 ? 1 : kDim / 128, kWarps = kThreads / 32, kAhead = 16;
+  constexpr int kPieces = (kDim + 127) / 128, kHalves = kThreads / 16;
   const Parts parts(p, share, item);
   const ItemRows rows(p, p.tile_plan(item.tile), item.replica);
-  const int pieces = rows.positions * p.fold * kPieces, stride = parts.blocks * kWarps;
-  const int head_dim = static_cast<int>(p.head_dim);
   if (parts.blocks > 1 && threadIdx.x == 0) Meeting(p, parts).wait();
   __syncthreads();
-
-  struct Cursor {
-    int piece, part = 0;
-
-    DFLASH_INLINE void next(const Parts& parts, int stride) {
-      if (++part < parts.count) return;
-      part = 0;
-      piece += stride;
-    }
-    DFLASH_INLINE int row() const { return piece / kPieces; }
-    DFLASH_INLINE int column() const { return piece % kPieces * 128 + threadIdx.x % 32 * 4; }
-  };
-  Cursor here{static_cast<int>(blockIdx.x - parts.first_block) * kWarps + static_cast<int>(threadIdx.x) / 32};
-  Cursor ahead = here;
-  float maximum = -kInfinity, sum = 0;
-  float4 total{0, 0, 0, 0};
-#pragma unroll 1
-  while (here.piece < pieces) {
-    float2 stats[kAhead];
-    float4 values[kAhead];
-#pragma unroll
-    for (int i = 0; i < kAhead; ++i) {
-      if (ahead.piece >= pieces) break;
-      const int64_t row = parts.slot(ahead.part) * kDecodeRows + ahead.row();
-      stats[i] = __ldcg(p.partial_stats + row);
-      values[i] = {0, 0, 0, 0};
-      if (ahead.column() < head_dim) {
-        values[i] = __ldcg(reinterpret_cast<const float4*>(p.partial_out + row * head_dim + ahead.column()));
-      }
-      ahead.next(parts, stride);
-    }
-#pragma unroll
-    for (int i = 0; i < kAhead; ++i) {
-      if (here.piece >= pieces) break;
-      // What no key was seen in changes nothing, to the bit.
-      const float larger = fmaxf(maximum, stats[i].x), base = larger == -kInfinity ? 0.0f : larger;
-      const float correction = exp2_of(maximum - base), weight = exp2_of(stats[i].x - base);
-      maximum = larger;
-      sum = fmaf(weight, stats[i].y, sum * correction);
-      total.x = fmaf(weight, values[i].x, total.x * correction);
-      total.y = fmaf(weight, values[i].y, total.y * correction);
-      total.z = fmaf(weight, values[i].z, total.z * correction);
-      total.w = fmaf(weight, values[i].w, total.w * correction);
-      if (here.part + 1 == parts.count) {
-        const RowPlace place = places[here.row()];
-        if (here.column() < head_dim && rows.has(place)) {
-          const float inverse = sum == 0 ? 0.0f : 1 / sum;
-          T* const out = static_cast<T*>(p.out) + rows.offset(p.out_strides, place) + here.column();
-          auto* const pairs = reinterpret_cast<uint32_t*>(out);
-          pairs[0] = pack<T>(total.x * inverse, total.y * inverse);
-          pairs[1] = pack<T>(total.z * inverse, total.w * inverse);
-        }
-        maximum = -kInfinity;
-        sum = 0;
-        total = {0, 0, 0, 0};
-      }
-      here.next(parts, stride);
-    }
+  const int own = static_cast<int>(threadIdx.x) / 16, last = rows.positions * p.fold * kPieces - 1;
+  // Both halves of a warp take every turn, for they exchange values; what comes after the last piece is written nowhere.
+  for (int i = (blockIdx.x - parts.first_block) * kHalves; i + own / 2 * 2 <= last; i += parts.blocks * kHalves) {
+    const int index = min(i + own, last), row = index / kPieces;
+    const RowPlace place = places[row];
+    T* out = nullptr;
+    if (i + own <= last && rows.has(place)) out = static_cast<T*>(p.out) + rows.offset(p.out_strides, place);
+    combine_row<T, kDim>(p, parts, row, index % kPieces, out);
   }
 }
 

@@ -34,6 +34,8 @@ template <class Tile>
 struct DecodeState {
   Itinerary<Tile::kKeys, kMaxStages + 1> steps;  // those whose tiles are in the ring, and one more
   RowPlace places[kDecodeRows];
+  Share share;
+  Scores scores;
 };
 
 template <class T, int kDim>
@@ -44,7 +46,6 @@ struct Decoder : DecodeTile<kDim> {
 
   const DecodeProblem& p;
   State& state;
-  const Scores scores;
   const uint32_t queries, ring;  // in shared memory
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int first_row = warp / kColumnWarps * 16, first_column = warp % kColumnWarps * kColumns;
@@ -57,7 +58,6 @@ struct Decoder : DecodeTile<kDim> {
   DFLASH_INLINE Decoder(const DecodeProblem& problem, uint8_t* shared)
       : p(problem),
         state(*reinterpret_cast<State*>(shared + Tile::kQueryBytes + p.stages * Tile::kStageBytes)),
-        scores(problem),
         queries(shared_address(shared)),
         ring(queries + Tile::kQueryBytes) {}
 
@@ -167,26 +167,65 @@ struct Decoder : DecodeTile<kDim> {
 
   DFLASH_INLINE RowPlace own_place(int r) const { return state.places[first_row + lane / 4 + 8 * r]; }
 
-  // What an item needs beside its keys.
+  static DFLASH_INLINE void prefetch(const void* address) {
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(address));
+  }
+
+  // What an item needs beside its keys is asked for before them: later it would queue behind all that is under way.
+  DFLASH_INLINE void prefetch(const Job& job) const {
+    constexpr int kLine = 64, kLines = kDecodeRows * kDim / kLine;  // elements of 128 bytes
+    const ItemRows& rows = job.rows;
+#pragma unroll 1
+    for (int i = threadIdx.x; i < kLines; i += kThreads) {
+      const int column = i % (kDim / kLine) * kLine;
+      const RowPlace row = state.places[i / (kDim / kLine)];
+      if (column < p.head_dim && rows.has(row)) {
+        prefetch(static_cast<const T*>(p.q) + rows.offset(p.q_strides, row) + column);
+      }
+    }
+    if (warp == 0 && lane < rows.positions) {
+      const int64_t at = rows.batch * p.mask.batch + rows.first + lane;
+      for (const int32_t* bound : {p.mask.ctx_lo, p.mask.ctx_hi, p.mask.blk_lo, p.mask.blk_hi}) prefetch(bound + at);
+    }
+  }
+
   DFLASH_INLINE void begin(const Job& job) {
+    // All loads come before the first use.
+    constexpr int kCount = kDecodeRows * kChunks / kThreads, kBatch = kDim <= 128 ? kCount : 4;
+    int4 own_bounds[2] = {};
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const RowPlace row = own_place(r);
-      bounds[r] = RowBounds();
-      if (job.rows.has(row)) {
-        bounds[r] = RowBounds(p.mask, job.rows.batch, job.rows.first + row.position, static_cast<int>(p.kv_len));
+      if (!job.rows.has(row)) continue;
+      const int64_t at = job.rows.batch * p.mask.batch + job.rows.first + row.position;
+      own_bounds[r] = {p.mask.ctx_lo[at], p.mask.ctx_hi[at], p.mask.blk_lo[at], p.mask.blk_hi[at]};
+    }
+#pragma unroll 1
+    for (int first = 0; first < kCount; first += kBatch) {
+      uint4 values[kBatch];
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i) {
+        const int row = ((first + i) * kThreads + threadIdx.x) / kChunks, chunk = threadIdx.x % kChunks;
+        const RowPlace in_tile = state.places[row];
+        values[i] = {};
+        if (chunk * 8 < p.head_dim && job.rows.has(in_tile)) {
+          values[i] = read(static_cast<const T*>(p.q) + job.rows.offset(p.q_strides, in_tile) + chunk * 8, p.q_aligned);
+        }
+      }
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i) {
+        const int row = ((first + i) * kThreads + threadIdx.x) / kChunks, chunk = threadIdx.x % kChunks;
+        write(queries + place(row, chunk), values[i]);
       }
     }
-    constexpr int kCount = kDecodeRows * kChunks / kThreads;
-#pragma unroll 4
-    for (int i = 0; i < kCount; ++i) {
-      const int row = (i * kThreads + threadIdx.x) / kChunks, chunk = threadIdx.x % kChunks;
-      const RowPlace in_tile = state.places[row];
-      uint4 value{};
-      if (chunk * 8 < p.head_dim && job.rows.has(in_tile)) {
-        value = read(static_cast<const T*>(p.q) + job.rows.offset(p.q_strides, in_tile) + chunk * 8, p.q_aligned);
-      }
-      write(queries + place(row, chunk), value);
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const int4 b = own_bounds[r];
+      const int kv_len = static_cast<int>(p.kv_len);
+      bounds[r].ctx_lo = max(b.x, 0);
+      bounds[r].ctx_len = max(min(b.y, kv_len) - bounds[r].ctx_lo, 0);
+      bounds[r].blk_lo = max(b.z, 0);
+      bounds[r].blk_len = max(min(b.w, kv_len) - bounds[r].blk_lo, 0);
     }
     clear();
   }
@@ -250,12 +289,13 @@ struct Decoder : DecodeTile<kDim> {
 #pragma unroll 1
     for (int key = 0; key < kKeys; ++key) {
       const bool seen[2] = {bounds[0].sees(first_key + key), bounds[1].sees(first_key + key)};
+      const uint32_t own_values = values + place(key, first_column / 8) + lane % 4 * 4;
 #pragma unroll
       for (int n = 0; n < kColumns / 8; ++n) {
         uint32_t pair;
         asm volatile("ld.shared.b32 %0, [%1];"
                      : "=r"(pair)
-                     : "r"(values + place(key, first_column / 8 + n) + lane % 4 * 4)
+                     : "r"(own_values ^ n * 16)
                      : "memory");
         const uint32_t bad = not_finite(pair);
         if (bad == 0) continue;
@@ -279,10 +319,10 @@ struct Decoder : DecodeTile<kDim> {
     float s[kKeys / 2];
     if (has_rows) {
       multiply_keys(s, stage);
-      scores(s);
+      state.scores(s);
       if (!step.is_full) hide(s, bounds, step.key);
       float correction[2];
-      softmax.add(s, scores.factor, correction);
+      softmax.add(s, state.scores.factor, correction);
       // What is multiplied by one stays what it is: most tiles bring no larger score.
       if (__any_sync(~0u, correction[0] != 1 || correction[1] != 1)) {
 #pragma unroll
@@ -308,7 +348,7 @@ struct Decoder : DecodeTile<kDim> {
 
   DFLASH_INLINE void write_out(const ItemRows& rows) {
     float inverse[2], lse[2];
-    softmax.finish(scores.factor, inverse, lse);
+    softmax.finish(state.scores.factor, inverse, lse);
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const RowPlace row = own_place(r);
@@ -328,7 +368,7 @@ struct Decoder : DecodeTile<kDim> {
       sum += __shfl_xor_sync(~0u, sum, 2);
       if (!rows.has(own_place(r))) continue;
       const int64_t row = slot * kDecodeRows + first_row + lane / 4 + 8 * r;
-      if (first_column == 0 && lane % 4 == 0) p.partial_stats[row] = {softmax.largest[r] * scores.factor, sum};
+      if (first_column == 0 && lane % 4 == 0) p.partial_stats[row] = {softmax.largest[r] * state.scores.factor, sum};
       float* const out = p.partial_out + row * p.head_dim + first_column + lane % 4 * 2;
       for_each_pair([&](int n) {
         *reinterpret_cast<float2*>(out + n * 8) = {o[n][2 * r], o[n][2 * r + 1]};
@@ -344,15 +384,18 @@ struct Decoder : DecodeTile<kDim> {
   }
 
   DFLASH_INLINE void run() {
-    const Share share(p);
-    if (share.begin == share.end) return;
+    const Share found(p);
+    if (found.begin == found.end) return;
     if (threadIdx.x < kDecodeRows) state.places[threadIdx.x] = {p, static_cast<int>(threadIdx.x)};
     auto& steps = state.steps;
     const bool is_guide = threadIdx.x == kThreads - 1;
     if (is_guide) {
-      steps.start(p, share.item, share.begin, share.end);
+      state.share = found;
+      state.scores = Scores(p);
+      steps.start(p, found.item, found.begin, found.end);
       steps.add(p);
     }
+    const Share& share = state.share;
 
     // Before step 0 the first tiles are fetched; then one further with every step. A ring of one stage has room only
     // when the step before is done with it.
@@ -364,15 +407,19 @@ struct Decoder : DecodeTile<kDim> {
       __syncthreads();  // the tile of step i is there, and so is step i - first; with step i - 1 all are done
       const Step &step = steps[max(i, 0)], &ahead = steps[i - first];
       if (step.unit == share.end) break;
-      if (ahead.unit < share.end) fetch(ahead, fetch_stage);
+      if (ahead.unit < share.end) {
+        if (ahead.begins_job) prefetch(steps.job(ahead));
+        fetch(ahead, fetch_stage);
+      }
       commit_copies();
       fetch_stage = fetch_stage + 1 == p.stages ? 0 : fetch_stage + 1;
       if (is_guide) steps.add(p);
-      if (i < 0) continue;
       const Job& job = steps.job(step);
-      if (step.begins_job) begin(job);
+      const bool is_next_job = i > 0 && step.begins_job;
+      if (is_next_job || i == max(first, -1)) begin(job);
+      if (i < 0) continue;
       if (p.stages == 1) wait_for_copies<0>();
-      if (step.begins_job || p.stages == 1) __syncthreads();
+      if (is_next_job || p.stages == 1) __syncthreads();
       visit(step, stage);
       stage = stage + 1 == p.stages ? 0 : stage + 1;
 

@@ -189,6 +189,8 @@ struct Share {
   int length, remainder;  // of a share, and how many are longer
   Item item;              // what `begin` belongs to
 
+  Share() = default;
+
   // Every warp finds out by itself; its lanes take equal runs of tiles.
   DFLASH_INLINE explicit Share(const DecodeProblem& p) {
     const int lane = threadIdx.x % 32, each = (p.tiles + 31) / 32;
