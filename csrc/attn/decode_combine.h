@@ -22,9 +22,7 @@ struct Parts {
     count = exact ? item.count : blocks;
   }
 
-  DFLASH_INLINE int64_t slot(int i) const {
-    return exact ? int64_t(first_unit) + i : 2 * int64_t(first_block + i) + (i == 0);
-  }
+  DFLASH_INLINE int slot(int i) const { return exact ? first_unit + i : 2 * (first_block + i) + (i == 0); }
 };
 
 // One counter serves an item that several blocks share, that of the block it begins in: the lower half counts who has
@@ -50,85 +48,103 @@ class Meeting {
   uint32_t blocks_;
 };
 
-// The sum of one row's parts, in their order: half a warp takes 128 columns, eight a lane. `piece` says which 128.
-template <class T, int kDim>
-DFLASH_INLINE void combine_row(const DecodeProblem& p, const Parts& parts, int row, int piece, T* out) {
-  constexpr int kBatch = 8;  // parts whose loads are under way together
-  constexpr int kQuads = kDim <= 64 ? 1 : 2;
-  const int lane = threadIdx.x % 16, head_dim = static_cast<int>(p.head_dim);
-  const int columns[2] = {piece * 128 + lane * 4, piece * 128 + 64 + lane * 4};
-  float2 stats[kBatch];
-  float4 values[kBatch][kQuads];
+// Parts lie as the warps that made them hold them: of 16 rows and eight columns ("a fragment") a lane has two neighbours
+// of row lane / 4 and two of the row 8 below. Here a warp adds up kWidth neighbouring fragments of all parts, in order.
+template <class T, int kWidth, int kBatch>
+DFLASH_INLINE void combine_fragments(const DecodeProblem& p, const Parts& parts, const ItemRows& rows,
+                                     const RowPlace* places, int row_group, int first_fragment) {
+  const int lane = threadIdx.x % 32, row = row_group * 16 + lane / 4;
+  const auto load_stats = [&](int part, int r) {
+    return __ldcg(p.partial_stats + parts.slot(part) * kDecodeRows + row + 8 * r);
+  };
+  float2 stats[kBatch][2];
+  float4 values[kBatch][kWidth];
   const auto load = [&](int first) {
 #pragma unroll
     for (int i = 0; i < kBatch; ++i) {
-      const int64_t at = parts.slot(min(first + i, parts.count - 1)) * kDecodeRows + row;
-      stats[i] = first + i < parts.count ? __ldcg(p.partial_stats + at) : float2{-kInfinity, 0};
+      const int part = min(first + i, parts.count - 1);
+      stats[i][0] = load_stats(part, 0);
+      stats[i][1] = load_stats(part, 1);
 #pragma unroll
-      for (int j = 0; j < kQuads; ++j) {
-        values[i][j] = {0, 0, 0, 0};
-        if (first + i < parts.count && columns[j] < head_dim) {
-          values[i][j] = __ldcg(reinterpret_cast<const float4*>(p.partial_out + at * head_dim + columns[j]));
-        }
+      for (int n = 0; n < kWidth; ++n) {
+        const int fragment = min(first_fragment + n, p.fragments - 1);
+        values[i][n] = __ldcg(p.part(parts.slot(part), row_group, fragment) + lane);
       }
     }
   };
   load(0);
-  float maximum = -kInfinity;
-#pragma unroll 1
-  for (int i = lane; i < parts.count; i += 16) {
-    maximum = fmaxf(maximum, __ldcg(p.partial_stats + parts.slot(i) * kDecodeRows + row).x);
+  float maximum[2] = {-kInfinity, -kInfinity};
+#pragma unroll 2
+  for (int i = lane % 4; i < parts.count; i += 4) {
+    maximum[0] = fmaxf(maximum[0], load_stats(i, 0).x);
+    maximum[1] = fmaxf(maximum[1], load_stats(i, 1).x);
   }
 #pragma unroll
-  for (int mask = 8; mask > 0; mask >>= 1) maximum = fmaxf(maximum, __shfl_xor_sync(~0u, maximum, mask));
-  if (maximum == -kInfinity) maximum = 0;
+  for (float& m : maximum) {
+    m = fmaxf(m, __shfl_xor_sync(~0u, m, 1));
+    m = fmaxf(m, __shfl_xor_sync(~0u, m, 2));
+    if (m == -kInfinity) m = 0;
+  }
 
-  float sum = 0;
-  float4 totals[kQuads] = {};
+  float sum[2] = {0, 0};
+  float4 totals[kWidth] = {};
 #pragma unroll 1
   for (int first = 0;;) {
 #pragma unroll
     for (int i = 0; i < kBatch; ++i) {
-      const float weight = exp2_of(stats[i].x - maximum);
-      sum = fmaf(weight, stats[i].y, sum);
+      if (first + i >= parts.count) continue;
+      const float weight[2] = {exp2_of(stats[i][0].x - maximum[0]), exp2_of(stats[i][1].x - maximum[1])};
+      sum[0] = fmaf(weight[0], stats[i][0].y, sum[0]);
+      sum[1] = fmaf(weight[1], stats[i][1].y, sum[1]);
 #pragma unroll
-      for (int j = 0; j < kQuads; ++j) {
-        totals[j].x = fmaf(weight, values[i][j].x, totals[j].x);
-        totals[j].y = fmaf(weight, values[i][j].y, totals[j].y);
-        totals[j].z = fmaf(weight, values[i][j].z, totals[j].z);
-        totals[j].w = fmaf(weight, values[i][j].w, totals[j].w);
+      for (int n = 0; n < kWidth; ++n) {
+        totals[n].x = fmaf(weight[0], values[i][n].x, totals[n].x);
+        totals[n].y = fmaf(weight[0], values[i][n].y, totals[n].y);
+        totals[n].z = fmaf(weight[1], values[i][n].z, totals[n].z);
+        totals[n].w = fmaf(weight[1], values[i][n].w, totals[n].w);
       }
     }
     first += kBatch;
     if (first >= parts.count) break;
     load(first);
   }
-  const float inverse = sum == 0 ? 0.0f : 1 / sum;
 #pragma unroll
-  for (int j = 0; j < kQuads; ++j) {
-    if (!out || columns[j] >= head_dim) continue;
-    auto* const pairs = reinterpret_cast<uint32_t*>(out + columns[j]);
-    pairs[0] = pack<T>(totals[j].x * inverse, totals[j].y * inverse);
-    pairs[1] = pack<T>(totals[j].z * inverse, totals[j].w * inverse);
+  for (int r = 0; r < 2; ++r) {
+    const RowPlace place = places[row + 8 * r];
+    if (!rows.has(place)) continue;
+    const float inverse = sum[r] == 0 ? 0.0f : 1 / sum[r];
+    T* const out = static_cast<T*>(p.out) + rows.offset(p.out_strides, place) + first_fragment * 8 + lane % 4 * 2;
+#pragma unroll
+    for (int n = 0; n < kWidth; ++n) {
+      const float low = r == 0 ? totals[n].x : totals[n].z, high = r == 0 ? totals[n].y : totals[n].w;
+      if (first_fragment + n < p.fragments) {
+        *reinterpret_cast<uint32_t*>(out + n * 8) = pack<T>(low * inverse, high * inverse);
+      }
+    }
   }
 }
 
 // All threads of the block take part; a block that alone made all parts waits for nobody else.
-template <class T, int kDim, int kThreads>
+template <class T, int kThreads>
 DFLASH_INLINE void combine(const DecodeProblem& p, const Share& share, const Item& item, const RowPlace* places) {
-  constexpr int kPieces = (kDim + 127) / 128, kHalves = kThreads / 16;
   const Parts parts(p, share, item);
   const ItemRows rows(p, p.tile_plan(item.tile), item.replica);
   if (parts.blocks > 1 && threadIdx.x == 0) Meeting(p, parts).wait();
   __syncthreads();
-  const int own = static_cast<int>(threadIdx.x) / 16, last = rows.positions * p.fold * kPieces - 1;
-  // Both halves of a warp take every turn, for they exchange values; what comes after the last piece is written nowhere.
-  for (int i = (blockIdx.x - parts.first_block) * kHalves; i + own / 2 * 2 <= last; i += parts.blocks * kHalves) {
-    const int index = min(i + own, last), row = index / kPieces;
-    const RowPlace place = places[row];
-    T* out = nullptr;
-    if (i + own <= last && rows.has(place)) out = static_cast<T*>(p.out) + rows.offset(p.out_strides, place);
-    combine_row<T, kDim>(p, parts, row, index % kPieces, out);
+  const auto share_out = [&]<int kWidth, int kBatch> {
+    constexpr int kWarps = kThreads / 32;
+    const int across = (p.fragments + kWidth - 1) / kWidth;
+    const int count = (rows.positions * p.fold + 15) / 16 * across;
+    int i = (blockIdx.x - parts.first_block) * kWarps + threadIdx.x / 32;
+    for (; i < count; i += parts.blocks * kWarps) {
+      combine_fragments<T, kWidth, kBatch>(p, parts, rows, places, i / across, i % across * kWidth);
+    }
+  };
+  // Eight loads under way: along the parts where there are many, or else along the row too.
+  if (parts.count > 4) {
+    share_out.template operator()<1, 8>();
+  } else {
+    share_out.template operator()<4, 2>();
   }
 }
 

@@ -336,16 +336,6 @@ struct Decoder : DecodeTile<kDim> {
     if (has_rows) add_values(s, stage);
   }
 
-  // Calls store(n, r) for every pair of neighbours o[n][2 * r], o[n][2 * r + 1] of a row that the head dimension holds.
-  template <class Store>
-  DFLASH_INLINE void for_each_pair(Store&& store) const {
-    const int columns = static_cast<int>(p.head_dim) - first_column - lane % 4 * 2;
-#pragma unroll
-    for (int n = 0; n < kColumns / 8; ++n) {
-      if (n * 8 < columns) store(n);
-    }
-  }
-
   DFLASH_INLINE void write_out(const ItemRows& rows) {
     float inverse[2], lse[2];
     softmax.finish(state.scores.factor, inverse, lse);
@@ -354,25 +344,30 @@ struct Decoder : DecodeTile<kDim> {
       const RowPlace row = own_place(r);
       if (!rows.has(row)) continue;
       T* const out = static_cast<T*>(p.out) + rows.offset(p.out_strides, row) + first_column + lane % 4 * 2;
-      for_each_pair([&](int n) {
-        *reinterpret_cast<uint32_t*>(out + n * 8) = pack<T>(o[n][2 * r] * inverse[r], o[n][2 * r + 1] * inverse[r]);
-      });
+#pragma unroll
+      for (int n = 0; n < kColumns / 8; ++n) {
+        if (first_column / 8 + n < p.fragments) {
+          *reinterpret_cast<uint32_t*>(out + n * 8) = pack<T>(o[n][2 * r] * inverse[r], o[n][2 * r + 1] * inverse[r]);
+        }
+      }
     }
   }
 
-  DFLASH_INLINE void write_part(const ItemRows& rows, int64_t slot) {
+  DFLASH_INLINE void write_part(const ItemRows& rows, int slot) const {
+    const int fragments = first_row < rows.positions * p.fold ? p.fragments : 0;
+    float4* const out = p.part(slot, first_row / 16, first_column / 8) + lane;
+#pragma unroll
+    for (int n = 0; n < kColumns / 8; ++n) {
+      if (first_column / 8 + n < fragments) out[n * 32] = {o[n][0], o[n][1], o[n][2], o[n][3]};
+    }
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       float sum = softmax.sum[r];
       sum += __shfl_xor_sync(~0u, sum, 1);
       sum += __shfl_xor_sync(~0u, sum, 2);
-      if (!rows.has(own_place(r))) continue;
-      const int64_t row = slot * kDecodeRows + first_row + lane / 4 + 8 * r;
-      if (first_column == 0 && lane % 4 == 0) p.partial_stats[row] = {softmax.largest[r] * state.scores.factor, sum};
-      float* const out = p.partial_out + row * p.head_dim + first_column + lane % 4 * 2;
-      for_each_pair([&](int n) {
-        *reinterpret_cast<float2*>(out + n * 8) = {o[n][2 * r], o[n][2 * r + 1]};
-      });
+      if (first_column == 0 && lane % 4 == 0) {
+        p.partial_stats[slot * kDecodeRows + first_row + lane / 4 + 8 * r] = {softmax.largest[r] * state.scores.factor, sum};
+      }
     }
   }
 
@@ -389,9 +384,11 @@ struct Decoder : DecodeTile<kDim> {
     if (threadIdx.x < kDecodeRows) state.places[threadIdx.x] = {p, static_cast<int>(threadIdx.x)};
     auto& steps = state.steps;
     const bool is_guide = threadIdx.x == kThreads - 1;
-    if (is_guide) {
+    if (threadIdx.x == kDecodeRows) {
       state.share = found;
       state.scores = Scores(p);
+    }
+    if (is_guide) {
       steps.start(p, found.item, found.begin, found.end);
       steps.add(p);
     }
@@ -454,7 +451,7 @@ struct Decoder : DecodeTile<kDim> {
         if (!share.holds(item)) Meeting(p, Parts(p, share, item)).arrive();
       });
     }
-    for_each_item([&](const Item& item) { combine<T, kDim, kThreads>(p, share, item, state.places); });
+    for_each_item([&](const Item& item) { combine<T, kThreads>(p, share, item, state.places); });
   }
 };
 
@@ -528,15 +525,16 @@ cudaError_t launch(const DecodeParams& params, cudaStream_t stream) {
   problem.replicas = static_cast<int>(replicas_of(params));
   problem.head_tiles = static_cast<int>(decode_head_tiles(params));
   problem.fold = static_cast<int>(decode_fold(params));
+  problem.fragments = static_cast<int>(params.head_dim / 8);
   problem.positions = static_cast<int>(decode_positions(params));
   problem.unit_shift = std::countr_zero(static_cast<unsigned>(params.exact ? kExactKeys : Tile::kKeys));
   problem.min_units_shift = params.exact ? 0 : 1;
   problem.stages = grid.stages;
   problem.q_aligned = is_aligned(params.q, params.q_strides);
   problem.kv_aligned = is_aligned(params.k, params.k_strides) && is_aligned(params.v, params.v_strides);
-  problem.partial_out = static_cast<float*>(params.workspace);
+  problem.partial_out = static_cast<float4*>(params.workspace);
   problem.partial_stats =
-      reinterpret_cast<float2*>(problem.partial_out + slots_of(params, grid) * kDecodeRows * params.head_dim);
+      reinterpret_cast<float2*>(problem.partial_out + slots_of(params, grid) * kDecodeRows * params.head_dim / 4);
   status = cudaFuncSetAttribute(decode<T, kDim>, cudaFuncAttributeMaxDynamicSharedMemorySize, grid.shared_bytes);
   if (status != cudaSuccess) return status;
   void* arguments[] = {&problem};

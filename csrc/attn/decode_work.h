@@ -12,12 +12,19 @@ namespace dflash::DFLASH_ISA {
 struct DecodeProblem : DecodeParams {
   int tiles, replicas;  // items are tiles of the plan times replicas
   int head_tiles, fold, positions;
+  int fragments;          // of 8 columns, in a row
   int unit_shift;  // a unit is 1 << unit_shift keys
   int min_units_shift;  // a block takes no fewer than 1 << min_units_shift, as long as there are any
   int stages;
   bool q_aligned, kv_aligned;  // rows begin at multiples of 16 bytes
-  float* partial_out;          // [slots, kDecodeRows, head_dim]: sums of exp2(score - maximum) * value
+  float4* partial_out;         // [slots, kDecodeRows / 16, head_dim / 8, 32]: sums of exp2(score - maximum) * value
   float2* partial_stats;       // [slots, kDecodeRows]: the maximum (-inf: no key was seen), the sum of exponentials
+
+  // Where 16 rows' eight columns begin.
+  DFLASH_INLINE float4* part(int slot, int row_group, int fragment) const {
+    const int index = (slot * (kDecodeRows / 16) + row_group) * fragments + fragment;
+    return partial_out + int64_t(index) * 32;
+  }
 
   DFLASH_INLINE TilePlan tile_plan(int tile) const { return reinterpret_cast<const TilePlan*>(plan)[tile]; }
 };
