@@ -75,23 +75,27 @@ class IntervalMask:
     def _bounds(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         return self.ctx_lo, self.ctx_hi, self.blk_lo, self.blk_hi
 
-    def plan(self, heads: int, kv_heads: int, head_dim: int) -> IntervalMask:
+    def plan(self, heads: int, kv_heads: int, head_dim: int, *, decode: bool = False) -> IntervalMask:
         """The same mask with the GPU kernels' tile lists, made once for all layers of these shapes.
 
-        ``block_attn`` makes them itself, in every call, for a mask that has none, or has those of other shapes.
-        One kernel launch, nothing is read back. On the CPU the mask itself: there the kernels read the bounds of
-        a tile's rows as they reach it, once for all of its keys.
+        decode: for ``block_attn_decode`` instead of ``block_attn``. Such a plan holds counters of the kernel's own,
+        so that calls that share it must come one after the other, in one stream.
+
+        The operators make the lists themselves, in every call, for a mask that has none, or has those of other
+        shapes. One kernel launch, nothing is read back. On the CPU the mask itself: there the kernels read the
+        bounds of a tile's rows as they reach it, once for all of its keys.
         """
         if self.device.type != "cuda":
             return self
         load()
         bounds = [bound.contiguous() for bound in self._bounds()]
-        tiles = torch.ops.dflash_ext.block_attn_plan(*bounds, self.kv_len, heads, kv_heads, head_dim)
-        return IntervalMask(*bounds, self.kv_len, tiles, self._plan_key(heads, kv_heads, head_dim))
+        shapes = heads, kv_heads, head_dim, decode
+        tiles = torch.ops.dflash_ext.block_attn_plan(*bounds, self.kv_len, *shapes)
+        return IntervalMask(*bounds, self.kv_len, tiles, self._plan_key(*shapes))
 
-    def tiles_for(self, heads: int, kv_heads: int, head_dim: int) -> Tensor | None:
+    def tiles_for(self, heads: int, kv_heads: int, head_dim: int, *, decode: bool = False) -> Tensor | None:
         """The tile lists, if they were made for these shapes and this very mask."""
-        return self.tiles if self.planned_for == self._plan_key(heads, kv_heads, head_dim) else None
+        return self.tiles if self.planned_for == self._plan_key(heads, kv_heads, head_dim, decode) else None
 
     def _plan_key(self, *shapes: int) -> tuple:
         return (*shapes, self.batch, self.q_len, self.kv_len)

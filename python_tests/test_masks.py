@@ -259,16 +259,12 @@ def test_any_two_intervals_survive_a_round_trip(bounds):
 @given(visible=st.lists(st.booleans(), min_size=24, max_size=24))
 def test_from_dense_takes_two_runs_and_refuses_three(visible):
     dense = torch.tensor(visible).view(2, 2, 6)
-    runs = [
-        ["".join(".#"[x] for x in row).replace(".", " ").split() for row in b] for b in dense.int().tolist()
-    ]
+    runs = [["".join(".#"[x] for x in row).replace(".", " ").split() for row in b] for b in dense.int().tolist()]
     worst = next(((b, i) for b in range(2) for i in range(2) if len(runs[b][i]) > 2), None)
     if worst is None:
         assert torch.equal(IntervalMask.from_dense(dense).to_bool()[:, 0], dense)
     else:
-        with pytest.raises(
-            ValueError, match=f"row {worst[1]} of batch entry {worst[0]} sees 3 separate runs"
-        ):
+        with pytest.raises(ValueError, match=f"row {worst[1]} of batch entry {worst[0]} sees 3 separate runs"):
             IntervalMask.from_dense(dense)
 
 
@@ -284,9 +280,7 @@ def test_to_dense_is_finite_zero_where_visible_and_lowest_elsewhere(dtype):
 @pytest.mark.parametrize(
     "mask",
     [
-        IntervalMask.anchor_blocks(
-            300, torch.tensor([[250, 7], [140, 0]]), 4, keep=torch.tensor([[True] * 2] * 2)
-        ),
+        IntervalMask.anchor_blocks(300, torch.tensor([[250, 7], [140, 0]]), 4, keep=torch.tensor([[True] * 2] * 2)),
         IntervalMask.block_causal(260, 16, 10),
     ],
     ids=["batch", "one for all"],
@@ -330,9 +324,10 @@ def test_a_plan_is_used_for_its_own_shapes_only():
     mask = IntervalMask.causal(4)
     assert mask.plan(8, 2, 64) is mask  # on the CPU
     tiles = torch.zeros(1, 12, dtype=torch.int32)
-    planned = dataclasses.replace(mask, tiles=tiles, planned_for=mask._plan_key(8, 2, 64))
+    planned = dataclasses.replace(mask, tiles=tiles, planned_for=mask._plan_key(8, 2, 64, False))
     assert planned.tiles_for(8, 2, 64) is tiles
     assert planned.tiles_for(8, 2, 128) is None and planned.tiles_for(4, 2, 64) is None
+    assert planned.tiles_for(8, 2, 64, decode=True) is None
     doubled = pytree.tree_map(lambda x: torch.cat((x, x)), planned)
     assert doubled.tiles.shape == (2, 12) and doubled.tiles_for(8, 2, 64) is None
 

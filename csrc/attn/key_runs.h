@@ -56,36 +56,16 @@ class KeyRuns {
   int seam_, count_;
 };
 
-// Of a thread's columns 2t, 2t + 1, 2t + 8, 2t + 9, ... (t = lane % 4), as bits: those before column x.
-DFLASH_INLINE uint32_t columns_before(int x) {
-  const int y = max(x - static_cast<int>(threadIdx.x) % 4 * 2, 0);
-  const int count = min(y / 8 * 2 + min(y % 8, 2), 32);
-  return static_cast<uint32_t>((uint64_t(1) << count) - 1);
-}
-
-// Those that the row sees, column 0 being key `first`.
-DFLASH_INLINE uint32_t columns_seen(const RowBounds& row, int first) {
-  const auto run = [first](int lo, unsigned len) {
-    return columns_before(lo + static_cast<int>(len) - first) & ~columns_before(lo - first);
-  };
-  return run(row.ctx_lo, row.ctx_len) | run(row.blk_lo, row.blk_len);
-}
-
 // Hides what the thread's two rows do not see.
 template <int kCount>
 DFLASH_INLINE void hide(float (&s)[kCount], const RowBounds (&rows)[2], const KeyTile& tile) {
-  static_assert(kCount <= 64);
+  const int column = threadIdx.x % 4 * 2;
 #pragma unroll
-  for (int r = 0; r < 2; ++r) {
-    uint32_t seen = columns_seen(rows[r], tile.first);
-    if (tile.seam < 2 * kCount) {
-      const uint32_t before = columns_before(tile.seam);
-      seen = (seen & before) | (columns_seen(rows[r], tile.first + tile.jump) & ~before);
-    }
+  for (int granule = 0; granule < kCount / 8; ++granule) {
+    const int first = tile.first + column + granule * kGranule + (granule * kGranule < tile.seam ? 0 : tile.jump);
 #pragma unroll
-    for (int i = 0; i < kCount / 2; ++i) {
-      float& x = s[i / 2 * 4 + 2 * r + i % 2];
-      x = seen >> i & 1 ? x : -kInfinity;
+    for (int i = 0; i < 8; ++i) {
+      if (!rows[i / 2 % 2].sees(first + i / 4 * 8 + i % 2)) s[granule * 8 + i] = -kInfinity;
     }
   }
 }

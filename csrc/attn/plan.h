@@ -22,6 +22,8 @@ struct PlanParams {
   int64_t positions;  // of a tile
   int32_t* tiles;     // [entries * tiles_of(q_len, positions), kTilePlanInts]: those with the most keys first
   int32_t* unsorted;  // as much again
+  int32_t* counters;  // set to 0
+  int64_t counter_count;
 };
 
 constexpr int64_t tiles_of(int64_t q_len, int64_t positions) { return (q_len + positions - 1) / positions; }

@@ -2,9 +2,8 @@
 #include <algorithm>
 #include <tuple>
 
-#include "attn/kernels.h"
 #include "common/cpu.h"
-#include "common/tensor.h"
+#include "ops/attn.h"
 
 namespace dflash {
 
@@ -28,22 +27,6 @@ HeadStrides head_strides(const char* op, const char* name, const Tensor& x) {
   check(x.stride(3) == 1 || x.numel() == 0, op, ": the last dimension of ", name, " has stride ", x.stride(3),
         "; 1 is needed");
   return {x.stride(0), x.stride(1), x.stride(2)};
-}
-
-struct Mask {
-  const Tensor &ctx_lo, &ctx_hi, &blk_lo, &blk_hi;
-};
-
-Intervals intervals(const char* op, const Mask& mask, int64_t batch, int64_t q_len) {
-  const auto bound = [&](const Tensor& x) {
-    check(x.scalar_type() == ScalarType::Int && x.dim() == 2 && (x.size(0) == 1 || x.size(0) == batch) &&
-              x.size(0) == mask.ctx_lo.size(0) && x.size(1) == q_len && x.is_contiguous() &&
-              x.get_device_index() == mask.ctx_lo.get_device_index(),
-          op, ": the mask's bounds must be contiguous int32 [1 or ", batch, ", ", q_len, "], of one shape");
-    return static_cast<const int32_t*>(x.data_ptr());
-  };
-  return {bound(mask.ctx_lo), bound(mask.ctx_hi), bound(mask.blk_lo), bound(mask.blk_hi),
-          mask.ctx_lo.size(0) == 1 ? 0 : q_len};
 }
 
 // The end of the last interval.
@@ -100,64 +83,6 @@ void run_items(const CpuKernel<Params>& kernel, Params& p, const Tensor& q, int6
 void run_forward(AttentionForwardParams& p, const Tensor& q) {
   run_items(block_attn, p, q, p.batch * p.kv_heads * row_tiles_of(p) * p.splits, forward_scratch(p.head_dim));
 }
-
-#ifdef DFLASH_EXT_CUDA
-#ifndef DFLASH_EXT_HOPPER
-constexpr bool forward_sm90_runs_here() { return false; }
-constexpr bool forward_sm90_serves(const AttentionForwardParams&) { return false; }
-constexpr const char* forward_sm90(const AttentionForwardParams&, void*) { return nullptr; }
-#endif
-
-// Positions of a tile of rows.
-int64_t positions_of(int64_t heads, int64_t kv_heads, int64_t head_dim, bool hopper) {
-  return (hopper ? hopper_tile_rows(head_dim) : tile_rows(head_dim)) / fold_of(heads, kv_heads);
-}
-
-Tensor make_plan(const Mask& mask, int64_t kv_len, int64_t positions) {
-  constexpr const char* kOp = "block_attn_plan";
-  const int64_t entries = mask.ctx_lo.size(0), q_len = mask.ctx_lo.size(1);
-  const int64_t tiles = entries * tiles_of(q_len, positions);
-  Tensor plan = new_empty(mask.ctx_lo, {tiles, kTilePlanInts}, ScalarType::Int);
-  Tensor unsorted = new_empty(mask.ctx_lo, {tiles, kTilePlanInts}, ScalarType::Int);
-  const PlanParams p{intervals(kOp, mask, entries, q_len), entries, q_len, kv_len, positions,
-                     static_cast<int32_t*>(plan.data_ptr()), static_cast<int32_t*>(unsorted.data_ptr())};
-  const CudaScope scope(mask.ctx_lo);
-  check_launch(kOp, plan_sm80(p, scope.stream()));
-  return plan;
-}
-
-void run_forward_on_gpu(AttentionForwardParams& p, const Tensor& q, const Mask& mask,
-                        const std::optional<Tensor>& plan) {
-  constexpr const char* kOp = "block_attn";
-  check(p.dtype == DType::kBFloat16 || p.dtype == DType::kFloat16, kOp,
-        ": on a GPU q, k and v must be bfloat16 or float16");
-  if (p.batch == 0 || p.heads == 0 || p.q_len == 0) return;
-  const CudaScope scope(q);
-  const bool hopper = forward_sm90_serves(p);
-  const int64_t positions = positions_of(p.heads, p.kv_heads, p.head_dim, hopper);
-  p.plan_entries = mask.ctx_lo.size(0);
-  // A plan is made for the best kernel here; another kernel's tiles may be others.
-  const bool fits = plan && hopper == forward_sm90_runs_here() && plan->size(0) == p.plan_entries * tiles_of(p.q_len, positions) &&
-                    plan->size(1) == kTilePlanInts && plan->scalar_type() == ScalarType::Int && plan->is_contiguous() &&
-                    plan->get_device_index() == q.get_device_index();
-  const Tensor used = fits ? *plan : make_plan(mask, p.kv_len, positions);
-  p.plan = static_cast<const int32_t*>(used.data_ptr());
-  check_launch(kOp, hopper ? forward_sm90(p, scope.stream()) : forward_sm80(p, scope.stream()));
-}
-
-Tensor plan(Tensor ctx_lo, Tensor ctx_hi, Tensor blk_lo, Tensor blk_hi, int64_t kv_len, int64_t heads,
-            int64_t kv_heads, int64_t head_dim) {
-  check(kv_heads > 0 && heads % kv_heads == 0, "block_attn_plan: ", heads, " query heads are no multiple of ", kv_heads,
-        " key heads");
-  const CudaScope scope(ctx_lo);
-  return make_plan({ctx_lo, ctx_hi, blk_lo, blk_hi}, kv_len,
-                   positions_of(heads, kv_heads, head_dim, forward_sm90_runs_here()));
-}
-#else
-void run_forward_on_gpu(AttentionForwardParams&, const Tensor&, const Mask&, const std::optional<Tensor>&) {
-  fail("block_attn: this build has no CUDA kernels");
-}
-#endif
 
 void set_keys(const char* op, AttentionParams& p, const Tensor& k, const Tensor& v) {
   p.kv_heads = k.size(1);
@@ -232,34 +157,36 @@ std::tuple<Tensor, Tensor, Tensor> backward(Tensor grad_out, std::optional<Tenso
   return {grad_q, grad_k, grad_v};
 }
 
-Tensor decode(Tensor q, Tensor k_cache, Tensor v_cache, Tensor ctx_lo, Tensor ctx_hi, Tensor blk_lo, Tensor blk_hi,
-              int64_t kv_len, std::optional<Tensor> block_table, double scale, double softcap) {
-  constexpr const char* kOp = "block_attn_decode";
-  AttentionForwardParams p{};
-  set_inputs(kOp, p, q, k_cache, v_cache, {ctx_lo, ctx_hi, blk_lo, blk_hi}, scale, softcap);
-  for (int i = 0; i < 3; ++i) check(k_cache.size(i) == v_cache.size(i), kOp, ": the two caches must have one shape");
-  bool page_missing = false;
+// Contiguous caches [B, Hkv, S, D], or with a block table pages [pages, page_size, Hkv, D].
+void set_caches(const char* op, AttentionParams& p, const Tensor& k_cache, const Tensor& v_cache, int64_t kv_len,
+                const std::optional<Tensor>& block_table) {
+  for (int i = 0; i < 3; ++i) check(k_cache.size(i) == v_cache.size(i), op, ": the two caches must have one shape");
   int64_t capacity;
-  if (block_table) {  // pages [pages, page_size, Hkv, D]
+  if (block_table) {
     check(block_table->scalar_type() == ScalarType::Int && block_table->dim() == 2 &&
-              block_table->size(0) == p.batch && block_table->is_contiguous() && block_table->is_cpu(),
-          kOp, ": block_table must be contiguous int32 [", p.batch, ", max_pages]");
+              block_table->size(0) == p.batch && block_table->is_contiguous() &&
+              block_table->get_device_index() == k_cache.get_device_index(),
+          op, ": block_table must be contiguous int32 [", p.batch, ", max_pages]");
     p.pages = {static_cast<const int32_t*>(block_table->data_ptr()), block_table->size(1), k_cache.size(1),
-               k_cache.size(0), &page_missing};
+               k_cache.size(0), nullptr};
     for (HeadStrides* strides : {&p.k_strides, &p.v_strides}) std::swap(strides->head, strides->row);
     p.kv_heads = k_cache.size(2);
     capacity = p.pages.max_pages * p.pages.page_size;
   } else {
-    check(k_cache.size(0) == p.batch, kOp, ": the caches are for batch ", k_cache.size(0), ", q for ", p.batch);
+    check(k_cache.size(0) == p.batch, op, ": the caches are for batch ", k_cache.size(0), ", q for ", p.batch);
     p.kv_heads = k_cache.size(1);
     capacity = k_cache.size(2);
   }
-  check(0 <= kv_len && kv_len <= capacity, kOp, ": the mask is over ", kv_len, " keys, the cache has ", capacity);
-  check_heads(kOp, p);
-  Tensor out = torch::stable::empty_like(q);
-  p.out = out.data_ptr();
-  p.out_strides = head_strides(kOp, "out", out);
-  p.kv_len = std::min(kv_len, end_of(p.mask, p.mask.batch == 0 ? p.q_len : p.batch * p.q_len));
+  check(0 <= kv_len && kv_len <= capacity, op, ": the mask is over ", kv_len, " keys, the cache has ", capacity);
+  check_heads(op, p);
+  p.kv_len = kv_len;
+}
+
+void run_decode_on_cpu(AttentionForwardParams& p, const Tensor& q) {
+  constexpr const char* kOp = "block_attn_decode";
+  bool page_missing = false;
+  p.pages.missing = &page_missing;
+  p.kv_len = std::min(p.kv_len, end_of(p.mask, p.mask.batch == 0 ? p.q_len : p.batch * p.q_len));
   p.splits = std::max<int64_t>(1, (p.kv_len + kSplitLen - 1) / kSplitLen);
   p.split_len = kSplitLen;
   const int64_t rows = p.batch * p.heads * p.q_len;
@@ -273,6 +200,29 @@ Tensor decode(Tensor q, Tensor k_cache, Tensor v_cache, Tensor ctx_lo, Tensor ct
   run_forward(p, q);
   check(!page_missing, kOp, ": a row sees keys whose entry in block_table is not one of the ", p.pages.count, " pages");
   if (p.splits > 1 && rows > 0) run_on_cpu(block_attn_combine, p, rows, 64);
+}
+
+Tensor decode(Tensor q, Tensor k_cache, Tensor v_cache, Tensor ctx_lo, Tensor ctx_hi, Tensor blk_lo, Tensor blk_hi,
+              int64_t kv_len, std::optional<Tensor> block_table, std::optional<Tensor> plan, bool exact, double scale,
+              double softcap) {
+  constexpr const char* kOp = "block_attn_decode";
+  const Mask mask{ctx_lo, ctx_hi, blk_lo, blk_hi};
+  Tensor out = torch::stable::empty_like(q);
+  const auto run = [&](auto params, auto kernel) {
+    set_inputs(kOp, params, q, k_cache, v_cache, mask, scale, softcap);
+    set_caches(kOp, params, k_cache, v_cache, kv_len, block_table);
+    params.out = out.data_ptr();
+    params.out_strides = head_strides(kOp, "out", out);
+    kernel(params);
+  };
+  if (q.is_cpu()) {
+    run(AttentionForwardParams{}, [&](AttentionForwardParams& p) { run_decode_on_cpu(p, q); });
+  } else {
+    run(DecodeParams{}, [&](DecodeParams& p) {
+      p.exact = exact;
+      run_decode_on_gpu(p, q, mask, plan);
+    });
+  }
   return out;
 }
 
@@ -284,14 +234,15 @@ STABLE_TORCH_LIBRARY_FRAGMENT(dflash_ext, m) {
       "Tensor? plan, float scale, float softcap) -> (Tensor out, Tensor lse)");
   m.def(
       "block_attn_plan(Tensor ctx_lo, Tensor ctx_hi, Tensor blk_lo, Tensor blk_hi, int kv_len, int heads, "
-      "int kv_heads, int head_dim) -> Tensor");
+      "int kv_heads, int head_dim, bool decode) -> Tensor");
   m.def(
       "block_attn_backward(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor ctx_lo, "
       "Tensor ctx_hi, Tensor blk_lo, Tensor blk_hi, Tensor out, Tensor lse, float scale, float softcap) "
       "-> (Tensor grad_q, Tensor grad_k, Tensor grad_v)");
   m.def(
       "block_attn_decode(Tensor q, Tensor k_cache, Tensor v_cache, Tensor ctx_lo, Tensor ctx_hi, Tensor blk_lo, "
-      "Tensor blk_hi, SymInt kv_len, Tensor? block_table, float scale, float softcap) -> Tensor");
+      "Tensor blk_hi, SymInt kv_len, Tensor? block_table, Tensor? plan, bool exact, float scale, float softcap) "
+      "-> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(dflash_ext, CPU, m) {
@@ -302,9 +253,7 @@ STABLE_TORCH_LIBRARY_IMPL(dflash_ext, CPU, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(dflash_ext, CUDA, m) {
   m.impl("block_attn", TORCH_BOX(&forward));
-#ifdef DFLASH_EXT_CUDA
-  m.impl("block_attn_plan", TORCH_BOX(&plan));
-#endif
+  m.impl("block_attn_decode", TORCH_BOX(&decode));
 }
 
 }  // namespace dflash

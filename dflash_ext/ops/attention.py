@@ -17,6 +17,7 @@ from .serving import warn_once
 load()
 _native = torch.ops.dflash_ext
 
+_GPU_DTYPES = (torch.bfloat16, torch.float16)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -77,6 +78,7 @@ def block_attn_decode(
     block_table: Tensor | None = None,
     scale: float | None = None,
     softcap: float | None = None,
+    exact: bool = False,
 ) -> Tensor:
     """``block_attn`` of a few rows against a key and value cache, for decoding; no gradient.
 
@@ -89,6 +91,10 @@ def block_attn_decode(
         block_table: int32 ``[B, max_pages]``: entry j is the page of positions
             ``[j * page_size, (j + 1) * page_size)``; entries beyond a row's length may hold -1.
         scale, softcap: as in ``block_attn``.
+        exact: a row's result depends, to the bit, on its own query and the keys that it sees, not on the rest of
+            the batch, the length or layout of the cache, or the bounds of others. On the CPU that is always so.
+
+    On a GPU entries of block_table that are no page are read as zeros; on the CPU they are an error.
 
     Returns:
         ``[B, Hq, Lq, D]`` in q's dtype, 0 for rows that see no key.
@@ -113,11 +119,13 @@ def block_attn_decode(
     _check_mask("block_attn_decode", q, mask)
     if mask.kv_len > capacity:
         raise ValueError(f"block_attn_decode: the mask is over {mask.kv_len} keys, the cache has {capacity}")
-    warn_once("block_attn_decode", q.device)
     with torch.no_grad():
-        if not q.is_cuda:
-            scaling = _scaling(q, scale, softcap)
-            return _native.block_attn_decode(q, k_cache, v_cache, *_bounds(mask), mask.kv_len, block_table, *scaling)
+        if not q.is_cuda or q.dtype in _GPU_DTYPES:
+            kv_heads = k_cache.shape[1 if block_table is None else 2]
+            tiles = mask.tiles_for(q.shape[1], kv_heads, q.shape[3], decode=True)
+            keys = *_bounds(mask), mask.kv_len, block_table
+            return _native.block_attn_decode(q, k_cache, v_cache, *keys, tiles, exact, *_scaling(q, scale, softcap))
+        warn_once("block_attn_decode", q.device)
         return reference.block_attn_decode(
             q, k_cache, v_cache, mask, block_table=block_table, scale=scale, softcap=softcap
         )
@@ -134,7 +142,7 @@ def _scaling(q: Tensor, scale: float | None, softcap: float | None) -> tuple[flo
 
 def _has_gpu_kernel(*tensors: Tensor) -> bool:
     differentiated = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
-    return tensors[0].dtype in (torch.bfloat16, torch.float16) and not differentiated
+    return tensors[0].dtype in _GPU_DTYPES and not differentiated
 
 
 def _scaled_dot_product(q: Tensor, k: Tensor, v: Tensor, mask: IntervalMask, scale: float | None) -> Tensor:

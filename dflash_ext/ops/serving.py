@@ -13,7 +13,7 @@ _FORWARD = f"{NATIVE} (bf16, fp16; without gradients), else PyTorch SDPA with a 
 
 SERVED_BY = {
     "block_attn": {"cpu": NATIVE, "cuda": _FORWARD},
-    "block_attn_decode": {"cpu": NATIVE, "cuda": _REFERENCE},
+    "block_attn_decode": {"cpu": NATIVE, "cuda": f"{NATIVE} (bf16, fp16), else {_REFERENCE}"},
     "masked_cross_entropy": {"cpu": NATIVE, "cuda": NATIVE},
     "linear_cross_entropy": {"cpu": f"PyTorch GEMM and {NATIVE}", "cuda": f"PyTorch GEMM and {NATIVE}"},
     "sample": {"cpu": NATIVE, "cuda": _REFERENCE},

@@ -345,7 +345,7 @@ def test_registrations():
     saved = (q, k, v, *bounds, out, lse, *scaling)
     torch.library.opcheck(ops.block_attn_backward, (torch.randn_like(out), None, *saved))
     torch.library.opcheck(ops.block_attn_backward, (torch.randn_like(out), torch.randn_like(lse), *saved))
-    torch.library.opcheck(ops.block_attn_decode, (q, k, v, *bounds, mask.kv_len, None, *scaling))
+    torch.library.opcheck(ops.block_attn_decode, (q, k, v, *bounds, mask.kv_len, None, None, False, *scaling))
 
 
 @pytest.mark.parametrize("function", [block_attn, block_attn_decode])

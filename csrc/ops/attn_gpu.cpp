@@ -1,0 +1,111 @@
+// Attention on a GPU: plans, and which kernel serves a call.
+#include "ops/attn.h"
+
+#include "attn/kernels.h"
+
+namespace dflash {
+
+#ifdef DFLASH_EXT_CUDA
+
+namespace {
+
+#ifndef DFLASH_EXT_HOPPER
+constexpr bool forward_sm90_runs_here() { return false; }
+constexpr bool forward_sm90_serves(const AttentionForwardParams&) { return false; }
+constexpr const char* forward_sm90(const AttentionForwardParams&, void*) { return nullptr; }
+#endif
+
+// Positions of a tile of rows.
+int64_t positions_of(int64_t heads, int64_t kv_heads, int64_t head_dim, bool hopper) {
+  return (hopper ? hopper_tile_rows(head_dim) : tile_rows(head_dim)) / fold_of(heads, kv_heads);
+}
+
+// [tiles + the rows that `counters` int32 fill, kTilePlanInts]
+int64_t plan_rows(int64_t tiles, int64_t counters) { return tiles + (counters + kTilePlanInts - 1) / kTilePlanInts; }
+
+Tensor make_plan(const Mask& mask, int64_t kv_len, int64_t positions, int64_t counters) {
+  constexpr const char* kOp = "block_attn_plan";
+  const int64_t entries = mask.ctx_lo.size(0), q_len = mask.ctx_lo.size(1);
+  const int64_t tiles = entries * tiles_of(q_len, positions);
+  Tensor plan = new_empty(mask.ctx_lo, {plan_rows(tiles, counters), kTilePlanInts}, ScalarType::Int);
+  Tensor unsorted = new_empty(mask.ctx_lo, {tiles, kTilePlanInts}, ScalarType::Int);
+  auto* const data = static_cast<int32_t*>(plan.data_ptr());
+  const PlanParams p{intervals(kOp, mask, entries, q_len), entries, q_len, kv_len, positions, data,
+                     static_cast<int32_t*>(unsorted.data_ptr()), data + tiles * kTilePlanInts, counters};
+  const CudaScope scope(mask.ctx_lo);
+  check_launch(kOp, plan_sm80(p, scope.stream()));
+  return plan;
+}
+
+// The given plan, or one made now. A plan for other tiles than this call's does not fit: it would be wrong to use it.
+Tensor plan_for(const std::optional<Tensor>& given, const Tensor& q, const Mask& mask, int64_t kv_len,
+                int64_t positions, int64_t counters) {
+  const int64_t tiles = mask.ctx_lo.size(0) * tiles_of(q.size(2), positions);
+  const bool fits = given && given->dim() == 2 && given->size(0) == plan_rows(tiles, counters) &&
+                    given->size(1) == kTilePlanInts && given->scalar_type() == ScalarType::Int &&
+                    given->is_contiguous() && given->get_device_index() == q.get_device_index();
+  return fits ? *given : make_plan(mask, kv_len, positions, counters);
+}
+
+Tensor plan(Tensor ctx_lo, Tensor ctx_hi, Tensor blk_lo, Tensor blk_hi, int64_t kv_len, int64_t heads,
+            int64_t kv_heads, int64_t head_dim, bool decode) {
+  check(kv_heads > 0 && heads % kv_heads == 0, "block_attn_plan: ", heads, " query heads are no multiple of ", kv_heads,
+        " key heads");
+  const CudaScope scope(ctx_lo);
+  AttentionParams p{};
+  p.heads = heads;
+  p.kv_heads = kv_heads;
+  const int64_t positions =
+      decode ? decode_positions(p) : positions_of(heads, kv_heads, head_dim, forward_sm90_runs_here());
+  return make_plan({ctx_lo, ctx_hi, blk_lo, blk_hi}, kv_len, positions, decode ? kDecodeCounters : 0);
+}
+
+}  // namespace
+
+void run_forward_on_gpu(AttentionForwardParams& p, const Tensor& q, const Mask& mask,
+                        const std::optional<Tensor>& plan) {
+  constexpr const char* kOp = "block_attn";
+  check(p.dtype == DType::kBFloat16 || p.dtype == DType::kFloat16, kOp,
+        ": on a GPU q, k and v must be bfloat16 or float16");
+  if (p.batch == 0 || p.heads == 0 || p.q_len == 0) return;
+  const CudaScope scope(q);
+  const bool hopper = forward_sm90_serves(p);
+  const int64_t positions = positions_of(p.heads, p.kv_heads, p.head_dim, hopper);
+  p.plan_entries = mask.ctx_lo.size(0);
+  // A plan is made for the best kernel here; another kernel's tiles may be others.
+  const Tensor used =
+      plan_for(hopper == forward_sm90_runs_here() ? plan : std::nullopt, q, mask, p.kv_len, positions, 0);
+  p.plan = static_cast<const int32_t*>(used.data_ptr());
+  check_launch(kOp, hopper ? forward_sm90(p, scope.stream()) : forward_sm80(p, scope.stream()));
+}
+
+void run_decode_on_gpu(DecodeParams& p, const Tensor& q, const Mask& mask, const std::optional<Tensor>& plan) {
+  constexpr const char* kOp = "block_attn_decode";
+  check(p.dtype == DType::kBFloat16 || p.dtype == DType::kFloat16, kOp,
+        ": on a GPU q and the caches must be bfloat16 or float16");
+  if (p.batch == 0 || p.heads == 0 || p.q_len == 0) return;
+  const CudaScope scope(q);
+  p.plan_entries = mask.ctx_lo.size(0);
+  const int64_t tiles = p.plan_entries * tiles_of(p.q_len, decode_positions(p));
+  const Tensor used = plan_for(plan, q, mask, p.kv_len, decode_positions(p), kDecodeCounters);
+  p.plan = static_cast<const int32_t*>(used.data_ptr());
+  p.counters = static_cast<int32_t*>(used.data_ptr()) + tiles * kTilePlanInts;
+  const Tensor workspace = new_empty(q, {decode_workspace(p)}, ScalarType::Byte);
+  p.workspace = workspace.data_ptr();
+  check_launch(kOp, decode_sm80(p, scope.stream()));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(dflash_ext, CUDA, m) { m.impl("block_attn_plan", TORCH_BOX(&plan)); }
+
+#else
+
+void run_forward_on_gpu(AttentionForwardParams&, const Tensor&, const Mask&, const std::optional<Tensor>&) {
+  fail("block_attn: this build has no CUDA kernels");
+}
+void run_decode_on_gpu(DecodeParams&, const Tensor&, const Mask&, const std::optional<Tensor>&) {
+  fail("block_attn_decode: this build has no CUDA kernels");
+}
+
+#endif
+
+}  // namespace dflash

@@ -1,0 +1,160 @@
+"""block_attn_decode's GPU kernel: any cache, any lengths, graphs, and the bits of exact mode."""
+
+import math
+
+import pytest
+import torch
+from test_attention import distance
+
+from dflash_ext import IntervalMask, block_attn_decode, reference
+
+pytestmark = pytest.mark.gpu
+
+HALVES = [torch.bfloat16, torch.float16]
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory():
+    """Memory that torch has not filled yet holds NaN."""
+    torch.manual_seed(0)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def filled(batch, heads, kv_heads, q_len, capacity, head_dim, dtype=torch.bfloat16):
+    shapes = [(batch, heads, q_len, head_dim)] + [(batch, kv_heads, capacity, head_dim)] * 2
+    return [torch.randn(shape, device="cuda", dtype=dtype) for shape in shapes]
+
+
+def lengths(*values):
+    return torch.tensor(values, dtype=torch.int32, device="cuda")
+
+
+def dirty(mask, *caches):
+    """The caches with NaN wherever no row of an entry sees the key."""
+    seen = mask.to_bool().any(-2)[..., None]
+    pad = caches[0].shape[2] - mask.kv_len
+    seen = torch.nn.functional.pad(seen, (0, 0, 0, pad))
+    return [cache.masked_fill(~seen, math.nan) for cache in caches]
+
+
+def paged(cache, page_size, order):
+    """The cache in pages, shuffled, and its table."""
+    batch, heads, capacity, dim = cache.shape
+    count = capacity // page_size
+    pages = cache.transpose(1, 2).reshape(batch * count, page_size, heads, dim)
+    where = torch.empty_like(order)
+    where[order] = torch.arange(len(order), device=order.device)
+    return pages[order].contiguous(), where.view(batch, count).int()
+
+
+def check(got, q, k, v, mask, **options):
+    want = reference.block_attn(q.double(), *(x[:, :, : mask.kv_len].double() for x in (k, v)), mask, **options)
+    assert distance(got, want) <= 3 * torch.finfo(q.dtype).eps / 4
+    empty = ~mask.to_bool().any(-1)
+    assert not got.transpose(1, 2)[empty.expand(q.shape[0], -1, -1)[:, 0]].any()
+
+
+CASES = {
+    "draft": lambda: IntervalMask.decode(lengths(900, 7, 0), 16, kv_len=1000),
+    "verify": lambda: IntervalMask.decode(lengths(63, 300, 64), 16, kv_len=400, causal=True),
+    "one token": lambda: IntervalMask.decode(lengths(2049, 1, 511), 1, kv_len=2100),
+    "fewer rows": lambda: IntervalMask.decode(lengths(90, 5, 17), 16, q_lens=lengths(16, 0, 3), kv_len=200),
+    "window": lambda: IntervalMask.decode(lengths(900, 70, 10), 9, kv_len=1000, window=100, causal=True),
+    "start": lambda: IntervalMask.decode(lengths(900, 70, 10), 9, kv_len=1000, kv_start=lengths(500, 69, 0)),
+    "canvas": lambda: IntervalMask.decode(lengths(700, 70, 0), 256, kv_len=1000),
+}
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("head_dim", [64, 80, 128, 256, 512])
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_any_lengths_in_a_dirty_cache(case, head_dim, dtype):
+    mask = case()
+    q, k, v = filled(mask.batch, 8, 2, mask.q_len, mask.kv_len + 37, head_dim, dtype)
+    for exact in (False, True):
+        check(block_attn_decode(q, *dirty(mask, k, v), mask, exact=exact), q, k, v, mask)
+
+
+@pytest.mark.parametrize(("heads", "kv_heads"), [(1, 1), (6, 2), (5, 1), (8, 8), (12, 1), (32, 8), (71, 1), (128, 1)])
+def test_every_ratio_of_heads(heads, kv_heads):
+    mask = CASES["verify"]()
+    q, k, v = filled(3, heads, kv_heads, mask.q_len, mask.kv_len, 64)
+    check(block_attn_decode(q, k, v, mask), q, k, v, mask)
+
+
+@pytest.mark.parametrize("options", [{"scale": -0.3}, {"softcap": 5.0}, {"softcap": 5.0, "scale": 2.0}])
+def test_options(options):
+    mask = CASES["draft"]()
+    q, k, v = filled(3, 8, 2, mask.q_len, mask.kv_len, 128)
+    check(block_attn_decode(q, k, v, mask, **options), q, k, v, mask, **options)
+
+
+@pytest.mark.parametrize("page_size", [16, 24, 64, 256])
+@pytest.mark.parametrize("exact", [False, True])
+def test_pages(page_size, exact):
+    mask = IntervalMask.decode(lengths(700, 33, 5), 16, kv_len=3 * 256)
+    q, k, v = filled(3, 8, 2, 16, 3 * 256, 128)
+    order = torch.randperm(3 * (768 // page_size), device="cuda")
+    (k_pages, table), (v_pages, _) = (paged(cache, page_size, order) for cache in dirty(mask, k, v))
+    last = (lengths(716, 49, 21) + page_size - 1) // page_size
+    table = table.masked_fill(torch.arange(table.shape[1], device="cuda") >= last[:, None], -1)
+    got = block_attn_decode(q, k_pages, v_pages, mask, block_table=table, exact=exact)
+    check(got, q, k, v, mask)
+    assert torch.equal(got, block_attn_decode(q, k, v, mask, exact=exact)) or not exact
+
+
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_strides(head_dim):
+    """Caches that keep a token's heads together, and addresses that are odd."""
+    mask = CASES["verify"]()
+    q = torch.randn(3, 16, 8, head_dim + 1, device="cuda", dtype=torch.bfloat16)[..., 1:].transpose(1, 2)
+    k, v = (torch.randn(3, 450, 2, head_dim, device="cuda", dtype=torch.bfloat16).transpose(1, 2) for _ in range(2))
+    check(block_attn_decode(q, k, v, mask), q, k, v, mask)
+    odd = torch.randn(3, 2, 450, head_dim + 3, device="cuda", dtype=torch.bfloat16)[..., 3:]
+    check(block_attn_decode(q, odd, v, mask), q, odd, v, mask)
+
+
+def test_a_row_has_the_same_bits_wherever_it_stands():
+    """In exact mode: alone or in a batch, in a longer cache, in another block, with another mask beside it."""
+    q, k, v = filled(4, 8, 2, 16, 3000, 128)
+    lens = lengths(1500, 300, 2900, 0)
+    together = block_attn_decode(q, k, v, IntervalMask.decode(lens, 16, kv_len=3000, causal=True), exact=True)
+    for b, length in enumerate(lens.tolist()):
+        one = slice(b, b + 1)
+        alone = IntervalMask.decode(length, 16, kv_len=length + 16, causal=True, device="cuda")
+        got = block_attn_decode(q[one], k[one], v[one], alone, exact=True)
+        assert torch.equal(got, together[one]), length
+        for row in (0, 7, 15):
+            single = IntervalMask.decode(length + row, 1, kv_len=3000, device="cuda")
+            got = block_attn_decode(q[one, :, row : row + 1], k[one], v[one], single, exact=True)
+            assert torch.equal(got, together[one, :, row : row + 1]), (length, row)
+
+
+def test_one_graph_serves_all_lengths():
+    q, k, v = filled(3, 32, 8, 16, 2100, 128)
+    lens = lengths(1000, 20, 300)
+
+    def decode():
+        mask = IntervalMask.decode(lens, 16, kv_len=2100).plan(32, 8, 128, decode=True)
+        return [block_attn_decode(q, k, v, mask) for _ in range(3)]
+
+    decode()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        outs = decode()
+    for new in (lengths(2000, 0, 1), lengths(5, 1999, 1024)):
+        lens.copy_(new)
+        graph.replay()
+        mask = IntervalMask.decode(lens, 16, kv_len=2100)
+        for out in outs:
+            check(out, q, k, v, mask)
+
+
+def test_nothing_to_do():
+    for batch, q_len, kv_len in ((0, 3, 4), (2, 0, 4), (2, 3, 0)):
+        mask = IntervalMask(*torch.zeros(4, 1, q_len, dtype=torch.int32, device="cuda"), kv_len)
+        q, k, v = filled(batch, 4, 2, q_len, kv_len, 64)
+        out = block_attn_decode(q, k, v, mask)
+        assert out.shape == q.shape and not out.any()
