@@ -32,8 +32,8 @@ class Meeting {
   DFLASH_INLINE Meeting(const DecodeProblem& p, const Parts& parts)
       : counter_(reinterpret_cast<uint32_t&>(p.counters[parts.first_block])), blocks_(parts.blocks) {}
 
-  // One thread of a block, after a barrier that follows what the block has written.
-  DFLASH_INLINE void arrive() { counter_.fetch_add(1, cuda::memory_order_release); }
+  // One thread of a block, after a barrier that follows what the block has written, and a fence that releases it.
+  DFLASH_INLINE void arrive() { counter_.fetch_add(1, cuda::memory_order_relaxed); }
 
   // One thread of a block, before a barrier that precedes what the block reads.
   DFLASH_INLINE void wait() {
@@ -48,8 +48,8 @@ class Meeting {
   uint32_t blocks_;
 };
 
-// Parts lie as the warps that made them hold them: of 16 rows and eight columns ("a fragment") a lane has two neighbours
-// of row lane / 4 and two of the row 8 below. Here a warp adds up kWidth neighbouring fragments of all parts, in order.
+// Parts lie as the warps that made them hold them: of a fragment, 16 rows and eight columns, a lane has two neighbours
+// of row lane / 4 and two of the row 8 below. Here a warp adds up kWidth fragments side by side, part by part.
 template <class T, int kWidth, int kBatch>
 DFLASH_INLINE void combine_fragments(const DecodeProblem& p, const Parts& parts, const ItemRows& rows,
                                      const RowPlace* places, int row_group, int first_fragment) {
@@ -131,17 +131,16 @@ DFLASH_INLINE void combine(const DecodeProblem& p, const Share& share, const Ite
   const ItemRows rows(p, p.tile_plan(item.tile), item.replica);
   if (parts.blocks > 1 && threadIdx.x == 0) Meeting(p, parts).wait();
   __syncthreads();
+  const int warps = parts.blocks * (kThreads / 32), row_groups = (rows.positions * p.fold + 15) / 16;
   const auto share_out = [&]<int kWidth, int kBatch> {
-    constexpr int kWarps = kThreads / 32;
     const int across = (p.fragments + kWidth - 1) / kWidth;
-    const int count = (rows.positions * p.fold + 15) / 16 * across;
-    int i = (blockIdx.x - parts.first_block) * kWarps + threadIdx.x / 32;
-    for (; i < count; i += parts.blocks * kWarps) {
+    int i = (blockIdx.x - parts.first_block) * (kThreads / 32) + threadIdx.x / 32;
+    for (; i < row_groups * across; i += warps) {
       combine_fragments<T, kWidth, kBatch>(p, parts, rows, places, i / across, i % across * kWidth);
     }
   };
-  // Eight loads under way: along the parts where there are many, or else along the row too.
-  if (parts.count > 4) {
+  // Eight loads under way: all along the parts where there are warps enough, or else along the row too.
+  if (row_groups * p.fragments <= warps) {
     share_out.template operator()<1, 8>();
   } else {
     share_out.template operator()<4, 2>();

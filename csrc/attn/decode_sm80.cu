@@ -1,6 +1,6 @@
-// Decode attention: few rows, many keys, bound by the memory that the cache lies in. A persistent grid walks through the
-// work of decode_work.h. Key tiles stream through a ring in shared memory that runs on from one item into the next; of
-// a tile's 64 rows each warp has 16, and keeps their output in registers.
+// Decode attention: few rows, many keys, bound by the memory that the cache lies in. A persistent grid walks through
+// the work of decode_work.h. Key tiles stream through a ring in shared memory that runs on from one item into the next;
+// of a tile's 64 rows each warp has 16, and keeps their output in registers.
 #include <algorithm>
 #include <bit>
 #include <type_traits>
@@ -110,7 +110,8 @@ struct Decoder : DecodeTile<kDim> {
   }
 
   static DFLASH_INLINE const T* row_of(const void* cache, const HeadStrides& strides, int kv_head, int2 location) {
-    return static_cast<const T*>(cache) + kv_head * strides.head + location.x * strides.batch + location.y * strides.row;
+    return static_cast<const T*>(cache) + location.x * strides.batch + kv_head * strides.head +
+           location.y * strides.row;
   }
 
   // Starts copying a tile of keys and values. Only what some row may see is read.
@@ -183,8 +184,8 @@ struct Decoder : DecodeTile<kDim> {
         prefetch(static_cast<const T*>(p.q) + rows.offset(p.q_strides, row) + column);
       }
     }
-    if (warp == 0 && lane < rows.positions) {
-      const int64_t at = rows.batch * p.mask.batch + rows.first + lane;
+    if (threadIdx.x < rows.positions) {
+      const int64_t at = rows.batch * p.mask.batch + rows.first + threadIdx.x;
       for (const int32_t* bound : {p.mask.ctx_lo, p.mask.ctx_hi, p.mask.blk_lo, p.mask.blk_hi}) prefetch(bound + at);
     }
   }
@@ -366,7 +367,8 @@ struct Decoder : DecodeTile<kDim> {
       sum += __shfl_xor_sync(~0u, sum, 1);
       sum += __shfl_xor_sync(~0u, sum, 2);
       if (first_column == 0 && lane % 4 == 0) {
-        p.partial_stats[slot * kDecodeRows + first_row + lane / 4 + 8 * r] = {softmax.largest[r] * state.scores.factor, sum};
+        const int row = slot * kDecodeRows + first_row + lane / 4 + 8 * r;
+        p.partial_stats[row] = {softmax.largest[r] * state.scores.factor, sum};
       }
     }
   }
@@ -447,6 +449,7 @@ struct Decoder : DecodeTile<kDim> {
       }
     };
     if (threadIdx.x == 0) {
+      cuda::atomic_thread_fence(cuda::memory_order_release, cuda::thread_scope_device);
       for_each_item([&](const Item& item) {
         if (!share.holds(item)) Meeting(p, Parts(p, share, item)).arrive();
       });
@@ -528,7 +531,6 @@ cudaError_t launch(const DecodeParams& params, cudaStream_t stream) {
   problem.fragments = static_cast<int>(params.head_dim / 8);
   problem.positions = static_cast<int>(decode_positions(params));
   problem.unit_shift = std::countr_zero(static_cast<unsigned>(params.exact ? kExactKeys : Tile::kKeys));
-  problem.min_units_shift = params.exact ? 0 : 1;
   problem.stages = grid.stages;
   problem.q_aligned = is_aligned(params.q, params.q_strides);
   problem.kv_aligned = is_aligned(params.k, params.k_strides) && is_aligned(params.v, params.v_strides);

@@ -14,7 +14,6 @@ struct DecodeProblem : DecodeParams {
   int head_tiles, fold, positions;
   int fragments;          // of 8 columns, in a row
   int unit_shift;  // a unit is 1 << unit_shift keys
-  int min_units_shift;  // a block takes no fewer than 1 << min_units_shift, as long as there are any
   int stages;
   bool q_aligned, kv_aligned;  // rows begin at multiples of 16 bytes
   float4* partial_out;         // [slots, kDecodeRows / 16, head_dim / 8, 32]: sums of exp2(score - maximum) * value
@@ -214,7 +213,7 @@ struct Share {
     }
     const int total = __shfl_sync(~0u, before, 31) * p.replicas;
     before -= own;
-    blocks = max(min(static_cast<int>(gridDim.x), total >> p.min_units_shift), 1);
+    blocks = max(min(static_cast<int>(gridDim.x), total), 1);
     length = total / blocks;
     remainder = total - length * blocks;
     const int block = blockIdx.x;
