@@ -6,7 +6,7 @@
 #include <algorithm>
 
 #include "attn/kernels.h"
-#include "attn/key_runs.h"
+#include "attn/key_tiles.h"
 #include "attn/softmax.h"
 #include "common/mma.h"
 
@@ -27,12 +27,12 @@ struct Tiling {
   // A warp's outputs take 128 registers a thread at most: 32 rows (each fragment of keys and values then serves two
   // fragments of rows, which halves the reads of shared memory), or 16 rows of 256 columns. A larger head dimension is
   // shared by warps: each sums the scores over its own columns of q and k, and makes its own columns of the output.
-  static constexpr int kFragments = kHeadDim == 128 ? 2 : 1;
+  static constexpr int kFragments = kHeadDim <= 128 ? 2 : 1;
   static constexpr int kWarpRows = 16 * kFragments;
   static constexpr int kWarpDim = std::min(kHeadDim, 256);
   static constexpr int kParts = kHeadDim / kWarpDim;
   static constexpr int kThreads = kRows / kWarpRows * kParts * 32;
-  static constexpr int kMinBlocks = kHeadDim <= 128 ? 2 : 1;
+  static constexpr int kMinBlocks = kHeadDim == 64 ? 3 : kHeadDim == 128 ? 2 : 1;
 
   // With few rows a warp, reading queries again for every key tile would cost more than the registers do.
   static constexpr bool kKeepsQueries = kFragments == 1;
@@ -66,26 +66,26 @@ struct TileRows {
 template <int kKeys>
 struct Item {
   TilePlan plan;
-  KeyRuns<kKeys> keys;
+  KeyTiles<kKeys> key_tiles;
   Scores scores;
   TileRows rows;
   const uint16_t *k, *v;  // the head's
 
-  DFLASH_INLINE Item(const AttentionForwardParams& p, const Launch& launch, int64_t index)
+  DFLASH_INLINE Item(const AttentionForwardParams& p, const Launch& launch, uint32_t index)
       : plan(reinterpret_cast<const TilePlan*>(p.plan)[index / (repeats(p) * head_groups(p, launch))]),
-        keys(plan),
+        key_tiles(plan),
         scores(p) {
     const int64_t batch = p.plan_entries == 1 ? index / head_groups(p, launch) % repeats(p) : plan.entry;
-    const int64_t head = index % head_groups(p, launch) << launch.fold_bits;
-    const int64_t kv_head = head / (p.heads / p.kv_heads);
-    rows = {batch, static_cast<int>(head), plan.first, static_cast<int>(p.q_len), launch.fold_bits};
+    const int head = index % head_groups(p, launch) << launch.fold_bits;
+    const int64_t kv_head = head / (static_cast<int>(p.heads) / static_cast<int>(p.kv_heads));
+    rows = {batch, head, plan.first, static_cast<int>(p.q_len), launch.fold_bits};
     k = static_cast<const uint16_t*>(p.k) + batch * p.k_strides.batch + kv_head * p.k_strides.head;
     v = static_cast<const uint16_t*>(p.v) + batch * p.v_strides.batch + kv_head * p.v_strides.head;
   }
 
  private:
-  static DFLASH_INLINE int64_t repeats(const AttentionForwardParams& p) { return p.plan_entries == 1 ? p.batch : 1; }
-  static DFLASH_INLINE int64_t head_groups(const AttentionForwardParams& p, const Launch& launch) {
+  static DFLASH_INLINE uint32_t repeats(const AttentionForwardParams& p) { return p.plan_entries == 1 ? p.batch : 1; }
+  static DFLASH_INLINE uint32_t head_groups(const AttentionForwardParams& p, const Launch& launch) {
     return p.heads >> launch.fold_bits;
   }
 };
@@ -165,7 +165,9 @@ template <class T, class Tile>
 class TileForward {
   static constexpr int kKeys = Tile::kKeys, kFragments = Tile::kFragments, kParts = Tile::kParts;
   static constexpr int kSteps = Tile::kWarpDim / 16, kKeySteps = kKeys / 16;
-  using ThreadScores = float[kFragments][kKeys / 2];  // laid out as softmax.h says
+  // Both laid out as softmax.h says; of the probabilities two neighbours in one, which makes them A fragments.
+  using ThreadScores = float[kFragments][kKeys / 2];
+  using Probabilities = uint32_t[kFragments][kKeySteps][4];
 
  public:
   DFLASH_INLINE TileForward(const AttentionForwardParams& p, const Launch& launch, Shared<Tile>& shared)
@@ -182,12 +184,12 @@ class TileForward {
         value_pieces_(tiles_ + Tile::kValuesAt + part_bytes_, lane_ % 16, lane_ / 16) {}
 
   DFLASH_INLINE void run() {
-    if (threadIdx.x == 0) shared_.item = Item<kKeys>(p_, launch_, blockIdx.x);
+    const Item<kKeys> item(p_, launch_, blockIdx.x);
+    if (threadIdx.x == 0) shared_.item = item;
+    load_queries(item.rows);
     __syncthreads();
-    load_queries();
-    const int count = shared_.item.keys.count();
-    if (count > 0) copy_keys(0);
-    for (int tile = 0; tile < shared_.item.keys.count(); ++tile) {
+    if (shared_.item.key_tiles.count() > 0) copy_keys(0);
+    for (int tile = 0; tile < shared_.item.key_tiles.count(); ++tile) {
       wait_for_copies<0>();
       __syncthreads();  // the keys are there, and the last values have been used
       copy_values(tile);
@@ -195,10 +197,11 @@ class TileForward {
       multiply_keys(s);
       wait_for_copies<0>();
       __syncthreads();  // the values are there, and the keys have been used
-      if (tile + 1 < shared_.item.keys.count()) copy_keys(tile + 1);
+      if (tile + 1 < shared_.item.key_tiles.count()) copy_keys(tile + 1);
       add_partials(s);
-      take_exponentials(s, shared_.item.keys[tile]);
-      multiply_values(s);
+      Probabilities probabilities;
+      take_exponentials(s, shared_.item.key_tiles[tile], probabilities);
+      multiply_values(probabilities);
     }
     wait_for_copies<0>();  // of the queries, where there are no keys
     __syncthreads();
@@ -208,8 +211,7 @@ class TileForward {
  private:
   DFLASH_INLINE bool is_inside(int chunk) const { return chunk * kChunkSize < static_cast<int>(p_.head_dim); }
 
-  DFLASH_INLINE void load_queries() {
-    const TileRows rows = shared_.item.rows;
+  DFLASH_INLINE void load_queries(const TileRows& rows) {
     const CopyShare<Tile> share;
     const auto at = [&](int i) {
       return static_cast<const uint16_t*>(p_.q) + rows.offset(p_.q_strides, share.row + i) + share.chunk * kChunkSize;
@@ -226,7 +228,6 @@ class TileForward {
       __syncthreads();
 #pragma unroll
       for (int step = 0; step < kSteps; ++step) load_matrices(queries_[step], query_pieces_(0, step));
-      __syncthreads();
     }
   }
 
@@ -240,16 +241,12 @@ class TileForward {
   // Keys that no row sees are zeros, so that nothing they hold reaches a row.
   DFLASH_INLINE void copy(int to, int tile, const uint16_t* head, int64_t stride, bool aligned) {
     const CopyShare<Tile> share;
-    const KeyTile keys = shared_.item.keys[tile];
-    const uint16_t* before_seam = head + (keys.first + share.row) * stride + share.chunk * kChunkSize;
-    const uint16_t* after_seam = before_seam + keys.jump * stride;
+    const int key = shared_.item.key_tiles[tile] + share.row;
     const int hi = shared_.item.plan.hi[0], next_lo = shared_.item.plan.lo[1], next_hi = shared_.item.plan.hi[1];
+    const uint16_t* from = head + key * stride + share.chunk * kChunkSize;
     const bool inside = is_inside(share.chunk);
-    const auto at = [&](int i) { return (share.row + i < keys.seam ? before_seam : after_seam) + i * stride; };
-    const auto has = [&](int i) {
-      const int key = keys.first + share.row + i + (share.row + i < keys.seam ? 0 : keys.jump);
-      return inside & ((key < hi) | ((key >= next_lo) & (key < next_hi)));
-    };
+    const auto at = [&](int i) { return from + i * stride; };
+    const auto has = [&](int i) { return inside & ((key + i < hi) | ((key + i >= next_lo) & (key + i < next_hi))); };
     copy_rows<Tile, kKeys>(tiles_ + to, aligned, at, has);
   }
 
@@ -302,18 +299,21 @@ class TileForward {
   DFLASH_INLINE float4* partial(int warp, int i) { return &shared_.partials[(warp * (kKeys / 8) + i) * 32 + lane_]; }
 
   // Scores become exponentials, and earlier outputs shrink where a row's maximum has grown.
-  DFLASH_INLINE void take_exponentials(ThreadScores& s, const KeyTile& keys) {
+  DFLASH_INLINE void take_exponentials(ThreadScores& s, int first_key, Probabilities& probabilities) {
     const Scores& scores = shared_.item.scores;
+    const bool is_full = shared_.item.key_tiles.is_full(first_key);
 #pragma unroll
     for (int m = 0; m < kFragments; ++m) {
       scores(s[m]);
-      if (!keys.is_full) {
+      if (!is_full) {
         const RowBounds* own = &shared_.bounds[row_ + 16 * m + lane_ / 4];
-        hide(s[m], {own[0], own[8]}, keys);
+        hide(s[m], {own[0], own[8]}, first_key);
       }
       const float before[2] = {softmax_[m].largest[0], softmax_[m].largest[1]};
       float correction[2];
       softmax_[m].add(s[m], scores.factor, correction);
+#pragma unroll
+      for (int i = 0; i < kKeys / 4; ++i) probabilities[m][i / 4][i % 4] = pack<T>(s[m][2 * i], s[m][2 * i + 1]);
       // Maxima soon stop growing. A branch does not pay, though, where a multiprocessor has one block: it keeps the
       // exponentials from running under the matrix products that follow.
       const bool has_grown = before[0] != softmax_[m].largest[0] || before[1] != softmax_[m].largest[1];
@@ -327,24 +327,17 @@ class TileForward {
     }
   }
 
-  // o += s v
-  DFLASH_INLINE void multiply_values(const ThreadScores& s) {
+  DFLASH_INLINE void multiply_values(const Probabilities& a) {
 #pragma unroll
     for (int step = 0; step < kKeySteps; ++step) {
-      uint32_t a[kFragments][4];
-#pragma unroll
-      for (int m = 0; m < kFragments; ++m) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) a[m][i] = pack<T>(s[m][8 * step + 2 * i], s[m][8 * step + 2 * i + 1]);
-      }
 #pragma unroll
       for (int n = 0; n < Tile::kWarpDim / 16; ++n) {
         uint32_t b[4];
         load_matrices_transposed(b, value_pieces_(step, n));
 #pragma unroll
         for (int m = 0; m < kFragments; ++m) {
-          multiply<T>(o_[m][2 * n], a[m], b[0], b[1]);
-          multiply<T>(o_[m][2 * n + 1], a[m], b[2], b[3]);
+          multiply<T>(o_[m][2 * n], a[m][step], b[0], b[1]);
+          multiply<T>(o_[m][2 * n + 1], a[m][step], b[2], b[3]);
         }
       }
     }
