@@ -464,10 +464,10 @@ class IntervalMask:
         from torch.nn.attention.flex_attention import create_block_mask
 
         single = self.batch == 1
+        bounds = [bound[0] for bound in self._bounds()] if single else self._bounds()
 
         def mask_mod(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-            b = torch.zeros_like(b) if single else b
-            return self._sees(*(bound[b, q] for bound in self._bounds()), k)
+            return self._sees(*(bound[q] if single else bound[b, q] for bound in bounds), k)
 
         batch = None if single else self.batch
         return create_block_mask(mask_mod, batch, None, self.q_len, self.kv_len, device=self.device)
