@@ -368,17 +368,14 @@ class TileForward {
     const CopyShare<Tile> share;
     for (int row = share.row; row < Tile::kRows; row += share.kStep) {
       if (!rows.has(row) || !is_inside(share.chunk)) continue;
-      const uint4 chunk = *reinterpret_cast<const uint4*>(shared_.tiles + chunk_offset<Tile>(row, share.chunk));
+      const auto chunk =
+          *reinterpret_cast<const Chunk<uint16_t>*>(shared_.tiles + chunk_offset<Tile>(row, share.chunk));
       auto* out = static_cast<uint16_t*>(p_.out) + rows.offset(p_.out_strides, row) + share.chunk * kChunkSize;
       if (launch_.out_aligned) {
-        __stcg(reinterpret_cast<uint4*>(out), chunk);
+        *reinterpret_cast<Chunk<uint16_t>*>(out) = chunk;
       } else {
-        const uint32_t pairs[kChunkSize / 2] = {chunk.x, chunk.y, chunk.z, chunk.w};
 #pragma unroll
-        for (int k = 0; k < kChunkSize / 2; ++k) {
-          out[2 * k] = static_cast<uint16_t>(pairs[k]);
-          out[2 * k + 1] = static_cast<uint16_t>(pairs[k] >> 16);
-        }
+        for (int i = 0; i < kChunkSize; ++i) out[i] = chunk.values[i];
       }
     }
   }
