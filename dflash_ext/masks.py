@@ -17,6 +17,7 @@ from torch.utils import _pytree as pytree
 from .library import load
 
 Length = int | Tensor
+_FAR = 1 << 30  # beyond every key, and far from where int32 ends
 Device = torch.device | str | None
 
 
@@ -127,7 +128,7 @@ class IntervalMask:
         seq_len: Length, window: int, *, max_len: int | None = None, device: Device = None
     ) -> IntervalMask:
         """Row i sees the last ``window`` keys up to i, itself included."""
-        _at_least_one("sliding_window", "window", window)
+        window = _at_least_one("sliding_window", "window", window)
         device = _device(device, seq_len)
         lens, max_len = _padded(seq_len, max_len, device, "sliding_window")
         pos = _arange(max_len, device)
@@ -183,7 +184,7 @@ class IntervalMask:
 
         The first ``prefix_len`` tokens are causal and belong to no block; the first block starts after them.
         """
-        _at_least_one("block_causal", "block_size", block_size)
+        block_size = _at_least_one("block_causal", "block_size", block_size)
         device = _device(device, seq_len, prefix_len)
         lens, max_len = _padded(seq_len, max_len, device, "block_causal")
         prefix = _column(prefix_len, device, "block_causal", "prefix_len")
@@ -211,7 +212,7 @@ class IntervalMask:
         A noised block of x_t sees itself in both directions and the clean blocks of x_0 before it; a block of
         x_0 sees the clean blocks up to its own.
         """
-        _at_least_one("block_diffusion", "block_size", block_size)
+        block_size = _at_least_one("block_diffusion", "block_size", block_size)
         device = _device(device, seq_len)
         lens, max_len = _padded(seq_len, max_len, device, "block_diffusion")
         row = _arange(2 * max_len, device)
@@ -255,6 +256,10 @@ class IntervalMask:
             total_len = cu_seqlens[-1] if total_len is None else total_len
             if max_len is None:
                 max_len = max((b - a for a, b in zip(cu_seqlens, cu_seqlens[1:], strict=False)), default=0)
+            if any(a > b for a, b in zip([0, *cu_seqlens], cu_seqlens, strict=False)) or list(cu_seqlens)[:1] != [0]:
+                raise ValueError(
+                    f"IntervalMask.packed: cu_seqlens is {list(cu_seqlens)}; ascending offsets from 0 are needed"
+                )
             offsets = torch.tensor(list(cu_seqlens), dtype=torch.int32, device=device)
         if offsets.dim() != 1 or offsets.numel() < 2:
             raise ValueError(f"IntervalMask.packed: cu_seqlens is {list(offsets.shape)}; [2] or more is needed")
@@ -309,9 +314,9 @@ class IntervalMask:
         ``q_pos - k_pos < window`` at the slot's own position, and the block is causal. "speculators": all
         slots see the same ``window`` tokens before the anchor, and the block is bidirectional.
         """
-        _at_least_one("anchor_blocks", "block_size", block_size)
+        block_size = _at_least_one("anchor_blocks", "block_size", block_size)
         if window is not None:
-            _at_least_one("anchor_blocks", "window", window)
+            window = _at_least_one("anchor_blocks", "window", window)
         if convention not in ("specforge", "speculators"):
             raise ValueError(
                 f"IntervalMask.anchor_blocks: convention is {convention!r}; 'specforge' and 'speculators' are supported"
@@ -332,7 +337,10 @@ class IntervalMask:
         if context_start is None:
             context_start = anchors.new_zeros(batch, starts)
         token_start = context_start.to(torch.int32)
-        anchor_start = token_start.gather(1, anchors.long()) if include_context else token_start
+        anchor_start = token_start
+        if include_context:
+            # An anchor that is not kept may be anywhere.
+            anchor_start = token_start.gather(1, anchors.long().clamp(0, context_len - 1))
 
         slot = _arange(count * block_size, anchors.device)
         off = slot % block_size
@@ -380,7 +388,7 @@ class IntervalMask:
         kv_len: the capacity of the buffer; required when cache_lens is a tensor, else cache_lens + block_len.
         """
         if window is not None:
-            _at_least_one("decode", "window", window)
+            window = _at_least_one("decode", "window", window)
         device = _device(device, cache_lens, q_lens, kv_start)
         if kv_len is None:
             if isinstance(cache_lens, Tensor):
@@ -486,9 +494,11 @@ def _arange(length: int, device: Device) -> Tensor:
     return torch.arange(length, dtype=torch.int32, device=device)[None]
 
 
-def _at_least_one(where: str, name: str, value: int) -> None:
+def _at_least_one(where: str, name: str, value: int) -> int:
+    """The value, or one as good that int32 positions can be moved by."""
     if value < 1:
         raise ValueError(f"IntervalMask.{where}: {name} is {value}; at least 1 is needed")
+    return min(value, _FAR)
 
 
 def _column(length: Length, device: Device, where: str, name: str) -> Tensor:
@@ -499,10 +509,10 @@ def _column(length: Length, device: Device, where: str, name: str) -> Tensor:
                 f"IntervalMask.{where}: {name} is {length.dtype} {list(length.shape)}; "
                 "an int, or int32 or int64 [B], is needed"
             )
-        return length.to(torch.int32)[:, None]
+        return length.clamp(max=_FAR).to(torch.int32)[:, None]
     if length < 0:
         raise ValueError(f"IntervalMask.{where}: {name} is {length}; a length is not negative")
-    return torch.full((1, 1), length, dtype=torch.int32, device=device)
+    return torch.full((1, 1), min(length, _FAR), dtype=torch.int32, device=device)
 
 
 def _padded(
@@ -552,5 +562,13 @@ pytree.register_pytree_node(
         (mask.kv_len, mask.planned_for),
     ),
     lambda leaves, fixed: IntervalMask(*leaves[:4], fixed[0], *leaves[4:], planned_for=fixed[1]),
+    flatten_with_keys_fn=lambda mask: (
+        [
+            (pytree.GetAttrKey(name), getattr(mask, name))
+            for name in ("ctx_lo", "ctx_hi", "blk_lo", "blk_hi", "tiles")
+            if getattr(mask, name) is not None
+        ],
+        (mask.kv_len, mask.planned_for),
+    ),
     serialized_type_name="dflash_ext.IntervalMask",
 )

@@ -292,7 +292,7 @@ def verify(
     """Speculative sampling (arXiv 2211.17192, 2302.01318); see ``dflash_ext.verify`` for shapes and rules."""
     batch, drafted = draft_tokens.shape
     device = draft_tokens.device
-    drafted_lens = torch.full((batch,), drafted, device=device) if draft_lens is None else draft_lens
+    drafted_lens = torch.full((batch,), drafted, device=device) if draft_lens is None else draft_lens.clamp(0, drafted)
     real = torch.arange(drafted, device=device) < drafted_lens[:, None]
     if not isinstance(temperature, Tensor) and temperature == 0:
         best = target_logits.argmax(-1)

@@ -393,3 +393,37 @@ def test_refusals_name_the_value(build, message):
     with pytest.raises(ValueError, match=message) as caught:
         build()
     assert "\n" not in str(caught.value)
+
+
+def test_a_window_or_block_beyond_all_keys_is_none():
+    far = 10**12
+    assert torch.equal(IntervalMask.sliding_window(5, far).to_bool(), IntervalMask.causal(5).to_bool())
+    assert torch.equal(IntervalMask.decode(5, 3, window=far).to_bool(), IntervalMask.decode(5, 3).to_bool())
+    assert IntervalMask.block_causal(5, 2**31).to_bool().all()
+    assert IntervalMask.full(torch.tensor([2**32 + 3]), q_len=1, kv_len=10).to_bool().all()
+    anchors = torch.tensor([[3]])
+    wide = IntervalMask.anchor_blocks(10, anchors, 4, window=far, convention="speculators")
+    assert torch.equal(wide.to_bool(), IntervalMask.anchor_blocks(10, anchors, 4).to_bool())
+
+
+def test_anchors_that_are_not_kept_may_be_anywhere():
+    keep, kept = torch.tensor([[True, False]]), torch.tensor([[3]])
+    mask = IntervalMask.anchor_blocks(10, torch.tensor([[3, -1]]), 4, keep=keep, include_context=True)
+    alone = IntervalMask.anchor_blocks(10, kept, 4, include_context=True)
+    assert torch.equal(mask.to_bool()[:, :, :14, :14], alone.to_bool()) and not mask.to_bool()[:, :, 14:].any()
+
+
+@pytest.mark.parametrize("offsets", [[0, 7, 3], [2, 5], [-3, 2]])
+def test_packed_offsets_ascend_from_zero(offsets):
+    with pytest.raises(ValueError, match="ascending offsets from 0"):
+        IntervalMask.packed(offsets, IntervalMask.causal)
+
+
+def test_a_mask_is_an_input_of_an_exported_program():
+    class Attend(torch.nn.Module):
+        def forward(self, q, mask):
+            return block_attn(q, q, q, mask)
+
+    q, mask = torch.randn(1, 1, 5, 8), IntervalMask.causal(5)
+    program = torch.export.export(Attend(), (q, mask))
+    assert torch.equal(program.module()(q, mask), block_attn(q, q, q, mask))

@@ -55,7 +55,7 @@ def block_attn(
     """
     _check_places("block_attn", mask, q=q, k=k, v=v)
     q, k, v = _autocast(q, k, v)
-    _check("block_attn", q, k, v, softcap)
+    _check("block_attn", q, k, v, scale, softcap)
     _check_mask("block_attn", q, mask)
     if k.shape[2] != mask.kv_len:
         raise ValueError(f"block_attn: the mask is over {mask.kv_len} keys, k has {k.shape[2]}")
@@ -85,8 +85,8 @@ def block_attn_decode(
     Args:
         q: ``[B, Hq, Lq, D]`` as in ``block_attn``.
         k_cache, v_cache: contiguous ``[B, Hkv, S, D]``; or, with block_table, pages
-            ``[pages, page_size, Hkv, D]``. The block's own keys are in the cache already. What lies outside
-            the visible intervals is never used, NaN included.
+            ``[pages, page_size, Hkv, D]``. The block's own keys are in the cache already. What no
+            row of an entry sees is never used, NaN included.
         mask: ``IntervalMask.decode(...)`` with kv_len at most S, or at most max_pages * page_size.
         block_table: int32 ``[B, max_pages]``: entry j is the page of positions
             ``[j * page_size, (j + 1) * page_size)``; entries beyond a row's length may hold -1.
@@ -104,11 +104,11 @@ def block_attn_decode(
     _check_places("block_attn_decode", mask, q=q, k_cache=k_cache, v_cache=v_cache, block_table=block_table)
     q, k_cache, v_cache = _autocast(q, k_cache, v_cache)
     if block_table is None:
-        _check("block_attn_decode", q, k_cache, v_cache, softcap)
+        _check("block_attn_decode", q, k_cache, v_cache, scale, softcap)
         capacity = k_cache.shape[2]
     else:
         pages = (cache.transpose(1, 2) for cache in (k_cache, v_cache))
-        _check("block_attn_decode", q, *pages, softcap, paged=True)
+        _check("block_attn_decode", q, *pages, scale, softcap, paged=True)
         if block_table.dtype != torch.int32 or block_table.dim() != 2 or block_table.shape[0] != q.shape[0]:
             raise ValueError(
                 f"block_attn_decode: block_table is {block_table.dtype} {list(block_table.shape)}; "
@@ -175,7 +175,9 @@ def _check_places(op: str, mask: IntervalMask, **tensors: Tensor | None) -> None
     check_one_device(op, **tensors, mask=mask.ctx_lo)
 
 
-def _check(op: str, q: Tensor, k: Tensor, v: Tensor, softcap: float | None, paged: bool = False) -> None:
+def _check(
+    op: str, q: Tensor, k: Tensor, v: Tensor, scale: float | None, softcap: float | None, paged: bool = False
+) -> None:
     """q [B, Hq, Lq, D] against k and v [B or pages, Hkv, Lk or page_size, D]."""
     q_shape, k_shape = q.shape, k.shape
 
@@ -199,8 +201,10 @@ def _check(op: str, q: Tensor, k: Tensor, v: Tensor, softcap: float | None, page
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.stride(3) != 1:
             raise ValueError(f"{op}: the last dimension of {name} has stride {x.stride(3)}; 1 is needed")
-    if softcap is not None and not softcap > 0:
-        raise ValueError(f"{op}: softcap is {softcap}; it must be positive, or None for none")
+    if softcap is not None and not 1e-30 < softcap < 1e30:
+        raise ValueError(f"{op}: softcap is {softcap}; it must be positive and of float32's size, or None for none")
+    if scale is not None and not -1e30 < scale < 1e30:
+        raise ValueError(f"{op}: scale is {scale}; a number of float32's size is needed, or None for D ** -0.5")
 
 
 def _check_mask(op: str, q: Tensor, mask: IntervalMask) -> None:

@@ -65,6 +65,8 @@ def kv_inject(
     if layers == 0 or len(v_caches) != layers:
         raise ValueError(f"kv_inject: {layers} k_caches, {len(v_caches)} v_caches; one per layer is needed")
     cache = k_caches[0]
+    if torch.is_grad_enabled() and any(each.requires_grad for each in (*k_caches, *v_caches)):
+        raise ValueError("kv_inject: a cache requires a gradient; caches are written in place and have none")
     if cache.dim() != 4:
         raise ValueError(f"kv_inject: a cache is {list(cache.shape)}; four dimensions are needed")
     if any(other.shape != cache.shape for other in (*k_caches, *v_caches)):
@@ -121,7 +123,9 @@ def kv_inject(
             raise ValueError(f"kv_inject: features are {dtype}, a cache {cache.dtype}; both or neither may be float64")
         with torch.no_grad(), torch.autocast("cpu", enabled=False):
             # Contiguous: oneDNN's bfloat16 product reads between the rows too, and lets NaN from there through.
-            projected = features.reshape(-1, width).to(dtype).contiguous() @ weight.to(dtype).T
+            # A token without a slot may hold anything, which must not reach its neighbours through that product.
+            rows = features if slots is None else features.masked_fill((slots < 0)[..., None], 0.0)
+            projected = rows.reshape(-1, width).to(dtype).contiguous() @ weight.to(dtype).T
         _native.kv_write(
             projected,
             k_caches,
@@ -139,6 +143,7 @@ def kv_inject(
             v_norm,
             rope_interleaved,
         )
+        _count_writes(*k_caches, *v_caches)
         return
     warn_once("kv_inject", features.device)
     with torch.no_grad():
@@ -160,6 +165,15 @@ def kv_inject(
             slots=slots,
             block_table=block_table,
         )
+
+
+def _count_writes(*caches: Tensor) -> None:
+    """Lets autograd know, so that a backward that saved a cache refuses instead of using what is there now."""
+    if torch.compiler.is_compiling():
+        return
+    for cache in caches:
+        if not cache.is_inference():
+            torch.autograd.graph.increment_version(cache)
 
 
 def _as(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:

@@ -212,6 +212,8 @@ def _by_chunks(hidden, head, target, weight, teacher, rows, chunk_rows, make_hid
         for chunk in _chunks(len(hidden), rows, chunk_rows):
             # Contiguous: oneDNN's bfloat16 product reads between the rows too, and lets NaN from there through.
             x = hidden[chunk].contiguous()
+            if weight is not None:  # zero times what a row that does not count may hold need not be zero
+                x = x.masked_fill((weight[chunk] == 0)[:, None], 0.0)
             logits = x @ head.T
             beside = (None if each is None else each[chunk][None] for each in (target, weight, teacher))
             for result, part in zip(results, loss_of(logits[None], *beside, *options), strict=False):

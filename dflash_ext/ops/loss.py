@@ -147,7 +147,7 @@ def options_of(
         raise ValueError(f"reduction is {reduction!r}; 'mean', 'sum' and 'none' are supported")
     if teacher_kind not in TEACHER_KINDS:
         raise ValueError(f"teacher_kind is {teacher_kind!r}; 'kl' and 'tv' are supported")
-    if softcap is not None and not softcap > 0:
+    if softcap is not None and not 1e-30 < softcap < 1e30:
         raise ValueError(f"softcap is {softcap}; it must be positive, or None for none")
     for name, share in (("label_smoothing", label_smoothing), ("teacher_mix", teacher_mix)):
         if not 0 <= share <= 1:

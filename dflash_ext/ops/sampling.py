@@ -68,7 +68,7 @@ def sample(
     _check_numbers("sample", rows, **filters)
     logits = logits.detach()
     if not logits.is_cuda:
-        ids, reals = _native.sample(logits, seed, *_filters(logits, **filters))
+        ids, reals = _native.sample(logits, seed.contiguous(), *_filters(logits, **filters))
         token, argmax = ids.unbind()
         prob, logprob, entropy, margin, max_prob, pivot, normaliser, filtered_entropy = reals.unbind()
         drawn = Sample(token, prob, logprob, entropy, margin, argmax, max_prob, pivot, normaliser)
@@ -157,6 +157,8 @@ def verify(
     ):
         if given is not None and given.shape != shape:
             raise ValueError(f"verify: {name} is {list(given.shape)}; {list(shape)} is needed")
+    if draft_lens is not None and (draft_lens.is_floating_point() or draft_lens.dtype == torch.bool):
+        raise ValueError(f"verify: draft_lens is {draft_lens.dtype}; an integer dtype is needed")
     if (draft_pivot is None) != (draft_normaliser is None) or (draft_pivot is not None and draft_logits is None):
         raise ValueError("verify: draft_pivot and draft_normaliser come together, and with draft_logits")
     for name, given in (("target_logits", target_logits), ("draft_logits", draft_logits)):
@@ -181,7 +183,7 @@ def verify(
                 draft_logits,
                 _as(draft_pivot, real),
                 _as(draft_normaliser, real),
-                seed,
+                None if seed is None else seed.contiguous(),
                 _as(uniforms, torch.float64),
                 _as(draft_lens, torch.int64),
                 *_filters(target_logits, **filters),
@@ -271,15 +273,19 @@ def reveal_count(total: Tensor, step: int, steps: int, *, schedule: str = "linea
     return reference.reveal_count(total, step, steps, schedule=schedule)
 
 
+# Of numbers that are not 0. Outside them a temperature or its inverse leaves float32.
+_RANGES = {"temperature": (1e-30, 1e30), "min_p": (0.0, 1.0)}
+
+
 def _check_numbers(op: str, rows: int, **numbers: float | Tensor | None) -> None:
     for name, value in numbers.items():
         if isinstance(value, Tensor) and value.shape != (rows,):
             raise ValueError(f"{op}: {name} is a tensor {list(value.shape)}; a number or [{rows}] is needed")
         if isinstance(value, Tensor) or value is None:
             continue
-        most = 1.0 if name == "min_p" else math.inf
-        if not 0 <= value <= most or (name == "temperature" and math.isinf(value)):
-            raise ValueError(f"{op}: {name} is {value}; a finite number from 0 to {most} is needed")
+        least, most = _RANGES.get(name, (0.0, math.inf))
+        if not (value == 0 or least <= value <= most):
+            raise ValueError(f"{op}: {name} is {value}; 0 or a number from {least:g} to {most:g} is needed")
 
 
 def _check_seed(op: str, seed: Tensor, rows: int) -> None:

@@ -175,9 +175,7 @@ def examples_of(name: str, docstring: str) -> list[str]:
         return []
     calls = [(example.source.strip(), example.want.strip()) for example in examples]
     return [
-        f">>> {source}\n{want}"
-        for source, want in calls
-        if want and f"{name}(" in source and "\n" not in source + want
+        f">>> {source}\n{want}" for source, want in calls if want and f"{name}(" in source and "\n" not in source + want
     ][:3]
 
 

@@ -1,11 +1,12 @@
 """kv_inject against the same steps written for one token, layer and head at a time."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
 
-from dflash_ext import kv_inject, reference
+from dflash_ext import IntervalMask, block_attn, kv_inject, reference
 
 LAYERS, BATCH, LENGTH, WIDTH, HEADS, HEAD_DIM, CAPACITY, PAGE = 3, 2, 4, 10, 2, 8, 12, 4
 
@@ -297,3 +298,44 @@ def test_registration():
     added = compiled(k, v)
     kv_inject(k_caches=other_k, v_caches=other_v, **case)
     assert torch.equal(k, other_k) and torch.equal(v, other_v) and torch.equal(added, k + v)
+
+
+def one_layer(**changes):
+    """Arguments of a call over 4 tokens of width 5, one head of 8."""
+    given = {"features": torch.randn(1, 4, 5), "weight": torch.randn(16, 5), "slots": None} | changes
+    caches = torch.zeros(2, 1, 1, 4, 8).unbind()
+    rope = torch.ones(4, 4), torch.zeros(4, 4)
+    inject = partial(
+        kv_inject,
+        given["features"],
+        given["weight"],
+        caches[:1],
+        caches[1:],
+        torch.arange(4)[None],
+        *rope,
+        slots=given["slots"],
+    )
+    return inject, caches
+
+
+def test_a_backward_that_saved_a_cache_notices_the_write():
+    inject, (k, v) = one_layer()
+    q = torch.randn(1, 2, 2, 8, requires_grad=True)
+    out = block_attn(q, k, v, IntervalMask.full(4, q_len=2)).sum()
+    inject()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.backward()
+    with pytest.raises(ValueError, match="a cache requires a gradient"):
+        inject.func(*inject.args[:2], [k.requires_grad_()], *inject.args[3:])
+
+
+def test_a_token_without_a_slot_may_hold_anything():
+    for dtype, width in ((torch.bfloat16, 33), (torch.float32, 5)):
+        features, weight = torch.randn(1, 4, width, dtype=dtype), torch.randn(16, width, dtype=dtype)
+        slots = torch.tensor([[0, -1, 1, 2]])
+        inject, clean = one_layer(features=features, weight=weight, slots=slots)
+        inject()
+        features = features.index_fill(1, torch.tensor([1]), torch.nan)
+        inject, dirty = one_layer(features=features, weight=weight, slots=slots)
+        inject()
+        assert all(torch.equal(a, b) for a, b in zip(clean, dirty, strict=True))

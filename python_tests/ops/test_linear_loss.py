@@ -221,3 +221,15 @@ def test_wrong_arguments(change, message):
     } | change
     with pytest.raises(ValueError, match=message):
         linear_cross_entropy(**arguments)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_a_row_that_does_not_count_may_hold_anything(reduction):
+    hidden, head = torch.randn(4, 6), torch.randn(5, 6, requires_grad=True)
+    target, weight = torch.zeros(4, dtype=torch.long), torch.tensor([1.0, 1, 1, 0])
+    grads = []
+    for value in (0.0, torch.nan):
+        hidden[3] = value
+        loss = linear_cross_entropy(hidden, head, target, weight, max_rows=4, reduction=reduction).loss
+        grads += torch.autograd.grad(loss.sum(), head)
+    assert torch.equal(*grads)

@@ -205,3 +205,15 @@ def test_registration():
     lens = torch.full((BATCH,), 3, dtype=torch.int32)
     want = verify(draft, target, seed=SEED, draft_lens=lens, temperature=0.9, top_k=5)
     same(compiled(draft, target, SEED, lens), want)
+
+
+def test_lengths_beyond_the_draft_count_as_all_of_it(device):
+    draft, target = torch.randint(0, 2, (500, 1), device=device), torch.randn(500, 2, 2, device=device)
+    uniforms = torch.rand(500, 2, device=device)
+    given = {"draft_logits": torch.zeros(500, 1, 2, device=device), "uniforms": uniforms, "temperature": 1.0}
+    for function in (verify, reference.verify):
+        want = function(draft, target, **given)
+        got = function(draft, target, **given, draft_lens=torch.full((500,), 2, device=device))
+        assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+    with pytest.raises(ValueError, match="draft_lens is torch.float32"):
+        verify(draft, target, **given, draft_lens=torch.ones(500, device=device))
