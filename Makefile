@@ -27,6 +27,7 @@ test: .venv/ready
 
 lint: .venv/ready
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check --quiet .
 
 # All that runs the native library: a few minutes. SmolLM2 would take longer and call nothing else.
 SANITIZED := build/sanitized
@@ -51,6 +52,7 @@ endif
 	echo "$(TORCH)" > $@
 
 .venv/ready: .venv/torch pyproject.toml setup.py $(NATIVE)
+	@echo "building the native library: a minute, with nvcc several (DFLASH_EXT_KERNELS=none leaves the CUDA kernels out)"
 	$(PIP) --no-build-isolation --editable ".[test,demo]"
 	@$(BIN)/python -c "from dflash_ext import library; print('dflash_ext:', library.summary())"
 	touch $@

@@ -51,7 +51,7 @@ def summary() -> str:
     info = build_info()
     if info is None:
         return f"native library {load()}; its build facts are of another Python"
-    gpu = "no CUDA (nvcc was not there)"
+    gpu = "no CUDA (built without nvcc, or without its kernels)"
     if info["cuda_version"]:
         gpu = f"CUDA {info['cuda_version']} for {info['cuda_archs']}, {len(info['kernels'])} kernels"
     return f"native library {info['version']}: CPU ({info['cpu_isas']}) and {gpu}"

@@ -84,13 +84,15 @@ def decode(
     decoded = Decoded(completions, draft_width)
     by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
 
-    def commit(index: int, tokens: list[int]) -> bool:
+    def commit(index: int, tokens: list[int], *, cycle: bool = True) -> bool:
         """Adds tokens to a row up to a stop token or its length; returns whether the row has ended."""
         completion = completions[index]
         tokens = tokens[: max_new_tokens - len(completion.tokens)]
         stops = [i for i, token in enumerate(tokens) if token in stop_token_ids]
         tokens = tokens[: stops[0] + 1] if stops else tokens
         completion.tokens += tokens
+        if cycle:
+            completion.committed.append(len(tokens))
         if stops:
             completion.finish_reason = "stop"
         elif len(completion.tokens) == max_new_tokens:
@@ -115,7 +117,7 @@ def decode(
         )
         anchors = batch.prefill()
         decoded.prefill_seconds += batch.watch.lap()["prefill"]
-        ended = [commit(i, [token]) for i, token in zip(indices, anchors, strict=True)]
+        ended = [commit(i, [token], cycle=False) for i, token in zip(indices, anchors, strict=True)]
         while not all(ended):
             # Ended rows ride along, frozen, until leaving them out saves more than copying the caches costs.
             if 4 * sum(ended) >= len(ended):
@@ -124,11 +126,8 @@ def decode(
                 indices, ended = [indices[row] for row in rows], [False] * len(rows)
             for row, tokens in enumerate(batch.cycle(ended)):
                 if not ended[row]:
-                    completion = completions[indices[row]]
-                    before = len(completion.tokens)
-                    completion.accepted.append(len(tokens) - 1)
+                    completions[indices[row]].accepted.append(len(tokens) - 1)
                     ended[row] = commit(indices[row], tokens)
-                    completion.committed.append(len(completion.tokens) - before)
             decoded.cycles += 1
         laps = batch.watch.lap()
         decoded.draft_seconds += laps.get("draft", 0.0)

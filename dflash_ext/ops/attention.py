@@ -10,7 +10,7 @@ from torch import Tensor
 from .. import reference
 from ..library import load
 from ..masks import IntervalMask
-from .autograd import refuse_second_derivative
+from .autograd import refuse_forward_mode, refuse_second_derivative
 from .devices import autocast_dtype, check_one_device
 from .serving import warn_once
 
@@ -54,6 +54,7 @@ def block_attn(
     Raises ValueError for arguments that do not fit together, TypeError for a mask that is no IntervalMask.
     """
     _check_places("block_attn", mask, q=q, k=k, v=v)
+    refuse_forward_mode("block_attn", q, k, v)
     q, k, v = _autocast(q, k, v)
     _check("block_attn", q, k, v, scale, softcap)
     _check_mask("block_attn", q, mask)

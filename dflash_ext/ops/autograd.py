@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import NoReturn
 
 import torch
+import torch.autograd.forward_ad as forward_ad
+from torch import Tensor
 
 
 def refuse_second_derivative(op: str) -> None:
@@ -17,3 +19,11 @@ def refuse_second_derivative(op: str) -> None:
         raise RuntimeError(f"{op}: its gradient has no derivative; first derivatives are supported")
 
     torch.library.register_autograd(f"dflash_ext::{op}_backward", refuse)
+
+
+def refuse_forward_mode(op: str, *inputs: Tensor | None) -> None:
+    """Raises RuntimeError for an input with a tangent, which the dispatcher would drop: the result's would be 0."""
+    if forward_ad._current_level >= 0 and any(
+        x is not None and forward_ad.unpack_dual(x).tangent is not None for x in inputs
+    ):
+        raise RuntimeError(f"{op}: forward-mode derivatives are not supported")

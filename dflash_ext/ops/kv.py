@@ -124,7 +124,7 @@ def kv_inject(
         with torch.no_grad(), torch.autocast("cpu", enabled=False):
             # Contiguous: oneDNN's bfloat16 product reads between the rows too, and lets NaN from there through.
             # A token without a slot may hold anything, which must not reach its neighbours through that product.
-            rows = features if slots is None else features.masked_fill((slots < 0)[..., None], 0.0)
+            rows = features.masked_fill(((positions if slots is None else slots) < 0)[..., None], 0.0)
             projected = rows.reshape(-1, width).to(dtype).contiguous() @ weight.to(dtype).T
         _native.kv_write(
             projected,

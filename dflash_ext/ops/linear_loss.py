@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..reference import CrossEntropy
-from .autograd import refuse_second_derivative
+from .autograd import refuse_forward_mode, refuse_second_derivative
 from .devices import autocast_dtype, check_one_device
 from .loss import DTYPES, OPTIONS_SCHEMA, check_rows, mean_or_sum, options_of, real_dtype
 
@@ -62,6 +62,7 @@ def linear_cross_entropy(
     """
     options = options_of(reduction, softcap, label_smoothing, z_loss, teacher, teacher_kind, teacher_mix)
     check_one_device("linear_cross_entropy", hidden=hidden, head=head, target=target, weight=weight, teacher=teacher)
+    refuse_forward_mode("linear_cross_entropy", hidden, head)
     hidden, head, teacher = _autocast(hidden, head, teacher)
     _check(hidden, head, target, weight, teacher, max_rows, chunk_rows)
     shape, vocab = target.shape, head.shape[0]

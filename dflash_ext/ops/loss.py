@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..library import load
 from ..reference import CrossEntropy
-from .autograd import refuse_second_derivative
+from .autograd import refuse_forward_mode, refuse_second_derivative
 from .devices import autocast_dtype, check_one_device
 
 load()
@@ -84,6 +84,7 @@ def masked_cross_entropy(
     """
     options = options_of(reduction, softcap, label_smoothing, z_loss, teacher, teacher_kind, teacher_mix)
     check_one_device("masked_cross_entropy", logits=logits, target=target, weight=weight, teacher=teacher)
+    refuse_forward_mode("masked_cross_entropy", logits)
     if teacher is not None and autocast_dtype(logits.device):
         teacher = teacher.to(logits.dtype)
     _check(logits, target, weight, teacher)

@@ -275,3 +275,14 @@ def test_greedy_and_sampled_rows_mix():
         assert decoded.completions[row].tokens == own_output(target.model, PROMPTS[row], 20)
     for row in (1, 3):
         assert decoded.completions[row].tokens != own_output(target.model, PROMPTS[row], 20)
+
+
+def test_what_on_finish_gets_is_complete():
+    target, drafter = tiny_pair("llama")
+    seen = {}
+
+    def on_finish(index, completion):
+        seen[index] = completion.tau, sum(completion.committed) + 1 - len(completion.tokens)
+
+    decoded = decode(target, drafter, random_prompts(3), max_new_tokens=9, on_finish=on_finish)
+    assert seen == {i: (completion.tau, 0) for i, completion in enumerate(decoded.completions)}

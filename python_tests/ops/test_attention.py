@@ -523,3 +523,9 @@ def test_a_second_derivative_is_refused():
     (grad,) = torch.autograd.grad(block_attn(q, k, v, IntervalMask.causal(4)).square().sum(), q, create_graph=True)
     with pytest.raises(RuntimeError, match="block_attn: its gradient has no derivative"):
         grad.sum().backward()
+
+
+def test_forward_mode_is_refused():
+    q, k, v = inputs(IntervalMask.causal(4))
+    with pytest.raises(RuntimeError, match="block_attn: forward-mode derivatives are not supported"):
+        torch.func.jvp(lambda x: block_attn(x, k, v, IntervalMask.causal(4)), (q,), (q,))

@@ -233,3 +233,9 @@ def test_a_row_that_does_not_count_may_hold_anything(reduction):
         loss = linear_cross_entropy(hidden, head, target, weight, max_rows=4, reduction=reduction).loss
         grads += torch.autograd.grad(loss.sum(), head)
     assert torch.equal(*grads)
+
+
+def test_forward_mode_is_refused():
+    hidden, head, target = torch.randn(3, 4), torch.randn(5, 4), torch.zeros(3, dtype=torch.long)
+    with pytest.raises(RuntimeError, match="linear_cross_entropy: forward-mode derivatives are not supported"):
+        torch.func.jvp(lambda x: linear_cross_entropy(x, head, target).loss, (hidden,), (hidden,))

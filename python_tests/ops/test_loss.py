@@ -330,3 +330,9 @@ def test_cuda_graph():
     (expected, expected_grad), _ = both(*data[1])
     assert torch.equal(out.nll, expected.nll) and torch.equal(out.loss, expected.loss)
     assert torch.equal(grad, expected_grad)
+
+
+def test_forward_mode_is_refused():
+    logits, target = torch.randn(3, 5), torch.zeros(3, dtype=torch.long)
+    with pytest.raises(RuntimeError, match="masked_cross_entropy: forward-mode derivatives are not supported"):
+        torch.func.jvp(lambda x: masked_cross_entropy(x, target).loss, (logits,), (logits,))
