@@ -29,7 +29,7 @@ def test_prompts_are_answered_and_compared(monkeypatch, count):
         console.print("compared")
 
     monkeypatch.setattr(real, "smollm2_path", lambda: "smollm2")
-    monkeypatch.setattr(real, "load_target", lambda _: (target.model, word_tokenizer()))
+    monkeypatch.setattr(real, "load_target", lambda _, dtype: (target.model, word_tokenizer()))
     monkeypatch.setattr(real, "load_drafter", lambda *_, **__: drafter)
     monkeypatch.setattr(real, "compare", compare)
     out = io.StringIO()
