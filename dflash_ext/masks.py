@@ -554,21 +554,21 @@ def _intervals(
     return IntervalMask(*bounds, kv_len)
 
 
-# kv_len and planned_for are structure, not leaves, so that they stay numbers under torch.compile and export.
+def _keyed_leaves(mask: IntervalMask) -> tuple[list[tuple[pytree.GetAttrKey, Tensor]], tuple]:
+    """kv_len and planned_for are structure, not leaves, so that they stay numbers under torch.compile and export."""
+    names = ("ctx_lo", "ctx_hi", "blk_lo", "blk_hi") + (() if mask.tiles is None else ("tiles",))
+    return [(pytree.GetAttrKey(name), getattr(mask, name)) for name in names], (mask.kv_len, mask.planned_for)
+
+
+def _leaves(mask: IntervalMask) -> tuple[list[Tensor], tuple]:
+    keyed, structure = _keyed_leaves(mask)
+    return [leaf for _, leaf in keyed], structure
+
+
 pytree.register_pytree_node(
     IntervalMask,
-    lambda mask: (
-        [*mask._bounds(), *([] if mask.tiles is None else [mask.tiles])],
-        (mask.kv_len, mask.planned_for),
-    ),
-    lambda leaves, fixed: IntervalMask(*leaves[:4], fixed[0], *leaves[4:], planned_for=fixed[1]),
-    flatten_with_keys_fn=lambda mask: (
-        [
-            (pytree.GetAttrKey(name), getattr(mask, name))
-            for name in ("ctx_lo", "ctx_hi", "blk_lo", "blk_hi", "tiles")
-            if getattr(mask, name) is not None
-        ],
-        (mask.kv_len, mask.planned_for),
-    ),
+    _leaves,
+    lambda leaves, structure: IntervalMask(*leaves[:4], structure[0], *leaves[4:], planned_for=structure[1]),
+    flatten_with_keys_fn=_keyed_leaves,
     serialized_type_name="dflash_ext.IntervalMask",
 )

@@ -12,16 +12,9 @@ import torch.nn.functional as F
 
 from dflash_ext import IntervalMask, block_attn, block_attn_decode, library, reference
 
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
-
-
-@pytest.fixture(autouse=True)
-def poisoned_memory():
-    """Memory that torch has not filled yet holds NaN: an output or scratch that is read unwritten shows."""
-    torch.manual_seed(0)
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def some_empty_rows(device):

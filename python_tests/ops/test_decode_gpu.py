@@ -8,18 +8,9 @@ from test_attention import distance
 
 from dflash_ext import IntervalMask, block_attn_decode, reference
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("poisoned_memory")]
 
 HALVES = [torch.bfloat16, torch.float16]
-
-
-@pytest.fixture(autouse=True)
-def poisoned_memory():
-    """Memory that torch has not filled yet holds NaN."""
-    torch.manual_seed(0)
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def filled(batch, heads, kv_heads, q_len, capacity, head_dim, dtype=torch.bfloat16):
