@@ -5,7 +5,8 @@
 
 namespace dflash {
 
-// The rows of a tile: positions times the query heads of one key head, row r at position r / fold in head r % fold.
+// The rows that go through matrix products together: positions times the query heads of one key head, row r at position
+// r / fold in head r % fold.
 constexpr int kDecodeRows = 64;
 
 // In exact mode a row's keys are summed in parts of this many, cut at multiples of it.
@@ -18,8 +19,7 @@ struct DecodeParams : AttentionParams {
   void* out;  // rows aligned to 4 bytes
   HeadStrides out_strides;
 
-  // TilePlan[plan_entries * tiles_of(q_len, decode_positions)]; entry 0 serves all of the batch where plan_entries is
-  // 1.
+  // TilePlan[plan_entries * tiles_of(q_len, decode_positions)]; entry 0 serves all of the batch where plan_entries is 1.
   const int32_t* plan;
   int64_t plan_entries;
 
@@ -36,12 +36,30 @@ inline int64_t decode_head_tiles(const AttentionParams& p) { return (group_of(p)
 inline int64_t decode_fold(const AttentionParams& p) {
   return (group_of(p) + decode_head_tiles(p) - 1) / decode_head_tiles(p);
 }
-inline int64_t decode_positions(const AttentionParams& p) { return kDecodeRows / decode_fold(p); }
+
+// Warpgroups that share a tile of Hopper's kernel: one where memory is what takes time, two where there are enough rows
+// for the products to. 0: it has no tile for these shapes.
+inline int64_t decode_warpgroups(const AttentionParams& p) {
+  if (p.head_dim > 256 || decode_head_tiles(p) > 1) return 0;
+  return p.q_len * decode_fold(p) > kDecodeRows && p.head_dim > 64 ? 2 : 1;
+}
+
+// The positions of a tile.
+inline int64_t decode_positions(const AttentionParams& p, bool hopper) {
+  const int64_t of_warpgroup = kDecodeRows / decode_fold(p);
+  return hopper && decode_warpgroups(p) == 2 ? 2 * of_warpgroup : of_warpgroup;
+}
 
 // Bytes of workspace on the current device; they depend on shapes and `exact` only.
 int64_t decode_workspace(const DecodeParams& params);
 
 // Pages that the block table lacks are read as zeros.
 const char* decode_sm80(const DecodeParams& params, void* stream);
+
+#if defined(DFLASH_EXT_HOPPER) || defined(__CUDACC__)
+// On Hopper: whether the kernel serves this call on the current device. It uses neither counters nor workspace.
+bool decode_sm90_serves(const DecodeParams& params);
+const char* decode_sm90(const DecodeParams& params, void* stream);
+#endif
 
 }  // namespace dflash

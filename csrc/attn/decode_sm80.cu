@@ -7,6 +7,8 @@
 
 #include "attn/decode_combine.h"
 #include "attn/decode_work.h"
+#include "attn/kernels.h"
+#include "attn/not_finite.h"
 #include "attn/softmax.h"
 #include "common/mma.h"
 
@@ -78,21 +80,6 @@ struct Decoder : DecodeTile<kDim> {
   DFLASH_INLINE uint32_t keys_at(int stage) const { return ring + stage * Tile::kStageBytes; }
   DFLASH_INLINE uint32_t values_at(int stage) const { return keys_at(stage) + Tile::kKeyBytes; }
 
-  static DFLASH_INLINE void write(uint32_t shared, uint4 value) {
-    asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(shared), "r"(value.x), "r"(value.y), "r"(value.z),
-                 "r"(value.w)
-                 : "memory");
-  }
-
-  static DFLASH_INLINE uint4 read(uint32_t shared) {
-    uint4 value;
-    asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
-                 : "r"(shared)
-                 : "memory");
-    return value;
-  }
-
   // 16 bytes that may lie anywhere.
   static DFLASH_INLINE uint4 read(const T* from, bool aligned) {
     if (aligned) return __ldg(reinterpret_cast<const uint4*>(from));
@@ -161,8 +148,8 @@ struct Decoder : DecodeTile<kDim> {
       const T* const k = row_of(p.k, p.k_strides, job.rows.kv_head, location) + chunk * 8;
       const T* const v = row_of(p.v, p.v_strides, job.rows.kv_head, location) + chunk * 8;
       const uint32_t to = keys_at(stage) + place(key, chunk);
-      write(to, exists ? read(k, p.kv_aligned) : uint4{});
-      write(to + Tile::kKeyBytes, exists ? read(v, p.kv_aligned) : uint4{});
+      write_shared(to, exists ? read(k, p.kv_aligned) : uint4{});
+      write_shared(to + Tile::kKeyBytes, exists ? read(v, p.kv_aligned) : uint4{});
     }
   }
 
@@ -216,7 +203,7 @@ struct Decoder : DecodeTile<kDim> {
 #pragma unroll
       for (int i = 0; i < kBatch; ++i) {
         const int row = ((first + i) * kThreads + threadIdx.x) / kChunks, chunk = threadIdx.x % kChunks;
-        write(queries + place(row, chunk), values[i]);
+        write_shared(queries + place(row, chunk), values[i]);
       }
     }
 #pragma unroll
@@ -268,53 +255,6 @@ struct Decoder : DecodeTile<kDim> {
     }
   }
 
-  // The halves of a word that are not finite, as ones.
-  static DFLASH_INLINE uint32_t not_finite(uint32_t pair) {
-    constexpr uint32_t kExponent = std::is_same_v<T, __half> ? 0x7c007c00 : 0x7f807f80;
-    return __vcmpeq2(pair & kExponent, kExponent);
-  }
-  static DFLASH_INLINE uint4 not_finite(uint4 v) {
-    return {not_finite(v.x), not_finite(v.y), not_finite(v.z), not_finite(v.w)};
-  }
-
-  // In a product a value that is not finite spoils all rows, though their weights be zero. So where some rows do not
-  // see all keys such values are added to those that do, and zeros take their place.
-  DFLASH_INLINE void set_aside(int first_key, int stage) {
-    const uint32_t values = values_at(stage);
-    bool found = false;
-    for (int i = threadIdx.x; i < kKeys * kChunks; i += kThreads) {
-      const uint4 bad = not_finite(read(values + i * 16));
-      found |= (bad.x | bad.y | bad.z | bad.w) != 0;
-    }
-    if (!__syncthreads_or(found)) return;
-#pragma unroll 1
-    for (int key = 0; key < kKeys; ++key) {
-      const bool seen[2] = {bounds[0].sees(first_key + key), bounds[1].sees(first_key + key)};
-      const uint32_t own_values = values + place(key, first_column / 8) + lane % 4 * 4;
-#pragma unroll
-      for (int n = 0; n < kColumns / 8; ++n) {
-        uint32_t pair;
-        asm volatile("ld.shared.b32 %0, [%1];"
-                     : "=r"(pair)
-                     : "r"(own_values ^ n * 16)
-                     : "memory");
-        const uint32_t bad = not_finite(pair);
-        if (bad == 0) continue;
-        const T* const value = reinterpret_cast<const T*>(&pair);
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          if (bad >> 16 * (i % 2) & 1 && seen[i / 2]) o[n][i] += to_float(value[i % 2]);
-        }
-      }
-    }
-    __syncthreads();
-    for (int i = threadIdx.x; i < kKeys * kChunks; i += kThreads) {
-      const uint4 value = read(values + i * 16), bad = not_finite(value);
-      write(values + i * 16, {value.x & ~bad.x, value.y & ~bad.y, value.z & ~bad.z, value.w & ~bad.w});
-    }
-    __syncthreads();
-  }
-
   DFLASH_INLINE void visit(const Step& step, int stage) {
     const bool has_rows = first_row < state.steps.job(step).rows.positions * p.fold;
     float s[kKeys / 2];
@@ -333,7 +273,15 @@ struct Decoder : DecodeTile<kDim> {
         }
       }
     }
-    if (!step.is_full) set_aside(step.key, stage);
+    if (!step.is_full) {
+      const uint32_t values = values_at(stage);
+      const auto pair_at = [&](int key, int fragment) {
+        return (values + place(key, first_column / 8) + lane % 4 * 4) ^ fragment * 16;
+      };
+      set_aside<T, kKeys, kThreads>(values, Tile::kKeyBytes, step.key, bounds, reinterpret_cast<float(&)[kColumns / 2]>(o),
+                                    0, pair_at);
+      __syncthreads();
+    }
     if (has_rows) add_values(s, stage);
   }
 
@@ -493,20 +441,11 @@ struct Grid {
   }
 };
 
-// Calls visit<kDim>() with the smallest tile that holds the head dimension.
-template <class Visit>
-auto with_dim(int64_t head_dim, Visit&& visit) {
-  if (head_dim <= 64) return visit.template operator()<64>();
-  if (head_dim <= 128) return visit.template operator()<128>();
-  if (head_dim <= 256) return visit.template operator()<256>();
-  return visit.template operator()<512>();
-}
-
 int64_t replicas_of(const DecodeParams& p) {
   return (p.plan_entries == 1 ? p.batch : 1) * p.kv_heads * decode_head_tiles(p);
 }
 
-int64_t plan_tiles_of(const DecodeParams& p) { return p.plan_entries * tiles_of(p.q_len, decode_positions(p)); }
+int64_t plan_tiles_of(const DecodeParams& p) { return p.plan_entries * tiles_of(p.q_len, decode_positions(p, false)); }
 
 int64_t slots_of(const DecodeParams& p, const Grid& grid) {
   if (!p.exact) return 2 * int64_t(grid.blocks);
@@ -529,7 +468,7 @@ cudaError_t launch(const DecodeParams& params, cudaStream_t stream) {
   problem.head_tiles = static_cast<int>(decode_head_tiles(params));
   problem.fold = static_cast<int>(decode_fold(params));
   problem.fragments = static_cast<int>(params.head_dim / 8);
-  problem.positions = static_cast<int>(decode_positions(params));
+  problem.positions = static_cast<int>(decode_positions(params, false));
   problem.unit_shift = std::countr_zero(static_cast<unsigned>(params.exact ? kExactKeys : Tile::kKeys));
   problem.stages = grid.stages;
   problem.q_aligned = is_aligned(params.q, params.q_strides);
@@ -549,14 +488,14 @@ cudaError_t launch(const DecodeParams& params, cudaStream_t stream) {
 
 int64_t decode_workspace(const DecodeParams& params) {
   device::Grid grid{};
-  device::with_dim(params.head_dim, [&]<int kDim> { return grid.fit<device::DecodeTile<kDim>>(); });
+  with_dim(params.head_dim, [&]<int kDim> { return grid.fit<device::DecodeTile<kDim>>(); });
   return device::slots_of(params, grid) * kDecodeRows * (params.head_dim + 2) * sizeof(float);
 }
 
 const char* decode_sm80(const DecodeParams& params, void* stream) {
   if (params.batch == 0 || params.heads == 0 || params.q_len == 0) return nullptr;
   const auto cuda_stream = static_cast<cudaStream_t>(stream);
-  const cudaError_t status = device::with_dim(params.head_dim, [&]<int kDim> {
+  const cudaError_t status = with_dim(params.head_dim, [&]<int kDim> {
     return params.dtype == DType::kBFloat16 ? device::launch<__nv_bfloat16, kDim>(params, cuda_stream)
                                             : device::launch<__half, kDim>(params, cuda_stream);
   });

@@ -421,21 +421,15 @@ cudaError_t launch(const AttentionForwardParams& p, cudaStream_t stream) {
   return cudaGetLastError();
 }
 
-template <class T>
-cudaError_t launch(const AttentionForwardParams& p, cudaStream_t stream) {
-  if (p.head_dim <= 64) return launch<T, 64>(p, stream);
-  if (p.head_dim <= 128) return launch<T, 128>(p, stream);
-  if (p.head_dim <= 256) return launch<T, 256>(p, stream);
-  return launch<T, 512>(p, stream);
-}
-
 }  // namespace
 }  // namespace device
 
 const char* forward_sm80(const AttentionForwardParams& params, void* stream) {
   const auto cuda_stream = static_cast<cudaStream_t>(stream);
-  const cudaError_t status = params.dtype == DType::kBFloat16 ? device::launch<__nv_bfloat16>(params, cuda_stream)
-                                                              : device::launch<__half>(params, cuda_stream);
+  const cudaError_t status = with_dim(params.head_dim, [&]<int kDim> {
+    return params.dtype == DType::kBFloat16 ? device::launch<__nv_bfloat16, kDim>(params, cuda_stream)
+                                            : device::launch<__half, kDim>(params, cuda_stream);
+  });
   return status == cudaSuccess ? nullptr : cudaGetErrorString(status);
 }
 

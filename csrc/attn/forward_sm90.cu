@@ -14,12 +14,11 @@
 #include <string_view>
 #include <utility>
 
+#include "attn/boxes.h"
 #include "attn/kernels.h"
 #include "attn/key_runs.h"
-#include "attn/softmax.h"
+#include "attn/tile_products.h"
 #include "common/hopper.h"
-#include "common/tensor_map.h"
-#include "common/wgmma.h"
 
 namespace dflash {
 namespace device {
@@ -41,7 +40,6 @@ struct Tiling {
   static constexpr int kValueColumns = kSharesRows ? kDim / kConsumers : kDim;  // of one consumer
   static constexpr bool kTakesTurns = kDim <= 128;
   static constexpr int kPanels = kDim / kPanelColumns;
-  static constexpr int kQueryPanelBytes = 64 * kPanelRowBytes;  // the rows of one consumer
   static constexpr int kKeyPanelBytes = kKeys * kPanelRowBytes;
   static constexpr int kQueryBytes = kRows * kDim * 2;
   static constexpr int kKeyBytes = kKeys * kDim * 2;
@@ -75,31 +73,13 @@ struct alignas(16) Item {
   int batch, first_head;
 };
 
-template <class Shape>
-struct Ring {
-  Barrier full[Shape::kStages], empty[Shape::kStages];
-};
-
 // What the warpgroups share besides the tiles.
 template <class Shape>
 struct Shared {
   Item items[2];  // the present one and the next, by parity of the round
   Barrier item_full[2];
   Barrier q_full, q_empty, out_empty;
-  Ring<Shape> k, v;
-};
-
-// Position in a ring of stages.
-template <int kStages>
-struct Stage {
-  int index = 0;
-  uint32_t parity = 0;
-  DFLASH_INLINE void advance() {
-    if (++index == kStages) {
-      index = 0;
-      parity ^= 1;
-    }
-  }
+  Ring<Shape::kStages> k, v;
 };
 
 template <class Shape>
@@ -151,14 +131,14 @@ class Producer {
     shared_.q_full.expect(Shape::kQueryBytes);
     for (int part = 0; part < Shape::kRows / 64; ++part) {
       for (int panel = 0; panel < Shape::kPanels; ++panel) {
-        shared_.q_full.copy(q_ + (part * Shape::kPanels + panel) * Shape::kQueryPanelBytes, maps_.q,
+        shared_.q_full.copy(q_ + (part * Shape::kPanels + panel) * kQueryPanelBytes, maps_.q,
                             panel * kPanelColumns, item.first_head, item.plan.first + part * (64 / schedule_.fold),
                             item.batch);
       }
     }
   }
 
-  static DFLASH_INLINE void load(const CUtensorMap& map, const CUtensorMap& granule_map, Ring<Shape>& ring,
+  static DFLASH_INLINE void load(const CUtensorMap& map, const CUtensorMap& granule_map, Ring<Shape::kStages>& ring,
                                  KeyStage& stage, uint32_t to, const KeyTile& tile, int kv_head, int batch) {
     ring.empty[stage.index].wait(stage.parity);
     Barrier& full = ring.full[stage.index];
@@ -198,10 +178,10 @@ class Consumer {
         index_(threadIdx.x / kWarpgroup - 1),
         part_(Shape::kSharesRows ? 0 : index_),
         row_(threadIdx.x % kWarpgroup / 32 * 16 + threadIdx.x % 32 / 4),
-        q_(q + part_ * Shape::kPanels * Shape::kQueryPanelBytes),
+        q_(q + part_ * Shape::kPanels * kQueryPanelBytes),
         k_(k),
         v_(v + (Shape::kSharesRows ? index_ * kOutPanels * Shape::kKeyPanelBytes : 0)),
-        out_(out + index_ * kOutPanels * Shape::kQueryPanelBytes),
+        out_(out + index_ * kOutPanels * kQueryPanelBytes),
         scores_(p) {}
 
   DFLASH_INLINE void run() {
@@ -216,8 +196,8 @@ class Consumer {
  private:
   static constexpr int kKeys = Shape::kKeys;
   static constexpr int kOutPanels = Shape::kValueColumns / kPanelColumns;
-  static constexpr int kSteps = kKeys / 16;
   using KeyStage = Stage<Shape::kStages>;
+  using Products = TileProducts<T, kKeys, Shape::kPanels * kPanelColumns, Shape::kValueColumns>;
 
   DFLASH_INLINE void consume(const Item& item, uint32_t parity) {
     const KeyRuns<kKeys> tiles(item.plan);
@@ -228,7 +208,7 @@ class Consumer {
 
     if (tiles.count() > 0) {
       float s[kKeys / 2], correction[2];
-      uint32_t weights[kSteps][4];
+      typename Products::Weights weights;
       shared_.k.full[k_stage_.index].wait(k_stage_.parity);
       start_scores(s);
       RowBounds bounds[2];
@@ -241,7 +221,7 @@ class Consumer {
       release(shared_.k, k_stage_);
       pin(s);
       add(softmax, s, tiles[0], bounds, correction);
-      round_weights(weights, s);
+      Products::round_weights(weights, s);
       for (int i = 1; i < tiles.count(); ++i) {
         shared_.k.full[k_stage_.index].wait(k_stage_.parity);
         take_turn();
@@ -256,8 +236,8 @@ class Consumer {
         wait_for_products<0>();
         release(shared_.v, v_stage_);
         pin(out);
-        rescale(out, correction);
-        round_weights(weights, s);
+        Products::rescale(out, correction);
+        Products::round_weights(weights, s);
       }
       release_queries();
       shared_.v.full[v_stage_.index].wait(v_stage_.parity);
@@ -275,31 +255,11 @@ class Consumer {
     write_out(batch, head, first, out, inverse);
   }
 
-  // s = q k^T
-  DFLASH_INLINE void start_scores(float (&s)[kKeys / 2]) const {
-    pin(s);
-    begin_products();
-    const uint64_t q = row_operand(renewed(q_)), k = row_operand(renewed(k_ + k_stage_.index * Shape::kKeyBytes));
-#pragma unroll
-    for (int step = 0; step < Shape::kPanels * 4; ++step) {
-      const int panel = step / 4, within = step % 4 * 32;
-      Product<T, kKeys>::rows_by_rows(s, q + (panel * Shape::kQueryPanelBytes + within) / 16,
-                                      k + (panel * Shape::kKeyPanelBytes + within) / 16, step > 0);
-    }
-    commit_products();
+  DFLASH_INLINE void start_scores(typename Products::Scored& s) const {
+    Products::start_scores(s, q_, k_ + k_stage_.index * Shape::kKeyBytes);
   }
-
-  // out += weights v
-  DFLASH_INLINE void start_output(float (&out)[Shape::kValueColumns / 2], const uint32_t (&weights)[kSteps][4]) const {
-    pin(out);
-    begin_products();
-    const uint64_t v = column_operand(v_ + v_stage_.index * Shape::kKeyBytes, Shape::kKeyPanelBytes);
-#pragma unroll
-    for (int step = 0; step < kSteps; ++step) {
-      Product<T, Shape::kValueColumns>::registers_by_columns(out, weights[step], v + step * 16 * kPanelRowBytes / 16,
-                                                             true);
-    }
-    commit_products();
+  DFLASH_INLINE void start_output(typename Products::Output& out, const typename Products::Weights& weights) const {
+    Products::start_output(out, weights, v_ + v_stage_.index * Shape::kKeyBytes);
   }
 
   DFLASH_INLINE void add(OnlineSoftmax& softmax, float (&s)[kKeys / 2], const KeyTile& tile,
@@ -307,18 +267,6 @@ class Consumer {
     scores_(s);
     if (!tile.is_full) hide(s, bounds, tile);
     softmax.add(s, scores_.factor, correction);
-  }
-
-  // Most tiles bring no row of a warp a new maximum.
-  static DFLASH_INLINE void rescale(float (&out)[Shape::kValueColumns / 2], const float (&correction)[2]) {
-    if (!__any_sync(~0u, correction[0] != 1 || correction[1] != 1)) return;
-#pragma unroll
-    for (int i = 0; i < Shape::kValueColumns / 2; ++i) out[i] *= correction[i / 2 % 2];
-  }
-
-  static DFLASH_INLINE void round_weights(uint32_t (&weights)[kSteps][4], const float (&s)[kKeys / 2]) {
-#pragma unroll
-    for (int i = 0; i < kKeys / 4; ++i) weights[i / 4][i % 4] = pack<T>(s[2 * i], s[2 * i + 1]);
   }
 
   DFLASH_INLINE void take_turn() const {
@@ -330,7 +278,7 @@ class Consumer {
   }
 
   // The warp is done with the stage.
-  DFLASH_INLINE void release(Ring<Shape>& ring, KeyStage& stage) const {
+  DFLASH_INLINE void release(Ring<Shape::kStages>& ring, KeyStage& stage) const {
     if (threadIdx.x % 32 == 0) ring.empty[stage.index].arrive();
     stage.advance();
   }
@@ -367,7 +315,7 @@ class Consumer {
 #pragma unroll
       for (int pair = 0; pair < 4; ++pair) {
         const float* const x = out + panel * 32 + pair * 8;
-        const uint32_t address = out_ + panel * Shape::kQueryPanelBytes + row * kPanelRowBytes +
+        const uint32_t address = out_ + panel * kQueryPanelBytes + row * kPanelRowBytes +
                                  ((2 * pair + chunk) ^ (row % 8)) * 16;
         store_matrices(address, pack<T>(x[0] * inverse[0], x[1] * inverse[0]),
                        pack<T>(x[2] * inverse[1], x[3] * inverse[1]), pack<T>(x[4] * inverse[0], x[5] * inverse[0]),
@@ -379,7 +327,7 @@ class Consumer {
     if (!leads) return;
     const int first_panel = Shape::kSharesRows ? index_ * kOutPanels : 0;
     for (int panel = 0; panel < kOutPanels; ++panel) {
-      store_box(maps_.out, out_ + panel * Shape::kQueryPanelBytes, (first_panel + panel) * kPanelColumns, head, first,
+      store_box(maps_.out, out_ + panel * kQueryPanelBytes, (first_panel + panel) * kPanelColumns, head, first,
                 batch);
     }
     commit_stores();
@@ -420,7 +368,7 @@ __global__ void __launch_bounds__(Tiling<kDim>::kThreads, 1)
     shared.q_empty.init(Shape::kConsumers * 4);
     shared.out_empty.init(Shape::kConsumers);
     for (int i = 0; i < Shape::kStages; ++i) {
-      for (Ring<Shape>* ring : {&shared.k, &shared.v}) {
+      for (Ring<Shape::kStages>* ring : {&shared.k, &shared.v}) {
         ring->full[i].init();
         ring->empty[i].init(Shape::kConsumers * 4);
       }
@@ -435,19 +383,6 @@ __global__ void __launch_bounds__(Tiling<kDim>::kThreads, 1)
     take_registers<Shape::kConsumerRegisters>();
     Consumer<T, Shape>(p, schedule, maps, shared, q, k, v, out).run();
   }
-}
-
-// Queries and outputs as the copy engine sees them, (D, H, L, B): a box holds the 64 rows of a consumer.
-TensorBox query_box(const AttentionForwardParams& p, const void* data, const HeadStrides& strides) {
-  const int64_t fold = fold_of(p.heads, p.kv_heads);
-  return {data, {p.head_dim, p.heads, p.q_len, p.batch}, {1, strides.head, strides.row, strides.batch},
-          {kPanelColumns, fold, 64 / fold, 1}};
-}
-
-// Keys and values, (D, L, H, B).
-TensorBox key_box(const AttentionForwardParams& p, const void* data, const HeadStrides& strides, int64_t keys) {
-  return {data, {p.head_dim, p.kv_len, p.kv_heads, p.batch}, {1, strides.row, strides.head, strides.batch},
-          {kPanelColumns, keys, 1, 1}};
 }
 
 Schedule schedule_of(const AttentionForwardParams& p, int64_t rows_per_tile) {
@@ -467,10 +402,11 @@ template <class T, int kDim>
 cudaError_t launch(const AttentionForwardParams& p, cudaStream_t stream) {
   using Shape = Tiling<kDim>;
   const auto kernel = forward<T, kDim>;
+  const int64_t fold = fold_of(p.heads, p.kv_heads);
   Maps maps;
   const std::pair<CUtensorMap*, TensorBox> described[] = {
-      {&maps.q, query_box(p, p.q, p.q_strides)},
-      {&maps.out, query_box(p, p.out, p.out_strides)},
+      {&maps.q, query_box(p, p.q, p.q_strides, fold)},
+      {&maps.out, query_box(p, p.out, p.out_strides, fold)},
       {&maps.k, key_box(p, p.k, p.k_strides, Shape::kKeys)},
       {&maps.v, key_box(p, p.v, p.v_strides, Shape::kKeys)},
       {&maps.k_granule, key_box(p, p.k, p.k_strides, kGranule)},
@@ -493,14 +429,6 @@ cudaError_t launch(const AttentionForwardParams& p, cudaStream_t stream) {
   return cudaGetLastError();
 }
 
-template <class T>
-cudaError_t launch(const AttentionForwardParams& p, cudaStream_t stream) {
-  if (p.head_dim <= 64) return launch<T, 64>(p, stream);
-  if (p.head_dim <= 128) return launch<T, 128>(p, stream);
-  if (p.head_dim <= 256) return launch<T, 256>(p, stream);
-  return launch<T, 512>(p, stream);
-}
-
 }  // namespace
 }  // namespace device
 
@@ -517,17 +445,18 @@ bool forward_sm90_runs_here() {
 
 bool forward_sm90_serves(const AttentionForwardParams& p) {
   return forward_sm90_runs_here() && (p.dtype == DType::kBFloat16 || p.dtype == DType::kFloat16) && p.kv_len > 0 &&
-         copy_engine_reads(device::query_box(p, p.q, p.q_strides)) &&
-         copy_engine_reads(device::query_box(p, p.out, p.out_strides)) &&
-         copy_engine_reads(device::key_box(p, p.k, p.k_strides, 1)) &&
-         copy_engine_reads(device::key_box(p, p.v, p.v_strides, 1));
+         copy_engine_reads(query_box(p, p.q, p.q_strides, 1)) &&
+         copy_engine_reads(query_box(p, p.out, p.out_strides, 1)) &&
+         copy_engine_reads(key_box(p, p.k, p.k_strides, 1)) && copy_engine_reads(key_box(p, p.v, p.v_strides, 1));
 }
 
 const char* forward_sm90(const AttentionForwardParams& p, void* stream) {
   if (p.batch == 0 || p.heads == 0 || p.q_len == 0) return nullptr;
   const auto cuda_stream = static_cast<cudaStream_t>(stream);
-  const cudaError_t status = p.dtype == DType::kBFloat16 ? device::launch<__nv_bfloat16>(p, cuda_stream)
-                                                         : device::launch<__half>(p, cuda_stream);
+  const cudaError_t status = with_dim(p.head_dim, [&]<int kDim> {
+    return p.dtype == DType::kBFloat16 ? device::launch<__nv_bfloat16, kDim>(p, cuda_stream)
+                                       : device::launch<__half, kDim>(p, cuda_stream);
+  });
   return status == cudaSuccess ? nullptr : cudaGetErrorString(status);
 }
 

@@ -6,6 +6,15 @@
 
 namespace dflash {
 
+// Calls launch<kDim>() with the smallest tile that holds the head dimension.
+template <class Launch>
+auto with_dim(int64_t head_dim, Launch&& launch) {
+  if (head_dim <= 64) return launch.template operator()<64>();
+  if (head_dim <= 128) return launch.template operator()<128>();
+  if (head_dim <= 256) return launch.template operator()<256>();
+  return launch.template operator()<512>();
+}
+
 const char* plan_sm80(const PlanParams& params, void* stream);
 
 const char* forward_sm80(const AttentionForwardParams& params, void* stream);

@@ -47,7 +47,7 @@ struct AttentionForwardParams : AttentionParams {
   HeadStrides out_strides;
   void* lse;  // [B, Hq, Lq] Real; null: not wanted
 
-  // On a GPU: the mask's plan, TilePlan[plan_entries * tiles_of(q_len, tile_positions)]; entry 0 serves all of the
+  // On a GPU: the mask's plan, TilePlan[plan_entries * tiles_of(q_len, positions of a tile)]; entry 0 serves all of the
   // batch where plan_entries is 1.
   const int32_t* plan;
   int64_t plan_entries;

@@ -40,6 +40,4 @@ inline int64_t fold_of(int64_t heads, int64_t kv_heads) {
 constexpr int64_t tile_rows(int64_t head_dim) { return head_dim <= 256 ? 128 : 64; }
 constexpr int64_t hopper_tile_rows(int64_t head_dim) { return head_dim <= 64 ? 192 : head_dim <= 256 ? 128 : 64; }
 
-inline int64_t tile_positions(const AttentionParams& p) { return tile_rows(p.head_dim) / fold_of(p.heads, p.kv_heads); }
-
 }  // namespace dflash

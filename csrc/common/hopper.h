@@ -58,6 +58,25 @@ struct Barrier {
   }
 };
 
+// Stages of shared memory that a producer fills and consumers empty, one after another.
+template <int kStages>
+struct Ring {
+  Barrier full[kStages], empty[kStages];
+};
+
+// A place in a ring. Consumers begin at parity 0, producers at 1: at first every stage is empty.
+template <int kStages>
+struct Stage {
+  int index = 0;
+  uint32_t parity = 0;
+  DFLASH_INLINE void advance() {
+    if (++index == kStages) {
+      index = 0;
+      parity ^= 1;
+    }
+  }
+};
+
 DFLASH_INLINE void fence_barriers() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
 
 // What the thread has written to shared memory becomes visible to asynchronous copies and products.
@@ -82,6 +101,52 @@ DFLASH_INLINE void named_barrier_wait(int id, int count) {
 DFLASH_INLINE void named_barrier_arrive(int id, int count) {
   asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(count) : "memory");
 }
+
+// The cluster that a block belongs to: its place there, how many blocks there are.
+DFLASH_INLINE int cluster_rank() {
+  int rank;
+  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return rank;
+}
+DFLASH_INLINE int cluster_blocks() {
+  int size;
+  asm("mov.u32 %0, %%cluster_nctarank;" : "=r"(size));
+  return size;
+}
+
+// Waits for all threads of the cluster that have not left. It orders nothing in memory but what a block has read.
+DFLASH_INLINE void cluster_wait_for_all() {
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
+}
+
+// The same place in the shared memory of another block of the cluster.
+DFLASH_INLINE uint32_t remote_address(uint32_t shared, int rank) {
+  uint32_t remote;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(shared), "r"(rank));
+  return remote;
+}
+
+// Starts writing to a block's shared memory; the bytes arrive at a barrier of that block.
+DFLASH_INLINE void send(uint32_t remote, uint32_t remote_barrier, float x, float y) {
+  asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v2.f32 [%0], {%1, %2}, [%3];" ::"r"(remote),
+               "f"(x), "f"(y), "r"(remote_barrier)
+               : "memory");
+}
+DFLASH_INLINE void send(uint32_t remote, uint32_t remote_barrier, float x, float y, float z, float w) {
+  asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(
+                   remote),
+               "f"(x), "f"(y), "f"(z), "f"(w), "r"(remote_barrier)
+               : "memory");
+}
+
+DFLASH_INLINE void prefetch(const CUtensorMap& map) {
+  asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
+}
+
+// Programmatic dependent launch: the next kernel of the stream may start although this one has not ended, and waits
+// itself for what it reads.
+DFLASH_INLINE void start_next_kernel() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
+DFLASH_INLINE void wait_for_previous_kernel() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 
 // Moves registers between the warpgroups of a block.
 template <int kRegisters>

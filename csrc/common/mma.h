@@ -58,6 +58,48 @@ DFLASH_INLINE void multiply(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, 
   }
 }
 
+DFLASH_INLINE uint4 read_shared(uint32_t address) {
+  uint4 value;
+  asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
+               : "r"(address)
+               : "memory");
+  return value;
+}
+
+DFLASH_INLINE float4 read_shared_floats(uint32_t address) {
+  const uint4 x = read_shared(address);
+  return {__uint_as_float(x.x), __uint_as_float(x.y), __uint_as_float(x.z), __uint_as_float(x.w)};
+}
+
+DFLASH_INLINE float2 read_shared_pair(uint32_t address) {
+  float2 value;
+  asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(value.x), "=f"(value.y) : "r"(address) : "memory");
+  return value;
+}
+
+DFLASH_INLINE void write_shared(uint32_t address, uint4 value) {
+  asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(value.x), "r"(value.y), "r"(value.z),
+               "r"(value.w)
+               : "memory");
+}
+
+// Waits at a barrier for `count` of the block's threads: whether one of them brought a true value.
+DFLASH_INLINE bool barrier_or(int id, int count, bool value) {
+  int any;
+  asm volatile(
+      "{\n"
+      ".reg .pred own, any;\n"
+      "setp.ne.s32 own, %3, 0;\n"
+      "barrier.cta.red.or.pred any, %1, %2, own;\n"
+      "selp.s32 %0, 1, 0, any;\n"
+      "}\n"
+      : "=r"(any)
+      : "r"(id), "r"(count), "r"(static_cast<int>(value))
+      : "memory");
+  return any != 0;
+}
+
 // Copies 16 bytes from global to shared memory without waiting; only the first `bytes` (0 or 16) are read, the rest
 // are zeros.
 DFLASH_INLINE void copy_async(uint32_t shared, const void* global, int bytes = 16) {

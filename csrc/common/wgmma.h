@@ -18,14 +18,17 @@ DFLASH_INLINE uint32_t renewed(uint32_t address) {
   return address;
 }
 
+// Within a cluster the upper bits of an address say whose shared memory it is; an operand is always the block's own.
+DFLASH_INLINE uint64_t operand_start(uint32_t address) { return (address & 0x3ffff) >> 4; }
+
 // Rows along M or N, the sum along the panel's columns: 16 columns further is 32 bytes further in the panel.
 DFLASH_INLINE uint64_t row_operand(uint32_t address) {
-  return uint64_t(address >> 4) | uint64_t(1) << 16 | uint64_t(1024 >> 4) << 32 | uint64_t(1) << 62;
+  return operand_start(address) | uint64_t(1) << 16 | uint64_t(1024 >> 4) << 32 | uint64_t(1) << 62;
 }
 
 // Rows along the sum, the panels' columns along N: the next 64 columns are `panel_bytes` further.
 DFLASH_INLINE uint64_t column_operand(uint32_t address, uint32_t panel_bytes) {
-  return uint64_t(address >> 4) | uint64_t(panel_bytes >> 4) << 16 | uint64_t(1024 >> 4) << 32 | uint64_t(1) << 62;
+  return operand_start(address) | uint64_t(panel_bytes >> 4) << 16 | uint64_t(1024 >> 4) << 32 | uint64_t(1) << 62;
 }
 
 // Orders the warpgroup's own register accesses before the products that follow.

@@ -13,6 +13,8 @@ namespace {
 constexpr bool forward_sm90_runs_here() { return false; }
 constexpr bool forward_sm90_serves(const AttentionForwardParams&) { return false; }
 constexpr const char* forward_sm90(const AttentionForwardParams&, void*) { return nullptr; }
+constexpr bool decode_sm90_serves(const DecodeParams&) { return false; }
+constexpr const char* decode_sm90(const DecodeParams&, void*) { return nullptr; }
 #endif
 
 // Positions of a tile of rows.
@@ -55,8 +57,10 @@ Tensor plan(Tensor ctx_lo, Tensor ctx_hi, Tensor blk_lo, Tensor blk_hi, int64_t 
   AttentionParams p{};
   p.heads = heads;
   p.kv_heads = kv_heads;
-  const int64_t positions =
-      decode ? decode_positions(p) : positions_of(heads, kv_heads, head_dim, forward_sm90_runs_here());
+  p.q_len = ctx_lo.size(1);
+  p.head_dim = head_dim;
+  const bool hopper = forward_sm90_runs_here();
+  const int64_t positions = decode ? decode_positions(p, hopper) : positions_of(heads, kv_heads, head_dim, hopper);
   return make_plan({ctx_lo, ctx_hi, blk_lo, blk_hi}, kv_len, positions, decode ? kDecodeCounters : 0);
 }
 
@@ -86,9 +90,11 @@ void run_decode_on_gpu(DecodeParams& p, const Tensor& q, const Mask& mask, const
   if (p.batch == 0 || p.heads == 0 || p.q_len == 0) return;
   const CudaScope scope(q);
   p.plan_entries = mask.ctx_lo.size(0);
-  const int64_t tiles = p.plan_entries * tiles_of(p.q_len, decode_positions(p));
-  const Tensor used = plan_for(plan, q, mask, p.kv_len, decode_positions(p), kDecodeCounters);
+  const bool hopper = decode_sm90_serves(p);
+  const int64_t positions = decode_positions(p, hopper), tiles = p.plan_entries * tiles_of(p.q_len, positions);
+  const Tensor used = plan_for(plan, q, mask, p.kv_len, positions, kDecodeCounters);
   p.plan = static_cast<const int32_t*>(used.data_ptr());
+  if (hopper) return check_launch(kOp, decode_sm90(p, scope.stream()));
   p.counters = static_cast<int32_t*>(used.data_ptr()) + tiles * kTilePlanInts;
   const Tensor workspace = new_empty(q, {decode_workspace(p)}, ScalarType::Byte);
   p.workspace = workspace.data_ptr();

@@ -1,0 +1,58 @@
+// Values that are not finite, in tiles that not all rows see in full. In a product such a value spoils every row, though
+// its weight be zero. So it is added to the rows that see it, and a zero takes its place.
+#pragma once
+
+#include <type_traits>
+
+#include "attn/softmax.h"
+#include "common/mma.h"
+
+namespace dflash::DFLASH_ISA {
+
+// The halves of a word that are not finite, as ones.
+template <class T>
+DFLASH_INLINE uint32_t not_finite(uint32_t pair) {
+  constexpr uint32_t kExponent = std::is_same_v<T, __half> ? 0x7c007c00 : 0x7f807f80;
+  return __vcmpeq2(pair & kExponent, kExponent);
+}
+
+// The block's first kThreads threads hold the rows that the tile of values is for, each two of them: `bounds`, and their
+// `out` as fragments of 16 rows and 8 columns. `pair_at(key, fragment)` is where the thread's columns of a fragment lie,
+// the values are the `bytes` of shared memory from `values` on. True if something was changed.
+template <class T, int kKeys, int kThreads, int kCount, class PairAt>
+DFLASH_INLINE bool set_aside(uint32_t values, int bytes, int first_key, const RowBounds (&bounds)[2],
+                             float (&out)[kCount], int barrier, PairAt pair_at) {
+  const auto bad_of = [](uint4 v) {
+    return uint4{not_finite<T>(v.x), not_finite<T>(v.y), not_finite<T>(v.z), not_finite<T>(v.w)};
+  };
+  bool found = false;
+  for (int at = threadIdx.x * 16; at < bytes; at += kThreads * 16) {
+    const uint4 bad = bad_of(read_shared(values + at));
+    found |= (bad.x | bad.y | bad.z | bad.w) != 0;
+  }
+  if (!barrier_or(barrier, kThreads, found)) return false;
+#pragma unroll 1
+  for (int key = 0; key < kKeys; ++key) {
+    const bool seen[2] = {bounds[0].sees(first_key + key), bounds[1].sees(first_key + key)};
+#pragma unroll
+    for (int fragment = 0; fragment < kCount / 4; ++fragment) {
+      uint32_t pair;
+      asm volatile("ld.shared.b32 %0, [%1];" : "=r"(pair) : "r"(pair_at(key, fragment)) : "memory");
+      const uint32_t bad = not_finite<T>(pair);
+      if (bad == 0) continue;
+      const T* const value = reinterpret_cast<const T*>(&pair);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        if (bad >> 16 * (i % 2) & 1 && seen[i / 2]) out[fragment * 4 + i] += to_float(value[i % 2]);
+      }
+    }
+  }
+  barrier_or(barrier, kThreads, false);
+  for (int at = threadIdx.x * 16; at < bytes; at += kThreads * 16) {
+    const uint4 value = read_shared(values + at), bad = bad_of(value);
+    write_shared(values + at, {value.x & ~bad.x, value.y & ~bad.y, value.z & ~bad.z, value.w & ~bad.w});
+  }
+  return true;
+}
+
+}  // namespace dflash::DFLASH_ISA
