@@ -19,7 +19,8 @@ struct DecodeParams : AttentionParams {
   void* out;  // rows aligned to 4 bytes
   HeadStrides out_strides;
 
-  // TilePlan[plan_entries * tiles_of(q_len, decode_positions)]; entry 0 serves all of the batch where plan_entries is 1.
+  // TilePlan[plan_entries * tiles_of(q_len, decode_positions)]; entry 0 serves all of the batch where plan_entries is
+  // 1.
   const int32_t* plan;
   int64_t plan_entries;
 

@@ -155,12 +155,8 @@ struct Decoder : DecodeTile<kDim> {
 
   DFLASH_INLINE RowPlace own_place(int r) const { return state.places[first_row + lane / 4 + 8 * r]; }
 
-  static DFLASH_INLINE void prefetch(const void* address) {
-    asm volatile("prefetch.global.L2 [%0];" ::"l"(address));
-  }
-
   // What an item needs beside its keys is asked for before them: later it would queue behind all that is under way.
-  DFLASH_INLINE void prefetch(const Job& job) const {
+  DFLASH_INLINE void prefetch_rows(const Job& job) const {
     constexpr int kLine = 64, kLines = kDecodeRows * kDim / kLine;  // elements of 128 bytes
     const ItemRows& rows = job.rows;
 #pragma unroll 1
@@ -278,8 +274,8 @@ struct Decoder : DecodeTile<kDim> {
       const auto pair_at = [&](int key, int fragment) {
         return (values + place(key, first_column / 8) + lane % 4 * 4) ^ fragment * 16;
       };
-      set_aside<T, kKeys, kThreads>(values, Tile::kKeyBytes, step.key, bounds, reinterpret_cast<float(&)[kColumns / 2]>(o),
-                                    0, pair_at);
+      auto& out = reinterpret_cast<float(&)[kColumns / 2]>(o);
+      set_aside<T, kKeys, kThreads>(values, Tile::kKeyBytes, step.key, bounds, out, 0, pair_at);
       __syncthreads();
     }
     if (has_rows) add_values(s, stage);
@@ -355,7 +351,7 @@ struct Decoder : DecodeTile<kDim> {
       const Step &step = steps[max(i, 0)], &ahead = steps[i - first];
       if (step.unit == share.end) break;
       if (ahead.unit < share.end) {
-        if (ahead.begins_job) prefetch(steps.job(ahead));
+        if (ahead.begins_job) prefetch_rows(steps.job(ahead));
         fetch(ahead, fetch_stage);
       }
       commit_copies();

@@ -1,10 +1,10 @@
 // Decode attention on Hopper: few rows against a cache.
 //
 // A cluster of blocks shares an item: a tile of rows (positions times the query heads of a key head, 64 for each of the
-// block's consumer warpgroups) and the tiles of keys that the plan says they see. Every block takes an equal part of the
-// key tiles. Its producer warp has the copy engine stream keys and values through a ring; its consumers keep the sums in
-// registers. At the end a block sends its sums to the others over the cluster, each of which brings together the columns
-// that fall to it. Clusters start in the plan's order, longest first.
+// block's consumer warpgroups) and the tiles of keys that the plan says they see. Every block takes an equal part of
+// the key tiles. Its producer warp has the copy engine stream keys and values through a ring; its consumers keep the
+// sums in registers. At the end a block sends its sums to the others over the cluster, each of which brings together
+// the columns that fall to it. Clusters start in the plan's order, longest first.
 //
 // The grid follows from shapes alone, what there is to do from the plan: one captured graph serves all lengths. Tiles
 // of keys begin at multiples of their length, so that a page is made of whole boxes.
@@ -24,8 +24,6 @@ namespace dflash {
 namespace device {
 namespace {
 
-constexpr int kMaxCluster = 8;
-
 // One consumer where memory is what takes time, two where there are enough rows for the products to.
 template <int kDim_, int kConsumers_>
 struct DecodeTiling {
@@ -42,42 +40,47 @@ struct DecodeTiling {
   static constexpr int kKeyPanelBytes = kKeys * kPanelRowBytes;
   static constexpr int kQueryBytes = kRows * kDim * 2;
   static constexpr int kKeyBytes = kKeys * kDim * 2;
-  static constexpr int kRingBytes = 2 * kStages * kKeyBytes;
-  // What the blocks send each other lies where queries, keys and values were: of every row's eight columns four bytes
-  // each, and its statistics.
+  static constexpr int kStageBytes = 2 * kKeyBytes;
+  static constexpr int kTileBytes = kQueryBytes + kStages * kStageBytes;
+  // What the blocks send each other lies where queries, keys and values were: a block's own sums, as fragments of eight
+  // columns, what it is sent of them, and the statistics of all blocks.
+  static constexpr int kMaxCluster = kConsumers == 1 ? 8 : 3;
   static constexpr int kFragments = kDim / 8;
   static constexpr int kFragmentBytes = kRows * 8 * sizeof(float), kStatsBytes = kRows * sizeof(float2);
-  static_assert((kFragments + kMaxCluster - 1) * kFragmentBytes + kMaxCluster * kStatsBytes <= kQueryBytes + kRingBytes);
+  static constexpr int parts_bytes(int ranks) {
+    return (kFragments + (ranks - 1) * ((kFragments + ranks - 1) / ranks)) * kFragmentBytes + ranks * kStatsBytes;
+  }
+  static_assert(parts_bytes(kMaxCluster) <= kTileBytes);
 };
 
 struct DecodeMaps {
-  CUtensorMap q, k, v;
+  CUtensorMap q, k, v, out;
 };
 
 // How items and boxes are numbered.
 struct DecodeLayout {
   int fold, positions;  // heads of a position in a tile; positions of one consumer
   int box_keys;
-  unsigned kv_heads, tiles;  // of the plan
+  unsigned kv_heads, tiles;  // tiles of the plan
   int own_fragments;         // that a block finishes; the last may have fewer
 };
 
-// A tile's keys in the two runs of the plan, as tiles at multiples of kKeys, without one in both.
+// The keys of the plan's two runs, as tiles at multiples of kKeys: tile i of `count` is the (first + i)-th, or from the
+// seam on the (first + jump + i)-th. No tile is in both runs.
 template <int kKeys>
 struct KeySpan {
-  int first[2], count[2];
+  int first, seam, jump, count;
 
+  KeySpan() = default;
   DFLASH_INLINE explicit KeySpan(const TilePlan& plan) {
-    int end = 0;
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      first[i] = max(plan.lo[i] / kKeys, end);
-      count[i] = plan.lo[i] < plan.hi[i] ? max((plan.hi[i] + kKeys - 1) / kKeys - first[i], 0) : 0;
-      if (count[i] > 0) end = first[i] + count[i];
-    }
+    const auto end_of = [&](int run) { return plan.lo[run] < plan.hi[run] ? (plan.hi[run] + kKeys - 1) / kKeys : 0; };
+    first = plan.lo[0] / kKeys;
+    seam = max(end_of(0) - first, 0);
+    const int second = max(plan.lo[1] / kKeys, first + seam);
+    jump = second - first - seam;
+    count = seam + max(end_of(1) - second, 0);
   }
-  DFLASH_INLINE int total() const { return count[0] + count[1]; }
-  DFLASH_INLINE int key(int i) const { return (i < count[0] ? first[0] + i : first[1] + i - count[0]) * kKeys; }
+  DFLASH_INLINE int key(int i) const { return (first + i + (i < seam ? 0 : jump)) * kKeys; }
 };
 
 // A block's part of an item.
@@ -88,144 +91,177 @@ struct DecodeShare {
   KeySpan<kKeys> span;
   int begin, end;  // of the span
 
-  // Neighbouring blocks work on the tiles of one batch entry, whose keys they find in the L2 cache.
-  DFLASH_INLINE DecodeShare(const DecodeParams& p, const DecodeLayout& layout, unsigned item, int rank, int ranks)
-      : plan(reinterpret_cast<const TilePlan*>(p.plan)[item / layout.kv_heads % layout.tiles]), span(plan) {
-    batch = p.plan_entries > 1 ? plan.entry : item / layout.kv_heads / layout.tiles;
-    kv_head = item % layout.kv_heads;
-    begin = span.total() * rank / ranks;
-    end = span.total() * (rank + 1) / ranks;
+  DecodeShare() = default;
+  DFLASH_INLINE DecodeShare(const TilePlan& plan, int batch, int kv_head, unsigned rank, unsigned ranks)
+      : plan(plan), batch(batch), kv_head(kv_head), span(plan) {
+    // Whoever has one tile less has the end, where not all rows see all keys.
+    begin = (span.count * rank + ranks - 1) / ranks;
+    end = (span.count * (rank + 1) + ranks - 1) / ranks;
   }
 };
 
-template <int kStages>
-struct DecodeBarriers {
-  Barrier q_full, parts_full;
-  Ring<kStages> k, v;
-};
-
-// Lane i of the producer warp brings the i-th box of every tile: a panel of a page's keys, or of the whole tile's.
+// What a block's threads share beside queries, keys and values.
 template <class Tiling>
-DFLASH_INLINE void produce(const DecodeParams& p, const DecodeLayout& layout, const DecodeMaps& maps,
-                           const DecodeShare<Tiling::kKeys>& share, DecodeBarriers<Tiling::kStages>& barriers,
-                           uint32_t queries, uint32_t ring) {
-  const int lane = threadIdx.x % 32, panel = lane % Tiling::kPanels, key = lane / Tiling::kPanels * layout.box_keys;
+struct DecodeShared {
+  Ring<Tiling::kStages> k, v;
+  Barrier q_full, parts_full;
+  DecodeShare<Tiling::kKeys> share;
+};
+
+// What all threads of a block know.
+template <class Tiling>
+struct DecodeBlock {
+  const DecodeParams& p;
+  const DecodeLayout& layout;
+  const DecodeMaps& maps;
+  DecodeShared<Tiling>& shared;
+  unsigned char* memory;   // all of the shared memory
+  uint32_t queries, ring;  // in it
+  unsigned rank, ranks;    // its place in the cluster, and how many blocks that has
+
+  DFLASH_INLINE uint32_t keys_at(int stage) const { return ring + stage * Tiling::kStageBytes; }
+  DFLASH_INLINE uint32_t values_at(int stage) const { return keys_at(stage) + Tiling::kKeyBytes; }
+};
+
+// The warp that has the copy engine bring tiles. Lane i brings the i-th box of each: a panel of a page's keys, or of
+// the whole tile's.
+template <class Tiling>
+struct DecodeProducer {
+  const DecodeBlock<Tiling>& block;
+  const DecodeShare<Tiling::kKeys>& share = block.shared.share;
+  const int lane = threadIdx.x % 32, panel = lane % Tiling::kPanels;
+  const int key = lane / Tiling::kPanels * block.layout.box_keys;  // of the tile
   const bool has_box = key < Tiling::kKeys;
-  const uint32_t place = panel * Tiling::kKeyPanelBytes + key * kPanelRowBytes;
-  if (lane == 0) {
-    barriers.q_full.expect(Tiling::kConsumers * Tiling::kPanels * layout.fold * layout.positions * kPanelRowBytes);
+  Stage<Tiling::kStages> stage{0, 1};
+
+  DFLASH_INLINE void bring_queries() {
+    const DecodeLayout& layout = block.layout;
+    Barrier& full = block.shared.q_full;
+    if (lane == 0) full.expect(Tiling::kConsumers * Tiling::kPanels * layout.fold * layout.positions * kPanelRowBytes);
+    __syncwarp();
+    if (lane < Tiling::kConsumers * Tiling::kPanels) {
+      const int consumer = lane / Tiling::kPanels;
+      full.copy(block.queries + lane * kQueryPanelBytes, block.maps.q, panel * kPanelColumns,
+                share.kv_head * layout.fold, share.plan.first + consumer * layout.positions, share.batch);
+    }
   }
-  __syncwarp();
-  if (lane < Tiling::kConsumers * Tiling::kPanels) {
-    const int consumer = lane / Tiling::kPanels;
-    barriers.q_full.copy(queries + lane * kQueryPanelBytes, maps.q, panel * kPanelColumns, share.kv_head * layout.fold,
-                         share.plan.first + consumer * layout.positions, share.batch);
-  }
+
   // Where the lane's box of tile i lies: the page or batch entry, and the row in it. An entry of the table that is no
   // page lies outside the tensor, and what is read there is zeros.
-  const int last = max(share.plan.hi[0], share.plan.hi[1]);
-  const auto locate = [&](int i) -> int2 {
+  DFLASH_INLINE int2 locate(int i) const {
+    const Pages& pages = block.p.pages;
     const int at = share.span.key(i) + key;
-    if (p.pages.table == nullptr) return {share.batch, at};
-    const int size = static_cast<int>(p.pages.page_size), page = at / size;
-    const bool exists = has_box && i < share.end && at < last && page < p.pages.max_pages;
-    return {exists ? p.pages.table[share.batch * p.pages.max_pages + page] : -1, at - page * size};
-  };
-  Stage<Tiling::kStages> stage{0, 1};
-  int2 next = locate(share.begin);
-  for (int i = share.begin; i < share.end; ++i, stage.advance()) {
-    const int2 here = next;
-    next = locate(i + 1);
-    const auto bring = [&](Ring<Tiling::kStages>& into, const CUtensorMap& map, uint32_t to) {
-      into.empty[stage.index].wait(stage.parity);
-      if (lane == 0) into.full[stage.index].expect(Tiling::kKeyBytes);
-      __syncwarp();
-      if (has_box) into.full[stage.index].copy(to, map, panel * kPanelColumns, here.y, share.kv_head, here.x);
-    };
-    const uint32_t to = ring + 2 * stage.index * Tiling::kKeyBytes + place;
-    bring(barriers.k, maps.k, to);
-    bring(barriers.v, maps.v, to + Tiling::kKeyBytes);
+    if (pages.table == nullptr) return {share.batch, at};
+    const int size = static_cast<int>(pages.page_size), page = at / size;
+    const bool is_seen = has_box && i < share.end && at < max(share.plan.hi[0], share.plan.hi[1]);
+    const bool exists = is_seen && page < pages.max_pages;
+    return {exists ? pages.table[share.batch * pages.max_pages + page] : -1, at - page * size};
   }
-}
 
-// A consumer's 64 rows: their sums over the block's part of the keys.
+  DFLASH_INLINE void bring(Ring<Tiling::kStages>& into, const CUtensorMap& map, uint32_t to, int2 from) const {
+    into.empty[stage.index].wait(stage.parity);
+    if (lane == 0) into.full[stage.index].expect(Tiling::kKeyBytes);
+    __syncwarp();
+    to += panel * Tiling::kKeyPanelBytes + key * kPanelRowBytes;
+    if (has_box) into.full[stage.index].copy(to, map, panel * kPanelColumns, from.y, share.kv_head, from.x);
+  }
+
+  DFLASH_INLINE void run() {
+    bring_queries();
+    int2 next = locate(share.begin);
+    for (int i = share.begin; i < share.end; ++i, stage.advance()) {
+      const int2 from = next;
+      next = locate(i + 1);
+      bring(block.shared.k, block.maps.k, block.keys_at(stage.index), from);
+      bring(block.shared.v, block.maps.v, block.values_at(stage.index), from);
+    }
+  }
+};
+
+// A consumer's 64 rows of one item: their sums over the block's part of the keys.
 template <class T, class Tiling>
 struct RowSums {
+  static constexpr int kKeys = Tiling::kKeys, kDim = Tiling::kDim, kRows = Tiling::kRows;
   static constexpr int kFragments = Tiling::kFragments;
-  using Products = TileProducts<T, Tiling::kKeys, Tiling::kDim, Tiling::kDim>;
-  static constexpr int kKeys = Tiling::kKeys, kDim = Tiling::kDim;
+  using Products = TileProducts<T, kKeys, kDim, kDim>;
 
-  // The thread's rows are `row` and the one 8 below.
-  const int consumer = threadIdx.x / 128, row = threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4;
-  float out[kDim / 2] = {};
-  OnlineSoftmax softmax;
-  Scores scores;
-
-  DFLASH_INLINE explicit RowSums(const DecodeParams& p) : scores(p) {}
-
-  // Where one of the thread's rows stands: its position, -1 if it does not exist, and its query head.
+  // A row's position, -1 if it does not exist, and its query head.
   struct Place {
     int position, head;
   };
-  DFLASH_INLINE Place place(const DecodeParams& p, const DecodeLayout& layout, const DecodeShare<kKeys>& share,
-                            int r) const {
+
+  const DecodeBlock<Tiling>& block;
+  const DecodeShare<kKeys>& share = block.shared.share;
+  // The thread's rows are `row` and the one 8 below.
+  const int consumer = uniform(threadIdx.x / 128), row = threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4;
+  const Scores scores{block.p};
+  float out[kDim / 2] = {};
+  OnlineSoftmax softmax;
+
+  DFLASH_INLINE Place place(int r) const {
+    const DecodeLayout& layout = block.layout;
     const int within = (row + 8 * r) / layout.fold, at = share.plan.first + consumer * layout.positions + within;
-    return {within < layout.positions && at < p.q_len ? at : -1,
+    return {within < layout.positions && at < block.p.q_len ? at : -1,
             share.kv_head * layout.fold + row + 8 * r - within * layout.fold};
   }
 
-  DFLASH_INLINE void consume(const DecodeParams& p, const DecodeLayout& layout, const DecodeShare<kKeys>& share,
-                             DecodeBarriers<Tiling::kStages>& barriers, uint32_t queries, uint32_t ring) {
-    queries += consumer * Tiling::kPanels * kQueryPanelBytes;
+  // All rows see all keys of tile i.
+  DFLASH_INLINE bool is_full(int i) const {
+    const int key = share.span.key(i);
+    const auto within = [&](int run) {
+      return key >= share.plan.full_lo[run] && key + kKeys <= share.plan.full_hi[run];
+    };
+    return within(0) || within(1);
+  }
+
+  DFLASH_INLINE void consume() {
+    auto& shared = block.shared;
+    const uint32_t queries = block.queries + consumer * Tiling::kPanels * kQueryPanelBytes;
     RowBounds bounds[2];
     float s[kKeys / 2], correction[2];
     typename Products::Weights weights;
     Stage<Tiling::kStages> k_stage, v_stage;
-    const auto keys_at = [&](int stage) { return ring + 2 * stage * Tiling::kKeyBytes; };
-    const auto values_at = [&](int stage) { return keys_at(stage) + Tiling::kKeyBytes; };
-    const auto within = [&](int i, const int (&lo)[2], const int (&hi)[2]) {
-      const int key = share.span.key(i);
-      return (key >= lo[0] && key + kKeys <= hi[0]) || (key >= lo[1] && key + kKeys <= hi[1]);
-    };
-    const auto release = [](auto& into, auto& stage) {
-      if (threadIdx.x % 32 == 0) into.empty[stage.index].arrive();
+    bool was_full = true;
+    const auto release = [](auto& ring, auto& stage) {
+      if (threadIdx.x % 32 == 0) ring.empty[stage.index].arrive();
       stage.advance();
     };
     const auto start_scores = [&] {
-      barriers.k.full[k_stage.index].wait(k_stage.parity);
-      Products::start_scores(s, queries, keys_at(k_stage.index));
+      shared.k.full[k_stage.index].wait(k_stage.parity);
+      Products::start_scores(s, queries, block.keys_at(k_stage.index));
     };
     const auto start_output = [&](int i) {
-      barriers.v.full[v_stage.index].wait(v_stage.parity);
-      if (!within(i, share.plan.full_lo, share.plan.full_hi)) {
-        const uint32_t values = values_at(v_stage.index);
+      const uint32_t values = block.values_at(v_stage.index);
+      shared.v.full[v_stage.index].wait(v_stage.parity);
+      if (!was_full) {
         const auto pair_at = [&](int key, int fragment) {
           const uint32_t of_row = values + fragment / 8 * Tiling::kKeyPanelBytes + key * kPanelRowBytes;
           return of_row + (fragment % 8 ^ key % 8) * 16 + threadIdx.x % 4 * 4;
         };
-        if (set_aside<T, kKeys, Tiling::kConsumerThreads>(values, Tiling::kKeyBytes, share.span.key(i), bounds, out, 1,
-                                                          pair_at)) {
+        if (set_aside<T, kKeys, Tiling::kConsumerThreads>(values, Tiling::kKeyBytes, share.span.key(i), bounds, out,
+                                                          kConsumersBarrier, pair_at)) {
           fence_shared_writes();
-          barrier_or(1, Tiling::kConsumerThreads, false);
+          named_barrier_wait(kConsumersBarrier, Tiling::kConsumerThreads);
         }
       }
-      Products::start_output(out, weights, values_at(v_stage.index));
+      Products::start_output(out, weights, values);
     };
     const auto add = [&](int i) {
       scores(s);
-      if (!within(i, share.plan.full_lo, share.plan.full_hi)) hide(s, bounds, share.span.key(i));
+      was_full = is_full(i);
+      if (!was_full) hide(s, bounds, share.span.key(i));
       softmax.add(s, scores.factor, correction);
     };
 
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      const int position = place(p, layout, share, r).position;
-      if (position >= 0) bounds[r] = RowBounds(p.mask, share.batch, position, static_cast<int>(p.kv_len));
+      const int position = place(r).position;
+      if (position >= 0) bounds[r] = RowBounds(block.p.mask, share.batch, position, static_cast<int>(block.p.kv_len));
     }
-    barriers.q_full.wait(0);
+    shared.q_full.wait(0);
     start_scores();
     wait_for_products<0>();
-    release(barriers.k, k_stage);
+    release(shared.k, k_stage);
     pin(s);
     add(share.begin);
     Products::round_weights(weights, s);
@@ -233,11 +269,12 @@ struct RowSums {
       start_scores();
       start_output(i - 1);
       wait_for_products<1>();
-      release(barriers.k, k_stage);
+      release(shared.k, k_stage);
       pin(s);
       add(i);
+      Products::finish_softmax(softmax, s, queries);
       wait_for_products<0>();
-      release(barriers.v, v_stage);
+      release(shared.v, v_stage);
       pin(out);
       Products::rescale(out, correction);
       Products::round_weights(weights, s);
@@ -247,134 +284,174 @@ struct RowSums {
     pin(out);
   }
 
-  // Brings together what the cluster's blocks have. Each finishes some neighbouring fragments of eight columns; a
-  // fragment travels as a thread holds it, to the same thread.
-  DFLASH_INLINE void finish(const DecodeParams& p, const DecodeLayout& layout, const DecodeShare<kKeys>& share, int rank,
-                            int ranks, Barrier& parts_full, uint32_t shared) {
-    const Place places[2] = {place(p, layout, share, 0), place(p, layout, share, 1)};
-    float total[2];
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      total[r] = softmax.sum[r] + __shfl_xor_sync(~0u, softmax.sum[r], 1);
-      total[r] += __shfl_xor_sync(~0u, total[r], 2);
-    }
-    if (ranks == 1) return write(p, share.batch, places, total, 0, kFragments, out);
+  // Of a row's four threads together.
+  DFLASH_INLINE float total(int r) const {
+    const float pair = softmax.sum[r] + __shfl_xor_sync(~0u, softmax.sum[r], 1);
+    return pair + __shfl_xor_sync(~0u, pair, 2);
+  }
 
-    const int own = layout.own_fragments, first = rank * own, count = max(min(own, kFragments - first), 0);
-    const uint32_t own_stats = shared + (consumer * 64 + row) * sizeof(float2);
-    const uint32_t own_parts = shared + ranks * Tiling::kStatsBytes + threadIdx.x * 16;
-    const uint32_t full = shared_address(&parts_full);
-    if (threadIdx.x == 0) parts_full.expect(ranks * (Tiling::kStatsBytes + count * Tiling::kFragmentBytes));
-    // After this nobody reads queries, keys or values any more, and nothing is on its way to them.
-    cluster_wait_for_all();
-    for (int to = threadIdx.x % 4; to < ranks; to += 4) {
-      const uint32_t remote = remote_address(own_stats + rank * Tiling::kStatsBytes, to);
-      send(remote, remote_address(full, to), softmax.largest[0], total[0]);
-      send(remote + 8 * sizeof(float2), remote_address(full, to), softmax.largest[1], total[1]);
+  // The end of an item that the block had for itself. The results leave from where the queries were.
+  DFLASH_INLINE void finish() const {
+    const float sums[2] = {total(0), total(1)}, inverse[2] = {inverse_of(sums[0]), inverse_of(sums[1])};
+    const uint32_t rows = block.queries + consumer * Tiling::kPanels * kQueryPanelBytes;
+    named_barrier_wait(kOwnBarrier + consumer, 128);
+    Products::write_rows(rows, out, inverse);
+    named_barrier_wait(kOwnBarrier + consumer, 128);
+    if (threadIdx.x % 128 != 0) return;
+    for (int panel = 0; panel < Tiling::kPanels; ++panel) {
+      store_box(block.maps.out, rows + panel * kQueryPanelBytes, panel * kPanelColumns,
+                share.kv_head * block.layout.fold, share.plan.first + consumer * block.layout.positions, share.batch);
     }
-    int to = 0, slot = rank * own;
+    commit_stores();
+    wait_for_stores();
+  }
+
+  // The end of an item of the whole cluster. Each block finishes some neighbouring fragments of eight columns: it is
+  // sent those of the others, and the statistics of their rows. A fragment lies as its threads hold it.
+  DFLASH_INLINE void finish_together() const {
+    constexpr int kThreads = Tiling::kConsumerThreads, kMaxCluster = Tiling::kMaxCluster;
+    const unsigned rank = block.rank, ranks = block.ranks;
+    const int own = block.layout.own_fragments, first = rank * own, count = clamped(kFragments - first, own);
+    auto* const sums = reinterpret_cast<float4*>(block.memory);                           // [kFragments][kThreads]
+    float4* const parts = sums + kFragments * kThreads;                                   // [ranks - 1][own][kThreads]
+    auto* const stats = reinterpret_cast<float2*>(parts + (ranks - 1) * own * kThreads);  // [ranks][kRows]
+    const auto part_of = [&](unsigned from, unsigned to) { return parts + (from - (from > to)) * own * kThreads; };
+    const uint32_t full = shared_address(&block.shared.parts_full);
+    const int own_row = consumer * 64 + row;
+
+    // All consumers are done with queries, keys and values, and nothing is on its way to them.
+    named_barrier_wait(kConsumersBarrier, kThreads);
 #pragma unroll
-    for (int fragment = 0; fragment < kFragments; ++fragment) {
-      const float* const x = out + 4 * fragment;
-      send(remote_address(own_parts + slot * Tiling::kFragmentBytes, to), remote_address(full, to), x[0], x[1], x[2], x[3]);
-      if (++slot == (rank + 1) * own) {
-        slot = rank * own;
-        ++to;
+    for (int i = 0; i < kFragments; ++i) {
+      sums[i * kThreads + threadIdx.x] = make_float4(out[4 * i], out[4 * i + 1], out[4 * i + 2], out[4 * i + 3]);
+    }
+    const float totals[2] = {total(0), total(1)};
+    if (threadIdx.x % 4 == 0) {
+      for (int r = 0; r < 2; ++r) stats[rank * kRows + own_row + 8 * r] = make_float2(softmax.largest[r], totals[r]);
+    }
+    if (threadIdx.x == 0) {
+      block.shared.parts_full.expect((ranks - 1) * (Tiling::kStatsBytes + count * Tiling::kFragmentBytes));
+    }
+    fence_shared_writes();
+    // Now the others are, too, and the block's own sums are there.
+    cluster_arrive();
+    cluster_wait();
+    named_barrier_wait(kConsumersBarrier, kThreads);
+    if (threadIdx.x % 32 == 0) {
+      for (unsigned to = threadIdx.x / 32; to < ranks; to += kThreads / 32) {
+        if (to == rank) continue;
+        const auto send_to = [&](float* at, const void* from, uint32_t bytes) {
+          send(remote_address(shared_address(at), to), shared_address(from), bytes, remote_address(full, to));
+        };
+        float2* const own_stats = stats + rank * kRows;
+        send_to(&own_stats->x, own_stats, Tiling::kStatsBytes);
+        const int sent = clamped(kFragments - static_cast<int>(to) * own, own);
+        if (sent > 0) send_to(&part_of(rank, to)->x, sums + to * own * kThreads, sent * Tiling::kFragmentBytes);
       }
     }
-    parts_full.wait(0);
+    __syncwarp();
+    const Place places[2] = {place(0), place(1)};
+    block.shared.parts_full.wait(0);
+    // A block leaves only when what it sent has arrived.
+    cluster_arrive();
 
-    const auto stats = [&](int from, int r) {
-      return read_shared_pair(own_stats + from * Tiling::kStatsBytes + r * 8 * sizeof(float2));
-    };
-    float base[2] = {-kInfinity, -kInfinity}, sum[2] = {0, 0};
+    // Little code, for it runs once and is fetched while it runs.
+    float weights[kMaxCluster][2], scale[2];
 #pragma unroll
-    for (int from = 0; from < kMaxCluster; ++from) {
-      if (from == ranks) break;
+    for (int r = 0; r < 2; ++r) {
+      float2 of[kMaxCluster];
+      float largest = -kInfinity, sum = 0;
 #pragma unroll
-      for (int r = 0; r < 2; ++r) base[r] = fmaxf(base[r], stats(from, r).x);
+      for (unsigned from = 0; from < kMaxCluster; ++from) {
+        of[from] = make_float2(-kInfinity, 0);
+        if (from < ranks) of[from] = stats[from * kRows + own_row + 8 * r];
+        largest = fmaxf(largest, of[from].x);
+      }
+      const float base = largest == -kInfinity ? 0.0f : largest * scores.factor;
+#pragma unroll
+      for (unsigned from = 0; from < kMaxCluster; ++from) {
+        weights[from][r] = exp2_of(of[from].x * scores.factor - base);
+        sum = fmaf(weights[from][r], of[from].y, sum);
+      }
+      scale[r] = inverse_of(sum);
     }
+    const DecodeParams& p = block.p;
+    T* to_row[2];
 #pragma unroll
-    for (int r = 0; r < 2; ++r) base[r] = base[r] == -kInfinity ? 0.0f : base[r] * scores.factor;
-    float sums[kDim / 4] = {};  // of two blocks each finishes half
-#pragma unroll 4
-    for (int from = 0; from < ranks; ++from) {
-      float weight[2];
+    for (int r = 0; r < 2; ++r) {
+      to_row[r] = static_cast<T*>(p.out) + share.batch * p.out_strides.batch + places[r].head * p.out_strides.head +
+                  places[r].position * p.out_strides.row + first * 8 + threadIdx.x % 4 * 2;
+    }
+    const int stored = min(count, static_cast<int>(p.head_dim) / 8 - first);
+#pragma unroll 1
+    for (int i = 0; i < stored; ++i) {
+      float4 x = make_float4(0, 0, 0, 0);
+#pragma unroll
+      for (unsigned from = 0; from < kMaxCluster; ++from) {
+        if (from >= ranks) break;
+        const float4* const part = from == rank ? sums + first * kThreads : part_of(from, rank);
+        const float4 y = part[i * kThreads + threadIdx.x];
+        x.x = fmaf(weights[from][0], y.x, x.x);
+        x.y = fmaf(weights[from][0], y.y, x.y);
+        x.z = fmaf(weights[from][1], y.z, x.z);
+        x.w = fmaf(weights[from][1], y.w, x.w);
+      }
+      const uint32_t rounded[2] = {pack<T>(x.x * scale[0], x.y * scale[0]), pack<T>(x.z * scale[1], x.w * scale[1])};
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
-        const float2 x = stats(from, r);
-        weight[r] = exp2_of(x.x * scores.factor - base[r]);
-        sum[r] = fmaf(weight[r], x.y, sum[r]);
-      }
-#pragma unroll
-      for (int i = 0; i < kFragments / 2; ++i) {
-        if (i >= count) break;
-        const float4 x = read_shared_floats(own_parts + (from * own + i) * Tiling::kFragmentBytes);
-        sums[4 * i] = fmaf(weight[0], x.x, sums[4 * i]);
-        sums[4 * i + 1] = fmaf(weight[0], x.y, sums[4 * i + 1]);
-        sums[4 * i + 2] = fmaf(weight[1], x.z, sums[4 * i + 2]);
-        sums[4 * i + 3] = fmaf(weight[1], x.w, sums[4 * i + 3]);
+        if (places[r].position >= 0) *reinterpret_cast<uint32_t*>(to_row[r] + i * 8) = rounded[r];
       }
     }
-    write(p, share.batch, places, sum, first, count, sums);
+    cluster_wait();
   }
 
-  // Fragments [first, first + count) of the rows' results: x over the sums of the exponentials.
-  template <int kCount>
-  static DFLASH_INLINE void write(const DecodeParams& p, int batch, const Place (&places)[2], const float (&sum)[2],
-                                  int first, int count, const float (&x)[kCount]) {
-    count = min(count, static_cast<int>(p.head_dim) / 8 - first);
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      if (places[r].position < 0) continue;
-      const float inverse = sum[r] == 0 ? 0.0f : 1 / sum[r];
-      T* const to = static_cast<T*>(p.out) + batch * p.out_strides.batch + places[r].head * p.out_strides.head +
-                    places[r].position * p.out_strides.row + first * 8 + threadIdx.x % 4 * 2;
-#pragma unroll
-      for (int i = 0; i < kCount / 4; ++i) {
-        if (i >= count) break;
-        *reinterpret_cast<uint32_t*>(to + i * 8) = pack<T>(x[4 * i + 2 * r] * inverse, x[4 * i + 2 * r + 1] * inverse);
-      }
-    }
-  }
+  static DFLASH_INLINE int clamped(int x, int high) { return max(min(x, high), 0); }
+  static DFLASH_INLINE float inverse_of(float sum) { return sum == 0 ? 0.0f : 1 / sum; }
+
+  // Named barriers: all consumers, a consumer's own threads.
+  static constexpr int kConsumersBarrier = 1, kOwnBarrier = 2;
 };
 
 template <class T, class Tiling>
 __global__ void __launch_bounds__(Tiling::kThreads, Tiling::kBlocks)
     decode(const __grid_constant__ DecodeParams p, const __grid_constant__ DecodeLayout layout,
            const __grid_constant__ DecodeMaps maps) {
-  extern __shared__ __align__(1024) unsigned char shared[];
-  auto& barriers = *reinterpret_cast<DecodeBarriers<Tiling::kStages>*>(shared + Tiling::kQueryBytes + Tiling::kRingBytes);
-  const uint32_t queries = shared_address(shared), ring = queries + Tiling::kQueryBytes;
-  const int rank = cluster_rank(), ranks = cluster_blocks();
-  if (threadIdx.x == Tiling::kConsumerThreads) {
-    for (const CUtensorMap* map : {&maps.q, &maps.k, &maps.v}) prefetch(*map);
-  }
+  extern __shared__ __align__(1024) unsigned char memory[];
+  auto& shared = *reinterpret_cast<DecodeShared<Tiling>*>(memory + Tiling::kTileBytes);
+  const uint32_t queries = uniform(shared_address(memory));
+  const uint32_t ring = queries + Tiling::kQueryBytes;
+  const DecodeBlock<Tiling> block{p, layout, maps, shared, memory, queries, ring, cluster_rank(), cluster_blocks()};
   if (threadIdx.x == 0) {
-    barriers.q_full.init();
-    barriers.parts_full.init();
-    for (int i = 0; i < Tiling::kStages; ++i) {
-      for (auto* into : {&barriers.k, &barriers.v}) {
-        into->full[i].init();
-        into->empty[i].init(Tiling::kConsumerThreads / 32);
-      }
-    }
+    // Neighbouring clusters work on the tiles of one batch entry, whose keys they find in the L2 cache.
+    const unsigned item = blockIdx.x / block.ranks, outer = item / layout.kv_heads, entry = outer / layout.tiles;
+    const auto* const plan = reinterpret_cast<const TilePlan*>(p.plan) + (outer - entry * layout.tiles);
+    prefetch(plan);
+    for (const CUtensorMap* map : {&maps.q, &maps.k, &maps.v}) prefetch(*map);
+    shared.q_full.init();
+    shared.parts_full.init();
+    shared.k.init(Tiling::kConsumerThreads / 32);
+    shared.v.init(Tiling::kConsumerThreads / 32);
     fence_barriers();
+    wait_for_previous_kernel();
+    shared.share = {*plan, p.plan_entries > 1 ? plan->entry : static_cast<int>(entry),
+                    static_cast<int>(item - outer * layout.kv_heads), block.rank, block.ranks};
   }
   __syncthreads();
   wait_for_previous_kernel();
-  const DecodeShare<Tiling::kKeys> share(p, layout, blockIdx.x / ranks, rank, ranks);
+  const bool has_keys = shared.share.begin < shared.share.end;
   if (threadIdx.x >= Tiling::kConsumerThreads) {
     if constexpr (Tiling::kMovesRegisters) give_registers<24>();
-    if (threadIdx.x < Tiling::kConsumerThreads + 32 && share.begin < share.end) {
-      produce<Tiling>(p, layout, maps, share, barriers, queries, ring);
-      start_next_kernel();
-    }
+    if (threadIdx.x < Tiling::kConsumerThreads + 32 && has_keys) DecodeProducer<Tiling>{block}.run();
+    start_next_kernel();
   } else {
     if constexpr (Tiling::kMovesRegisters) take_registers<240>();
-    RowSums<T, Tiling> sums(p);
-    if (share.begin < share.end) sums.consume(p, layout, share, barriers, queries, ring);
-    sums.finish(p, layout, share, rank, ranks, barriers.parts_full, queries);
+    RowSums<T, Tiling> sums{block};
+    if (has_keys) sums.consume();
+    if (block.ranks == 1) {
+      sums.finish();
+    } else {
+      sums.finish_together();
+    }
   }
 }
 
@@ -386,7 +463,7 @@ int64_t box_keys_of(const DecodeParams& p, int64_t keys) {
 template <class T, class Tiling>
 cudaError_t launch(const DecodeParams& p, cudaStream_t stream) {
   const auto kernel = decode<T, Tiling>;
-  constexpr int kBytes = Tiling::kQueryBytes + Tiling::kRingBytes + sizeof(DecodeBarriers<Tiling::kStages>);
+  constexpr int kBytes = Tiling::kTileBytes + sizeof(DecodeShared<Tiling>);
   cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
   if (status != cudaSuccess) return status;
   cudaLaunchAttribute attributes[2]{};
@@ -399,16 +476,17 @@ cudaError_t launch(const DecodeParams& p, cudaStream_t stream) {
   config.stream = stream;
   config.attrs = attributes;
   config.numAttrs = 2;
-  const auto set_blocks = [&](int64_t items, unsigned ranks) {
-    config.gridDim = dim3(static_cast<unsigned>(items * ranks));
+  const auto set_clusters = [&](int64_t count, unsigned ranks) {
+    config.gridDim = dim3(static_cast<unsigned>(count * ranks));
     attributes[0].val.clusterDim = {ranks, 1, 1};
   };
 
-  // As many blocks an item as there are multiprocessors for, and not so many that clusters wait for others to end.
+  // As many blocks share an item as there are multiprocessors for, and not so many that clusters wait for others to
+  // end.
   static const auto resident = [&] {
-    std::array<int, kMaxCluster + 1> clusters{};
-    for (unsigned ranks = 2; ranks <= kMaxCluster; ++ranks) {
-      set_blocks(1, ranks);
+    std::array<int, Tiling::kMaxCluster + 1> clusters{};
+    for (unsigned ranks = 2; ranks <= Tiling::kMaxCluster; ++ranks) {
+      set_clusters(1, ranks);
       if (cudaOccupancyMaxActiveClusters(&clusters[ranks], kernel, &config) != cudaSuccess) clusters[ranks] = 0;
     }
     return clusters;
@@ -420,9 +498,10 @@ cudaError_t launch(const DecodeParams& p, cudaStream_t stream) {
   const int64_t fold = decode_fold(p), positions = kDecodeRows / fold;
   const int64_t tiles = p.plan_entries * tiles_of(p.q_len, positions * Tiling::kConsumers);
   const int64_t items = tiles * p.kv_heads * (p.plan_entries == 1 ? p.batch : 1);
-  unsigned ranks = static_cast<unsigned>(std::clamp<int64_t>(processors / items, 1, kMaxCluster));
+  const int64_t wanted = std::min({processors / items, p.kv_len / Tiling::kKeys, int64_t(Tiling::kMaxCluster)});
+  unsigned ranks = static_cast<unsigned>(std::max<int64_t>(wanted, 1));
   while (ranks > 1 && resident[ranks] < items) --ranks;
-  set_blocks(items, ranks);
+  set_clusters(items, ranks);
 
   const DecodeLayout layout{static_cast<int>(fold),
                             static_cast<int>(positions),
@@ -433,6 +512,7 @@ cudaError_t launch(const DecodeParams& p, cudaStream_t stream) {
   DecodeMaps maps;
   const std::pair<CUtensorMap*, TensorBox> described[] = {
       {&maps.q, query_box(p, p.q, p.q_strides, fold)},
+      {&maps.out, query_box(p, p.out, p.out_strides, fold)},
       {&maps.k, key_box(p, p.k, p.k_strides, layout.box_keys)},
       {&maps.v, key_box(p, p.v, p.v_strides, layout.box_keys)},
   };
@@ -458,7 +538,9 @@ cudaError_t launch(const DecodeParams& p, cudaStream_t stream) {
 
 bool decode_sm90_serves(const DecodeParams& p) {
   return forward_sm90_runs_here() && !p.exact && p.kv_len > 0 && decode_warpgroups(p) > 0 &&
-         (p.pages.table == nullptr || p.pages.page_size % 16 == 0) && copy_engine_reads(query_box(p, p.q, p.q_strides, 1)) &&
+         (p.pages.table == nullptr || p.pages.page_size % 16 == 0) &&
+         copy_engine_reads(query_box(p, p.q, p.q_strides, 1)) &&
+         copy_engine_reads(query_box(p, p.out, p.out_strides, 1)) &&
          copy_engine_reads(key_box(p, p.k, p.k_strides, 1)) && copy_engine_reads(key_box(p, p.v, p.v_strides, 1));
 }
 

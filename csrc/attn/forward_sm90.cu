@@ -1,9 +1,9 @@
 // Forward of block_attn on Hopper.
 //
-// A block takes one item of work after another: a tile of rows (plan.h) of one batch entry and one group of folded query
-// heads. Warpgroup 0 is the producer: a single thread has the copy engine bring the tile's queries, and the keys and
-// values that the plan says it visits, into a ring of stages. The other warpgroups are the consumers, 64 rows each; with
-// head_dim above 256 they share the 64 rows of the tile, each summing half of the output's columns.
+// A block takes one item of work after another: a tile of rows (plan.h) of one batch entry and one group of folded
+// query heads. Warpgroup 0 is the producer: a single thread has the copy engine bring the tile's queries, and the keys
+// and values that the plan says it visits, into a ring of stages. The other warpgroups are the consumers, 64 rows each;
+// with head_dim above 256 they share the 64 rows of the tile, each summing half of the output's columns.
 //
 // A consumer keeps its output and its softmax's weights in registers. In every step it starts the scores of the next
 // keys, then the product of the previous keys' weights and values, and takes the softmax of the scores while that
@@ -31,6 +31,7 @@ struct Tiling {
   static constexpr int kRows = static_cast<int>(hopper_tile_rows(kDim));
   static constexpr int kKeys = kDim <= 128 ? 128 : kDim == 256 ? 80 : 64;
   static constexpr int kStages = kDim <= 256 ? 2 : 1;
+  static constexpr int kQueryStages = kDim <= 128 ? 2 : 1;
   static constexpr bool kSharesRows = kRows == 64;
   static constexpr int kConsumers = kSharesRows ? 2 : kRows / 64;
   static constexpr int kThreads = (1 + kConsumers) * kWarpgroup;
@@ -40,27 +41,29 @@ struct Tiling {
   static constexpr int kValueColumns = kSharesRows ? kDim / kConsumers : kDim;  // of one consumer
   static constexpr bool kTakesTurns = kDim <= 128;
   static constexpr int kPanels = kDim / kPanelColumns;
+  static constexpr int kItems = kQueryStages + 1;  // those whose queries are here and the next
   static constexpr int kKeyPanelBytes = kKeys * kPanelRowBytes;
   static constexpr int kQueryBytes = kRows * kDim * 2;
   static constexpr int kKeyBytes = kKeys * kDim * 2;
   // The output leaves through shared memory: through room of its own, or where the values were.
   static constexpr bool kOwnOutput = kDim <= 128;
-  static constexpr int kBytes = (kOwnOutput ? 2 : 1) * kQueryBytes + 2 * kStages * kKeyBytes + 1024;
+  static constexpr int kBytes = (kQueryStages + kOwnOutput) * kQueryBytes + 2 * kStages * kKeyBytes + 1024;
 };
 
-// In what order the blocks take the items. Heads go in sections whose keys and values fit in the L2 cache together;
-// a section walks through the plan, from the longest tiles to the shortest. The blocks take turns in alternating
-// directions: whoever got the longest item of a round gets the shortest of the next.
+// Which items a block takes, and in what order. Items are dealt from the longest tiles of the plan to the shortest, to
+// the blocks in alternating directions: whoever got the longest item of a round gets the shortest of the next. Heads go
+// in sections whose keys and values fit in the L2 cache together: a block first takes what it got of the first section.
 struct Schedule {
   int fold;
-  unsigned tiles;          // of the plan
   unsigned heads, groups;  // folded heads: of all batch entries that a tile of the plan serves, of one
   unsigned section;        // folded heads
   unsigned items;
 
+  // What the block is dealt in a round; past the last item once there are no more.
   DFLASH_INLINE unsigned item(unsigned round) const {
     return round * gridDim.x + (round % 2 ? gridDim.x - 1 - blockIdx.x : blockIdx.x);
   }
+  DFLASH_INLINE unsigned section_of(unsigned item) const { return item % heads / section; }
 };
 
 struct Maps {
@@ -76,9 +79,10 @@ struct alignas(16) Item {
 // What the warpgroups share besides the tiles.
 template <class Shape>
 struct Shared {
-  Item items[2];  // the present one and the next, by parity of the round
-  Barrier item_full[2];
-  Barrier q_full, q_empty, out_empty;
+  Item items[Shape::kItems];
+  Barrier item_full[Shape::kItems];
+  Barrier out_empty;
+  Ring<Shape::kQueryStages> q;
   Ring<Shape::kStages> k, v;
 };
 
@@ -89,20 +93,24 @@ class Producer {
                          Shared<Shape>& shared, uint32_t q, uint32_t k, uint32_t v)
       : p_(p), schedule_(schedule), maps_(maps), shared_(shared), q_(q), k_(k), v_(v) {
     // The first time round every stage is empty.
-    k_stage_.parity = v_stage_.parity = 1;
+    q_stage_.parity = k_stage_.parity = v_stage_.parity = 1;
   }
 
   DFLASH_INLINE void run() {
-    if (schedule_.item(0) < schedule_.items) publish(0);
+    Stage<Shape::kItems> present, next;
+    if (schedule_.item(0) < schedule_.items) publish(next.index);
+    next.advance();
     for (unsigned round = 0; schedule_.item(round) < schedule_.items; ++round) {
-      const Item& item = shared_.items[round % 2];
-      shared_.item_full[round % 2].wait(round / 2 % 2);
+      const Item& item = shared_.items[present.index];
+      shared_.item_full[present.index].wait(present.parity);
       const KeyRuns<Shape::kKeys> tiles(item.plan);
       const int batch = item.batch, kv_head = item.first_head / static_cast<int>(p_.heads / p_.kv_heads);
-      // The consumers are done with the previous queries, and with the previous item's plan long since.
-      shared_.q_empty.wait((round + 1) % 2);
+      // The consumers are done with the queries that were there, and with their item's plan long since.
+      shared_.q.empty[q_stage_.index].wait(q_stage_.parity);
       load_queries(item);
-      if (schedule_.item(round + 1) < schedule_.items) publish(round + 1);
+      if (schedule_.item(round + 1) < schedule_.items) publish(next.index);
+      present.advance();
+      next.advance();
       for (int i = 0; i <= tiles.count(); ++i) {
         if (i < tiles.count()) load(maps_.k, maps_.k_granule, shared_.k, k_stage_, k_, tiles[i], kv_head, batch);
         if (!Shape::kOwnOutput && i == min(1, tiles.count())) shared_.out_empty.wait((round + 1) % 2);
@@ -114,28 +122,40 @@ class Producer {
  private:
   using KeyStage = Stage<Shape::kStages>;
 
-  DFLASH_INLINE void publish(unsigned round) const {
-    const unsigned of_section = schedule_.tiles * schedule_.section;
-    const unsigned section = schedule_.item(round) / of_section, within = schedule_.item(round) % of_section;
-    const unsigned first = section * schedule_.section, width = min(schedule_.section, schedule_.heads - first);
-    const unsigned head = first + within % width;
-    Item& item = shared_.items[round % 2];
-    Barrier& full = shared_.item_full[round % 2];
-    const TilePlan* plan = reinterpret_cast<const TilePlan*>(p_.plan) + within / width;
+  // There is another item.
+  DFLASH_INLINE unsigned next_item() {
+    for (;;) {
+      const unsigned item = schedule_.item(round_++);
+      if (item >= schedule_.items) {
+        round_ = 0;
+        ++section_;
+      } else if (schedule_.section_of(item) == section_) {
+        return item;
+      }
+    }
+  }
+
+  DFLASH_INLINE void publish(int slot) {
+    const unsigned next = next_item(), head = next % schedule_.heads;
+    Item& item = shared_.items[slot];
+    Barrier& full = shared_.item_full[slot];
+    const TilePlan* plan = reinterpret_cast<const TilePlan*>(p_.plan) + next / schedule_.heads;
     item.batch = p_.plan_entries > 1 ? plan->entry : head / schedule_.groups;
     item.first_head = head % schedule_.groups * schedule_.fold;
     full.copy(&item.plan, plan, sizeof(TilePlan));
   }
 
-  DFLASH_INLINE void load_queries(const Item& item) const {
-    shared_.q_full.expect(Shape::kQueryBytes);
+  DFLASH_INLINE void load_queries(const Item& item) {
+    Barrier& full = shared_.q.full[q_stage_.index];
+    full.expect(Shape::kQueryBytes);
+    uint32_t to = q_ + q_stage_.index * Shape::kQueryBytes;
     for (int part = 0; part < Shape::kRows / 64; ++part) {
-      for (int panel = 0; panel < Shape::kPanels; ++panel) {
-        shared_.q_full.copy(q_ + (part * Shape::kPanels + panel) * kQueryPanelBytes, maps_.q,
-                            panel * kPanelColumns, item.first_head, item.plan.first + part * (64 / schedule_.fold),
-                            item.batch);
+      for (int panel = 0; panel < Shape::kPanels; ++panel, to += kQueryPanelBytes) {
+        full.copy(to, maps_.q, panel * kPanelColumns, item.first_head, item.plan.first + part * (64 / schedule_.fold),
+                  item.batch);
       }
     }
+    q_stage_.advance();
   }
 
   static DFLASH_INLINE void load(const CUtensorMap& map, const CUtensorMap& granule_map, Ring<Shape::kStages>& ring,
@@ -163,7 +183,9 @@ class Producer {
   const Maps& maps_;
   Shared<Shape>& shared_;
   const uint32_t q_, k_, v_;
+  Stage<Shape::kQueryStages> q_stage_;
   KeyStage k_stage_, v_stage_;
+  unsigned section_ = 0, round_ = 0;  // where to look for the next item
 };
 
 template <class T, class Shape>
@@ -175,7 +197,7 @@ class Consumer {
         schedule_(schedule),
         maps_(maps),
         shared_(shared),
-        index_(threadIdx.x / kWarpgroup - 1),
+        index_(uniform(threadIdx.x / kWarpgroup - 1)),
         part_(Shape::kSharesRows ? 0 : index_),
         row_(threadIdx.x % kWarpgroup / 32 * 16 + threadIdx.x % 32 / 4),
         q_(q + part_ * Shape::kPanels * kQueryPanelBytes),
@@ -186,9 +208,11 @@ class Consumer {
 
   DFLASH_INLINE void run() {
     if (Shape::kTakesTurns && index_ == Shape::kConsumers - 1) pass_turn();
+    Stage<Shape::kItems> present;
     for (unsigned round = 0; schedule_.item(round) < schedule_.items; ++round) {
-      shared_.item_full[round % 2].wait(round / 2 % 2);
-      consume(shared_.items[round % 2], round % 2);
+      shared_.item_full[present.index].wait(present.parity);
+      consume(shared_.items[present.index]);
+      present.advance();
     }
     if (threadIdx.x % kWarpgroup == 0) wait_for_stores();
   }
@@ -199,12 +223,12 @@ class Consumer {
   using KeyStage = Stage<Shape::kStages>;
   using Products = TileProducts<T, kKeys, Shape::kPanels * kPanelColumns, Shape::kValueColumns>;
 
-  DFLASH_INLINE void consume(const Item& item, uint32_t parity) {
+  DFLASH_INLINE void consume(const Item& item) {
     const KeyRuns<kKeys> tiles(item.plan);
     const int first = item.plan.first + part_ * (64 / schedule_.fold), batch = item.batch, head = item.first_head;
     float out[Shape::kValueColumns / 2] = {};
     OnlineSoftmax softmax;
-    shared_.q_full.wait(parity);
+    shared_.q.full[q_stage_.index].wait(q_stage_.parity);
 
     if (tiles.count() > 0) {
       float s[kKeys / 2], correction[2];
@@ -223,16 +247,20 @@ class Consumer {
       add(softmax, s, tiles[0], bounds, correction);
       Products::round_weights(weights, s);
       for (int i = 1; i < tiles.count(); ++i) {
+        // The values were asked for right after the keys. With two stages both are there by now, and the turn is
+        // shorter without a wait in it; with one, the scores need not wait for the values.
         shared_.k.full[k_stage_.index].wait(k_stage_.parity);
+        if (Shape::kStages > 1) shared_.v.full[v_stage_.index].wait(v_stage_.parity);
         take_turn();
         start_scores(s);
-        shared_.v.full[v_stage_.index].wait(v_stage_.parity);
+        if (Shape::kStages == 1) shared_.v.full[v_stage_.index].wait(v_stage_.parity);
         start_output(out, weights);
         pass_turn();
         wait_for_products<1>();
         release(shared_.k, k_stage_);
         pin(s);
         add(softmax, s, tiles[i], bounds, correction);
+        Products::finish_softmax(softmax, s, out_);
         wait_for_products<0>();
         release(shared_.v, v_stage_);
         pin(out);
@@ -256,7 +284,7 @@ class Consumer {
   }
 
   DFLASH_INLINE void start_scores(typename Products::Scored& s) const {
-    Products::start_scores(s, q_, k_ + k_stage_.index * Shape::kKeyBytes);
+    Products::start_scores(s, q_ + q_stage_.index * Shape::kQueryBytes, k_ + k_stage_.index * Shape::kKeyBytes);
   }
   DFLASH_INLINE void start_output(typename Products::Output& out, const typename Products::Weights& weights) const {
     Products::start_output(out, weights, v_ + v_stage_.index * Shape::kKeyBytes);
@@ -282,8 +310,9 @@ class Consumer {
     if (threadIdx.x % 32 == 0) ring.empty[stage.index].arrive();
     stage.advance();
   }
-  DFLASH_INLINE void release_queries() const {
-    if (threadIdx.x % 32 == 0) shared_.q_empty.arrive();
+  DFLASH_INLINE void release_queries() {
+    if (threadIdx.x % 32 == 0) shared_.q.empty[q_stage_.index].arrive();
+    q_stage_.advance();
   }
 
   DFLASH_INLINE void write_lse(int batch, int head, int first, const float (&lse)[2]) const {
@@ -308,21 +337,7 @@ class Consumer {
       // All have read the last values.
       named_barrier_wait(kConsumersBarrier, Shape::kConsumers * kWarpgroup);
     }
-    // Lanes 0 to 15 give the addresses of rows 0 to 15 in one chunk of 8 columns, lanes 16 to 31 in the next.
-    const int row = threadIdx.x % kWarpgroup / 32 * 16 + threadIdx.x % 16, chunk = threadIdx.x % 32 / 16;
-#pragma unroll
-    for (int panel = 0; panel < kOutPanels; ++panel) {
-#pragma unroll
-      for (int pair = 0; pair < 4; ++pair) {
-        const float* const x = out + panel * 32 + pair * 8;
-        const uint32_t address = out_ + panel * kQueryPanelBytes + row * kPanelRowBytes +
-                                 ((2 * pair + chunk) ^ (row % 8)) * 16;
-        store_matrices(address, pack<T>(x[0] * inverse[0], x[1] * inverse[0]),
-                       pack<T>(x[2] * inverse[1], x[3] * inverse[1]), pack<T>(x[4] * inverse[0], x[5] * inverse[0]),
-                       pack<T>(x[6] * inverse[1], x[7] * inverse[1]));
-      }
-    }
-    fence_shared_writes();
+    Products::write_rows(out_, out, inverse);
     named_barrier_wait(kOwnBarrier + index_, kWarpgroup);
     if (!leads) return;
     const int first_panel = Shape::kSharesRows ? index_ * kOutPanels : 0;
@@ -348,6 +363,7 @@ class Consumer {
   const int row_;  // the thread's first among the consumer's 64; the other is 8 below
   const uint32_t q_, k_, v_, out_;
   const Scores scores_;
+  Stage<Shape::kQueryStages> q_stage_;
   KeyStage k_stage_, v_stage_;
 };
 
@@ -358,21 +374,15 @@ __global__ void __launch_bounds__(Tiling<kDim>::kThreads, 1)
   using Shape = Tiling<kDim>;
   extern __shared__ unsigned char unaligned[];
   __shared__ Shared<Shape> shared;
-  const uint32_t q = (shared_address(unaligned) + 1023) / 1024 * 1024;
-  const uint32_t k = q + Shape::kQueryBytes, v = k + Shape::kStages * Shape::kKeyBytes;
+  const uint32_t q = uniform((shared_address(unaligned) + 1023) / 1024 * 1024);
+  const uint32_t k = q + Shape::kQueryStages * Shape::kQueryBytes, v = k + Shape::kStages * Shape::kKeyBytes;
   const uint32_t out = Shape::kOwnOutput ? v + Shape::kStages * Shape::kKeyBytes : v;
   if (threadIdx.x == 0) {
-    shared.item_full[0].init();
-    shared.item_full[1].init();
-    shared.q_full.init();
-    shared.q_empty.init(Shape::kConsumers * 4);
+    for (Barrier& full : shared.item_full) full.init();
     shared.out_empty.init(Shape::kConsumers);
-    for (int i = 0; i < Shape::kStages; ++i) {
-      for (Ring<Shape::kStages>* ring : {&shared.k, &shared.v}) {
-        ring->full[i].init();
-        ring->empty[i].init(Shape::kConsumers * 4);
-      }
-    }
+    shared.q.init(Shape::kConsumers * 4);
+    shared.k.init(Shape::kConsumers * 4);
+    shared.v.init(Shape::kConsumers * 4);
     fence_barriers();
   }
   __syncthreads();
@@ -395,7 +405,7 @@ Schedule schedule_of(const AttentionForwardParams& p, int64_t rows_per_tile) {
   const int64_t sections = std::clamp<int64_t>((bytes + kCachedBytes - 1) / kCachedBytes, 1, heads);
   const int64_t section = (heads + sections - 1) / sections;
   const auto narrow = [](int64_t x) { return static_cast<unsigned>(x); };
-  return {static_cast<int>(fold), narrow(tiles), narrow(heads), narrow(groups), narrow(section), narrow(tiles * heads)};
+  return {static_cast<int>(fold), narrow(heads), narrow(groups), narrow(section), narrow(tiles * heads)};
 }
 
 template <class T, int kDim>

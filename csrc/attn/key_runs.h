@@ -9,7 +9,8 @@ namespace dflash::DFLASH_ISA {
 
 constexpr int kGranule = 16;
 
-// kKeys columns, a multiple of kGranule: column c is key first + c before the seam, and key first + jump + c from it on.
+// kKeys columns, a multiple of kGranule: column c is key first + c before the seam, and key first + jump + c from it
+// on.
 struct KeyTile {
   int first, seam, jump;
   bool is_full;  // every row sees every key

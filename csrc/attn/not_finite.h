@@ -1,5 +1,5 @@
-// Values that are not finite, in tiles that not all rows see in full. In a product such a value spoils every row, though
-// its weight be zero. So it is added to the rows that see it, and a zero takes its place.
+// Values that are not finite, in tiles that not all rows see in full. In a product such a value spoils every row,
+// though its weight be zero. So it is added to the rows that see it, and a zero takes its place.
 #pragma once
 
 #include <type_traits>
@@ -16,9 +16,9 @@ DFLASH_INLINE uint32_t not_finite(uint32_t pair) {
   return __vcmpeq2(pair & kExponent, kExponent);
 }
 
-// The block's first kThreads threads hold the rows that the tile of values is for, each two of them: `bounds`, and their
-// `out` as fragments of 16 rows and 8 columns. `pair_at(key, fragment)` is where the thread's columns of a fragment lie,
-// the values are the `bytes` of shared memory from `values` on. True if something was changed.
+// The block's first kThreads threads hold the rows that the tile of values is for, each two of them: `bounds`, and
+// their `out` as fragments of 16 rows and 8 columns. `pair_at(key, fragment)` is where the thread's columns of a
+// fragment lie, the values are the `bytes` of shared memory from `values` on. True if something was changed.
 template <class T, int kKeys, int kThreads, int kCount, class PairAt>
 DFLASH_INLINE bool set_aside(uint32_t values, int bytes, int first_key, const RowBounds (&bounds)[2],
                              float (&out)[kCount], int barrier, PairAt pair_at) {
@@ -26,6 +26,7 @@ DFLASH_INLINE bool set_aside(uint32_t values, int bytes, int first_key, const Ro
     return uint4{not_finite<T>(v.x), not_finite<T>(v.y), not_finite<T>(v.z), not_finite<T>(v.w)};
   };
   bool found = false;
+#pragma unroll 2
   for (int at = threadIdx.x * 16; at < bytes; at += kThreads * 16) {
     const uint4 bad = bad_of(read_shared(values + at));
     found |= (bad.x | bad.y | bad.z | bad.w) != 0;
@@ -48,6 +49,7 @@ DFLASH_INLINE bool set_aside(uint32_t values, int bytes, int first_key, const Ro
     }
   }
   barrier_or(barrier, kThreads, false);
+#pragma unroll 1
   for (int at = threadIdx.x * 16; at < bytes; at += kThreads * 16) {
     const uint4 value = read_shared(values + at), bad = bad_of(value);
     write_shared(values + at, {value.x & ~bad.x, value.y & ~bad.y, value.z & ~bad.z, value.w & ~bad.w});

@@ -85,7 +85,9 @@ __global__ void __launch_bounds__(kThreads) make_plan(const PlanParams p) {
   const auto warp = cg::tiled_partition<32>(cg::this_thread_block());
   const int64_t count = p.entries * tiles_of(p.q_len, p.positions);
   const int64_t first = int64_t(blockIdx.x) * kWarps + warp.meta_group_rank(), stride = int64_t(gridDim.x) * kWarps;
-  for (int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x; i < p.counter_count; i += stride * 32) p.counters[i] = 0;
+  for (int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x; i < p.counter_count; i += stride * 32) {
+    p.counters[i] = 0;
+  }
   auto* const unsorted = reinterpret_cast<TilePlan*>(p.unsorted);
   for (int64_t tile = first; tile < count; tile += stride) {
     const TilePlan plan = plan_tile(p, warp, tile);

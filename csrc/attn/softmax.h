@@ -23,8 +23,9 @@ struct Scores {
   bool is_plain;
 
   DFLASH_INLINE explicit Scores(const AttentionParams& p) {
-    is_plain = p.softcap == 0 && p.scale > 0;
+    // Compared as floats: comparisons of doubles wait for the tensor cores, with which they share an issue port.
     const float scale = static_cast<float>(p.scale), cap = static_cast<float>(p.softcap);
+    is_plain = cap == 0 && scale > 0;
     factor = is_plain ? scale * kLog2E : 1.0f;
     inner = cap == 0 ? scale * kLog2E : scale / cap * 2 * kLog2E;
     outer = cap * kLog2E;
@@ -85,8 +86,8 @@ struct OnlineSoftmax {
       for (int i = 2 * r; i < kCount; i += 4) m = fmaxf(m, fmaxf(s[i], s[i + 1]));
       m = fmaxf(m, __shfl_xor_sync(~0u, m, 1));
       m = fmaxf(m, __shfl_xor_sync(~0u, m, 2));
-      const float base = m == -kInfinity ? 0.0f : m * factor;
-      correction[r] = exp2_of(largest[r] * factor - base);
+      const float base = m == -kInfinity ? 0.0f : __fmul_rn(m, factor);
+      correction[r] = exp2_of(__fmul_rn(largest[r], factor) - base);
       largest[r] = m;
       float total = sum[r] * correction[r];
 #pragma unroll

@@ -62,6 +62,14 @@ struct Barrier {
 template <int kStages>
 struct Ring {
   Barrier full[kStages], empty[kStages];
+
+  // `arrivals` say that a stage is empty.
+  DFLASH_INLINE void init(uint32_t arrivals) {
+    for (int i = 0; i < kStages; ++i) {
+      full[i].init();
+      empty[i].init(arrivals);
+    }
+  }
 };
 
 // A place in a ring. Consumers begin at parity 0, producers at 1: at first every stage is empty.
@@ -103,21 +111,20 @@ DFLASH_INLINE void named_barrier_arrive(int id, int count) {
 }
 
 // The cluster that a block belongs to: its place there, how many blocks there are.
-DFLASH_INLINE int cluster_rank() {
-  int rank;
+DFLASH_INLINE unsigned cluster_rank() {
+  unsigned rank;
   asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
   return rank;
 }
-DFLASH_INLINE int cluster_blocks() {
-  int size;
-  asm("mov.u32 %0, %%cluster_nctarank;" : "=r"(size));
-  return size;
+DFLASH_INLINE unsigned cluster_blocks() {
+  unsigned count;
+  asm("mov.u32 %0, %%cluster_nctarank;" : "=r"(count));
+  return count;
 }
 
-// Waits for all threads of the cluster that have not left. It orders nothing in memory but what a block has read.
-DFLASH_INLINE void cluster_wait_for_all() {
-  asm volatile("barrier.cluster.arrive.relaxed.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
-}
+// A barrier of all threads of the cluster that have not left. It orders nothing in memory but what a block has read.
+DFLASH_INLINE void cluster_arrive() { asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory"); }
+DFLASH_INLINE void cluster_wait() { asm volatile("barrier.cluster.wait.aligned;" ::: "memory"); }
 
 // The same place in the shared memory of another block of the cluster.
 DFLASH_INLINE uint32_t remote_address(uint32_t shared, int rank) {
@@ -126,16 +133,11 @@ DFLASH_INLINE uint32_t remote_address(uint32_t shared, int rank) {
   return remote;
 }
 
-// Starts writing to a block's shared memory; the bytes arrive at a barrier of that block.
-DFLASH_INLINE void send(uint32_t remote, uint32_t remote_barrier, float x, float y) {
-  asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v2.f32 [%0], {%1, %2}, [%3];" ::"r"(remote),
-               "f"(x), "f"(y), "r"(remote_barrier)
-               : "memory");
-}
-DFLASH_INLINE void send(uint32_t remote, uint32_t remote_barrier, float x, float y, float z, float w) {
-  asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(
+// Starts copying from the block's shared memory to that of another; the bytes arrive at a barrier of that block.
+DFLASH_INLINE void send(uint32_t remote, uint32_t shared, uint32_t bytes, uint32_t remote_barrier) {
+  asm volatile("cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
                    remote),
-               "f"(x), "f"(y), "f"(z), "f"(w), "r"(remote_barrier)
+               "r"(shared), "r"(bytes), "r"(remote_barrier)
                : "memory");
 }
 

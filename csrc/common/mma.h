@@ -67,17 +67,6 @@ DFLASH_INLINE uint4 read_shared(uint32_t address) {
   return value;
 }
 
-DFLASH_INLINE float4 read_shared_floats(uint32_t address) {
-  const uint4 x = read_shared(address);
-  return {__uint_as_float(x.x), __uint_as_float(x.y), __uint_as_float(x.z), __uint_as_float(x.w)};
-}
-
-DFLASH_INLINE float2 read_shared_pair(uint32_t address) {
-  float2 value;
-  asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(value.x), "=f"(value.y) : "r"(address) : "memory");
-  return value;
-}
-
 DFLASH_INLINE void write_shared(uint32_t address, uint4 value) {
   asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(value.x), "r"(value.y), "r"(value.z),
                "r"(value.w)
@@ -99,6 +88,9 @@ DFLASH_INLINE bool barrier_or(int id, int count, bool value) {
       : "memory");
   return any != 0;
 }
+
+// Asks for a line of the L2 cache. What the memory holds may still change before it is read.
+DFLASH_INLINE void prefetch(const void* address) { asm volatile("prefetch.global.L2 [%0];" ::"l"(address)); }
 
 // Copies 16 bytes from global to shared memory without waiting; only the first `bytes` (0 or 16) are read, the rest
 // are zeros.

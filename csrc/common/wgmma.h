@@ -1,5 +1,5 @@
-// Warpgroup matrix products (wgmma): 64 rows, kN columns, steps of 16 along the sum. The accumulator of a thread is laid
-// out as of mma.sync, warp w holding rows 16w to 16w + 15.
+// Warpgroup matrix products (wgmma): 64 rows, kN columns, steps of 16 along the sum. The accumulator of a thread is
+// laid out as of mma.sync, warp w holding rows 16w to 16w + 15.
 //
 // Operands lie in shared memory in panels of 64 elements (128 bytes a row), swizzled as the copy engine writes them,
 // every panel aligned to 1024 bytes. A descriptor names an operand's start; its address counts in 16 bytes.
@@ -17,6 +17,10 @@ DFLASH_INLINE uint32_t renewed(uint32_t address) {
   asm volatile("" : "+r"(address));
   return address;
 }
+
+// The same value in all lanes, said so that the compiler knows: what follows from it stays in uniform registers, and
+// descriptors cost no vector instructions between two products.
+DFLASH_INLINE uint32_t uniform(uint32_t x) { return __shfl_sync(~0u, x, 0); }
 
 // Within a cluster the upper bits of an address say whose shared memory it is; an operand is always the block's own.
 DFLASH_INLINE uint64_t operand_start(uint32_t address) { return (address & 0x3ffff) >> 4; }
