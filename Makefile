@@ -1,5 +1,6 @@
 # make demo   the whole path on real input        make test   all tests
 # make lint   ruff                                make clean  undoes all of it
+# make gpu    the GPU tests and the GPU benches (TORCH=torch on a fresh machine: the default torch is for the CPU)
 # make sanitize   the tests on a build with the address and undefined-behaviour sanitizers
 #
 # Needs Python 3.10+ with venv and headers, make and g++; nvcc is used if it is there. TORCH chooses the torch to install
@@ -16,7 +17,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 NATIVE := $(shell find csrc -type f) CMakeLists.txt
 
-.PHONY: demo test lint sanitize clean
+.PHONY: demo test gpu lint sanitize clean
 
 demo: .venv/ready
 	$(BIN)/dflash-ext demo $(ARGS)
@@ -24,6 +25,12 @@ demo: .venv/ready
 # One thread a process: most tests run tiny models, where threads cost more than they bring.
 test: .venv/ready
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile $(ARGS)
+
+# FlexAttention's FLASH backend takes part where flash-attn-4 is installed.
+gpu: .venv/ready
+	$(BIN)/python -m pytest -m gpu $(ARGS)
+	$(BIN)/python -m bench.attention
+	$(BIN)/python -m bench.decode
 
 lint: .venv/ready
 	$(BIN)/ruff check .

@@ -68,10 +68,11 @@ def test_any_lengths_in_a_dirty_cache(case, head_dim, dtype):
         check(block_attn_decode(q, *dirty(mask, k, v), mask, exact=exact), q, k, v, mask)
 
 
+@pytest.mark.parametrize("head_dim", [64, 128])
 @pytest.mark.parametrize(("heads", "kv_heads"), [(1, 1), (6, 2), (5, 1), (8, 8), (12, 1), (32, 8), (71, 1), (128, 1)])
-def test_every_ratio_of_heads(heads, kv_heads):
+def test_every_ratio_of_heads(heads, kv_heads, head_dim):
     mask = CASES["verify"]()
-    q, k, v = filled(3, heads, kv_heads, mask.q_len, mask.kv_len, 64)
+    q, k, v = filled(3, heads, kv_heads, mask.q_len, mask.kv_len, head_dim)
     check(block_attn_decode(q, k, v, mask), q, k, v, mask)
 
 
@@ -82,18 +83,34 @@ def test_options(options):
     check(block_attn_decode(q, k, v, mask, **options), q, k, v, mask, **options)
 
 
-@pytest.mark.parametrize("page_size", [16, 24, 64, 256])
+@pytest.mark.parametrize("page_size", [16, 24, 48, 64, 256])
+@pytest.mark.parametrize(("rows", "head_dim"), [(16, 128), (40, 128), (40, 256)])
 @pytest.mark.parametrize("exact", [False, True])
-def test_pages(page_size, exact):
-    mask = IntervalMask.decode(lengths(700, 33, 5), 16, kv_len=3 * 256)
-    q, k, v = filled(3, 8, 2, 16, 3 * 256, 128)
+def test_pages(page_size, rows, head_dim, exact):
+    mask = IntervalMask.decode(lengths(700, 33, 5), rows, kv_len=3 * 256)
+    q, k, v = filled(3, 8, 2, rows, 3 * 256, head_dim)
     order = torch.randperm(3 * (768 // page_size), device="cuda")
     (k_pages, table), (v_pages, _) = (paged(cache, page_size, order) for cache in dirty(mask, k, v))
-    last = (lengths(716, 49, 21) + page_size - 1) // page_size
+    last = (lengths(700, 33, 5) + rows + page_size - 1) // page_size
     table = table.masked_fill(torch.arange(table.shape[1], device="cuda") >= last[:, None], -1)
     got = block_attn_decode(q, k_pages, v_pages, mask, block_table=table, exact=exact)
     check(got, q, k, v, mask)
     assert torch.equal(got, block_attn_decode(q, k, v, mask, exact=exact)) or not exact
+
+
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_what_is_not_finite_stays_with_the_rows_that_see_it(head_dim, value):
+    mask = IntervalMask.decode(lengths(300, 61, 0), 24, kv_len=400, causal=True)
+    q, k, v = filled(3, 8, 2, 24, 400, head_dim)
+    want = reference.block_attn(q.double(), k.double(), v.double(), mask)
+    seen = torch.zeros(3, 24, dtype=torch.bool, device="cuda")
+    for b, length in enumerate((300, 61, 0)):
+        v[b, :, length + 20] = value
+        seen[b, 20:] = True
+    got = block_attn_decode(q, k, v, mask).transpose(1, 2)
+    assert distance(got[~seen], want.transpose(1, 2)[~seen]) <= 3 * torch.finfo(q.dtype).eps / 4
+    assert not got[seen].isfinite().any()
 
 
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
