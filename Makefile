@@ -1,6 +1,6 @@
 # make demo   the whole path on real input        make test   all tests
 # make lint   ruff                                make clean  undoes all of it
-# make gpu    the GPU tests and the GPU benches (TORCH=torch on a fresh machine: the default torch is for the CPU)
+# make gpu    the GPU tests, then the GPU benches, which overwrite bench/results/*_<gpu>.json
 # make sanitize   the tests on a build with the address and undefined-behaviour sanitizers
 #
 # Needs Python 3.10+ with venv and headers, make and g++; nvcc is used if it is there. TORCH chooses the torch to install
@@ -60,6 +60,6 @@ endif
 
 .venv/ready: .venv/torch pyproject.toml setup.py $(NATIVE)
 	@echo "building the native library: a minute, with nvcc several (DFLASH_EXT_KERNELS=none leaves the CUDA kernels out)"
-	$(PIP) --no-build-isolation --editable ".[test,demo]"
+	$(PIP) --no-build-isolation --editable ".[test,demo,bench]"
 	@$(BIN)/python -c "from dflash_ext import library; print('dflash_ext:', library.summary())"
 	touch $@

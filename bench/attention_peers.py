@@ -49,7 +49,7 @@ def dense(backend: SDPBackend):
 
 
 def causal(backend: SDPBackend):
-    """PyTorch's causal attention, which is another problem and a reference speed."""
+    """PyTorch's causal attention: a peer where the mask is causal, elsewhere another problem and a reference speed."""
 
     def make(mask: IntervalMask, q: Tensor, k: Tensor, v: Tensor) -> Call:
         def call() -> Tensor:
@@ -71,7 +71,7 @@ PEERS = {
 if importlib.util.find_spec("flash_attn"):
     PEERS["flex FLASH"] = flex_flash
 
-# Of the same shape, to look at and no peers.
+# Of the same shape.
 CAUSAL = {
     "causal sdpa flash": causal(SDPBackend.FLASH_ATTENTION),
     "causal sdpa cudnn": causal(SDPBackend.CUDNN_ATTENTION),

@@ -85,6 +85,8 @@ def _median_event_ms(function: Callable[[], object], before: Callable[[], object
 
 def gpu_name() -> str:
     """Such as h100: what the results' files are named after."""
+    if not torch.cuda.is_available():
+        raise SystemExit("this bench needs a GPU and a torch with CUDA")
     names = torch.cuda.get_device_name().replace("NVIDIA", "").split()
     return names[0].lower()
 
@@ -132,7 +134,7 @@ def write(name: str, rows: list[dict], ceilings: dict[str, float] | None = None)
     A row has ``case``, ``impl``, ``pass``, ``ms`` and ``max_err``, and a rate where one means something.
     """
     commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=RESULTS.parent, capture_output=True, text=True
+        ["git", "describe", "--always", "--dirty"], cwd=RESULTS.parent, capture_output=True, text=True
     ).stdout.strip()
     result = {
         "device": _device(),

@@ -50,7 +50,12 @@ struct DecodeTiling {
   static constexpr int parts_bytes(int ranks) {
     return (kFragments + (ranks - 1) * ((kFragments + ranks - 1) / ranks)) * kFragmentBytes + ranks * kStatsBytes;
   }
-  static_assert(parts_bytes(kMaxCluster) <= kTileBytes);
+  static constexpr bool parts_fit() {
+    for (int ranks = 2; ranks <= kMaxCluster; ++ranks) {
+      if (parts_bytes(ranks) > kTileBytes) return false;
+    }
+    return true;
+  }
 };
 
 struct DecodeMaps {
@@ -367,10 +372,10 @@ struct RowSums {
         if (from < ranks) of[from] = stats[from * kRows + own_row + 8 * r];
         largest = fmaxf(largest, of[from].x);
       }
-      const float base = largest == -kInfinity ? 0.0f : largest * scores.factor;
+      const float base = largest == -kInfinity ? 0.0f : __fmul_rn(largest, scores.factor);
 #pragma unroll
       for (unsigned from = 0; from < kMaxCluster; ++from) {
-        weights[from][r] = exp2_of(of[from].x * scores.factor - base);
+        weights[from][r] = exp2_of(__fmul_rn(of[from].x, scores.factor) - base);
         sum = fmaf(weights[from][r], of[from].y, sum);
       }
       scale[r] = inverse_of(sum);
@@ -462,6 +467,7 @@ int64_t box_keys_of(const DecodeParams& p, int64_t keys) {
 
 template <class T, class Tiling>
 cudaError_t launch(const DecodeParams& p, cudaStream_t stream) {
+  static_assert(Tiling::parts_fit());
   const auto kernel = decode<T, Tiling>;
   constexpr int kBytes = Tiling::kTileBytes + sizeof(DecodeShared<Tiling>);
   cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
@@ -487,7 +493,10 @@ cudaError_t launch(const DecodeParams& p, cudaStream_t stream) {
     std::array<int, Tiling::kMaxCluster + 1> clusters{};
     for (unsigned ranks = 2; ranks <= Tiling::kMaxCluster; ++ranks) {
       set_clusters(1, ranks);
-      if (cudaOccupancyMaxActiveClusters(&clusters[ranks], kernel, &config) != cudaSuccess) clusters[ranks] = 0;
+      if (cudaOccupancyMaxActiveClusters(&clusters[ranks], kernel, &config) != cudaSuccess) {
+        clusters[ranks] = 0;
+        cudaGetLastError();  // no such clusters here: nobody else's error
+      }
     }
     return clusters;
   }();

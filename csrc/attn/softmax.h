@@ -35,11 +35,29 @@ struct Scores {
   template <int kCount>
   DFLASH_INLINE void operator()(float (&s)[kCount]) const {
     if (is_plain) return;
+    if (outer == 0) {
 #pragma unroll
-    for (int i = 0; i < kCount; ++i) {
-      // tanh(x) = 1 - 2 / (exp(2x) + 1)
-      s[i] = outer == 0 ? s[i] * inner : outer - __fdividef(2 * outer, exp2_of(fminf(s[i] * inner, 126.0f)) + 1);
+      for (float& x : s) x *= inner;
+    } else if (outer < kLargeCap) {
+#pragma unroll
+      for (float& x : s) x = capped(x);
+    } else {
+      // The first terms of tanh's series, where the difference of two large numbers would lose the score.
+#pragma unroll
+      for (float& x : s) {
+        const float y = x * inner * (kLn2 / 2), square = y * y;
+        x = square < 0.01f ? outer * y * (1 - square * (1.0f / 3 - square * (2.0f / 15))) : capped(x);
+      }
     }
+  }
+
+ private:
+  static constexpr float kLargeCap = 2048;
+
+  // tanh(x) = 1 - 2 / (exp(2x) + 1); a NaN stays one.
+  DFLASH_INLINE float capped(float x) const {
+    const float exponent = x * inner;
+    return outer - __fdividef(2 * outer, exp2_of(exponent > 126 ? 126.0f : exponent) + 1);
   }
 };
 

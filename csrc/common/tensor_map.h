@@ -16,10 +16,12 @@ struct TensorBox {
   int64_t box[4];
 };
 
-// The copy engine counts in 16 bytes.
+// The copy engine counts in 16 bytes, and knows no empty tensors.
 inline bool copy_engine_reads(const TensorBox& t) {
-  bool fits = reinterpret_cast<uintptr_t>(t.data) % 16 == 0;
-  for (int d = 1; d < 4; ++d) fits = fits && (t.sizes[d] == 1 || (t.strides[d] > 0 && t.strides[d] % 8 == 0));
+  bool fits = reinterpret_cast<uintptr_t>(t.data) % 16 == 0 && t.sizes[0] > 0;
+  for (int d = 1; d < 4; ++d) {
+    fits = fits && t.sizes[d] > 0 && (t.sizes[d] == 1 || (t.strides[d] > 0 && t.strides[d] % 8 == 0));
+  }
   return fits;
 }
 

@@ -51,8 +51,8 @@ Tensor plan_for(const std::optional<Tensor>& given, const Tensor& q, const Mask&
 
 Tensor plan(Tensor ctx_lo, Tensor ctx_hi, Tensor blk_lo, Tensor blk_hi, int64_t kv_len, int64_t heads,
             int64_t kv_heads, int64_t head_dim, bool decode) {
-  check(kv_heads > 0 && heads % kv_heads == 0, "block_attn_plan: ", heads, " query heads are no multiple of ", kv_heads,
-        " key heads");
+  check(heads > 0 && kv_heads > 0 && heads % kv_heads == 0, "block_attn_plan: ", heads,
+        " query heads are no multiple of ", kv_heads, " key heads");
   const CudaScope scope(ctx_lo);
   AttentionParams p{};
   p.heads = heads;
