@@ -104,11 +104,11 @@ def rows_of(case: Case) -> list[dict]:
 
 def main() -> None:
     torch.manual_seed(0)
+    name = f"decode_{runner.gpu_name()}"
     rows = []
     for case in CASES:
         print(case, flush=True)
         rows += rows_of(case)
-    name = f"decode_{runner.gpu_name()}"
     print(runner.write(name, rows, runner.gpu_ceilings()))
     print(runner.plot(name, rows, "gbs"))
 
