@@ -29,13 +29,16 @@ def report(console: Console) -> None:
     else:
         facts.add_row("compiler", build["compiler"])
         archs = build["cuda_archs"]
-        facts.add_row("CUDA", f"{build['cuda_version']} for {archs}" if archs else "none: built without nvcc")
+        without = "none: built without nvcc or its kernels"
+        facts.add_row("CUDA", f"{build['cuda_version']} for {archs}" if archs else without)
         facts.add_row("CPU kernels for", build["cpu_isas"])
     console.print(facts)
 
     served = Table("operator", "CPU", "GPU", title="what serves each operator")
+    has_gpu_kernels = build is None or build["kernels"]
     for op, by in SERVED_BY.items():
-        served.add_row(op, by["cpu"], by["cuda"])
+        gpu = by["cuda"] if has_gpu_kernels else by["cuda"].replace("native kernel", "none in this build")
+        served.add_row(op, by["cpu"], gpu)
     console.print(served)
 
     if build and build["kernels"]:

@@ -386,6 +386,7 @@ class IntervalMask:
         (default: block_len) are empty. Every other row sees the cache and the whole block, or with causal the
         block up to itself.
         kv_len: the capacity of the buffer; required when cache_lens is a tensor, else cache_lens + block_len.
+            Lengths in tensors are not checked against it: what lies beyond is not seen.
         """
         if window is not None:
             window = _at_least_one("decode", "window", window)
@@ -394,6 +395,10 @@ class IntervalMask:
             if isinstance(cache_lens, Tensor):
                 raise ValueError("IntervalMask.decode: cache_lens is a tensor, so kv_len is required")
             kv_len = cache_lens + block_len
+        elif isinstance(cache_lens, int) and q_lens is None and kv_len < cache_lens + block_len:
+            raise ValueError(
+                f"IntervalMask.decode: {cache_lens} cached tokens and a block of {block_len} exceed kv_len {kv_len}"
+            )
         cached = _column(cache_lens, device, "decode", "cache_lens")
         start = _column(kv_start, device, "decode", "kv_start")
         rows = _column(block_len if q_lens is None else q_lens, device, "decode", "q_lens").clamp(max=block_len)
@@ -510,6 +515,8 @@ def _column(length: Length, device: Device, where: str, name: str) -> Tensor:
                 "an int, or int32 or int64 [B], is needed"
             )
         return length.clamp(max=_FAR).to(torch.int32)[:, None]
+    if isinstance(length, float | bool):
+        raise ValueError(f"IntervalMask.{where}: {name} is {length}; an int, or int32 or int64 [B], is needed")
     if length < 0:
         raise ValueError(f"IntervalMask.{where}: {name} is {length}; a length is not negative")
     return torch.full((1, 1), min(length, _FAR), dtype=torch.int32, device=device)

@@ -59,7 +59,9 @@ def test_what_is_built(monkeypatch):
 def test_a_build_without_cuda(monkeypatch):
     monkeypatch.setattr(library, "build_info", lambda: BUILD | {"cuda_version": "", "cuda_archs": "", "kernels": []})
     rows = printed()
-    assert ["CUDA", "none: built without nvcc"] in rows
+    assert ["CUDA", "none: built without nvcc or its kernels"] in rows
+    assert not any("native kernel" in row[2] for row in rows if len(row) == 3)
+    assert any("none in this build" in row[2] for row in rows if row[0] == "block_attn")
     assert not any("variants" in row for row in rows)
 
 

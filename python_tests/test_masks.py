@@ -387,6 +387,9 @@ def test_constructors_do_not_wait_for_the_gpu():
         (lambda: IntervalMask.from_dense(torch.tensor([[0.0, -0.5]])), "-0.5"),
         (lambda: IntervalMask(*torch.zeros(4, 1, 3).int()[:3], torch.zeros(1, 2).int(), 3), "blk_hi"),
         (lambda: IntervalMask(*torch.zeros(4, 1, 3), 3), "ctx_lo is torch.float32"),
+        (lambda: IntervalMask.prefix_block(8, 2.5), "prefix_len is 2.5"),
+        (lambda: IntervalMask.full(True, q_len=2), "kv_lens is True"),
+        (lambda: IntervalMask.decode(40, 8, kv_len=30), "40 cached tokens and a block of 8 exceed kv_len 30"),
     ],
 )
 def test_refusals_name_the_value(build, message):
