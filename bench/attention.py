@@ -76,10 +76,9 @@ def main() -> None:
             print(case, flush=True)
             rows += forward_rows(case)
             if not wanted:
-                runner.write(name, rows, ceilings)  # what has been measured stays, whatever stops the rest
+                path = runner.write(name, rows, ceilings)  # what has been measured stays, whatever stops the rest
     if not wanted:
-        print(runner.write(name, rows, ceilings))
-        print(runner.plot(name, rows, "tflops"))
+        print(path, runner.plot(name, rows, "tflops"), sep="\n")
 
 
 if __name__ == "__main__":

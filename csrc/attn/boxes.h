@@ -25,4 +25,12 @@ inline TensorBox key_box(const AttentionParams& p, const void* data, const HeadS
           {kBoxColumns, keys, 1, 1}};
 }
 
+// The copy engine reads queries, keys and values, and stores outputs, as they lie.
+template <class Params>
+bool copy_engine_serves(const Params& p) {
+  return copy_engine_reads(query_box(p, p.q, p.q_strides, 1)) &&
+         copy_engine_reads(query_box(p, p.out, p.out_strides, 1)) &&
+         copy_engine_reads(key_box(p, p.k, p.k_strides, 1)) && copy_engine_reads(key_box(p, p.v, p.v_strides, 1));
+}
+
 }  // namespace dflash

@@ -3,7 +3,6 @@
 // of a tile's 64 rows each warp has 16, and keeps their output in registers.
 #include <algorithm>
 #include <bit>
-#include <type_traits>
 
 #include "attn/decode_combine.h"
 #include "attn/decode_work.h"

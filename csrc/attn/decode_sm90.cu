@@ -11,13 +11,13 @@
 #include <algorithm>
 #include <array>
 #include <numeric>
-#include <utility>
 
 #include "attn/boxes.h"
 #include "attn/decode.h"
 #include "attn/kernels.h"
 #include "attn/not_finite.h"
 #include "attn/tile_products.h"
+#include "common/gpu.h"
 #include "common/hopper.h"
 
 namespace dflash {
@@ -500,9 +500,8 @@ cudaError_t launch(const DecodeParams& p, cudaStream_t stream) {
     }
     return clusters;
   }();
-  int gpu = 0, processors = 0;
-  status = cudaGetDevice(&gpu);
-  if (status == cudaSuccess) status = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, gpu);
+  int processors = 0;
+  status = count_multiprocessors(&processors);
   if (status != cudaSuccess) return status;
   const int64_t fold = decode_fold(p), positions = kDecodeRows / fold;
   const int64_t tiles = p.plan_entries * tiles_of(p.q_len, positions * Tiling::kConsumers);
@@ -519,16 +518,11 @@ cudaError_t launch(const DecodeParams& p, cudaStream_t stream) {
                             static_cast<unsigned>(tiles),
                             static_cast<int>((Tiling::kFragments + ranks - 1) / ranks)};
   DecodeMaps maps;
-  const std::pair<CUtensorMap*, TensorBox> described[] = {
-      {&maps.q, query_box(p, p.q, p.q_strides, fold)},
-      {&maps.out, query_box(p, p.out, p.out_strides, fold)},
-      {&maps.k, key_box(p, p.k, p.k_strides, layout.box_keys)},
-      {&maps.v, key_box(p, p.v, p.v_strides, layout.box_keys)},
-  };
-  for (const auto& [map, box] : described) {
-    status = make_tensor_map(map, p.dtype, box);
-    if (status != cudaSuccess) return status;
-  }
+  status = make_tensor_maps(p.dtype, {{&maps.q, query_box(p, p.q, p.q_strides, fold)},
+                                      {&maps.out, query_box(p, p.out, p.out_strides, fold)},
+                                      {&maps.k, key_box(p, p.k, p.k_strides, layout.box_keys)},
+                                      {&maps.v, key_box(p, p.v, p.v_strides, layout.box_keys)}});
+  if (status != cudaSuccess) return status;
   return cudaLaunchKernelEx(&config, kernel, p, layout, maps);
 }
 
@@ -547,10 +541,7 @@ cudaError_t launch(const DecodeParams& p, cudaStream_t stream) {
 
 bool decode_sm90_serves(const DecodeParams& p) {
   return forward_sm90_runs_here() && !p.exact && p.kv_len > 0 && decode_warpgroups(p) > 0 &&
-         (p.pages.table == nullptr || p.pages.page_size % 16 == 0) &&
-         copy_engine_reads(query_box(p, p.q, p.q_strides, 1)) &&
-         copy_engine_reads(query_box(p, p.out, p.out_strides, 1)) &&
-         copy_engine_reads(key_box(p, p.k, p.k_strides, 1)) && copy_engine_reads(key_box(p, p.v, p.v_strides, 1));
+         (p.pages.table == nullptr || p.pages.page_size % 16 == 0) && copy_engine_serves(p);
 }
 
 const char* decode_sm90(const DecodeParams& p, void* stream) {

@@ -12,12 +12,12 @@
 #include <algorithm>
 #include <cstdlib>
 #include <string_view>
-#include <utility>
 
 #include "attn/boxes.h"
 #include "attn/kernels.h"
 #include "attn/key_runs.h"
 #include "attn/tile_products.h"
+#include "common/gpu.h"
 #include "common/hopper.h"
 
 namespace dflash {
@@ -414,21 +414,14 @@ cudaError_t launch(const AttentionForwardParams& p, cudaStream_t stream) {
   const auto kernel = forward<T, kDim>;
   const int64_t fold = fold_of(p.heads, p.kv_heads);
   Maps maps;
-  const std::pair<CUtensorMap*, TensorBox> described[] = {
-      {&maps.q, query_box(p, p.q, p.q_strides, fold)},
-      {&maps.out, query_box(p, p.out, p.out_strides, fold)},
-      {&maps.k, key_box(p, p.k, p.k_strides, Shape::kKeys)},
-      {&maps.v, key_box(p, p.v, p.v_strides, Shape::kKeys)},
-      {&maps.k_granule, key_box(p, p.k, p.k_strides, kGranule)},
-      {&maps.v_granule, key_box(p, p.v, p.v_strides, kGranule)},
-  };
-  for (const auto& [map, box] : described) {
-    const cudaError_t status = make_tensor_map(map, p.dtype, box);
-    if (status != cudaSuccess) return status;
-  }
-  int gpu = 0, processors = 0;
-  cudaError_t status = cudaGetDevice(&gpu);
-  if (status == cudaSuccess) status = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, gpu);
+  cudaError_t status = make_tensor_maps(p.dtype, {{&maps.q, query_box(p, p.q, p.q_strides, fold)},
+                                                  {&maps.out, query_box(p, p.out, p.out_strides, fold)},
+                                                  {&maps.k, key_box(p, p.k, p.k_strides, Shape::kKeys)},
+                                                  {&maps.v, key_box(p, p.v, p.v_strides, Shape::kKeys)},
+                                                  {&maps.k_granule, key_box(p, p.k, p.k_strides, kGranule)},
+                                                  {&maps.v_granule, key_box(p, p.v, p.v_strides, kGranule)}});
+  int processors = 0;
+  if (status == cudaSuccess) status = count_multiprocessors(&processors);
   if (status == cudaSuccess) {
     status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Shape::kBytes);
   }
@@ -455,9 +448,7 @@ bool forward_sm90_runs_here() {
 
 bool forward_sm90_serves(const AttentionForwardParams& p) {
   return forward_sm90_runs_here() && (p.dtype == DType::kBFloat16 || p.dtype == DType::kFloat16) && p.kv_len > 0 &&
-         copy_engine_reads(query_box(p, p.q, p.q_strides, 1)) &&
-         copy_engine_reads(query_box(p, p.out, p.out_strides, 1)) &&
-         copy_engine_reads(key_box(p, p.k, p.k_strides, 1)) && copy_engine_reads(key_box(p, p.v, p.v_strides, 1));
+         copy_engine_serves(p);
 }
 
 const char* forward_sm90(const AttentionForwardParams& p, void* stream) {

@@ -6,6 +6,7 @@
 
 #include "attn/kernels.h"
 #include "common/device.h"
+#include "common/gpu.h"
 
 namespace dflash {
 namespace device {
@@ -112,9 +113,8 @@ __global__ void __launch_bounds__(kThreads) make_plan(const PlanParams p) {
 const char* plan_sm80(const PlanParams& params, void* stream) {
   const int64_t count = params.entries * tiles_of(params.q_len, params.positions);
   if (count == 0) return nullptr;
-  int gpu = 0, processors = 0;
-  cudaError_t status = cudaGetDevice(&gpu);
-  if (status == cudaSuccess) status = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, gpu);
+  int processors = 0;
+  cudaError_t status = count_multiprocessors(&processors);
   if (status == cudaSuccess) {
     // All blocks must be resident at once: one a multiprocessor always fits.
     const int64_t blocks = (count + device::kWarps - 1) / device::kWarps;

@@ -4,6 +4,9 @@
 #include <cuda.h>
 #include <cuda_runtime.h>
 
+#include <initializer_list>
+#include <utility>
+
 #include "common/layout.h"
 
 namespace dflash {
@@ -46,6 +49,14 @@ inline cudaError_t make_tensor_map(CUtensorMap* map, DType dtype, const TensorBo
       encode(map, type, 4, const_cast<void*>(t.data), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
              CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
+}
+
+inline cudaError_t make_tensor_maps(DType dtype, std::initializer_list<std::pair<CUtensorMap*, TensorBox>> described) {
+  for (const auto& [map, box] : described) {
+    const cudaError_t status = make_tensor_map(map, dtype, box);
+    if (status != cudaSuccess) return status;
+  }
+  return cudaSuccess;
 }
 
 }  // namespace dflash
