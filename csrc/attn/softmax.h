@@ -52,7 +52,7 @@ struct Scores {
   }
 
  private:
-  static constexpr float kLargeCap = 2048;
+  static constexpr float kLargeCap = 256;
 
   // tanh(x) = 1 - 2 / (exp(2x) + 1); a NaN stays one.
   DFLASH_INLINE float capped(float x) const {
@@ -71,8 +71,9 @@ struct RowBounds {
     const int64_t at = batch * mask.batch + row;
     ctx_lo = max(mask.ctx_lo[at], 0);
     blk_lo = max(mask.blk_lo[at], 0);
-    ctx_len = max(min(mask.ctx_hi[at], kv_len) - ctx_lo, 0);
-    blk_len = max(min(mask.blk_hi[at], kv_len) - blk_lo, 0);
+    // Never a difference that overflows, whatever the bounds are.
+    ctx_len = max(min(mask.ctx_hi[at], kv_len), ctx_lo) - ctx_lo;
+    blk_len = max(min(mask.blk_hi[at], kv_len), blk_lo) - blk_lo;
   }
   DFLASH_INLINE bool sees(int key) const {
     return static_cast<unsigned>(key - ctx_lo) < ctx_len || static_cast<unsigned>(key - blk_lo) < blk_len;
