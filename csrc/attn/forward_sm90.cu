@@ -10,6 +10,7 @@
 // product runs. The consumers take turns at starting products, so that one's softmax runs beside another's products.
 // Only tiles of keys that the plan does not call full pay for masking.
 #include <algorithm>
+#include <bit>
 #include <cstdlib>
 #include <string_view>
 
@@ -54,7 +55,7 @@ struct Tiling {
 // the blocks in alternating directions: whoever got the longest item of a round gets the shortest of the next. Heads go
 // in sections whose keys and values fit in the L2 cache together: a block first takes what it got of the first section.
 struct Schedule {
-  int fold;
+  int fold_shift;          // 1 << fold_shift heads are folded: shifts, where divisions would cost an item hundreds of clocks
   unsigned heads, groups;  // folded heads: of all batch entries that a tile of the plan serves, of one
   unsigned section;        // folded heads
   unsigned items;
@@ -141,7 +142,7 @@ class Producer {
     Barrier& full = shared_.item_full[slot];
     const TilePlan* plan = reinterpret_cast<const TilePlan*>(p_.plan) + next / schedule_.heads;
     item.batch = p_.plan_entries > 1 ? plan->entry : head / schedule_.groups;
-    item.first_head = head % schedule_.groups * schedule_.fold;
+    item.first_head = static_cast<int>(head % schedule_.groups << schedule_.fold_shift);
     full.copy(&item.plan, plan, sizeof(TilePlan));
   }
 
@@ -151,7 +152,7 @@ class Producer {
     uint32_t to = q_ + q_stage_.index * Shape::kQueryBytes;
     for (int part = 0; part < Shape::kRows / 64; ++part) {
       for (int panel = 0; panel < Shape::kPanels; ++panel, to += kQueryPanelBytes) {
-        full.copy(to, maps_.q, panel * kPanelColumns, item.first_head, item.plan.first + part * (64 / schedule_.fold),
+        full.copy(to, maps_.q, panel * kPanelColumns, item.first_head, item.plan.first + part * (64 >> schedule_.fold_shift),
                   item.batch);
       }
     }
@@ -225,9 +226,17 @@ class Consumer {
 
   DFLASH_INLINE void consume(const Item& item) {
     const KeyRuns<kKeys> tiles(item.plan);
-    const int first = item.plan.first + part_ * (64 / schedule_.fold), batch = item.batch, head = item.first_head;
+    const int first = item.plan.first + part_ * (64 >> schedule_.fold_shift);
+    const int batch = item.batch, head = item.first_head;
     float out[Shape::kValueColumns / 2] = {};
     OnlineSoftmax softmax;
+    // Asked for early, as they come from far away.
+    int4 read[2];
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const int position = first + position_of(row_ + 8 * r);
+      read[r] = position < p_.q_len ? read_bounds(p_.mask, batch, position) : make_int4(0, 0, 0, 0);
+    }
     shared_.q.full[q_stage_.index].wait(q_stage_.parity);
 
     if (tiles.count() > 0) {
@@ -235,12 +244,8 @@ class Consumer {
       typename Products::Weights weights;
       shared_.k.full[k_stage_.index].wait(k_stage_.parity);
       start_scores(s);
-      RowBounds bounds[2];
-#pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        const int position = first + (row_ + 8 * r) / schedule_.fold;
-        if (position < p_.q_len) bounds[r] = RowBounds(p_.mask, batch, position, static_cast<int>(p_.kv_len));
-      }
+      const int kv_len = static_cast<int>(p_.kv_len);
+      const RowBounds bounds[2] = {RowBounds(read[0], kv_len), RowBounds(read[1], kv_len)};
       wait_for_products<0>();
       release(shared_.k, k_stage_);
       pin(s);
@@ -279,9 +284,12 @@ class Consumer {
 
     float inverse[2], lse[2];
     softmax.finish(scores_.factor, inverse, lse);
-    write_lse(batch, head, first, lse);
     write_out(batch, head, first, out, inverse);
+    write_lse(batch, head, first, lse);
   }
+
+  // A row of a tile stands at this position after the tile's first.
+  DFLASH_INLINE int position_of(int row) const { return row >> schedule_.fold_shift; }
 
   DFLASH_INLINE void start_scores(typename Products::Scored& s) const {
     Products::start_scores(s, q_ + q_stage_.index * Shape::kQueryBytes, k_ + k_stage_.index * Shape::kKeyBytes);
@@ -319,9 +327,9 @@ class Consumer {
     if (p_.lse == nullptr || threadIdx.x % 4 != 0 || (Shape::kSharesRows && index_ > 0)) return;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      const int row = row_ + 8 * r, position = first + row / schedule_.fold;
+      const int row = row_ + 8 * r, position = first + position_of(row);
       if (position < p_.q_len) {
-        const int64_t head_row = batch * p_.heads + head + row % schedule_.fold;
+        const int64_t head_row = batch * p_.heads + head + row - (position_of(row) << schedule_.fold_shift);
         static_cast<float*>(p_.lse)[head_row * p_.q_len + position] = lse[r];
       }
     }
@@ -405,7 +413,7 @@ Schedule schedule_of(const AttentionForwardParams& p, int64_t rows_per_tile) {
   const int64_t sections = std::clamp<int64_t>((bytes + kCachedBytes - 1) / kCachedBytes, 1, heads);
   const int64_t section = (heads + sections - 1) / sections;
   const auto narrow = [](int64_t x) { return static_cast<unsigned>(x); };
-  return {static_cast<int>(fold), narrow(heads), narrow(groups), narrow(section), narrow(tiles * heads)};
+  return {std::countr_zero(narrow(fold)), narrow(heads), narrow(groups), narrow(section), narrow(tiles * heads)};
 }
 
 template <class T, int kDim>

@@ -61,20 +61,26 @@ struct Scores {
   }
 };
 
+// ctx_lo, ctx_hi, blk_lo, blk_hi of a row.
+DFLASH_INLINE int4 read_bounds(const Intervals& mask, int64_t batch, int64_t row) {
+  const int64_t at = batch * mask.batch + row;
+  return make_int4(mask.ctx_lo[at], mask.ctx_hi[at], mask.blk_lo[at], mask.blk_hi[at]);
+}
+
 // The keys that one row sees.
 struct RowBounds {
   int ctx_lo = 0, blk_lo = 0;
   unsigned ctx_len = 0, blk_len = 0;
 
   RowBounds() = default;
-  DFLASH_INLINE RowBounds(const Intervals& mask, int64_t batch, int64_t row, int kv_len) {
-    const int64_t at = batch * mask.batch + row;
-    ctx_lo = max(mask.ctx_lo[at], 0);
-    blk_lo = max(mask.blk_lo[at], 0);
+  DFLASH_INLINE RowBounds(int4 bounds, int kv_len) : ctx_lo(max(bounds.x, 0)), blk_lo(max(bounds.z, 0)) {
     // Never a difference that overflows, whatever the bounds are.
-    ctx_len = max(min(mask.ctx_hi[at], kv_len), ctx_lo) - ctx_lo;
-    blk_len = max(min(mask.blk_hi[at], kv_len), blk_lo) - blk_lo;
+    ctx_len = max(min(bounds.y, kv_len), ctx_lo) - ctx_lo;
+    blk_len = max(min(bounds.w, kv_len), blk_lo) - blk_lo;
   }
+  DFLASH_INLINE RowBounds(const Intervals& mask, int64_t batch, int64_t row, int kv_len)
+      : RowBounds(read_bounds(mask, batch, row), kv_len) {}
+
   DFLASH_INLINE bool sees(int key) const {
     return static_cast<unsigned>(key - ctx_lo) < ctx_len || static_cast<unsigned>(key - blk_lo) < blk_len;
   }
@@ -125,8 +131,8 @@ struct OnlineSoftmax {
     for (int r = 0; r < 2; ++r) {
       sum[r] += __shfl_xor_sync(~0u, sum[r], 1);
       sum[r] += __shfl_xor_sync(~0u, sum[r], 2);
-      inverse[r] = sum[r] == 0 ? 0.0f : 1 / sum[r];
-      lse[r] = sum[r] == 0 ? -kInfinity : (largest[r] * factor + log2f(sum[r])) * kLn2;
+      inverse[r] = sum[r] == 0 ? 0.0f : __fdividef(1, sum[r]);
+      lse[r] = sum[r] == 0 ? -kInfinity : (largest[r] * factor + __log2f(sum[r])) * kLn2;
     }
   }
 };
