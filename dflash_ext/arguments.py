@@ -51,6 +51,8 @@ def checked(function: Callable) -> Callable:
                 raise TypeError(f"{where}: {name} is {shown(value)}; {kind.words} is needed")
         return function(*args, **kwargs)
 
+    # Code of its own: torch.compile keeps and counts its graphs by code, which all functions would share.
+    call.__code__ = call.__code__.replace(co_name=where)
     return call
 
 
@@ -60,7 +62,8 @@ def _kind(hint: Any) -> _Kind | None:
     if None in kinds:
         return None
     types, words, items = zip(*kinds, strict=True)
-    return _Kind(sum(types, ()), " or ".join(words), sum(items, ()))
+    listed = " or ".join(words).replace(" or ", ", ", max(len(words) - 2, 0))
+    return _Kind(sum(types, ()), listed, sum(items, ()))
 
 
 def _is(value: Any, kind: _Kind) -> bool:

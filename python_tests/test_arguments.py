@@ -71,6 +71,11 @@ def test_what_came_is_one_short_line():
         assert len(shown(value)) < 300 and "\n" not in shown(value)
 
 
+def test_every_function_has_a_code_object_of_its_own():
+    """torch.compile counts recompilations by code object, and gives up at eight."""
+    assert len({f.__code__ for f in (function, Owner.method, Owner.static)}) == 3
+
+
 def test_a_compiled_graph_does_not_break():
     compiled = torch.compile(function, fullgraph=True, backend="eager", dynamic=True)
     for n in (2, 3, 4):

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
+from ..arguments import checked
 from ..library import load
 from ..reference import Sample, Verification
 from .devices import check_one_device
@@ -23,6 +24,7 @@ _RULES = ("count", "threshold", "factor", "entropy_bound")
 _SAMPLE, _VERIFY = 1, 2
 
 
+@checked
 def sample(
     logits: Tensor,
     seed: Tensor,
@@ -56,7 +58,7 @@ def sample(
         ``pivot`` and ``normaliser``, the filtered distribution in the form that ``verify`` takes:
         ``exp(z - normaliser)`` where ``z >= pivot``, else 0, for z = logits / temperature; a pivot may be -inf.
 
-    Raises ValueError for arguments that do not fit together.
+    Raises ValueError for arguments that do not fit together, TypeError for one that is no tensor or number.
     """
     if logits.dim() != 2 or logits.dtype not in _DTYPES or logits.shape[1] == 0:
         raise ValueError(f"sample: logits is {logits.dtype} {list(logits.shape)}; floating [N, V] is needed")
@@ -82,6 +84,7 @@ def sample(
     )
 
 
+@checked
 def verify(
     draft_tokens: Tensor,
     target_logits: Tensor,
@@ -121,7 +124,8 @@ def verify(
     Returns:
         Verification of ``accepted`` int64 ``[B]`` (0 to draft_lens) and ``next_token`` int64 ``[B]``.
 
-    Raises ValueError for arguments that do not fit together.
+    Raises ValueError for arguments that do not fit together, TypeError for one that is no tensor or number, and on the
+    CPU RuntimeError for a draft token outside the vocabulary.
     """
     if draft_tokens.dim() != 2 or draft_tokens.dtype != torch.int64:
         raise ValueError(
@@ -204,6 +208,7 @@ def verify(
     )
 
 
+@checked
 def reveal(
     scores: Tensor | None,
     masked: Tensor,
@@ -261,6 +266,7 @@ def reveal(
     return reference.reveal(scores, masked, entropy=entropy, **{rule: limit})
 
 
+@checked
 def reveal_count(total: Tensor, step: int, steps: int, *, schedule: str = "linear") -> Tensor:
     """How many positions to commit in step ``step`` (from 0) of ``steps``, for ``reveal``'s count.
 

@@ -110,6 +110,32 @@ def test_refusals_name_the_value(call, message):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: sample([[0.0]], seed(1)), r"sample: logits is \[\[0.0\]\] \(list\); a tensor"),
+        (lambda: sample(torch.zeros(3, 4), 1), r"sample: seed is 1 \(int\); a tensor"),
+        (lambda: sample(torch.zeros(3, 4), seed(1), temperature=None), "temperature is None; a number or a tensor"),
+        (lambda: sample(torch.zeros(3, 4), seed(1), top_k=2.5), r"top_k is 2.5 \(float\); an int, a tensor or None"),
+        (
+            lambda: sample(torch.zeros(3, 4), seed(1), top_p=[0.5]),
+            r"top_p is \[0.5\] \(list\); a number, a tensor or None",
+        ),
+        (lambda: verify([[1]], TARGET), r"verify: draft_tokens is \[\[1\]\] \(list\)"),
+        (lambda: verify(DRAFT, TARGET.numpy()), "verify: target_logits is of type ndarray"),
+        (lambda: verify(DRAFT, TARGET, draft_lens=3), r"verify: draft_lens is 3 \(int\); a tensor or None"),
+        (lambda: reveal(None, [[True]], count=1), r"reveal: masked is \[\[True\]\] \(list\); a tensor"),
+        (lambda: reveal(0.5, DRAFT == 0, count=1), r"reveal: scores is 0.5 \(float\); a tensor or None"),
+        (lambda: reveal(None, DRAFT == 0, count="1"), r"reveal: count is '1' \(str\)"),
+        (lambda: reveal_count(7, 0, 2), r"reveal_count: total is 7 \(int\); a tensor"),
+        (lambda: reveal_count(seed(7), 0.0, 2), r"reveal_count: step is 0.0 \(float\); an int"),
+    ],
+)
+def test_what_is_no_tensor_or_number_is_refused(call, message):
+    with pytest.raises(TypeError, match=message):
+        call()
+
+
 def each_on_meta(arguments):
     """The arguments with one tensor after another on the meta device, and its name."""
     for name, value in list(arguments.items())[1:]:
