@@ -49,7 +49,8 @@ def sample(
             most probable token is always kept.
         return_filtered_entropy: also the entropy of the distribution after the filters, ``[N]``.
 
-    temperature and the filters are numbers or tensors ``[N]``.
+    temperature and the filters are numbers or tensors ``[N]``. A logit that is NaN counts as -inf, so that it is never
+    drawn; a row of nothing else gives token 0, whose ``prob`` is NaN, as are the measures.
 
     Returns:
         Sample, each field ``[N]``; its reals are float32 (float64 for float64 logits). ``token`` (int64) with
@@ -106,7 +107,7 @@ def verify(
     argmax. Above 0 token x is accepted with probability min(1, p(x) / q(x)); the token after the first
     rejection is drawn from max(p - q, 0), normalised, and the bonus token after a draft that was accepted
     whole from p. So the output is distributed as the target's own (arXiv 2211.17192, 2302.01318). p and q are
-    both under the temperature and the filters of ``sample``.
+    both under the temperature and the filters of ``sample``, and NaN counts as -inf there too.
 
     Args:
         draft_tokens: int64 ``[B, K]``.
@@ -223,7 +224,7 @@ def reveal(
 
     The masked positions are taken in falling order of score (left to right among equals), as far as the limit
     goes. Scores may be the confidence (max p), the margin (p1 - p2), -H for the order of entropy, or None for
-    left to right.
+    left to right. A score that is NaN counts as -inf, the last in the order; an entropy that is NaN exceeds any bound.
 
     Args:
         scores: ``[B, L]``, or None.
