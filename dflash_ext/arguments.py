@@ -24,6 +24,7 @@ _KINDS = {
     Tensor: _Kind((Tensor,), "a tensor"),
     int: _Kind((int, torch.SymInt, Integral), "an int"),
     float: _Kind((float, int, torch.SymFloat, torch.SymInt, Real), "a number"),
+    str: _Kind((str,), "a string"),
     torch.dtype: _Kind((torch.dtype,), "a torch.dtype"),
     NoneType: _Kind((NoneType,), "None"),
 }
@@ -34,8 +35,8 @@ _KINDS[Sequence[Tensor]] = _Kind((Sequence,), "a sequence of tensors", (Tensor,)
 def checked(function: Callable) -> Callable:
     """The function, which now raises TypeError, naming the argument, for one of another kind than its annotation.
 
-    Tensors, numbers, dtypes and sequences are told apart, and a bool is no number. Arguments whose annotation names
-    anything else are left to the function.
+    Tensors, numbers, strings, dtypes and sequences are told apart, and a bool is no number. Arguments whose annotation
+    names anything else are left to the function.
     """
     where = function.__qualname__
     # A class is not there yet while its methods are being made.

@@ -261,6 +261,10 @@ class IntervalMask:
         last document is padding. max_len: an upper bound of the document lengths, by default the longest one,
         or total_len with a tensor.
         """
+        if not callable(inner):
+            raise TypeError(
+                f"IntervalMask.packed: inner is {shown(inner)}; a function like IntervalMask.causal is needed"
+            )
         if isinstance(cu_seqlens, Tensor):
             if total_len is None:
                 raise ValueError("IntervalMask.packed: cu_seqlens is a tensor, so total_len is required")

@@ -13,7 +13,7 @@ from dflash_ext.arguments import checked, shown
 
 
 @checked
-def function(x: Tensor, n: int | Tensor, *, size: float | None = None, parts: Sequence[Tensor] = (), free: str = ""):
+def function(x: Tensor, n: int | Tensor, *, size: float | None = None, parts: Sequence[Tensor] = (), free: object = ""):
     """Of everything."""
     return x, n, size, parts, free
 

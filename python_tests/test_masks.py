@@ -442,6 +442,11 @@ def test_refusals_name_the_value(build, message):
             r"cu_seqlens is \[0, 2.5\] \(list\); a sequence of",
         ),
         (lambda: IntervalMask.packed(np.array([0, 2]), IntervalMask.causal), "cu_seqlens is of type ndarray"),
+        (lambda: IntervalMask.packed([0, 2], IntervalMask.causal(2)), "inner is of type IntervalMask; a function like"),
+        (
+            lambda: IntervalMask.anchor_blocks(8, torch.tensor([[1]]), 4, convention=1),
+            r"convention is 1 \(int\); a string",
+        ),
         (lambda: IntervalMask.from_dense([[True]]), r"from_dense: mask is \[\[True\]\] \(list\)"),
         (lambda: IntervalMask.causal(4).to_dense("float32"), r"dtype is 'float32' \(str\); a torch.dtype"),
         (lambda: IntervalMask.causal(4).plan(8.0, 2, 64), r"heads is 8.0 \(float\)"),

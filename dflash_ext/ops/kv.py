@@ -95,6 +95,10 @@ def kv_inject(
         **{f"k_caches[{layer}]": each for layer, each in enumerate(k_caches)},
         **{f"v_caches[{layer}]": each for layer, each in enumerate(v_caches)},
     )
+    if cos.dim() not in (2, 3) or (cos.dim() == 3 and cos.shape[0] != layers) or 2 * cos.shape[-1] > head_dim:
+        raise ValueError(
+            f"kv_inject: cos is {list(cos.shape)}; [P, R] or [{layers}, P, R], R at most {head_dim // 2}, is needed"
+        )
     for name, given in (("positions", positions), ("slots", slots)):
         if given is not None and (given.is_floating_point() or given.dtype == torch.bool):
             raise ValueError(f"kv_inject: {name} is {given.dtype}; an integer dtype is needed")
@@ -108,10 +112,6 @@ def kv_inject(
     ):
         if given is not None and given.shape != shape:
             raise ValueError(f"kv_inject: {name} is {list(given.shape)}; {list(shape)} is needed")
-    if cos.dim() not in (2, 3) or (cos.dim() == 3 and cos.shape[0] != layers) or 2 * cos.shape[-1] > head_dim:
-        raise ValueError(
-            f"kv_inject: cos is {list(cos.shape)}; [P, R] or [{layers}, P, R], R at most {head_dim // 2}, is needed"
-        )
     if block_table is None and cache.shape[0] != batch:
         raise ValueError(f"kv_inject: the caches are for batch {cache.shape[0]}, features for {batch}")
     if block_table is not None and (

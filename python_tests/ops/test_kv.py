@@ -150,6 +150,7 @@ def arguments(**changes):
         ({"cos": torch.zeros(30, 5), "sin": torch.zeros(30, 5)}, "R at most 4"),
         ({"cos": torch.zeros(2, 30, 4), "sin": torch.zeros(2, 30, 4)}, r"\[2, 30, 4\]"),
         ({"sin": torch.zeros(30, 3)}, "sin"),
+        ({"cos": torch.zeros(30)}, r"cos is \[30\]; \[P, R\] or \[3, P, R\]"),
         ({"features": torch.zeros(1, 4, 10), "positions": torch.zeros(1, 4).long()}, "for batch 2"),
         ({"block_table": torch.zeros(2, 3)}, "weight"),
         (

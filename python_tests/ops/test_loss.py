@@ -228,6 +228,7 @@ def test_wrong_arguments(change, message):
         ({"teacher": [0.0], "teacher_mix": 0.5}, r"teacher is \[0.0\] \(list\)"),
         ({"softcap": "30"}, r"softcap is '30' \(str\); a number or None"),
         ({"z_loss": None}, "z_loss is None; a number"),
+        ({"reduction": None}, "reduction is None; a string"),
         ({"label_smoothing": True}, r"label_smoothing is True \(bool\); a number"),
     ],
 )
