@@ -25,7 +25,10 @@ errors = Console(stderr=True)
 
 TargetName = Annotated[str, typer.Option(help="Folder or hub name of a causal LM; 'smollm2' is the packaged one.")]
 Drafter = Annotated[Path | None, typer.Option(help="Folder of a DFlash drafter.")]
-Prompts = Annotated[Path | None, typer.Option(help="Prompts or conversations as JSONL or a JSON array, or plain text.")]
+Prompts = Annotated[
+    Path | None,
+    typer.Option(help="Prompts or conversations as JSONL, a JSON array or plain text; of 'turns' the first is asked."),
+]
 Field = Annotated[str | None, typer.Option(help="The key that holds the prompt, where it is none of the usual ones.")]
 Device = Annotated[str | None, typer.Option(help="cpu or cuda; a GPU is used where there is one.")]
 Dtype = Annotated[str | None, typer.Option(help="float32 (default on a CPU), bfloat16 (default on a GPU) or float16.")]
@@ -115,14 +118,33 @@ def train(
     device: Device = None,
 ) -> None:
     """Trains a drafter for a target on the target's own answers to your prompts."""
-    from .data import ResponseDataset
+    from .data import ResponseDataset, read_conversations
+    from .data.parsing import require_file
     from .models import DFlashDrafter, Target
     from .train import Recipe, plot_curve, summary, train_drafter
 
     if (prompts is None) == (answers is None):
         raise ValueError("train needs either --prompts, which the target answers first, or --answers")
-    model, tok = _load_target(target, tokenizer, dtype, device)
+    # Whatever can be wrong without the target is found before it is loaded.
+    if answers is None:
+        conversations = read_conversations(prompts, field=field, limit=limit)
+    else:
+        require_file(answers)
+    if output.exists() and not output.is_dir():
+        raise ValueError(f"--output {output}: a folder is expected, this is a file")
     tap_choice = [_integer(t, "--taps") for t in taps.split(",")] if "," in taps else _integer(taps, "--taps")
+    recipe = Recipe(
+        steps=steps,
+        batch_size=batch_size,
+        accumulation=accumulation,
+        anchors=anchors,
+        learning_rate=learning_rate,
+        gamma=gamma,
+        seed=seed,
+        save_every=save_every,
+        compile=compile,
+    )
+    model, tok = _load_target(target, tokenizer, dtype, device)
     plain = Target(model)
     drafter = DFlashDrafter.for_target(
         plain,
@@ -144,10 +166,8 @@ def train(
             plain,
             model,
             tok,
-            prompts,
+            conversations,
             answers,
-            field,
-            limit,
             max_prompt_tokens,
             max_new_tokens,
             temperature,
@@ -157,17 +177,6 @@ def train(
     dataset = ResponseDataset(answers, max_length, vocab_size=plain.vocab_size)
     trained, kept_out = dataset.split(held_out, seed)
     console.print(f"answers: {len(trained)} to train on, {len(kept_out)} held out")
-    recipe = Recipe(
-        steps=steps,
-        batch_size=batch_size,
-        accumulation=accumulation,
-        anchors=anchors,
-        learning_rate=learning_rate,
-        gamma=gamma,
-        seed=seed,
-        save_every=save_every,
-        compile=compile,
-    )
     tapped = Target(model, drafter.config.target_layer_ids)
     log = train_drafter(drafter, tapped, trained, output, recipe, held_out=kept_out, resume=resume, console=console)
     plot_curve(log, output / "curve.png")
@@ -176,13 +185,12 @@ def train(
 
 
 def _regenerate(
-    target, model, tok, prompts, path, field, limit, max_prompt_tokens, max_new_tokens, temperature, decode_batch, seed
+    target, model, tok, conversations, path, max_prompt_tokens, max_new_tokens, temperature, decode_batch, seed
 ) -> None:
-    from .data import read_conversations, regenerate
+    from .data import regenerate
     from .models import stop_tokens
     from .progress import progress
 
-    conversations = read_conversations(prompts, field=field, limit=limit)
     temperatures = tuple(temperature or (0.0,))
     with progress(console, "the target answers", len(conversations) * len(temperatures)) as advance:
         dropped = regenerate(
@@ -236,6 +244,7 @@ def generate(
         if prompt
         else read_conversations(prompts, field=field, limit=limit)
     )
+    _check_output(output)
     model, tok = _load_target(target, tokenizer, dtype, device)
     tapped, draft = _pair(model, drafter)
     encoded = [encode(c, tok, max_prompt_tokens=max_prompt_tokens) for c in conversations]
@@ -310,8 +319,7 @@ def evaluate(
     if len(names := [path.stem for path in prompts]) > len(set(names)):
         raise ValueError(f"prompt sets are named by their files, and two of {', '.join(names)} have one name")
     sets = {path.stem: read_conversations(path, field=field, limit=limit) for path in prompts}
-    if output and (output.is_dir() or not output.parent.is_dir()):
-        raise ValueError(f"--output {output}: a file in a folder that exists is expected")
+    _check_output(output)
     model, tok = _load_target(target, tokenizer, dtype, device)
     tapped, draft = _pair(model, drafter)
     results = {}
@@ -344,6 +352,11 @@ def doctor() -> None:
     report(console)
 
 
+def _check_output(path: Path | None) -> None:
+    if path and (path.is_dir() or not path.parent.is_dir()):
+        raise ValueError(f"--output {path}: a file in a folder that exists is expected")
+
+
 def _integer(text: str, option: str) -> int:
     try:
         return int(text)
@@ -361,7 +374,6 @@ def _no_bars_for_weights() -> None:
 def _load_target(name: str, tokenizer: str | None, dtype: str | None, device: str | None):
     import torch
 
-    from .integrations.gguf import smollm2_path
     from .models import load_target
 
     _no_bars_for_weights()
@@ -374,8 +386,7 @@ def _load_target(name: str, tokenizer: str | None, dtype: str | None, device: st
     if where is not None and where.type == "cuda" and (where.index or 0) >= torch.cuda.device_count():
         found = torch.cuda.device_count()
         raise ValueError(f"there is no CUDA device for --device {device} here ({found} found): leave it out")
-    source = str(smollm2_path()) if name == "smollm2" else name
-    return load_target(source, tokenizer=tokenizer, dtype=kinds.get(dtype), device=where)
+    return load_target(name, tokenizer=tokenizer, dtype=kinds.get(dtype), device=where)
 
 
 def _pair(model, path: Path | None):

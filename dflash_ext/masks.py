@@ -7,16 +7,21 @@ keeps it 16 bytes a row at any length, buildable on the device, and readable by 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
+from numbers import Integral
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from .arguments import checked, shown
 from .library import load
 
 Length = int | Tensor
+_BOUNDS = ("ctx_lo", "ctx_hi", "blk_lo", "blk_hi")
+_INTEGERS = (torch.int32, torch.int64)
 _FAR = 1 << 30  # beyond every key, and far from where int32 ends
 Device = torch.device | str | None
 
@@ -47,13 +52,12 @@ class IntervalMask:
     planned_for: tuple | None = None
 
     def __post_init__(self) -> None:
-        # A tree_map may put anything in the place of tensors.
-        bounds = [bound for bound in self._bounds() if isinstance(bound, Tensor)]
-        for name, bound in zip(("ctx_lo", "ctx_hi", "blk_lo", "blk_hi"), bounds, strict=False):
-            if bound.dim() != 2 or bound.dtype != torch.int32 or bound.shape != bounds[0].shape:
+        for name, bound in zip(_BOUNDS, self._bounds(), strict=True):
+            if not isinstance(bound, Tensor):
+                raise TypeError(f"IntervalMask: {name} is {shown(bound)}; a tensor is needed")
+            if bound.dim() != 2 or bound.dtype != torch.int32 or bound.shape != self.ctx_lo.shape:
                 raise ValueError(
-                    f"IntervalMask: {name} is {bound.dtype} {list(bound.shape)}; "
-                    "the four bounds are int32 [B, Lq] of one shape"
+                    f"IntervalMask: {name} is {shown(bound)}; the four bounds are int32 [B, Lq] of one shape"
                 )
 
     @property
@@ -76,6 +80,7 @@ class IntervalMask:
     def _bounds(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         return self.ctx_lo, self.ctx_hi, self.blk_lo, self.blk_hi
 
+    @checked
     def plan(self, heads: int, kv_heads: int, head_dim: int, *, decode: bool = False) -> IntervalMask:
         """The same mask with the GPU kernels' tile lists, made once for all layers of these shapes.
 
@@ -104,6 +109,7 @@ class IntervalMask:
     # ---- self-attention ----------------------------------------------------------------------------------
 
     @staticmethod
+    @checked
     def full(
         kv_lens: Length, *, q_len: int | None = None, kv_len: int | None = None, device: Device = None
     ) -> IntervalMask:
@@ -113,9 +119,11 @@ class IntervalMask:
         """
         device = _device(device, kv_lens)
         lens, kv_len = _padded(kv_lens, kv_len, device, "full", "kv_lens", "kv_len")
-        return _intervals(kv_len, kv_len if q_len is None else q_len, context=(0, lens))
+        q_len = kv_len if q_len is None else _at_least(0, "full", "q_len", q_len)
+        return _intervals(kv_len, q_len, context=(0, lens))
 
     @staticmethod
+    @checked
     def causal(seq_len: Length, *, max_len: int | None = None, device: Device = None) -> IntervalMask:
         """Row i sees the keys up to i."""
         device = _device(device, seq_len)
@@ -124,17 +132,19 @@ class IntervalMask:
         return _intervals(max_len, max_len, context=(0, pos + 1), rows=pos < lens)
 
     @staticmethod
+    @checked
     def sliding_window(
         seq_len: Length, window: int, *, max_len: int | None = None, device: Device = None
     ) -> IntervalMask:
         """Row i sees the last ``window`` keys up to i, itself included."""
-        window = _at_least_one("sliding_window", "window", window)
+        window = min(_at_least(1, "sliding_window", "window", window), _FAR)
         device = _device(device, seq_len)
         lens, max_len = _padded(seq_len, max_len, device, "sliding_window")
         pos = _arange(max_len, device)
         return _intervals(max_len, max_len, context=(pos - window + 1, pos + 1), rows=pos < lens)
 
     @staticmethod
+    @checked
     def prefix_lm(
         seq_len: Length,
         prefix_len: Length,
@@ -151,6 +161,7 @@ class IntervalMask:
         return _intervals(max_len, max_len, context=(0, visible), rows=pos < lens)
 
     @staticmethod
+    @checked
     def prefix_block(
         seq_len: Length,
         prefix_len: Length,
@@ -172,6 +183,7 @@ class IntervalMask:
         )
 
     @staticmethod
+    @checked
     def block_causal(
         seq_len: Length,
         block_size: int,
@@ -184,7 +196,7 @@ class IntervalMask:
 
         The first ``prefix_len`` tokens are causal and belong to no block; the first block starts after them.
         """
-        block_size = _at_least_one("block_causal", "block_size", block_size)
+        block_size = min(_at_least(1, "block_causal", "block_size", block_size), _FAR)
         device = _device(device, seq_len, prefix_len)
         lens, max_len = _padded(seq_len, max_len, device, "block_causal")
         prefix = _column(prefix_len, device, "block_causal", "prefix_len")
@@ -200,6 +212,7 @@ class IntervalMask:
         )
 
     @staticmethod
+    @checked
     def block_diffusion(
         seq_len: Length,
         block_size: int,
@@ -212,7 +225,7 @@ class IntervalMask:
         A noised block of x_t sees itself in both directions and the clean blocks of x_0 before it; a block of
         x_0 sees the clean blocks up to its own.
         """
-        block_size = _at_least_one("block_diffusion", "block_size", block_size)
+        block_size = min(_at_least(1, "block_diffusion", "block_size", block_size), _FAR)
         device = _device(device, seq_len)
         lens, max_len = _padded(seq_len, max_len, device, "block_diffusion")
         row = _arange(2 * max_len, device)
@@ -229,6 +242,7 @@ class IntervalMask:
         )
 
     @staticmethod
+    @checked
     def packed(
         cu_seqlens: Sequence[int] | Tensor,
         inner: Callable[..., IntervalMask],
@@ -247,23 +261,29 @@ class IntervalMask:
         last document is padding. max_len: an upper bound of the document lengths, by default the longest one,
         or total_len with a tensor.
         """
+        if not callable(inner):
+            raise TypeError(
+                f"IntervalMask.packed: inner is {shown(inner)}; a function like IntervalMask.causal is needed"
+            )
         if isinstance(cu_seqlens, Tensor):
             if total_len is None:
                 raise ValueError("IntervalMask.packed: cu_seqlens is a tensor, so total_len is required")
+            if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 2 or cu_seqlens.dtype not in _INTEGERS:
+                raise ValueError(
+                    f"IntervalMask.packed: cu_seqlens is {shown(cu_seqlens)}; int32 or int64 [2] or more is needed"
+                )
             max_len = total_len if max_len is None else max_len
             offsets = cu_seqlens.to(torch.int32)
         else:
-            total_len = cu_seqlens[-1] if total_len is None else total_len
-            if max_len is None:
-                max_len = max((b - a for a, b in zip(cu_seqlens, cu_seqlens[1:], strict=False)), default=0)
-            if any(a > b for a, b in zip([0, *cu_seqlens], cu_seqlens, strict=False)) or list(cu_seqlens)[:1] != [0]:
+            given = list(cu_seqlens)
+            if len(given) < 2 or given[0] != 0 or given != sorted(given):
                 raise ValueError(
-                    f"IntervalMask.packed: cu_seqlens is {list(cu_seqlens)}; ascending offsets from 0 are needed"
+                    f"IntervalMask.packed: cu_seqlens is {given}; two or more ascending offsets from 0 are needed"
                 )
-            offsets = torch.tensor(list(cu_seqlens), dtype=torch.int32, device=device)
-        if offsets.dim() != 1 or offsets.numel() < 2:
-            raise ValueError(f"IntervalMask.packed: cu_seqlens is {list(offsets.shape)}; [2] or more is needed")
-        max_len = max(max_len, 1)
+            total_len = given[-1] if total_len is None else total_len
+            max_len = max(b - a for a, b in pairwise(given)) if max_len is None else max_len
+            offsets = torch.tensor(given, dtype=torch.int32, device=device)
+        total_len, max_len = _at_least(0, "packed", "total_len", total_len), max(max_len, 1)
         documents = inner(offsets.diff(), max_len=max_len)
         if (documents.q_len, documents.kv_len) != (max_len, max_len):
             raise ValueError(
@@ -288,6 +308,7 @@ class IntervalMask:
     # ---- training drafters -------------------------------------------------------------------------------
 
     @staticmethod
+    @checked
     def anchor_blocks(
         context_len: int,
         anchors: Tensor,
@@ -306,7 +327,8 @@ class IntervalMask:
         through LoRA). Slot 0 of a block stands at its anchor, slot j at anchor + j. A block sees the context
         strictly before its anchor and its own slots in both directions, never another block.
 
-        anchors: int32 or int64 ``[B, N]``, positions in the context, in any order.
+        anchors: int32 or int64 ``[B, N]``, positions in the context, in any order. Others are an error on the CPU,
+        unless they are not kept; on a GPU, where the check would have to wait for it, nothing is checked.
         keep: bool ``[B, N]``; the rows of an anchor that is not kept are empty.
         context_start: int ``[B, N]``, where the anchor's document begins (packing); with include_context int
         ``[B, context_len]``, where each token's document begins, from which the anchors' are read.
@@ -314,24 +336,37 @@ class IntervalMask:
         ``q_pos - k_pos < window`` at the slot's own position, and the block is causal. "speculators": all
         slots see the same ``window`` tokens before the anchor, and the block is bidirectional.
         """
-        block_size = _at_least_one("anchor_blocks", "block_size", block_size)
+        context_len = _at_least(0, "anchor_blocks", "context_len", context_len)
+        block_size = min(_at_least(1, "anchor_blocks", "block_size", block_size), _FAR)
         if window is not None:
-            window = _at_least_one("anchor_blocks", "window", window)
+            window = min(_at_least(1, "anchor_blocks", "window", window), _FAR)
         if convention not in ("specforge", "speculators"):
             raise ValueError(
                 f"IntervalMask.anchor_blocks: convention is {convention!r}; 'specforge' and 'speculators' are supported"
             )
-        if anchors.dim() != 2 or anchors.dtype not in (torch.int32, torch.int64):
+        if anchors.dim() != 2 or anchors.dtype not in _INTEGERS:
             raise ValueError(
-                f"IntervalMask.anchor_blocks: anchors is {anchors.dtype} {list(anchors.shape)}; "
-                "int32 or int64 [B, N] is needed"
+                f"IntervalMask.anchor_blocks: anchors is {shown(anchors)}; int32 or int64 [B, N] is needed"
             )
         batch, count = anchors.shape
         starts = context_len if include_context else count
-        for name, given, width in (("keep", keep, count), ("context_start", context_start, starts)):
-            if given is not None and given.shape != (batch, width):
+        for name, given, kind, dtypes, width in (
+            ("keep", keep, "bool", (torch.bool,), count),
+            ("context_start", context_start, "int32 or int64", _INTEGERS, starts),
+        ):
+            if given is not None and (given.shape != (batch, width) or given.dtype not in dtypes):
                 raise ValueError(
-                    f"IntervalMask.anchor_blocks: {name} is {list(given.shape)}; {[batch, width]} is needed"
+                    f"IntervalMask.anchor_blocks: {name} is {shown(given)}; {kind} {[batch, width]} is needed"
+                )
+        # A subclass may have no values to look at, such as FakeTensor.
+        if type(anchors) is Tensor and anchors.is_cpu and not torch.compiler.is_compiling():
+            outside = (anchors < 0) | (anchors >= context_len)
+            if keep is not None:
+                outside &= keep
+            if outside.any():
+                raise ValueError(
+                    f"IntervalMask.anchor_blocks: an anchor is {int(anchors[outside][0])}; "
+                    f"positions in the context, [0, {context_len}), are needed"
                 )
         anchors = anchors.to(torch.int32)
         if context_start is None:
@@ -368,6 +403,7 @@ class IntervalMask:
     # ---- decoding ----------------------------------------------------------------------------------------
 
     @staticmethod
+    @checked
     def decode(
         cache_lens: Length,
         block_len: int,
@@ -389,16 +425,18 @@ class IntervalMask:
             Lengths in tensors are not checked against it: what lies beyond is not seen.
         """
         if window is not None:
-            window = _at_least_one("decode", "window", window)
+            window = min(_at_least(1, "decode", "window", window), _FAR)
+        block_len = _at_least(0, "decode", "block_len", block_len)
         device = _device(device, cache_lens, q_lens, kv_start)
         if kv_len is None:
             if isinstance(cache_lens, Tensor):
                 raise ValueError("IntervalMask.decode: cache_lens is a tensor, so kv_len is required")
             kv_len = cache_lens + block_len
-        elif isinstance(cache_lens, int) and q_lens is None and kv_len < cache_lens + block_len:
+        elif not isinstance(cache_lens, Tensor) and q_lens is None and kv_len < cache_lens + block_len:
             raise ValueError(
                 f"IntervalMask.decode: {cache_lens} cached tokens and a block of {block_len} exceed kv_len {kv_len}"
             )
+        kv_len = _at_least(0, "decode", "kv_len", kv_len)
         cached = _column(cache_lens, device, "decode", "cache_lens")
         start = _column(kv_start, device, "decode", "kv_start")
         rows = _column(block_len if q_lens is None else q_lens, device, "decode", "q_lens").clamp(max=block_len)
@@ -416,6 +454,7 @@ class IntervalMask:
     # ---- other forms -------------------------------------------------------------------------------------
 
     @staticmethod
+    @checked
     def from_dense(mask: Tensor) -> IntervalMask:
         """The intervals of a dense mask that was made elsewhere; waits for the device to check it.
 
@@ -462,12 +501,16 @@ class IntervalMask:
         key = torch.arange(self.kv_len, device=self.device, dtype=torch.int32)
         return self._sees(*(bound[:, None, :, None] for bound in self._bounds()), key)
 
+    @checked
     def to_dense(self, dtype: torch.dtype) -> Tensor:
         """Additive ``[B, 1, Lq, Lk]``: 0 where visible, else the lowest finite number of ``dtype``.
 
         This is what transformers models take; ``dtype`` must be the model's, since the lowest float32
-        overflows to -inf in half precision.
+        overflows to -inf in half precision. Under it a row that sees nothing attends to all keys alike, where
+        ``block_attn`` gives 0: a softmax over equal scores is uniform.
         """
+        if not dtype.is_floating_point:
+            raise ValueError(f"IntervalMask.to_dense: dtype is {dtype}; a floating one is needed")
         visible = self.to_bool()
         hidden = torch.full((), torch.finfo(dtype).min, dtype=dtype, device=self.device)
         return torch.where(visible, torch.zeros((), dtype=dtype, device=self.device), hidden)
@@ -499,27 +542,21 @@ def _arange(length: int, device: Device) -> Tensor:
     return torch.arange(length, dtype=torch.int32, device=device)[None]
 
 
-def _at_least_one(where: str, name: str, value: int) -> int:
-    """The value, or one as good that int32 positions can be moved by."""
-    if value < 1:
-        raise ValueError(f"IntervalMask.{where}: {name} is {value}; at least 1 is needed")
-    return min(value, _FAR)
+def _at_least(least: int, where: str, name: str, value: int) -> int:
+    if value < least:
+        raise ValueError(f"IntervalMask.{where}: {name} is {value}; at least {least} is needed")
+    return int(value) if isinstance(value, Integral) else value  # numpy's ints compare to numpy's bools; a SymInt stays
 
 
 def _column(length: Length, device: Device, where: str, name: str) -> Tensor:
     """A length as int32 [B, 1], without a copy from the host."""
     if isinstance(length, Tensor):
-        if length.dim() != 1 or length.dtype not in (torch.int32, torch.int64):
+        if length.dim() != 1 or length.dtype not in _INTEGERS:
             raise ValueError(
-                f"IntervalMask.{where}: {name} is {length.dtype} {list(length.shape)}; "
-                "an int, or int32 or int64 [B], is needed"
+                f"IntervalMask.{where}: {name} is {shown(length)}; an int, or int32 or int64 [B], is needed"
             )
         return length.clamp(max=_FAR).to(torch.int32)[:, None]
-    if isinstance(length, float | bool):
-        raise ValueError(f"IntervalMask.{where}: {name} is {length}; an int, or int32 or int64 [B], is needed")
-    if length < 0:
-        raise ValueError(f"IntervalMask.{where}: {name} is {length}; a length is not negative")
-    return torch.full((1, 1), min(length, _FAR), dtype=torch.int32, device=device)
+    return torch.full((1, 1), min(_at_least(0, where, name, length), _FAR), dtype=torch.int32, device=device)
 
 
 def _padded(
@@ -535,7 +572,7 @@ def _padded(
         if isinstance(lens, Tensor):
             raise ValueError(f"IntervalMask.{where}: {name} is a tensor, so {padded_name} is required")
         padded = lens
-    return _column(lens, device, where, name), padded
+    return _column(lens, device, where, name), _at_least(0, where, padded_name, padded)
 
 
 def _intervals(
@@ -563,7 +600,7 @@ def _intervals(
 
 def _keyed_leaves(mask: IntervalMask) -> tuple[list[tuple[pytree.GetAttrKey, Tensor]], tuple]:
     """kv_len and planned_for are structure, not leaves, so that they stay numbers under torch.compile and export."""
-    names = ("ctx_lo", "ctx_hi", "blk_lo", "blk_hi") + (() if mask.tiles is None else ("tiles",))
+    names = _BOUNDS + (() if mask.tiles is None else ("tiles",))
     return [(pytree.GetAttrKey(name), getattr(mask, name)) for name in names], (mask.kv_len, mask.planned_for)
 
 
@@ -572,10 +609,19 @@ def _leaves(mask: IntervalMask) -> tuple[list[Tensor], tuple]:
     return [leaf for _, leaf in keyed], structure
 
 
+def _from_leaves(leaves: Iterable, structure: tuple) -> IntervalMask:
+    """Nothing is checked: a tree_map may put anything in the place of tensors."""
+    mask = object.__new__(IntervalMask)
+    kv_len, planned_for = structure
+    named = zip((*_BOUNDS, "tiles"), leaves, strict=False)
+    mask.__dict__.update(named, kv_len=kv_len, planned_for=planned_for)
+    return mask
+
+
 pytree.register_pytree_node(
     IntervalMask,
     _leaves,
-    lambda leaves, structure: IntervalMask(*leaves[:4], structure[0], *leaves[4:], planned_for=structure[1]),
+    _from_leaves,
     flatten_with_keys_fn=_keyed_leaves,
     serialized_type_name="dflash_ext.IntervalMask",
 )

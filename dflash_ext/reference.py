@@ -182,11 +182,11 @@ def filter_logits(
                    p >= 1 keep all.
       min-p        keeps p(x) >= min_p * max p; None and 0 keep all.
     Tokens of equal logits share one fate, so that what is kept is what reaches a pivot; the most probable
-    token is always kept. Each parameter is a number or a tensor ``[N]``.
+    token is always kept. Each parameter is a number or a tensor ``[N]``. NaN counts as -inf.
     """
     temperature, top_k, top_p, min_p = (_per_row(x, logits) for x in (temperature, top_k, top_p, min_p))
     greedy = temperature == 0
-    z = _widened(logits) / torch.where(greedy, 1.0, temperature)
+    z = _widened(_without_nan(logits)) / torch.where(greedy, 1.0, temperature)
     if top_k is not None or top_p is not None:
         ordered = z.sort(dim=-1, descending=True).values
     if top_k is not None:
@@ -246,7 +246,8 @@ def sample(
     token = _inverse_cdf(torch.softmax(filtered, dim=-1), uniform)
 
     temperature = _per_row(temperature, logits)
-    logp = torch.log_softmax(_widened(logits) / torch.where(temperature == 0, 1.0, temperature), dim=-1)
+    z = _widened(_without_nan(logits)) / torch.where(temperature == 0, 1.0, temperature)
+    logp = torch.log_softmax(z, dim=-1)
     probs = logp.exp()
     logprob = logp.gather(-1, token[:, None])[:, 0]
     top = probs.topk(min(2, probs.shape[-1]), dim=-1).values
@@ -295,7 +296,7 @@ def verify(
     drafted_lens = torch.full((batch,), drafted, device=device) if draft_lens is None else draft_lens.clamp(0, drafted)
     real = torch.arange(drafted, device=device) < drafted_lens[:, None]
     if not isinstance(temperature, Tensor) and temperature == 0:
-        best = target_logits.argmax(-1)
+        best = _without_nan(target_logits).argmax(-1)
         accepted = ((draft_tokens == best[:, :drafted]) & real).cumprod(-1).sum(-1)
         return Verification(accepted, best.gather(-1, accepted[:, None])[:, 0])
     if uniforms is None:
@@ -371,7 +372,7 @@ def reveal(
     limit = _per_row(limit, masked)
 
     # Every rule takes a prefix of the masked positions in falling order of score.
-    scores = _widened(scores)
+    scores = _without_nan(_widened(scores))
     ranked = scores.clamp(min=torch.finfo(scores.dtype).min).masked_fill(~masked, -math.inf)
     confidence, order = ranked.sort(dim=-1, descending=True, stable=True)
     nth = torch.arange(1, masked.shape[-1] + 1, device=masked.device)
@@ -492,6 +493,11 @@ def _rope(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
 
 def _widened(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _without_nan(x: Tensor) -> Tensor:
+    """With -inf in the place of NaN."""
+    return x.masked_fill(x.isnan(), -math.inf)
 
 
 def _entropy(logp: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """Speculative decoding of any transformers causal LM with a DFlash drafter, as a library.
 
-Usage: python examples/decode.py TARGET_FOLDER DRAFTER_FOLDER "a prompt"
+Usage: python examples/decode.py TARGET DRAFTER_FOLDER "a prompt", TARGET being a folder, a hub name or smollm2.
 """
 
 import sys
@@ -9,8 +9,8 @@ from dflash_ext.data import Conversation, encode
 from dflash_ext.decode import decode
 from dflash_ext.models import Target, load_drafter, load_target, stop_tokens
 
-target_folder, drafter_folder, text = sys.argv[1:]
-model, tokenizer = load_target(target_folder)
+target_name, drafter_folder, text = sys.argv[1:]
+model, tokenizer = load_target(target_name)
 drafter = load_drafter(drafter_folder, dtype=model.dtype, device=model.device)
 target = Target(model, drafter.config.target_layer_ids)
 prompt = encode(Conversation.user(text), tokenizer, max_prompt_tokens=2048)

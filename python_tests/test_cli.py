@@ -130,7 +130,9 @@ def wrong_cases(house):
     word_tokenizer(200).save_pretrained(tokenizers / "larger")
     word_tokenizer(97, eos="w005").save_pretrained(tokenizers / "ends")
     return [
-        (["generate", "w3", "--target", house / "nowhere"], "cannot read a target from"),
+        (["generate", "w3", "--target", house / "nowhere"], "nowhere': there is no such folder"),
+        (["generate", "w3", "--target", "./nowhere"], "cannot read a target from './nowhere': there is no such folder"),
+        ([*generate, "w3", "--tokenizer", "./nowhere"], "cannot read a tokenizer from './nowhere': there is no such"),
         ([*generate, "--prompts", house / "missing.jsonl"], "missing.jsonl: no such file"),
         ([*generate, "--prompts", empty], "the file is empty"),
         ([*generate, "--prompts", bad], "bad.jsonl:2: not valid JSON"),
@@ -138,7 +140,7 @@ def wrong_cases(house):
         ([*generate, "--prompts", deep], "deep.jsonl:1: the JSON is nested too deeply"),
         ([*generate, "--prompts", half], "half.jsonl:1: a lone surrogate"),
         ([*generate, "w003 \udcff"], "a lone surrogate"),
-        ([*generate, "w003", "--output", house], "Is a directory"),
+        ([*generate, "w003", "--output", house], "a file in a folder that exists"),
         ([*generate, ""], "no token in"),
         ([*generate, "w003", "--max-new-tokens", 999], "do not fit: the target has 512 positions"),
         ([*generate, "w003", "--device", "cuda:x"], "device 'cuda:x' is not supported"),
@@ -152,7 +154,7 @@ def wrong_cases(house):
         ([*train, "--answers", torn], "torn.jsonl:2: a row with index"),
         ([*train, "--prompts", prompts, "--learning-rate", "inf"], "learning_rate is inf"),
         ([*train, "--prompts", prompts, "--answers", others], "either --prompts"),
-        (["train", "--target", target, "--output", prompts, *train[5:], "--prompts", prompts], "File exists"),
+        (["train", "--target", target, "--output", prompts, *train[5:], "--prompts", prompts], "a folder is expected"),
         ([*generate, "w3", "--tokenizer", tokenizers / "larger"], "the tokenizer is another model's"),
         ([*generate, "w3", "--tokenizer", tokenizers / "ends"], "ends texts with token 5"),
         ([*generate, "w3", "--drafter", house / "nowhere"], "no config.json"),
@@ -181,6 +183,29 @@ def wrong_cases(house):
         ([*train[:-2], "--prompts", prompts, "--mask-token", "500"], "mask token 500"),
         ([*train], "--prompts"),
     ]
+
+
+def test_what_is_wrong_without_the_target_is_found_before_it_is_loaded(house, monkeypatch):
+    def load_target(*_, **__):
+        raise ValueError("the target is loaded")
+
+    monkeypatch.setattr("dflash_ext.models.load_target", load_target)
+    prompts = house / "prompts.jsonl"
+    train = ["train", "--target", "org/model", "--output", house / "out", "--mask-token", 96]
+    generate = ["generate", "w003", "--target", "org/model"]
+    for words, message in (
+        ([*train, "--prompts", house / "missing.jsonl"], "missing.jsonl: no such file"),
+        ([*train, "--answers", house / "missing.jsonl"], "missing.jsonl: no such file"),
+        ([*train, "--prompts", prompts, "--field", "problem"], "the key 'problem' is expected"),
+        ([*train, "--prompts", prompts, "--output", prompts], "a folder is expected"),
+        ([*train, "--prompts", prompts, "--taps", "many"], "--taps is 'many'"),
+        ([*train, "--prompts", prompts, "--gamma", "0"], "gamma is 0"),
+        ([*generate, "--output", house], "a file in a folder that exists"),
+        ([*train, "--prompts", prompts], "the target is loaded"),
+    ):
+        code, _, errors = run(*words)
+        assert code == 1 and message in errors, (words, errors)
+    assert not (house / "out").exists()
 
 
 def test_what_users_get_wrong(house):

@@ -3,10 +3,12 @@
 import dataclasses
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._subclasses import FakeTensorMode
 from torch.utils import _pytree as pytree
 
 from dflash_ext import IntervalMask, block_attn
@@ -277,6 +279,12 @@ def test_to_dense_is_finite_zero_where_visible_and_lowest_elsewhere(dtype):
     assert (dense[~mask.to_bool()] == torch.finfo(dtype).min).all()
 
 
+def test_a_row_that_sees_nothing_is_uniform_under_to_dense():
+    mask = IntervalMask.full(torch.tensor([0]), q_len=1, kv_len=4)
+    scores = torch.tensor([3.0, -2.0, 0.5, 1.0]) + mask.to_dense(torch.float32)
+    assert torch.equal(scores.softmax(-1), torch.full((1, 1, 1, 4), 0.25))
+
+
 @pytest.mark.parametrize(
     "mask",
     [
@@ -387,8 +395,23 @@ def test_constructors_do_not_wait_for_the_gpu():
         (lambda: IntervalMask.from_dense(torch.tensor([[0.0, -0.5]])), "-0.5"),
         (lambda: IntervalMask(*torch.zeros(4, 1, 3).int()[:3], torch.zeros(1, 2).int(), 3), "blk_hi"),
         (lambda: IntervalMask(*torch.zeros(4, 1, 3), 3), "ctx_lo is torch.float32"),
-        (lambda: IntervalMask.prefix_block(8, 2.5), "prefix_len is 2.5"),
-        (lambda: IntervalMask.full(True, q_len=2), "kv_lens is True"),
+        (lambda: IntervalMask.packed([], IntervalMask.causal), r"cu_seqlens is \[\]; two or more"),
+        (lambda: IntervalMask.packed(torch.tensor([0.0, 2.0]), IntervalMask.causal, total_len=2), "torch.float32"),
+        (lambda: IntervalMask.packed(torch.tensor([0]), IntervalMask.causal, total_len=2), r"torch.int64 \[1\]"),
+        (lambda: IntervalMask.causal(torch.tensor([3]), max_len=-2), "causal: max_len is -2"),
+        (lambda: IntervalMask.full(3, q_len=-1), "q_len is -1"),
+        (lambda: IntervalMask.decode(3, -1), "block_len is -1"),
+        (lambda: IntervalMask.anchor_blocks(4, torch.tensor([[1, -1]]), 2), r"an anchor is -1; .* \[0, 4\)"),
+        (lambda: IntervalMask.anchor_blocks(4, torch.tensor([[1, 4]]), 2), r"an anchor is 4; .* \[0, 4\)"),
+        (
+            lambda: IntervalMask.anchor_blocks(4, torch.tensor([[1]]), 2, keep=torch.tensor([[1]])),
+            "keep is torch.int64",
+        ),
+        (
+            lambda: IntervalMask.anchor_blocks(4, torch.tensor([[1]]), 2, context_start=torch.zeros(1, 1)),
+            "context_start is torch.float32",
+        ),
+        (lambda: IntervalMask.causal(4).to_dense(torch.int64), "dtype is torch.int64"),
         (lambda: IntervalMask.decode(40, 8, kv_len=30), "40 cached tokens and a block of 8 exceed kv_len 30"),
     ],
 )
@@ -396,6 +419,53 @@ def test_refusals_name_the_value(build, message):
     with pytest.raises(ValueError, match=message) as caught:
         build()
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: IntervalMask.prefix_block(8, 2.5), r"prefix_block: prefix_len is 2.5 \(float\); an int or a tensor"),
+        (lambda: IntervalMask.full(True, q_len=2), r"kv_lens is True \(bool\)"),
+        (lambda: IntervalMask.causal(None), "seq_len is None; an int or a tensor"),
+        (lambda: IntervalMask.causal([3, 4]), r"seq_len is \[3, 4\] \(list\)"),
+        (lambda: IntervalMask.causal(np.array([3, 4])), "seq_len is of type ndarray"),
+        (lambda: IntervalMask.sliding_window(8, 2.0), r"window is 2.0 \(float\); an int is needed"),
+        (lambda: IntervalMask.sliding_window(8, torch.tensor(2)), r"window is torch.int64 \[\]; an int is needed"),
+        (lambda: IntervalMask.block_causal(8, None), "block_size is None"),
+        (lambda: IntervalMask.decode(8, 4.0), r"block_len is 4.0 \(float\)"),
+        (lambda: IntervalMask.decode(8, 4, window=2.5), r"window is 2.5 \(float\); an int or None"),
+        (lambda: IntervalMask.decode([8], 4, kv_len=12), r"cache_lens is \[8\] \(list\)"),
+        (lambda: IntervalMask.anchor_blocks(8, [[1, 2]], 4), r"anchors is \[\[1, 2\]\] \(list\); a tensor"),
+        (lambda: IntervalMask.anchor_blocks(8, torch.tensor([[1]]), 4, keep=1), r"keep is 1 \(int\)"),
+        (
+            lambda: IntervalMask.packed([0, 2.5], IntervalMask.causal),
+            r"cu_seqlens is \[0, 2.5\] \(list\); a sequence of",
+        ),
+        (lambda: IntervalMask.packed(np.array([0, 2]), IntervalMask.causal), "cu_seqlens is of type ndarray"),
+        (lambda: IntervalMask.packed([0, 2], IntervalMask.causal(2)), "inner is of type IntervalMask; a function like"),
+        (
+            lambda: IntervalMask.anchor_blocks(8, torch.tensor([[1]]), 4, convention=1),
+            r"convention is 1 \(int\); a string",
+        ),
+        (lambda: IntervalMask.from_dense([[True]]), r"from_dense: mask is \[\[True\]\] \(list\)"),
+        (lambda: IntervalMask.causal(4).to_dense("float32"), r"dtype is 'float32' \(str\); a torch.dtype"),
+        (lambda: IntervalMask.causal(4).plan(8.0, 2, 64), r"heads is 8.0 \(float\)"),
+        (lambda: IntervalMask([[0]], *torch.zeros(3, 1, 1).int(), 1), r"ctx_lo is \[\[0\]\] \(list\)"),
+    ],
+)
+def test_what_is_no_tensor_or_int_is_refused_by_its_name(build, message):
+    with pytest.raises(TypeError, match=message) as caught:
+        build()
+    assert "\n" not in str(caught.value)
+
+
+def test_a_length_may_be_any_integer():
+    for build in (IntervalMask.causal, partial(IntervalMask.decode, block_len=np.int32(2), kv_len=np.int64(9))):
+        given, plain = build(np.int64(4)), build(4)
+        assert torch.equal(given.to_bool(), plain.to_bool()) and type(given.kv_len) is int
+    offsets = np.array([0, 3, 5])
+    packed = IntervalMask.packed(list(offsets), IntervalMask.causal, total_len=offsets[-1])
+    assert torch.equal(packed.to_bool(), IntervalMask.packed([0, 3, 5], IntervalMask.causal).to_bool())
 
 
 def test_a_window_or_block_beyond_all_keys_is_none():
@@ -407,6 +477,14 @@ def test_a_window_or_block_beyond_all_keys_is_none():
     anchors = torch.tensor([[3]])
     wide = IntervalMask.anchor_blocks(10, anchors, 4, window=far, convention="speculators")
     assert torch.equal(wide.to_bool(), IntervalMask.anchor_blocks(10, anchors, 4).to_bool())
+
+
+def test_anchor_blocks_of_tensors_without_values():
+    with FakeTensorMode():
+        assert IntervalMask.anchor_blocks(6, torch.zeros(2, 3, dtype=torch.int64), 4).q_len == 12
+    build = torch.compile(lambda x: IntervalMask.anchor_blocks(6, x, 4).to_bool(), fullgraph=True, backend="eager")
+    anchors = torch.tensor([[5, 1]])
+    assert torch.equal(build(anchors), IntervalMask.anchor_blocks(6, anchors, 4).to_bool())
 
 
 def test_anchors_that_are_not_kept_may_be_anywhere():

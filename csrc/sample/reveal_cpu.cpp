@@ -1,10 +1,11 @@
 // Which masked positions of a canvas to commit, on the CPU: the best are popped off a heap for as long as the rule
 // takes them.
 #include "sample/logits.h"
+#include "sample/select.h"
 
 namespace dflash::DFLASH_ISA {
 
-// Positions, the one of the highest score on top, the leftmost among equals.
+// Positions, the one of the highest score on top, the leftmost among equals. NaN counts as -inf.
 template <class Real>
 class Heap {
  public:
@@ -23,9 +24,11 @@ class Heap {
 
  private:
   bool precedes(int64_t a, int64_t b) const {
-    if (!scores_ || scores_[a] == scores_[b]) return a < b;
-    return scores_[a] > scores_[b];
+    const Real x = score(a), y = score(b);
+    return x == y ? a < b : x > y;
   }
+
+  Real score(int64_t position) const { return scores_ ? larger(scores_[position], Real(-kInfinity)) : Real(0); }
 
   void sink(int64_t i) {
     for (int64_t child = 2 * i + 1; child < count_; child = 2 * i + 1) {

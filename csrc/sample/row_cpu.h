@@ -117,9 +117,9 @@ class Row {
   DFLASH_MEMBER void read_maxima(int64_t t, Wide& first, Wide& second) {
     Wide tile_first = Wide{} - kInfinity, tile_second = tile_first;
     for (int64_t i = begin_of(t); i < begin_of(t + 1); i += kLanes) {
-      const Wide x = logits_.at(i);
-      tile_second = larger(tile_second, smaller(tile_first, x));
-      tile_first = larger(tile_first, x);
+      const Wide x = logits_.at(i);  // where it is NaN, each of the three takes its second argument
+      tile_second = larger(smaller(tile_first, x), tile_second);
+      tile_first = larger(x, tile_first);
     }
     second = larger(larger(second, tile_second), smaller(first, tile_first));
     first = larger(first, tile_first);
@@ -134,6 +134,8 @@ class Row {
     first[lane] = second[lane];
     second_ = max_lanes(first);
 
+    argmax_ = 0;
+    if (max_ == -kInfinity) return;  // nothing but -inf and NaN, which counts as -inf
     int64_t t = 0;
     while (t < tile_count_ - 1 && tiles_[t].max != max_) ++t;
     argmax_ = begin_of(t);

@@ -31,7 +31,7 @@ static void sample_rows(const SampleParams& p, int64_t begin, int64_t end) {
     set(kLogprob, logprob);
     set(kEntropy, row.sums().entropy());
     set(kMargin, Real((1 - exp_of(row.exponent(row.second()))) / sum));
-    set(kMaxProb, Real(1 / sum));
+    set(kMaxProb, Real((1 + row.exponent(row.max())) / sum));  // 0 in the exponent, or NaN
     p.ids[kToken * p.rows + n] = token;
     p.ids[kArgmax * p.rows + n] = row.argmax();
   }

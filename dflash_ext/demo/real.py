@@ -9,7 +9,6 @@ import torch
 from rich.console import Console
 
 from ..data import Conversation, encode
-from ..integrations.gguf import smollm2_path
 from ..models import Target, load_drafter, load_target, stop_tokens
 from .compare import compare
 
@@ -34,7 +33,7 @@ def real_model(console: Console, *, count: int, max_new_tokens: int) -> None:
     began = time.perf_counter()
     with console.status("reading SmolLM2 (the first time it is converted from GGUF, about a minute)"):
         # On a GPU too in float32: in bfloat16 a tie between two tokens may fall either way.
-        model, tokenizer = load_target(str(smollm2_path()), dtype=torch.float32)
+        model, tokenizer = load_target("smollm2", dtype=torch.float32)
     drafter = load_drafter(DRAFTER, dtype=model.dtype, device=model.device)
     target = Target(model, drafter.config.target_layer_ids)
     prompts = {

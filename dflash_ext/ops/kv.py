@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
+from ..arguments import checked, shown
 from ..library import load
 from .devices import check_one_device
 from .serving import warn_once
@@ -16,11 +17,12 @@ load()
 _native = torch.ops.dflash_ext
 
 
+@checked
 def kv_inject(
     features: Tensor,
     weight: Tensor,
-    k_caches: Sequence[Tensor],
-    v_caches: Sequence[Tensor],
+    k_caches: Sequence[Tensor] | Tensor,
+    v_caches: Sequence[Tensor] | Tensor,
     positions: Tensor,
     cos: Tensor,
     sin: Tensor,
@@ -58,7 +60,8 @@ def kv_inject(
             a negative slot are padding and not written. The slots of one row differ.
         block_table: int32 ``[B, max_pages]``; slot s lies in page ``block_table[b, s // page_size]``.
 
-    Raises ValueError for arguments that do not fit together.
+    Raises ValueError for arguments that do not fit together, TypeError for one that is no tensor or number, and on the
+    CPU RuntimeError for a slot, position or page that does not exist.
     """
     k_caches, v_caches = list(k_caches), list(v_caches)
     layers = len(k_caches)
@@ -92,6 +95,10 @@ def kv_inject(
         **{f"k_caches[{layer}]": each for layer, each in enumerate(k_caches)},
         **{f"v_caches[{layer}]": each for layer, each in enumerate(v_caches)},
     )
+    if cos.dim() not in (2, 3) or (cos.dim() == 3 and cos.shape[0] != layers) or 2 * cos.shape[-1] > head_dim:
+        raise ValueError(
+            f"kv_inject: cos is {list(cos.shape)}; [P, R] or [{layers}, P, R], R at most {head_dim // 2}, is needed"
+        )
     for name, given in (("positions", positions), ("slots", slots)):
         if given is not None and (given.is_floating_point() or given.dtype == torch.bool):
             raise ValueError(f"kv_inject: {name} is {given.dtype}; an integer dtype is needed")
@@ -105,17 +112,12 @@ def kv_inject(
     ):
         if given is not None and given.shape != shape:
             raise ValueError(f"kv_inject: {name} is {list(given.shape)}; {list(shape)} is needed")
-    if cos.dim() not in (2, 3) or (cos.dim() == 3 and cos.shape[0] != layers) or 2 * cos.shape[-1] > head_dim:
-        raise ValueError(
-            f"kv_inject: cos is {list(cos.shape)}; [P, R] or [{layers}, P, R], R at most {head_dim // 2}, is needed"
-        )
     if block_table is None and cache.shape[0] != batch:
         raise ValueError(f"kv_inject: the caches are for batch {cache.shape[0]}, features for {batch}")
-    if block_table is not None and (block_table.dtype != torch.int32 or block_table.shape[0] != batch):
-        raise ValueError(
-            f"kv_inject: block_table is {block_table.dtype} {list(block_table.shape)}; "
-            f"int32 [{batch}, max_pages] is needed"
-        )
+    if block_table is not None and (
+        block_table.dtype != torch.int32 or block_table.dim() != 2 or block_table.shape[0] != batch
+    ):
+        raise ValueError(f"kv_inject: block_table is {shown(block_table)}; int32 [{batch}, max_pages] is needed")
     if not features.is_cuda:
         dtype = torch.promote_types(features.dtype, weight.dtype)
         real = torch.promote_types(dtype, torch.float32)

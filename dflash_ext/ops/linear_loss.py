@@ -5,17 +5,20 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from ..arguments import checked, shown
 from ..reference import CrossEntropy
 from .autograd import refuse_forward_mode, refuse_second_derivative
 from .devices import autocast_dtype, check_one_device
 from .loss import DTYPES, OPTIONS_SCHEMA, check_rows, mean_or_sum, options_of, real_dtype
 
 _native = torch.ops.dflash_ext
+_OP = "linear_cross_entropy"
 
 # Logits that exist at a time: on a GPU enough rows for the matrix products to run at full speed.
 _LOGITS_AT_A_TIME = {"cuda": 160 << 20, "cpu": 16 << 20}
 
 
+@checked
 def linear_cross_entropy(
     hidden: Tensor,
     head: Tensor,
@@ -58,11 +61,12 @@ def linear_cross_entropy(
     Raises:
         ValueError: an argument of the wrong shape, dtype, device or range; on the CPU, more rows than
             ``max_rows``.
+        TypeError: an argument that is no tensor or number.
         RuntimeError: a target outside the vocabulary (CPU); a second derivative.
     """
-    options = options_of(reduction, softcap, label_smoothing, z_loss, teacher, teacher_kind, teacher_mix)
-    check_one_device("linear_cross_entropy", hidden=hidden, head=head, target=target, weight=weight, teacher=teacher)
-    refuse_forward_mode("linear_cross_entropy", hidden, head)
+    options = options_of(_OP, reduction, softcap, label_smoothing, z_loss, teacher, teacher_kind, teacher_mix)
+    check_one_device(_OP, hidden=hidden, head=head, target=target, weight=weight, teacher=teacher)
+    refuse_forward_mode(_OP, hidden, head)
     hidden, head, teacher = _autocast(hidden, head, teacher)
     _check(hidden, head, target, weight, teacher, max_rows, chunk_rows)
     shape, vocab = target.shape, head.shape[0]
@@ -103,21 +107,19 @@ def _check(hidden, head, target, weight, teacher, max_rows, chunk_rows) -> None:
     shape = hidden.shape[:-1]
     if hidden.dim() == 0 or head.dim() != 2 or hidden.shape[-1] != head.shape[1] or len(head) == 0:
         raise ValueError(
-            f"hidden is {list(hidden.shape)}, head is {list(head.shape)}; [..., H] and [V, H] are needed, V > 0"
+            f"{_OP}: hidden is {list(hidden.shape)}, head is {list(head.shape)}; [..., H] and [V, H] are needed, V > 0"
         )
     if hidden.dtype not in DTYPES or hidden.dtype != head.dtype:
         raise ValueError(
-            f"hidden is {hidden.dtype}, head is {head.dtype}; "
+            f"{_OP}: hidden is {hidden.dtype}, head is {head.dtype}; "
             "float32, bfloat16, float16 or float64 is needed, one for both"
         )
-    check_rows("hidden", shape, target, weight)
+    check_rows(_OP, "hidden", shape, target, weight)
     if teacher is not None and (teacher.shape, teacher.dtype) != ((*shape, len(head)), hidden.dtype):
-        raise ValueError(
-            f"teacher is {teacher.dtype} {list(teacher.shape)}; it must be {hidden.dtype} {[*shape, len(head)]}"
-        )
+        raise ValueError(f"{_OP}: teacher is {shown(teacher)}; it must be {hidden.dtype} {[*shape, len(head)]}")
     for name, bound in (("max_rows", max_rows), ("chunk_rows", chunk_rows)):
         if bound is not None and bound < 1:
-            raise ValueError(f"{name} is {bound}; it must be at least 1")
+            raise ValueError(f"{_OP}: {name} is {bound}; it must be at least 1")
 
 
 # ------------------------------------------------------------------- the operators
@@ -138,6 +140,7 @@ def _forward(hidden, head, target, weight, teacher, max_rows, chunk_rows, per_ro
 
     make_*: that gradient of the sum of losses is made here as well; empty if not.
     """
+    _check_targets(target, weight, len(head))
     rows, overflow = _rows_that_count(weight, max_rows)
     (losses, *others), *grads = _by_chunks(
         hidden, head, target, weight, teacher, rows, chunk_rows, make_hidden, make_head, options
@@ -196,9 +199,24 @@ def _rows_that_count(weight: Tensor | None, max_rows: int | None) -> tuple[Tenso
         return None, None
     rank = counts.cumsum(0)
     if weight.is_cpu and rank[-1] > max_rows:
-        raise ValueError(f"linear_cross_entropy: {int(rank[-1])} rows count, more than max_rows = {max_rows}")
+        raise ValueError(f"{_OP}: {int(rank[-1])} rows count, more than max_rows = {max_rows}")
     # A stable sort puts the rows that count first; the kernel skips whatever follows them.
     return torch.argsort(~counts, stable=True)[:max_rows], counts & (rank > max_rows)
+
+
+def _check_targets(target: Tensor, weight: Tensor | None, vocab: int) -> None:
+    """On the CPU. The loss kernel would name the row within its chunk."""
+    if not target.is_cpu:
+        return
+    outside = (target < 0) | (target >= vocab)
+    if weight is not None:
+        outside &= weight != 0
+    if outside.any():
+        row = int(outside.nonzero()[0])
+        raise RuntimeError(
+            f"{_OP}: target {int(target[row])} of row {row} is outside the vocabulary [0, {vocab}); "
+            "give rows that do not count a weight of 0"
+        )
 
 
 def _by_chunks(hidden, head, target, weight, teacher, rows, chunk_rows, make_hidden, make_head, options):

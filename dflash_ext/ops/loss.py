@@ -5,6 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..arguments import checked, shown
 from ..library import load
 from ..reference import CrossEntropy
 from .autograd import refuse_forward_mode, refuse_second_derivative
@@ -12,6 +13,7 @@ from .devices import autocast_dtype, check_one_device
 
 load()
 _native = torch.ops.dflash_ext
+_OP = "masked_cross_entropy"
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 TEACHER_KINDS = ("kl", "tv")
@@ -31,6 +33,7 @@ class _Options(NamedTuple):
     z_loss: float
 
 
+@checked
 def masked_cross_entropy(
     logits: Tensor,
     target: Tensor,
@@ -80,11 +83,12 @@ def masked_cross_entropy(
 
     Raises:
         ValueError: an argument of the wrong shape, dtype, device or range.
+        TypeError: an argument that is no tensor or number.
         RuntimeError: a target outside the vocabulary (CPU); a second derivative.
     """
-    options = options_of(reduction, softcap, label_smoothing, z_loss, teacher, teacher_kind, teacher_mix)
-    check_one_device("masked_cross_entropy", logits=logits, target=target, weight=weight, teacher=teacher)
-    refuse_forward_mode("masked_cross_entropy", logits)
+    options = options_of(_OP, reduction, softcap, label_smoothing, z_loss, teacher, teacher_kind, teacher_mix)
+    check_one_device(_OP, logits=logits, target=target, weight=weight, teacher=teacher)
+    refuse_forward_mode(_OP, logits)
     if teacher is not None and autocast_dtype(logits.device):
         teacher = teacher.to(logits.dtype)
     _check(logits, target, weight, teacher)
@@ -111,9 +115,7 @@ def real_dtype(logits: Tensor) -> torch.dtype:
 def _as_3d(logits: Tensor) -> Tensor:
     """[outer, inner, V] without a copy wherever the strides allow it."""
     if logits.stride(-1) != 1 and logits.shape[-1] > 1:
-        raise ValueError(
-            f"masked_cross_entropy: the last dimension must be contiguous, its stride is {logits.stride(-1)}"
-        )
+        raise ValueError(f"{_OP}: the last dimension must be contiguous, its stride is {logits.stride(-1)}")
     if logits.dim() < 3:
         return logits[(None,) * (3 - logits.dim())]
     return logits.flatten(0, -3)
@@ -135,6 +137,7 @@ def mean_or_sum(total: Tensor, rows: int, weight: Tensor | None, reduction: str)
 
 
 def options_of(
+    op: str,
     reduction: str,
     softcap: float | None,
     label_smoothing: float,
@@ -145,16 +148,16 @@ def options_of(
 ) -> _Options:
     """Checks what both losses take and brings it into the operators' form."""
     if reduction not in REDUCTIONS:
-        raise ValueError(f"reduction is {reduction!r}; 'mean', 'sum' and 'none' are supported")
+        raise ValueError(f"{op}: reduction is {reduction!r}; 'mean', 'sum' and 'none' are supported")
     if teacher_kind not in TEACHER_KINDS:
-        raise ValueError(f"teacher_kind is {teacher_kind!r}; 'kl' and 'tv' are supported")
+        raise ValueError(f"{op}: teacher_kind is {teacher_kind!r}; 'kl' and 'tv' are supported")
     if softcap is not None and not 1e-30 < softcap < 1e30:
-        raise ValueError(f"softcap is {softcap}; it must be positive, or None for none")
+        raise ValueError(f"{op}: softcap is {softcap}; it must be positive, or None for none")
     for name, share in (("label_smoothing", label_smoothing), ("teacher_mix", teacher_mix)):
         if not 0 <= share <= 1:
-            raise ValueError(f"{name} is {share}; it must be between 0 and 1")
+            raise ValueError(f"{op}: {name} is {share}; it must be between 0 and 1")
     if teacher is None and teacher_mix:
-        raise ValueError(f"teacher_mix is {teacher_mix}, but no teacher is given")
+        raise ValueError(f"{op}: teacher_mix is {teacher_mix}, but no teacher is given")
     numbers = (teacher_mix, softcap or 0.0, label_smoothing, z_loss)
     return _Options(TEACHER_KINDS.index(teacher_kind), *map(float, numbers))
 
@@ -162,26 +165,24 @@ def options_of(
 def _check(logits: Tensor, target: Tensor, weight: Tensor | None, teacher: Tensor | None) -> None:
     if logits.dim() == 0 or logits.shape[-1] == 0 or logits.dtype not in DTYPES:
         raise ValueError(
-            f"logits is {logits.dtype} {list(logits.shape)}; float32, bfloat16, float16 or float64 [..., V], V > 0, "
-            "is needed"
+            f"{_OP}: logits is {shown(logits)}; float32, bfloat16, float16 or float64 [..., V], V > 0, is needed"
         )
-    check_rows("logits", logits.shape[:-1], target, weight)
+    check_rows(_OP, "logits", logits.shape[:-1], target, weight)
     if teacher is not None and (teacher.shape, teacher.dtype) != (logits.shape, logits.dtype):
-        raise ValueError(
-            f"teacher is {teacher.dtype} {list(teacher.shape)}; it must be like the logits, "
-            f"{logits.dtype} {list(logits.shape)}"
-        )
+        raise ValueError(f"{_OP}: teacher is {shown(teacher)}; it must be like the logits, {shown(logits)}")
 
 
-def check_rows(what: str, shape: torch.Size, target: Tensor, weight: Tensor | None) -> None:
+def check_rows(op: str, what: str, shape: torch.Size, target: Tensor, weight: Tensor | None) -> None:
     """target and weight have one entry per row of ``what``."""
     for name, tensor in (("target", target), ("weight", weight)):
         if tensor is not None and tensor.shape != shape:
-            raise ValueError(f"{name} has shape {list(tensor.shape)}; one entry per row of {what} is {list(shape)}")
+            raise ValueError(
+                f"{op}: {name} has shape {list(tensor.shape)}; one entry per row of {what} is {list(shape)}"
+            )
     if target.is_floating_point() or target.dtype == torch.bool:
-        raise ValueError(f"target is {target.dtype}; token ids are integers")
+        raise ValueError(f"{op}: target is {target.dtype}; token ids are integers")
     if weight is not None and weight.requires_grad:
-        raise ValueError("weight requires a gradient, but gets none: detach it")
+        raise ValueError(f"{op}: weight requires a gradient, but gets none: detach it")
 
 
 # ------------------------------------------------------------------- registration

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
+from ..arguments import checked
 from ..library import load
 from ..reference import Sample, Verification
 from .devices import check_one_device
@@ -23,6 +24,7 @@ _RULES = ("count", "threshold", "factor", "entropy_bound")
 _SAMPLE, _VERIFY = 1, 2
 
 
+@checked
 def sample(
     logits: Tensor,
     seed: Tensor,
@@ -47,7 +49,8 @@ def sample(
             most probable token is always kept.
         return_filtered_entropy: also the entropy of the distribution after the filters, ``[N]``.
 
-    temperature and the filters are numbers or tensors ``[N]``.
+    temperature and the filters are numbers or tensors ``[N]``. A logit that is NaN counts as -inf, so that it is never
+    drawn; a row of nothing else gives token 0, whose ``prob`` is NaN, as are the measures.
 
     Returns:
         Sample, each field ``[N]``; its reals are float32 (float64 for float64 logits). ``token`` (int64) with
@@ -56,7 +59,7 @@ def sample(
         ``pivot`` and ``normaliser``, the filtered distribution in the form that ``verify`` takes:
         ``exp(z - normaliser)`` where ``z >= pivot``, else 0, for z = logits / temperature; a pivot may be -inf.
 
-    Raises ValueError for arguments that do not fit together.
+    Raises ValueError for arguments that do not fit together, TypeError for one that is no tensor or number.
     """
     if logits.dim() != 2 or logits.dtype not in _DTYPES or logits.shape[1] == 0:
         raise ValueError(f"sample: logits is {logits.dtype} {list(logits.shape)}; floating [N, V] is needed")
@@ -82,6 +85,7 @@ def sample(
     )
 
 
+@checked
 def verify(
     draft_tokens: Tensor,
     target_logits: Tensor,
@@ -103,7 +107,7 @@ def verify(
     argmax. Above 0 token x is accepted with probability min(1, p(x) / q(x)); the token after the first
     rejection is drawn from max(p - q, 0), normalised, and the bonus token after a draft that was accepted
     whole from p. So the output is distributed as the target's own (arXiv 2211.17192, 2302.01318). p and q are
-    both under the temperature and the filters of ``sample``.
+    both under the temperature and the filters of ``sample``, and NaN counts as -inf there too.
 
     Args:
         draft_tokens: int64 ``[B, K]``.
@@ -121,7 +125,8 @@ def verify(
     Returns:
         Verification of ``accepted`` int64 ``[B]`` (0 to draft_lens) and ``next_token`` int64 ``[B]``.
 
-    Raises ValueError for arguments that do not fit together.
+    Raises ValueError for arguments that do not fit together, TypeError for one that is no tensor or number, and on the
+    CPU RuntimeError for a draft token outside the vocabulary.
     """
     if draft_tokens.dim() != 2 or draft_tokens.dtype != torch.int64:
         raise ValueError(
@@ -204,6 +209,7 @@ def verify(
     )
 
 
+@checked
 def reveal(
     scores: Tensor | None,
     masked: Tensor,
@@ -218,7 +224,7 @@ def reveal(
 
     The masked positions are taken in falling order of score (left to right among equals), as far as the limit
     goes. Scores may be the confidence (max p), the margin (p1 - p2), -H for the order of entropy, or None for
-    left to right.
+    left to right. A score that is NaN counts as -inf, the last in the order; an entropy that is NaN exceeds any bound.
 
     Args:
         scores: ``[B, L]``, or None.
@@ -261,6 +267,7 @@ def reveal(
     return reference.reveal(scores, masked, entropy=entropy, **{rule: limit})
 
 
+@checked
 def reveal_count(total: Tensor, step: int, steps: int, *, schedule: str = "linear") -> Tensor:
     """How many positions to commit in step ``step`` (from 0) of ``steps``, for ``reveal``'s count.
 

@@ -28,8 +28,7 @@ def test_prompts_are_answered_and_compared(monkeypatch, count):
         assert (max_new_tokens, stop_token_ids, block_size) == (5, (2,), 8)
         console.print("compared")
 
-    monkeypatch.setattr(real, "smollm2_path", lambda: "smollm2")
-    monkeypatch.setattr(real, "load_target", lambda _, dtype: (target.model, word_tokenizer()))
+    monkeypatch.setattr(real, "load_target", lambda name, dtype: {"smollm2": (target.model, word_tokenizer())}[name])
     monkeypatch.setattr(real, "load_drafter", lambda *_, **__: drafter)
     monkeypatch.setattr(real, "compare", compare)
     out = io.StringIO()

@@ -464,7 +464,7 @@ def reject(message, q=(1, 2, 3, 8), k=(1, 2, 3, 8), v=None, dtype=torch.float32,
 
 
 def test_refusals_name_the_value():
-    reject("four dimensions", q=(1, 3, 8))
+    reject("not four dimensions each", q=(1, 3, 8))
     reject("do not fit", k=(1, 2, 3, 16))
     reject("do not fit", k=(2, 2, 3, 8))
     reject("do not fit", v=(1, 2, 4, 8))
@@ -477,7 +477,7 @@ def test_refusals_name_the_value():
     reject("batch 2", mask=IntervalMask.causal(torch.tensor([1, 2]), max_len=3))
     reject("over 5 keys, k has 3", mask=IntervalMask.full(5, q_len=3))
     reject("0 key heads", k=(1, 0, 3, 8))
-    reject("four dimensions", q=(1, 3, 8), op=block_attn_decode)
+    reject("not four dimensions each", q=(1, 3, 8), op=block_attn_decode)
     reject("the cache has 3", mask=IntervalMask.full(5, q_len=3), op=block_attn_decode)
     table = torch.zeros(2, 1, dtype=torch.int32)
     reject(r"int32 \[1, max_pages\]", k=(4, 3, 2, 8), op=block_attn_decode, block_table=table)
@@ -488,9 +488,42 @@ def test_refusals_name_the_value():
         block_table=table[:1],
         mask=IntervalMask.full(4, q_len=3),
     )
+    reject(
+        r"the mask is for batch 1 and 6 rows; q \[B, Hq, Lq, D\] and k, v \[B, Hkv, Lk, D\] are needed",
+        q=(1, 6, 2, 8),
+        k=(1, 6, 2, 8),
+        mask=IntervalMask.causal(6),
+    )
+    reject(
+        r"4 query heads are no multiple of 9 key heads; .* \[B, Hkv, S, D\]",
+        (1, 4, 3, 8),
+        (1, 9, 2, 8),
+        op=block_attn_decode,
+    )
+    paged = {"op": block_attn_decode, "mask": IntervalMask.full(8, q_len=3), "block_table": table[:1].expand(1, 2)}
+    reject(r"no multiple of 4 key heads; .* \[pages, page_size, Hkv, D\]", (1, 2, 3, 8), (9, 2, 4, 8), **paged)
+    reject(r"has 4: k_cache \[9, 2, 4, 8\] is read as \[pages, page_size", (1, 8, 3, 8), (9, 2, 4, 8), **paged)
     q = torch.zeros(1, 2, 8, 3).mT
     with pytest.raises(ValueError, match="last dimension of q has stride 3"):
         block_attn(q, q, q, IntervalMask.causal(3))
+
+
+@pytest.mark.parametrize("op", [block_attn, block_attn_decode])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({0: [[1.0]]}, r"q is \[\[1.0\]\] \(list\); a tensor"),
+        ({1: torch.zeros(1, 2, 3, 8).numpy()}, "(k|k_cache) is of type ndarray; a tensor"),
+        ({2: None}, "(v|v_cache) is None; a tensor"),
+        ({"softcap": "30"}, r"softcap is '30' \(str\); a number or None"),
+        ({"scale": torch.ones(1)}, r"scale is torch.float32 \[1\]; a number or None"),
+    ],
+)
+def test_refuses_what_is_no_tensor_or_number(op, change, message):
+    given = {i: torch.zeros(1, 2, 3, 8) for i in range(3)} | {3: IntervalMask.causal(3)} | change
+    options = {name: given.pop(name) for name in list(given) if isinstance(name, str)}
+    with pytest.raises(TypeError, match=f"^{op.__name__}: {message}"):
+        op(*given.values(), **options)
 
 
 @pytest.mark.parametrize("op", [block_attn, block_attn_decode])

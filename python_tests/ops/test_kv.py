@@ -150,14 +150,36 @@ def arguments(**changes):
         ({"cos": torch.zeros(30, 5), "sin": torch.zeros(30, 5)}, "R at most 4"),
         ({"cos": torch.zeros(2, 30, 4), "sin": torch.zeros(2, 30, 4)}, r"\[2, 30, 4\]"),
         ({"sin": torch.zeros(30, 3)}, "sin"),
+        ({"cos": torch.zeros(30)}, r"cos is \[30\]; \[P, R\] or \[3, P, R\]"),
         ({"features": torch.zeros(1, 4, 10), "positions": torch.zeros(1, 4).long()}, "for batch 2"),
         ({"block_table": torch.zeros(2, 3)}, "weight"),
+        (
+            {"block_table": torch.zeros(2).int(), "weight": torch.zeros(576, 10), "k_norm": torch.zeros(3, 8)},
+            r"block_table is torch.int32 \[2\]; int32 \[2, max_pages\]",
+        ),
     ],
 )
 def test_refusals_name_the_value(changes, message):
     with pytest.raises(ValueError, match=message) as caught:
         kv_inject(**arguments(**changes))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"features": [[0.0]]}, r"features is \[\[0.0\]\] \(list\); a tensor"),
+        ({"k_caches": None}, "k_caches is None; a sequence of tensors or a tensor"),
+        ({"v_caches": [1, 2, 3]}, r"v_caches is \[1, 2, 3\] \(list\); a sequence of tensors"),
+        ({"positions": 0}, r"positions is 0 \(int\); a tensor"),
+        ({"cos": torch.zeros(4, 2).numpy()}, "cos is of type ndarray"),
+        ({"slots": [0]}, r"slots is \[0\] \(list\); a tensor or None"),
+        ({"norm_eps": None}, "norm_eps is None; a number"),
+    ],
+)
+def test_refuses_what_is_no_tensor_or_number(changes, message):
+    with pytest.raises(TypeError, match=f"^kv_inject: {message}"):
+        kv_inject(**arguments(**changes))
 
 
 def random_case(dtype, cache_dtype, heads, head_dim, rotary, paged, **options):

@@ -219,8 +219,36 @@ def test_wrong_arguments(change, message):
         "head": torch.zeros(50, 16),
         "target": torch.zeros(3, dtype=torch.long),
     } | change
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=f"^linear_cross_entropy: .*{message}"):
         linear_cross_entropy(**arguments)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"hidden": [[0.0]]}, r"hidden is \[\[0.0\]\] \(list\); a tensor"),
+        ({"head": None}, "head is None; a tensor"),
+        ({"target": 0}, r"target is 0 \(int\); a tensor"),
+        ({"max_rows": 2.0}, r"max_rows is 2.0 \(float\); an int or None"),
+        ({"chunk_rows": torch.tensor(2)}, r"chunk_rows is torch.int64 \[\]; an int or None"),
+    ],
+)
+def test_what_is_no_tensor_or_number(change, message):
+    arguments = {"hidden": torch.zeros(1, 4), "head": torch.zeros(5, 4), "target": torch.zeros(1).long()} | change
+    with pytest.raises(TypeError, match=f"^linear_cross_entropy: {message}"):
+        linear_cross_entropy(**arguments)
+
+
+@pytest.mark.parametrize("max_rows", [None, 7])
+def test_a_target_outside_the_vocabulary_is_named_by_its_row(max_rows):
+    hidden, head, target = torch.randn(8, 6), torch.randn(5, 6), torch.zeros(8, dtype=torch.long)
+    target[2], target[6] = 9, -1
+    message = r"^linear_cross_entropy: target -1 of row 6 is outside the vocabulary \[0, 5\); give rows"
+    with pytest.raises(RuntimeError, match=message):
+        weight = torch.tensor([1.0, 1, 0, 1, 1, 1, 1, 1])
+        linear_cross_entropy(hidden, head, target, weight, max_rows=max_rows, chunk_rows=2)
+    with pytest.raises(RuntimeError, match="target 9 of row 2"):
+        linear_cross_entropy(hidden, head, target, max_rows=max_rows, chunk_rows=2)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])

@@ -214,7 +214,27 @@ def test_target_outside_the_vocabulary_on_the_gpu():
 )
 def test_wrong_arguments(change, message):
     arguments = {"logits": torch.zeros(3, 5), "target": torch.zeros(3, dtype=torch.long)} | change
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=f"^masked_cross_entropy: .*{message}"):
+        masked_cross_entropy(**arguments)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"logits": [[0.0]]}, r"logits is \[\[0.0\]\] \(list\); a tensor"),
+        ({"target": 0}, r"target is 0 \(int\); a tensor"),
+        ({"target": torch.zeros(3).long().numpy()}, "target is of type ndarray; a tensor"),
+        ({"weight": 1.0}, r"weight is 1.0 \(float\); a tensor or None"),
+        ({"teacher": [0.0], "teacher_mix": 0.5}, r"teacher is \[0.0\] \(list\)"),
+        ({"softcap": "30"}, r"softcap is '30' \(str\); a number or None"),
+        ({"z_loss": None}, "z_loss is None; a number"),
+        ({"reduction": None}, "reduction is None; a string"),
+        ({"label_smoothing": True}, r"label_smoothing is True \(bool\); a number"),
+    ],
+)
+def test_what_is_no_tensor_or_number(change, message):
+    arguments = {"logits": torch.zeros(3, 5), "target": torch.zeros(3, dtype=torch.long)} | change
+    with pytest.raises(TypeError, match=f"^masked_cross_entropy: {message}"):
         masked_cross_entropy(**arguments)
 
 

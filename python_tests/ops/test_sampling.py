@@ -1,5 +1,7 @@
 """What the public sampling functions add to their reference: seeds, checks, devices."""
 
+import math
+
 import pytest
 import torch
 
@@ -68,6 +70,59 @@ def test_verify_draws_are_those_of_its_uniforms(device):
     assert torch.equal(once.next_token, twice.next_token)
 
 
+@pytest.mark.parametrize("options", [{}, {"temperature": 0.0}, {"top_k": 2}, {"top_p": 0.7}, {"min_p": 0.2}], ids=str)
+def test_a_logit_that_is_nan_counts_as_one_of_minus_infinity(options, device):
+    z = logits(4, 3000, device=device)
+    nan = torch.rand(z.shape, device=device) < 0.3
+    nan[0], nan[1, :-1], nan[1, -1] = True, True, False
+    broken, whole = z.masked_fill(nan, math.nan), z.masked_fill(nan, -math.inf)
+    for function, uniform in ((sample, seed(3, device=device)), (reference.sample, torch.rand(4, device=device))):
+        got, want = function(broken, uniform, **options), function(whole, uniform, **options)
+        assert all(torch.equal(a.nan_to_num(-7.0), b.nan_to_num(-7.0)) for a, b in zip(got, want, strict=True))
+        assert got.token[0] == got.argmax[0] == 0 and got.token[1] == 2999
+        for measure in (got.prob, got.logprob, got.entropy, got.margin, got.max_prob):
+            assert measure.isnan().tolist() == [True, False, False, False]
+
+
+@pytest.mark.parametrize("options", [{}, {"temperature": 1.0}, {"temperature": 0.7, "top_p": 0.8}], ids=str)
+def test_verify_takes_nan_for_minus_infinity(options, device):
+    draft, target, drafter = torch.zeros(3, 2, dtype=torch.int64, device=device), *logits(2, 3, 3, 50, device=device)
+    drafter, uniforms = drafter[:, :2], torch.rand(3, 3, device=device)
+    nan = torch.rand(target.shape, device=device) < 0.3
+    nan[0, 0] = True
+    for given in ({}, {"draft_logits": drafter}):
+        for function in (verify, reference.verify):
+            got, want = (
+                function(
+                    draft,
+                    target.masked_fill(nan, value),
+                    **{name: x.masked_fill(nan[:, 1:], value) for name, x in given.items()},
+                    uniforms=uniforms,
+                    **options,
+                )
+                for value in (math.nan, -math.inf)
+            )
+            assert torch.equal(got.accepted, want.accepted) and torch.equal(got.next_token, want.next_token)
+            # Without any logit the argmax is token 0, which is a draft that greedy decoding accepts.
+            assert options or got.accepted[0] > 0
+
+
+def test_reveal_takes_nan_scores_last_and_nan_entropies_never(device):
+    nan = math.nan
+    scores = torch.tensor([[0.3, nan, 0.9, 0.5, nan]], device=device)
+    masked, order = scores != 7, [2, 3, 0, 1, 4]
+    for function in (reveal, reference.reveal):
+        for count in range(6):
+            taken = function(scores, masked, count=count).nonzero()[:, 1].tolist()
+            assert taken == sorted(order[:count])
+        assert function(scores, masked, threshold=0.4).tolist() == [[False, False, True, True, False]]
+        assert function(scores, masked, factor=100.0).tolist() == [[True, False, True, True, False]]
+        taken = function(None, masked, entropy_bound=1e9, entropy=scores)
+        assert taken.tolist() == [[True, False, False, False, False]]
+        hopeless = torch.full_like(scores, nan)
+        assert function(hopeless, masked, threshold=0.4).tolist() == [[True, False, False, False, False]]
+
+
 def test_reveal_and_its_counts_on_the_device(device):
     masked = torch.tensor([[True, True, False, True]], device=device)
     scores = torch.tensor([[0.2, 0.9, 1.0, 0.5]], device=device)
@@ -108,6 +163,32 @@ def test_refusals_name_the_value(call, message):
     with pytest.raises(ValueError, match=message) as caught:
         call()
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: sample([[0.0]], seed(1)), r"sample: logits is \[\[0.0\]\] \(list\); a tensor"),
+        (lambda: sample(torch.zeros(3, 4), 1), r"sample: seed is 1 \(int\); a tensor"),
+        (lambda: sample(torch.zeros(3, 4), seed(1), temperature=None), "temperature is None; a number or a tensor"),
+        (lambda: sample(torch.zeros(3, 4), seed(1), top_k=2.5), r"top_k is 2.5 \(float\); an int, a tensor or None"),
+        (
+            lambda: sample(torch.zeros(3, 4), seed(1), top_p=[0.5]),
+            r"top_p is \[0.5\] \(list\); a number, a tensor or None",
+        ),
+        (lambda: verify([[1]], TARGET), r"verify: draft_tokens is \[\[1\]\] \(list\)"),
+        (lambda: verify(DRAFT, TARGET.numpy()), "verify: target_logits is of type ndarray"),
+        (lambda: verify(DRAFT, TARGET, draft_lens=3), r"verify: draft_lens is 3 \(int\); a tensor or None"),
+        (lambda: reveal(None, [[True]], count=1), r"reveal: masked is \[\[True\]\] \(list\); a tensor"),
+        (lambda: reveal(0.5, DRAFT == 0, count=1), r"reveal: scores is 0.5 \(float\); a tensor or None"),
+        (lambda: reveal(None, DRAFT == 0, count="1"), r"reveal: count is '1' \(str\)"),
+        (lambda: reveal_count(7, 0, 2), r"reveal_count: total is 7 \(int\); a tensor"),
+        (lambda: reveal_count(seed(7), 0.0, 2), r"reveal_count: step is 0.0 \(float\); an int"),
+    ],
+)
+def test_what_is_no_tensor_or_number_is_refused(call, message):
+    with pytest.raises(TypeError, match=message):
+        call()
 
 
 def each_on_meta(arguments):

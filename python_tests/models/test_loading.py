@@ -1,0 +1,44 @@
+"""Where targets are read from, and what is said where there is none."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from dflash_ext.integrations import gguf
+from dflash_ext.models import load_target
+from python_tests.test_cli import word_tokenizer
+from python_tests.tiny import tiny_model
+
+
+@pytest.fixture
+def folder(tmp_path):
+    tiny_model("llama").save_pretrained(tmp_path / "target")
+    word_tokenizer().save_pretrained(tmp_path / "target")
+    return tmp_path / "target"
+
+
+def test_smollm2_is_the_packaged_model(folder, monkeypatch):
+    monkeypatch.setattr(gguf, "smollm2_path", lambda: folder)
+    model, tokenizer = load_target("smollm2", dtype=torch.float32, device=torch.device("cpu"))
+    assert model.config.name_or_path == str(folder) and len(tokenizer) == 97
+
+
+@pytest.mark.parametrize("name", ["./nowhere", "../nowhere", "/nowhere", "nowhere/", "some/where/else", "~/nowhere"])
+def test_a_path_that_is_no_folder_is_not_asked_of_the_hub(name, monkeypatch):
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", None)
+    with pytest.raises(ValueError, match=rf"^cannot read a target from '{name}': there is no such folder$"):
+        load_target(name)
+
+
+def test_a_name_that_is_neither_folder_nor_on_the_hub(folder, monkeypatch):
+    def from_pretrained(*_, **__):
+        raise OSError("We couldn't connect to the hub.\nCheck your connection.")
+
+    with pytest.raises(ValueError, match="^cannot read a tokenizer from './nowhere': there is no such folder$"):
+        load_target(str(folder), tokenizer="./nowhere")
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", from_pretrained)
+    hub = "there is no such folder, and from the hub: We couldn't connect to the hub.$"
+    with pytest.raises(ValueError, match=f"^cannot read a target from 'nowhere': {hub}"):
+        load_target("nowhere")
+    with pytest.raises(ValueError, match="target': We couldn't connect to the hub.$"):
+        load_target(str(folder))
