@@ -38,6 +38,12 @@ def from_dense():
     return IntervalMask.from_dense(visible)
 
 
+def any_int32():
+    """Bounds up to the ends of int32, in all combinations."""
+    ends = torch.tensor([-(2**31), -(2**31) + 1, -1, 0, 45, 70, 2**31 - 1], dtype=torch.int32)
+    return IntervalMask(*ends[torch.randint(len(ends), (4, 2, 77), generator=torch.Generator().manual_seed(0))], 70)
+
+
 MASKS = {
     "full": lambda: IntervalMask.full(torch.tensor([101, 3]), q_len=37, kv_len=130),
     "causal": lambda: IntervalMask.causal(torch.tensor([133, 70]), max_len=133),
@@ -53,6 +59,7 @@ MASKS = {
     "packed": lambda: IntervalMask.packed([0, 40, 41, 130], IntervalMask.causal, total_len=140),
     "decode": lambda: IntervalMask.decode(torch.tensor([90, 7]), 9, kv_len=110, causal=True, window=33),
     "from_dense": from_dense,
+    "any int32": any_int32,
 }
 
 

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from test_attention import distance
+from test_attention import any_int32, distance
 
 from dflash_ext import IntervalMask, block_attn_decode, reference
 
@@ -55,6 +55,7 @@ CASES = {
     "window": lambda: IntervalMask.decode(lengths(900, 70, 10), 9, kv_len=1000, window=100, causal=True),
     "start": lambda: IntervalMask.decode(lengths(900, 70, 10), 9, kv_len=1000, kv_start=lengths(500, 69, 0)),
     "canvas": lambda: IntervalMask.decode(lengths(700, 70, 0), 256, kv_len=1000),
+    "any int32": lambda: any_int32().to("cuda"),
 }
 
 
