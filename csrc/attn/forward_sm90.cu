@@ -30,17 +30,17 @@ constexpr int kWarpgroup = 128;
 template <int kDim>
 struct Tiling {
   static constexpr int kRows = static_cast<int>(hopper_tile_rows(kDim));
-  static constexpr int kKeys = kDim <= 128 ? 128 : kDim == 256 ? 80 : 64;
-  static constexpr int kStages = kDim <= 256 ? 2 : 1;
+  static constexpr int kKeys = kDim == 128 ? 128 : kDim == 256 ? 80 : 64;
+  static constexpr int kStages = kDim == 64 ? 4 : kDim <= 256 ? 2 : 1;
   static constexpr int kQueryStages = kDim <= 128 ? 2 : 1;
   static constexpr bool kSharesRows = kRows == 64;
   static constexpr int kConsumers = kSharesRows ? 2 : kRows / 64;
   static constexpr int kThreads = (1 + kConsumers) * kWarpgroup;
   // What a launch gives to all threads, shared out anew: it must not become more.
-  static constexpr int kProducerRegisters = kConsumers == 2 ? 24 : 32;
-  static constexpr int kConsumerRegisters = kConsumers == 2 ? 240 : 160;
+  static constexpr int kProducerRegisters = 24;
+  static constexpr int kConsumerRegisters = kConsumers == 2 ? 240 : 112;
   static constexpr int kValueColumns = kSharesRows ? kDim / kConsumers : kDim;  // of one consumer
-  static constexpr bool kTakesTurns = kDim <= 128;
+  static constexpr bool kTakesTurns = kDim == 128;
   static constexpr int kPanels = kDim / kPanelColumns;
   static constexpr int kItems = kQueryStages + 1;  // those whose queries are here and the next
   static constexpr int kKeyPanelBytes = kKeys * kPanelRowBytes;
@@ -242,6 +242,8 @@ class Consumer {
     if (tiles.count() > 0) {
       float s[kKeys / 2], correction[2];
       typename Products::Weights weights;
+      // Worked out one tile ahead, beside exponentials: uniform arithmetic has long latencies.
+      KeyTile next = tiles[1];
       shared_.k.full[k_stage_.index].wait(k_stage_.parity);
       start_scores(s);
       const int kv_len = static_cast<int>(p_.kv_len);
@@ -252,6 +254,8 @@ class Consumer {
       add(softmax, s, tiles[0], bounds, correction);
       Products::round_weights(weights, s);
       for (int i = 1; i < tiles.count(); ++i) {
+        const KeyTile tile = next;
+        next = tiles[i + 1];
         // The values were asked for right after the keys. With two stages both are there by now, and the turn is
         // shorter without a wait in it; with one, the scores need not wait for the values.
         shared_.k.full[k_stage_.index].wait(k_stage_.parity);
@@ -264,7 +268,7 @@ class Consumer {
         wait_for_products<1>();
         release(shared_.k, k_stage_);
         pin(s);
-        add(softmax, s, tiles[i], bounds, correction);
+        add(softmax, s, tile, bounds, correction);
         Products::finish_softmax(softmax, s, out_);
         wait_for_products<0>();
         release(shared_.v, v_stage_);
@@ -361,7 +365,7 @@ class Consumer {
   }
 
   // Named barriers: turns at starting products, a consumer's own threads, all consumers.
-  static constexpr int kTurnBarrier = 1, kOwnBarrier = 4, kConsumersBarrier = 7;
+  static constexpr int kTurnBarrier = 1, kOwnBarrier = 3, kConsumersBarrier = 7;
 
   const AttentionForwardParams& p_;
   const Schedule& schedule_;
@@ -381,7 +385,8 @@ __global__ void __launch_bounds__(Tiling<kDim>::kThreads, 1)
             const __grid_constant__ Maps maps) {
   using Shape = Tiling<kDim>;
   extern __shared__ unsigned char unaligned[];
-  __shared__ Shared<Shape> shared;
+  __shared__ Shared<Shape> storage;
+  Shared<Shape>& shared = *static_cast<Shared<Shape>*>(__cvta_shared_to_generic(uniform(shared_address(&storage))));
   const uint32_t q = uniform((shared_address(unaligned) + 1023) / 1024 * 1024);
   const uint32_t k = q + Shape::kQueryStages * Shape::kQueryBytes, v = k + Shape::kStages * Shape::kKeyBytes;
   const uint32_t out = Shape::kOwnOutput ? v + Shape::kStages * Shape::kKeyBytes : v;

@@ -43,14 +43,14 @@ class KeyRuns {
       tile.first += jump;
       tile.seam = kKeys;
     }
-    tile.is_full = tile.seam == kKeys && (within(tile.first, 0) || within(tile.first, 1));
+    tile.is_full = (tile.seam == kKeys) & (within(tile.first, 0) | within(tile.first, 1));
     return tile;
   }
 
  private:
   static DFLASH_INLINE int padded(int keys) { return (keys + kGranule - 1) / kGranule * kGranule; }
   DFLASH_INLINE bool within(int first, int run) const {
-    return first >= full_lo_[run] && first + kKeys <= full_hi_[run];
+    return (first >= full_lo_[run]) & (first + kKeys <= full_hi_[run]);
   }
 
   int lo_[2], full_lo_[2], full_hi_[2];

@@ -38,6 +38,6 @@ inline int64_t fold_of(int64_t heads, int64_t kv_heads) {
 
 // The rows of a tile, heads folded in: of the portable kernels, and of Hopper's.
 constexpr int64_t tile_rows(int64_t head_dim) { return head_dim <= 256 ? 128 : 64; }
-constexpr int64_t hopper_tile_rows(int64_t head_dim) { return head_dim <= 64 ? 192 : head_dim <= 256 ? 128 : 64; }
+constexpr int64_t hopper_tile_rows(int64_t head_dim) { return head_dim <= 64 ? 256 : head_dim <= 256 ? 128 : 64; }
 
 }  // namespace dflash

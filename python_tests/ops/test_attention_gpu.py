@@ -123,7 +123,7 @@ def test_a_plan_tells_which_keys_a_tile_needs(mask):
     plan = mask.plan(8, 2, 128).tiles.cpu()
     per_entry = plan.shape[0] // mask.batch
     positions = -(-mask.q_len // per_entry)
-    positions = next(p for p in (2, 4, 8, 16, 32, 64, 128, 192) if -(-mask.q_len // p) == per_entry and p >= positions)
+    positions = next(p for p in (2, 4, 8, 16, 32, 64, 128, 256) if -(-mask.q_len // p) == per_entry and p >= positions)
     assert sorted(map(tuple, plan[:, :2].tolist())) == [
         (entry, tile * positions) for entry in range(mask.batch) for tile in range(per_entry)
     ]
