@@ -5,7 +5,7 @@
 #include <cuda/atomic>
 
 #include "attn/decode_work.h"
-#include "attn/softmax.h"
+#include "attn/totals.h"
 #include "common/mma.h"
 
 namespace dflash::DFLASH_ISA {
@@ -112,7 +112,7 @@ DFLASH_INLINE void combine_fragments(const DecodeProblem& p, const Parts& parts,
   for (int r = 0; r < 2; ++r) {
     const RowPlace place = places[row + 8 * r];
     if (!rows.has(place)) continue;
-    const float inverse = sum[r] == 0 ? 0.0f : 1 / sum[r];
+    const float inverse = inverse_of(sum[r]);
     T* const out = static_cast<T*>(p.out) + rows.offset(p.out_strides, place) + first_fragment * 8 + lane % 4 * 2;
 #pragma unroll
     for (int n = 0; n < kWidth; ++n) {

@@ -9,6 +9,7 @@
 #include "attn/kernels.h"
 #include "attn/not_finite.h"
 #include "attn/softmax.h"
+#include "attn/totals.h"
 #include "common/mma.h"
 
 namespace dflash {
@@ -306,9 +307,7 @@ struct Decoder : DecodeTile<kDim> {
     }
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      float sum = softmax.sum[r];
-      sum += __shfl_xor_sync(~0u, sum, 1);
-      sum += __shfl_xor_sync(~0u, sum, 2);
+      const float sum = total_of(softmax.sum[r]);
       if (first_column == 0 && lane % 4 == 0) {
         const int row = slot * kDecodeRows + first_row + lane / 4 + 8 * r;
         p.partial_stats[row] = {softmax.largest[r] * state.scores.factor, sum};

@@ -3,8 +3,8 @@
 // A cluster of blocks shares an item: a tile of rows (positions times the query heads of a key head, 64 for each of the
 // block's consumer warpgroups) and the tiles of keys that the plan says they see. Every block takes an equal part of
 // the key tiles. Its producer warp has the copy engine stream keys and values through a ring; its consumers keep the
-// sums in registers. At the end a block sends its sums to the others over the cluster, each of which brings together
-// the columns that fall to it. Clusters start in the plan's order, longest first.
+// sums in registers. At the end each block brings together the columns that fall to it (cluster_sums.h). Clusters start
+// in the plan's order, longest first.
 //
 // The grid follows from shapes alone, what there is to do from the plan: one captured graph serves all lengths. Tiles
 // of keys begin at multiples of their length, so that a page is made of whole boxes.
@@ -13,6 +13,7 @@
 #include <numeric>
 
 #include "attn/boxes.h"
+#include "attn/cluster_sums.h"
 #include "attn/decode.h"
 #include "attn/kernels.h"
 #include "attn/not_finite.h"
@@ -40,22 +41,11 @@ struct DecodeTiling {
   static constexpr int kKeyPanelBytes = kKeys * kPanelRowBytes;
   static constexpr int kQueryBytes = kRows * kDim * 2;
   static constexpr int kKeyBytes = kKeys * kDim * 2;
-  static constexpr int kStageBytes = 2 * kKeyBytes;
-  static constexpr int kTileBytes = kQueryBytes + kStages * kStageBytes;
-  // What the blocks send each other lies where queries, keys and values were: a block's own sums, as fragments of eight
-  // columns, what it is sent of them, and the statistics of all blocks.
+  // Queries, then all keys, then all values.
+  static constexpr int kTileBytes = kQueryBytes + 2 * kStages * kKeyBytes;
   static constexpr int kMaxCluster = kConsumers == 1 ? 8 : 3;
-  static constexpr int kFragments = kDim / 8;
-  static constexpr int kFragmentBytes = kRows * 8 * sizeof(float), kStatsBytes = kRows * sizeof(float2);
-  static constexpr int parts_bytes(int ranks) {
-    return (kFragments + (ranks - 1) * ((kFragments + ranks - 1) / ranks)) * kFragmentBytes + ranks * kStatsBytes;
-  }
-  static constexpr bool parts_fit() {
-    for (int ranks = 2; ranks <= kMaxCluster; ++ranks) {
-      if (parts_bytes(ranks) > kTileBytes) return false;
-    }
-    return true;
-  }
+  using Sums = ClusterSums<kRows, kDim / 8, kMaxCluster, kConsumers == 1 ? kDim / 16 : 4>;
+  static_assert(Sums::fit(kQueryBytes + kStages * kKeyBytes, kTileBytes));
 };
 
 struct DecodeMaps {
@@ -67,7 +57,6 @@ struct DecodeLayout {
   int fold, positions;  // heads of a position in a tile; positions of one consumer
   int box_keys;
   unsigned kv_heads, tiles;  // tiles of the plan
-  int own_fragments;         // that a block finishes; the last may have fewer
 };
 
 // The keys of the plan's two runs, as tiles at multiples of kKeys: tile i of `count` is the (first + i)-th, or from the
@@ -97,7 +86,7 @@ struct DecodeShare {
   int begin, end;  // of the span
 
   DecodeShare() = default;
-  DFLASH_INLINE DecodeShare(const TilePlan& plan, int batch, int kv_head, unsigned rank, unsigned ranks)
+  DFLASH_INLINE DecodeShare(const TilePlan& plan, int batch, int kv_head, int rank, int ranks)
       : plan(plan), batch(batch), kv_head(kv_head), span(plan) {
     // Whoever has one tile less has the end, where not all rows see all keys.
     begin = (span.count * rank + ranks - 1) / ranks;
@@ -109,7 +98,8 @@ struct DecodeShare {
 template <class Tiling>
 struct DecodeShared {
   Ring<Tiling::kStages> k, v;
-  Barrier q_full, parts_full;
+  Barrier q_full;
+  typename Tiling::Sums::State sums;
   DecodeShare<Tiling::kKeys> share;
 };
 
@@ -120,12 +110,13 @@ struct DecodeBlock {
   const DecodeLayout& layout;
   const DecodeMaps& maps;
   DecodeShared<Tiling>& shared;
-  unsigned char* memory;   // all of the shared memory
-  uint32_t queries, ring;  // in it
-  unsigned rank, ranks;    // its place in the cluster, and how many blocks that has
+  unsigned char* memory;  // where the queries begin
+  uint32_t queries;
+  int rank, ranks;  // its place in the cluster, and how many blocks that has
 
-  DFLASH_INLINE uint32_t keys_at(int stage) const { return ring + stage * Tiling::kStageBytes; }
-  DFLASH_INLINE uint32_t values_at(int stage) const { return keys_at(stage) + Tiling::kKeyBytes; }
+  DFLASH_INLINE typename Tiling::Sums sums() const { return {memory, shared.sums, rank, ranks}; }
+  DFLASH_INLINE uint32_t keys_at(int stage) const { return queries + Tiling::kQueryBytes + stage * Tiling::kKeyBytes; }
+  DFLASH_INLINE uint32_t values_at(int stage) const { return keys_at(Tiling::kStages + stage); }
 };
 
 // The warp that has the copy engine bring tiles. Lane i brings the i-th box of each: a panel of a page's keys, or of
@@ -186,8 +177,7 @@ struct DecodeProducer {
 // A consumer's 64 rows of one item: their sums over the block's part of the keys.
 template <class T, class Tiling>
 struct RowSums {
-  static constexpr int kKeys = Tiling::kKeys, kDim = Tiling::kDim, kRows = Tiling::kRows;
-  static constexpr int kFragments = Tiling::kFragments;
+  static constexpr int kKeys = Tiling::kKeys, kDim = Tiling::kDim;
   using Products = TileProducts<T, kKeys, kDim, kDim>;
 
   // A row's position, -1 if it does not exist, and its query head.
@@ -203,11 +193,12 @@ struct RowSums {
   float out[kDim / 2] = {};
   OnlineSoftmax softmax;
 
-  DFLASH_INLINE Place place(int r) const {
+  // Of one of the consumer's rows.
+  DFLASH_INLINE Place place(int row) const {
     const DecodeLayout& layout = block.layout;
-    const int within = (row + 8 * r) / layout.fold, at = share.plan.first + consumer * layout.positions + within;
+    const int within = row / layout.fold, at = share.plan.first + consumer * layout.positions + within;
     return {within < layout.positions && at < block.p.q_len ? at : -1,
-            share.kv_head * layout.fold + row + 8 * r - within * layout.fold};
+            share.kv_head * layout.fold + row - within * layout.fold};
   }
 
   // All rows see all keys of tile i.
@@ -260,7 +251,7 @@ struct RowSums {
 
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      const int position = place(r).position;
+      const int position = place(row + 8 * r).position;
       if (position >= 0) bounds[r] = RowBounds(block.p.mask, share.batch, position, static_cast<int>(block.p.kv_len));
     }
     shared.q_full.wait(0);
@@ -285,19 +276,14 @@ struct RowSums {
       Products::round_weights(weights, s);
     }
     start_output(share.end - 1);
+    if (block.ranks > 1) block.sums().announce(softmax.largest, softmax.sum);
     wait_for_products<0>();
     pin(out);
   }
 
-  // Of a row's four threads together.
-  DFLASH_INLINE float total(int r) const {
-    const float pair = softmax.sum[r] + __shfl_xor_sync(~0u, softmax.sum[r], 1);
-    return pair + __shfl_xor_sync(~0u, pair, 2);
-  }
-
-  // The end of an item that the block had for itself. The results leave from where the queries were.
+  // The end of an item that the block has for itself. The results leave from where the queries were.
   DFLASH_INLINE void finish() const {
-    const float sums[2] = {total(0), total(1)}, inverse[2] = {inverse_of(sums[0]), inverse_of(sums[1])};
+    const float inverse[2] = {inverse_of(total_of(softmax.sum[0])), inverse_of(total_of(softmax.sum[1]))};
     const uint32_t rows = block.queries + consumer * Tiling::kPanels * kQueryPanelBytes;
     named_barrier_wait(kOwnBarrier + consumer, 128);
     Products::write_rows(rows, out, inverse);
@@ -311,109 +297,24 @@ struct RowSums {
     wait_for_stores();
   }
 
-  // The end of an item of the whole cluster. Each block finishes some neighbouring fragments of eight columns: it is
-  // sent those of the others, and the statistics of their rows. A fragment lies as its threads hold it.
+  // The end of an item of the whole cluster.
   DFLASH_INLINE void finish_together() const {
-    constexpr int kThreads = Tiling::kConsumerThreads, kMaxCluster = Tiling::kMaxCluster;
-    const unsigned rank = block.rank, ranks = block.ranks;
-    const int own = block.layout.own_fragments, first = rank * own, count = clamped(kFragments - first, own);
-    auto* const sums = reinterpret_cast<float4*>(block.memory);                           // [kFragments][kThreads]
-    float4* const parts = sums + kFragments * kThreads;                                   // [ranks - 1][own][kThreads]
-    auto* const stats = reinterpret_cast<float2*>(parts + (ranks - 1) * own * kThreads);  // [ranks][kRows]
-    const auto part_of = [&](unsigned from, unsigned to) { return parts + (from - (from > to)) * own * kThreads; };
-    const uint32_t full = shared_address(&block.shared.parts_full);
-    const int own_row = consumer * 64 + row;
-
-    // All consumers are done with queries, keys and values, and nothing is on its way to them.
-    named_barrier_wait(kConsumersBarrier, kThreads);
-#pragma unroll
-    for (int i = 0; i < kFragments; ++i) {
-      sums[i * kThreads + threadIdx.x] = make_float4(out[4 * i], out[4 * i + 1], out[4 * i + 2], out[4 * i + 3]);
-    }
-    const float totals[2] = {total(0), total(1)};
-    if (threadIdx.x % 4 == 0) {
-      for (int r = 0; r < 2; ++r) stats[rank * kRows + own_row + 8 * r] = make_float2(softmax.largest[r], totals[r]);
-    }
-    if (threadIdx.x == 0) {
-      block.shared.parts_full.expect((ranks - 1) * (Tiling::kStatsBytes + count * Tiling::kFragmentBytes));
-    }
-    fence_shared_writes();
-    // Now the others are, too, and the block's own sums are there.
-    cluster_arrive();
-    cluster_wait();
-    named_barrier_wait(kConsumersBarrier, kThreads);
-    if (threadIdx.x % 32 == 0) {
-      for (unsigned to = threadIdx.x / 32; to < ranks; to += kThreads / 32) {
-        if (to == rank) continue;
-        const auto send_to = [&](float* at, const void* from, uint32_t bytes) {
-          send(remote_address(shared_address(at), to), shared_address(from), bytes, remote_address(full, to));
-        };
-        float2* const own_stats = stats + rank * kRows;
-        send_to(&own_stats->x, own_stats, Tiling::kStatsBytes);
-        const int sent = clamped(kFragments - static_cast<int>(to) * own, own);
-        if (sent > 0) send_to(&part_of(rank, to)->x, sums + to * own * kThreads, sent * Tiling::kFragmentBytes);
-      }
-    }
-    __syncwarp();
-    const Place places[2] = {place(0), place(1)};
-    block.shared.parts_full.wait(0);
-    // A block leaves only when what it sent has arrived.
-    cluster_arrive();
-
-    // Little code, for it runs once and is fetched while it runs.
-    float weights[kMaxCluster][2], scale[2];
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      float2 of[kMaxCluster];
-      float largest = -kInfinity, sum = 0;
-#pragma unroll
-      for (unsigned from = 0; from < kMaxCluster; ++from) {
-        of[from] = make_float2(-kInfinity, 0);
-        if (from < ranks) of[from] = stats[from * kRows + own_row + 8 * r];
-        largest = fmaxf(largest, of[from].x);
-      }
-      const float base = largest == -kInfinity ? 0.0f : __fmul_rn(largest, scores.factor);
-#pragma unroll
-      for (unsigned from = 0; from < kMaxCluster; ++from) {
-        weights[from][r] = exp2_of(__fmul_rn(of[from].x, scores.factor) - base);
-        sum = fmaf(weights[from][r], of[from].y, sum);
-      }
-      scale[r] = inverse_of(sum);
-    }
+    const auto sums = block.sums();
+    named_barrier_wait(kConsumersBarrier, Tiling::kConsumerThreads);
+    sums.lay_out(out);
     const DecodeParams& p = block.p;
-    T* to_row[2];
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      to_row[r] = static_cast<T*>(p.out) + share.batch * p.out_strides.batch + places[r].head * p.out_strides.head +
-                  places[r].position * p.out_strides.row + first * 8 + threadIdx.x % 4 * 2;
-    }
-    const int stored = min(count, static_cast<int>(p.head_dim) / 8 - first);
-#pragma unroll 1
-    for (int i = 0; i < stored; ++i) {
-      float4 x = make_float4(0, 0, 0, 0);
-#pragma unroll
-      for (unsigned from = 0; from < kMaxCluster; ++from) {
-        if (from >= ranks) break;
-        const float4* const part = from == rank ? sums + first * kThreads : part_of(from, rank);
-        const float4 y = part[i * kThreads + threadIdx.x];
-        x.x = fmaf(weights[from][0], y.x, x.x);
-        x.y = fmaf(weights[from][0], y.y, x.y);
-        x.z = fmaf(weights[from][1], y.z, x.z);
-        x.w = fmaf(weights[from][1], y.w, x.w);
-      }
-      const uint32_t rounded[2] = {pack<T>(x.x * scale[0], x.y * scale[0]), pack<T>(x.z * scale[1], x.w * scale[1])};
-#pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        if (places[r].position >= 0) *reinterpret_cast<uint32_t*>(to_row[r] + i * 8) = rounded[r];
-      }
-    }
-    cluster_wait();
+    const Place at = place(threadIdx.x % 128 / 32 * 16 + threadIdx.x % 16);
+    T* const to = static_cast<T*>(p.out) + share.batch * p.out_strides.batch + at.head * p.out_strides.head +
+                  at.position * p.out_strides.row;
+    const int columns = at.position < 0 ? 0 : static_cast<int>(p.head_dim);
+    sums.add_up(scores.factor, [&](int fragment, const float (&x)[8]) {
+      if (fragment * 8 >= columns) return;
+      *reinterpret_cast<uint4*>(to + fragment * 8) = {pack<T>(x[0], x[1]), pack<T>(x[2], x[3]), pack<T>(x[4], x[5]),
+                                                      pack<T>(x[6], x[7])};
+    });
   }
 
-  static DFLASH_INLINE int clamped(int x, int high) { return max(min(x, high), 0); }
-  static DFLASH_INLINE float inverse_of(float sum) { return sum == 0 ? 0.0f : 1 / sum; }
-
-  // Named barriers: all consumers, a consumer's own threads.
+  // Named barriers: all consumers, a consumer's own threads. ClusterSums has two more.
   static constexpr int kConsumersBarrier = 1, kOwnBarrier = 2;
 };
 
@@ -424,8 +325,8 @@ __global__ void __launch_bounds__(Tiling::kThreads, Tiling::kBlocks)
   extern __shared__ __align__(1024) unsigned char memory[];
   auto& shared = *reinterpret_cast<DecodeShared<Tiling>*>(memory + Tiling::kTileBytes);
   const uint32_t queries = uniform(shared_address(memory));
-  const uint32_t ring = queries + Tiling::kQueryBytes;
-  const DecodeBlock<Tiling> block{p, layout, maps, shared, memory, queries, ring, cluster_rank(), cluster_blocks()};
+  const DecodeBlock<Tiling> block{p, layout, maps, shared, memory, queries, static_cast<int>(cluster_rank()),
+                                  static_cast<int>(cluster_blocks())};
   if (threadIdx.x == 0) {
     // Neighbouring clusters work on the tiles of one batch entry, whose keys they find in the L2 cache.
     const unsigned item = blockIdx.x / block.ranks, outer = item / layout.kv_heads, entry = outer / layout.tiles;
@@ -433,9 +334,9 @@ __global__ void __launch_bounds__(Tiling::kThreads, Tiling::kBlocks)
     prefetch(plan);
     for (const CUtensorMap* map : {&maps.q, &maps.k, &maps.v}) prefetch(*map);
     shared.q_full.init();
-    shared.parts_full.init();
     shared.k.init(Tiling::kConsumerThreads / 32);
     shared.v.init(Tiling::kConsumerThreads / 32);
+    shared.sums.init();
     fence_barriers();
     wait_for_previous_kernel();
     shared.share = {*plan, p.plan_entries > 1 ? plan->entry : static_cast<int>(entry),
@@ -445,17 +346,20 @@ __global__ void __launch_bounds__(Tiling::kThreads, Tiling::kBlocks)
   wait_for_previous_kernel();
   const bool has_keys = shared.share.begin < shared.share.end;
   if (threadIdx.x >= Tiling::kConsumerThreads) {
-    if constexpr (Tiling::kMovesRegisters) give_registers<24>();
-    if (threadIdx.x < Tiling::kConsumerThreads + 32 && has_keys) DecodeProducer<Tiling>{block}.run();
+    if constexpr (Tiling::kMovesRegisters) give_registers<40>();
+    const bool is_producer = threadIdx.x < Tiling::kConsumerThreads + 32;
+    if (is_producer && has_keys) DecodeProducer<Tiling>{block}.run();
     start_next_kernel();
+    if (is_producer && block.ranks > 1) block.sums().send_all();
   } else {
-    if constexpr (Tiling::kMovesRegisters) take_registers<240>();
-    RowSums<T, Tiling> sums{block};
-    if (has_keys) sums.consume();
+    if constexpr (Tiling::kMovesRegisters) take_registers<232>();
+    RowSums<T, Tiling> rows{block};
+    if (has_keys) rows.consume();
     if (block.ranks == 1) {
-      sums.finish();
+      rows.finish();
     } else {
-      sums.finish_together();
+      if (!has_keys) block.sums().announce(rows.softmax.largest, rows.softmax.sum);
+      rows.finish_together();
     }
   }
 }
@@ -467,9 +371,9 @@ int64_t box_keys_of(const DecodeParams& p, int64_t keys) {
 
 template <class T, class Tiling>
 cudaError_t launch(const DecodeParams& p, cudaStream_t stream) {
-  static_assert(Tiling::parts_fit());
   const auto kernel = decode<T, Tiling>;
   constexpr int kBytes = Tiling::kTileBytes + sizeof(DecodeShared<Tiling>);
+  static_assert(Tiling::kBlocks * (kBytes + 1024) <= 228 * 1024);  // a block's own kilobyte is the system's
   cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
   if (status != cudaSuccess) return status;
   cudaLaunchAttribute attributes[2]{};
@@ -515,8 +419,7 @@ cudaError_t launch(const DecodeParams& p, cudaStream_t stream) {
                             static_cast<int>(positions),
                             static_cast<int>(box_keys_of(p, Tiling::kKeys)),
                             static_cast<unsigned>(p.kv_heads),
-                            static_cast<unsigned>(tiles),
-                            static_cast<int>((Tiling::kFragments + ranks - 1) / ranks)};
+                            static_cast<unsigned>(tiles)};
   DecodeMaps maps;
   status = make_tensor_maps(p.dtype, {{&maps.q, query_box(p, p.q, p.q_strides, fold)},
                                       {&maps.out, query_box(p, p.out, p.out_strides, fold)},

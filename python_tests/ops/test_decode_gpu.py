@@ -77,6 +77,18 @@ def test_every_ratio_of_heads(heads, kv_heads, head_dim):
     check(block_attn_decode(q, k, v, mask), q, k, v, mask)
 
 
+@pytest.mark.parametrize("tiles", range(1, 10))
+@pytest.mark.parametrize(("rows", "head_dim"), [(16, 64), (5, 72), (16, 128), (16, 256), (90, 120), (90, 256)])
+def test_any_number_of_blocks_shares_an_item(tiles, rows, head_dim):
+    """A cluster has as many blocks as there are tiles of keys. What they send each other has the range of floats."""
+    kv_len = 80 * tiles + 30
+    mask = IntervalMask.decode(lengths(kv_len - rows, 3), rows, kv_len=kv_len, causal=tiles % 2 == 0)
+    q, k, v = filled(2, 4, 2, rows, kv_len, head_dim)
+    for scale in (1, 2.0**100, 2.0**-100):
+        got = block_attn_decode(q, k, v * scale, mask)
+        check(got / scale, q, k, v, mask)
+
+
 @pytest.mark.parametrize("options", [{"scale": -0.3}, {"softcap": 5.0}, {"softcap": 5.0, "scale": 2.0}])
 def test_options(options):
     mask = CASES["draft"]()

@@ -1,0 +1,199 @@
+// How the blocks of a cluster bring the sums of an item together.
+//
+// Every block has sums over its own keys, of the same rows, in the registers of its consumers' warps. To each block
+// fall some neighbouring fragments of eight columns; it is sent those of the others, and the statistics of all rows.
+// The network between multiprocessors is what takes time (20 bytes a clock out of each), and the copy engine takes 50
+// clocks to start a copy: hence sums travel as the upper 24 bits of floats, in one copy for each other block, or a few
+// where there is much to send, so that the first fragments are added up while others are on their way.
+//
+// What arrives lies where queries and keys were, and may be sent once no block of the cluster has products of queries
+// and keys left. All say so at a barrier of the cluster before their last products with values: nobody waits for it
+// longer than those take. The producer's warp sends, so that consumers go on, with little code: it runs once, and to
+// fetch it takes longer than to run it.
+#pragma once
+
+#include "attn/totals.h"
+#include "common/hopper.h"
+
+namespace dflash::DFLASH_ISA {
+
+// kPieceSlots, an even number: fragments that go at a time.
+template <int kRows, int kFragments, int kMaxRanks, int kPieceSlots>
+struct ClusterSums {
+  static constexpr int kWarps = kRows / 16, kThreads = kWarps * 32;
+  static constexpr int kStatsBytes = kRows * sizeof(float2);
+  // The upper 16 bits [kRows][8] of sums, then the 8 bits below [kRows][8].
+  static constexpr int kUpperBytes = kRows * 16, kFragmentBytes = kRows * 24;
+  static constexpr int kMaxPieces = (kFragments / 2 + kPieceSlots - 1) / kPieceSlots;
+  static constexpr int kStatsBarrier = 4, kSumsBarrier = 5;  // named ones, of consumers and the producer's warp
+
+  // The memory: what others send, [ranks] statistics (the block's own stay empty) and [ranks - 1][slots] fragments, and
+  // [kFragments] of its own sums.
+  static constexpr int slots_of(int ranks) { return (kFragments + ranks - 1) / ranks; }
+  static constexpr int received_bytes(int ranks) {
+    return ranks * kStatsBytes + (ranks - 1) * slots_of(ranks) * kFragmentBytes;
+  }
+  static constexpr bool fit(int free_early, int all) {
+    for (int ranks = 2; ranks <= kMaxRanks; ++ranks) {
+      const int received = received_bytes(ranks);
+      if (received > free_early || received + kFragments * kFragmentBytes > all) return false;
+    }
+    return true;
+  }
+
+  // In shared memory, too.
+  struct State {
+    Barrier full[1 + kMaxPieces];     // of statistics, of pieces
+    alignas(16) float2 stats[kRows];  // the rows' largest scores and sums of exponentials
+
+    DFLASH_INLINE void init() {
+#pragma unroll
+      for (Barrier& barrier : full) barrier.init();
+    }
+  };
+
+  unsigned char* memory;
+  State& state;
+  int rank, ranks;
+  int slots = slots_of(ranks);
+  int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+
+  // How many fragments fall to a block; where a piece of them ends.
+  DFLASH_INLINE int slots_for(int to) const { return min(max(kFragments - to * slots, 0), slots); }
+  static DFLASH_INLINE int end_of(int piece, int slots) { return min((piece + 1) * kPieceSlots, slots); }
+
+  DFLASH_INLINE unsigned char* stats_of(int from) const { return memory + from * kStatsBytes; }
+  DFLASH_INLINE unsigned char* received(int from, int to) const {
+    return memory + ranks * kStatsBytes + (from - (from > to)) * slots * kFragmentBytes;
+  }
+  DFLASH_INLINE unsigned char* own() const { return memory + received_bytes(ranks); }
+
+  // The producer's warp, when it has asked for all tiles.
+  DFLASH_INLINE void send_all() const {
+    if (lane == 0) {
+      const int own_slots = slots_for(rank);
+      state.full[0].expect((ranks - 1) * kStatsBytes);
+#pragma unroll 1
+      for (int piece = 0; piece * kPieceSlots < own_slots; ++piece) {
+        const int fragments = end_of(piece, own_slots) - piece * kPieceSlots;
+        state.full[1 + piece].expect((ranks - 1) * fragments * kFragmentBytes);
+      }
+    }
+    __syncwarp();
+    cluster_arrive();
+    // A lane for each other block. Statistics are sent by the instructions that send the first piece later.
+    const int next = rank + 1 + lane, to = next < ranks ? next : next - ranks;
+#pragma unroll 1
+    for (int piece = -1; piece * kPieceSlots < slots; ++piece) {
+      if (piece < 1) named_barrier_wait(piece < 0 ? kStatsBarrier : kSumsBarrier, kThreads + 32);
+      if (piece < 0) cluster_wait();
+      const int begin = piece * kPieceSlots * kFragmentBytes, end = end_of(piece, slots_for(to)) * kFragmentBytes;
+      const unsigned char* const from = piece < 0 ? reinterpret_cast<const unsigned char*>(state.stats)
+                                                  : own() + to * slots * kFragmentBytes + begin;
+      unsigned char* const at = piece < 0 ? stats_of(rank) : received(rank, to) + begin;
+      const int bytes = piece < 0 ? kStatsBytes : end - begin;
+      if (lane + 1 < ranks && bytes > 0) {
+        send(remote_address(shared_address(at), to), shared_address(from), bytes,
+             remote_address(shared_address(&state.full[1 + piece]), to));
+      }
+      __syncwarp();
+    }
+  }
+
+  // Consumers, when no products of queries and keys are left: of the thread's two rows.
+  DFLASH_INLINE void announce(const float (&largest)[2], const float (&sum)[2]) const {
+    cluster_arrive();
+    const float totals[2] = {total_of(sum[0]), total_of(sum[1])};
+    if (lane % 4 == 0) {
+      for (int r = 0; r < 2; ++r) state.stats[warp * 16 + lane / 4 + 8 * r] = make_float2(largest[r], totals[r]);
+    }
+    fence_shared_writes();
+    named_barrier_arrive(kStatsBarrier, kThreads + 32);
+  }
+
+  // Consumers, when all of them are done with values.
+  DFLASH_INLINE void lay_out(const float (&out)[kFragments * 4]) const {
+    const int row = warp * 16 + lane / 4;
+    unsigned char* const upper = own() + row * 16 + lane % 4 * 4;
+    unsigned char* const lower = own() + kUpperBytes + row * 8 + lane % 4 * 2;
+#pragma unroll
+    for (int i = 0; i < 2 * kFragments; ++i) {
+      const uint32_t x = __float_as_uint(out[2 * i]), y = __float_as_uint(out[2 * i + 1]);
+      const int fragment = i / 2 * kFragmentBytes, below = i % 2 * 8;
+      *reinterpret_cast<uint32_t*>(upper + fragment + below * 16) = __byte_perm(x, y, 0x7632);
+      *reinterpret_cast<uint16_t*>(lower + fragment + below * 8) = __byte_perm(x, y, 0x51);
+    }
+    fence_shared_writes();
+    __syncwarp();
+    named_barrier_arrive(kSumsBarrier, kThreads + 32);
+    cluster_wait();
+  }
+
+  // Calls store(fragment, x) for each of the block's fragments, with the columns of row threadIdx.x / 32 * 16 +
+  // threadIdx.x % 16. Scores times `factor` are the exponents.
+  template <class Store>
+  DFLASH_INLINE void add_up(float factor, Store store) const {
+    const int own_slots = slots_for(rank), row = warp * 16 + lane % 16;
+    float weights[kMaxRanks], sums[kMaxRanks], base = -kInfinity, sum = 0;
+    state.full[0].wait(0);
+#pragma unroll
+    for (int from = 0; from < kMaxRanks; ++from) {
+      const void* const stats = from == rank ? reinterpret_cast<unsigned char*>(state.stats) : stats_of(from);
+      float2 of_row = make_float2(-kInfinity, 0);
+      if (from < ranks) of_row = reinterpret_cast<const float2*>(stats)[row];
+      weights[from] = __fmul_rn(of_row.x, factor);
+      sums[from] = of_row.y;
+      base = fmaxf(base, weights[from]);
+    }
+    if (base == -kInfinity) base = 0;
+#pragma unroll
+    for (int from = 0; from < kMaxRanks; ++from) {
+      weights[from] = exp2_of(weights[from] - base);
+      sum = fmaf(weights[from], sums[from], sum);
+    }
+    const float inverse = inverse_of(sum);
+#pragma unroll
+    for (float& weight : weights) weight *= inverse;
+
+#pragma unroll 1
+    for (int i = 0; i < own_slots; i += 2) {
+      if (i % kPieceSlots == 0) {
+        state.full[1 + i / kPieceSlots].wait(0);
+        if (i + kPieceSlots >= own_slots) cluster_arrive();
+      }
+      const int slot = i + lane / 16, at = min(slot, own_slots - 1) * kFragmentBytes;
+      uint4 upper[kMaxRanks];
+      uint2 lower[kMaxRanks];
+#pragma unroll
+      for (int from = 0; from < kMaxRanks; ++from) {
+        const unsigned char* const part =
+            (from == rank ? own() + rank * slots * kFragmentBytes : received(from, rank)) + at;
+        upper[from] = {};
+        lower[from] = {};
+        if (from < ranks) {
+          upper[from] = reinterpret_cast<const uint4*>(part)[row];
+          lower[from] = reinterpret_cast<const uint2*>(part + kUpperBytes)[row];
+        }
+      }
+      float x[8] = {};
+#pragma unroll
+      for (int from = 0; from < kMaxRanks; ++from) {
+        const uint32_t uppers[4] = {upper[from].x, upper[from].y, upper[from].z, upper[from].w};
+        const uint32_t lowers[2] = {lower[from].x, lower[from].y};
+#pragma unroll
+        for (int c = 0; c < 8; ++c) {
+          // The lowest byte is the one above it once more.
+          const int select = (c % 2 ? 0x3200 : 0x1000) + 0x11 * (4 + c % 4);
+          const uint32_t bytes = __byte_perm(uppers[c / 2], lowers[c / 4], select);
+          x[c] = fmaf(weights[from], __uint_as_float(bytes), x[c]);
+        }
+      }
+      if (slot < own_slots) store(rank * slots + slot, x);
+    }
+    if (own_slots == 0) cluster_arrive();
+    // A block leaves only when what it sent has arrived.
+    cluster_wait();
+  }
+};
+
+}  // namespace dflash::DFLASH_ISA
