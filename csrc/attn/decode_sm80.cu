@@ -181,8 +181,7 @@ struct Decoder : DecodeTile<kDim> {
     for (int r = 0; r < 2; ++r) {
       const RowPlace row = own_place(r);
       if (!job.rows.has(row)) continue;
-      const int64_t at = job.rows.batch * p.mask.batch + job.rows.first + row.position;
-      own_bounds[r] = {p.mask.ctx_lo[at], p.mask.ctx_hi[at], p.mask.blk_lo[at], p.mask.blk_hi[at]};
+      own_bounds[r] = read_bounds(p.mask, job.rows.batch, job.rows.first + row.position);
     }
 #pragma unroll 1
     for (int first = 0; first < kCount; first += kBatch) {
@@ -204,12 +203,7 @@ struct Decoder : DecodeTile<kDim> {
     }
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      const int4 b = own_bounds[r];
-      const int kv_len = static_cast<int>(p.kv_len);
-      bounds[r].ctx_lo = max(b.x, 0);
-      bounds[r].ctx_len = max(min(b.y, kv_len) - bounds[r].ctx_lo, 0);
-      bounds[r].blk_lo = max(b.z, 0);
-      bounds[r].blk_len = max(min(b.w, kv_len) - bounds[r].blk_lo, 0);
+      bounds[r] = RowBounds(own_bounds[r], static_cast<int>(p.kv_len));
     }
     clear();
   }

@@ -7,8 +7,8 @@
 //
 // A consumer keeps its output and its softmax's weights in registers. In every step it starts the scores of the next
 // keys, then the product of the previous keys' weights and values, and takes the softmax of the scores while that
-// product runs. The consumers take turns at starting products, so that one's softmax runs beside another's products.
-// Only tiles of keys that the plan does not call full pay for masking.
+// product runs. At head_dim 128 the consumers take turns at starting products, so that one's softmax runs beside the
+// other's products. Only tiles of keys that the plan does not call full pay for masking.
 #include <algorithm>
 #include <bit>
 #include <cstdlib>
@@ -41,6 +41,8 @@ struct Tiling {
   static constexpr int kConsumerRegisters = kConsumers == 2 ? 240 : 112;
   static constexpr int kValueColumns = kSharesRows ? kDim / kConsumers : kDim;  // of one consumer
   static constexpr bool kTakesTurns = kDim == 128;
+  // Otherwise consumers do not wait for each other, and each leaves out tiles that none of its own rows sees.
+  static constexpr bool kLeavesOut = !kTakesTurns && !kSharesRows;
   static constexpr int kPanels = kDim / kPanelColumns;
   static constexpr int kItems = kQueryStages + 1;  // those whose queries are here and the next
   static constexpr int kKeyPanelBytes = kKeys * kPanelRowBytes;
@@ -55,7 +57,7 @@ struct Tiling {
 // the blocks in alternating directions: whoever got the longest item of a round gets the shortest of the next. Heads go
 // in sections whose keys and values fit in the L2 cache together: a block first takes what it got of the first section.
 struct Schedule {
-  int fold_shift;          // 1 << fold_shift heads are folded: shifts, where divisions would cost an item hundreds of clocks
+  int fold_shift;          // 1 << fold_shift heads are folded
   unsigned heads, groups;  // folded heads: of all batch entries that a tile of the plan serves, of one
   unsigned section;        // folded heads
   unsigned items;
@@ -152,15 +154,16 @@ class Producer {
     uint32_t to = q_ + q_stage_.index * Shape::kQueryBytes;
     for (int part = 0; part < Shape::kRows / 64; ++part) {
       for (int panel = 0; panel < Shape::kPanels; ++panel, to += kQueryPanelBytes) {
-        full.copy(to, maps_.q, panel * kPanelColumns, item.first_head, item.plan.first + part * (64 >> schedule_.fold_shift),
-                  item.batch);
+        full.copy(to, maps_.q, panel * kPanelColumns, item.first_head,
+                  item.plan.first + part * (64 >> schedule_.fold_shift), item.batch);
       }
     }
     q_stage_.advance();
   }
 
   static DFLASH_INLINE void load(const CUtensorMap& map, const CUtensorMap& granule_map, Ring<Shape::kStages>& ring,
-                                 KeyStage& stage, uint32_t to, const KeyTile& tile, int kv_head, int batch) {
+                                 KeyStage& stage, uint32_t to, const KeyTile<Shape::kKeys>& tile, int kv_head,
+                                 int batch) {
     ring.empty[stage.index].wait(stage.parity);
     Barrier& full = ring.full[stage.index];
     full.expect(Shape::kKeyBytes);
@@ -230,31 +233,38 @@ class Consumer {
     const int batch = item.batch, head = item.first_head;
     float out[Shape::kValueColumns / 2] = {};
     OnlineSoftmax softmax;
-    // Asked for early, as they come from far away.
-    int4 read[2];
+    // Asked for here, as they come from far away, and needed after the first scores.
+    int4 asked[2];
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const int position = first + position_of(row_ + 8 * r);
-      read[r] = position < p_.q_len ? read_bounds(p_.mask, batch, position) : make_int4(0, 0, 0, 0);
+      asked[r] = position < p_.q_len ? read_bounds(p_.mask, batch, position) : make_int4(0, 0, 0, 0);
     }
     shared_.q.full[q_stage_.index].wait(q_stage_.parity);
 
-    if (tiles.count() > 0) {
+    int begin = 0, end = tiles.count();
+    if (Shape::kLeavesOut) {
+      const int2 keys = keys_of(batch, first);
+      while (begin < end && !tiles[begin].meets(keys.x, keys.y)) ++begin;
+      while (begin < end && !tiles[end - 1].meets(keys.x, keys.y)) --end;
+      leave_out(begin);
+    }
+    if (begin < end) {
       float s[kKeys / 2], correction[2];
       typename Products::Weights weights;
-      // Worked out one tile ahead, beside exponentials: uniform arithmetic has long latencies.
-      KeyTile next = tiles[1];
+      // Worked out one tile ahead, beside exponentials, as uniform arithmetic has long latencies.
+      KeyTile<kKeys> next = tiles[begin + 1];
       shared_.k.full[k_stage_.index].wait(k_stage_.parity);
       start_scores(s);
       const int kv_len = static_cast<int>(p_.kv_len);
-      const RowBounds bounds[2] = {RowBounds(read[0], kv_len), RowBounds(read[1], kv_len)};
+      const RowBounds bounds[2] = {RowBounds(asked[0], kv_len), RowBounds(asked[1], kv_len)};
       wait_for_products<0>();
       release(shared_.k, k_stage_);
       pin(s);
-      add(softmax, s, tiles[0], bounds, correction);
+      add(softmax, s, tiles[begin], bounds, correction);
       Products::round_weights(weights, s);
-      for (int i = 1; i < tiles.count(); ++i) {
-        const KeyTile tile = next;
+      for (int i = begin + 1; i < end; ++i) {
+        const KeyTile<kKeys> tile = next;
         next = tiles[i + 1];
         // The values were asked for right after the keys. With two stages both are there by now, and the turn is
         // shorter without a wait in it; with one, the scores need not wait for the values.
@@ -285,11 +295,40 @@ class Consumer {
     } else {
       release_queries();
     }
+    if (Shape::kLeavesOut) leave_out(tiles.count() - end);
 
     float inverse[2], lse[2];
     softmax.finish(scores_.factor, inverse, lse);
     write_out(batch, head, first, out, inverse);
     write_lse(batch, head, first, lse);
+  }
+
+  // The keys that the consumer's rows see lie in [x, y). Every warp finds out for all 64 rows.
+  DFLASH_INLINE int2 keys_of(int batch, int first) const {
+    int lo = static_cast<int>(p_.kv_len), hi = 0;
+    const auto add = [&](int begin, unsigned length) {
+      if (length > 0) lo = min(lo, begin);
+      if (length > 0) hi = max(hi, begin + static_cast<int>(length));
+    };
+#pragma unroll
+    for (int row = 0; row < 64; row += 32) {
+      const int position = first + position_of(row + threadIdx.x % 32);
+      if (position >= p_.q_len) continue;
+      const RowBounds bounds(p_.mask, batch, position, static_cast<int>(p_.kv_len));
+      add(bounds.ctx_lo, bounds.ctx_len);
+      add(bounds.blk_lo, bounds.blk_len);
+    }
+    return {__reduce_min_sync(~0u, lo), __reduce_max_sync(~0u, hi)};
+  }
+
+  // The next tiles are of no use to the consumer.
+  DFLASH_INLINE void leave_out(int tiles) {
+    for (; tiles > 0; --tiles) {
+      shared_.k.full[k_stage_.index].wait(k_stage_.parity);
+      release(shared_.k, k_stage_);
+      shared_.v.full[v_stage_.index].wait(v_stage_.parity);
+      release(shared_.v, v_stage_);
+    }
   }
 
   // A row of a tile stands at this position after the tile's first.
@@ -302,7 +341,7 @@ class Consumer {
     Products::start_output(out, weights, v_ + v_stage_.index * Shape::kKeyBytes);
   }
 
-  DFLASH_INLINE void add(OnlineSoftmax& softmax, float (&s)[kKeys / 2], const KeyTile& tile,
+  DFLASH_INLINE void add(OnlineSoftmax& softmax, float (&s)[kKeys / 2], const KeyTile<kKeys>& tile,
                          const RowBounds (&bounds)[2], float (&correction)[2]) const {
     scores_(s);
     if (!tile.is_full) hide(s, bounds, tile);
@@ -386,6 +425,8 @@ __global__ void __launch_bounds__(Tiling<kDim>::kThreads, 1)
   using Shape = Tiling<kDim>;
   extern __shared__ unsigned char unaligned[];
   __shared__ Shared<Shape> storage;
+  // By an address in a uniform register: asked where its shared memory lies, a block takes 50 clocks to answer, and the
+  // compiler would ask anew for every tile.
   Shared<Shape>& shared = *static_cast<Shared<Shape>*>(__cvta_shared_to_generic(uniform(shared_address(&storage))));
   const uint32_t q = uniform((shared_address(unaligned) + 1023) / 1024 * 1024);
   const uint32_t k = q + Shape::kQueryStages * Shape::kQueryBytes, v = k + Shape::kStages * Shape::kKeyBytes;

@@ -11,9 +11,16 @@ constexpr int kGranule = 16;
 
 // kKeys columns, a multiple of kGranule: column c is key first + c before the seam, and key first + jump + c from it
 // on.
+template <int kKeys>
 struct KeyTile {
   int first, seam, jump;
   bool is_full;  // every row sees every key
+
+  // Has keys of [lo, hi).
+  DFLASH_INLINE bool meets(int lo, int hi) const {
+    const auto meet = [&](int begin, int end) { return (begin < end) & (begin < hi) & (end > lo); };
+    return meet(first, first + seam) | meet(first + jump + seam, first + jump + kKeys);
+  }
 };
 
 template <int kKeys>
@@ -36,9 +43,9 @@ class KeyRuns {
 
   DFLASH_INLINE int count() const { return count_; }
 
-  DFLASH_INLINE KeyTile operator[](int i) const {
+  DFLASH_INLINE KeyTile<kKeys> operator[](int i) const {
     const int begin = i * kKeys, jump = lo_[1] - seam_ - lo_[0];
-    KeyTile tile{lo_[0] + begin, min(seam_ - begin, kKeys), jump, false};
+    KeyTile<kKeys> tile{lo_[0] + begin, min(seam_ - begin, kKeys), jump, false};
     if (tile.seam <= 0) {
       tile.first += jump;
       tile.seam = kKeys;
@@ -59,7 +66,7 @@ class KeyRuns {
 
 // Hides what the thread's two rows do not see.
 template <int kCount>
-DFLASH_INLINE void hide(float (&s)[kCount], const RowBounds (&rows)[2], const KeyTile& tile) {
+DFLASH_INLINE void hide(float (&s)[kCount], const RowBounds (&rows)[2], const KeyTile<2 * kCount>& tile) {
   const int column = threadIdx.x % 4 * 2;
 #pragma unroll
   for (int granule = 0; granule < kCount / 8; ++granule) {
