@@ -68,9 +68,14 @@ def _kind(hint: Any) -> _Kind | None:
 
 
 def _is(value: Any, kind: _Kind) -> bool:
-    if not isinstance(value, kind.types) or isinstance(value, bool):
+    if isinstance(value, bool):
         return False
-    return not kind.items or isinstance(value, Tensor) or all(isinstance(item, kind.items) for item in value)
+    if isinstance(value, kind.types):
+        return not kind.items or isinstance(value, Tensor) or all(isinstance(item, kind.items) for item in value)
+    # A tensor without dimensions is a number: torch.jit.trace makes such ones of shapes.
+    if not isinstance(value, Tensor) or value.dim() > 0 or int not in kind.types or value.dtype == torch.bool:
+        return False
+    return float in kind.types or not value.is_floating_point()
 
 
 def shown(value: Any) -> str:

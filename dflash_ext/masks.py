@@ -15,6 +15,7 @@ from numbers import Integral
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from .arguments import checked, shown
 from .library import load
@@ -281,10 +282,17 @@ class IntervalMask:
                     f"IntervalMask.packed: cu_seqlens is {given}; two or more ascending offsets from 0 are needed"
                 )
             total_len = given[-1] if total_len is None else total_len
-            max_len = max(b - a for a, b in pairwise(given)) if max_len is None else max_len
+            longest = max(b - a for a, b in pairwise(given))
+            max_len = longest if max_len is None else _at_least(longest, "packed", "max_len", max_len)
             offsets = torch.tensor(given, dtype=torch.int32, device=device)
         total_len, max_len = _at_least(0, "packed", "total_len", total_len), max(max_len, 1)
-        documents = inner(offsets.diff(), max_len=max_len)
+        documents, count = inner(offsets.diff(), max_len=max_len), offsets.numel() - 1
+        if not isinstance(documents, IntervalMask):
+            raise TypeError(f"IntervalMask.packed: inner returned {shown(documents)}; an IntervalMask is needed")
+        if documents.batch not in (1, count):
+            raise ValueError(
+                f"IntervalMask.packed: inner made {documents.batch} masks; {count}, or one for all, are needed"
+            )
         if (documents.q_len, documents.kv_len) != (max_len, max_len):
             raise ValueError(
                 f"IntervalMask.packed: inner made {documents.q_len} rows over {documents.kv_len} keys; "
@@ -292,7 +300,7 @@ class IntervalMask:
             )
         pos = _arange(total_len, offsets.device)
         found = torch.searchsorted(offsets[1:], pos, right=True)
-        doc = found.clamp(max=offsets.numel() - 2)
+        doc = found.clamp(max=count - 1)
         start = offsets[doc]
         local = (pos - start).clamp(max=max_len - 1)
         rows = doc if documents.batch > 1 else torch.zeros_like(doc)
@@ -302,7 +310,7 @@ class IntervalMask:
             total_len,
             context=(ctx_lo, ctx_hi),
             block=(blk_lo, blk_hi),
-            rows=found < offsets.numel() - 1,
+            rows=found < count,
         )
 
     # ---- training drafters -------------------------------------------------------------------------------
@@ -358,8 +366,7 @@ class IntervalMask:
                 raise ValueError(
                     f"IntervalMask.anchor_blocks: {name} is {shown(given)}; {kind} {[batch, width]} is needed"
                 )
-        # A subclass may have no values to look at, such as FakeTensor.
-        if type(anchors) is Tensor and anchors.is_cpu and not torch.compiler.is_compiling():
+        if anchors.is_cpu and _has_values(anchors):
             outside = (anchors < 0) | (anchors >= context_len)
             if keep is not None:
                 outside &= keep
@@ -540,6 +547,13 @@ def _device(device: Device, *lengths: Length | None) -> Device:
 def _arange(length: int, device: Device) -> Tensor:
     """int32 [1, length]: the positions of a row."""
     return torch.arange(length, dtype=torch.int32, device=device)[None]
+
+
+def _has_values(x: Tensor) -> bool:
+    """Values to look at: none in fake tensors, nor while something is compiled, traced or mapped."""
+    return type(x) is Tensor and not (
+        torch.compiler.is_compiling() or is_in_torch_dispatch_mode() or torch._C._functorch.is_batchedtensor(x)
+    )
 
 
 def _at_least(least: int, where: str, name: str, value: int) -> int:

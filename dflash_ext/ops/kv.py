@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -21,8 +21,8 @@ _native = torch.ops.dflash_ext
 def kv_inject(
     features: Tensor,
     weight: Tensor,
-    k_caches: Sequence[Tensor] | Tensor,
-    v_caches: Sequence[Tensor] | Tensor,
+    k_caches: Iterable[Tensor] | Tensor,
+    v_caches: Iterable[Tensor] | Tensor,
     positions: Tensor,
     cos: Tensor,
     sin: Tensor,
@@ -63,7 +63,7 @@ def kv_inject(
     Raises ValueError for arguments that do not fit together, TypeError for one that is no tensor or number, and on the
     CPU RuntimeError for a slot, position or page that does not exist.
     """
-    k_caches, v_caches = list(k_caches), list(v_caches)
+    k_caches, v_caches = _by_layer("k_caches", k_caches), _by_layer("v_caches", v_caches)
     layers = len(k_caches)
     if layers == 0 or len(v_caches) != layers:
         raise ValueError(f"kv_inject: {layers} k_caches, {len(v_caches)} v_caches; one per layer is needed")
@@ -167,6 +167,14 @@ def kv_inject(
             slots=slots,
             block_table=block_table,
         )
+
+
+def _by_layer(name: str, caches: Iterable[Tensor] | Tensor) -> list[Tensor]:
+    is_number = isinstance(caches, Tensor) and caches.dim() == 0
+    layers = list(caches) if isinstance(caches, Iterable) and not is_number else None
+    if layers is None or not all(isinstance(cache, Tensor) for cache in layers):
+        raise TypeError(f"kv_inject: {name} is {shown(caches)}; a sequence of tensors or a tensor is needed")
+    return layers
 
 
 def _count_writes(*caches: Tensor) -> None:

@@ -23,6 +23,14 @@ def test_smollm2_is_the_packaged_model(folder, monkeypatch):
     assert model.config.name_or_path == str(folder) and len(tokenizer) == 97
 
 
+def test_a_folder_may_be_a_path_and_be_called_as_the_packaged_model(folder, monkeypatch):
+    (folder.parent / "smollm2").symlink_to(folder)
+    monkeypatch.chdir(folder.parent)
+    for name in (folder, "smollm2"):
+        model, _ = load_target(name, tokenizer=folder, dtype=torch.float32, device=torch.device("cpu"))
+        assert model.config.name_or_path == str(name)
+
+
 @pytest.mark.parametrize("name", ["./nowhere", "../nowhere", "/nowhere", "nowhere/", "some/where/else", "~/nowhere"])
 def test_a_path_that_is_no_folder_is_not_asked_of_the_hub(name, monkeypatch):
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", None)

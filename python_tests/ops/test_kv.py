@@ -170,6 +170,7 @@ def test_refusals_name_the_value(changes, message):
     [
         ({"features": [[0.0]]}, r"features is \[\[0.0\]\] \(list\); a tensor"),
         ({"k_caches": None}, "k_caches is None; a sequence of tensors or a tensor"),
+        ({"k_caches": torch.ones(())}, r"k_caches is torch.float32 \[\]; a sequence of tensors or a tensor"),
         ({"v_caches": [1, 2, 3]}, r"v_caches is \[1, 2, 3\] \(list\); a sequence of tensors"),
         ({"positions": 0}, r"positions is 0 \(int\); a tensor"),
         ({"cos": torch.zeros(4, 2).numpy()}, "cos is of type ndarray"),
@@ -180,6 +181,20 @@ def test_refusals_name_the_value(changes, message):
 def test_refuses_what_is_no_tensor_or_number(changes, message):
     with pytest.raises(TypeError, match=f"^kv_inject: {message}"):
         kv_inject(**arguments(**changes))
+
+
+def test_caches_may_come_from_anything_that_gives_them():
+    inputs = {
+        "features": randn(BATCH, LENGTH, WIDTH).float(),
+        "weight": randn(LAYERS * 2 * HEADS * HEAD_DIM, WIDTH).float(),
+        "positions": torch.arange(LENGTH).expand(BATCH, -1),
+    }
+    want, got = arguments(**inputs), arguments(**inputs)
+    kv_inject(**want)
+    values = torch.nn.ParameterList(torch.nn.Parameter(cache, requires_grad=False) for cache in got["v_caches"])
+    kv_inject(**got | {"k_caches": iter(got["k_caches"]), "v_caches": values})
+    for name in ("k_caches", "v_caches"):
+        assert want[name].any() and torch.equal(want[name], got[name])
 
 
 def random_case(dtype, cache_dtype, heads, head_dim, rotary, paged, **options):
