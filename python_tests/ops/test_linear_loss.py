@@ -230,7 +230,7 @@ def test_wrong_arguments(change, message):
         ({"head": None}, "head is None; a tensor"),
         ({"target": 0}, r"target is 0 \(int\); a tensor"),
         ({"max_rows": 2.0}, r"max_rows is 2.0 \(float\); an int or None"),
-        ({"chunk_rows": torch.tensor(2)}, r"chunk_rows is torch.int64 \[\]; an int or None"),
+        ({"chunk_rows": torch.tensor(2.0)}, r"chunk_rows is torch.float32 \[\]; an int or None"),
     ],
 )
 def test_what_is_no_tensor_or_number(change, message):
