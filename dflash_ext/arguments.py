@@ -14,6 +14,10 @@ import torch
 from torch import Tensor
 
 
+_SHORT = reprlib.Repr()
+_SHORT.maxlevel, _SHORT.maxlist = 2, 4
+
+
 class _Kind(NamedTuple):
     types: tuple[type, ...]
     words: str
@@ -86,5 +90,5 @@ def shown(value: Any) -> str:
         return f"{value.dtype} {list(value.shape)}"
     kind = type(value).__name__
     if isinstance(value, Number | str | Sequence):
-        return f"{' '.join(reprlib.repr(value).split())} ({kind})"
+        return f"{' '.join(_SHORT.repr(value).split())} ({kind})"
     return f"of type {kind}"

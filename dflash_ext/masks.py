@@ -91,7 +91,13 @@ class IntervalMask:
         The operators make the lists themselves, in every call, for a mask that has none, or has those of other
         shapes. One kernel launch, nothing is read back. On the CPU the mask itself: there the kernels read the
         bounds of a tile's rows as they reach it, once for all of its keys.
+
+        Raises ValueError for shapes that no attention has.
         """
+        if heads < 1 or kv_heads < 1 or heads % kv_heads:
+            raise ValueError(f"IntervalMask.plan: {heads} query heads are no multiple of {kv_heads} key heads")
+        if head_dim % 8 or not 8 <= head_dim <= 512:
+            raise ValueError(f"IntervalMask.plan: head_dim is {head_dim}; multiples of 8 up to 512 are supported")
         if self.device.type != "cuda":
             return self
         load()
@@ -476,7 +482,7 @@ class IntervalMask:
             odd = ~visible & ~(mask <= -1e4)
             if odd.any():
                 value = mask[odd][0].item()
-                raise ValueError(f"IntervalMask.from_dense: {value:g} in the mask; 0 or <= -1e4 is needed")
+                raise ValueError(f"IntervalMask.from_dense: {value:g} in the mask; bools, or 0 and <= -1e4, are needed")
         if visible.dim() == 4 and visible.shape[1] == 1:
             visible = visible[:, 0]
         elif visible.dim() == 2:

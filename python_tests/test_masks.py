@@ -420,6 +420,8 @@ def test_constructors_do_not_wait_for_the_gpu():
             "context_start is torch.float32",
         ),
         (lambda: IntervalMask.causal(4).to_dense(torch.int64), "dtype is torch.int64"),
+        (lambda: IntervalMask.causal(4).plan(8, 3, 64), "8 query heads are no multiple of 3 key heads"),
+        (lambda: IntervalMask.causal(4).plan(8, 2, 60), "head_dim is 60; multiples of 8"),
         (lambda: IntervalMask.decode(40, 8, kv_len=30), "40 cached tokens and a block of 8 exceed kv_len 30"),
     ],
 )

@@ -149,7 +149,7 @@ def test_a_plan_changes_nothing_and_a_foreign_one_is_not_used():
     want = block_attn(q, k, v, mask)
     assert torch.equal(want, block_attn(q, k, v, mask.plan(8, 2, 128)))
     assert torch.equal(want, block_attn(q, k, v, mask.plan(8, 8, 512)))
-    with pytest.raises(RuntimeError, match="7 query heads are no multiple of 2 key heads"):
+    with pytest.raises(ValueError, match="7 query heads are no multiple of 2 key heads"):
         mask.plan(7, 2, 128)
 
 
