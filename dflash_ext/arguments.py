@@ -13,7 +13,6 @@ from typing import Any, NamedTuple, get_args, get_type_hints
 import torch
 from torch import Tensor
 
-
 _SHORT = reprlib.Repr()
 _SHORT.maxlevel, _SHORT.maxlist = 2, 4
 
