@@ -96,8 +96,7 @@ class IntervalMask:
         """
         if heads < 1 or kv_heads < 1 or heads % kv_heads:
             raise ValueError(f"IntervalMask.plan: {heads} query heads are no multiple of {kv_heads} key heads")
-        if head_dim % 8 or not 8 <= head_dim <= 512:
-            raise ValueError(f"IntervalMask.plan: head_dim is {head_dim}; multiples of 8 up to 512 are supported")
+        check_head_dim("IntervalMask.plan", head_dim)
         if self.device.type != "cuda":
             return self
         load()
@@ -144,7 +143,7 @@ class IntervalMask:
         seq_len: Length, window: int, *, max_len: int | None = None, device: Device = None
     ) -> IntervalMask:
         """Row i sees the last ``window`` keys up to i, itself included."""
-        window = min(_at_least(1, "sliding_window", "window", window), _FAR)
+        window = _at_least_one("sliding_window", "window", window)
         device = _device(device, seq_len)
         lens, max_len = _padded(seq_len, max_len, device, "sliding_window")
         pos = _arange(max_len, device)
@@ -203,7 +202,7 @@ class IntervalMask:
 
         The first ``prefix_len`` tokens are causal and belong to no block; the first block starts after them.
         """
-        block_size = min(_at_least(1, "block_causal", "block_size", block_size), _FAR)
+        block_size = _at_least_one("block_causal", "block_size", block_size)
         device = _device(device, seq_len, prefix_len)
         lens, max_len = _padded(seq_len, max_len, device, "block_causal")
         prefix = _column(prefix_len, device, "block_causal", "prefix_len")
@@ -232,7 +231,7 @@ class IntervalMask:
         A noised block of x_t sees itself in both directions and the clean blocks of x_0 before it; a block of
         x_0 sees the clean blocks up to its own.
         """
-        block_size = min(_at_least(1, "block_diffusion", "block_size", block_size), _FAR)
+        block_size = _at_least_one("block_diffusion", "block_size", block_size)
         device = _device(device, seq_len)
         lens, max_len = _padded(seq_len, max_len, device, "block_diffusion")
         row = _arange(2 * max_len, device)
@@ -351,9 +350,9 @@ class IntervalMask:
         slots see the same ``window`` tokens before the anchor, and the block is bidirectional.
         """
         context_len = _at_least(0, "anchor_blocks", "context_len", context_len)
-        block_size = min(_at_least(1, "anchor_blocks", "block_size", block_size), _FAR)
+        block_size = _at_least_one("anchor_blocks", "block_size", block_size)
         if window is not None:
-            window = min(_at_least(1, "anchor_blocks", "window", window), _FAR)
+            window = _at_least_one("anchor_blocks", "window", window)
         if convention not in ("specforge", "speculators"):
             raise ValueError(
                 f"IntervalMask.anchor_blocks: convention is {convention!r}; 'specforge' and 'speculators' are supported"
@@ -438,7 +437,7 @@ class IntervalMask:
             Lengths in tensors are not checked against it: what lies beyond is not seen.
         """
         if window is not None:
-            window = min(_at_least(1, "decode", "window", window), _FAR)
+            window = _at_least_one("decode", "window", window)
         block_len = _at_least(0, "decode", "block_len", block_len)
         device = _device(device, cache_lens, q_lens, kv_start)
         if kv_len is None:
@@ -555,11 +554,22 @@ def _arange(length: int, device: Device) -> Tensor:
     return torch.arange(length, dtype=torch.int32, device=device)[None]
 
 
+def check_head_dim(where: str, head_dim: int) -> None:
+    """What the attention kernels have tiles for."""
+    if head_dim % 8 or not 8 <= head_dim <= 512:
+        raise ValueError(f"{where}: head_dim is {head_dim}; multiples of 8 up to 512 are supported")
+
+
 def _has_values(x: Tensor) -> bool:
     """Values to look at: none in fake tensors, nor while something is compiled, traced or mapped."""
     return type(x) is Tensor and not (
         torch.compiler.is_compiling() or is_in_torch_dispatch_mode() or torch._C._functorch.is_batchedtensor(x)
     )
+
+
+def _at_least_one(where: str, name: str, value: int) -> int:
+    """The value, or one as good that int32 positions can be moved by."""
+    return min(_at_least(1, where, name, value), _FAR)
 
 
 def _at_least(least: int, where: str, name: str, value: int) -> int:

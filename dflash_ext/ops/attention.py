@@ -10,7 +10,7 @@ from torch import Tensor
 from .. import reference
 from ..arguments import checked, shown
 from ..library import load
-from ..masks import IntervalMask
+from ..masks import IntervalMask, check_head_dim
 from .autograd import refuse_forward_mode, refuse_second_derivative
 from .devices import autocast_dtype, check_one_device
 from .serving import warn_once
@@ -20,6 +20,7 @@ _native = torch.ops.dflash_ext
 
 _GPU_DTYPES = (torch.bfloat16, torch.float16)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_PAGES = "[pages, page_size, Hkv, D]"  # the layout of a paged cache
 
 
 @checked
@@ -108,13 +109,11 @@ def block_attn_decode(
     _check_places("block_attn_decode", mask, q=q, k_cache=k_cache, v_cache=v_cache, block_table=block_table)
     q, k_cache, v_cache = _autocast(q, k_cache, v_cache)
     caches = {"k_cache": k_cache, "v_cache": v_cache}
+    layout = "[B, Hkv, S, D]" if block_table is None else _PAGES
+    _check("block_attn_decode", q, caches, layout, mask, scale, softcap)
     if block_table is None:
-        layout = "[B, Hkv, S, D]"
-        _check("block_attn_decode", q, caches, layout, mask, scale, softcap)
         capacity = k_cache.shape[2]
     else:
-        layout = "[pages, page_size, Hkv, D]"
-        _check("block_attn_decode", q, caches, layout, mask, scale, softcap)
         if block_table.dtype != torch.int32 or block_table.dim() != 2 or block_table.shape[0] != q.shape[0]:
             raise ValueError(
                 f"block_attn_decode: block_table is {shown(block_table)}; int32 [{q.shape[0]}, max_pages] is needed"
@@ -201,7 +200,7 @@ def _check(
 
     if not q.dim() == k.dim() == v.dim() == 4:
         fail("not four dimensions each")
-    paged = layout.startswith("[pages")
+    paged = layout == _PAGES
     batch, heads, rows, head_dim = q.shape
     kv_heads = k.shape[2 if paged else 1]
     if k.shape != v.shape or head_dim != k.shape[3] or not (paged or batch == k.shape[0]):
@@ -210,8 +209,7 @@ def _check(
         fail(f"the mask is for batch {mask.batch} and {mask.q_len} rows")
     if kv_heads == 0 or heads % kv_heads:
         fail(f"{heads} query heads are no multiple of {kv_heads} key heads")
-    if head_dim % 8 or not 8 <= head_dim <= 512:
-        raise ValueError(f"{op}: head_dim is {head_dim}; multiples of 8 up to 512 are supported")
+    check_head_dim(op, head_dim)
     if not q.dtype == k.dtype == v.dtype or q.dtype not in DTYPES:
         raise ValueError(
             f"{op}: q is {q.dtype}, {key_name} {k.dtype}, {value_name} {v.dtype}; "
