@@ -325,8 +325,7 @@ __global__ void __launch_bounds__(Tiling::kThreads, Tiling::kBlocks)
   extern __shared__ __align__(1024) unsigned char memory[];
   auto& shared = *reinterpret_cast<DecodeShared<Tiling>*>(memory + Tiling::kTileBytes);
   const uint32_t queries = uniform(shared_address(memory));
-  const DecodeBlock<Tiling> block{p, layout, maps, shared, memory, queries, static_cast<int>(cluster_rank()),
-                                  static_cast<int>(cluster_blocks())};
+  const DecodeBlock<Tiling> block{p, layout, maps, shared, memory, queries, cluster_rank(), cluster_blocks()};
   if (threadIdx.x == 0) {
     // Neighbouring clusters work on the tiles of one batch entry, whose keys they find in the L2 cache.
     const unsigned item = blockIdx.x / block.ranks, outer = item / layout.kv_heads, entry = outer / layout.tiles;

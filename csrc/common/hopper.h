@@ -111,13 +111,13 @@ DFLASH_INLINE void named_barrier_arrive(int id, int count) {
 }
 
 // The cluster that a block belongs to: its place there, how many blocks there are.
-DFLASH_INLINE unsigned cluster_rank() {
-  unsigned rank;
+DFLASH_INLINE int cluster_rank() {
+  int rank;
   asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
   return rank;
 }
-DFLASH_INLINE unsigned cluster_blocks() {
-  unsigned count;
+DFLASH_INLINE int cluster_blocks() {
+  int count;
   asm("mov.u32 %0, %%cluster_nctarank;" : "=r"(count));
   return count;
 }
