@@ -185,6 +185,12 @@ struct RowSums {
     int position, head;
   };
 
+  // A tile of keys, and whether all rows see all of them.
+  struct Tile {
+    int key;
+    bool is_full;
+  };
+
   const DecodeBlock<Tiling>& block;
   const DecodeShare<kKeys>& share = block.shared.share;
   // The thread's rows are `row` and the one 8 below.
@@ -201,13 +207,13 @@ struct RowSums {
             share.kv_head * layout.fold + row - within * layout.fold};
   }
 
-  // All rows see all keys of tile i.
-  DFLASH_INLINE bool is_full(int i) const {
+  // Tile i of the span.
+  DFLASH_INLINE Tile tile_at(int i) const {
     const int key = share.span.key(i);
     const auto within = [&](int run) {
-      return key >= share.plan.full_lo[run] && key + kKeys <= share.plan.full_hi[run];
+      return (key >= share.plan.full_lo[run]) & (key + kKeys <= share.plan.full_hi[run]);
     };
-    return within(0) || within(1);
+    return {key, static_cast<bool>(within(0) | within(1))};
   }
 
   DFLASH_INLINE void consume() {
@@ -217,7 +223,8 @@ struct RowSums {
     float s[kKeys / 2], correction[2];
     typename Products::Weights weights;
     Stage<Tiling::kStages> k_stage, v_stage;
-    bool was_full = true;
+    // Worked out one tile ahead, beside exponentials, as uniform arithmetic has long latencies.
+    Tile tile = tile_at(share.begin), next = tile_at(share.begin + 1);
     const auto release = [](auto& ring, auto& stage) {
       if (threadIdx.x % 32 == 0) ring.empty[stage.index].arrive();
       stage.advance();
@@ -226,15 +233,15 @@ struct RowSums {
       shared.k.full[k_stage.index].wait(k_stage.parity);
       Products::start_scores(s, queries, block.keys_at(k_stage.index));
     };
-    const auto start_output = [&](int i) {
+    const auto wait_for_values = [&] { shared.v.full[v_stage.index].wait(v_stage.parity); };
+    const auto start_output = [&] {
       const uint32_t values = block.values_at(v_stage.index);
-      shared.v.full[v_stage.index].wait(v_stage.parity);
-      if (!was_full) {
+      if (!tile.is_full) {
         const auto pair_at = [&](int key, int fragment) {
           const uint32_t of_row = values + fragment / 8 * Tiling::kKeyPanelBytes + key * kPanelRowBytes;
           return of_row + (fragment % 8 ^ key % 8) * 16 + threadIdx.x % 4 * 4;
         };
-        if (set_aside<T, kKeys, Tiling::kConsumerThreads>(values, Tiling::kKeyBytes, share.span.key(i), bounds, out,
+        if (set_aside<T, kKeys, Tiling::kConsumerThreads>(values, Tiling::kKeyBytes, tile.key, bounds, out,
                                                           kConsumersBarrier, pair_at)) {
           fence_shared_writes();
           named_barrier_wait(kConsumersBarrier, Tiling::kConsumerThreads);
@@ -242,10 +249,9 @@ struct RowSums {
       }
       Products::start_output(out, weights, values);
     };
-    const auto add = [&](int i) {
+    const auto add = [&] {
       scores(s);
-      was_full = is_full(i);
-      if (!was_full) hide(s, bounds, share.span.key(i));
+      if (!tile.is_full) hide(s, bounds, tile.key);
       softmax.add(s, scores.factor, correction);
     };
 
@@ -259,15 +265,20 @@ struct RowSums {
     wait_for_products<0>();
     release(shared.k, k_stage);
     pin(s);
-    add(share.begin);
+    add();
     Products::round_weights(weights, s);
     for (int i = share.begin + 1; i < share.end; ++i) {
+      // Where products are what takes time, both are there by now, and nothing comes between the two.
+      if (Tiling::kConsumers > 1) wait_for_values();
       start_scores();
-      start_output(i - 1);
+      if (Tiling::kConsumers == 1) wait_for_values();
+      start_output();
+      tile = next;
+      next = tile_at(i + 1);
       wait_for_products<1>();
       release(shared.k, k_stage);
       pin(s);
-      add(i);
+      add();
       Products::finish_softmax(softmax, s, queries);
       wait_for_products<0>();
       release(shared.v, v_stage);
@@ -275,7 +286,8 @@ struct RowSums {
       Products::rescale(out, correction);
       Products::round_weights(weights, s);
     }
-    start_output(share.end - 1);
+    wait_for_values();
+    start_output();
     if (block.ranks > 1) block.sums().announce(softmax.largest, softmax.sum);
     wait_for_products<0>();
     pin(out);
@@ -323,8 +335,9 @@ __global__ void __launch_bounds__(Tiling::kThreads, Tiling::kBlocks)
     decode(const __grid_constant__ DecodeParams p, const __grid_constant__ DecodeLayout layout,
            const __grid_constant__ DecodeMaps maps) {
   extern __shared__ __align__(1024) unsigned char memory[];
-  auto& shared = *reinterpret_cast<DecodeShared<Tiling>*>(memory + Tiling::kTileBytes);
   const uint32_t queries = uniform(shared_address(memory));
+  // By an address in a uniform register, as in the forward.
+  auto& shared = *static_cast<DecodeShared<Tiling>*>(__cvta_shared_to_generic(queries + Tiling::kTileBytes));
   const DecodeBlock<Tiling> block{p, layout, maps, shared, memory, queries, cluster_rank(), cluster_blocks()};
   if (threadIdx.x == 0) {
     // Neighbouring clusters work on the tiles of one batch entry, whose keys they find in the L2 cache.
