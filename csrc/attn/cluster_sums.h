@@ -12,7 +12,7 @@
 // fetch it takes longer than to run it.
 #pragma once
 
-#include "attn/totals.h"
+#include "attn/softmax.h"
 #include "common/hopper.h"
 
 namespace dflash::DFLASH_ISA {

@@ -5,7 +5,7 @@
 #include <cuda/atomic>
 
 #include "attn/decode_work.h"
-#include "attn/totals.h"
+#include "attn/softmax.h"
 #include "common/mma.h"
 
 namespace dflash::DFLASH_ISA {

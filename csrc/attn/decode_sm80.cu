@@ -9,7 +9,6 @@
 #include "attn/kernels.h"
 #include "attn/not_finite.h"
 #include "attn/softmax.h"
-#include "attn/totals.h"
 #include "common/mma.h"
 
 namespace dflash {

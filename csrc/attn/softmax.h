@@ -96,6 +96,15 @@ DFLASH_INLINE void hide(float (&s)[kCount], const RowBounds (&rows)[2], int firs
   }
 }
 
+// A row's sum of all columns, given those of its four lanes.
+DFLASH_INLINE float total_of(float sum) {
+  sum += __shfl_xor_sync(~0u, sum, 1);
+  return sum + __shfl_xor_sync(~0u, sum, 2);
+}
+
+// What a row's output is to be multiplied by, zero where it sees no key.
+DFLASH_INLINE float inverse_of(float total) { return total == 0 ? 0.0f : __fdividef(1, total); }
+
 struct OnlineSoftmax {
   float largest[2] = {-kInfinity, -kInfinity};  // of the scores so far, before `factor`
   float sum[2] = {0, 0};                        // of the thread's own columns
@@ -129,9 +138,8 @@ struct OnlineSoftmax {
   DFLASH_INLINE void finish(float factor, float (&inverse)[2], float (&lse)[2]) {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      sum[r] += __shfl_xor_sync(~0u, sum[r], 1);
-      sum[r] += __shfl_xor_sync(~0u, sum[r], 2);
-      inverse[r] = sum[r] == 0 ? 0.0f : __fdividef(1, sum[r]);
+      sum[r] = total_of(sum[r]);
+      inverse[r] = inverse_of(sum[r]);
       lse[r] = sum[r] == 0 ? -kInfinity : (largest[r] * factor + __log2f(sum[r])) * kLn2;
     }
   }
