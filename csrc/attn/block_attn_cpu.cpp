@@ -117,6 +117,21 @@ struct Forward {
     }
     for (int n = 0; n < kVectors; ++n) sum[i][n] = sum[i][n] * shrink[n] + total[n];
 
+    if (panel.all_see(part)) return add_values(i, first, last, shrink);
+    // A weight of zero does not hide a value that is not finite: such ones are added to the rows that see them.
+    int64_t next = first;
+    for (int64_t j = first; j < last; ++j) {
+      if (is_finite(keys.v + j * dim)) continue;
+      add_values(i, next, j, shrink);
+      add_value(panel, i, tile.begin, j);
+      next = j + 1;
+      for (X& factor : shrink) factor = X{} + 1;
+    }
+    add_values(i, next, last, shrink);
+  }
+
+  // Multiplies the panel's sums by `shrink` and adds the weighted values of keys first to last - 1 of the tile.
+  void add_values(int64_t i, int64_t first, int64_t last, const X (&shrink)[kVectors]) {
     for (int64_t d = 0; d < dim; d += kHeight) {
       Real* const o = out + (i * dim + d) * kWidth;
       B block;
@@ -126,6 +141,26 @@ struct Forward {
       });
       block.store_to(o, kWidth);
     }
+  }
+
+  // Adds the weighted value of the tile's key j to the rows that see it.
+  DFLASH_MEMBER void add_value(const Panel<B>& panel, int64_t i, int64_t first_key, int64_t j) {
+    for (int n = 0; n < kVectors; ++n) {
+      const auto sees = panel.sees(n, first_key + j);
+      const X weight = load<X>(scores + j * kWidth + n * B::kLanes);
+      for (int64_t d = 0; d < dim; ++d) {
+        Real* const o = out + (i * dim + d) * kWidth + n * B::kLanes;
+        store(o, load<X>(o) + (sees ? weight * keys.v[j * dim + d] : X{}));
+      }
+    }
+  }
+
+  DFLASH_MEMBER bool is_finite(const Real* value) const {
+    Vector<Real, 8> zeros{};
+    for (int64_t d = 0; d < dim; d += 8) zeros += load<Vector<Real, 8>>(value + d) * 0;
+    Real sum = 0;
+    for (int lane = 0; lane < 8; ++lane) sum += zeros[lane];
+    return sum == 0;
   }
 
   // Calls f(b, head, position, maximum, sum) for every row, with `row` holding its sums of weight * value.

@@ -44,7 +44,7 @@ struct Block {
   // made in pieces, so that rounding errors do not grow with the depth.
   DFLASH_MEMBER void multiply(const Real* a, int64_t a_row, int64_t a_step, const Real* b, int64_t b_step,
                               int64_t depth) {
-    constexpr int64_t kPiece = 256;
+    constexpr int64_t kPiece = 64;
     multiply_piece(a, a_row, a_step, b, b_step, depth < kPiece ? depth : kPiece);
     for (int64_t k = kPiece; k < depth; k += kPiece) {
       Block more;
