@@ -10,6 +10,7 @@ from numbers import Integral, Number, Real
 from types import NoneType
 from typing import Any, NamedTuple, get_args, get_type_hints
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -27,18 +28,20 @@ _KINDS = {
     Tensor: _Kind((Tensor,), "a tensor"),
     int: _Kind((int, torch.SymInt, Integral), "an int"),
     float: _Kind((float, int, torch.SymFloat, torch.SymInt, Real), "a number"),
+    bool: _Kind((bool, np.bool_, torch.SymBool), "a bool"),
     str: _Kind((str,), "a string"),
     torch.dtype: _Kind((torch.dtype,), "a torch.dtype"),
     NoneType: _Kind((NoneType,), "None"),
 }
-_KINDS[Sequence[int]] = _Kind((Sequence,), "a sequence of ints", _KINDS[int].types)
+_INT = _KINDS[int]
+_KINDS[Sequence[int]] = _Kind((Sequence,), "a sequence of ints", _INT.types)
 _KINDS[Sequence[Tensor]] = _Kind((Sequence,), "a sequence of tensors", (Tensor,))
 
 
 def checked(function: Callable) -> Callable:
     """The function, which now raises TypeError, naming the argument, for one of another kind than its annotation.
 
-    Tensors, numbers, strings, dtypes and sequences are told apart, and a bool is no number. Arguments whose annotation
+    Tensors, numbers, bools, strings, dtypes and sequences are told apart. Arguments whose annotation
     names anything else are left to the function.
     """
     where = function.__qualname__
@@ -72,13 +75,30 @@ def _kind(hint: Any) -> _Kind | None:
 
 def _is(value: Any, kind: _Kind) -> bool:
     if isinstance(value, bool):
-        return False
+        return bool in kind.types
     if isinstance(value, kind.types):
         return not kind.items or isinstance(value, Tensor) or all(isinstance(item, kind.items) for item in value)
-    # A tensor without dimensions is a number: torch.jit.trace makes such ones of shapes.
-    if not isinstance(value, Tensor) or value.dim() > 0 or int not in kind.types or value.dtype == torch.bool:
+    # A tensor without dimensions is a number: torch.jit.trace makes such ones of shapes. As numbers have no gradients,
+    # one that wants its own would wait for it in vain.
+    if not isinstance(value, Tensor) or value.dim() > 0 or int not in kind.types or value.requires_grad:
+        return False
+    if value.is_meta or value.is_complex() or value.dtype == torch.bool:
         return False
     return float in kind.types or not value.is_floating_point()
+
+
+def is_int(value: Any) -> bool:
+    """An int as ``checked`` takes them."""
+    return _is(value, _INT)
+
+
+def check_one_device(where: str, **arguments: object) -> None:
+    """Raises ValueError, naming the first two, if those arguments that are tensors are on different devices."""
+    given = [(name, x.device) for name, x in arguments.items() if isinstance(x, Tensor)]
+    for name, other in given[1:]:
+        first, device = given[0]
+        if other != device:
+            raise ValueError(f"{where}: {first} is on {device}, {name} on {other}; one device is needed")
 
 
 def shown(value: Any) -> str:
@@ -86,7 +106,8 @@ def shown(value: Any) -> str:
     if value is None:
         return "None"
     if isinstance(value, Tensor):
-        return f"{value.dtype} {list(value.shape)}"
+        wants = " that requires grad" if value.requires_grad else ""
+        return f"{value.dtype} {list(value.shape)}{wants}"
     kind = type(value).__name__
     if isinstance(value, Number | str | Sequence):
         return f"{' '.join(_SHORT.repr(value).split())} ({kind})"

@@ -17,12 +17,13 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-from .arguments import checked, shown
+from .arguments import check_one_device, checked, is_int, shown
 from .library import load
 
 Length = int | Tensor
 _BOUNDS = ("ctx_lo", "ctx_hi", "blk_lo", "blk_hi")
 _INTEGERS = (torch.int32, torch.int64)
+_LARGEST = (1 << 31) - 1
 _FAR = 1 << 30  # beyond every key, and far from where int32 ends
 Device = torch.device | str | None
 
@@ -60,6 +61,11 @@ class IntervalMask:
                 raise ValueError(
                     f"IntervalMask: {name} is {shown(bound)}; the four bounds are int32 [B, Lq] of one shape"
                 )
+        check_one_device("IntervalMask", **dict(zip(_BOUNDS, self._bounds(), strict=True)))
+        if not is_int(self.kv_len):
+            raise TypeError(f"IntervalMask: kv_len is {shown(self.kv_len)}; an int is needed")
+        if not 0 <= self.kv_len <= _LARGEST:
+            raise ValueError(f"IntervalMask: kv_len is {self.kv_len}; 0 to {_LARGEST} is needed")
 
     @property
     def batch(self) -> int:
@@ -123,16 +129,16 @@ class IntervalMask:
 
         kv_len: Lk, ``kv_lens`` itself when that is an int. q_len: Lq, ``kv_len`` unless given.
         """
-        device = _device(device, kv_lens)
+        device = _device("full", device, kv_lens=kv_lens)
         lens, kv_len = _padded(kv_lens, kv_len, device, "full", "kv_lens", "kv_len")
-        q_len = kv_len if q_len is None else _at_least(0, "full", "q_len", q_len)
+        q_len = kv_len if q_len is None else _size("full", "q_len", q_len)
         return _intervals(kv_len, q_len, context=(0, lens))
 
     @staticmethod
     @checked
     def causal(seq_len: Length, *, max_len: int | None = None, device: Device = None) -> IntervalMask:
         """Row i sees the keys up to i."""
-        device = _device(device, seq_len)
+        device = _device("causal", device, seq_len=seq_len)
         lens, max_len = _padded(seq_len, max_len, device, "causal")
         pos = _arange(max_len, device)
         return _intervals(max_len, max_len, context=(0, pos + 1), rows=pos < lens)
@@ -144,7 +150,7 @@ class IntervalMask:
     ) -> IntervalMask:
         """Row i sees the last ``window`` keys up to i, itself included."""
         window = _at_least_one("sliding_window", "window", window)
-        device = _device(device, seq_len)
+        device = _device("sliding_window", device, seq_len=seq_len)
         lens, max_len = _padded(seq_len, max_len, device, "sliding_window")
         pos = _arange(max_len, device)
         return _intervals(max_len, max_len, context=(pos - window + 1, pos + 1), rows=pos < lens)
@@ -159,7 +165,7 @@ class IntervalMask:
         device: Device = None,
     ) -> IntervalMask:
         """Prefix-LM: the prefix is bidirectional, what follows is causal."""
-        device = _device(device, seq_len, prefix_len)
+        device = _device("prefix_lm", device, seq_len=seq_len, prefix_len=prefix_len)
         lens, max_len = _padded(seq_len, max_len, device, "prefix_lm")
         prefix = _column(prefix_len, device, "prefix_lm", "prefix_len")
         pos = _arange(max_len, device)
@@ -176,7 +182,7 @@ class IntervalMask:
         device: Device = None,
     ) -> IntervalMask:
         """A causal prefix, then one bidirectional block that sees the whole prefix."""
-        device = _device(device, seq_len, prefix_len)
+        device = _device("prefix_block", device, seq_len=seq_len, prefix_len=prefix_len)
         lens, max_len = _padded(seq_len, max_len, device, "prefix_block")
         prefix = _column(prefix_len, device, "prefix_block", "prefix_len")
         pos = _arange(max_len, device)
@@ -203,7 +209,7 @@ class IntervalMask:
         The first ``prefix_len`` tokens are causal and belong to no block; the first block starts after them.
         """
         block_size = _at_least_one("block_causal", "block_size", block_size)
-        device = _device(device, seq_len, prefix_len)
+        device = _device("block_causal", device, seq_len=seq_len, prefix_len=prefix_len)
         lens, max_len = _padded(seq_len, max_len, device, "block_causal")
         prefix = _column(prefix_len, device, "block_causal", "prefix_len")
         pos = _arange(max_len, device)
@@ -232,7 +238,7 @@ class IntervalMask:
         x_0 sees the clean blocks up to its own.
         """
         block_size = _at_least_one("block_diffusion", "block_size", block_size)
-        device = _device(device, seq_len)
+        device = _device("block_diffusion", device, seq_len=seq_len)
         lens, max_len = _padded(seq_len, max_len, device, "block_diffusion")
         row = _arange(2 * max_len, device)
         half = row - row % max(max_len, 1)  # where the row's own copy of the sequence begins
@@ -243,7 +249,7 @@ class IntervalMask:
             2 * max_len,
             2 * max_len,
             context=(max_len, max_len + start),
-            block=(half + start, half + end),
+            block=(half + start, half + end.clamp(max=max_len)),
             rows=pos < lens,
         )
 
@@ -278,7 +284,7 @@ class IntervalMask:
                 raise ValueError(
                     f"IntervalMask.packed: cu_seqlens is {shown(cu_seqlens)}; int32 or int64 [2] or more is needed"
                 )
-            max_len = total_len if max_len is None else max_len
+            max_len = total_len if max_len is None else _size("packed", "max_len", max_len)
             offsets = cu_seqlens.to(torch.int32)
         else:
             given = list(cu_seqlens)
@@ -290,7 +296,7 @@ class IntervalMask:
             longest = max(b - a for a, b in pairwise(given))
             max_len = longest if max_len is None else _at_least(longest, "packed", "max_len", max_len)
             offsets = torch.tensor(given, dtype=torch.int32, device=device)
-        total_len, max_len = _at_least(0, "packed", "total_len", total_len), max(max_len, 1)
+        total_len, max_len = _size("packed", "total_len", total_len), max(max_len, 1)
         documents, count = inner(offsets.diff(), max_len=max_len), offsets.numel() - 1
         if not isinstance(documents, IntervalMask):
             raise TypeError(f"IntervalMask.packed: inner returned {shown(documents)}; an IntervalMask is needed")
@@ -349,7 +355,7 @@ class IntervalMask:
         ``q_pos - k_pos < window`` at the slot's own position, and the block is causal. "speculators": all
         slots see the same ``window`` tokens before the anchor, and the block is bidirectional.
         """
-        context_len = _at_least(0, "anchor_blocks", "context_len", context_len)
+        context_len = _size("anchor_blocks", "context_len", context_len)
         block_size = _at_least_one("anchor_blocks", "block_size", block_size)
         if window is not None:
             window = _at_least_one("anchor_blocks", "window", window)
@@ -361,7 +367,9 @@ class IntervalMask:
             raise ValueError(
                 f"IntervalMask.anchor_blocks: anchors is {shown(anchors)}; int32 or int64 [B, N] is needed"
             )
+        check_one_device("IntervalMask.anchor_blocks", anchors=anchors, keep=keep, context_start=context_start)
         batch, count = anchors.shape
+        include_context = include_context and context_len > 0
         starts = context_len if include_context else count
         for name, given, kind, dtypes, width in (
             ("keep", keep, "bool", (torch.bool,), count),
@@ -438,8 +446,8 @@ class IntervalMask:
         """
         if window is not None:
             window = _at_least_one("decode", "window", window)
-        block_len = _at_least(0, "decode", "block_len", block_len)
-        device = _device(device, cache_lens, q_lens, kv_start)
+        block_len = _size("decode", "block_len", block_len)
+        device = _device("decode", device, cache_lens=cache_lens, q_lens=q_lens, kv_start=kv_start)
         if kv_len is None:
             if isinstance(cache_lens, Tensor):
                 raise ValueError("IntervalMask.decode: cache_lens is a tensor, so kv_len is required")
@@ -448,7 +456,7 @@ class IntervalMask:
             raise ValueError(
                 f"IntervalMask.decode: {cache_lens} cached tokens and a block of {block_len} exceed kv_len {kv_len}"
             )
-        kv_len = _at_least(0, "decode", "kv_len", kv_len)
+        kv_len = _size("decode", "kv_len", kv_len)
         cached = _column(cache_lens, device, "decode", "cache_lens")
         start = _column(kv_start, device, "decode", "kv_start")
         rows = _column(block_len if q_lens is None else q_lens, device, "decode", "q_lens").clamp(max=block_len)
@@ -475,6 +483,8 @@ class IntervalMask:
         Raises ValueError for a row whose visible keys are more than two runs, for a mask that differs by
         head, and for an additive value that is neither.
         """
+        if mask.is_complex():
+            raise ValueError(f"IntervalMask.from_dense: mask is {shown(mask)}; bools, or 0 and <= -1e4, are needed")
         visible = mask
         if mask.dtype != torch.bool:
             visible = mask == 0
@@ -545,8 +555,16 @@ class IntervalMask:
         return ((key >= ctx_lo) & (key < ctx_hi)) | ((key >= blk_lo) & (key < blk_hi))
 
 
-def _device(device: Device, *lengths: Length | None) -> Device:
-    return next((x.device for x in lengths if isinstance(x, Tensor)), device)
+def _device(where: str, device: Device, **lengths: Length | None) -> Device:
+    """Where the lengths in tensors are, which fit together: one device, and one batch unless some serve all."""
+    given = {name: x for name, x in lengths.items() if isinstance(x, Tensor)}
+    check_one_device(f"IntervalMask.{where}", **given)
+    batches = {name: x for name, x in given.items() if x.dim() == 1 and x.shape[0] != 1}
+    for name, x in batches.items():
+        first, other = next(iter(batches.items()))
+        if x.shape != other.shape:
+            raise ValueError(f"IntervalMask.{where}: {first} is {shown(other)}, {name} {shown(x)}; one batch is needed")
+    return next(iter(given.values())).device if given else device
 
 
 def _arange(length: int, device: Device) -> Tensor:
@@ -578,6 +596,13 @@ def _at_least(least: int, where: str, name: str, value: int) -> int:
     return int(value) if isinstance(value, Integral) else value  # numpy's ints compare to numpy's bools; a SymInt stays
 
 
+def _size(where: str, name: str, value: int) -> int:
+    """A length that tensors are made of, or indexed by in int32."""
+    if value > _LARGEST:
+        raise ValueError(f"IntervalMask.{where}: {name} is {value}; at most {_LARGEST} is supported")
+    return _at_least(0, where, name, value)
+
+
 def _column(length: Length, device: Device, where: str, name: str) -> Tensor:
     """A length as int32 [B, 1], without a copy from the host."""
     if isinstance(length, Tensor):
@@ -602,7 +627,7 @@ def _padded(
         if isinstance(lens, Tensor):
             raise ValueError(f"IntervalMask.{where}: {name} is a tensor, so {padded_name} is required")
         padded = lens
-    return _column(lens, device, where, name), _at_least(0, where, padded_name, padded)
+    return _column(lens, device, where, name), _size(where, padded_name, padded)
 
 
 def _intervals(

@@ -13,7 +13,15 @@ from dflash_ext.arguments import checked, shown
 
 
 @checked
-def function(x: Tensor, n: int | Tensor, *, size: float | None = None, parts: Sequence[Tensor] = (), free: object = ""):
+def function(
+    x: Tensor,
+    n: int | Tensor,
+    *,
+    size: float | None = None,
+    parts: Sequence[Tensor] = (),
+    flag: bool = False,
+    free: object = "",
+):
     """Of everything."""
     return x, n, size, parts, free
 
@@ -38,7 +46,7 @@ def test_what_fits_goes_through():
     assert function(X, np.int64(3), size=np.float32(0.5), parts=(X,))[1] == 3
     assert function(x=X, n=2) == (X, 2, None, (), "")
     assert (
-        function(X, torch.tensor(2), size=torch.nn.Parameter(X[0]))[2].item() == 1
+        function(X, torch.tensor(2), size=X[0], flag=np.bool_(True))[2].item() == 1
         and Owner().method(torch.tensor(4)) == 4
     )
     assert Owner().method(3) == 3 and Owner.static((0, 3)) == (0, 3) and Owner.static(X) is X
@@ -60,6 +68,17 @@ def test_what_fits_goes_through():
         (lambda: Owner().method(torch.tensor(2.0)), "Owner.method: n is torch.float32 []; an int is needed"),
         (lambda: function(X, 2, size=X[0] > 0), "function: size is torch.bool []; a number or None is needed"),
         (lambda: Owner().method(2.5), "Owner.method: n is 2.5 (float); an int is needed"),
+        (
+            lambda: function(X, 2, size=X[0].to("meta")),
+            "function: size is torch.float32 []; a number or None is needed",
+        ),
+        (lambda: function(X, 2, size=X[0] + 1j), "function: size is torch.complex64 []; a number or None is needed"),
+        (
+            lambda: function(X, 2, size=X[0].clone().requires_grad_()),
+            "function: size is torch.float32 [] that requires grad; a number or None is needed",
+        ),
+        (lambda: function(X, 2, flag=1), "function: flag is 1 (int); a bool is needed"),
+        (lambda: function(X, 2, flag="no"), "function: flag is 'no' (str); a bool is needed"),
         (
             lambda: Owner.static([0, 1.5]),
             "Owner.static: offsets is [0, 1.5] (list); a sequence of ints or a tensor is needed",

@@ -134,6 +134,7 @@ def test_block_diffusion(lens, block_size):
     assert_mask(IntervalMask.block_diffusion(torch.tensor(lens), block_size, max_len=width), want)
     alone = matrix(2 * width, 2 * width, partial(sees, length=width))
     assert_mask(IntervalMask.block_diffusion(width, block_size), [alone])
+    assert_mask(IntervalMask.block_diffusion(width + 3, block_size, max_len=width), [alone])
 
 
 @given(lens=LENS, q_len=LEN)
@@ -375,6 +376,9 @@ def test_constructors_do_not_wait_for_the_gpu():
 # ---- refusals --------------------------------------------------------------------------------------------
 
 
+BOUNDS = torch.zeros(4, 1, 3, dtype=torch.int32)
+
+
 @pytest.mark.parametrize(
     ("build", "message"),
     [
@@ -423,6 +427,28 @@ def test_constructors_do_not_wait_for_the_gpu():
         (lambda: IntervalMask.causal(4).plan(8, 3, 64), "8 query heads are no multiple of 3 key heads"),
         (lambda: IntervalMask.causal(4).plan(8, 2, 60), "head_dim is 60; multiples of 8"),
         (lambda: IntervalMask.decode(40, 8, kv_len=30), "40 cached tokens and a block of 8 exceed kv_len 30"),
+        (lambda: IntervalMask(*BOUNDS[:3], BOUNDS[3].to("meta"), 3), "ctx_lo is on cpu, blk_hi on meta; one device"),
+        (lambda: IntervalMask(*BOUNDS, -1), "kv_len is -1"),
+        (lambda: IntervalMask(*BOUNDS, 1 << 31), "kv_len is 2147483648"),
+        (lambda: IntervalMask.full(5, q_len=1, kv_len=1 << 31), "full: kv_len is 2147483648; at most 2147483647"),
+        (lambda: IntervalMask.decode(5, 1, kv_len=1 << 31), "decode: kv_len is 2147483648"),
+        (
+            lambda: IntervalMask.decode(torch.tensor([1, 2]), 4, q_lens=torch.tensor([1, 2, 3]), kv_len=9),
+            r"decode: cache_lens is torch.int64 \[2\], q_lens torch.int64 \[3\]; one batch is needed",
+        ),
+        (
+            lambda: IntervalMask.prefix_lm(torch.tensor([1, 2]), torch.tensor([1], device="meta"), max_len=4),
+            "prefix_lm: seq_len is on cpu, prefix_len on meta",
+        ),
+        (
+            lambda: IntervalMask.anchor_blocks(4, torch.tensor([[1]]), 2, keep=torch.ones(1, 1, device="meta") > 0),
+            "anchors is on cpu, keep on meta",
+        ),
+        (
+            lambda: IntervalMask.packed(torch.tensor([0, 3]), IntervalMask.causal, total_len=3, max_len=-5),
+            "packed: max_len is -5",
+        ),
+        (lambda: IntervalMask.from_dense(torch.zeros(2, 2, dtype=torch.complex64)), "mask is torch.complex64"),
     ],
 )
 def test_refusals_name_the_value(build, message):
@@ -446,6 +472,9 @@ def test_refusals_name_the_value(build, message):
         (lambda: IntervalMask.decode(8, 4.0), r"block_len is 4.0 \(float\)"),
         (lambda: IntervalMask.decode(8, 4, window=2.5), r"window is 2.5 \(float\); an int or None"),
         (lambda: IntervalMask.decode([8], 4, kv_len=12), r"cache_lens is \[8\] \(list\)"),
+        (lambda: IntervalMask(*BOUNDS, 3.0), r"kv_len is 3.0 \(float\); an int is needed"),
+        (lambda: IntervalMask(*BOUNDS, torch.tensor([3])), r"kv_len is torch.int64 \[1\]"),
+        (lambda: IntervalMask.decode(8, 4, causal="no"), r"causal is 'no' \(str\); a bool is needed"),
         (lambda: IntervalMask.anchor_blocks(8, [[1, 2]], 4), r"anchors is \[\[1, 2\]\] \(list\); a tensor"),
         (lambda: IntervalMask.anchor_blocks(8, torch.tensor([[1]]), 4, keep=1), r"keep is 1 \(int\)"),
         (
@@ -504,6 +533,11 @@ def test_anchor_blocks_of_tensors_without_values():
     build = torch.compile(lambda x: IntervalMask.anchor_blocks(6, x, 4).to_bool(), fullgraph=True, backend="eager")
     anchors = torch.tensor([[5, 1]])
     assert torch.equal(build(anchors), IntervalMask.anchor_blocks(6, anchors, 4).to_bool())
+
+
+def test_a_context_of_no_tokens_has_no_rows():
+    mask = IntervalMask.anchor_blocks(0, torch.tensor([[3, 1]]), 2, keep=torch.zeros(1, 2) > 0, include_context=True)
+    assert mask.q_len == mask.kv_len == 4 and not mask.to_bool().any()
 
 
 def test_anchors_that_are_not_kept_may_be_anywhere():

@@ -32,6 +32,7 @@ struct Forward {
   Real* q;       // [panels, dim, kWidth]
   Real* out;     // [panels, dim, kWidth]: sums of weight * value
   Real* scores;  // [kKeyTile, kWidth]: of one panel, then their weights
+  Real* finite;  // [kKeyTile, dim]: values, where some of the tile are not finite
   Real* row;     // [dim]
   X max[Rows::kPanels][kVectors], sum[Rows::kPanels][kVectors];
 
@@ -43,6 +44,7 @@ struct Forward {
         q(scratch.take<Real>(kRowTile * dim)),
         out(scratch.take<Real>(kRowTile * dim)),
         scores(scratch.take<Real>(kKeyTile * kWidth)),
+        finite(scratch.take<Real>(kKeyTile * dim)),
         row(scratch.take<Real>(dim)) {}
 
   void run(int64_t item) {
@@ -117,50 +119,53 @@ struct Forward {
     }
     for (int n = 0; n < kVectors; ++n) sum[i][n] = sum[i][n] * shrink[n] + total[n];
 
-    if (panel.all_see(part)) return add_values(i, first, last, shrink);
-    // A weight of zero does not hide a value that is not finite: such ones are added to the rows that see them.
-    int64_t next = first;
-    for (int64_t j = first; j < last; ++j) {
-      if (is_finite(keys.v + j * dim)) continue;
-      add_values(i, next, j, shrink);
-      add_value(panel, i, tile.begin, j);
-      next = j + 1;
-      for (X& factor : shrink) factor = X{} + 1;
-    }
-    add_values(i, next, last, shrink);
-  }
-
-  // Multiplies the panel's sums by `shrink` and adds the weighted values of keys first to last - 1 of the tile.
-  void add_values(int64_t i, int64_t first, int64_t last, const X (&shrink)[kVectors]) {
+    // A weight of zero does not hide a value that is not finite: the product takes zeros for such ones.
+    const bool is_clean = panel.all_see(part) || are_finite(first, last);
+    const Real* const values = is_clean ? keys.v : with_zeros(first, last);
     for (int64_t d = 0; d < dim; d += kHeight) {
       Real* const o = out + (i * dim + d) * kWidth;
       B block;
-      block.multiply(keys.v + first * dim + d, 1, dim, scores + first * kWidth, kWidth, last - first);
+      block.multiply(values + first * dim + d, 1, dim, scores + first * kWidth, kWidth, last - first);
       B::each([&](int m, int n) DFLASH_LAMBDA {
         block.at[m][n] += load<X>(o + m * kWidth + n * B::kLanes) * shrink[n];
       });
       block.store_to(o, kWidth);
     }
+    if (!is_clean) add_not_finite(panel, i, tile.begin, first, last);
   }
 
-  // Adds the weighted value of the tile's key j to the rows that see it.
-  DFLASH_MEMBER void add_value(const Panel<B>& panel, int64_t i, int64_t first_key, int64_t j) {
-    for (int n = 0; n < kVectors; ++n) {
-      const auto sees = panel.sees(n, first_key + j);
-      const X weight = load<X>(scores + j * kWidth + n * B::kLanes);
+  // The values of keys first to last - 1 of the tile, which are whole steps of kHeight.
+  DFLASH_MEMBER bool are_finite(int64_t first, int64_t last) const {
+    using Eight = Vector<Real, 8>;
+    Eight zeros[4] = {};  // not one: they would wait for each other
+    for (int64_t d = first * dim; d < last * dim; d += 32) {
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i) zeros[i] += load<Eight>(keys.v + d + 8 * i) * 0;
+    }
+    const Eight all = zeros[0] + zeros[1] + zeros[2] + zeros[3];
+    Real sum = 0;
+    for (int lane = 0; lane < 8; ++lane) sum += all[lane];
+    return sum == 0;
+  }
+
+  // Values with zeros for those that are not finite.
+  const Real* with_zeros(int64_t first, int64_t last) {
+    for (int64_t d = first * dim; d < last * dim; ++d) finite[d] = keys.v[d] * 0 == 0 ? keys.v[d] : 0;
+    return finite;
+  }
+
+  // Adds values that are not finite to the rows that see them.
+  void add_not_finite(const Panel<B>& panel, int64_t i, int64_t first_key, int64_t first, int64_t last) {
+    for (int64_t j = first; j < last; ++j) {
       for (int64_t d = 0; d < dim; ++d) {
-        Real* const o = out + (i * dim + d) * kWidth + n * B::kLanes;
-        store(o, load<X>(o) + (sees ? weight * keys.v[j * dim + d] : X{}));
+        const Real value = keys.v[j * dim + d];
+        if (value * 0 == 0) continue;
+        for (int n = 0; n < kVectors; ++n) {
+          Real* const o = out + (i * dim + d) * kWidth + n * B::kLanes;
+          store(o, load<X>(o) + (panel.sees(n, first_key + j) ? X{} + value : X{}));
+        }
       }
     }
-  }
-
-  DFLASH_MEMBER bool is_finite(const Real* value) const {
-    Vector<Real, 8> zeros{};
-    for (int64_t d = 0; d < dim; d += 8) zeros += load<Vector<Real, 8>>(value + d) * 0;
-    Real sum = 0;
-    for (int lane = 0; lane < 8; ++lane) sum += zeros[lane];
-    return sum == 0;
   }
 
   // Calls f(b, head, position, maximum, sum) for every row, with `row` holding its sums of weight * value.

@@ -88,7 +88,7 @@ constexpr int64_t padded(int64_t length) { return (length + kKeyTile - 1) / kKey
 // Numbers of Real that one thread needs, whole cache lines: tiles of rows and of keys, and what lies between them.
 constexpr int64_t kPanel = 32;  // at least the width of a register block
 constexpr int64_t forward_scratch(int64_t head_dim) {
-  return (2 * kRowTile + 2 * kKeyTile + 1) * padded(head_dim) + kKeyTile * kPanel;
+  return (2 * kRowTile + 3 * kKeyTile + 1) * padded(head_dim) + kKeyTile * kPanel;
 }
 constexpr int64_t backward_scratch(int64_t head_dim) {
   return (5 * kRowTile + 2 * kKeyTile) * padded(head_dim) + 2 * kKeyTile * kPanel + 2 * kRowTile;

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..arguments import checked, shown
+from ..arguments import check_one_device, checked, shown
 from ..library import load
 from ..masks import IntervalMask, check_head_dim
 from .autograd import refuse_forward_mode, refuse_second_derivative
-from .devices import autocast_dtype, check_one_device
+from .devices import autocast_dtype
 from .serving import warn_once
 
 load()
@@ -20,6 +20,7 @@ _native = torch.ops.dflash_ext
 
 _GPU_DTYPES = (torch.bfloat16, torch.float16)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_AUTOCAST = (torch.float32, torch.bfloat16, torch.float16)  # what autocast casts
 _PAGES = "[pages, page_size, Hkv, D]"  # the layout of a paged cache
 
 
@@ -167,9 +168,9 @@ def _scaled_dot_product(q: Tensor, k: Tensor, v: Tensor, mask: IntervalMask, sca
 
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     dtype = autocast_dtype(tensors[0].device)
-    if dtype is None:
+    if dtype is None or any(x.dtype not in _AUTOCAST for x in tensors):
         return tensors
-    return tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in tensors)
+    return tuple(x.to(dtype) for x in tensors)
 
 
 def _check_places(op: str, mask: IntervalMask, **tensors: Tensor | None) -> None:
@@ -195,7 +196,7 @@ def _check(
     (key_name, k), (value_name, v) = keys.items()
 
     def fail(what: str) -> NoReturn:
-        shapes = ", ".join(f"{name} {list(x.shape)}" for name, x in tensors.items())
+        shapes = ", ".join([f"{name} {list(x.shape)}" for name, x in tensors.items()])  # a list for torch.compile
         raise ValueError(f"{op}: {shapes}: {what}; q [B, Hq, Lq, D] and {key_name}, {value_name} {layout} are needed")
 
     if not q.dim() == k.dim() == v.dim() == 4:

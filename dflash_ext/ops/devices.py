@@ -3,16 +3,6 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
-
-
-def check_one_device(op: str, **arguments: object) -> None:
-    """Raises ValueError, naming the first two, if those arguments that are tensors are on different devices."""
-    given = [(name, x.device) for name, x in arguments.items() if isinstance(x, Tensor)]
-    first, device = given[0]
-    for name, other in given[1:]:
-        if other != device:
-            raise ValueError(f"{op}: {first} is on {device}, {name} on {other}; one device is needed")
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:

@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..arguments import checked, shown
+from ..arguments import check_one_device, checked, shown
 from ..library import load
-from .devices import check_one_device
 from .serving import warn_once
 
 load()

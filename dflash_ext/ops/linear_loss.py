@@ -5,10 +5,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ..arguments import checked, shown
+from ..arguments import check_one_device, checked, shown
 from ..reference import CrossEntropy
 from .autograd import refuse_forward_mode, refuse_second_derivative
-from .devices import autocast_dtype, check_one_device
+from .devices import autocast_dtype
 from .loss import DTYPES, OPTIONS_SCHEMA, check_rows, mean_or_sum, options_of, real_dtype
 
 _native = torch.ops.dflash_ext

@@ -5,11 +5,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..arguments import checked, shown
+from ..arguments import check_one_device, checked, shown
 from ..library import load
 from ..reference import CrossEntropy
 from .autograd import refuse_forward_mode, refuse_second_derivative
-from .devices import autocast_dtype, check_one_device
+from .devices import autocast_dtype
 
 load()
 _native = torch.ops.dflash_ext

@@ -8,10 +8,9 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..arguments import checked
+from ..arguments import check_one_device, checked
 from ..library import load
 from ..reference import Sample, Verification
-from .devices import check_one_device
 from .serving import warn_once
 
 load()

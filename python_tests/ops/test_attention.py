@@ -127,6 +127,14 @@ def test_every_ratio_of_heads(heads, kv_heads):
     check_as_exact_as_torch(mask, *inputs(mask, heads=heads, kv_heads=kv_heads))
 
 
+@pytest.mark.parametrize(("rows", "keys", "head_dim"), [(1, 512, 256), (4, 100, 512), (7, 64, 256)])
+def test_few_rows(rows, keys, head_dim):
+    mask = IntervalMask.full(keys, q_len=rows)
+    q, k, v = inputs(mask, dtype=torch.float32, head_dim=head_dim, batch=8)
+    exact = reference.block_attn(q.double(), k.double(), v.double(), mask)
+    assert distance(block_attn(q, k, v, mask), exact) <= 1.5 * distance(sdpa(q, k, v, mask), exact)
+
+
 def test_long_rows():
     mask = IntervalMask.full(5000, q_len=40)
     check_as_exact_as_torch(mask, *inputs(mask, heads=2, batch=1))
@@ -333,6 +341,15 @@ def test_autocast_casts_instead_of_refusing(device):
     assert torch.equal(out, want)
 
 
+@pytest.mark.parametrize("op", [block_attn, block_attn_decode])
+@pytest.mark.parametrize("dtype", [torch.int32, torch.bool, torch.complex64], ids=str)
+def test_autocast_casts_nothing_but_floats(op, dtype):
+    mask = IntervalMask.causal(6)
+    q, k, v = inputs(mask, dtype=torch.float32)
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(ValueError, match=f"{op.__name__}: q is {dtype}"):
+        op(q.to(dtype), k, v, mask)
+
+
 def test_registrations():
     mask = some_empty_rows("cpu")
     bounds = (mask.ctx_lo, mask.ctx_hi, mask.blk_lo, mask.blk_hi)
@@ -421,6 +438,20 @@ def test_decode_gives_a_row_the_same_bits_in_any_company():
         alone = IntervalMask.decode(lens[b : b + 1], 3, kv_len=kv_len)
         one = [x[b : b + 1] for x in (q, k[:, :, :kv_len], v[:, :, :kv_len])]
         assert torch.equal(block_attn_decode(*one, alone)[0], both[b])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_what_is_not_finite_stays_with_the_rows_that_see_it(dtype, bad):
+    mask = IntervalMask.decode(torch.tensor([170, 20]), 30, kv_len=200, causal=True)
+    q, k, v = inputs(mask, dtype=dtype)
+    clean = block_attn_decode(q, k, v, mask)
+    v[0, 1, 180, 3], v[1, 0, 20, 5], v[1, 0, 49, 6] = bad, bad, bad  # seen from row 10, 0 and 29 on
+    got = block_attn_decode(q, k, v, mask)
+    spoiled = torch.zeros_like(got, dtype=torch.bool)
+    spoiled[0, 2:, 10:, 3] = spoiled[1, :2, :, 5] = spoiled[1, :2, 29:, 6] = True
+    assert torch.equal(~got.isfinite(), spoiled)
+    assert torch.equal(got[~spoiled], clean[~spoiled])
 
 
 def test_decode_takes_pages_and_a_mask_shorter_than_the_cache(device):
