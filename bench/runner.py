@@ -86,7 +86,9 @@ def _median_event_ms(function: Callable[[], object], before: Callable[[], object
 def gpu_name() -> str:
     """Such as h100: what the results' files are named after."""
     if not torch.cuda.is_available():
-        raise SystemExit("this bench needs a GPU and a torch with CUDA")
+        raise SystemExit(
+            "this bench needs a GPU and a torch with CUDA; attention_cpu, loss_cpu and sampling_cpu need none"
+        )
     names = torch.cuda.get_device_name().replace("NVIDIA", "").split()
     return names[0].lower()
 

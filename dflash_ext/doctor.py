@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import re
 
@@ -11,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from . import __version__, library
-from .ops.serving import SERVED_BY
+from .ops.serving import NATIVE, SERVED_BY
 
 
 def report(console: Console) -> None:
@@ -32,14 +33,18 @@ def report(console: Console) -> None:
         without = "none: built without nvcc or its kernels"
         facts.add_row("CUDA", f"{build['cuda_version']} for {archs}" if archs else without)
         facts.add_row("CPU kernels for", build["cpu_isas"])
+    for name in ("DFLASH_EXT_CPU_ISA", "DFLASH_EXT_GPU", "DFLASH_EXT_LIBRARY"):
+        if name in os.environ:
+            facts.add_row(name, os.environ[name])
     console.print(facts)
 
+    has_kernels = build is None or bool(build["kernels"])
     served = Table("operator", "CPU", "GPU", title="what serves each operator")
     for op, by in SERVED_BY.items():
-        served.add_row(op, by["cpu"], by["cuda"])
+        served.add_row(op, by["cpu"], by["cuda"] if has_kernels else by["cuda"].replace(NATIVE, "an error"))
     console.print(served)
-    if build and not build["kernels"]:
-        console.print("This build has no CUDA kernels: what a native kernel serves on a GPU raises an error there.")
+    if not has_kernels:
+        console.print("This build has no CUDA kernels: what they serve elsewhere raises an error on a GPU here.")
 
     if build and build["kernels"]:
         console.print(_kernels(build["kernels"]))

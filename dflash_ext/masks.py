@@ -440,7 +440,7 @@ class IntervalMask:
         Row b of the key buffer holds cached tokens at ``[kv_start, cache_lens)`` and the block itself at
         ``[cache_lens, cache_lens + q_lens)``; the index of a key is its position. Rows from ``q_lens`` on
         (default: block_len) are empty. Every other row sees the cache and the whole block, or with causal the
-        block up to itself.
+        block up to itself. A window hides keys behind a row, not those ahead of it in its block.
         kv_len: the capacity of the buffer; required when cache_lens is a tensor, else cache_lens + block_len.
             Lengths in tensors are not checked against it: what lies beyond is not seen.
         """

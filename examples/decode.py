@@ -9,6 +9,8 @@ from dflash_ext.data import Conversation, encode
 from dflash_ext.decode import decode
 from dflash_ext.models import Target, load_drafter, load_target, stop_tokens
 
+if len(sys.argv) != 4:
+    sys.exit(__doc__)
 target_name, drafter_folder, text = sys.argv[1:]
 model, tokenizer = load_target(target_name)
 drafter = load_drafter(drafter_folder, dtype=model.dtype, device=model.device)

@@ -28,8 +28,11 @@ def printed() -> list[list[str]]:
     return [[cell.strip() for cell in row] for row in rows]
 
 
-def test_what_is_installed_and_what_serves_each_operator():
+def test_what_is_installed_and_what_serves_each_operator(monkeypatch):
+    monkeypatch.setattr(library, "build_info", lambda: BUILD | {"kernels": [kernel("plain(int)", "sm_80", 7)]})
+    monkeypatch.setenv("DFLASH_EXT_GPU", "portable")
     rows = printed()
+    assert ["DFLASH_EXT_GPU", "portable"] in rows
     assert ["dflash_ext", dflash_ext.__version__] in rows
     assert ["operator library", str(library.PATH)] in rows
     assert ["torch", f"{torch.__version__}, threads: {torch.get_num_threads()}"] in rows
@@ -61,7 +64,8 @@ def test_a_build_without_cuda(monkeypatch):
     monkeypatch.setattr(library, "build_info", lambda: BUILD | {"cuda_version": "", "cuda_archs": "", "kernels": []})
     rows = printed()
     assert ["CUDA", "none: built without nvcc or its kernels"] in rows
-    assert ["This build has no CUDA kernels: what a native kernel serves on a GPU raises an error there."] in rows
+    assert ["This build has no CUDA kernels: what they serve elsewhere raises an error on a GPU here."] in rows
+    assert ["masked_cross_entropy", "native kernel", "an error"] in rows
     assert not any("variants" in row for row in rows)
 
 

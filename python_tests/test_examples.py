@@ -1,9 +1,11 @@
-"""Every example runs, and the README's example is the file it shows."""
+"""Every example runs, and the README's examples are the files that it shows."""
 
 import re
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
 
 from dflash_ext.ops.serving import SERVED_BY
 from dflash_ext.train import save_drafter
@@ -23,8 +25,13 @@ def test_drop_in():
     assert re.match(r"loss \d+\.\d+, accuracy 0\.\d+", run("examples/drop_in.py"))
 
 
-def test_the_readme_shows_the_drop_in_example():
-    body = (ROOT / "examples" / "drop_in.py").read_text().split('"""\n', 1)[1].strip()
+def test_cache():
+    assert run("examples/cache.py") == "[2, 8, 16, 64], in pages the same: True\n"
+
+
+@pytest.mark.parametrize("name", ["drop_in.py", "cache.py"])
+def test_the_readme_shows_the_example(name):
+    body = (ROOT / "examples" / name).read_text().split('"""\n', 1)[1].strip()
     assert body in (ROOT / "README.md").read_text()
 
 

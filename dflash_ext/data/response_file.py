@@ -78,7 +78,7 @@ def resume(path: Path, header: dict) -> Counter:
         if found.get(key) != value:
             raise DataError(
                 f"{path}: holds answers made with other {key.replace('_', ' ')} ({found.get(key)}, "
-                f"this run has {value}); choose another file"
+                f"this run has {value}); choose another output folder, or remove this file"
             )
     answered = Counter()
     for row_end, row in lines:

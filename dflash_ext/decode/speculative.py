@@ -11,10 +11,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from numbers import Integral
 
 import torch
 from torch import Tensor
 
+from ..arguments import is_int, shown
 from ..models import DFlashDrafter, Target
 from ..ops import sample, verify
 from ..reference import Verification
@@ -57,7 +59,13 @@ def decode(
     Raises:
         ValueError: an empty prompt, one too long for the target or outside its vocabulary, a number out of range, a
             block size that the drafter cannot fill, or a drafter made for another target.
+        TypeError: prompts that are no token ids, or a model that is no Target.
     """
+    if not isinstance(target, Target):
+        raise TypeError(f"decode: target is {shown(target)}; a Target is needed, such as Target(model)")
+    for index, prompt in enumerate(prompts):
+        if isinstance(prompt, str | Integral) or not all(is_int(token) for token in prompt):
+            raise TypeError(f"decode: prompt {index} is {shown(prompt)}; a sequence of token ids is needed")
     prompts = [list(map(int, prompt)) for prompt in prompts]
     if not prompts:
         raise ValueError("there is no prompt to decode")

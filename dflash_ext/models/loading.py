@@ -44,7 +44,11 @@ def load_target(
     model, info = _read("a target", name, load, dtype=dtype, use_safetensors=True, output_loading_info=True)
     tok = _read("a tokenizer", tokenizer or name, AutoTokenizer.from_pretrained)
     if missing := sorted(info.get("missing_keys") or ()):
+        if hasattr(model.config, "dflash_config"):
+            raise ValueError(f"'{name}' holds a drafter; a target is needed")
         raise ValueError(f"the target in '{name}' is not whole: {len(missing)} tensors are missing, as {missing[0]}")
+    if len(tok) <= len(tok.all_special_ids):  # what transformers makes of a folder without a tokenizer's files
+        raise ValueError(f"there is no tokenizer in '{tokenizer or name}': say with --tokenizer where one is")
     check_tokenizer(tok, model)
     return model.to(device).eval().requires_grad_(False), tok
 
@@ -62,7 +66,7 @@ def _read(what: str, name: str | os.PathLike, load: Callable, **options: Any) ->
     try:
         return load(name, **options)
     except Exception as error:  # transformers and safetensors raise many kinds for a file that is not what it should be
-        hub = "" if is_folder else "there is no such folder, and from the hub: "
+        hub = "" if is_folder else "there is no such folder, smollm2 is the one built-in name, and from the hub: "
         raise ValueError(f"cannot read {what} from '{name}': {hub}{_first_line(error)}") from error
 
 

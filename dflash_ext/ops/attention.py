@@ -176,7 +176,7 @@ def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
 def _check_places(op: str, mask: IntervalMask, **tensors: Tensor | None) -> None:
     if not isinstance(mask, IntervalMask):
         raise TypeError(
-            f"{op}: mask is a {type(mask).__name__}; an IntervalMask is needed, which IntervalMask.full, causal, "
+            f"{op}: mask is {shown(mask)}; an IntervalMask is needed, which IntervalMask.full, causal, "
             "from_dense and others make"
         )
     check_one_device(op, **tensors, mask=mask.ctx_lo)
@@ -205,9 +205,9 @@ def _check(
     batch, heads, rows, head_dim = q.shape
     kv_heads = k.shape[2 if paged else 1]
     if k.shape != v.shape or head_dim != k.shape[3] or not (paged or batch == k.shape[0]):
-        fail("they do not fit")
+        fail("they do not fit" if op == "block_attn" or paged else "they do not fit (pages need a block_table)")
     if mask.q_len != rows or mask.batch not in (1, batch):
-        fail(f"the mask is for batch {mask.batch} and {mask.q_len} rows")
+        fail(f"the mask is for batch {mask.batch} and {mask.q_len} rows, q has {batch} and {rows}")
     if kv_heads == 0 or heads % kv_heads:
         fail(f"{heads} query heads are no multiple of {kv_heads} key heads")
     check_head_dim(op, head_dim)

@@ -3,6 +3,7 @@
 import itertools
 import math
 import random
+import re
 
 import pytest
 import torch
@@ -164,6 +165,17 @@ def test_refuses(options, message):
     options = dict(prompts=PROMPTS, max_new_tokens=4) | options
     with pytest.raises(ValueError, match=message):
         decode(target, drafter, options.pop("prompts"), **options)
+
+
+@pytest.mark.parametrize(
+    "prompts, what", [(["hello"], "'hello' (str)"), ([5, 6], "5 (int)"), ([[5.0]], "[5.0] (list)")]
+)
+def test_refuses_prompts_that_are_no_token_ids(prompts, what):
+    target, _ = tiny_pair("llama")
+    with pytest.raises(TypeError, match=rf"^decode: prompt 0 is {re.escape(what)}; a sequence of token ids is needed"):
+        decode(target, None, prompts, max_new_tokens=4)
+    with pytest.raises(TypeError, match="^decode: target is of type LlamaForCausalLM; a Target is needed"):
+        decode(target.model, None, [[5]], max_new_tokens=4)
 
 
 def test_refuses_a_target_tapped_elsewhere():

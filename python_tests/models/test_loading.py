@@ -6,8 +6,9 @@ from transformers import AutoModelForCausalLM
 
 from dflash_ext.integrations import gguf
 from dflash_ext.models import load_target
+from dflash_ext.train import save_drafter
 from python_tests.test_cli import word_tokenizer
-from python_tests.tiny import tiny_model
+from python_tests.tiny import tiny_model, tiny_pair
 
 
 @pytest.fixture
@@ -21,6 +22,17 @@ def test_smollm2_is_the_packaged_model(folder, monkeypatch):
     monkeypatch.setattr(gguf, "smollm2_path", lambda: folder)
     model, tokenizer = load_target("smollm2", dtype=torch.float32, device=torch.device("cpu"))
     assert model.config.name_or_path == str(folder) and len(tokenizer) == 97
+
+
+def test_a_folder_without_a_tokenizer_or_with_a_drafter(folder, tmp_path):
+    tiny_model("qwen3").save_pretrained(tmp_path / "bare")
+    with pytest.raises(ValueError, match=f"there is no tokenizer in '{tmp_path / 'bare'}': say with --tokenizer"):
+        load_target(tmp_path / "bare")
+    assert len(load_target(tmp_path / "bare", tokenizer=folder)[1]) == 97
+    _, drafter = tiny_pair("llama")
+    save_drafter(drafter, tmp_path / "drafter")
+    with pytest.raises(ValueError, match="drafter' holds a drafter; a target is needed"):
+        load_target(tmp_path / "drafter", tokenizer=folder)
 
 
 def test_a_folder_may_be_a_path_and_be_called_as_the_packaged_model(folder, monkeypatch):
@@ -45,7 +57,9 @@ def test_a_name_that_is_neither_folder_nor_on_the_hub(folder, monkeypatch):
     with pytest.raises(ValueError, match="^cannot read a tokenizer from './nowhere': there is no such folder$"):
         load_target(str(folder), tokenizer="./nowhere")
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", from_pretrained)
-    hub = "there is no such folder, and from the hub: We couldn't connect to the hub.$"
+    hub = (
+        "there is no such folder, smollm2 is the one built-in name, and from the hub: We couldn't connect to the hub.$"
+    )
     with pytest.raises(ValueError, match=f"^cannot read a target from 'nowhere': {hub}"):
         load_target("nowhere")
     with pytest.raises(ValueError, match="target': We couldn't connect to the hub.$"):

@@ -517,6 +517,7 @@ def test_refusals_name_the_value():
     reject("0 key heads", k=(1, 0, 3, 8))
     reject("not four dimensions each", q=(1, 3, 8), op=block_attn_decode)
     reject("the cache has 3", mask=IntervalMask.full(5, q_len=3), op=block_attn_decode)
+    reject("pages need a block_table", k=(4, 3, 2, 8), op=block_attn_decode)
     table = torch.zeros(2, 1, dtype=torch.int32)
     reject(r"int32 \[1, max_pages\]", k=(4, 3, 2, 8), op=block_attn_decode, block_table=table)
     reject(
@@ -527,7 +528,7 @@ def test_refusals_name_the_value():
         mask=IntervalMask.full(4, q_len=3),
     )
     reject(
-        r"the mask is for batch 1 and 6 rows; q \[B, Hq, Lq, D\] and k, v \[B, Hkv, Lk, D\] are needed",
+        r"the mask is for batch 1 and 6 rows, q has 1 and 2; q \[B, Hq, Lq, D\] and k, v \[B, Hkv, Lk, D\] are needed",
         q=(1, 6, 2, 8),
         k=(1, 6, 2, 8),
         mask=IntervalMask.causal(6),
@@ -567,8 +568,8 @@ def test_refuses_what_is_no_tensor_or_number(op, change, message):
 @pytest.mark.parametrize("op", [block_attn, block_attn_decode])
 def test_refuses_a_mask_of_another_type_and_several_devices(op):
     x = torch.zeros(1, 2, 3, 8)
-    for mask, name in ((None, "NoneType"), (torch.ones(3, 3, dtype=torch.bool), "Tensor")):
-        with pytest.raises(TypeError, match=f"{op.__name__}: mask is a {name}; an IntervalMask is needed"):
+    for mask, what in ((None, "None"), (torch.ones(3, 3, dtype=torch.bool), r"torch.bool \[3, 3\]")):
+        with pytest.raises(TypeError, match=f"{op.__name__}: mask is {what}; an IntervalMask is needed"):
             op(x, x, x, mask)
     mask, meta = IntervalMask.causal(3), x.to("meta")
     where = "q is on {}, {} on {}; one device is needed"
