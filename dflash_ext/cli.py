@@ -289,7 +289,7 @@ def generate(
     )
     if streaming:
         print()
-    console.print(table({"all prompts": decoded}))
+    errors.print(table({"all prompts": decoded}))  # what is piped is the answer alone
 
 
 @command

@@ -42,7 +42,7 @@ def run(*words) -> tuple[int, str, str]:
 
 def test_generate_writes_the_targets_own_tokens(house):
     out = house / "out.jsonl"
-    code, printed, _ = run(
+    code, _, printed = run(
         *("generate", "--target", house / "target", "--drafter", house / "drafter"),
         *("--prompts", house / "prompts.jsonl", "--max-new-tokens", 12, "--output", out),
     )
@@ -56,8 +56,8 @@ def test_generate_writes_the_targets_own_tokens(house):
 
 
 def test_generate_streams_one_prompt(house):
-    code, printed, _ = run("generate", "w005 w006 w007", "--target", house / "target", "--max-new-tokens", 4)
-    assert code == 0 and "w" in printed
+    code, printed, told = run("generate", "w005 w006 w007", "--target", house / "target", "--max-new-tokens", 4)
+    assert code == 0 and "w" in printed and "tau" not in printed and "tau" in told
 
 
 def test_train_then_evaluate(house):

@@ -62,3 +62,4 @@ def test_the_summary_names_both_ends_and_the_held_out_loss():
     assert summary(log) == line
     assert summary([*log, {"step": 20, "eval_loss": 1.75}]) == line + "; loss 1.75 on held-out answers"
     assert "no step left" in summary([])
+    assert "->" not in summary(log[:1])
