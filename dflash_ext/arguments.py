@@ -1,4 +1,4 @@
-"""Public functions refuse in one line what is not of the kind that their annotations name."""
+"""Public functions refuse in one line what is not of the kind that their annotations name, or lies elsewhere."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _KINDS = {
     torch.dtype: _Kind((torch.dtype,), "a torch.dtype"),
     NoneType: _Kind((NoneType,), "None"),
 }
-_INT = _KINDS[int]
+_INT = _KINDS[int]  # by its own name, as torch.compile cannot look into the dict once it has generic aliases
 _KINDS[Sequence[int]] = _Kind((Sequence,), "a sequence of ints", _INT.types)
 _KINDS[Sequence[Tensor]] = _Kind((Sequence,), "a sequence of tensors", (Tensor,))
 
@@ -41,8 +41,8 @@ _KINDS[Sequence[Tensor]] = _Kind((Sequence,), "a sequence of tensors", (Tensor,)
 def checked(function: Callable) -> Callable:
     """The function, which now raises TypeError, naming the argument, for one of another kind than its annotation.
 
-    Tensors, numbers, bools, strings, dtypes and sequences are told apart. Arguments whose annotation
-    names anything else are left to the function.
+    Tensors, numbers, bools, strings, dtypes and sequences are told apart. Arguments whose annotation names anything
+    else are left to the function.
     """
     where = function.__qualname__
     # A class is not there yet while its methods are being made.

@@ -10,8 +10,7 @@ Greedy output is the target's own greedy output; at temperature > 0 rejection sa
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from numbers import Integral
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -63,10 +62,7 @@ def decode(
     """
     if not isinstance(target, Target):
         raise TypeError(f"decode: target is {shown(target)}; a Target is needed, such as Target(model)")
-    for index, prompt in enumerate(prompts):
-        if isinstance(prompt, str | Integral) or not all(is_int(token) for token in prompt):
-            raise TypeError(f"decode: prompt {index} is {shown(prompt)}; a sequence of token ids is needed")
-    prompts = [list(map(int, prompt)) for prompt in prompts]
+    prompts = [_token_ids(index, prompt) for index, prompt in enumerate(prompts)]
     if not prompts:
         raise ValueError("there is no prompt to decode")
     if empty := [i for i, prompt in enumerate(prompts) if len(prompt) == 0]:
@@ -146,6 +142,13 @@ def decode(
 def _row_seed(seed: int, index: int) -> int:
     """A seed of 63 bits for a prompt; positions are added to it."""
     return (seed * 0x9E3779B97F4A7C15 + (index << 24)) % 2**62
+
+
+def _token_ids(index: int, prompt: Sequence[int]) -> list[int]:
+    tokens = list(prompt) if isinstance(prompt, Iterable) else None
+    if tokens is None or not all(is_int(token) for token in tokens):
+        raise TypeError(f"decode: prompt {index} is {shown(prompt)}; a sequence of token ids is needed")
+    return list(map(int, tokens))
 
 
 def _draft_width(target: Target, drafter: DFlashDrafter | None, block_size: int | None) -> int:

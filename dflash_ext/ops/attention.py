@@ -12,7 +12,7 @@ from ..arguments import check_one_device, checked, shown
 from ..library import load
 from ..masks import IntervalMask, check_head_dim
 from .autograd import refuse_forward_mode, refuse_second_derivative
-from .devices import autocast_dtype
+from .devices import autocast
 from .serving import warn_once
 
 load()
@@ -20,7 +20,6 @@ _native = torch.ops.dflash_ext
 
 _GPU_DTYPES = (torch.bfloat16, torch.float16)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-_AUTOCAST = (torch.float32, torch.bfloat16, torch.float16)  # what autocast casts
 _PAGES = "[pages, page_size, Hkv, D]"  # the layout of a paged cache
 
 
@@ -59,7 +58,7 @@ def block_attn(
     """
     _check_places("block_attn", mask, q=q, k=k, v=v)
     refuse_forward_mode("block_attn", q, k, v)
-    q, k, v = _autocast(q, k, v)
+    q, k, v = autocast(q, k, v)
     _check("block_attn", q, {"k": k, "v": v}, "[B, Hkv, Lk, D]", mask, scale, softcap)
     if k.shape[2] != mask.kv_len:
         raise ValueError(f"block_attn: the mask is over {mask.kv_len} keys, k has {k.shape[2]}")
@@ -108,7 +107,7 @@ def block_attn_decode(
     RuntimeError for an entry of block_table that is no page though a row sees its keys.
     """
     _check_places("block_attn_decode", mask, q=q, k_cache=k_cache, v_cache=v_cache, block_table=block_table)
-    q, k_cache, v_cache = _autocast(q, k_cache, v_cache)
+    q, k_cache, v_cache = autocast(q, k_cache, v_cache)
     caches = {"k_cache": k_cache, "v_cache": v_cache}
     layout = "[B, Hkv, S, D]" if block_table is None else _PAGES
     _check("block_attn_decode", q, caches, layout, mask, scale, softcap)
@@ -164,13 +163,6 @@ def _scaled_dot_product(q: Tensor, k: Tensor, v: Tensor, mask: IntervalMask, sca
         q, k, v, attn_mask=visible | empty, scale=scale, enable_gqa=k.shape[1] != q.shape[1]
     )
     return out.masked_fill(empty, 0.0)
-
-
-def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    dtype = autocast_dtype(tensors[0].device)
-    if dtype is None or any(x.dtype not in _AUTOCAST for x in tensors):
-        return tensors
-    return tuple(x.to(dtype) for x in tensors)
 
 
 def _check_places(op: str, mask: IntervalMask, **tensors: Tensor | None) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
@@ -10,3 +11,12 @@ def autocast_dtype(device: torch.device) -> torch.dtype | None:
     if device.type == "meta" or not torch.is_autocast_enabled(device.type):
         return None
     return torch.get_autocast_dtype(device.type)
+
+
+def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """The tensors of an operator as autocast has them: cast, unless one of them is of a type that it leaves alone."""
+    dtype = autocast_dtype(tensors[0].device)
+    cast = (torch.float32, torch.bfloat16, torch.float16)
+    if dtype is None or any(x is not None and x.dtype not in cast for x in tensors):
+        return tensors
+    return tuple(None if x is None else x.to(dtype) for x in tensors)

@@ -8,7 +8,7 @@ from torch import Tensor
 from ..arguments import check_one_device, checked, shown
 from ..reference import CrossEntropy
 from .autograd import refuse_forward_mode, refuse_second_derivative
-from .devices import autocast_dtype
+from .devices import autocast
 from .loss import DTYPES, OPTIONS_SCHEMA, check_rows, mean_or_sum, options_of, real_dtype
 
 _native = torch.ops.dflash_ext
@@ -44,7 +44,7 @@ def linear_cross_entropy(
 
     Args:
         hidden: ``[..., H]`` float32, bfloat16 or float16, on the CPU also float64.
-        head: ``[V, H]`` of the same dtype. Under autocast both and the teacher are cast, unless they are float64.
+        head: ``[V, H]`` of the same dtype. Under autocast both and the teacher are cast, unless one is float64.
         target: ``[...]`` integer; see ``masked_cross_entropy``.
         weight: ``[...]``, or None for ones. Rows of weight 0 are left out of the matrix products.
         max_rows: a bound on the number of rows that count. Without it their number is read back from the
@@ -67,7 +67,7 @@ def linear_cross_entropy(
     options = options_of(_OP, reduction, softcap, label_smoothing, z_loss, teacher, teacher_kind, teacher_mix)
     check_one_device(_OP, hidden=hidden, head=head, target=target, weight=weight, teacher=teacher)
     refuse_forward_mode(_OP, hidden, head)
-    hidden, head, teacher = _autocast(hidden, head, teacher)
+    hidden, head, teacher = autocast(hidden, head, teacher)
     _check(hidden, head, target, weight, teacher, max_rows, chunk_rows)
     shape, vocab = target.shape, head.shape[0]
     weight = None if weight is None else weight.to(real_dtype(hidden)).flatten()
@@ -88,13 +88,6 @@ def linear_cross_entropy(
     )
     loss = losses.view(shape) if per_row else mean_or_sum(losses, target.numel(), weight, reduction)
     return CrossEntropy(loss, nll.view(shape), correct.view(shape), entropy.view(shape))
-
-
-def _autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    dtype = autocast_dtype(tensors[0].device)
-    if dtype is None:
-        return tensors
-    return tuple(x if x is None or x.dtype == torch.float64 else x.to(dtype) for x in tensors)
 
 
 def _rows_at_a_time(device: torch.device, vocab: int) -> int:

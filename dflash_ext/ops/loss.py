@@ -89,7 +89,7 @@ def masked_cross_entropy(
     options = options_of(_OP, reduction, softcap, label_smoothing, z_loss, teacher, teacher_kind, teacher_mix)
     check_one_device(_OP, logits=logits, target=target, weight=weight, teacher=teacher)
     refuse_forward_mode(_OP, logits)
-    if teacher is not None and autocast_dtype(logits.device):
+    if teacher is not None and teacher.is_floating_point() and autocast_dtype(logits.device):
         teacher = teacher.to(logits.dtype)
     _check(logits, target, weight, teacher)
     shape = logits.shape[:-1]

@@ -59,7 +59,8 @@ def summary(log: list[dict]) -> str:
     trained = [entry for entry in log if "loss" in entry]
     if not trained:
         return "drafter: there was no step left to train"
-    last, ends = trained[-1], trained[:1] + trained[1:][-1:]
+    last = trained[-1]
+    ends = [trained[0], last] if len(trained) > 1 else [last]
     figures = (f"{name} {' -> '.join(f'{entry[name]:.2f}' for entry in ends)}" for name in ("loss", "tau"))
     line = f"drafter: {', '.join(figures)} on its training blocks in {last['step']} steps"
     held_out = [entry["eval_loss"] for entry in log if "eval_loss" in entry]

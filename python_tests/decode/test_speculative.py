@@ -167,6 +167,12 @@ def test_refuses(options, message):
         decode(target, drafter, options.pop("prompts"), **options)
 
 
+def test_prompts_may_come_one_by_one():
+    target, _ = tiny_pair("llama")
+    listed, streamed = (decode(target, None, p, max_new_tokens=4) for p in (PROMPTS, (iter(x) for x in PROMPTS)))
+    assert [c.tokens for c in streamed.completions] == [c.tokens for c in listed.completions]
+
+
 @pytest.mark.parametrize(
     "prompts, what", [(["hello"], "'hello' (str)"), ([5, 6], "5 (int)"), ([[5.0]], "[5.0] (list)")]
 )

@@ -123,6 +123,14 @@ def test_under_autocast(device):
     assert mixed[4].dtype == torch.float32 and torch.equal(mixed[4].bfloat16(), low[4])
 
 
+def test_autocast_casts_nothing_but_floats():
+    hidden, head, target, _ = inputs()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        for pair in ((hidden.int(), head.int()), (hidden, head.int()), (hidden.to(torch.complex64), head)):
+            with pytest.raises(ValueError, match=f"hidden is {pair[0].dtype}, head is {pair[1].dtype}"):
+                linear_cross_entropy(*pair, target)
+
+
 def test_autocast_leaves_float64_alone(device):
     hidden, head, target, weight = inputs(dtype=torch.float64)
     want = run(linear_cross_entropy, hidden, head, target, weight, torch.float64, True)

@@ -283,6 +283,8 @@ def test_a_teacher_is_cast_under_autocast(device):
     logits, target, _, teacher = inputs((4, 50), torch.bfloat16, device, teacher=True, keep=1.1)
     with torch.autocast(device, dtype=torch.bfloat16):
         out = masked_cross_entropy(logits, target, teacher=teacher.float(), teacher_mix=0.5)
+        with pytest.raises(ValueError, match="teacher is torch.int32"):
+            masked_cross_entropy(logits, target, teacher=teacher.int(), teacher_mix=0.5)
     assert torch.equal(out.loss, masked_cross_entropy(logits, target, teacher=teacher, teacher_mix=0.5).loss)
 
 
