@@ -9,7 +9,7 @@ import pytest
 
 from dflash_ext.ops.serving import SERVED_BY
 from dflash_ext.train import save_drafter
-from python_tests.test_cli import word_tokenizer
+from python_tests.data.words import word_tokenizer
 from python_tests.tiny import tiny_pair
 
 ROOT = Path(__file__).parents[1]

@@ -15,10 +15,10 @@ from rich.console import Console
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from ..data import Conversation, ResponseDataset, encode, regenerate
+from ..data import Conversation, encode
 from ..models import DFlashDrafter, Target
 from ..progress import progress
-from ..train import Recipe, summary, train_drafter
+from ..train import Recipe, train_on_prompts
 from .compare import compare
 
 VOCAB, CONTEXT = 1024, 128
@@ -39,30 +39,25 @@ def tiny_model(console: Console) -> None:
     tokenizer = _tokenizer(seen)
     model = _train_target(console, tokenizer, seen)
 
-    target = Target(model)
     drafter = DFlashDrafter.for_target(
-        target, mask_token_id=tokenizer.mask_token_id, num_layers=2, block_size=8, taps=2
+        Target(model), mask_token_id=tokenizer.mask_token_id, num_layers=2, block_size=8, taps=2
     )
     tapped = Target(model, drafter.config.target_layer_ids)
     with tempfile.TemporaryDirectory() as folder:
-        answers = Path(folder) / "answers.jsonl"
         pieces = [text[start : start + 400] for text in seen for start in range(0, len(text), 4000)]
         conversations = [Conversation(text=piece) for piece in pieces[:: max(1, len(pieces) // ANSWERS)]][:ANSWERS]
-        with progress(console, "the target answers", len(conversations)) as advance:
-            regenerate(
-                target,
-                tokenizer,
-                conversations,
-                answers,
-                max_prompt_tokens=CONTEXT,
-                max_new_tokens=ANSWER_TOKENS,
-                batch_size=32,
-                on_progress=advance,
-            )
-        dataset = ResponseDataset(answers, CONTEXT)
-        recipe = Recipe(steps=DRAFTER_STEPS, batch_size=8, anchors=24, learning_rate=3e-3, log_every=50)
-        log = train_drafter(drafter, tapped, dataset, folder, recipe, console=console)
-    console.print(summary(log))
+        train_on_prompts(
+            drafter,
+            tapped,
+            tokenizer,
+            conversations,
+            folder,
+            Recipe(steps=DRAFTER_STEPS, batch_size=8, anchors=24, learning_rate=3e-3, log_every=50),
+            max_prompt_tokens=CONTEXT,
+            max_new_tokens=ANSWER_TOKENS,
+            max_length=CONTEXT,
+            console=console,
+        )
 
     prompts = {
         text.strip().splitlines()[0]: encode(Conversation(text=text[:400]), tokenizer, max_prompt_tokens=CONTEXT)

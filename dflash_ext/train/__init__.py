@@ -1,7 +1,7 @@
 from .anchors import Blocks, build_blocks, dpace, position_decay, sample_anchors
 from .curve import plot_curve
 from .reporting import summary
-from .run import Recipe, save_drafter, train_drafter
+from .run import Recipe, save_drafter, train_drafter, train_on_answers, train_on_prompts
 from .trainer import AnchorCollator, DFlashTrainer
 
 __all__ = [
@@ -17,4 +17,6 @@ __all__ = [
     "save_drafter",
     "summary",
     "train_drafter",
+    "train_on_answers",
+    "train_on_prompts",
 ]

@@ -1,21 +1,26 @@
-"""One training run of a drafter: from answers to a folder with the drafter, its log and its curve."""
+"""One training run of a drafter: from prompts or answers to a folder with the drafter, its log and its curve."""
 
 from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
 from torch.utils.data import Dataset
-from transformers import PrinterCallback, TrainingArguments
+from transformers import PreTrainedTokenizerBase, PrinterCallback, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
+from ..data import Conversation, ResponseDataset, regenerate
 from ..models import DFlashConfig, DFlashDrafter, Target
-from .reporting import TrainingProgress
+from ..progress import progress
+from .curve import plot_curve
+from .reporting import TrainingProgress, summary
 from .trainer import AnchorCollator, DFlashTrainer
 
 
@@ -55,6 +60,89 @@ class Recipe:
             raise ValueError(f"gamma is {self.gamma}: a decay above 0 is needed, or none for D-PACE weights")
         if not 0 < self.learning_rate < math.inf:
             raise ValueError(f"learning_rate is {self.learning_rate}: a finite rate above 0 is needed")
+
+
+def train_on_prompts(
+    drafter: DFlashDrafter,
+    target: Target,
+    tokenizer: PreTrainedTokenizerBase,
+    conversations: Sequence[Conversation],
+    output: str | Path,
+    recipe: Recipe,
+    *,
+    max_prompt_tokens: int = 512,
+    max_new_tokens: int = 256,
+    temperatures: Sequence[float] = (0.0,),
+    decode_batch: int = 32,
+    stop_token_ids: Sequence[int] = (),
+    console: Console | None = None,
+    **options: Any,
+) -> list[dict]:
+    """Lets `target` answer `conversations` into `output/answers.jsonl`, then trains `drafter` on the answers.
+
+    An answers file that an earlier run of the same prompts left in `output` is continued.
+
+    Args:
+        max_prompt_tokens: longer prompts are left out.
+        max_new_tokens: the longest answer.
+        temperatures: every prompt is answered once per entry; 0 is greedy.
+        decode_batch: prompts that are answered at a time.
+        stop_token_ids: tokens that end an answer.
+        options: `max_length`, `held_out` and `resume` of `train_on_answers`, which has the other arguments too.
+    """
+    console = console or Console(quiet=True)
+    answers = Path(output) / "answers.jsonl"
+    with progress(console, "the target answers", len(conversations) * len(temperatures)) as advance:
+        dropped = regenerate(
+            Target(target.model),  # untapped: answers need no features
+            tokenizer,
+            conversations,
+            answers,
+            max_prompt_tokens=max_prompt_tokens,
+            max_new_tokens=max_new_tokens,
+            temperatures=temperatures,
+            batch_size=decode_batch,
+            seed=recipe.seed,
+            stop_token_ids=stop_token_ids,
+            on_progress=advance,
+        )
+    if dropped:
+        console.print(f"{dropped} prompts longer than {max_prompt_tokens} tokens were left out (--max-prompt-tokens)")
+    return train_on_answers(drafter, target, answers, output, recipe, console=console, **options)
+
+
+def train_on_answers(
+    drafter: DFlashDrafter,
+    target: Target,
+    answers: str | Path,
+    output: str | Path,
+    recipe: Recipe,
+    *,
+    max_length: int = 1024,
+    held_out: float = 0.0,
+    resume: bool = False,
+    console: Console | None = None,
+) -> list[dict]:
+    """Splits the answers, trains `drafter`, saves it to `output` and draws `output/curve.png`.
+
+    Args:
+        target: tapped at the drafter's layers.
+        answers: a file written by `dflash_ext.data.regenerate`.
+        max_length: sequences are cut to this many tokens.
+        held_out: the share of the prompts that is kept for evaluation.
+        console: shows the progress and a summary; None shows nothing.
+
+    Returns:
+        The log of `train_drafter`, which has the other arguments too.
+    """
+    console = console or Console(quiet=True)
+    dataset = ResponseDataset(answers, max_length, vocab_size=target.vocab_size)
+    trained, kept_out = dataset.split(held_out, recipe.seed)
+    console.print(f"answers: {len(trained)} to train on, {len(kept_out)} held out")
+    log = train_drafter(drafter, target, trained, output, recipe, held_out=kept_out, resume=resume, console=console)
+    plot_curve(log, Path(output) / "curve.png")
+    console.print(summary(log))
+    return log
 
 
 def train_drafter(

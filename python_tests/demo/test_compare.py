@@ -6,7 +6,7 @@ from rich.console import Console
 from dflash_ext.decode import decode
 from dflash_ext.demo import compare as module
 from dflash_ext.demo.compare import compare
-from python_tests.test_cli import word_tokenizer
+from python_tests.data.words import word_tokenizer
 from python_tests.tiny import random_prompts, tiny_pair
 
 OPTIONS = dict(max_new_tokens=12, stop_token_ids=())

@@ -7,7 +7,7 @@ from rich.console import Console
 
 from dflash_ext.demo import real
 from dflash_ext.models import load_drafter
-from python_tests.test_cli import word_tokenizer
+from python_tests.data.words import word_tokenizer
 from python_tests.tiny import tiny_pair
 
 

@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM
 from dflash_ext.integrations import gguf
 from dflash_ext.models import load_target
 from dflash_ext.train import save_drafter
-from python_tests.test_cli import word_tokenizer
+from python_tests.data.words import word_tokenizer
 from python_tests.tiny import tiny_model, tiny_pair
 
 

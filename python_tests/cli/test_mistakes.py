@@ -3,94 +3,9 @@
 import json
 import shutil
 
-import pytest
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
-from typer.testing import CliRunner
 
-from dflash_ext.cli import app
-from dflash_ext.decode import decode
-from dflash_ext.models import Target, load_drafter
-from dflash_ext.train import save_drafter
-from python_tests.tiny import random_prompts, tiny_pair
-
-
-def word_tokenizer(size: int = 97, eos: str = "w002") -> PreTrainedTokenizerFast:
-    words = {f"w{i:03}": i for i in range(size)}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="w000"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=eos, unk_token="w000")
-
-
-@pytest.fixture
-def house(tmp_path):
-    """A target with its tokenizer, a drafter, and a file of prompts."""
-    target, drafter = tiny_pair("llama")
-    target.model.save_pretrained(tmp_path / "target")
-    word_tokenizer().save_pretrained(tmp_path / "target")
-    save_drafter(drafter, tmp_path / "drafter")
-    rows = [{"prompt": " ".join(f"w{i:03}" for i in p)} for p in random_prompts(5, 7, 9)]
-    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return tmp_path
-
-
-def run(*words) -> tuple[int, str, str]:
-    result = CliRunner().invoke(app, [str(w) for w in words], catch_exceptions=False)
-    return result.exit_code, result.stdout, result.stderr
-
-
-def test_generate_writes_the_targets_own_tokens(house):
-    out = house / "out.jsonl"
-    code, _, printed = run(
-        *("generate", "--target", house / "target", "--drafter", house / "drafter"),
-        *("--prompts", house / "prompts.jsonl", "--max-new-tokens", 12, "--output", out),
-    )
-    assert code == 0 and "tau" in printed
-    rows = sorted(map(json.loads, out.read_text().splitlines()), key=lambda r: r["index"])
-    target, _ = tiny_pair("llama")
-    plain = decode(Target(target.model), None, random_prompts(5, 7, 9), max_new_tokens=12, stop_token_ids=[2])
-    tokenizer = word_tokenizer()
-    expected = [tokenizer.decode(c.tokens, skip_special_tokens=True) for c in plain.completions]
-    assert [row["text"] for row in rows] == expected
-
-
-def test_generate_streams_one_prompt(house):
-    code, printed, told = run("generate", "w005 w006 w007", "--target", house / "target", "--max-new-tokens", 4)
-    assert code == 0 and "w" in printed and "tau" not in printed and "tau" in told
-
-
-def test_train_then_evaluate(house):
-    """A drafter from prompts in one command, then its figures; a second run reuses the answers."""
-    out = house / "trained"
-    train = [
-        *("train", "--target", house / "target", "--prompts", house / "prompts.jsonl", "--output", out),
-        *("--mask-token", "w096", "--layers", 1, "--taps", "1,3", "--block-size", 4, "--steps", 2, "--batch-size", 2),
-        *("--anchors", 4, "--max-new-tokens", 16, "--held-out", 0.34),
-    ]
-    code, printed, errors = run(*train)
-    assert code == 0, errors
-    drafter = load_drafter(out)
-    assert drafter.config.target_layer_ids == [1, 3] and drafter.config.mask_token_id == 96
-    assert {p.name for p in out.iterdir()} >= {"answers.jsonl", "config.json", "model.safetensors", "training.json"}
-    answers = (out / "answers.jsonl").read_text()
-    assert run(*train)[0] == 0
-    assert (out / "answers.jsonl").read_text() == answers
-    figures = house / "figures.json"
-    code, _, errors = run(
-        *("evaluate", "--target", house / "target", "--drafter", out, "--prompts", house / "prompts.jsonl"),
-        *("--max-new-tokens", 8, "--output", figures),
-    )
-    assert code == 0, errors
-    row = json.loads(figures.read_text())["prompts"]
-    assert row["prompts"] == 3 and row["tau"] >= 1 and len(row["acceptance"]) == 3
-
-
-def test_doctor(house):
-    code, printed, _ = run("doctor")
-    assert code == 0
-    for word in ("torch", "block_attn", "masked_cross_entropy", "native"):
-        assert word in printed
+from python_tests.data.words import word_tokenizer
 
 
 def wrong_cases(house):
@@ -185,7 +100,7 @@ def wrong_cases(house):
     ]
 
 
-def test_what_is_wrong_without_the_target_is_found_before_it_is_loaded(house, monkeypatch):
+def test_what_is_wrong_without_the_target_is_found_before_it_is_loaded(house, run, monkeypatch):
     def load_target(*_, **__):
         raise ValueError("the target is loaded")
 
@@ -208,7 +123,7 @@ def test_what_is_wrong_without_the_target_is_found_before_it_is_loaded(house, mo
     assert not (house / "out").exists()
 
 
-def test_what_users_get_wrong(house):
+def test_what_users_get_wrong(house, run):
     for words, message in wrong_cases(house):
         code, printed, errors = run(*words)
         assert code == 1, (words, printed, errors)

@@ -1,0 +1,18 @@
+"""The command line, one file a command. A command reads its input, calls the library and prints the result.
+
+The commands import the library when they run, so that `--help` is quick.
+"""
+
+from .app import app, reports_mistakes
+from .demo import demo
+from .doctor import doctor
+from .evaluate import evaluate
+from .generate import generate
+from .train import train
+
+for command in (demo, train, generate, evaluate, doctor):  # in the order of the help
+    app.command()(reports_mistakes(command))
+
+
+def main() -> None:
+    app()

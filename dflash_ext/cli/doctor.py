@@ -1,0 +1,12 @@
+"""`dflash-ext doctor`."""
+
+from __future__ import annotations
+
+from .app import console
+
+
+def doctor() -> None:
+    """Says what is built, on what it runs, and what serves each operator."""
+    from ..doctor import report
+
+    report(console)

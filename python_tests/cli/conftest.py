@@ -1,0 +1,33 @@
+import json
+from collections.abc import Callable
+
+import pytest
+from typer.testing import CliRunner
+
+from dflash_ext.cli import app
+from dflash_ext.train import save_drafter
+from python_tests.data.words import word_tokenizer
+from python_tests.tiny import random_prompts, tiny_pair
+
+
+@pytest.fixture
+def house(tmp_path):
+    """A target with its tokenizer, a drafter, and a file of prompts."""
+    target, drafter = tiny_pair("llama")
+    target.model.save_pretrained(tmp_path / "target")
+    word_tokenizer().save_pretrained(tmp_path / "target")
+    save_drafter(drafter, tmp_path / "drafter")
+    rows = [{"prompt": " ".join(f"w{i:03}" for i in p)} for p in random_prompts(5, 7, 9)]
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return tmp_path
+
+
+@pytest.fixture
+def run() -> Callable[..., tuple[int, str, str]]:
+    """Runs a command line; returns its exit code and what it wrote to standard output and standard error."""
+
+    def run(*words):
+        result = CliRunner().invoke(app, [str(word) for word in words], catch_exceptions=False)
+        return result.exit_code, result.stdout, result.stderr
+
+    return run

@@ -1,0 +1,11 @@
+"""A tokenizer with a token for each of the words w000, w001, ... and no chat template."""
+
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+
+def word_tokenizer(size: int = 97, eos: str = "w002") -> PreTrainedTokenizerFast:
+    words = {f"w{i:03}": i for i in range(size)}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="w000"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=eos, unk_token="w000")
