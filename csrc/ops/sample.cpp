@@ -1,5 +1,6 @@
 // Operators of the sampling family: draws, verification of drafts, and what to reveal of a canvas.
-// dflash_ext/ops/sampling.py brings tensors into the form that is expected here and documents the semantics.
+// dflash_ext/ops/{sampling,verify,reveal}.py bring tensors into the form that is expected here and document the
+// semantics.
 #include "sample/params.h"
 
 #include <tuple>

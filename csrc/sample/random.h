@@ -1,5 +1,5 @@
 // Random numbers as a function of (seed, stream, row, column): SplitMix64's mixing over counters, so no state is kept.
-// dflash_ext/ops/sampling.py has the same numbers in Python.
+// dflash_ext/ops/random.py has the same numbers in Python.
 #pragma once
 
 #include "sample/params.h"

@@ -5,7 +5,9 @@ from .attention import block_attn, block_attn_decode
 from .kv import kv_inject
 from .linear_loss import linear_cross_entropy
 from .loss import masked_cross_entropy
-from .sampling import reveal, reveal_count, sample, verify
+from .reveal import reveal, reveal_count
+from .sampling import sample
+from .verify import verify
 
 __all__ = [
     "CrossEntropy",

@@ -14,7 +14,7 @@ from dflash_ext import (
     sample,
     verify,
 )
-from dflash_ext.ops.sampling import _SAMPLE, _uniforms
+from dflash_ext.ops.random import SAMPLE, uniforms_of
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 LARGEST = 400  # numbers in a row
@@ -177,7 +177,7 @@ def check_sample():
     # As sample does it: the pivot is one of these numbers.
     scaled = logits.to(drawn.pivot.dtype) / torch.where(temperature == 0, 1.0, temperature).to(drawn.pivot.dtype)
     p = z.softmax(-1)
-    uniform = _uniforms(seed, _SAMPLE, rows, 1)[:, 0]
+    uniform = uniforms_of(seed, SAMPLE, rows, 1)[:, 0]
     # A token whose cumulative mass is a filter's bound but for rounding may be kept or not.
     matched = torch.zeros(rows, dtype=torch.bool)
     for shift in (0.0, 10 * slack, -10 * slack):

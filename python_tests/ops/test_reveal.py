@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from dflash_ext import reference, reveal
+from dflash_ext import reference, reveal, reveal_count
 
 LIMITS = {
     "count": [0, 1, 3, 1000],
@@ -73,3 +73,55 @@ def test_registration():
 
     count = torch.tensor([1, 2, 3])
     assert torch.equal(compiled(scores, masked, count), reveal(scores, masked, count=count))
+
+
+def test_reveal_takes_nan_scores_last_and_nan_entropies_never(device):
+    nan = math.nan
+    scores = torch.tensor([[0.3, nan, 0.9, 0.5, nan]], device=device)
+    masked, order = scores != 7, [2, 3, 0, 1, 4]
+    for function in (reveal, reference.reveal):
+        for count in range(6):
+            taken = function(scores, masked, count=count).nonzero()[:, 1].tolist()
+            assert taken == sorted(order[:count])
+        assert function(scores, masked, threshold=0.4).tolist() == [[False, False, True, True, False]]
+        assert function(scores, masked, factor=100.0).tolist() == [[True, False, True, True, False]]
+        taken = function(None, masked, entropy_bound=1e9, entropy=scores)
+        assert taken.tolist() == [[True, False, False, False, False]]
+        hopeless = torch.full_like(scores, nan)
+        assert function(hopeless, masked, threshold=0.4).tolist() == [[True, False, False, False, False]]
+
+
+def test_reveal_and_its_counts_on_the_device(device):
+    masked = torch.tensor([[True, True, False, True]], device=device)
+    scores = torch.tensor([[0.2, 0.9, 1.0, 0.5]], device=device)
+    count = reveal_count(masked.sum(-1), 0, 2)
+    assert reveal(scores, masked, count=count).tolist() == [[False, True, False, True]]
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: reveal(None, torch.ones(2, 3), count=1), "masked is torch.float32"),
+        (lambda: reveal(torch.ones(3), torch.ones(2, 3) > 0, count=1), r"scores is \[3\]"),
+        (lambda: reveal(None, torch.ones(2, 3) > 0, count=-1), "count is -1"),
+    ],
+)
+def test_refusals_name_the_value(call, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        call()
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: reveal(None, [[True]], count=1), r"reveal: masked is \[\[True\]\] \(list\); a tensor"),
+        (lambda: reveal(0.5, torch.zeros(2, 3) == 0, count=1), r"reveal: scores is 0.5 \(float\); a tensor or None"),
+        (lambda: reveal(None, torch.zeros(2, 3) == 0, count="1"), r"reveal: count is '1' \(str\)"),
+        (lambda: reveal_count(7, 0, 2), r"reveal_count: total is 7 \(int\); a tensor"),
+        (lambda: reveal_count(torch.tensor([7]), 0.0, 2), r"reveal_count: step is 0.0 \(float\); an int"),
+    ],
+)
+def test_what_is_no_tensor_or_number_is_refused(call, message):
+    with pytest.raises(TypeError, match=message):
+        call()

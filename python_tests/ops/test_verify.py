@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dflash_ext import reference, sample, verify
-from dflash_ext.ops.sampling import _VERIFY, _uniforms
+from dflash_ext.ops.random import VERIFY, uniforms_of
 
 OPTIONS = {
     "greedy": {"temperature": 0.0},
@@ -22,6 +22,15 @@ OPTIONS = {
 }
 BATCH, DRAFTED = 6, 5
 SEED = torch.tensor([9])
+DRAFT, TARGET = torch.zeros(2, 3, dtype=torch.int64), torch.zeros(2, 4, 5)
+
+
+def seed(*values, device="cpu"):
+    return torch.tensor(values, device=device)
+
+
+def logits(*shape, device="cpu"):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(0)).to(device)
 
 
 def case(vocab, dtype, form, options, seed):
@@ -117,7 +126,7 @@ def test_random_numbers_are_those_of_the_definition():
     draft, target, given = case(40, torch.float64, "logits", OPTIONS["plain"], 3)
     del given["uniforms"]
     for seed in (torch.tensor([2**62 + 1]), torch.arange(BATCH) - 3):
-        numbers = _uniforms(seed, _VERIFY, BATCH, DRAFTED + 1)
+        numbers = uniforms_of(seed, VERIFY, BATCH, DRAFTED + 1)
         same(verify(draft, target, seed=seed, **given), reference.verify(draft, target, uniforms=numbers, **given))
 
 
@@ -217,3 +226,85 @@ def test_lengths_beyond_the_draft_count_as_all_of_it(device):
         assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
     with pytest.raises(ValueError, match="draft_lens is torch.float32"):
         verify(draft, target, **given, draft_lens=torch.ones(500, device=device))
+
+
+def test_one_seed_may_serve_the_draft_and_its_verification():
+    """p = q / 2 on every drafted token: half are accepted, which a shared random number would bend."""
+    count, vocab = 20_000, 8
+    draft_logits = torch.zeros(count, 1, vocab)
+    draft_logits[..., vocab // 2 :] = -torch.inf
+    target_logits = torch.zeros(count, 2, vocab)
+    drawn = sample(draft_logits[:, 0], seed(3))
+    got = verify(drawn.token[:, None], target_logits, draft_logits=draft_logits, seed=seed(3), temperature=1.0)
+    committed = torch.where(got.accepted > 0, drawn.token, got.next_token)
+    counts = committed.bincount(minlength=vocab).double()
+    expected = count / vocab
+    assert ((counts - expected) ** 2 / expected).sum() < 30  # 7 degrees of freedom: p = 0.0001
+
+
+def test_verify_draws_are_those_of_its_uniforms(device):
+    draft = torch.zeros(3, 2, dtype=torch.int64, device=device)
+    z, uniforms = logits(3, 3, 9, device=device), torch.rand(3, 3, device=device)
+    got = verify(draft, z, uniforms=uniforms, temperature=0.8, top_k=4)
+    want = reference.verify(draft, z, uniforms=uniforms, temperature=0.8, top_k=4)
+    assert torch.equal(got.accepted, want.accepted) and torch.equal(got.next_token, want.next_token)
+    once, twice = (verify(draft, z, seed=seed(5, device=device), temperature=0.8) for _ in range(2))
+    assert torch.equal(once.next_token, twice.next_token)
+
+
+@pytest.mark.parametrize("options", [{}, {"temperature": 1.0}, {"temperature": 0.7, "top_p": 0.8}], ids=str)
+def test_verify_takes_nan_for_minus_infinity(options, device):
+    draft, target, drafter = torch.zeros(3, 2, dtype=torch.int64, device=device), *logits(2, 3, 3, 50, device=device)
+    drafter, uniforms = drafter[:, :2], torch.rand(3, 3, device=device)
+    nan = torch.rand(target.shape, device=device) < 0.3
+    nan[0, 0] = True
+    for given in ({}, {"draft_logits": drafter}):
+        for function in (verify, reference.verify):
+            got, want = (
+                function(
+                    draft,
+                    target.masked_fill(nan, value),
+                    **{name: x.masked_fill(nan[:, 1:], value) for name, x in given.items()},
+                    uniforms=uniforms,
+                    **options,
+                )
+                for value in (math.nan, -math.inf)
+            )
+            assert torch.equal(got.accepted, want.accepted) and torch.equal(got.next_token, want.next_token)
+            # Without any logit the argmax is token 0, which is a draft that greedy decoding accepts.
+            assert options or got.accepted[0] > 0
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: verify(DRAFT.int(), TARGET), "torch.int32"),
+        (lambda: verify(DRAFT, TARGET[:, :3]), r"target_logits is \[2, 3, 5\]; \[2, 4, 5\]"),
+        (lambda: verify(DRAFT, TARGET, draft_logits=TARGET), "draft_logits"),
+        (lambda: verify(DRAFT, TARGET, draft_pivot=torch.zeros(2, 3)), "come together"),
+        (lambda: verify(DRAFT, TARGET, temperature=1.0), "needs random numbers"),
+        (lambda: verify(DRAFT, TARGET, temperature=1.0, seed=seed(1, 2, 3)), "seed"),
+        (lambda: verify(DRAFT, TARGET, seed=seed(1), uniforms=torch.zeros(2, 4)), "both given"),
+        (lambda: verify(DRAFT, TARGET, draft_lens=seed(1, 2, 3)), "draft_lens"),
+        (lambda: verify(DRAFT, TARGET[0]), r"target_logits is torch.float32 \[4, 5\]"),
+        (lambda: verify(DRAFT, TARGET.long()), "target_logits is torch.int64"),
+        (lambda: verify(DRAFT, TARGET[..., :0]), r"target_logits is torch.float32 \[2, 4, 0\]"),
+    ],
+)
+def test_refusals_name_the_value(call, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        call()
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: verify([[1]], TARGET), r"verify: draft_tokens is \[\[1\]\] \(list\)"),
+        (lambda: verify(DRAFT, TARGET.numpy()), "verify: target_logits is of type ndarray"),
+        (lambda: verify(DRAFT, TARGET, draft_lens=3), r"verify: draft_lens is 3 \(int\); a tensor or None"),
+    ],
+)
+def test_what_is_no_tensor_or_number_is_refused(call, message):
+    with pytest.raises(TypeError, match=message):
+        call()

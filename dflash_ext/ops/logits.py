@@ -1,0 +1,58 @@
+"""What the operators on logits share: checks, and filters in the form that the native operators take."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+LOGITS_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+# Of numbers that are not 0. Outside them a temperature or its inverse leaves float32.
+_RANGES = {"temperature": (1e-30, 1e30), "min_p": (0.0, 1.0)}
+
+
+def check_numbers(op: str, rows: int, **numbers: float | Tensor | None) -> None:
+    for name, value in numbers.items():
+        if isinstance(value, Tensor) and value.shape != (rows,):
+            raise ValueError(f"{op}: {name} is a tensor {list(value.shape)}; a number or [{rows}] is needed")
+        if isinstance(value, Tensor) or value is None:
+            continue
+        least, most = _RANGES.get(name, (0.0, math.inf))
+        if not (value == 0 or least <= value <= most):
+            raise ValueError(f"{op}: {name} is {value}; 0 or a number from {least:g} to {most:g} is needed")
+
+
+def check_last_dim(op: str, name: str, logits: Tensor) -> None:
+    if logits.shape[-1] > 1 and logits.stride(-1) != 1:
+        raise ValueError(f"{op}: the last dimension of {name} must be contiguous, its stride is {logits.stride(-1)}")
+
+
+def real_dtype(logits: Tensor) -> torch.dtype:
+    """The precision of sums and of everything per row."""
+    return torch.promote_types(logits.dtype, torch.float32)
+
+
+def as_contiguous(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return None if tensor is None else tensor.to(dtype).contiguous()
+
+
+def number_and_tensor(value: float | Tensor | None, off: float, real: torch.dtype) -> tuple[float, Tensor | None]:
+    """A parameter is a number, or a tensor of one per row in its place."""
+    if isinstance(value, Tensor):
+        return off, as_contiguous(value, real)
+    return (off if value is None else float(value)), None
+
+
+def filter_arguments(
+    logits: Tensor,
+    temperature: float | Tensor,
+    top_k: int | Tensor | None,
+    top_p: float | Tensor | None,
+    min_p: float | Tensor | None,
+) -> tuple[float | Tensor | None, ...]:
+    """The four as numbers, then as tensors."""
+    given = (temperature, 1.0), (top_k, 0.0), (top_p, 1.0), (min_p, 0.0)
+    numbers, tensors = zip(*(number_and_tensor(value, off, real_dtype(logits)) for value, off in given), strict=True)
+    return *numbers, *tensors

@@ -1,0 +1,41 @@
+"""The random numbers of the native operators (csrc/sample/random.h), in PyTorch."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+# With one seed the operators draw from different streams: a draft and its verification must be independent.
+SAMPLE, VERIFY = 1, 2
+
+
+def check_seed(op: str, seed: Tensor, rows: int) -> None:
+    if seed.dtype != torch.int64 or seed.shape not in ((1,), (rows,)):
+        raise ValueError(f"{op}: seed is {seed.dtype} {list(seed.shape)}; int64 [1] or [{rows}] is needed")
+
+
+def uniforms_of(seed: Tensor, stream: int, rows: int, count: int) -> Tensor:
+    """float64 ``[rows, count]`` in [0, 1), a function of the seed, the stream, the row and the column.
+
+    SplitMix64's mixing function over counters, so nothing is read back and no state is kept. With one seed
+    per row, every row counts as the first of its own seed.
+    """
+    index = torch.arange(rows, device=seed.device) if seed.shape[0] == 1 else torch.zeros_like(seed)
+    key = _mix(_mix(_mix(seed + _GOLDEN) + stream) + index * _GOLDEN)
+    bits = _mix(key[:, None] + torch.arange(1, count + 1, device=seed.device) * _GOLDEN)
+    return _shifted(bits, 11).double() * 2.0**-53
+
+
+# 2^64 over the golden ratio and SplitMix64's two multipliers, as the signed numbers that torch.int64 holds.
+_GOLDEN, _FIRST, _SECOND = -0x61C8864680B583EB, -0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15
+
+
+def _mix(x: Tensor) -> Tensor:
+    x = (x ^ _shifted(x, 30)) * _FIRST
+    x = (x ^ _shifted(x, 27)) * _SECOND
+    return x ^ _shifted(x, 31)
+
+
+def _shifted(x: Tensor, bits: int) -> Tensor:
+    """x >> bits without the sign."""
+    return (x >> bits) & ((1 << (64 - bits)) - 1)

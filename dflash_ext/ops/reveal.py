@@ -1,0 +1,94 @@
+"""Choosing which positions of a canvas to commit."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import reference
+from ..arguments import check_one_device, checked
+from ..library import load
+from .logits import as_contiguous, check_numbers, number_and_tensor
+from .serving import warn_once
+
+load()
+_native = torch.ops.dflash_ext
+
+# The native operator knows the rules by their places here.
+_RULES = ("count", "threshold", "factor", "entropy_bound")
+
+
+@checked
+def reveal(
+    scores: Tensor | None,
+    masked: Tensor,
+    *,
+    count: int | Tensor | None = None,
+    threshold: float | Tensor | None = None,
+    factor: float | Tensor | None = None,
+    entropy_bound: float | Tensor | None = None,
+    entropy: Tensor | None = None,
+) -> Tensor:
+    """Which masked positions of a canvas to commit in this step of diffusion: an order and one limit.
+
+    The masked positions are taken in falling order of score (left to right among equals), as far as the limit
+    goes. Scores may be the confidence (max p), the margin (p1 - p2), -H for the order of entropy, or None for
+    left to right. A score that is NaN counts as -inf, the last in the order; an entropy that is NaN exceeds any bound.
+
+    Args:
+        scores: ``[B, L]``, or None.
+        masked: bool ``[B, L]``: the positions that may be committed.
+        count: so many positions, or all that are left (linear and cosine schedules: ``reveal_count``).
+        threshold: all of score > threshold (Fast-dLLM); scores are confidences.
+        factor: the n-th while its confidence >= 1 - factor / (n + 1) (dInfer); scores are confidences.
+        entropy_bound: the longest prefix whose ``sum(H) - max(H)`` is at most the bound (arXiv 2505.24857).
+            In the order of -H and with every position masked this is also the acceptance rule of
+            uniform-state diffusion.
+        entropy: ``[B, L]``, H in nats, for entropy_bound.
+
+    A limit is a number or a tensor ``[B]``. All but count take at least one position of a row that has any.
+
+    Returns:
+        bool ``[B, L]``, a part of masked. Raises ValueError unless exactly one limit is given, with what it
+        needs.
+    """
+    if masked.dim() != 2 or masked.dtype != torch.bool:
+        raise ValueError(f"reveal: masked is {masked.dtype} {list(masked.shape)}; bool [B, L] is needed")
+    for name, given in (("scores", scores), ("entropy", entropy)):
+        if given is not None and given.shape != masked.shape:
+            raise ValueError(f"reveal: {name} is {list(given.shape)}; {list(masked.shape)} is needed")
+    limits = {"count": count, "threshold": threshold, "factor": factor, "entropy_bound": entropy_bound}
+    check_one_device("reveal", masked=masked, scores=scores, entropy=entropy, **limits)
+    check_numbers("reveal", masked.shape[0], **limits)
+    rule, limit = reference.reveal_limit(scores, entropy, **limits)
+    if not masked.is_cuda:
+        real = torch.float32
+        for given in (scores, entropy):
+            real = real if given is None else torch.promote_types(real, given.dtype)
+        return _native.reveal(
+            as_contiguous(scores, real),
+            masked.contiguous(),
+            as_contiguous(entropy, real),
+            _RULES.index(rule),
+            *number_and_tensor(limit, 0.0, real),
+        )
+    warn_once("reveal", masked.device)
+    return reference.reveal(scores, masked, entropy=entropy, **{rule: limit})
+
+
+@checked
+def reveal_count(total: Tensor, step: int, steps: int, *, schedule: str = "linear") -> Tensor:
+    """How many positions to commit in step ``step`` (from 0) of ``steps``, for ``reveal``'s count.
+
+    total: int ``[B]``, the positions masked before the first step. schedule: "linear", equal shares, the
+    remainder going to the first steps; or "cosine", after which a fraction cos(pi s / 2 steps) is still
+    masked after s steps (MaskGIT, arXiv 2202.04200), rounded down. The counts of all steps add up to total.
+    Returns int ``[B]``.
+    Raises ValueError for a step out of range or an unknown schedule.
+    """
+    return reference.reveal_count(total, step, steps, schedule=schedule)
+
+
+@torch.library.register_fake("dflash_ext::reveal")
+def _(scores, masked, *others):
+    return masked.new_empty(masked.shape)

@@ -1,0 +1,146 @@
+"""Verifying a draft against the target's logits: speculative sampling."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import reference
+from ..arguments import check_one_device, checked
+from ..library import load
+from ..reference import Verification
+from .logits import LOGITS_DTYPES, as_contiguous, check_last_dim, check_numbers, filter_arguments, real_dtype
+from .random import VERIFY, check_seed, uniforms_of
+from .serving import warn_once
+
+load()
+_native = torch.ops.dflash_ext
+
+
+@checked
+def verify(
+    draft_tokens: Tensor,
+    target_logits: Tensor,
+    *,
+    draft_logits: Tensor | None = None,
+    draft_pivot: Tensor | None = None,
+    draft_normaliser: Tensor | None = None,
+    seed: Tensor | None = None,
+    uniforms: Tensor | None = None,
+    temperature: float | Tensor = 0.0,
+    top_k: int | Tensor | None = None,
+    top_p: float | Tensor | None = None,
+    min_p: float | Tensor | None = None,
+    draft_lens: Tensor | None = None,
+) -> Verification:
+    """The longest prefix of a draft that the target accepts, and the target's own token after it.
+
+    At temperature 0 a token is accepted while it is the target's argmax, and the next token is the target's
+    argmax. Above 0 token x is accepted with probability min(1, p(x) / q(x)); the token after the first
+    rejection is drawn from max(p - q, 0), normalised, and the bonus token after a draft that was accepted
+    whole from p. So the output is distributed as the target's own (arXiv 2211.17192, 2302.01318). p and q are
+    both under the temperature and the filters of ``sample``, and NaN counts as -inf there too.
+
+    Args:
+        draft_tokens: int64 ``[B, K]``.
+        target_logits: ``[B, K + 1, V]``; entry k is the target's prediction of draft token k, the last of the
+            bonus. dtypes as in ``sample``. On the CPU nothing after the first rejected token is read.
+        draft_logits: ``[B, K, V]``, those that the draft was drawn from. None for a draft that was not
+            sampled, or not left to right: a point mass, accepted with p(x), whose residual is p without x.
+        draft_pivot, draft_normaliser: ``[B, K]`` from the draft's ``Sample``, so that q is the one drawn
+            from; without them q is filtered again.
+        seed: int64 ``[1]`` or ``[B]`` on the device, as in ``sample``; the same seed may serve both.
+        uniforms: ``[B, K + 1]`` in [0, 1) in place of a seed: one per acceptance, the last for the draw.
+        temperature, top_k, top_p, min_p: numbers or tensors ``[B]``; rows of temperature 0 and above may mix.
+        draft_lens: int ``[B]``, how many tokens of a row were drafted; the rest are ignored. K unless given.
+
+    Returns:
+        Verification of ``accepted`` int64 ``[B]`` (0 to draft_lens) and ``next_token`` int64 ``[B]``.
+
+    Raises ValueError for arguments that do not fit together, TypeError for one that is no tensor or number, and on the
+    CPU RuntimeError for a draft token outside the vocabulary.
+    """
+    if draft_tokens.dim() != 2 or draft_tokens.dtype != torch.int64:
+        raise ValueError(
+            f"verify: draft_tokens is {draft_tokens.dtype} {list(draft_tokens.shape)}; int64 [B, K] is needed"
+        )
+    batch, drafted = draft_tokens.shape
+    if target_logits.dim() != 3 or target_logits.dtype not in LOGITS_DTYPES or target_logits.shape[2] == 0:
+        raise ValueError(
+            f"verify: target_logits is {target_logits.dtype} {list(target_logits.shape)}; floating "
+            f"[{batch}, {drafted + 1}, V] is needed"
+        )
+    filters = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
+    check_one_device(
+        "verify",
+        draft_tokens=draft_tokens,
+        target_logits=target_logits,
+        draft_logits=draft_logits,
+        draft_pivot=draft_pivot,
+        draft_normaliser=draft_normaliser,
+        seed=seed,
+        uniforms=uniforms,
+        draft_lens=draft_lens,
+        **filters,
+    )
+    vocab = target_logits.shape[2]
+    for name, given, shape in (
+        ("target_logits", target_logits, (batch, drafted + 1, vocab)),
+        ("draft_logits", draft_logits, (batch, drafted, vocab)),
+        ("draft_pivot", draft_pivot, (batch, drafted)),
+        ("draft_normaliser", draft_normaliser, (batch, drafted)),
+        ("uniforms", uniforms, (batch, drafted + 1)),
+        ("draft_lens", draft_lens, (batch,)),
+    ):
+        if given is not None and given.shape != shape:
+            raise ValueError(f"verify: {name} is {list(given.shape)}; {list(shape)} is needed")
+    if draft_lens is not None and (draft_lens.is_floating_point() or draft_lens.dtype == torch.bool):
+        raise ValueError(f"verify: draft_lens is {draft_lens.dtype}; an integer dtype is needed")
+    if (draft_pivot is None) != (draft_normaliser is None) or (draft_pivot is not None and draft_logits is None):
+        raise ValueError("verify: draft_pivot and draft_normaliser come together, and with draft_logits")
+    for name, given in (("target_logits", target_logits), ("draft_logits", draft_logits)):
+        if given is not None:
+            check_last_dim("verify", name, given)
+    if seed is not None and uniforms is not None:
+        raise ValueError("verify: seed and uniforms are both given; one of them is needed")
+    if seed is not None:
+        check_seed("verify", seed, batch)
+    elif uniforms is None and (isinstance(temperature, Tensor) or temperature != 0):
+        raise ValueError("verify: temperature > 0 needs random numbers, and none were given")
+    check_numbers("verify", batch, **filters)
+    if not target_logits.is_cuda:
+        if draft_logits is not None:
+            dtype = torch.promote_types(target_logits.dtype, draft_logits.dtype)
+            target_logits, draft_logits = target_logits.to(dtype), draft_logits.to(dtype)
+        real = real_dtype(target_logits)
+        return Verification(
+            *_native.verify(
+                draft_tokens.contiguous(),
+                target_logits,
+                draft_logits,
+                as_contiguous(draft_pivot, real),
+                as_contiguous(draft_normaliser, real),
+                None if seed is None else seed.contiguous(),
+                as_contiguous(uniforms, torch.float64),
+                as_contiguous(draft_lens, torch.int64),
+                *filter_arguments(target_logits, **filters),
+            )
+        )
+    if seed is not None:
+        uniforms = uniforms_of(seed, VERIFY, batch, drafted + 1)
+    warn_once("verify", draft_tokens.device)
+    return reference.verify(
+        draft_tokens,
+        target_logits,
+        draft_logits=draft_logits,
+        draft_pivot=draft_pivot,
+        draft_normaliser=draft_normaliser,
+        uniforms=uniforms,
+        draft_lens=draft_lens,
+        **filters,
+    )
+
+
+@torch.library.register_fake("dflash_ext::verify")
+def _(draft_tokens, *others):
+    return draft_tokens.new_empty(draft_tokens.shape[0]), draft_tokens.new_empty(draft_tokens.shape[0])

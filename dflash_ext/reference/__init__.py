@@ -1,0 +1,30 @@
+"""Every operator in plain PyTorch, one file per file of ``ops/``: what the kernels are tested against.
+
+The functions take any floating dtype and compute in float32, or in float64 for float64 inputs. They are written to
+be read, not to be fast.
+"""
+
+from .attention import block_attn, block_attn_decode
+from .kv import kv_inject
+from .linear_loss import linear_cross_entropy
+from .loss import CrossEntropy, masked_cross_entropy
+from .reveal import reveal, reveal_count, reveal_limit
+from .sampling import Sample, filter_logits, sample
+from .verify import Verification, verify
+
+__all__ = [
+    "CrossEntropy",
+    "Sample",
+    "Verification",
+    "block_attn",
+    "block_attn_decode",
+    "filter_logits",
+    "kv_inject",
+    "linear_cross_entropy",
+    "masked_cross_entropy",
+    "reveal",
+    "reveal_count",
+    "reveal_limit",
+    "sample",
+    "verify",
+]

@@ -1,0 +1,130 @@
+"""Filters and draws in plain PyTorch."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .numerics import entropy_of, widened, without_nan
+
+
+def filter_logits(
+    logits: Tensor,
+    temperature: float | Tensor = 1.0,
+    top_k: int | Tensor | None = None,
+    top_p: float | Tensor | None = None,
+    min_p: float | Tensor | None = None,
+) -> Tensor:
+    """Logits ``[N, V]`` over temperature, with -inf where a filter drops the token.
+
+    In this order, each over what the one before left:
+      temperature  z = logits / T; T = 0 keeps the argmax alone (the lowest index among equals), at scale 1.
+      top-k        keeps z >= the k-th largest z; None, 0 and k >= V keep all.
+      top-p        keeps a token iff the tokens that are more probable than it have a mass below p; None and
+                   p >= 1 keep all.
+      min-p        keeps p(x) >= min_p * max p; None and 0 keep all.
+    Tokens of equal logits share one fate, so that what is kept is what reaches a pivot; the most probable
+    token is always kept. Each parameter is a number or a tensor ``[N]``. NaN counts as -inf.
+    """
+    temperature, top_k, top_p, min_p = (per_row(x, logits) for x in (temperature, top_k, top_p, min_p))
+    greedy = temperature == 0
+    z = widened(without_nan(logits)) / torch.where(greedy, 1.0, temperature)
+    if top_k is not None or top_p is not None:
+        ordered = z.sort(dim=-1, descending=True).values
+    if top_k is not None:
+        vocab = z.shape[-1]
+        last = torch.where(top_k <= 0, vocab, top_k.clamp(max=vocab)).long() - 1
+        pivot = ordered.gather(-1, last.expand(z.shape[0], 1))
+        z = z.masked_fill(z < pivot, -math.inf)
+        ordered = ordered.masked_fill(ordered < pivot, -math.inf)
+    if top_p is not None:
+        probs = torch.softmax(ordered, dim=-1)
+        mass_above = probs.cumsum(-1) - probs
+        last = ((mass_above < top_p) | (top_p >= 1)).sum(-1, keepdim=True).clamp(min=1) - 1
+        z = z.masked_fill(z < ordered.gather(-1, last), -math.inf)
+    if min_p is not None:
+        z = z.masked_fill(z < z.amax(-1, keepdim=True) + min_p.log(), -math.inf)
+    token = torch.arange(z.shape[-1], device=z.device)
+    return z.masked_fill(greedy & (token != z.argmax(-1, keepdim=True)), -math.inf)
+
+
+class Sample(NamedTuple):
+    """One draw per row of ``[N, V]`` logits; every field is ``[N]``, the real ones in the logits' widened
+    dtype.
+
+    token: int64. prob, logprob: the token's; entropy (nats), margin (p1 - p2), max_prob, argmax (int64): the
+    distribution's. All these are after temperature and before the filters, at temperature 1 where it is 0.
+    pivot, normaliser: the filtered distribution is ``q(x) = exp(z_x - normaliser)`` for every ``z_x >=
+    pivot`` and 0 elsewhere, z being the logits over temperature.
+    """
+
+    token: Tensor
+    prob: Tensor
+    logprob: Tensor
+    entropy: Tensor
+    margin: Tensor
+    argmax: Tensor
+    max_prob: Tensor
+    pivot: Tensor
+    normaliser: Tensor
+
+
+def sample(
+    logits: Tensor,
+    uniform: Tensor,
+    *,
+    temperature: float | Tensor = 1.0,
+    top_k: int | Tensor | None = None,
+    top_p: float | Tensor | None = None,
+    min_p: float | Tensor | None = None,
+    return_filtered_entropy: bool = False,
+) -> Sample | tuple[Sample, Tensor]:
+    """Draws one token per row by inverse CDF in vocabulary order, from one number of [0, 1) per row.
+
+    logits: ``[N, V]``. uniform: ``[N]``, any floating dtype. The filters are those of ``filter_logits``.
+    With return_filtered_entropy also the entropy of the filtered distribution, ``[N]``.
+    """
+    filtered = filter_logits(logits, temperature, top_k, top_p, min_p)
+    token = inverse_cdf(torch.softmax(filtered, dim=-1), uniform)
+
+    temperature = per_row(temperature, logits)
+    z = widened(without_nan(logits)) / torch.where(temperature == 0, 1.0, temperature)
+    logp = torch.log_softmax(z, dim=-1)
+    probs = logp.exp()
+    logprob = logp.gather(-1, token[:, None])[:, 0]
+    top = probs.topk(min(2, probs.shape[-1]), dim=-1).values
+    drawn = Sample(
+        token=token,
+        prob=logprob.exp(),
+        logprob=logprob,
+        entropy=entropy_of(logp),
+        margin=top[:, 0] - top[:, 1] if top.shape[-1] > 1 else top[:, 0],
+        argmax=logp.argmax(-1),
+        max_prob=top[:, 0],
+        pivot=torch.where(filtered > -math.inf, filtered, math.inf).amin(-1),
+        normaliser=torch.logsumexp(filtered, dim=-1),
+    )
+    if not return_filtered_entropy:
+        return drawn
+    return drawn, entropy_of(torch.log_softmax(filtered, dim=-1))
+
+
+def inverse_cdf(mass: Tensor, uniform: Tensor) -> Tensor:
+    """int64 [N]: where the running sum of ``mass [N, V]`` first passes ``uniform [N]`` times its total."""
+    cdf = mass.double().cumsum(-1)
+    total = cdf[:, -1:]
+    passed = (cdf > uniform.double()[:, None] * total) | (cdf == total)
+    return (passed & (mass > 0)).to(torch.uint8).argmax(-1)
+
+
+def per_row(value: float | Tensor | None, rows: Tensor) -> Tensor | None:
+    """A number, or one number per row, as something that broadcasts against ``rows [N, V]``."""
+    if value is None:
+        return None
+    dtype = torch.promote_types(rows.dtype, torch.float32)
+    if isinstance(value, Tensor):
+        return value.to(dtype)[:, None]
+    return torch.full((1, 1), value, dtype=dtype, device=rows.device)

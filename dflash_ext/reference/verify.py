@@ -1,0 +1,86 @@
+"""Speculative sampling in plain PyTorch."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .numerics import widened, without_nan
+from .sampling import filter_logits, inverse_cdf, per_row
+
+
+class Verification(NamedTuple):
+    """accepted: int64 ``[B]``, how many drafted tokens are kept. next_token: int64 ``[B]``, the target's token
+    after them: the correction of the first rejected one, or the bonus.
+    """
+
+    accepted: Tensor
+    next_token: Tensor
+
+
+def verify(
+    draft_tokens: Tensor,
+    target_logits: Tensor,
+    *,
+    draft_logits: Tensor | None = None,
+    draft_pivot: Tensor | None = None,
+    draft_normaliser: Tensor | None = None,
+    uniforms: Tensor | None = None,
+    temperature: float | Tensor = 0.0,
+    top_k: int | Tensor | None = None,
+    top_p: float | Tensor | None = None,
+    min_p: float | Tensor | None = None,
+    draft_lens: Tensor | None = None,
+) -> Verification:
+    """Speculative sampling (arXiv 2211.17192, 2302.01318); see ``dflash_ext.verify`` for shapes and rules."""
+    batch, drafted = draft_tokens.shape
+    device = draft_tokens.device
+    drafted_lens = torch.full((batch,), drafted, device=device) if draft_lens is None else draft_lens.clamp(0, drafted)
+    real = torch.arange(drafted, device=device) < drafted_lens[:, None]
+    if not isinstance(temperature, Tensor) and temperature == 0:
+        best = without_nan(target_logits).argmax(-1)
+        accepted = ((draft_tokens == best[:, :drafted]) & real).cumprod(-1).sum(-1)
+        return Verification(accepted, best.gather(-1, accepted[:, None])[:, 0])
+    if uniforms is None:
+        raise ValueError("verify: temperature > 0 needs random numbers, and none were given")
+
+    temperature = per_row(temperature, target_logits).flatten().expand(batch)
+    greedy = temperature == 0
+    draft_tokens = draft_tokens.masked_fill(~real, 0)
+    filters = (temperature, top_k, top_p, min_p)
+    p = _filtered_probs(target_logits, *filters)
+    point = torch.nn.functional.one_hot(draft_tokens, p.shape[-1]).to(p.dtype)
+    if draft_logits is None:
+        q = point
+    elif draft_pivot is None:
+        q = _filtered_probs(draft_logits, *filters)
+    else:
+        z = widened(draft_logits) / torch.where(greedy, 1.0, temperature)[:, None, None]
+        q = torch.where(z >= draft_pivot[..., None], (z - draft_normaliser[..., None]).exp(), 0.0)
+    # At temperature 0 all of p is at the argmax, so a point-mass draft makes these rules the greedy ones.
+    q = torch.where(greedy[:, None, None], point, q)
+
+    picked = draft_tokens[..., None]
+    p_token = p[:, :drafted].gather(-1, picked)[..., 0]
+    q_token = q.gather(-1, picked)[..., 0]
+    # A token that q could not have drawn (the draft's logits are NaN, say) is no draft: p decides alone.
+    passed = (uniforms[:, :drafted] * q_token < p_token) & (q_token > 0) & real
+    accepted = passed.cumprod(-1).sum(-1)
+
+    row = torch.arange(batch, device=device)
+    wanted = p[row, accepted]
+    if drafted:
+        residual = (wanted - q[row, accepted.clamp(max=drafted - 1)]).clamp(min=0)
+        # Where p = q the residual is nothing but rounding, and so was the rejection.
+        rejected = (accepted < drafted_lens) & (residual.sum(-1) > 0)
+        wanted = torch.where(rejected[:, None], residual, wanted)
+    return Verification(accepted, inverse_cdf(wanted, uniforms[:, drafted]))
+
+
+def _filtered_probs(logits: Tensor, *filters: float | Tensor | None) -> Tensor:
+    """Of ``logits [B, K, V]``, under filters that are numbers or tensors [B]."""
+    batch, count, vocab = logits.shape
+    filters = (f.repeat_interleave(count) if isinstance(f, Tensor) else f for f in filters)
+    return torch.softmax(filter_logits(logits.reshape(-1, vocab), *filters), dim=-1).view(logits.shape)
