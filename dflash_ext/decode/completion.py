@@ -13,12 +13,14 @@ class Completion:
         tokens: the new tokens, with the stop token if one ended the row.
         finish_reason: "stop" or "length".
         committed: tokens that each cycle added to the row, the bonus token included; the first token is prefill's.
-        accepted: drafted tokens that each cycle's verification accepted.
+        verified: drafted tokens that each cycle's verification read; fewer than were drafted where the row ends sooner.
+        accepted: how many of them it accepted.
     """
 
     tokens: list[int] = field(default_factory=list)
     finish_reason: str | None = None
     committed: list[int] = field(default_factory=list)
+    verified: list[int] = field(default_factory=list)
     accepted: list[int] = field(default_factory=list)
 
     @property
@@ -50,9 +52,11 @@ class Decoded:
 
     @property
     def acceptance(self) -> list[float]:
-        """For each drafted position, the share of cycles that accepted it (and so everything before it)."""
+        """For each drafted position, the share of the cycles that verified it and accepted it (and all before it)."""
+        verified = [v for c in self.completions for v in c.verified]
         accepted = [a for c in self.completions for a in c.accepted]
-        return [sum(a > i for a in accepted) / max(len(accepted), 1) for i in range(self.draft_width)]
+        positions = range(self.draft_width)
+        return [sum(a > i for a in accepted) / max(sum(v > i for v in verified), 1) for i in positions]
 
     @property
     def decode_seconds(self) -> float:

@@ -89,9 +89,8 @@ def decode(
     by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
 
     def commit(index: int, tokens: list[int], *, cycle: bool = True) -> bool:
-        """Adds tokens to a row up to a stop token or its length; returns whether the row has ended."""
+        """Adds tokens to a row up to a stop token; returns whether the row has ended."""
         completion = completions[index]
-        tokens = tokens[: max_new_tokens - len(completion.tokens)]
         stops = [i for i, token in enumerate(tokens) if token in stop_token_ids]
         tokens = tokens[: stops[0] + 1] if stops else tokens
         completion.tokens += tokens
@@ -128,8 +127,9 @@ def decode(
                 rows = [row for row, done in enumerate(ended) if not done]
                 batch.select(rows)
                 indices, ended = [indices[row] for row in rows], [False] * len(rows)
-            for row, tokens in enumerate(batch.cycle(ended)):
+            for row, (verified, tokens) in enumerate(batch.cycle(ended)):
                 if not ended[row]:
+                    completions[indices[row]].verified.append(verified)
                     completions[indices[row]].accepted.append(len(tokens) - 1)
                     ended[row] = commit(indices[row], tokens)
             decoded.cycles += 1
@@ -188,9 +188,10 @@ class _Batch:
         positions = torch.arange(width, device=device) - (width - self.start)[:, None]
         self.new_positions = positions.clamp(min=-1)
         self.slots = torch.arange(draft_width + 1, device=device)
-        # A row's last cycle starts at most one token before its end and writes a whole block.
-        capacity = width + max_new_tokens + draft_width + 1
-        self.target_cache, self.draft_cache = RowCache(capacity), RowCache(capacity)
+        # The target reads every token of a row but the last one. The drafter's block may reach beyond that.
+        self.last = self.start + max_new_tokens - 2
+        capacity = width + max_new_tokens - 1
+        self.target_cache, self.draft_cache = RowCache(capacity), RowCache(capacity + draft_width)
 
     def prefill(self) -> list[int]:
         """Runs the prompts through the target and draws every row's first token, its first anchor."""
@@ -208,32 +209,36 @@ class _Batch:
         self.watch.stop()
         return anchors
 
-    def cycle(self, ended: list[bool]) -> list[list[int]]:
-        """Drafts, verifies and commits once; returns every row's new tokens. Rows that have `ended` stay put."""
+    def cycle(self, ended: list[bool]) -> list[tuple[int, list[int]]]:
+        """Drafts, verifies and commits once.
+
+        Returns for every row how many drafted tokens were verified, and its new tokens. What it returns for rows that
+        have `ended` is of no use; they take part as padding, at no position.
+        """
         frozen = torch.tensor(ended, device=self.start.device)
-        positions = self.start[:, None] + self.slots
-        end = max(self.lengths) + self.draft_width + 1
+        self.start = self.start.masked_fill(frozen, 0)
+        positions = (self.start[:, None] + self.slots).masked_fill(frozen[:, None], -1)
+        end = 1 + self.draft_width + max(n for n, done in zip(self.lengths, ended, strict=True) if not done)
         draft, drawn = self._draft(positions, end)
         self.watch.start("verify")
         block = torch.cat([self.anchor[:, None], draft], dim=1)
-        self.target_cache.place(positions, end)
-        logits, taps = self.target.step(block, positions, self.target_cache, keep_logits=self.draft_width + 1)
-        result = self._verify(draft, drawn, logits)
-        # One transfer carries what the host needs: how many were accepted, and the tokens.
-        tokens = torch.cat([result.accepted[:, None], result.next_token[:, None], draft], dim=1).tolist()
+        # Drafted tokens that the row has no room for are padding to the target, and they are not verified.
+        room = (self.last - self.start).clamp(0, self.draft_width)
+        verified = positions.masked_fill(self.slots > room[:, None], -1)
+        self.target_cache.place(verified, min(end, self.target_cache.capacity))
+        logits, taps = self.target.step(block, verified, self.target_cache, keep_logits=self.draft_width + 1)
+        result = self._verify(draft, drawn, logits, room)
+        # One transfer carries what the host needs: how many were verified and accepted, and the tokens.
+        counts = torch.stack([room, result.accepted, result.next_token], dim=1)
+        tokens = torch.cat([counts, draft], dim=1).tolist()
         self.watch.stop()
 
-        self.anchor = torch.where(frozen, self.anchor, result.next_token)
-        self.start = torch.where(frozen, self.start, self.start + result.accepted + 1)
+        self.anchor = result.next_token
+        self.start = self.start + result.accepted + 1
         self.new_features = taps
-        seen = (self.slots > result.accepted[:, None]) | frozen[:, None]
-        self.new_positions = positions.masked_fill(seen, -1)
-        committed = []
-        for row, (accepted, bonus, *drafted) in enumerate(tokens):
-            committed.append([*drafted[:accepted], bonus])
-            if not ended[row]:
-                self.lengths[row] += accepted + 1
-        return committed
+        self.new_positions = verified.masked_fill(self.slots > result.accepted[:, None], -1)
+        self.lengths = [length + row[1] + 1 for length, row in zip(self.lengths, tokens, strict=True)]
+        return [(room, [*drafted[:accepted], bonus]) for room, accepted, bonus, *drafted in tokens]
 
     def _draft(self, positions: Tensor, end: int) -> tuple[Tensor, dict[str, Tensor]]:
         """The drafted tokens [B, K], and what `verify` must know of their draw."""
@@ -272,18 +277,18 @@ class _Batch:
             "draft_normaliser": normaliser,
         }
 
-    def _verify(self, draft: Tensor, drawn: dict[str, Tensor], logits: Tensor) -> Verification:
+    def _verify(self, draft: Tensor, drawn: dict[str, Tensor], logits: Tensor, draft_lens: Tensor) -> Verification:
         if self.greedy:
-            return verify(draft, logits)
-        return verify(
-            draft, logits, seed=self.seeds + self.start, temperature=self.temperature, **self.filters, **drawn
-        )
+            return verify(draft, logits, draft_lens=draft_lens)
+        seeds = self.seeds + self.start
+        options = {"draft_lens": draft_lens, "temperature": self.temperature, **self.filters, **drawn}
+        return verify(draft, logits, seed=seeds, **options)
 
     def select(self, rows: list[int]) -> None:
         """Keeps only these rows."""
         index = torch.tensor(rows, device=self.start.device)
         self.lengths = [self.lengths[row] for row in rows]
-        self.anchor, self.start = self.anchor[index], self.start[index]
+        self.anchor, self.start, self.last = self.anchor[index], self.start[index], self.last[index]
         self.temperature, self.seeds = self.temperature[index], self.seeds[index]
         self.new_positions = self.new_positions[index]
         self.target_cache.select(index)

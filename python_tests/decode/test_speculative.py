@@ -26,11 +26,11 @@ def own_output(model, prompt: list[int], count: int) -> list[int]:
 class Oracle(DFlashDrafter):
     """Drafts the known continuation of each row, wrong at one position in `period`, by chance."""
 
-    def script(self, prompts: list[list[int]], answers: list[list[int]], period: int) -> None:
-        """Rows keep the order of `prompts`, which are sorted by length, and ended rows leave."""
+    def script(self, prompts: list[list[int]], answers: list[list[int]], *periods: int) -> None:
+        """Takes one period for all prompts or one each; `prompts` are sorted by length, as rows are."""
         self.texts = [p + a for p, a in zip(prompts, answers, strict=True)]
-        self.reached = [len(p) for p in prompts]  # the position of each prompt's anchor
-        self.period = period
+        self.reached = [len(p) for p in prompts]  # one more than the position of each prompt's anchor
+        self.periods = periods if len(periods) > 1 else periods * len(prompts)
 
     def on_tokens(self, index: int, tokens: list[int]) -> None:
         self.reached[index] += len(tokens)
@@ -41,12 +41,15 @@ class Oracle(DFlashDrafter):
 
     def logits(self, target, hidden):
         logits = torch.zeros(*hidden.shape[:2], target.vocab_size)
-        prompts = iter(range(len(self.texts)))
+        waiting = list(range(len(self.texts)))
         for row, start in enumerate(self.starts):
-            index = next(i for i in prompts if self.reached[i] - 1 == start)
+            index = next((i for i in waiting if self.reached[i] - 1 == start), None)
+            if index is None:  # an ended row that rides along
+                continue
+            waiting.remove(index)
             for slot in range(hidden.shape[1]):
                 token = self.texts[index][start + 1 + slot]
-                wrong = random.Random(start + slot).random() < 1 / self.period
+                wrong = random.Random(start + slot).random() < 1 / self.periods[index]
                 logits[row, slot, (token + 1) % MASK_TOKEN if wrong else token] = 9.0
         return logits
 
@@ -89,11 +92,29 @@ def test_statistics_add_up():
         assert 1 + sum(completion.committed) == len(completion.tokens) == 30
         assert all(c <= a + 1 for c, a in zip(completion.committed, completion.accepted, strict=True))
         assert completion.tau == sum(completion.committed) / len(completion.committed)
+        # The last token of a row is always a bonus token, so that no draft reaches it.
+        reached = itertools.accumulate(completion.committed[:-1], initial=1)
+        assert completion.verified == [min(5, 29 - n) for n in reached]
     assert decoded.tau == sum(c.tau for c in decoded.completions) / 4
     accepted = list(itertools.chain(*(c.accepted for c in decoded.completions)))
-    assert decoded.acceptance[0] == sum(a >= 1 for a in accepted) / len(accepted)
+    verified = list(itertools.chain(*(c.verified for c in decoded.completions)))
+    for i in range(5):
+        assert decoded.acceptance[i] == sum(a > i for a in accepted) / sum(v > i for v in verified)
     assert sorted(decoded.acceptance, reverse=True) == decoded.acceptance
     assert decoded.draft_seconds > 0 and decoded.verify_seconds > 0 and decoded.prefill_seconds > 0
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_row_that_ends_first_writes_nothing_more(family):
+    """The longest prompt ends first and rides along while the others go on, token by token."""
+    target, drafter = tiny_pair(family)
+    prompts = random_prompts(1, 2, 3, 4, 5, 20)
+    known = [own_output(target.model, p, 40) for p in prompts]
+    oracle = Oracle(drafter.config).eval()
+    oracle.script(prompts, known, *[1] * 5, 10**9)
+    decoded = decode(target, oracle, prompts, max_new_tokens=20, on_tokens=oracle.on_tokens)
+    assert [c.tokens for c in decoded.completions] == [tokens[:20] for tokens in known]
+    assert [c.tau for c in decoded.completions] == [1.0] * 5 + [19 / 4]
 
 
 def test_smaller_blocks_and_their_bounds():
