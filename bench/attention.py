@@ -1,72 +1,110 @@
 """block_attn on the GPU against its peers, all in one run: ``python -m bench.attention [part of a case's name]``.
 
-Results are written when all cases run.
+Every case is run forward, backward, and forward and backward together. Results are written when all cases run.
 """
 
 from __future__ import annotations
 
 import sys
 import warnings
+from collections.abc import Iterator
+from functools import partial
 
 import torch
+from torch import Tensor
 
 from bench import runner
-from bench.attention_peers import CAUSAL, PEERS
-from bench.cases import TRAINING_CASES, Case, error, exact_head, visible_pairs
-from dflash_ext import IntervalMask
+from bench.attention_peers import CAUSAL, DENSE, OURS, PEERS, Attend
+from bench.cases import ANCHORS, TRAINING_CASES, Case, causal, exact, visible_pairs
+from bench.timing import Call, gpu_turns
+
+FORWARD, BACKWARD, BOTH = "forward", "backward", "forward+backward"
+FLOPS = {FORWARD: 1.0, BACKWARD: 2.5, BOTH: 3.5}  # multiples of the forward's
 
 
-def forward_rows(case: Case) -> list[dict]:
-    """A row for everybody who can compute the case; each is checked on the call that is timed."""
-    mask = case.mask()
-    inputs = case.inputs(mask)
-    want = exact_head(*inputs, mask)
-    pairs = visible_pairs(mask, case.batch)
+def rows_of(case: Case) -> list[dict]:
+    """Three rows for every implementation that can compute the case; each is checked on the inputs that are timed."""
+    pattern = case.pattern()
+    mask = pattern.mask
+    inputs = [x.requires_grad_() for x in case.inputs(mask)]
+    upstream = torch.randn_like(inputs[0])
     square = mask.q_len == mask.kv_len
-    causal = IntervalMask.causal(mask.kv_len, device="cuda") if square else None
-    is_causal = square and visible_pairs(causal, case.batch) == pairs
-    rows = []
-    for impl, make in (PEERS | (CAUSAL if square else {})).items():
-        is_reference = impl in CAUSAL
+    causal_mask = causal(mask.kv_len).mask if square else None
+    pairs = {False: visible_pairs(mask, case.batch)}
+    wanted = {False: exact(*inputs, upstream, mask)}
+    if square:
+        pairs[True], wanted[True] = visible_pairs(causal_mask, case.batch), exact(*inputs, upstream, causal_mask)
+
+    functions: dict[str, Attend] = {}
+    errors: dict[str, dict[str, float]] = {}
+    for impl, make in (PEERS | DENSE | (CAUSAL if square else {})).items():
         try:
-            call = make(mask, *inputs)
-            got = call()[0, 0]
-        except Exception as failure:  # a peer that cannot compute this is no reason to stop
+            attend = make(case, pattern)
+            out = attend(*inputs)
+            grads = torch.autograd.grad(out, inputs, upstream)
+        except Exception as failure:  # A peer that cannot compute this case does not stop the bench.
+            if impl == OURS:
+                raise
             print(f"  {impl:28} not here: {str(failure).strip().splitlines()[0][:90]}")
             continue
-        err = error(got, exact_head(*inputs, causal) if is_reference else want)
-        flops = case.flops(visible_pairs(causal, case.batch) if is_reference else pairs)
-        ms = runner.gpu_ms(call)
-        rows.append(
-            {"case": str(case), "impl": impl, "pass": "forward", "ms": ms, "tflops": flops / ms / 1e9, "max_err": err}
-        )
-        print(f"  {impl:28} {ms:8.3f} ms {rows[-1]['tflops']:6.0f} TFLOP/s  error {err:.1e}")
-        del call, got
-        torch.cuda.empty_cache()
-    return with_ratio(rows, is_causal)
-
-
-def with_ratio(rows: list[dict], is_causal: bool) -> list[dict]:
-    """Adds to this package's row how its speed compares with that of the best peer: causal kernels are peers where the
-    mask is causal."""
-    ours = next(row for row in rows if row["impl"] == "dflash_ext")
-    peers = [row["ms"] for row in rows if row is not ours and (is_causal or row["impl"] not in CAUSAL)]
-    if peers:
-        ours["ratio_to_best_peer"] = min(peers) / ours["ms"]
-        print(f"  {ours['ratio_to_best_peer']:.2f}x the best peer")
+        forward_error, backward_error = wanted[impl in CAUSAL].errors(out.detach(), grads)
+        functions[impl] = attend
+        errors[impl] = {FORWARD: forward_error, BACKWARD: backward_error, BOTH: backward_error}
+        del out, grads
+    rows = []
+    for which, calls in calls_of(functions, inputs, upstream):
+        timings = gpu_turns(calls, graphs=which == FORWARD)
+        for impl, timing in timings.items():
+            flops = FLOPS[which] * case.flops(pairs[impl in CAUSAL])
+            row = {"case": str(case), "impl": impl, "pass": which, **timing.row()}
+            rows.append(row | {"tflops": flops / timing.ms / 1e9, "max_err": errors[impl][which]})
+            print(f"  {which:16} {impl:28} {timing.ms:8.3f} ms {rows[-1]['tflops']:6.0f} TFLOP/s ", end="")
+            print(f" error {errors[impl][which]:.1e}", flush=True)
+        add_ratio(rows, which, str(case), pattern.is_causal)
     return rows
+
+
+def calls_of(
+    functions: dict[str, Attend], inputs: list[Tensor], upstream: Tensor
+) -> Iterator[tuple[str, dict[str, Call]]]:
+    """For each pass, the calls that are timed."""
+
+    def forward(attend: Attend) -> Tensor:
+        with torch.no_grad():
+            return attend(*inputs)
+
+    def both(attend: Attend) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(attend(*inputs), inputs, upstream)
+
+    yield FORWARD, {impl: partial(forward, attend) for impl, attend in functions.items()}
+    outs = {impl: attend(*inputs) for impl, attend in functions.items()}
+    backward = partial(torch.autograd.grad, inputs=inputs, grad_outputs=upstream, retain_graph=True)
+    yield BACKWARD, {impl: partial(backward, out) for impl, out in outs.items()}
+    outs.clear()
+    yield BOTH, {impl: partial(both, attend) for impl, attend in functions.items()}
+
+
+def add_ratio(rows: list[dict], which: str, case: str, is_causal: bool) -> None:
+    """Adds the ratio to the best peer to this package's row. Causal kernels are peers where the mask is causal; dense
+    masks are never counted."""
+    mine = [row for row in rows if row["case"] == case and row["pass"] == which]
+    ours = next(row for row in mine if row["impl"] == OURS)
+    not_counted = {OURS, *DENSE} if is_causal else {OURS, *DENSE, *CAUSAL}
+    if peers := [row["ms"] for row in mine if row["impl"] not in not_counted]:
+        ours["ratio_to_best_peer"] = min(peers) / ours["ms"]
+        print(f"  {which:16} {ours['ratio_to_best_peer']:.2f}x the best peer")
 
 
 def plan_rows() -> list[dict]:
     """How long the plan of the training mask takes to make."""
-    mask = TRAINING_CASES[3].mask()
-    ms = runner.gpu_ms(lambda: mask.plan(32, 8, 128))
-    print(f"plan of {TRAINING_CASES[3].name}: {1e3 * ms:.1f} us")
-    return [{"case": f"plan, {TRAINING_CASES[3].name}", "impl": "dflash_ext", "pass": "plan", "ms": ms, "max_err": 0.0}]
+    mask = ANCHORS.pattern().mask
+    timing = gpu_turns({OURS: lambda: mask.plan(ANCHORS.heads, ANCHORS.kv_heads, ANCHORS.head_dim)})[OURS]
+    print(f"plan of {ANCHORS.name}: {1e3 * timing.ms:.1f} us")
+    return [{"case": f"plan, {ANCHORS.name}", "impl": OURS, "pass": "plan", **timing.row(), "max_err": 0.0}]
 
 
 def main() -> None:
-    warnings.simplefilter("ignore")  # PyTorch says at length why a backend cannot serve a call
+    warnings.simplefilter("ignore")  # PyTorch says at length why a backend cannot serve a call.
     torch.manual_seed(0)
     wanted = sys.argv[1] if len(sys.argv) > 1 else ""
     name, ceilings = f"attention_{runner.gpu_name()}", runner.gpu_ceilings()
@@ -74,9 +112,10 @@ def main() -> None:
     for case in TRAINING_CASES:
         if wanted in str(case):
             print(case, flush=True)
-            rows += forward_rows(case)
+            rows += rows_of(case)
+            torch.cuda.empty_cache()
             if not wanted:
-                path = runner.write(name, rows, ceilings)  # what has been measured stays, whatever stops the rest
+                path = runner.write(name, rows, ceilings)  # The cases so far stay if a later one fails.
     if not wanted:
         print(path, runner.plot(name, rows, "tflops"), sep="\n")
 

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench import runner
+from bench.timing import cpu_turns
 from dflash_ext import IntervalMask, block_attn, block_attn_decode, reference
 
 
@@ -36,12 +37,13 @@ def largest_error(got: list[Tensor], want: list[Tensor]) -> float:
 
 
 def measured(case: str, which: str, flops: float, functions: dict, errors: dict) -> list[dict]:
-    ms = runner.paired_ms(functions, seconds=5.0)
-    print(f"{case:44} {which:8}", *(f"{impl} {each:8.2f} ms" for impl, each in ms.items()), end="  ")
-    print(f"{ms['sdpa'] / ms['dflash_ext']:.2f}x")
+    timings = cpu_turns(functions, seconds=5.0)
+    print(f"{case:44} {which:8}", *(f"{impl} {each.ms:8.2f} ms" for impl, each in timings.items()), end="  ")
+    print(f"{timings['sdpa'].ms / timings['dflash_ext'].ms:.2f}x")
     return [
-        {"case": case, "impl": impl, "pass": which, "ms": each, "tflops": flops / each / 1e9, "max_err": errors[impl]}
-        for impl, each in ms.items()
+        {"case": case, "impl": impl, "pass": which, **each.row()}
+        | {"tflops": flops / each.ms / 1e9, "max_err": errors[impl]}
+        for impl, each in timings.items()
     ]
 
 
@@ -83,7 +85,7 @@ def decode_case(rows: int, cached: int, heads: int, kv_heads: int, dim: int) -> 
 def main() -> None:
     torch.manual_seed(0)
     square = torch.randn(2048, 2048)
-    gemm = runner.paired_ms({"gemm": lambda: square @ square})["gemm"]
+    gemm = cpu_turns({"gemm": lambda: square @ square})["gemm"].ms
     prefix_block, blocks = IntervalMask.prefix_block(2048, 1024), anchors(1024, 128, 16)
     rows = []
     for dtype in (torch.float32, torch.bfloat16):

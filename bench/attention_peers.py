@@ -1,4 +1,4 @@
-"""Whoever computes the same attention on the GPU: each makes, for a mask and inputs, the call that is timed."""
+"""Implementations of the same attention on the GPU. Each makes the function of q, k, v that is timed for a pattern."""
 
 from __future__ import annotations
 
@@ -9,69 +9,81 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.attention.flex_attention import flex_attention
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-from dflash_ext import IntervalMask, block_attn
+from bench.cases import Case, Pattern
+from dflash_ext import block_attn
 
-Call = Callable[[], Tensor]
-
-
-def dflash_ext(mask: IntervalMask, q: Tensor, k: Tensor, v: Tensor) -> Call:
-    planned = mask.plan(q.shape[1], k.shape[1], q.shape[3])
-    return lambda: block_attn(q, k, v, planned)
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
-def flex(mask: IntervalMask, q: Tensor, k: Tensor, v: Tensor, **options) -> Call:
+def dflash_ext(case: Case, pattern: Pattern) -> Attend:
+    planned = pattern.mask.plan(case.heads, case.kv_heads, case.head_dim)
+    return lambda q, k, v: block_attn(q, k, v, planned)
+
+
+def flex(case: Case, pattern: Pattern, **options) -> Attend:
     torch._dynamo.reset()
-    blocks, compiled = mask.to_flex(), torch.compile(flex_attention, dynamic=False)
-    return lambda: compiled(q, k, v, block_mask=blocks, enable_gqa=True, kernel_options=options or None)
+    compiled = torch.compile(flex_attention, dynamic=False)
+    blocks = create_block_mask(
+        pattern.mask_mod, None, None, pattern.mask.q_len, pattern.mask.kv_len, device="cuda", BLOCK_SIZE=128
+    )
+    return lambda q, k, v: compiled(q, k, v, block_mask=blocks, enable_gqa=True, kernel_options=options or None)
 
 
-def flex_flash(mask: IntervalMask, q: Tensor, k: Tensor, v: Tensor) -> Call:
-    return flex(mask, q, k, v, BACKEND="FLASH")
+def flex_flash(case: Case, pattern: Pattern) -> Attend:
+    return flex(case, pattern, BACKEND="FLASH")
 
 
-def dense(backend: SDPBackend):
-    """PyTorch's attention with the dense mask. Heads are repeated beforehand: with a mask, enable_gqa leaves only the
-    slowest backend."""
+def flash_attention_4(case: Case, pattern: Pattern) -> Attend:
+    from bench.flash_attention_4 import attention
 
-    def make(mask: IntervalMask, q: Tensor, k: Tensor, v: Tensor) -> Call:
-        visible = mask.to_bool()
-        k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
+    return attention(pattern)
 
-        def call() -> Tensor:
+
+def dense(backend: SDPBackend) -> Callable[[Case, Pattern], Attend]:
+    """PyTorch's attention with the dense mask. Heads are repeated inside the call: with a mask, enable_gqa would leave
+    only PyTorch's slowest backend."""
+
+    def make(case: Case, pattern: Pattern) -> Attend:
+        visible = pattern.mask.to_bool()
+        group = case.heads // case.kv_heads
+
+        def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            k, v = (x.repeat_interleave(group, dim=1) for x in (k, v))
             with sdpa_kernel(backend):
                 return F.scaled_dot_product_attention(q, k, v, attn_mask=visible)
 
-        return call
+        return attend
 
     return make
 
 
-def causal(backend: SDPBackend):
+def causal(backend: SDPBackend) -> Callable[[Case, Pattern], Attend]:
     """PyTorch's causal attention: a peer where the mask is causal, elsewhere another problem and a reference speed."""
 
-    def make(mask: IntervalMask, q: Tensor, k: Tensor, v: Tensor) -> Call:
-        def call() -> Tensor:
+    def make(case: Case, pattern: Pattern) -> Attend:
+        def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             with sdpa_kernel(backend):
                 return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
 
-        return call
+        return attend
 
     return make
 
 
-PEERS = {
-    "dflash_ext": dflash_ext,
-    "flex": flex,
+OURS = "dflash_ext"
+PEERS = {OURS: dflash_ext, "flex": flex}
+if importlib.util.find_spec("flash_attn"):
+    PEERS |= {"flex FLASH": flex_flash, "flash-attn-4": flash_attention_4}
+
+# A dense mask is what people use who do not know better; it does not take part in the ratio to the best peer.
+DENSE = {
     "sdpa efficient, dense mask": dense(SDPBackend.EFFICIENT_ATTENTION),
     "sdpa cudnn, dense mask": dense(SDPBackend.CUDNN_ATTENTION),
-    "sdpa math, dense mask": dense(SDPBackend.MATH),
 }
-if importlib.util.find_spec("flash_attn"):
-    PEERS["flex FLASH"] = flex_flash
 
-# Of the same shape.
+# Causal attention of the same shape.
 CAUSAL = {
     "causal sdpa flash": causal(SDPBackend.FLASH_ATTENTION),
     "causal sdpa cudnn": causal(SDPBackend.CUDNN_ATTENTION),

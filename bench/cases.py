@@ -1,9 +1,11 @@
-"""The attention cases that the GPU benches share: masks, shapes, inputs, errors."""
+"""The attention cases that the GPU benches share: masks, shapes, inputs, exact results, errors."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,10 +13,57 @@ from torch import Tensor
 from dflash_ext import IntervalMask, reference
 
 
+class Pattern(NamedTuple):
+    """A mask, as this package and as its peers write it.
+
+    mask_mod: FlexAttention's function of (batch, head, query, key).
+    flash: the name of the function in ``bench.flash_attention_4`` that makes the same for FlashAttention-4.
+    arguments: what that function takes; ints, or tensors that the mask depends on.
+    """
+
+    mask: IntervalMask
+    mask_mod: Callable[..., Tensor]
+    flash: str
+    arguments: tuple = ()
+
+    @property
+    def is_causal(self) -> bool:
+        return self.flash == "causal"
+
+
+def causal(length: int) -> Pattern:
+    return Pattern(IntervalMask.causal(length, device="cuda"), lambda b, h, q, k: k <= q, "causal")
+
+
+def prefix_block(length: int, prefix: int) -> Pattern:
+    mask = IntervalMask.prefix_block(length, prefix, device="cuda")
+    return Pattern(mask, lambda b, h, q, k: (k <= q) | (q >= prefix), "prefix_block", (prefix,))
+
+
+def block_causal(length: int, block: int) -> Pattern:
+    mask = IntervalMask.block_causal(length, block, device="cuda")
+    return Pattern(mask, lambda b, h, q, k: k // block <= q // block, "block_causal", (block,))
+
+
+def anchor_blocks(context: int, count: int, block: int) -> Pattern:
+    """DFlash's training mask: anchors in random places of the context, in order, as the collator draws them."""
+    torch.manual_seed(0)
+    anchors = torch.randperm(context - 2)[:count].sort().values.int().cuda()
+
+    def mask_mod(b, h, q, k):
+        own = (k >= context) & ((k - context) // block == q // block)
+        return ((k < context) & (k < anchors[q // block])) | own
+
+    mask = IntervalMask.anchor_blocks(context, anchors[None], block)
+    return Pattern(mask, mask_mod, "anchor_blocks", (context, block, anchors))
+
+
 @dataclass(frozen=True)
 class Case:
+    """heads, kv_heads: query and key heads. head_dim: their width."""
+
     name: str
-    mask: Callable[[], IntervalMask]
+    pattern: Callable[[], Pattern]
     batch: int
     heads: int
     kv_heads: int
@@ -30,55 +79,75 @@ class Case:
         return tuple(torch.randn(shape, device="cuda", dtype=torch.bfloat16) for shape in shapes)
 
     def flops(self, pairs: int) -> float:
-        """Of a forward over so many visible pairs a head."""
+        """The floating-point operations of a forward over so many visible pairs of each head."""
         return 4.0 * self.heads * self.head_dim * pairs
 
 
-def anchors() -> IntervalMask:
-    """DFlash training: 512 anchors in random places of 3072 tokens, in order, as its collator draws them."""
-    torch.manual_seed(0)
-    where = torch.randperm(3070)[:512].sort().values[None]
-    return IntervalMask.anchor_blocks(3072, where.cuda(), 16)
-
-
 PREFIX_1024 = "prefix 1024 + block 1024"
+prefix_1024 = partial(prefix_block, 2048, 1024)
+ANCHORS = Case("512 anchors x 16, S3072", partial(anchor_blocks, 3072, 512, 16), 1, 32, 8, 128)
 TRAINING_CASES = [
-    Case(PREFIX_1024, lambda: IntervalMask.prefix_block(2048, 1024, device="cuda"), 4, 32, 8, 128),
-    Case("prefix 4096 + block 4096", lambda: IntervalMask.prefix_block(8192, 4096, device="cuda"), 1, 32, 8, 128),
-    Case("block-causal b16, S4096", lambda: IntervalMask.block_causal(4096, 16, device="cuda"), 2, 32, 8, 128),
-    Case("512 anchors x 16, S3072", anchors, 1, 32, 8, 128),
-    Case(PREFIX_1024, lambda: IntervalMask.prefix_block(2048, 1024, device="cuda"), 4, 8, 1, 256),
-    Case("causal, S2048", lambda: IntervalMask.causal(2048, device="cuda"), 4, 8, 1, 256),
-    Case("causal, S4096", lambda: IntervalMask.causal(4096, device="cuda"), 2, 32, 32, 64),
-    Case("prefix 1024 + block 1024", lambda: IntervalMask.prefix_block(2048, 1024, device="cuda"), 4, 32, 8, 64),
-    Case("causal, S2048", lambda: IntervalMask.causal(2048, device="cuda"), 2, 16, 2, 512),
+    Case(PREFIX_1024, prefix_1024, 4, 32, 8, 128),
+    Case("prefix 4096 + block 4096", partial(prefix_block, 8192, 4096), 1, 32, 8, 128),
+    Case("block-causal b16, S4096", partial(block_causal, 4096, 16), 2, 32, 8, 128),
+    ANCHORS,
+    Case(PREFIX_1024, prefix_1024, 4, 8, 1, 256),
+    Case("causal, S2048", partial(causal, 2048), 4, 8, 1, 256),
+    Case("causal, S4096", partial(causal, 4096), 2, 32, 32, 64),
+    Case(PREFIX_1024, prefix_1024, 4, 32, 8, 64),
+    Case("causal, S2048", partial(causal, 2048), 2, 16, 2, 512),
 ]
 
 
 def visible_pairs(mask: IntervalMask, batch: int) -> int:
-    """Key and query pairs of a head, over the batch."""
+    """Pairs of a query and a key that it sees, of one head, over a batch whose entries share the mask."""
     rows = range(0, mask.q_len, 1024)
-    seen = sum(int(_rows(mask, slice(i, i + 1024)).to_bool().sum()) for i in rows)
-    return seen * (batch if mask.batch == 1 else 1)
+    return batch * sum(int(_rows(mask, slice(i, i + 1024)).to_bool().sum()) for i in rows)
+
+
+class Exact(NamedTuple):
+    """In float64: the first head's output and query gradient, and the key and value gradients of its key head."""
+
+    out: Tensor
+    grad_q: Tensor
+    grad_k: Tensor
+    grad_v: Tensor
+
+    def errors(self, out: Tensor, grads: tuple[Tensor, Tensor, Tensor]) -> tuple[float, float]:
+        """The error of an output, and the largest of the errors of its gradients."""
+        pairs = zip(grads, self[1:], strict=True)
+        return error(out[0, 0], self.out), max(error(got[0, 0], want) for got, want in pairs)
+
+
+def exact(q: Tensor, k: Tensor, v: Tensor, upstream: Tensor, mask: IntervalMask) -> Exact:
+    """The exact results of the first key head and its group of query heads, in chunks of rows."""
+    group = q.shape[1] // k.shape[1]
+    q, upstream = (x[:1, :group].detach().double() for x in (q, upstream))
+    k, v = (x[:1, :1].detach().double().requires_grad_() for x in (k, v))
+    outs, grads_q, grads_k, grads_v = [], [], 0, 0
+    for i in range(0, mask.q_len, 1024):
+        rows = slice(i, i + 1024)
+        part = q[:, :, rows].requires_grad_()
+        out = reference.block_attn(part, k, v, _rows(mask, rows))
+        grad_q, grad_k, grad_v = torch.autograd.grad(out, (part, k, v), upstream[:, :, rows])
+        outs.append(out.detach()[0, 0])
+        grads_q.append(grad_q[0, 0])
+        grads_k, grads_v = grads_k + grad_k[0, 0], grads_v + grad_v[0, 0]
+    return Exact(torch.cat(outs), torch.cat(grads_q), grads_k, grads_v)
 
 
 def exact_head(q: Tensor, k: Tensor, v: Tensor, mask: IntervalMask) -> Tensor:
-    """The first head of the first batch entry in float64, ``[Lq, D]``."""
+    """The output of the first head of the first batch entry in float64, ``[Lq, D]``."""
     first = [x[:1, :1].double() for x in (q, k, v)]
-    parts = []
-    for i in range(0, mask.q_len, 1024):
-        rows = slice(i, i + 1024)
-        one = _rows(mask, rows)
-        one = IntervalMask(one.ctx_lo[:1], one.ctx_hi[:1], one.blk_lo[:1], one.blk_hi[:1], mask.kv_len)
-        parts.append(reference.block_attn(first[0][:, :, rows], *first[1:], one))
-    return torch.cat(parts, dim=2)[0, 0]
+    return reference.block_attn(*first, _rows(mask, slice(None)))[0, 0]
 
 
 def _rows(mask: IntervalMask, rows: slice) -> IntervalMask:
-    bounds = (bound[:, rows] for bound in (mask.ctx_lo, mask.ctx_hi, mask.blk_lo, mask.blk_hi))
+    """The mask of some rows of the first batch entry."""
+    bounds = (bound[:1, rows] for bound in (mask.ctx_lo, mask.ctx_hi, mask.blk_lo, mask.blk_hi))
     return IntervalMask(*bounds, mask.kv_len)
 
 
 def error(got: Tensor, want: Tensor) -> float:
-    """Root mean square, relative to that of what is wanted."""
+    """The root mean square of the difference, relative to that of what is wanted."""
     return ((got.double() - want).square().mean() / want.square().mean()).sqrt().item()

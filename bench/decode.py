@@ -17,9 +17,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bench import runner
 from bench.cases import error, exact_head
+from bench.timing import SHORT_MS, Call, Timing, gpu_turns, graph_turns
 from dflash_ext import IntervalMask, block_attn_decode
 
 ROTATED_BYTES = 128 << 20
+OURS, EXACT = "dflash_ext", "dflash_ext exact"
 
 
 @dataclass(frozen=True)
@@ -74,32 +76,59 @@ def rows_of(case: Case) -> list[dict]:
     mask = IntervalMask.decode(case.cached, case.rows, device="cuda")
     sets = [case.inputs() for _ in range(max(1, -(-ROTATED_BYTES // case.bytes)))]
     want = exact_head(*sets[0], mask)
-    implementations = {
-        "dflash_ext": ours(case, mask, exact=False),
-        "dflash_ext exact": ours(case, mask, exact=True),
+    errors: dict[str, float] = {}
+    calls: dict[str, Call] = {}
+    for impl, attend in {
+        OURS: ours(case, mask, exact=False),
+        EXACT: ours(case, mask, exact=True),
         "sdpa flash, folded": folded(case, SDPBackend.FLASH_ATTENTION),
         "sdpa cudnn, folded": folded(case, SDPBackend.CUDNN_ATTENTION),
-    }
-    rows = []
-    for impl, attend in implementations.items():
+    }.items():
         try:
-            err = error(attend(*sets[0])[0, 0], want)
-        except RuntimeError as failure:  # a peer that cannot compute this is no reason to stop
-            if impl.startswith("dflash_ext"):
+            errors[impl] = error(attend(*sets[0])[0, 0], want)
+        except RuntimeError as failure:  # A peer that cannot compute this case does not stop the bench.
+            if impl in (OURS, EXACT):
                 raise
             print(f"  {impl:20} not here: {str(failure).splitlines()[0][:90]}")
             continue
         turns = itertools.cycle(sets)
-        ms = runner.gpu_ms(lambda attend=attend, turns=turns: attend(*next(turns)))
-        rows.append(
-            {"case": str(case), "impl": impl, "pass": "decode", "ms": ms, "gbs": case.bytes / ms / 1e6, "max_err": err}
-        )
-        print(f"  {impl:20} {1e3 * ms:7.1f} us {rows[-1]['gbs']:6.0f} GB/s  error {err:.1e}")
-    peers = [row["ms"] for row in rows if row["impl"].startswith("sdpa")]
-    if peers:
-        rows[0]["ratio_to_best_peer"] = min(peers) / rows[0]["ms"]
-        print(f"  {rows[0]['ratio_to_best_peer']:.2f}x the best peer")
+        calls[impl] = lambda attend=attend, turns=turns: attend(*next(turns))
+    timings = {"decode": gpu_turns(calls)}
+    if timings["decode"][OURS].ms < SHORT_MS:
+        timings["decode between GEMMs"] = between_gemms(calls, case)
+    rows = []
+    for which, by_impl in timings.items():
+        mine = [
+            {"case": str(case), "impl": impl, "pass": which, **timing.row()}
+            | {"gbs": case.bytes / timing.ms / 1e6, "max_err": errors[impl]}
+            for impl, timing in by_impl.items()
+        ]
+        for row in mine:
+            print(f"  {which:20} {row['impl']:20} {1e3 * row['ms']:7.1f} us {row['gbs']:6.0f} GB/s", end="")
+            print(f"  error {row['max_err']:.1e}", flush=True)
+        if peers := [row["ms"] for row in mine if row["impl"].startswith("sdpa")]:
+            mine[0]["ratio_to_best_peer"] = min(peers) / mine[0]["ms"]
+            print(f"  {which:20} {mine[0]['ratio_to_best_peer']:.2f}x the best peer")
+        rows += mine
     return rows
+
+
+def between_gemms(calls: dict[str, Call], case: Case) -> dict[str, Timing]:
+    """The time that a call adds between matrix products, as between the projections of a model's layers.
+
+    A call that follows itself may overlap its own launch; other kernels around it prevent that. The time of the
+    products alone is subtracted.
+    """
+    width = case.heads * case.head_dim
+    weights = itertools.cycle([torch.randn(width, width, device="cuda", dtype=torch.bfloat16) for _ in range(4)])
+    rows = torch.randn(case.batch * case.rows, width, device="cuda", dtype=torch.bfloat16)
+
+    def gemm() -> Tensor:
+        return rows @ next(weights)
+
+    timings = graph_turns({"gemm": gemm} | {impl: lambda call=call: (gemm(), call()) for impl, call in calls.items()})
+    alone = timings.pop("gemm").ms
+    return {impl: Timing(*(value - alone for value in timing)) for impl, timing in timings.items()}
 
 
 def main() -> None:

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench import runner
+from bench.timing import cpu_turns
 from dflash_ext import linear_cross_entropy
 
 Results = tuple[Tensor, ...]  # the loss, then the gradients of what is trained
@@ -75,7 +76,8 @@ def measured(rows: int, width: int, vocab: int, dtype: torch.dtype, train_head: 
     want = torchs(*wide, target, weight)
     functions = {impl: lambda f=f: f(hidden, head, target, weight) for impl, f in IMPLEMENTATIONS.items()}
     errors = {impl: largest_error(function(), want) for impl, function in functions.items()}
-    ms = runner.paired_ms(functions, seconds=20.0)
+    timings = cpu_turns(functions, seconds=20.0)
+    ms = {impl: timing.ms for impl, timing in timings.items()}
     peaks = {impl: peak_mib(impl, torch.get_num_threads(), *case) for impl in functions}
     name = f"T{rows} H{width} V{vocab} {str(dtype).split('.')[1]}, {'trainable' if train_head else 'frozen'} head"
     print(
@@ -83,7 +85,7 @@ def measured(rows: int, width: int, vocab: int, dtype: torch.dtype, train_head: 
         f"{peaks['dflash_ext']:.0f} MiB, torch {peaks['torch']:.0f} MiB, {peaks['dflash_ext'] / peaks['torch']:.2f}x"
     )
     return [
-        {"case": f"{name}, 25% kept", "impl": impl, "pass": "forward+backward", "ms": ms[impl]}
+        {"case": f"{name}, 25% kept", "impl": impl, "pass": "forward+backward", **timings[impl].row()}
         | {"max_err": errors[impl], "peak_mib": peaks[impl]}
         for impl in functions
     ]

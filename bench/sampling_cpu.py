@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from bench import runner
+from bench.timing import cpu_turns
 from dflash_ext import reference, sample, verify
 
 SEED = torch.tensor([1])
@@ -23,13 +24,14 @@ def torch_top_p(logits: Tensor, top_p: float) -> Tensor:
 
 def measured(case: str, functions: dict, error: float) -> list[dict]:
     """Rows of the result, this package's function being the first of them and `error` its own."""
-    ms = runner.paired_ms(functions)
-    ours, *others = ms
+    timings = cpu_turns(functions)
+    ours, *others = timings
+    ms = timings[ours].ms
     for other in others:
-        print(f"{case:44} {ms[ours]:9.3f} ms   {other}: {ms[other]:9.3f} ms   {ms[other] / ms[ours]:6.1f}x")
+        print(f"{case:44} {ms:9.3f} ms   {other}: {timings[other].ms:9.3f} ms   {timings[other].ms / ms:6.1f}x")
     return [
-        {"case": case, "impl": impl, "pass": "forward", "ms": each} | ({"max_err": error} if impl == ours else {})
-        for impl, each in ms.items()
+        {"case": case, "impl": impl, "pass": "forward", **timing.row()} | ({"max_err": error} if impl == ours else {})
+        for impl, timing in timings.items()
     ]
 
 
