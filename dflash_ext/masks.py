@@ -337,6 +337,7 @@ class IntervalMask:
         context_start: Tensor | None = None,
         window: int | None = None,
         convention: str = "specforge",
+        causal: bool | None = None,
         include_context: bool = False,
     ) -> IntervalMask:
         """DFlash training (arXiv 2602.06036): one block per anchor, each over the context before its anchor.
@@ -351,18 +352,26 @@ class IntervalMask:
         keep: bool ``[B, N]``; the rows of an anchor that is not kept are empty.
         context_start: int ``[B, N]``, where the anchor's document begins (packing); with include_context int
         ``[B, context_len]``, where each token's document begins, from which the anchors' are read.
-        window: sliding layers, under one of two conventions. "specforge": a key is visible iff
-        ``q_pos - k_pos < window`` at the slot's own position, and the block is causal. "speculators": all
-        slots see the same ``window`` tokens before the anchor, and the block is bidirectional.
+        window: sliding layers, under one of three conventions, each as its code has it.
+            "specforge": a slot sees the context with ``q_pos - k_pos < window`` at its own position. The window
+            acts on the context alone, so a slot sees all slots up to itself, however small the window is.
+            "zlab": the same rule holds inside the block as well. A block that is not causal looks ahead as far as
+            it looks back, ``k_pos - q_pos < window``. SpecForge's mask and z-lab's differ only where the window is
+            smaller than the block.
+            "speculators": all slots see the same ``window`` tokens before the anchor, and the block up to
+            themselves or, if it is not causal, all of it.
+        causal: whether a slot sees only the slots up to itself. By default sliding layers are causal under
+            "specforge", where they must be, and "zlab"; everything else is bidirectional in the block.
         """
         context_len = _size("anchor_blocks", "context_len", context_len)
         block_size = _at_least_one("anchor_blocks", "block_size", block_size)
         if window is not None:
             window = _at_least_one("anchor_blocks", "window", window)
-        if convention not in ("specforge", "speculators"):
-            raise ValueError(
-                f"IntervalMask.anchor_blocks: convention is {convention!r}; 'specforge' and 'speculators' are supported"
-            )
+        _check_convention("anchor_blocks", convention, ("specforge", "zlab", "speculators"))
+        if causal is None:
+            causal = window is not None and convention != "speculators"
+        if convention == "specforge" and window is not None and not causal:
+            raise ValueError("IntervalMask.anchor_blocks: the sliding layers of 'specforge' are causal in the block")
         if anchors.dim() != 2 or anchors.dtype not in _INTEGERS:
             raise ValueError(
                 f"IntervalMask.anchor_blocks: anchors is {shown(anchors)}; int32 or int64 [B, N] is needed"
@@ -402,13 +411,10 @@ class IntervalMask:
         own = context_len + slot - off
         anchor = anchors.repeat_interleave(block_size, dim=1)
         lo = anchor_start.repeat_interleave(block_size, dim=1)
-        blk_lo, blk_hi = own, own + block_size
-        if window is not None and convention == "specforge":
-            lo = torch.maximum(lo, anchor + off - (window - 1))
-            blk_lo, blk_hi = own + (off - (window - 1)).clamp(min=0), own + off + 1
-        elif window is not None:
-            lo = torch.maximum(lo, anchor - window)
-        context, block = (lo, anchor.clamp(max=context_len)), (blk_lo, blk_hi)
+        behind, first, last = _block_window(off, block_size, causal, window, convention)
+        if behind is not None:
+            lo = torch.maximum(lo, anchor - behind)
+        context, block = (lo, anchor.clamp(max=context_len)), (own + first, own + last)
         rows = None if keep is None else keep.repeat_interleave(block_size, dim=1)
         kv_len = context_len + count * block_size
         blocks = _intervals(kv_len, count * block_size, context, block, rows, batch=batch)
@@ -432,6 +438,7 @@ class IntervalMask:
         kv_start: Length = 0,
         causal: bool = False,
         window: int | None = None,
+        convention: str | None = None,
         kv_len: int | None = None,
         device: Device = None,
     ) -> IntervalMask:
@@ -441,11 +448,15 @@ class IntervalMask:
         ``[cache_lens, cache_lens + q_lens)``; the index of a key is its position. Rows from ``q_lens`` on
         (default: block_len) are empty. Every other row sees the cache and the whole block, or with causal the
         block up to itself. A window hides keys behind a row, not those ahead of it in its block.
+        convention: to draft with sliding layers, "zlab" or "speculators": the window of :meth:`anchor_blocks` of
+            that name, for a block whose anchor stands at ``cache_lens``.
         kv_len: the capacity of the buffer; required when cache_lens is a tensor, else cache_lens + block_len.
             Lengths in tensors are not checked against it: what lies beyond is not seen.
         """
         if window is not None:
             window = _at_least_one("decode", "window", window)
+        if convention is not None:
+            _check_convention("decode", convention, ("zlab", "speculators"))
         block_len = _size("decode", "block_len", block_len)
         device = _device("decode", device, cache_lens=cache_lens, q_lens=q_lens, kv_start=kv_start)
         if kv_len is None:
@@ -461,13 +472,12 @@ class IntervalMask:
         start = _column(kv_start, device, "decode", "kv_start")
         rows = _column(block_len if q_lens is None else q_lens, device, "decode", "q_lens").clamp(max=block_len)
         slot = _arange(block_len, device)
-        pos = cached + slot
-        lo = start if window is None else torch.maximum(start, pos - (window - 1))
+        behind, first, last = _block_window(slot, block_len, causal, window, convention)
         return _intervals(
             kv_len,
             block_len,
-            context=(lo, cached),
-            block=(torch.maximum(lo, cached), pos + 1 if causal else cached + rows),
+            context=(start if behind is None else torch.maximum(start, cached - behind), cached),
+            block=(torch.maximum(start, cached + first), cached + torch.minimum(rows, last)),
             rows=slot < rows,
         )
 
@@ -553,6 +563,32 @@ class IntervalMask:
     @staticmethod
     def _sees(ctx_lo: Tensor, ctx_hi: Tensor, blk_lo: Tensor, blk_hi: Tensor, key: Tensor) -> Tensor:
         return ((key >= ctx_lo) & (key < ctx_hi)) | ((key >= blk_lo) & (key < blk_hi))
+
+
+def _block_window(
+    slot: Tensor, block_size: int, causal: bool, window: int | None, convention: str | None
+) -> tuple[Tensor | int | None, Tensor, Tensor]:
+    """What a slot of a block sees: how many tokens before the block (None: all), and which slots [first, last).
+
+    convention: one of `anchor_blocks`, or None for a window that hides only what is behind a slot.
+    """
+    first = torch.zeros_like(slot)
+    last = slot + 1 if causal else torch.full_like(slot, block_size)
+    if window is None:
+        return None, first, last
+    if convention == "speculators":
+        return window, first, last
+    if convention != "specforge":
+        first = (slot - (window - 1)).clamp(min=0)
+    if convention == "zlab":
+        last = last.minimum(slot + window)
+    return window - 1 - slot, first, last
+
+
+def _check_convention(where: str, convention: str, supported: tuple[str, ...]) -> None:
+    if convention not in supported:
+        names = ", ".join(map(repr, supported[:-1])) + f" and {supported[-1]!r}"
+        raise ValueError(f"IntervalMask.{where}: convention is {convention!r}; {names} are supported")
 
 
 def _device(where: str, device: Device, **lengths: Length | None) -> Device:

@@ -162,13 +162,18 @@ def anchored(draw):
     case=anchored(),
     block_size=BLOCK,
     window=st.none() | WINDOW,
-    convention=st.sampled_from(["specforge", "speculators"]),
+    convention=st.sampled_from(["specforge", "zlab", "speculators"]),
+    causal=st.none() | st.booleans(),
     include_context=st.booleans(),
 )
-def test_anchor_blocks(case, block_size, window, convention, include_context):
+def test_anchor_blocks(case, block_size, window, convention, causal, include_context):
+    """The three conventions, written from SpecForge's, z-lab's and speculators' own mask functions."""
     context_len, anchors, keep, document_start = case
     batch, count = len(anchors), len(anchors[0])
     head = context_len if include_context else 0
+    if convention == "specforge" and window is not None:
+        causal = None  # SpecForge's sliding layers are always causal
+    in_block = (window is not None and convention != "speculators") if causal is None else causal
 
     def sees(row, key, b):
         if row < head:
@@ -183,13 +188,11 @@ def test_anchor_blocks(case, block_size, window, convention, include_context):
                 return False
             if window is None:
                 return True
-            return anchor + slot - key < window if convention == "specforge" else anchor - key <= window
+            return anchor - key <= window if convention == "speculators" else anchor + slot - key < window
         key_block, key_slot = divmod(key - context_len, block_size)
-        if key_block != n:
+        if key_block != n or (in_block and key_slot > slot):
             return False
-        if window is not None and convention == "specforge":
-            return 0 <= slot - key_slot < window
-        return True
+        return window is None or convention != "zlab" or abs(slot - key_slot) < window
 
     by_token = torch.tensor(document_start)
     given_anchors = torch.tensor(anchors, dtype=torch.int64).reshape(batch, count)
@@ -201,6 +204,7 @@ def test_anchor_blocks(case, block_size, window, convention, include_context):
         context_start=by_token if include_context else by_token.gather(1, given_anchors),
         window=window,
         convention=convention,
+        causal=causal,
         include_context=include_context,
     )
     rows, keys = head + count * block_size, context_len + count * block_size
@@ -241,11 +245,14 @@ def test_decode(rows, causal_block, window):
     assert_mask(IntervalMask.decode(c, block_len, causal=causal_block, window=window), [alone])
 
 
-def test_anchor_blocks_and_decode_show_a_block_the_same_keys():
-    for window in (None, 3):
-        training = IntervalMask.anchor_blocks(8, torch.tensor([[5]]), 4, window=window).to_bool()[0, 0]
-        decoding = IntervalMask.decode(5, 4, causal=window is not None, window=window).to_bool()[0, 0]
-        assert torch.equal(torch.cat((training[:, :5], training[:, 8:]), dim=1), decoding)
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("window", [None, 1, 3, 6])
+@pytest.mark.parametrize("convention", ["zlab", "speculators"])
+def test_anchor_blocks_and_decode_show_a_block_the_same_keys(convention, window, causal):
+    options = dict(window=window, convention=convention, causal=causal)
+    training = IntervalMask.anchor_blocks(8, torch.tensor([[5]]), 4, **options).to_bool()[0, 0]
+    decoding = IntervalMask.decode(5, 4, **options).to_bool()[0, 0]
+    assert torch.equal(torch.cat((training[:, :5], training[:, 8:]), dim=1), decoding)
 
 
 # ---- other forms -----------------------------------------------------------------------------------------
@@ -395,6 +402,11 @@ BOUNDS = torch.zeros(4, 1, 3, dtype=torch.int32)
         (lambda: IntervalMask.packed([0, 4], partial(IntervalMask.block_diffusion, block_size=2)), "8 rows"),
         (lambda: IntervalMask.anchor_blocks(4, torch.tensor([1]), 2), "anchors"),
         (lambda: IntervalMask.anchor_blocks(4, torch.tensor([[1]]), 2, convention="other"), "'other'"),
+        (lambda: IntervalMask.decode(4, 2, convention="specforge"), "'zlab' and 'speculators' are supported"),
+        (
+            lambda: IntervalMask.anchor_blocks(4, torch.tensor([[1]]), 2, window=3, causal=False),
+            "sliding layers of 'specforge' are causal",
+        ),
         (lambda: IntervalMask.anchor_blocks(4, torch.tensor([[1]]), 2, keep=torch.ones(1, 2) > 0), "keep"),
         (lambda: IntervalMask.from_dense(torch.ones(1, 2, 3, 3, dtype=torch.bool)), r"\[1, 2, 3, 3\]"),
         (lambda: IntervalMask.from_dense(torch.tensor([[0.0, -0.5]])), "-0.5"),
