@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from numbers import Integral
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -86,6 +87,10 @@ class IntervalMask:
 
     def _bounds(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         return self.ctx_lo, self.ctx_hi, self.blk_lo, self.blk_hi
+
+    def __reduce__(self) -> tuple:
+        """Copies and files hold the bounds alone: a plan belongs to the device and the tensors that it was made for."""
+        return IntervalMask, (*self._bounds(), self.kv_len)
 
     @checked
     def plan(self, heads: int, kv_heads: int, head_dim: int, *, decode: bool = False) -> IntervalMask:
@@ -323,6 +328,63 @@ class IntervalMask:
             block=(blk_lo, blk_hi),
             rows=found < count,
         )
+
+    @staticmethod
+    @checked
+    def from_padding(attention_mask: Tensor) -> IntervalMask:
+        """Row i sees the tokens up to i, where a 2-D padding mask tells tokens from padding.
+
+        attention_mask: bool, int32 or int64 ``[B, L]``, 1 for a token and 0 for padding, as tokenizers of transformers
+        make it. Padding stands on the left, on the right or on both sides, and its rows are empty. On the CPU a mask
+        with padding between tokens raises ValueError. On a GPU, where the check would have to wait for it, padding
+        between tokens is taken for tokens.
+
+        >>> mask = IntervalMask.from_padding(torch.tensor([[0, 1, 1], [1, 1, 0]]))
+        >>> mask.to_bool().int().squeeze(1).tolist()
+        [[[0, 0, 0], [0, 1, 0], [0, 1, 1]], [[1, 0, 0], [1, 1, 0], [0, 0, 0]]]
+        """
+        if attention_mask.dim() != 2 or attention_mask.dtype not in (torch.bool, *_INTEGERS):
+            raise ValueError(
+                f"IntervalMask.from_padding: attention_mask is {shown(attention_mask)}; "
+                "bool, int32 or int64 [B, L] is needed"
+            )
+        batch, length = attention_mask.shape
+        token = attention_mask != 0
+        start = (token.cumsum(-1) == 0).sum(-1, keepdim=True, dtype=torch.int32)
+        stop = length - (token.flip(-1).cumsum(-1) == 0).sum(-1, keepdim=True, dtype=torch.int32)
+        pos = _arange(length, attention_mask.device)
+        inside = (pos >= start) & (pos < stop)
+        if attention_mask.is_cpu and _has_values(attention_mask):
+            odd = (attention_mask != inside).any(-1)
+            if odd.any():
+                raise ValueError(
+                    f"IntervalMask.from_padding: batch entry {int(odd.int().argmax())} of attention_mask is not one "
+                    "run of ones between zeros; from_dense takes padding between tokens, from_position_ids packed rows"
+                )
+        return _intervals(length, length, context=(start, pos + 1), rows=inside, batch=batch)
+
+    @staticmethod
+    @checked
+    def from_position_ids(position_ids: Tensor) -> IntervalMask:
+        """Packed documents, each causal, as the positions of their tokens tell.
+
+        position_ids: int32 or int64 ``[B, L]``. A position that is not its predecessor plus one starts a document, as
+        in transformers. Padding is not known here: it counts as documents of its own, which no other row sees.
+
+        >>> mask = IntervalMask.from_position_ids(torch.tensor([[0, 1, 0, 1, 2]]))
+        >>> mask.ctx_lo.tolist(), mask.ctx_hi.tolist()
+        ([[0, 0, 2, 2, 2]], [[1, 2, 3, 4, 5]])
+        """
+        if position_ids.dim() != 2 or position_ids.dtype not in _INTEGERS:
+            raise ValueError(
+                f"IntervalMask.from_position_ids: position_ids is {shown(position_ids)}; "
+                "int32 or int64 [B, L] is needed"
+            )
+        batch, length = position_ids.shape
+        pos = _arange(length, position_ids.device)
+        starts = position_ids.diff(prepend=position_ids[:, :1]) != 1
+        start = torch.where(starts, pos, 0).cummax(-1).values
+        return _intervals(length, length, context=(start, pos + 1), batch=batch)
 
     # ---- training drafters -------------------------------------------------------------------------------
 
@@ -709,10 +771,19 @@ def _from_leaves(leaves: Iterable, structure: tuple) -> IntervalMask:
     return mask
 
 
+def _as_tuples(structure: Any) -> Any:
+    """torch.export.save writes the structure as JSON, which has lists only."""
+    return tuple(map(_as_tuples, structure)) if isinstance(structure, list) else structure
+
+
 pytree.register_pytree_node(
     IntervalMask,
     _leaves,
     _from_leaves,
     flatten_with_keys_fn=_keyed_leaves,
     serialized_type_name="dflash_ext.IntervalMask",
+    to_dumpable_context=list,
+    from_dumpable_context=_as_tuples,
 )
+# torch.load reads masks by default, with weights_only=True, once this package is imported.
+torch.serialization.add_safe_globals([IntervalMask])

@@ -1,6 +1,9 @@
 """Every constructor against its rule, written here once more for one (row, key) pair at a time."""
 
+import copy
 import dataclasses
+import doctest
+import io
 from functools import partial
 
 import numpy as np
@@ -11,7 +14,9 @@ from hypothesis import strategies as st
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
+from torch.utils.data import DataLoader
 
+import dflash_ext.masks
 from dflash_ext import IntervalMask, block_attn
 
 settings.register_profile("masks", max_examples=40, deadline=None)
@@ -135,6 +140,56 @@ def test_block_diffusion(lens, block_size):
     alone = matrix(2 * width, 2 * width, partial(sees, length=width))
     assert_mask(IntervalMask.block_diffusion(width, block_size), [alone])
     assert_mask(IntervalMask.block_diffusion(width + 3, block_size, max_len=width), [alone])
+
+
+@given(
+    runs=st.lists(st.tuples(st.integers(0, 4), st.integers(0, 5), st.integers(0, 4)), min_size=1, max_size=3),
+    dtype=st.sampled_from([torch.bool, torch.int32, torch.int64]),
+)
+def test_from_padding(runs, dtype):
+    """Padding, tokens, padding; and rows of nothing but padding."""
+    width = max(map(sum, runs))
+    tokens = torch.tensor([[left <= i < left + n for i in range(width)] for left, n, _ in runs], dtype=torch.bool)
+    want = [matrix(width, width, lambda i, j, row=row: row[i] and row[j] and j <= i) for row in tokens]
+    assert_mask(IntervalMask.from_padding(tokens.to(dtype)), want)
+
+
+@given(bits=st.lists(st.booleans(), min_size=12, max_size=12))
+def test_from_padding_takes_one_run_and_refuses_two(bits):
+    tokens = torch.tensor(bits).view(2, 6)
+    runs = [len("".join(".#"[x] for x in row).replace(".", " ").split()) for row in tokens.int().tolist()]
+    if max(runs) <= 1:
+        assert torch.equal(IntervalMask.from_padding(tokens).to_bool().diagonal(dim1=2, dim2=3)[:, 0], tokens)
+    else:
+        entry = next(b for b, n in enumerate(runs) if n > 1)
+        with pytest.raises(ValueError, match=f"batch entry {entry} of attention_mask is not one run of ones"):
+            IntervalMask.from_padding(tokens)
+
+
+@given(
+    positions=st.lists(st.lists(st.integers(0, 3), min_size=7, max_size=7), min_size=1, max_size=3),
+    dtype=st.sampled_from([torch.int32, torch.int64]),
+)
+def test_from_position_ids(positions, dtype):
+    def sees(i, j, ids):
+        return j <= i and all(ids[t] == ids[t - 1] + 1 for t in range(j + 1, i + 1))
+
+    want = [matrix(7, 7, partial(sees, ids=ids)) for ids in positions]
+    assert_mask(IntervalMask.from_position_ids(torch.tensor(positions, dtype=dtype)), want)
+
+
+@given(lens=st.lists(st.integers(1, 5), min_size=1, max_size=4))
+def test_positions_of_packed_documents(lens):
+    positions = torch.cat([torch.arange(n) for n in lens])[None]
+    offsets = torch.tensor([0, *lens]).cumsum(0).tolist()
+    want = IntervalMask.packed(offsets, IntervalMask.causal).to_bool()
+    assert torch.equal(IntervalMask.from_position_ids(positions).to_bool(), want)
+
+
+def test_padding_and_positions_of_nothing():
+    nothing = torch.zeros(2, 0, dtype=torch.long)
+    assert IntervalMask.from_padding(nothing).to_bool().shape == (2, 1, 0, 0)
+    assert IntervalMask.from_position_ids(nothing).to_bool().shape == (2, 1, 0, 0)
 
 
 @given(lens=LENS, q_len=LEN)
@@ -369,6 +424,8 @@ def test_constructors_do_not_wait_for_the_gpu():
             IntervalMask.packed(offsets, IntervalMask.causal, total_len=8),
             IntervalMask.anchor_blocks(6, anchors, 4, window=3),
             IntervalMask.decode(lens, 4, causal=True, kv_len=12),
+            IntervalMask.from_padding(anchors),
+            IntervalMask.from_position_ids(anchors),
         )
 
     build()
@@ -461,6 +518,14 @@ BOUNDS = torch.zeros(4, 1, 3, dtype=torch.int32)
             "packed: max_len is -5",
         ),
         (lambda: IntervalMask.from_dense(torch.zeros(2, 2, dtype=torch.complex64)), "mask is torch.complex64"),
+        (lambda: IntervalMask.from_padding(torch.ones(2, 3)), r"attention_mask is torch.float32 \[2, 3\]"),
+        (lambda: IntervalMask.from_padding(torch.ones(3) > 0), r"attention_mask is torch.bool \[3\]"),
+        (
+            lambda: IntervalMask.from_padding(torch.tensor([[1, 1], [1, 2]])),
+            "batch entry 1 of attention_mask is not one run of ones",
+        ),
+        (lambda: IntervalMask.from_position_ids(torch.arange(3)), r"position_ids is torch.int64 \[3\]"),
+        (lambda: IntervalMask.from_position_ids(torch.ones(1, 3)), r"position_ids is torch.float32 \[1, 3\]"),
     ],
 )
 def test_refusals_name_the_value(build, message):
@@ -565,11 +630,58 @@ def test_packed_offsets_ascend_from_zero(offsets):
         IntervalMask.packed(offsets, IntervalMask.causal)
 
 
-def test_a_mask_is_an_input_of_an_exported_program():
-    class Attend(torch.nn.Module):
-        def forward(self, q, mask):
-            return block_attn(q, q, q, mask)
+class Attend(torch.nn.Module):
+    def forward(self, q, mask):
+        return block_attn(q, q, q, mask)
 
+
+@pytest.mark.parametrize("saved", [False, True])
+@pytest.mark.parametrize("planned", [False, True])
+def test_a_mask_is_an_input_of_an_exported_program(saved, planned):
     q, mask = torch.randn(1, 1, 5, 8), IntervalMask.causal(5)
+    if planned:
+        tiles = torch.zeros(1, 12, dtype=torch.int32)
+        mask = dataclasses.replace(mask, tiles=tiles, planned_for=mask._plan_key(2, 1, 8, False))
     program = torch.export.export(Attend(), (q, mask))
+    if saved:
+        file = io.BytesIO()
+        torch.export.save(program, file)
+        file.seek(0)
+        program = torch.export.load(file)
     assert torch.equal(program.module()(q, mask), block_attn(q, q, q, mask))
+
+
+def through_a_file(mask):
+    file = io.BytesIO()
+    torch.save({"mask": mask}, file)
+    file.seek(0)
+    return torch.load(file)["mask"]
+
+
+def through_a_worker(mask):
+    return next(iter(DataLoader([mask], batch_size=None, num_workers=1)))
+
+
+@pytest.mark.parametrize(
+    "copied",
+    [copy.copy, copy.deepcopy, dataclasses.replace, through_a_file, through_a_worker],
+    ids=lambda function: function.__name__,
+)
+def test_copies(copied):
+    mask = IntervalMask.prefix_block(6, torch.tensor([2, 4]))
+    again = copied(mask)
+    assert type(again) is IntervalMask and again is not mask and again.kv_len == 6
+    assert torch.equal(again.to_bool(), mask.to_bool())
+    assert (again.ctx_lo.data_ptr() == mask.ctx_lo.data_ptr()) == (copied in (copy.copy, dataclasses.replace))
+
+
+def test_a_file_is_checked_like_any_bounds():
+    mask = IntervalMask.causal(3)
+    mask.__dict__["kv_len"] = -1
+    with pytest.raises(ValueError, match="kv_len is -1"):
+        through_a_file(mask)
+
+
+def test_the_examples_of_docstrings():
+    ran = doctest.testmod(dflash_ext.masks)
+    assert ran.attempted and not ran.failed
