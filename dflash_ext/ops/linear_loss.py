@@ -9,7 +9,7 @@ from ..arguments import check_one_device, checked, shown
 from ..reference import CrossEntropy
 from .autograd import refuse_forward_mode, refuse_second_derivative
 from .devices import autocast
-from .loss import DTYPES, OPTIONS_SCHEMA, check_rows, mean_or_sum, options_of, real_dtype
+from .loss import DTYPES, OPTIONS_SCHEMA, check_normaliser, check_rows, options_of, real_dtype, reduced, weight_of
 
 _native = torch.ops.dflash_ext
 _OP = "linear_cross_entropy"
@@ -26,7 +26,9 @@ def linear_cross_entropy(
     weight: Tensor | None = None,
     *,
     max_rows: int | None = None,
+    ignore_index: int | None = -100,
     reduction: str = "mean",
+    normaliser: float | Tensor | None = None,
     softcap: float | None = None,
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
@@ -46,13 +48,15 @@ def linear_cross_entropy(
         hidden: ``[..., H]`` float32, bfloat16 or float16, on the CPU also float64.
         head: ``[V, H]`` of the same dtype. Under autocast both and the teacher are cast, unless one is float64.
         target: ``[...]`` integer; see ``masked_cross_entropy``.
-        weight: ``[...]``, or None for ones. Rows of weight 0 are left out of the matrix products.
+        weight: ``[...]``, or None for ones. Rows of weight 0, and rows whose target is ``ignore_index``, are left out
+            of the matrix products.
         max_rows: a bound on the number of rows that count. Without it their number is read back from the
             device; with it nothing waits for the device, and ``max_rows`` rows are computed. If more rows
-            count, it is an error on the CPU, and on CUDA the loss is NaN.
+            count, it is an error on the CPU, and on CUDA the loss is NaN. Nothing waits for the device either where
+            all rows count for sure, with weight None and ignore_index None.
         chunk_rows: rows of logits that exist at a time; None chooses by the size of the vocabulary.
-        reduction, softcap, label_smoothing, z_loss, teacher, teacher_kind, teacher_mix: as in
-            ``masked_cross_entropy``; ``teacher`` holds logits ``[..., V]``.
+        ignore_index, reduction, normaliser, softcap, label_smoothing, z_loss, teacher, teacher_kind, teacher_mix: as
+            in ``masked_cross_entropy``; ``teacher`` holds logits ``[..., V]``.
 
     Returns:
         CrossEntropy as ``masked_cross_entropy`` does, in the order of the rows given, with zeros for rows of
@@ -65,18 +69,23 @@ def linear_cross_entropy(
         RuntimeError: a target outside the vocabulary (CPU); a second derivative.
     """
     options = options_of(_OP, reduction, softcap, label_smoothing, z_loss, teacher, teacher_kind, teacher_mix)
-    check_one_device(_OP, hidden=hidden, head=head, target=target, weight=weight, teacher=teacher)
+    check_normaliser(_OP, normaliser, reduction)
+    check_one_device(
+        _OP, hidden=hidden, head=head, target=target, weight=weight, teacher=teacher, normaliser=normaliser
+    )
     refuse_forward_mode(_OP, hidden, head)
     hidden, head, teacher = autocast(hidden, head, teacher)
     _check(hidden, head, target, weight, teacher, max_rows, chunk_rows)
     shape, vocab = target.shape, head.shape[0]
-    weight = None if weight is None else weight.to(real_dtype(hidden)).flatten()
+    target = target.flatten().to(torch.int64)
+    weight = None if weight is None else weight.flatten()
+    weight = weight_of(target, weight, ignore_index, real_dtype(hidden))
     per_row = reduction == "none"
     train_hidden, train_head = (x.requires_grad and torch.is_grad_enabled() for x in (hidden, head))
     losses, nll, correct, entropy, *_ = _native.linear_cross_entropy(
         hidden.reshape(-1, hidden.shape[-1]),
         head,
-        target.flatten().to(torch.int64),
+        target,
         weight,
         None if teacher is None else teacher.detach().reshape(-1, vocab),
         max_rows,
@@ -86,7 +95,7 @@ def linear_cross_entropy(
         train_head and not per_row,
         *options,
     )
-    loss = losses.view(shape) if per_row else mean_or_sum(losses, target.numel(), weight, reduction)
+    loss = losses.view(shape) if per_row else reduced(losses, target, weight, reduction, normaliser)
     return CrossEntropy(loss, nll.view(shape), correct.view(shape), entropy.view(shape))
 
 
@@ -187,7 +196,8 @@ def _rows_that_count(weight: Tensor | None, max_rows: int | None) -> tuple[Tenso
         return None, None
     counts = weight != 0
     if max_rows is None:
-        return counts.nonzero()[:, 0], None
+        rows = counts.nonzero()[:, 0]
+        return (None if len(rows) == len(counts) else rows), None
     if max_rows >= weight.numel():
         return None, None
     rank = counts.cumsum(0)
@@ -208,7 +218,7 @@ def _check_targets(target: Tensor, weight: Tensor | None, vocab: int) -> None:
         row = int(outside.nonzero()[0])
         raise RuntimeError(
             f"{_OP}: target {int(target[row])} of row {row} is outside the vocabulary [0, {vocab}); "
-            "give rows that do not count a weight of 0"
+            "rows that do not count have a weight of 0 or the target ignore_index"
         )
 
 

@@ -1,5 +1,6 @@
 """Cross-entropy where it counts: per-row weights, softcap, label smoothing, z-loss and a teacher."""
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -39,7 +40,9 @@ def masked_cross_entropy(
     target: Tensor,
     weight: Tensor | None = None,
     *,
+    ignore_index: int | None = -100,
     reduction: str = "mean",
+    normaliser: float | Tensor | None = None,
     softcap: float | None = None,
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
@@ -55,18 +58,23 @@ def masked_cross_entropy(
               + z_loss * logsumexp(z) ** 2
               + teacher_mix * distance(t, p)
 
-    Rows of weight 0 are skipped: they are not read, their outputs and gradients are 0, and they may hold any
-    target. The forward reads the logits once (twice with ``teacher_kind="tv"``), the backward reads them once
-    and writes their gradient once. Sums are in float32, in float64 for float64 logits.
+    Rows of weight 0, and rows whose target is ``ignore_index``, are skipped: their logits are not read, and their
+    outputs and gradients are 0. A row of weight 0 may hold any target. The forward reads the logits once (twice with
+    ``teacher_kind="tv"``), the backward reads them once and writes their gradient once. Sums are in float32, in
+    float64 for float64 logits.
 
     Args:
         logits: ``[..., V]`` float32, bfloat16 or float16, on the CPU also float64; any strides as long as the
             last dimension is contiguous.
-        target: ``[...]`` integer. Outside ``[0, V)`` in a row that counts: an error on the CPU; on CUDA,
-            where the check would have to wait for the GPU, that row's loss, nll and gradient are NaN.
+        target: ``[...]`` integer. A row that counts needs a target in ``[0, V)``. Another one raises on the CPU. On
+            CUDA, where the check would have to wait for the GPU, it makes that row's loss, nll and gradient NaN.
         weight: ``[...]``, or None for ones everywhere.
-        reduction: ``"mean"`` is ``sum(weight * row) / sum(weight)``, 0 if no row counts; ``"sum"``;
+        ignore_index: the target of rows that do not count, whatever their weight; None if there is no such target.
+        reduction: ``"mean"`` is ``sum(weight * row) / normaliser``, ``"sum"`` is ``sum(weight * row)``, and
             ``"none"`` is ``weight * row`` per row.
+        normaliser: what ``"mean"`` divides by, a number or a tensor of one element without gradient. None is the sum
+            of the weights of the rows that count. 0 counts as 1, so that the loss of a batch without tokens is 0.
+            Under data parallelism the caller sums it over the ranks.
         softcap: bound on the logits' size (Gemma 2); None for none.
         label_smoothing: share of the target's mass that is spread evenly over the vocabulary.
         z_loss: weight of ``logsumexp ** 2``, which keeps the normaliser near 1 (PaLM).
@@ -75,6 +83,13 @@ def masked_cross_entropy(
         teacher_kind: ``"kl"`` for KL(t || p), ``"tv"`` for total variation, half of ``sum |t - p|``: one
             minus the rate at which speculative sampling accepts a draft.
         teacher_mix: share of the teacher's term.
+
+    Masked diffusion (LLaDA, arXiv 2502.09992; BD3-LM, arXiv 2503.09573) weighs a masked token by 1/t, t being the
+    share that was masked, and divides by the number of tokens. Dividing by the sum of the weights would be another
+    objective::
+
+        weight = masked / t  # masked: bool [B, L]; t: [B, 1]
+        masked_cross_entropy(logits, target, weight, normaliser=target.numel()).loss
 
     Returns:
         CrossEntropy(loss, nll, correct, entropy). Only ``loss`` carries a gradient, and only to the logits.
@@ -87,7 +102,8 @@ def masked_cross_entropy(
         RuntimeError: a target outside the vocabulary (CPU); a second derivative.
     """
     options = options_of(_OP, reduction, softcap, label_smoothing, z_loss, teacher, teacher_kind, teacher_mix)
-    check_one_device(_OP, logits=logits, target=target, weight=weight, teacher=teacher)
+    check_normaliser(_OP, normaliser, reduction)
+    check_one_device(_OP, logits=logits, target=target, weight=weight, teacher=teacher, normaliser=normaliser)
     refuse_forward_mode(_OP, logits)
     if teacher is not None and teacher.is_floating_point() and autocast_dtype(logits.device):
         teacher = teacher.to(logits.dtype)
@@ -95,15 +111,17 @@ def masked_cross_entropy(
     shape = logits.shape[:-1]
     logits = _as_3d(logits)
     rows = logits.shape[:2]
-    weight = None if weight is None else weight.to(real_dtype(logits)).reshape(rows).contiguous()
+    target = target.to(torch.int64).reshape(rows).contiguous()
+    weight = None if weight is None else weight.reshape(rows)
+    weight = weight_of(target, weight, ignore_index, real_dtype(logits))
     losses, nll, correct, entropy, _ = _native.masked_cross_entropy(
         logits,
-        target.to(torch.int64).reshape(rows).contiguous(),
+        target,
         weight,
         None if teacher is None else _as_3d(teacher.detach()),
         *options,
     )
-    loss = reduce_losses(losses.view(shape), weight, reduction)
+    loss = losses.view(shape) if reduction == "none" else reduced(losses.sum(), target, weight, reduction, normaliser)
     return CrossEntropy(loss, nll.view(shape), correct.view(shape), entropy.view(shape))
 
 
@@ -121,19 +139,26 @@ def _as_3d(logits: Tensor) -> Tensor:
     return logits.flatten(0, -3)
 
 
-def reduce_losses(losses: Tensor, weight: Tensor | None, reduction: str) -> Tensor:
-    """``losses`` are already multiplied by their weights."""
-    return losses if reduction == "none" else mean_or_sum(losses.sum(), losses.numel(), weight, reduction)
+def weight_of(target: Tensor, weight: Tensor | None, ignore_index: int | None, dtype: torch.dtype) -> Tensor | None:
+    """Contiguous weights of the rows, 0 where the target is ``ignore_index``; None if every row has weight 1."""
+    if ignore_index is None:
+        return None if weight is None else weight.to(dtype).contiguous()
+    counts = target != ignore_index
+    return counts.to(dtype) if weight is None else torch.where(counts, weight.to(dtype), 0.0)
 
 
-def mean_or_sum(total: Tensor, rows: int, weight: Tensor | None, reduction: str) -> Tensor:
-    """Of the sum of the losses of so many rows, which are already multiplied by their weights."""
+def reduced(
+    total: Tensor, target: Tensor, weight: Tensor | None, reduction: str, normaliser: float | Tensor | None
+) -> Tensor:
+    """The sum or the mean, from the sum of losses that are already multiplied by their weights."""
     if reduction == "sum":
         return total
-    if weight is None:
-        return total / max(rows, 1)
-    count = weight.sum()
-    return total / torch.where(count == 0, 1.0, count)
+    if normaliser is None:
+        normaliser = target.numel() if weight is None else weight.sum()
+    if not isinstance(normaliser, Tensor):
+        return total / (normaliser or 1)
+    normaliser = normaliser.to(total.dtype).reshape(())
+    return total / torch.where(normaliser == 0, 1.0, normaliser)
 
 
 def options_of(
@@ -160,6 +185,20 @@ def options_of(
         raise ValueError(f"{op}: teacher_mix is {teacher_mix}, but no teacher is given")
     numbers = (teacher_mix, softcap or 0.0, label_smoothing, z_loss)
     return _Options(TEACHER_KINDS.index(teacher_kind), *map(float, numbers))
+
+
+def check_normaliser(op: str, normaliser: float | Tensor | None, reduction: str) -> None:
+    if normaliser is None:
+        return
+    if reduction != "mean":
+        raise ValueError(f"{op}: normaliser is given with reduction {reduction!r}; only 'mean' divides by it")
+    if isinstance(normaliser, Tensor):
+        if normaliser.numel() != 1 or normaliser.requires_grad:
+            raise ValueError(
+                f"{op}: normaliser is {shown(normaliser)}; a tensor of one element without gradient is needed"
+            )
+    elif not 0 <= normaliser < math.inf:
+        raise ValueError(f"{op}: normaliser is {normaliser}; a finite number of at least 0 is needed")
 
 
 def _check(logits: Tensor, target: Tensor, weight: Tensor | None, teacher: Tensor | None) -> None:

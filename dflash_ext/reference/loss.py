@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -27,7 +28,9 @@ def masked_cross_entropy(
     target: Tensor,
     weight: Tensor | None = None,
     *,
+    ignore_index: int | None = -100,
     reduction: str = "mean",
+    normaliser: float | Tensor | None = None,
     softcap: float | None = None,
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
@@ -35,14 +38,20 @@ def masked_cross_entropy(
     teacher_kind: str = "kl",
     teacher_mix: float = 0.0,
 ) -> CrossEntropy:
-    """Weighted cross entropy with extras; see ``dflash_ext.masked_cross_entropy``."""
-    weight = torch.ones(target.shape, device=target.device) if weight is None else weight
+    """Weighted cross-entropy with extras; see ``dflash_ext.masked_cross_entropy``.
+
+    A target outside the vocabulary makes its row NaN on every device.
+    """
+    target = target.long()
+    weight = weight_of(target, weight, ignore_index)
     keep = weight != 0
+    outside = (target < 0) | (target >= logits.shape[-1])
     z = widened(logits).masked_fill(~keep[..., None], 0.0)
     if softcap is not None:
         z = softcap * torch.tanh(z / softcap)
     logp = torch.log_softmax(z, dim=-1)
-    nll = -logp.gather(-1, target.masked_fill(~keep, 0)[..., None])[..., 0]
+    nll = -logp.gather(-1, target.masked_fill(outside, 0)[..., None])[..., 0]
+    nll = nll * torch.where(outside & keep, math.nan, 1.0)
 
     row = nll
     if label_smoothing:
@@ -55,8 +64,8 @@ def masked_cross_entropy(
     weight = weight.to(z.dtype)
     row = torch.where(keep, weight * row, 0.0)
     if reduction == "mean":
-        total = weight.sum()
-        loss = row.sum() / torch.where(total == 0, 1.0, total)
+        normaliser = weight.sum() if normaliser is None else torch.as_tensor(normaliser, device=row.device).to(z.dtype)
+        loss = row.sum() / torch.where(normaliser == 0, 1.0, normaliser).reshape(())
     elif reduction == "sum":
         loss = row.sum()
     elif reduction == "none":
@@ -66,6 +75,12 @@ def masked_cross_entropy(
     entropy = entropy_of(logp.detach()).masked_fill(~keep, 0.0)
     correct = (z.argmax(-1) == target) & keep
     return CrossEntropy(loss, nll.detach().masked_fill(~keep, 0.0), correct, entropy)
+
+
+def weight_of(target: Tensor, weight: Tensor | None, ignore_index: int | None) -> Tensor:
+    """The rows' weights, 0 where the target is ``ignore_index``."""
+    weight = torch.ones(target.shape, device=target.device) if weight is None else weight
+    return weight if ignore_index is None else weight.masked_fill(target.long() == ignore_index, 0)
 
 
 def _divergence(teacher: Tensor, logp: Tensor, keep: Tensor, kind: str) -> Tensor:

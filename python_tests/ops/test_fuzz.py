@@ -72,6 +72,7 @@ def loss_case(shape, vocab, dtype):
         weight = pick(weight, weight != 0, (weight > 0.5).int()) if not dropped.all() else weight
         target = target.where(weight != 0, -100)
     options = {
+        "ignore_index": pick(-100, -100, None, pick(*range(vocab))),
         "reduction": pick("mean", "sum", "none"),
         "softcap": pick(None, 3.0, 30.0),
         "label_smoothing": pick(0.0, 0.1, 1.0),
@@ -79,6 +80,10 @@ def loss_case(shape, vocab, dtype):
         "teacher_kind": pick("kl", "tv"),
         "teacher_mix": pick(0.0, 0.3, 1.0),
     }
+    if options["reduction"] == "mean" and pick(True, False):
+        options["normaliser"] = pick(7, 0.5, torch.tensor(3), torch.tensor(100.0))
+    if options["ignore_index"] == -100 and pick(True, False):
+        target = target.masked_fill(torch.rand(shape) < 0.3, -100)
     if options["teacher_mix"] or pick(True, False):
         options["teacher"] = laid_out((2 * torch.randn(*shape, vocab)).to(dtype))
     return pick(target, target.int()), weight, options
@@ -113,6 +118,8 @@ def check_masked_cross_entropy():
     target, weight, options = loss_case(shape, vocab, dtype)
     if weight is not None:
         logits = logits.masked_fill((weight == 0)[..., None], math.nan)
+    if options["ignore_index"] is not None:
+        logits = logits.masked_fill((target == options["ignore_index"])[..., None], math.nan)
     leaf = laid_out(logits).detach().requires_grad_()
     others = target, weight
     limit = LOSS_LIMITS[dtype]
@@ -125,7 +132,8 @@ def check_linear_cross_entropy():
     target, weight, options = loss_case(shape, vocab, dtype)
     hidden = laid_out(torch.randn(*shape, width).to(dtype)).detach().requires_grad_(pick(True, True, False))
     head = laid_out((torch.randn(vocab, width) / width**0.5).to(dtype)).detach().requires_grad_(pick(True, False))
-    kept = target.numel() if weight is None else (weight != 0).sum().item()
+    kept = (target != options["ignore_index"]) & (torch.tensor(True) if weight is None else weight != 0)
+    kept = kept.sum().item() if options["ignore_index"] is not None or weight is not None else target.numel()
     options["max_rows"] = pick(None, max(1, kept), kept + 3)
     options["chunk_rows"] = pick(None, 1, 4)
     # Its logits are rounded to the dtype.

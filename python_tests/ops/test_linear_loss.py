@@ -23,7 +23,7 @@ def inputs(rows=30, width=16, vocab=50, dtype=torch.float32, device="cpu", kept=
     target = torch.randint(0, vocab, (rows,))
     weight = torch.rand(rows) + 0.1
     dropped = torch.randperm(rows)[kept:]
-    weight[dropped], target[dropped] = 0.0, -100
+    weight[dropped], target[dropped] = 0.0, -7
     return tuple(t.to(device) for t in (hidden, head, target, weight))
 
 
@@ -251,12 +251,23 @@ def test_what_is_no_tensor_or_number(change, message):
 def test_a_target_outside_the_vocabulary_is_named_by_its_row(max_rows):
     hidden, head, target = torch.randn(8, 6), torch.randn(5, 6), torch.zeros(8, dtype=torch.long)
     target[2], target[6] = 9, -1
-    message = r"^linear_cross_entropy: target -1 of row 6 is outside the vocabulary \[0, 5\); give rows"
+    message = r"^linear_cross_entropy: target -1 of row 6 is outside the vocabulary \[0, 5\); rows that do not"
     with pytest.raises(RuntimeError, match=message):
         weight = torch.tensor([1.0, 1, 0, 1, 1, 1, 1, 1])
         linear_cross_entropy(hidden, head, target, weight, max_rows=max_rows, chunk_rows=2)
     with pytest.raises(RuntimeError, match="target 9 of row 2"):
         linear_cross_entropy(hidden, head, target, max_rows=max_rows, chunk_rows=2)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("max_rows", [None, 4])
+def test_a_target_outside_the_vocabulary_makes_its_row_nan_on_the_gpu(max_rows):
+    hidden, head = torch.randn(4, 6, device="cuda", requires_grad=True), torch.randn(5, 6, device="cuda")
+    target = torch.tensor([0, 5, -1, -100], device="cuda")
+    out = linear_cross_entropy(hidden, head, target, reduction="none", max_rows=max_rows)
+    (grad,) = torch.autograd.grad(out.loss[[0, 3]].sum(), hidden)
+    assert out.loss.isnan().tolist() == out.nll.isnan().tolist() == [False, True, True, False]
+    assert grad[[0, 3]].isfinite().all()
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
@@ -275,3 +286,56 @@ def test_forward_mode_is_refused():
     hidden, head, target = torch.randn(3, 4), torch.randn(5, 4), torch.zeros(3, dtype=torch.long)
     with pytest.raises(RuntimeError, match="linear_cross_entropy: forward-mode derivatives are not supported"):
         torch.func.jvp(lambda x: linear_cross_entropy(x, head, target).loss, (hidden,), (hidden,))
+
+
+@pytest.mark.parametrize("train_head", [False, True], ids=["frozen", "trainable"])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("max_rows", [None, 9, 12])
+def test_an_ignored_label_is_a_weight_of_0(max_rows, reduction, train_head, device):
+    torch.manual_seed(7)
+    hidden, head, target, weight = inputs(device=device)
+    hidden[weight == 0] = torch.nan
+    labels, ones = target.masked_fill(weight == 0, -100), (weight != 0).float()
+    grad = torch.randn(30, device=device) if reduction == "none" else None
+    options = {"reduction": reduction, "max_rows": max_rows, "chunk_rows": 4}
+    want = run(linear_cross_entropy, hidden, head, target, ones, torch.float32, train_head, grad, **options)
+    got = run(linear_cross_entropy, hidden, head, labels, None, torch.float32, train_head, grad, **options)
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+    exact = run(
+        reference.linear_cross_entropy,
+        hidden.nan_to_num(),
+        head,
+        labels,
+        None,
+        torch.float64,
+        train_head,
+        grad,
+        reduction=reduction,
+    )
+    for ours, theirs in zip(got, exact, strict=True):
+        torch.testing.assert_close(ours.to(theirs.dtype), theirs, rtol=1e-4, atol=2e-5)
+
+
+def test_ignored_labels_count_against_max_rows_no_more_than_weights_of_0():
+    hidden, head, target, _ = inputs()
+    for function in (linear_cross_entropy, reference.linear_cross_entropy):
+        assert function(hidden, head, target, ignore_index=-7, max_rows=9).loss.isfinite()
+        with pytest.raises(ValueError, match="9 rows .*max_rows = 8"):
+            function(hidden, head, target, ignore_index=-7, max_rows=8)
+
+
+@pytest.mark.parametrize("train_head", [False, True], ids=["frozen", "trainable"])
+@pytest.mark.parametrize("normaliser", [30, torch.tensor(30), torch.tensor([30.0])], ids=str)
+def test_a_normaliser_replaces_the_sum_of_weights(normaliser, train_head):
+    data = inputs()
+    want = run(linear_cross_entropy, *data, torch.float32, train_head, reduction="sum")
+    for function, dtype in ((linear_cross_entropy, torch.float32), (reference.linear_cross_entropy, torch.float64)):
+        got = run(function, *data, dtype, train_head, normaliser=normaliser)
+        for index in (0, *range(4, len(got))):
+            torch.testing.assert_close(got[index], (want[index] / 30).to(dtype), rtol=1e-4, atol=1e-6)
+
+
+def test_a_normaliser_that_cannot_be_used_is_refused():
+    data = inputs()
+    with pytest.raises(ValueError, match="linear_cross_entropy: normaliser is given with reduction 'sum'"):
+        linear_cross_entropy(*data, normaliser=3, reduction="sum")

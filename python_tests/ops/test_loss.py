@@ -30,7 +30,7 @@ def inputs(shape, dtype=torch.float32, device="cpu", teacher=False, keep=0.7):
     target = torch.randint(0, shape[-1], shape[:-1])
     weight = torch.rand(shape[:-1]) + 0.1
     dropped = torch.rand(shape[:-1]) > keep
-    weight[dropped], target[dropped], logits[dropped] = 0.0, -100, torch.nan
+    weight[dropped], target[dropped], logits[dropped] = 0.0, -7, torch.nan
     teachers = (3 * torch.randn(shape)).to(dtype) if teacher else None
     return tuple(t if t is None else t.to(device) for t in (logits, target, weight, teachers))
 
@@ -183,12 +183,88 @@ def test_target_outside_the_vocabulary():
         masked_cross_entropy(logits, target)
 
 
+OUTSIDE = [1, 10, -1, -100, 2**40, -(2**40)]
+
+
+def check_rows_outside(function, device, **options):
+    """The targets OUTSIDE of a vocabulary of 10 make their rows NaN, and no other."""
+    logits = torch.randn(6, 10, device=device, requires_grad=True)
+    out = function(logits, torch.tensor(OUTSIDE, device=device), reduction="none", **options)
+    (grad,) = torch.autograd.grad(out.loss.sum(), logits)
+    nan = [False, True, True, False, True, True]
+    assert out.loss.isnan().tolist() == out.nll.isnan().tolist() == nan
+    assert grad.isnan().any(-1).tolist() == nan and (grad[3] == 0).all() and not out.correct[1:].any()
+
+
 @pytest.mark.gpu
 def test_target_outside_the_vocabulary_on_the_gpu():
-    logits = torch.randn(3, 10, device="cuda", requires_grad=True)
-    out = masked_cross_entropy(logits, torch.tensor([1, 10, -1], device="cuda"), reduction="none")
-    out.loss[0].backward()
-    assert out.nll.isnan().tolist() == [False, True, True]
+    check_rows_outside(masked_cross_entropy, "cuda")
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_target_outside_the_vocabulary_of_the_definition(options, device):
+    teacher = {"teacher": torch.randn(6, 10, device=device)} if "teacher_mix" in options else {}
+    check_rows_outside(reference.masked_cross_entropy, device, **options, **teacher)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_an_ignored_label_is_a_weight_of_0(weighted, reduction, device):
+    torch.manual_seed(9)
+    logits, target, weight, _ = inputs((4, 9, 33), device=device)
+    dropped = weight == 0
+    weight = weight if weighted else (~dropped).float()
+    grad = torch.randn(4, 9, device=device) if reduction == "none" else None
+    (want, want_grad), _ = both(logits, target, weight, None, grad, reduction=reduction)
+    weight = weight.masked_fill(dropped, 5.0) if weighted else None
+    for kind in (torch.int64, torch.int32, torch.int8):
+        labels = target.masked_fill(dropped, -100).to(kind)
+        (got, got_grad), (exact, exact_grad) = both(logits, labels, weight, None, grad, reduction=reduction)
+        assert torch.equal(got_grad, want_grad) and all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+        torch.testing.assert_close(got.loss.double(), exact.loss, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(got_grad.double(), exact_grad, rtol=1e-5, atol=1e-6)
+
+
+def test_an_ignored_label_is_that_of_torch(device):
+    logits, target = torch.randn(6, 20, device=device), torch.tensor([3, -100, 7, 7, -100, 0], device=device)
+    for index in (-100, 7):
+        labels = target.where(target != -100, index)
+        got = masked_cross_entropy(logits, labels, ignore_index=index)
+        torch.testing.assert_close(got.loss, F.cross_entropy(logits, labels, ignore_index=index))
+        assert (got.nll == 0).tolist() == (labels == index).tolist()
+    labels = target.where(target != -100, 0)
+    for index in (-100, None):
+        got = masked_cross_entropy(logits, labels, ignore_index=index)
+        torch.testing.assert_close(got.loss, F.cross_entropy(logits, labels))
+    with pytest.raises(RuntimeError, match="target -100 of row 1 is outside"):
+        masked_cross_entropy(logits.cpu(), target.cpu(), ignore_index=None)
+
+
+def test_an_unsigned_target_has_no_negative_label():
+    """As uint8, -100 would be 156."""
+    got = masked_cross_entropy(torch.randn(2, 200), torch.tensor([156, 3], dtype=torch.uint8), reduction="none")
+    assert (got.loss > 0).all()
+
+
+@pytest.mark.parametrize("normaliser", [36, 36.0, torch.tensor(36), torch.tensor([36.0]).double()], ids=str)
+def test_a_normaliser_replaces_the_sum_of_weights(normaliser, device):
+    """LLaDA and BD3-LM: weights 1/t, divided by the number of tokens."""
+    torch.manual_seed(10)
+    data = inputs((4, 9, 33), device=device)
+    normaliser = normaliser.to(device) if isinstance(normaliser, torch.Tensor) else normaliser
+    (want, want_grad), _ = both(*data, reduction="sum")
+    for (got, grad), dtype in zip(both(*data, normaliser=normaliser), (torch.float32, torch.float64), strict=True):
+        torch.testing.assert_close(got.loss, (want.loss / 36).to(dtype), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(grad, (want_grad / 36).to(dtype), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("normaliser", [0, torch.tensor(0)], ids=str)
+def test_a_batch_without_tokens_has_a_loss_of_0(normaliser):
+    logits, labels = torch.randn(3, 5, requires_grad=True), torch.full((3,), -100)
+    for function in (masked_cross_entropy, reference.masked_cross_entropy):
+        loss = function(logits, labels, normaliser=normaliser).loss
+        (grad,) = torch.autograd.grad(loss, logits)
+        assert loss == 0 and (grad == 0).all()
 
 
 @pytest.mark.parametrize(
@@ -204,6 +280,13 @@ def test_target_outside_the_vocabulary_on_the_gpu():
         ({"teacher": torch.zeros(3, 5).half(), "teacher_mix": 0.5}, "teacher is torch.float16"),
         ({"label_smoothing": 1.5}, "label_smoothing is 1.5"),
         ({"softcap": 0.0}, "softcap is 0.0"),
+        ({"normaliser": 3, "reduction": "sum"}, "normaliser is given with reduction 'sum'"),
+        ({"normaliser": 3, "reduction": "none"}, "normaliser is given with reduction 'none'"),
+        ({"normaliser": -1.0}, "normaliser is -1.0"),
+        ({"normaliser": float("nan")}, "normaliser is nan"),
+        ({"normaliser": torch.ones(3)}, r"normaliser is torch.float32 \[3\]"),
+        ({"normaliser": torch.tensor(3.0, requires_grad=True)}, "normaliser is .* that requires grad"),
+        ({"normaliser": torch.ones((), device="meta")}, "logits is on cpu, normaliser on meta"),
         ({"target": torch.zeros(3, dtype=torch.bool)}, "target is torch.bool"),
         ({"logits": torch.zeros(3, 5).int()}, r"logits is torch.int32 \[3, 5\]"),
         ({"logits": torch.zeros(3, 0)}, r"logits is torch.float32 \[3, 0\]"),
@@ -226,6 +309,8 @@ def test_wrong_arguments(change, message):
         ({"target": torch.zeros(3).long().numpy()}, "target is of type ndarray; a tensor"),
         ({"weight": 1.0}, r"weight is 1.0 \(float\); a tensor or None"),
         ({"teacher": [0.0], "teacher_mix": 0.5}, r"teacher is \[0.0\] \(list\)"),
+        ({"ignore_index": -1.0}, r"ignore_index is -1.0 \(float\); an int or None"),
+        ({"normaliser": "3"}, r"normaliser is '3' \(str\); a number, a tensor or None"),
         ({"softcap": "30"}, r"softcap is '30' \(str\); a number or None"),
         ({"z_loss": None}, "z_loss is None; a number"),
         ({"reduction": None}, "reduction is None; a string"),
@@ -264,12 +349,13 @@ def test_compiles_without_a_graph_break(device):
     logits, target, weight, teacher = inputs((2, 3, 17), device=device, teacher=True)
     options = OPTIONS["all"]
     compiled = torch.compile(masked_cross_entropy, backend="aot_eager", fullgraph=True)
-    grads = []
-    for function in (compiled, masked_cross_entropy):
-        leaf = logits.clone().requires_grad_()
-        function(leaf, target, weight, teacher=teacher, **options).loss.backward()
-        grads.append(leaf.grad)
-    assert torch.equal(*grads)
+    for more in ({}, {"normaliser": 7.0}, {"normaliser": torch.tensor(7, device=device), "ignore_index": None}):
+        grads = []
+        for function in (compiled, masked_cross_entropy):
+            leaf = logits.clone().requires_grad_()
+            function(leaf, target, weight, teacher=teacher, **options, **more).loss.backward()
+            grads.append(leaf.grad)
+        assert torch.equal(*grads)
 
 
 def test_under_autocast(device):
