@@ -6,7 +6,7 @@ models hand on like any 4-D mask. ``block_attention`` is called by every layer a
 
 ``generate`` takes no masks but 2-D padding: it refuses ``interval_mask`` by name. To go on behind a prompt that is read
 under an IntervalMask, run the model on all of the prompt but its last token, with ``interval_mask`` and a cache, and
-call ``generate`` on the whole prompt with that cache as ``past_key_values``.
+call ``generate`` on the whole prompt with that cache (``cache``, before transformers 5.24 ``past_key_values``).
 """
 
 from __future__ import annotations

@@ -56,6 +56,9 @@ def convert_gguf(
         model, tokenizer = _read(gguf)
         # GGUF metadata has no such limit, and transformers then writes one of 10^30 tokens.
         tokenizer.model_max_length = model.config.max_position_embeddings
+        # Some versions of transformers read another token as the one that ends texts than the GGUF names.
+        if (end := model.generation_config.eos_token_id) is not None:
+            tokenizer.eos_token = tokenizer.convert_ids_to_tokens(end)
         if fix_tokenizer is not None:
             fix_tokenizer(tokenizer)
         model.save_pretrained(scratch)

@@ -180,8 +180,8 @@ class DFlashDrafter(PreTrainedModel):
         context_hidden_states: Tensor,
         position_ids: Tensor,
         attention_mask: dict[str, IntervalMask] | Tensor | None = None,
+        cache: Cache | None = None,
         past_key_values: Cache | None = None,
-        **kwargs,
     ) -> BaseModelOutputWithPast:
         """Denoises blocks in one pass.
 
@@ -191,23 +191,30 @@ class DFlashDrafter(PreTrainedModel):
             position_ids: int64 [B, S + Q]: the context's positions, then the slots'.
             attention_mask: masks by kind of layer (`anchor_masks`, `decode_masks`); or, for one block, None or a
                 padding mask [B, cached + S + Q] that is True (1) for tokens and False (0) for padding on the left.
-            past_key_values: a cache of the context's keys and values; the block's are appended and are the caller's to
-                drop.
+            cache: a cache of the context's keys and values; the block's are appended and are the caller's to drop.
+            past_key_values: another name of `cache`, which transformers' own DFlash loop uses from 5.15 to 5.23.
 
         Returns:
             `last_hidden_state` [B, Q, H], to which the target's head applies; slot 0's is of no use.
+
+        Raises:
+            ValueError: `cache` and `past_key_values` are both given.
         """
+        if past_key_values is not None:
+            if cache is not None:
+                raise ValueError("cache and past_key_values name the same argument: only one of them may be given")
+            cache = past_key_values
         block_len = noise_embeds.shape[1]
         if not isinstance(attention_mask, dict):
-            cached = past_key_values.get_seq_length() if past_key_values is not None else 0
+            cached = cache.get_seq_length() if cache is not None else 0
             kv_len = cached + context_hidden_states.shape[1] + block_len
             attention_mask = self._single_block_masks(attention_mask, noise_embeds, kv_len)
         context = self.hidden_norm(self.fc(context_hidden_states.to(self.fc.weight.dtype)))
         rotary = self.rotary_emb(noise_embeds, position_ids)
         hidden = noise_embeds
         for layer, kind in zip(self.layers, self.config.layer_types, strict=True):
-            hidden = layer(hidden, context, rotary, attention_mask[kind], past_key_values)
-        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden), past_key_values=past_key_values)
+            hidden = layer(hidden, context, rotary, attention_mask[kind], cache)
+        return BaseModelOutputWithPast(self.norm(hidden), cache)  # by place: the cache's field is renamed in 5.24
 
     def _single_block_masks(self, padding: Tensor | None, noise_embeds: Tensor, kv_len: int) -> dict[str, IntervalMask]:
         batch, block_len = noise_embeds.shape[:2]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -71,7 +72,8 @@ def _read(what: str, name: str | os.PathLike, load: Callable, **options: Any) ->
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
-    """Raises a ValueError when `tokenizer` cannot be the one that `model` was trained with."""
+    """Raises a ValueError when `tokenizer` has more tokens than `model` embeds, and warns when its end token is none of
+    the model's. The latter alone proves nothing: versions of transformers differ in the end token that they read."""
     vocab = model.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > vocab:
         raise ValueError(
@@ -80,9 +82,10 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) 
     ends = model.generation_config.eos_token_id if model.generation_config else None
     ends = [ends] if isinstance(ends, int) else ends or []
     if ends and tokenizer.eos_token_id is not None and tokenizer.eos_token_id not in ends:
-        raise ValueError(
-            f"the tokenizer is another model's: it ends texts with token {tokenizer.eos_token_id}, "
-            f"{type(model).__name__} with {', '.join(map(str, ends))}"
+        warnings.warn(
+            f"the tokenizer may be another model's: it ends texts with token {tokenizer.eos_token_id}, "
+            f"{type(model).__name__} with {', '.join(map(str, ends))}",
+            stacklevel=2,
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -12,6 +13,14 @@ from transformers import PreTrainedModel
 from ..masks import IntervalMask
 
 ATTENTION_KINDS = {"full_attention", "sliding_attention"}
+
+
+def cache_argument(model: nn.Module | type[nn.Module]) -> str:
+    """The name under which a model's forward takes its key/value cache.
+
+    Transformers 5.24 renamed `past_key_values` to `cache`; models with code of their own may keep the older name.
+    """
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
 class Target:
@@ -41,6 +50,7 @@ class Target:
                     f"tap {tap} is out of range: {type(model).__name__} has layers 0 to {self.num_layers - 1}"
                 )
         self.attention_kinds = self._attention_kinds()
+        self.cache_argument = cache_argument(self.decoder)
 
     def _attention_kinds(self) -> set[str]:
         default = "sliding_attention" if getattr(self.config, "sliding_window", None) else "full_attention"
@@ -132,7 +142,7 @@ class Target:
                 input_ids=input_ids,
                 attention_mask=self._causal_masks(positions, cache.visible),
                 position_ids=positions.clamp(min=0),
-                past_key_values=cache,
+                **{self.cache_argument: cache},
                 use_cache=True,
                 logits_to_keep=keep_logits,
             )

@@ -43,7 +43,6 @@ def wrong_cases(house):
     save_file(state, house / "torn" / "model.safetensors")
     (house / "junk" / "model.safetensors").write_bytes(b"not safetensors")
     word_tokenizer(200).save_pretrained(tokenizers / "larger")
-    word_tokenizer(97, eos="w005").save_pretrained(tokenizers / "ends")
     return [
         (["generate", "w3", "--target", house / "nowhere"], "nowhere': there is no such folder"),
         (["generate", "w3", "--target", "./nowhere"], "cannot read a target from './nowhere': there is no such folder"),
@@ -71,7 +70,6 @@ def wrong_cases(house):
         ([*train, "--prompts", prompts, "--answers", others], "either --prompts"),
         (["train", "--target", target, "--output", prompts, *train[5:], "--prompts", prompts], "a folder is expected"),
         ([*generate, "w3", "--tokenizer", tokenizers / "larger"], "the tokenizer is another model's"),
-        ([*generate, "w3", "--tokenizer", tokenizers / "ends"], "ends texts with token 5"),
         ([*generate, "w3", "--drafter", house / "nowhere"], "no config.json"),
         ([*generate, "w3", "--drafter", target], "no drafter in"),
         ([*generate, "w3", "--drafter", other], "made for another target: its num_target_layers is 9"),

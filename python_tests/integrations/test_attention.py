@@ -32,9 +32,11 @@ from transformers.models.gpt_oss.modeling_gpt_oss import eager_attention_forward
 from dflash_ext import IntervalMask
 from dflash_ext.integrations import as_attention_mask, register
 from dflash_ext.integrations.attention import block_attention, interval_attention_mask
+from dflash_ext.models.target import cache_argument
 from python_tests.tiny import SHAPE, tiny_model
 
 FAMILIES = ["llama", "qwen3", "gemma2", "gemma3", "gemma4", "diffusion_gemma"]
+CACHE = cache_argument(LlamaForCausalLM)
 LENGTH, WINDOW = 14, 5
 MIXED = dict(num_hidden_layers=4, sliding_window=WINDOW, layer_types=["sliding_attention", "full_attention"] * 2)
 GEMMA = SHAPE | MIXED | dict(head_dim=16)
@@ -214,7 +216,7 @@ def test_caches(family, static):
                 implementation,
                 ids[:, start:stop],
                 attention_mask=mask[:, :stop],
-                past_key_values=cache,
+                **{CACHE: cache},
                 position_ids=torch.arange(start, stop)[None],
             )
             for start, stop in ((0, 8), (8, 12), (12, 13), (13, 14))
@@ -243,9 +245,9 @@ def test_generate_goes_on_behind_a_prompt_read_under_intervals(cache):
     model.set_attn_implementation("eager")
     filled, want = DynamicCache(config=model.config), ids
     dense = mask.to_dense(torch.float32).expand(2, -1, -1, -1)
-    model(ids[:, :-1], attention_mask=dense, past_key_values=filled)
+    model(ids[:, :-1], attention_mask=dense, **{CACHE: filled})
     for _ in range(new):
-        logits = model(want[:, -1:], past_key_values=filled).logits
+        logits = model(want[:, -1:], **{CACHE: filled}).logits
         want = torch.cat([want, logits[:, -1:].argmax(-1)], dim=1)
 
     model.set_attn_implementation("block_attn")
@@ -256,8 +258,8 @@ def test_generate_goes_on_behind_a_prompt_read_under_intervals(cache):
     else:
         filled, slots = StaticCache(model.config, LENGTH + new), LENGTH + new
     read = IntervalMask.full(LENGTH - 1, q_len=LENGTH - 1, kv_len=slots)
-    model(ids[:, :-1], interval_mask=read, past_key_values=filled)
-    assert torch.equal(model.generate(ids, past_key_values=filled, **options), want)
+    model(ids[:, :-1], interval_mask=read, **{CACHE: filled})
+    assert torch.equal(model.generate(ids, **{CACHE: filled}, **options), want)
 
 
 def test_generate_refuses_intervals():

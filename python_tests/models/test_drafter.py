@@ -3,7 +3,7 @@ import json
 import pytest
 import torch
 from safetensors import safe_open
-from transformers import Qwen3Config
+from transformers import DynamicCache, Qwen3Config
 
 from dflash_ext.decode import RowCache
 from dflash_ext.models import DFlashConfig, DFlashDrafter, Target, default_taps, load_drafter
@@ -45,7 +45,7 @@ def decoding_forward(target: Target, drafter: DFlashDrafter, tokens: list[int], 
             context_hidden_states=features[:, begin:end],
             position_ids=positions,
             attention_mask=drafter.decode_masks(torch.tensor([end], dtype=torch.int32), size, end + size),
-            past_key_values=cache,
+            cache=cache,
         ).last_hidden_state
     return drafter.logits(target, hidden)[0]
 
@@ -65,6 +65,27 @@ def test_training_and_decoding_give_the_same_logits(family, sliding, is_causal):
         cuts = [anchor // 2] if anchor > 3 else []
         decoded = decoding_forward(target, drafter, tokens[row, : anchor + 1].tolist(), cuts)
         torch.testing.assert_close(trained[row, column], decoded, atol=2e-5, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_the_cache_has_two_names_and_other_keywords_are_refused(capfd):
+    _, drafter = tiny_pair("qwen3")
+    generator = torch.Generator().manual_seed(0)
+    block = torch.randn(1, 6, 64, generator=generator)
+    context = torch.randn(1, 9, 3 * 64, generator=generator)
+
+    want = drafter(block, context, torch.arange(15)[None]).last_hidden_state
+    for name in ("cache", "past_key_values"):
+        cache = DynamicCache(config=drafter.config)
+        drafter(block, context[:, :4], torch.arange(10)[None], **{name: cache})
+        cache.crop(-6)  # the block
+        got = drafter(block, context[:, 4:], torch.arange(4, 15)[None], **{name: cache}).last_hidden_state
+        torch.testing.assert_close(got, want, atol=2e-5, rtol=1e-4)
+    assert not capfd.readouterr().err
+    with pytest.raises(ValueError, match="cache and past_key_values name the same argument"):
+        drafter(block, context, torch.arange(15)[None], cache=cache, past_key_values=cache)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'kv_cache'"):
+        drafter(block, context, torch.arange(15)[None], kv_cache=cache)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -5,7 +5,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from dflash_ext.integrations import gguf
-from dflash_ext.models import load_target
+from dflash_ext.models import load_target, stop_tokens
 from dflash_ext.train import save_drafter
 from python_tests.data.words import word_tokenizer
 from python_tests.tiny import tiny_model, tiny_pair
@@ -41,6 +41,13 @@ def test_a_folder_may_be_a_path_and_be_called_as_the_packaged_model(folder, monk
     for name in (folder, "smollm2"):
         model, _ = load_target(name, tokenizer=folder, dtype=torch.float32, device=torch.device("cpu"))
         assert model.config.name_or_path == str(name)
+
+
+def test_another_end_token_is_a_warning(folder, tmp_path):
+    word_tokenizer(eos="w005").save_pretrained(tmp_path / "ends")
+    with pytest.warns(UserWarning, match="may be another model's: it ends texts with token 5, LlamaForCausalLM with 2"):
+        model, tokenizer = load_target(folder, tokenizer=tmp_path / "ends")
+    assert stop_tokens(tokenizer, model) == (2, 5)
 
 
 @pytest.mark.parametrize("name", ["./nowhere", "../nowhere", "/nowhere", "nowhere/", "some/where/else", "~/nowhere"])
