@@ -3,7 +3,7 @@
 The commands import the library when they run, so that `--help` is quick.
 """
 
-from .app import app, reports_mistakes
+from .app import app
 from .demo import demo
 from .doctor import doctor
 from .evaluate import evaluate
@@ -11,7 +11,7 @@ from .generate import generate
 from .train import train
 
 for command in (demo, train, generate, evaluate, doctor):  # in the order of the help
-    app.command()(reports_mistakes(command))
+    app.command()(command)
 
 
 def main() -> None:

@@ -1,36 +1,58 @@
-"""What every command shares: the application, the two consoles, and how a mistake is reported."""
+"""What every command shares: the application and its own options, the consoles, and how a mistake is reported."""
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from typer.core import TyperGroup
 
-app = typer.Typer(
-    name="dflash-ext",
-    help="Block-diffusion drafters and lossless speculative decoding.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-)
+from .. import __version__
+
 console = Console()
 errors = Console(stderr=True)
 
 
-def reports_mistakes(function: Callable) -> Callable:
-    """Wraps a command: what is wrong with its input becomes one line on standard error and exit code 1."""
+def say(line: str, **style: str) -> None:
+    """Prints one line to standard error, as it is."""
+    errors.print(line, soft_wrap=True, markup=False, highlight=False, **style)
 
-    @functools.wraps(function)
-    def run(*args, **kwargs):
+
+class Commands(TyperGroup):
+    """Runs a command; an error in its input is reported in one line on standard error, with exit code 1."""
+
+    def invoke(self, ctx: typer.Context) -> Any:
         try:
-            return function(*args, **kwargs)
+            return super().invoke(ctx)
         except (ValueError, OSError, ImportError) as error:
-            errors.print(f"dflash-ext: {error}", style="red", soft_wrap=True, markup=False, highlight=False)
+            if ctx.params["traceback"]:
+                raise
+            say(f"dflash-ext: {error}", style="red")
             raise typer.Exit(1) from None
         except KeyboardInterrupt:
-            errors.print("dflash-ext: interrupted; what was computed is kept", style="red")
+            say("dflash-ext: interrupted; what was written is kept", style="red")
             raise typer.Exit(130) from None
 
-    return run
+
+app = typer.Typer(
+    name="dflash-ext", cls=Commands, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False
+)
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"dflash_ext {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+    traceback: Annotated[
+        bool, typer.Option("--traceback", help="Show the traceback of an error instead of one line.")
+    ] = False,
+) -> None:
+    """Train block-diffusion drafters and decode with them, speculatively and losslessly."""

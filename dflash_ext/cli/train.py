@@ -8,54 +8,95 @@ from typing import Annotated
 import typer
 
 from .app import console
-from .loading import load_target
-from .options import Device, Dtype, Field, Prompts, Seed, TargetName, Tokenizer
+from .loading import encode_for, load_target
+from .options import (
+    ChatTemplateArgs,
+    Device,
+    Dtype,
+    Field,
+    Limit,
+    MaxPromptTokens,
+    Prompts,
+    Seed,
+    TargetName,
+    Tokenizer,
+)
 
 
 def train(
-    output: Annotated[Path, typer.Option(help="Folder for the drafter, its log and the answers.")],
+    output: Annotated[Path, typer.Option(help="The folder for the drafter, its log and the answers.")],
     target: TargetName,
     prompts: Prompts = None,
     answers: Annotated[
-        Path | None, typer.Option(help="Answers of an earlier run to train on, instead of prompts.")
+        Path | None, typer.Option(help="An answers file of an earlier run. It is trained on instead of new answers.")
     ] = None,
     field: Field = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Use only the first prompts.")] = None,
-    max_prompt_tokens: Annotated[int, typer.Option(min=1, help="Longer prompts are left out.")] = 512,
-    max_new_tokens: Annotated[int, typer.Option(min=2, help="Length of the target's answers.")] = 256,
+    limit: Limit = None,
+    max_prompt_tokens: MaxPromptTokens = 512,
+    chat_template_args: ChatTemplateArgs = None,
+    max_new_tokens: Annotated[
+        int, typer.Option(min=2, help="The largest number of tokens in an answer of the target.")
+    ] = 256,
     temperature: Annotated[
-        list[float] | None, typer.Option(help="Of the answers, greedy by default; repeat for several each.")
+        list[float] | None,
+        typer.Option(
+            min=0,
+            help="The sampling temperature of the answers; 0, the default, is greedy. Repeat the option to get an "
+            "answer at each temperature.",
+        ),
     ] = None,
-    decode_batch: Annotated[int, typer.Option(min=1, help="Prompts answered at a time.")] = 32,
+    decode_batch: Annotated[int, typer.Option(min=1, help="The number of prompts answered at a time.")] = 32,
     mask_token: Annotated[
-        str | None, typer.Option(help="The mask token, by text or id, if the tokenizer has none.")
+        str | None,
+        typer.Option(help="The mask token, as text or as an id. The default is the tokenizer's own, if it has one."),
     ] = None,
-    layers: Annotated[int, typer.Option(min=1, help="Layers of the drafter.")] = 5,
-    taps: Annotated[str, typer.Option(help="How many layers of the target to tap, or their ids: 1,9,17.")] = "5",
-    block_size: Annotated[int, typer.Option(help="Slots of a block, the anchor included.")] = 16,
-    intermediate_size: Annotated[int | None, typer.Option(min=1, help="Width of its MLPs; the target's.")] = None,
-    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps.")] = 1000,
-    batch_size: Annotated[int, typer.Option(min=1, help="Sequences per forward pass.")] = 8,
-    accumulation: Annotated[int, typer.Option(min=1, help="Forward passes per step.")] = 1,
+    layers: Annotated[int, typer.Option(min=1, help="The number of the drafter's layers.")] = 5,
+    taps: Annotated[
+        str,
+        typer.Option(
+            help="The layers of the target whose outputs the drafter reads: their number, or their ids such as 1,9,17."
+        ),
+    ] = "5",
+    block_size: Annotated[int, typer.Option(help="Slots of a drafted block, the anchor included.")] = 16,
+    intermediate_size: Annotated[
+        int | None, typer.Option(min=1, help="The width of the drafter's MLPs. The default is the target's.")
+    ] = None,
+    steps: Annotated[int, typer.Option(min=1, help="The number of optimizer steps.")] = 1000,
+    batch_size: Annotated[int, typer.Option(min=1, help="Sequences in a forward pass.")] = 8,
+    accumulation: Annotated[int, typer.Option(min=1, help="Forward passes in an optimizer step.")] = 1,
     anchors: Annotated[int, typer.Option(min=1, help="Blocks drawn from each sequence.")] = 64,
-    max_length: Annotated[int, typer.Option(min=4, help="Tokens of a training sequence.")] = 1024,
-    learning_rate: Annotated[float, typer.Option(min=0, help="Its peak; a cosine decay follows.")] = 6e-4,
+    max_length: Annotated[
+        int, typer.Option(min=4, help="Training sequences are cut to this number of tokens, the prompt included.")
+    ] = 1024,
+    learning_rate: Annotated[
+        float, typer.Option(min=0, help="The peak learning rate. A cosine decay to 0 follows.")
+    ] = 6e-4,
     gamma: Annotated[
-        float | None, typer.Option(help="Decay of the position weights; D-PACE weights if not given.")
+        float | None,
+        typer.Option(help="The decay of the loss weights over a block's slots. Without it, D-PACE weights are used."),
     ] = None,
-    held_out: Annotated[float, typer.Option(min=0, max=0.5, help="Share of the prompts kept for evaluation.")] = 0.02,
-    compile: Annotated[bool, typer.Option("--compile", help="Train under torch.compile.")] = False,
+    held_out: Annotated[
+        float, typer.Option(min=0, max=0.5, help="The share of the prompts that is kept for evaluation.")
+    ] = 0.02,
+    compile: Annotated[bool, typer.Option("--compile", help="Train the drafter under torch.compile.")] = False,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on from the output folder's last checkpoint, if it has one.")
+        bool,
+        typer.Option(
+            "--resume",
+            help="Continue from the newest complete checkpoint in the output folder. If there is none, this is said "
+            "and training starts at step 0.",
+        ),
     ] = False,
-    save_every: Annotated[int, typer.Option(min=0, help="Steps between checkpoints; 0 for none.")] = 0,
+    save_every: Annotated[
+        int, typer.Option(min=0, help="The number of steps between checkpoints. With 0 there are no checkpoints.")
+    ] = 0,
     seed: Seed = 0,
     tokenizer: Tokenizer = None,
     dtype: Dtype = None,
     device: Device = None,
 ) -> None:
-    """Trains a drafter for a target on the target's own answers to your prompts."""
-    from ..data import read_conversations
+    """Train a drafter for a target on the target's own answers to your prompts."""
+    from ..data import LeftOut, read_conversations
     from ..data.parsing import require_file
     from ..models import DFlashDrafter, Target, stop_tokens
     from ..train import Recipe, train_on_answers, train_on_prompts
@@ -63,8 +104,9 @@ def train(
     if (prompts is None) == (answers is None):
         raise ValueError("train needs either --prompts, which the target answers first, or --answers")
     # Whatever can be wrong without the target is found before it is loaded.
+    left_out = LeftOut()
     if answers is None:
-        conversations = read_conversations(prompts, field=field, limit=limit)
+        conversations = read_conversations(prompts, field=field, limit=limit, left_out=left_out)
     else:
         require_file(answers)
     if output.exists() and not output.is_dir():
@@ -99,18 +141,27 @@ def train(
     if answers is not None:
         train_on_answers(drafter, tapped, answers, output, recipe, **options)
     else:
-        train_on_prompts(
-            drafter,
+        encoded = encode_for(
             tapped,
             tok,
             conversations,
+            prompts,
+            left_out,
+            max_prompt_tokens=max_prompt_tokens,
+            max_new_tokens=max_new_tokens,
+            chat_template_args=chat_template_args,
+        )
+        train_on_prompts(
+            drafter,
+            tapped,
+            encoded,
             output,
             recipe,
-            max_prompt_tokens=max_prompt_tokens,
             max_new_tokens=max_new_tokens,
             temperatures=tuple(temperature or (0.0,)),
             decode_batch=decode_batch,
             stop_token_ids=stop_tokens(tok, model),
+            chat_template_args=chat_template_args,
             **options,
         )
     console.print(f"the drafter is in {output}")

@@ -1,17 +1,22 @@
-"""From a user's prompts to training samples: read them, let the target answer them, serve the answers."""
+"""From a user's prompts to training samples: read them, encode them, let the target answer them, serve the answers."""
 
 from .dataset import ResponseDataset
-from .errors import DataError
-from .prompts import Conversation, Message, PromptTooLong, encode, read_conversations
+from .encoding import encode, encode_all
+from .errors import DataError, PromptError, PromptTooLong
+from .left_out import LeftOut
+from .prompts import Conversation, Message, read_conversations
 from .responses import regenerate
 
 __all__ = [
     "Conversation",
     "DataError",
+    "LeftOut",
     "Message",
+    "PromptError",
     "PromptTooLong",
     "ResponseDataset",
     "encode",
+    "encode_all",
     "read_conversations",
     "regenerate",
 ]

@@ -16,15 +16,16 @@ _short.maxstring = _short.maxother = EXCERPT
 
 
 def require_file(path: Path) -> None:
-    """Raises DataError unless there is something to read at `path`: a file, a pipe, but no folder."""
+    """Raises DataError unless `path` is a file or a pipe."""
     if path.is_dir():
         raise DataError(f"{path}: a file is expected, this is a folder")
     if not path.exists():
         raise DataError(f"{path}: no such file")
 
 
-def decode(raw: bytes, where: str) -> str:
-    """UTF-8, with or without a byte order mark; raises DataError with the line of the first byte that is not."""
+def utf8_text(raw: bytes, where: str) -> str:
+    """The text of UTF-8 bytes, with or without a byte order mark; raises DataError with the line of a byte that is not
+    UTF-8."""
     try:
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -33,20 +34,16 @@ def decode(raw: bytes, where: str) -> str:
         raise DataError(f"{where}: not UTF-8 (byte 0x{raw[error.start]:02x})") from None
 
 
-def parse(text: str, where: str) -> Any:
-    """The JSON value that `text` holds; raises DataError if it holds none that Python can represent."""
+def json_value(text: str, where: str) -> Any:
+    """The value that `text` holds as JSON; raises DataError if it is not valid JSON."""
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
         line = f"line {error.lineno}, " if error.lineno > 1 else ""
         raise DataError(f"{where}: not valid JSON: {error.msg} at {line}column {error.colno}") from None
-    except RecursionError:
-        raise DataError(f"{where}: the JSON is nested too deeply") from None
-    except ValueError:  # Python reads no more than some thousand digits
-        raise DataError(f"{where}: a number has too many digits") from None
 
 
 def excerpt(value: Any) -> str:
-    """Some of `value`, however large or deep, in one line."""
+    """The start of `value` as Python writes it, in one line of at most EXCERPT characters."""
     text = _short.repr(value)
     return text if len(text) <= EXCERPT else text[: EXCERPT - 3] + "..."

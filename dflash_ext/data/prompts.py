@@ -9,21 +9,27 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from transformers import PreTrainedTokenizerBase
-
 from .errors import DataError
-from .parsing import decode, excerpt, parse, require_file
+from .left_out import LeftOut
+from .parsing import excerpt, json_value, require_file, utf8_text
 
 KEYS = ("messages", "conversations", "turns", "prompt", "question", "instruction", "text")
+# The names of speakers in lower case, as OpenAI's and Gemini's chats and ShareGPT have them, and the roles that chat
+# templates know. A "developer" message is what later OpenAI models call a system message.
 ROLES = {
     "user": "user",
     "human": "user",
     "assistant": "assistant",
     "gpt": "assistant",
+    "chatgpt": "assistant",
+    "bing": "assistant",
+    "bard": "assistant",
+    "model": "assistant",
     "system": "system",
+    "developer": "system",
 }
+TEXT_PARTS = ("text", "input_text", "output_text")
 DOCUMENT_CHARS = 2000  # about 500 tokens of English
-CONTINUED_TOKENS = 64  # the longest prompt cut from the start of a document
 
 
 class Message(NamedTuple):
@@ -33,47 +39,40 @@ class Message(NamedTuple):
 
 @dataclass(frozen=True)
 class Conversation:
-    """What the target is asked: `messages` up to a user's turn, or else plain `text` to be continued.
-
-    Raises DataError for text that is no Unicode, which no tokenizer takes.
-    """
+    """What the target is asked: `messages` up to a user's turn, or else plain `text` to be continued."""
 
     messages: tuple[Message, ...] = ()
     text: str = ""
-
-    def __post_init__(self):
-        for text in (self.text, *(message.content for message in self.messages)):
-            try:
-                text.encode()
-            except UnicodeEncodeError as error:
-                lone = text[error.start]
-                raise DataError(f"a lone surrogate, {lone!r}, which is half a character: {excerpt(text)}") from None
 
     @classmethod
     def user(cls, content: str) -> Conversation:
         return cls(messages=(Message("user", content),))
 
 
-class PromptTooLong(DataError):
-    """A prompt with more tokens than were allowed."""
-
-
-def read_conversations(path: str | Path, *, field: str | None = None, limit: int | None = None) -> list[Conversation]:
+def read_conversations(
+    path: str | Path, *, field: str | None = None, limit: int | None = None, left_out: LeftOut | None = None
+) -> list[Conversation]:
     """Everything that the file at `path` asks, in its order; the first `limit` of it.
 
-    A `.jsonl` file holds a JSON object in every line, a `.json` file an array of them; any other file is
-    plain text, cut at blank lines (or at line ends or spaces where there is none) into documents of some
-    2,000 characters. A row is recognised by the first of these keys that it has:
+    A `.jsonl` file holds a JSON object in every line, a `.json` file an array of them. Any other file is plain text; it
+    is cut at blank lines (or at line ends or spaces where there is none) into documents of some 2,000 characters. Of a
+    row the first of these keys that holds something is read:
 
-    - `messages` [{"role", "content"}] or `conversations` [{"from", "value"}]: every user turn is asked, after
-      the history that the row gives; assistant turns before the first user turn are left out;
+    - `messages` [{"role", "content"}] or `conversations` [{"from", "value"}]: every user turn is asked, after the
+      history that the row gives; assistant turns before the first user turn are left out;
     - `turns` [str]: the first, because the later ones follow answers that the row does not have;
     - `prompt` or `question`: one user turn; answers beside it are ignored;
     - `instruction`, with an optional `input` below it: one user turn;
     - `text`: a document to be continued, without a chat template.
 
-    `field` names another key to read instead. What it holds is taken for messages if it is a list of objects,
-    for turns if it is a list of strings and for a user turn if it is a string.
+    The content of a turn is text, or a list of parts, whose texts are joined with line ends.
+
+    Args:
+        field: another key to read instead. What it holds is taken for messages if it is a list of objects, for turns if
+            it is a list of strings and for a user turn if it is a string.
+        left_out: counts what is read but cannot be used: turns without text (such as calls of tools), turns of a role
+            that is no user, assistant or system (such as the results of tools), parts that are no text, empty rows, and
+            conversations in which no user speaks.
 
     Raises:
         DataError: the file is missing, empty, not UTF-8 or asks nothing, or a row is not of this form.
@@ -82,70 +81,32 @@ def read_conversations(path: str | Path, *, field: str | None = None, limit: int
     require_file(path)
     if limit is not None and limit < 1:
         raise DataError(f"limit is {limit}: at least one prompt is read")
+    left_out = LeftOut() if left_out is None else left_out
     if path.suffix in (".jsonl", ".json"):
         rows = _json_lines(path) if path.suffix == ".jsonl" else _json_array(path)
-        asked = _asked(rows, field)
+        asked = _asked(rows, field, left_out)
     else:
-        documents = _documents(decode(path.read_bytes(), str(path)))
+        documents = _documents(utf8_text(path.read_bytes(), str(path)))
         asked = (Conversation(text=document) for document in documents)
     conversations = list(islice(asked, limit))
     if not conversations:
-        raise DataError(f"{path}: holds no prompt" if path.stat().st_size else f"{path}: the file is empty")
+        if not path.stat().st_size:
+            raise DataError(f"{path}: the file is empty")
+        raise DataError(f"{path}: holds no prompt" + (f", but {left_out}" if left_out else ""))
     return conversations
-
-
-def encode(
-    conversation: Conversation,
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    max_prompt_tokens: int,
-    **template_options: Any,
-) -> list[int]:
-    """The token ids that the target continues.
-
-    Messages go through the tokenizer's chat template, up to where the answer starts; `template_options` are
-    passed to it (`enable_thinking=False` and the like). A tokenizer without one gets their contents,
-    separated by blank lines. Of a document the prompt is the first half, but no more than 64 tokens, so
-    that the target writes most of what is trained on.
-
-    Raises:
-        PromptTooLong: there are more than `max_prompt_tokens` of them.
-        DataError: the chat template refuses the messages, or there is no token at all.
-    """
-    if conversation.text:
-        ids = tokenizer(conversation.text)["input_ids"]
-        ids = ids[: max(1, min(len(ids) // 2, CONTINUED_TOKENS, max_prompt_tokens))]
-    elif tokenizer.chat_template:
-        messages = [message._asdict() for message in conversation.messages]
-        try:
-            ids = tokenizer.apply_chat_template(
-                messages, add_generation_prompt=True, return_dict=True, **template_options
-            )["input_ids"]
-        except Exception as error:  # a template is a program: it may raise anything
-            raise DataError(f"the chat template refuses {excerpt(messages)}: {error}") from None
-    else:
-        ids = tokenizer("\n\n".join(message.content for message in conversation.messages))["input_ids"]
-    if not ids:
-        raise DataError(f"no token in {excerpt(conversation.text or conversation.messages)}")
-    if len(ids) > max_prompt_tokens:
-        raise PromptTooLong(
-            f"a prompt has {len(ids)} tokens, at most {max_prompt_tokens} are allowed: "
-            f"{excerpt(conversation.text or conversation.messages[-1].content)}"
-        )
-    return ids
 
 
 def _json_lines(path: Path) -> Iterator[tuple[str, Any]]:
     with path.open("rb") as lines:
         for number, line in enumerate(lines, 1):
             where = f"{path}:{number}"
-            if text := decode(line, where).strip():
-                yield where, parse(text, where)
+            if text := utf8_text(line, where).strip():
+                yield where, json_value(text, where)
 
 
 def _json_array(path: Path) -> Iterator[tuple[str, Any]]:
-    text = decode(path.read_bytes(), str(path)).strip()
-    rows = parse(text, str(path)) if text else []
+    text = utf8_text(path.read_bytes(), str(path)).strip()
+    rows = json_value(text, str(path)) if text else []
     if not isinstance(rows, list):
         raise DataError(f"{path}: an array of rows is expected; a file with one row a line is named .jsonl")
     for number, row in enumerate(rows, 1):
@@ -166,30 +127,31 @@ def _documents(text: str) -> Iterator[str]:
         start = end
 
 
-def _asked(rows: Iterator[tuple[str, Any]], field: str | None) -> Iterator[Conversation]:
+def _asked(rows: Iterator[tuple[str, Any]], field: str | None, left_out: LeftOut) -> Iterator[Conversation]:
     for where, row in rows:
         try:
-            yield from _conversations(row, field)
+            yield from _conversations(row, field, left_out)
         except DataError as error:
             raise DataError(f"{where}: {error}") from None
 
 
-def _conversations(row: Any, field: str | None) -> Iterator[Conversation]:
+def _conversations(row: Any, field: str | None, left_out: LeftOut) -> Iterator[Conversation]:
     if not isinstance(row, dict):
         raise DataError(f"a JSON object is expected, this is {excerpt(row)}")
-    key = field or next((key for key in KEYS if key in row), None)
-    if key not in row:
+    present = [key for key in ([field] if field else KEYS) if key in row]
+    if not present:
         wanted = f"the key '{field}'" if field else f"any of the keys {', '.join(KEYS)}"
         raise DataError(f"{wanted} is expected; the row has {excerpt(list(row))}")
+    key = next((key for key in present if row[key]), present[0])
     asked = row[key]
     if isinstance(asked, list) and asked and all(isinstance(turn, str) for turn in asked):
         asked = asked[0]
-    if isinstance(asked, list):
-        yield from _user_turns(asked, key)
+    if not asked or isinstance(asked, str) and not asked.strip():
+        left_out[f"rows in which '{key}' is empty"] += 1
+    elif isinstance(asked, list):
+        yield from _user_turns(asked, left_out)
     elif not isinstance(asked, str):
         raise DataError(f"'{key}' is neither text nor a list of turns: {excerpt(asked)}")
-    elif not asked.strip():
-        raise DataError(f"'{key}' is empty")
     elif key == "text":
         yield Conversation(text=asked)
     elif key == "instruction" and row.get("input"):
@@ -200,20 +162,44 @@ def _conversations(row: Any, field: str | None) -> Iterator[Conversation]:
         yield Conversation.user(asked)
 
 
-def _user_turns(turns: list, key: str) -> Iterator[Conversation]:
+def _user_turns(turns: list, left_out: LeftOut) -> Iterator[Conversation]:
     history: list[Message] = []
     for turn in turns:
-        message = _message(turn, key)
-        if message.role == "assistant" and all(earlier.role == "system" for earlier in history):
+        message = _message(turn, left_out)
+        if message is None or message.role == "assistant" and all(earlier.role == "system" for earlier in history):
             continue
         history.append(message)
-        if message.role == "user" and message.content.strip():
+        if message.role == "user":
             yield Conversation(messages=tuple(history))
+    if not any(message.role == "user" for message in history):
+        left_out["conversations in which no user speaks"] += 1
 
 
-def _message(turn: Any, key: str) -> Message:
-    if isinstance(turn, dict):
-        role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
-        if isinstance(role, str) and role in ROLES and isinstance(content, str):
-            return Message(ROLES[role], content)
-    raise DataError(f"'{key}' has the turn {excerpt(turn)}, not a role ({', '.join(ROLES)}) with text as its content")
+def _message(turn: Any, left_out: LeftOut) -> Message | None:
+    if not isinstance(turn, dict):
+        left_out["turns that are no JSON objects"] += 1
+        return None
+    speaker = turn.get("role", turn.get("from"))
+    role = ROLES.get(speaker.lower()) if isinstance(speaker, str) else None
+    if role is None:
+        left_out[f"turns of role {excerpt(speaker)}"] += 1
+        return None
+    content = _content(turn.get("content", turn.get("value")), left_out)
+    if not content.strip():
+        left_out["turns without text"] += 1
+        return None
+    return Message(role, content)
+
+
+def _content(content: Any, left_out: LeftOut) -> str:
+    """The text of a turn: the content itself, or the texts of its parts, one a line."""
+    if not isinstance(content, list):
+        return content if isinstance(content, str) else ""
+    texts = []
+    for part in content:
+        kind, text = (part.get("type", "text"), part.get("text")) if isinstance(part, dict) else ("text", part)
+        if kind in TEXT_PARTS and isinstance(text, str):
+            texts.append(text)
+        else:
+            left_out[f"parts of type {excerpt(kind)}"] += 1
+    return "\n".join(texts)

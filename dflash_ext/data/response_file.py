@@ -10,11 +10,12 @@ import json
 import os
 from collections import Counter
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from .errors import DataError
-from .parsing import decode, excerpt, parse
+from .parsing import excerpt, json_value, utf8_text
 
 FORMAT = "dflash_ext.responses"
 ROW_KEYS = {"index", "temperature", "prompt_ids", "response_ids"}
@@ -33,7 +34,7 @@ def whole_lines(path: Path) -> Iterator[tuple[int, dict]]:
                 return
             end += len(line)
             where = f"{path}:{number}"
-            row = parse(decode(line, where).rstrip("\n"), where)
+            row = json_value(utf8_text(line, where).rstrip("\n"), where)
             if number > 1:
                 if wrong := _what_is_wrong(row, vocab_size):
                     raise DataError(f"{where}: {wrong}")
@@ -61,16 +62,19 @@ def _what_is_wrong(row: Any, vocab_size: int) -> str | None:
 def resume(path: Path, header: dict) -> Counter:
     """Leaves a header and whole lines at `path`; counts the answers there by (index, temperature).
 
+    A file of answers without an answer is begun anew, whatever its header says.
+
     Raises:
         DataError: there is something at `path` that was not begun with the same header.
     """
     header = {"format": FORMAT, **header}
     first_line = (json.dumps(header) + "\n").encode()
     lines = whole_lines(path) if path.exists() else iter(())
-    end, found = next(lines, (0, None))
-    if found is None:
-        if path.exists() and not first_line.startswith(path.read_bytes()):
-            raise DataError(f"{path}: exists and is not a file of answers")
+    _, found = next(lines, (0, None))
+    if found is None and path.exists() and not first_line.startswith(path.read_bytes()):
+        raise DataError(f"{path}: exists and is not a file of answers")
+    first_row = next(lines, None)
+    if first_row is None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(first_line)
         return Counter()
@@ -81,8 +85,9 @@ def resume(path: Path, header: dict) -> Counter:
                 f"this run has {value}); choose another output folder, or remove this file"
             )
     answered = Counter()
-    for row_end, row in lines:
-        answered[row["index"], row["temperature"]] += 1
+    end = 0
+    for row_end, answer in chain([first_row], lines):
+        answered[answer["index"], answer["temperature"]] += 1
         end = row_end
     os.truncate(path, end)
     return answered

@@ -6,57 +6,50 @@ import hashlib
 import json
 import random
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerBase
 
 from ..decode import Completion, decode
 from ..models import Target
-from .errors import DataError
-from .prompts import Conversation, PromptTooLong, encode
 from .response_file import resume
 
 
 def regenerate(
     target: Target,
-    tokenizer: PreTrainedTokenizerBase,
-    conversations: Sequence[Conversation],
+    prompts: Mapping[int, Sequence[int]],
     path: str | Path,
     *,
     max_new_tokens: int,
-    max_prompt_tokens: int = 1024,
     temperatures: Sequence[float] = (0.0,),
     batch_size: int = 32,
     seed: int = 0,
     stop_token_ids: Sequence[int] = (),
+    chat_template_args: Mapping[str, Any] | None = None,
     on_progress: Callable[[int], None] | None = None,
-) -> int:
-    """Lets `target` answer every conversation once per entry of `temperatures`, into the JSONL at `path`.
+) -> None:
+    """Lets `target` answer every prompt once per entry of `temperatures`, into the JSONL at `path`.
 
     Each answer is written as it ends. A file that is already there is continued: the answers in it are kept,
-    a line that was cut off is replaced. `on_progress(n)` is called for every n answers that are done, with
-    those found in the file and those of prompts left out `len(conversations) * len(temperatures)` in all.
+    a line that was cut off is replaced.
 
-    Returns:
-        How many conversations were left out because they have more than `max_prompt_tokens` tokens.
+    Args:
+        prompts: token ids by the index that the answers carry, as `encode_all` returns them.
+        max_new_tokens: the longest answer.
+        batch_size: prompts that are answered at a time.
+        stop_token_ids: tokens that end an answer.
+        chat_template_args: what the prompts were encoded with; it is kept in the file's header.
+        on_progress: called with n for every n answers that are done, those found in the file included:
+            `len(prompts) * len(temperatures)` in all.
 
     Raises:
         DataError: `path` holds something else, or answers of another target, to other prompts or under other
-            limits; or every prompt is too long.
+            limits.
     """
     progress = on_progress or (lambda _: None)
-    prompts = {}
-    for index, conversation in enumerate(conversations):
-        try:
-            prompts[index] = encode(conversation, tokenizer, max_prompt_tokens=max_prompt_tokens)
-        except PromptTooLong:
-            progress(len(temperatures))
-    if not prompts:
-        raise DataError(f"no prompt has at most {max_prompt_tokens} tokens")
-
     path = Path(path)
     header = {
         "target": Path(target.model.config.name_or_path).name,
@@ -64,6 +57,7 @@ def regenerate(
         "weights": _weights_fingerprint(target.model),
         "max_new_tokens": max_new_tokens,
         "stop_token_ids": sorted(stop_token_ids),
+        "chat_template_args": dict(chat_template_args) if chat_template_args else None,
         "prompts": _prompts_fingerprint(prompts),
     }
     answered = resume(path, header)
@@ -72,7 +66,7 @@ def regenerate(
 
     def write(asked: list[int], temperature: float, position: int, completion: Completion) -> None:
         index = asked[position]
-        row = {"index": index, "temperature": temperature, "prompt_ids": prompts[index]}
+        row = {"index": index, "temperature": temperature, "prompt_ids": list(prompts[index])}
         row["response_ids"] = completion.tokens
         file.write(json.dumps(row, separators=(",", ":")) + "\n")
         file.flush()
@@ -99,10 +93,9 @@ def regenerate(
                     seed=draws.getrandbits(20),
                     on_finish=partial(write, asked, temperature),
                 )
-    return len(conversations) - len(prompts)
 
 
-def _prompts_fingerprint(prompts: dict[int, list[int]]) -> str:
+def _prompts_fingerprint(prompts: Mapping[int, Sequence[int]]) -> str:
     digest = hashlib.sha256()
     for index, ids in prompts.items():
         digest.update(array("q", [index, len(ids), *ids]).tobytes())

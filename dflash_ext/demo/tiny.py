@@ -15,7 +15,7 @@ from rich.console import Console
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from ..data import Conversation, encode
+from ..data import Conversation, encode, encode_all
 from ..models import DFlashDrafter, Target
 from ..progress import progress
 from ..train import Recipe, train_on_prompts
@@ -49,11 +49,9 @@ def tiny_model(console: Console) -> None:
         train_on_prompts(
             drafter,
             tapped,
-            tokenizer,
-            conversations,
+            encode_all(conversations, tokenizer, max_prompt_tokens=CONTEXT),
             folder,
             Recipe(steps=DRAFTER_STEPS, batch_size=8, anchors=24, learning_rate=3e-3, log_every=50),
-            max_prompt_tokens=CONTEXT,
             max_new_tokens=ANSWER_TOKENS,
             max_length=CONTEXT,
             console=console,

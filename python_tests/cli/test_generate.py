@@ -1,5 +1,7 @@
 import json
 
+import pytest
+
 from dflash_ext.decode import decode
 from dflash_ext.models import Target
 from python_tests.data.words import word_tokenizer
@@ -24,3 +26,61 @@ def test_generate_writes_the_targets_own_tokens(house, run):
 def test_generate_streams_one_prompt(house, run):
     code, printed, told = run("generate", "w005 w006 w007", "--target", house / "target", "--max-new-tokens", 4)
     assert code == 0 and "w" in printed and "tau" not in printed and "tau" in told
+
+
+def conversations(path, *questions):
+    """A file of the questions, in which one conversation has the result of a tool."""
+    rows = [{"messages": [{"role": "user", "content": question}]} for question in questions]
+    rows[0]["messages"].insert(0, {"role": "tool", "content": "w001"})
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_what_cannot_be_used_is_left_out_and_named_in_one_line(house, run):
+    """A prompt that is too long and a turn of a tool stop none of the others."""
+    prompts = conversations(house / "chats.jsonl", "w005 w006", "w007 " * 600, "w008")
+    out = house / "out.jsonl"
+    generate = ["generate", "--target", house / "target", "--prompts", prompts, "--max-new-tokens", 4]
+    code, printed, told = run(*generate, "--output", out)
+    assert code == 0
+    assert sorted(json.loads(line)["index"] for line in out.read_text().splitlines()) == [0, 2]
+    line = f"dflash-ext: left out of {prompts}: turns of role 'tool' (1), prompts of more than 508 tokens (1)"
+    assert line in told.splitlines()
+    _, printed, told = run(*generate, "--max-prompt-tokens", 1)
+    assert "prompt 3" in printed and "prompt 1" not in printed and "more than 1 tokens (2)" in told
+
+
+@pytest.mark.parametrize(
+    "refused",
+    [
+        ["--max-prompt-tokens", 1],
+        ["--max-new-tokens", 999],
+        ["--block-size", 4],
+        ["--chat-template-args", '{"enable_thinking": false}'],
+        ["--temperature", "inf"],
+    ],
+)
+def test_a_refused_run_leaves_the_output_alone(house, run, refused):
+    out = house / "out.jsonl"
+    out.write_text("mine\n")
+    words = ["generate", "--target", house / "target", "--prompts", house / "prompts.jsonl", "--output", out]
+    assert run(*words, *refused)[0] == 1
+    assert out.read_text() == "mine\n" and not list(house.glob("*.part"))
+    assert run(*words, "--max-new-tokens", 4)[0] == 0
+    assert len(out.read_text().splitlines()) == 3 and not list(house.glob("*.part"))
+
+
+def test_an_interrupt_keeps_the_old_output_and_what_was_written(house, run, monkeypatch):
+    def interrupted(*args, on_finish, **options):
+        done = decode(*args, **options)
+        on_finish(0, done.completions[0])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("dflash_ext.decode.decode", interrupted)
+    out = house / "out.jsonl"
+    out.write_text("mine\n")
+    words = ["generate", "--target", house / "target", "--prompts", house / "prompts.jsonl", "--output", out]
+    code, _, told = run(*words, "--max-new-tokens", 4)
+    assert code == 130 and "what was written so far is in" in told and "out.jsonl.part" in told
+    assert out.read_text() == "mine\n"
+    assert json.loads((house / "out.jsonl.part").read_text())["index"] == 0

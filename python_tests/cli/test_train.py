@@ -1,16 +1,21 @@
 import json
 
 from dflash_ext.models import load_drafter
+from python_tests.data.words import word_tokenizer
 
 
-def test_train_then_evaluate(house, run):
-    """A drafter from prompts in one command, then its figures; a second run reuses the answers."""
-    out = house / "trained"
-    train = [
-        *("train", "--target", house / "target", "--prompts", house / "prompts.jsonl", "--output", out),
+def words(house):
+    return [
+        *("train", "--target", house / "target", "--prompts", house / "prompts.jsonl"),
         *("--mask-token", "w096", "--layers", 1, "--taps", "1,3", "--block-size", 4, "--steps", 2, "--batch-size", 2),
         *("--anchors", 4, "--max-new-tokens", 16, "--held-out", 0.34),
     ]
+
+
+def test_train(house, run):
+    """A drafter from prompts in one command; a second run reuses the answers."""
+    out = house / "trained"
+    train = [*words(house), "--output", out]
     code, printed, errors = run(*train)
     assert code == 0, errors
     drafter = load_drafter(out)
@@ -19,11 +24,49 @@ def test_train_then_evaluate(house, run):
     answers = (out / "answers.jsonl").read_text()
     assert run(*train)[0] == 0
     assert (out / "answers.jsonl").read_text() == answers
-    figures = house / "figures.json"
-    code, _, errors = run(
-        *("evaluate", "--target", house / "target", "--drafter", out, "--prompts", house / "prompts.jsonl"),
-        *("--max-new-tokens", 8, "--output", figures),
-    )
+
+
+def test_chat_template_args_are_kept_with_the_answers(house, run):
+    tokenizer = word_tokenizer()
+    tokenizer.chat_template = "{{ messages[0].content }}{{ ' w009' if enable_thinking else ' w010' }}"
+    tokenizer.save_pretrained(house / "target")
+    out = house / "trained"
+    train = [*words(house), "--output", out]
+    code, _, errors = run(*train, "--chat-template-args", '{"enable_thinking": true}')
     assert code == 0, errors
-    row = json.loads(figures.read_text())["prompts"]
-    assert row["prompts"] == 3 and row["tau"] >= 1 and len(row["acceptance"]) == 3
+    header, *answers = map(json.loads, (out / "answers.jsonl").read_text().splitlines())
+    assert header["chat_template_args"] == {"enable_thinking": True}
+    assert all(answer["prompt_ids"][-1] == 9 for answer in answers)
+    code, _, errors = run(*train)
+    assert code == 1 and "made with other chat template args" in errors
+
+
+def test_a_refused_run_leaves_the_output_folder_alone(house, run):
+    """A run that is refused changes nothing, and does not hold up the next one."""
+    out = house / "trained"
+    train = [*words(house), "--output", out]
+    for refused in (["--max-new-tokens", 999], ["--max-prompt-tokens", 1], ["--block-size", 1]):
+        assert run(*train, *refused)[0] == 1
+    code, _, errors = run(*train, "--save-every", 1)
+    assert code == 0, errors
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    for refused in (
+        ["--max-new-tokens", 12],
+        ["--max-prompt-tokens", 1],
+        ["--resume", "--layers", 2],
+        ["--limit", 2],
+        ["--max-length", 4],
+    ):
+        code, _, errors = run(*train, *refused)
+        assert code == 1, refused
+        assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before, refused
+
+
+def test_resume_is_said(house, run):
+    out = house / "trained"
+    train = [*words(house), "--output", out, "--resume", "--save-every", 1]
+    code, printed, errors = run(*train)
+    assert code == 0, errors
+    assert "nothing to resume: there is no complete checkpoint in" in printed
+    _, printed, _ = run(*train, "--steps", 3)
+    assert f"continuing from {out / 'checkpoint-2'}" in printed

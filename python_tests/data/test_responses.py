@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from dflash_ext.data import Conversation, DataError, encode, regenerate
+from dflash_ext.data import Conversation, DataError, encode, encode_all, regenerate
 from dflash_ext.decode import decode
 from dflash_ext.models import Target
 from python_tests.data.letters import letters
@@ -19,8 +19,9 @@ def target():
 
 def answer(target, path, **changes):
     conversations = [Conversation.user(text) for text in changes.pop("prompts", PROMPTS)]
-    options = dict(max_new_tokens=12, max_prompt_tokens=40, temperatures=(0.0, 0.9), batch_size=2, stop_token_ids=(2,))
-    return regenerate(target, letters(), conversations, path, **options | changes)
+    prompts = encode_all(conversations, letters(), max_prompt_tokens=changes.pop("max_prompt_tokens", 40))
+    options = dict(max_new_tokens=12, temperatures=(0.0, 0.9), batch_size=2, stop_token_ids=(2,))
+    regenerate(target, prompts, path, **options | changes)
 
 
 def rows_of(path):
@@ -30,8 +31,8 @@ def rows_of(path):
 
 def test_every_prompt_is_answered_by_the_target(target, tmp_path):
     path, done = tmp_path / "new" / "answers.jsonl", []
-    assert answer(target, path, on_progress=done.append) == 1
-    assert sum(done) == 2 * len(PROMPTS)
+    answer(target, path, on_progress=done.append)
+    assert sum(done) == 2 * (len(PROMPTS) - 1)
     rows = rows_of(path)
     asked = [i for i in range(len(PROMPTS)) if i != LEFT_OUT]
     assert sorted((row["index"], row["temperature"]) for row in rows) == [(i, t) for i in asked for t in (0.0, 0.9)]
@@ -65,7 +66,7 @@ def test_an_interrupted_run_goes_on(target, tmp_path, cut):
     path.write_bytes(kept)
     done = []
     answer(target, path, on_progress=done.append)
-    assert sum(done) == 2 * len(PROMPTS)
+    assert sum(done) == 2 * (len(PROMPTS) - 1)
     after = path.read_bytes()
     assert after.startswith(kept[: kept.rfind(b"\n") + 1])
     greedy = [
@@ -95,6 +96,8 @@ def test_answers_to_something_else_are_refused_and_kept(target, tmp_path):
         answer(target, path, prompts=PROMPTS[1:])
     with pytest.raises(DataError, match=r"made with other max new tokens \(12, this run has 5\)"):
         answer(target, path, max_new_tokens=5)
+    with pytest.raises(DataError, match="made with other chat template args"):
+        answer(target, path, chat_template_args={"enable_thinking": False})
     assert path.read_bytes() == before
 
 
@@ -107,7 +110,27 @@ def test_a_file_of_something_else_is_refused_and_kept(target, tmp_path, content)
     assert path.read_text() == content
 
 
-def test_prompts_that_are_all_too_long(target, tmp_path):
-    with pytest.raises(DataError, match="no prompt has at most 3 tokens"):
-        answer(target, tmp_path / "answers.jsonl", max_prompt_tokens=3)
-    assert not list(tmp_path.iterdir())
+def test_a_refused_run_stands_in_nobodys_way(target, tmp_path):
+    """What a run leaves that failed before its first answer does not hold up a run with other options."""
+    path = tmp_path / "answers.jsonl"
+    with pytest.raises(ValueError, match="do not fit"):
+        answer(target, path, max_new_tokens=999)
+    answer(target, path)
+    assert len(rows_of(path)) == 8
+
+
+def test_answers_to_chat_template_args_go_on_with_the_same(target, tmp_path):
+    path, options = tmp_path / "answers.jsonl", {"chat_template_args": {"enable_thinking": False}}
+    answer(target, path, **options)
+    before = path.read_bytes()
+    assert json.loads(before.splitlines()[0])["chat_template_args"] == {"enable_thinking": False}
+    answer(target, path, **options)
+    assert path.read_bytes() == before
+    with pytest.raises(DataError, match="made with other chat template args"):
+        answer(target, path)
+
+
+def test_prompts_that_are_all_too_long():
+    conversations = [Conversation.user(text) for text in PROMPTS]
+    with pytest.raises(DataError, match="a prompt has 15 tokens, at most 3 are allowed: 'what is it'"):
+        encode_all(conversations, letters(), max_prompt_tokens=3)

@@ -1,0 +1,106 @@
+"""From conversations to the token ids that the target continues."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from .errors import DataError, PromptError, PromptTooLong
+from .left_out import LeftOut
+from .parsing import excerpt
+from .prompts import Conversation
+
+CONTINUED_TOKENS = 64  # the longest prompt cut from the start of a document
+
+
+def encode(
+    conversation: Conversation,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_prompt_tokens: int,
+    chat_template_args: Mapping[str, Any] | None = None,
+) -> list[int]:
+    """The token ids that the target continues.
+
+    Messages go through the tokenizer's chat template, up to where the answer starts. A tokenizer without one gets their
+    contents, separated by blank lines. Of a document the prompt is the first half, but no more than 64 tokens, so that
+    the target writes most of what is trained on.
+
+    Args:
+        max_prompt_tokens: the most tokens that a prompt may have.
+        chat_template_args: variables for the chat template, such as `{"enable_thinking": False}`.
+
+    Raises:
+        PromptTooLong: there are more than `max_prompt_tokens` of them.
+        PromptError: the tokenizer or its chat template refuses the text, or there is no token at all.
+        DataError: the chat template does not have one of the variables, or there is no chat template.
+    """
+    if chat_template_args:
+        _check_template_args(chat_template_args, tokenizer)
+    shown = excerpt(conversation.text or conversation.messages[-1].content)
+    try:
+        if conversation.text:
+            ids = tokenizer(conversation.text)["input_ids"]
+            ids = ids[: max(1, min(len(ids) // 2, CONTINUED_TOKENS, max_prompt_tokens))]
+        elif tokenizer.chat_template:
+            messages = [message._asdict() for message in conversation.messages]
+            options = {"add_generation_prompt": True, "return_dict": True} | dict(chat_template_args or {})
+            ids = tokenizer.apply_chat_template(messages, **options)["input_ids"]
+        else:
+            ids = tokenizer("\n\n".join(message.content for message in conversation.messages))["input_ids"]
+    except Exception as error:  # a chat template is a program, it may raise anything
+        refuses = "the chat template" if tokenizer.chat_template and conversation.messages else "the tokenizer"
+        reason = " ".join(str(error).split())
+        raise PromptError(f"{refuses} refuses {shown}: {reason}", f"prompts that {refuses} refuses: {reason}") from None
+    if not ids:
+        raise PromptError(f"no token in {shown}", "prompts without a token")
+    if len(ids) > max_prompt_tokens:
+        raise PromptTooLong(
+            f"a prompt has {len(ids)} tokens, at most {max_prompt_tokens} are allowed: {shown}",
+            f"prompts of more than {max_prompt_tokens} tokens",
+        )
+    return ids
+
+
+def encode_all(
+    conversations: Sequence[Conversation],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_prompt_tokens: int,
+    chat_template_args: Mapping[str, Any] | None = None,
+    left_out: LeftOut | None = None,
+) -> dict[int, list[int]]:
+    """The token ids of every conversation that can be encoded, by its index in `conversations`.
+
+    Args:
+        max_prompt_tokens, chat_template_args: as for `encode`.
+        left_out: counts the conversations that are too long or that the tokenizer or its chat template refuses.
+
+    Raises:
+        PromptError: none can be encoded; the error is that of the first.
+        DataError: the chat template does not have one of the variables, or there is no chat template.
+    """
+    left_out = LeftOut() if left_out is None else left_out
+    prompts: dict[int, list[int]] = {}
+    first_error = None
+    for index, conversation in enumerate(conversations):
+        try:
+            prompts[index] = encode(
+                conversation, tokenizer, max_prompt_tokens=max_prompt_tokens, chat_template_args=chat_template_args
+            )
+        except PromptError as error:
+            first_error = first_error or error
+            left_out[error.kind] += 1
+    if first_error and not prompts:
+        raise first_error
+    return prompts
+
+
+def _check_template_args(args: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> None:
+    """A template ignores variables that it does not have, and a tokenizer without one ignores them all."""
+    if not tokenizer.chat_template:
+        raise DataError(f"the tokenizer has no chat template, which {excerpt(dict(args))} would be for")
+    if unknown := [name for name in args if name not in str(tokenizer.chat_template)]:
+        raise DataError(f"the chat template has no variable '{unknown[0]}'")

@@ -1,0 +1,58 @@
+"""The checkpoint to resume from: the newest that was written to its end."""
+
+from __future__ import annotations
+
+import json
+import re
+import zipfile
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from ..models import DFlashConfig
+
+# Trainer writes the state last, and removes an old checkpoint only after that.
+NEEDED = ("config.json", "model*.safetensors", "optimizer.pt", "scheduler.pt", "trainer_state.json")
+
+
+def newest_checkpoint(folder: Path, config: DFlashConfig) -> Path | None:
+    """The checkpoint in `folder` with the most steps, incomplete ones left out; None if there is none.
+
+    Raises:
+        ValueError: it is of another drafter than that of `config`.
+    """
+    steps = {path: re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)", path.name) for path in folder.glob("*/")}
+    newest_first = sorted((path for path in steps if steps[path]), key=lambda path: int(steps[path][1]), reverse=True)
+    checkpoint = next(filter(is_complete, newest_first), None)
+    if checkpoint is not None:
+        _check(checkpoint, config)
+    return checkpoint
+
+
+def is_complete(checkpoint: Path) -> bool:
+    """Whether a checkpoint of Trainer has all its files, each of them whole."""
+    has_all = all(any(checkpoint.glob(pattern)) for pattern in NEEDED)
+    return has_all and all(map(_is_whole, checkpoint.iterdir()))
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether a file was not cut off, as far as its format tells."""
+    try:
+        if path.suffix == ".safetensors":
+            with safe_open(path, "pt"):
+                return True
+        if path.suffix == ".json":
+            json.loads(path.read_bytes())
+    except (SafetensorError, ValueError):
+        return False
+    # What torch.save writes is a zip archive, whose directory is at its end.
+    return zipfile.is_zipfile(path) if path.suffix in (".pt", ".pth", ".bin") else True
+
+
+def _check(checkpoint: Path, config: DFlashConfig) -> None:
+    saved = DFlashConfig.from_pretrained(checkpoint)
+    for name in ("hidden_size", "num_hidden_layers", "intermediate_size", "block_size", "dflash_config"):
+        mine, theirs = getattr(config, name), getattr(saved, name)
+        if mine != theirs:
+            raise ValueError(f"{checkpoint} is of another drafter: its {name} is {theirs}, this one's is {mine}")

@@ -1,0 +1,105 @@
+"""How to train: the recipe, and transformers' arguments that follow from it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import TrainingArguments
+
+
+@dataclass
+class Recipe:
+    """How to train; the defaults are the DFlash paper's where a small budget allows (arXiv 2602.06036).
+
+    Attributes:
+        steps: optimizer steps.
+        batch_size: sequences per device and forward pass.
+        accumulation: forward passes per step.
+        anchors: blocks drawn from each sequence.
+        gamma: decay of the position weights; None for D-PACE weights.
+        warmup: share of the steps over which the learning rate rises before its cosine decay.
+        save_every: steps between the checkpoints that an interrupted run resumes from; 0 for none.
+        compile: run the drafter under torch.compile.
+    """
+
+    steps: int = 1000
+    batch_size: int = 8
+    accumulation: int = 1
+    anchors: int = 64
+    learning_rate: float = 6e-4
+    weight_decay: float = 0.01
+    gamma: float | None = None
+    warmup: float = 0.04
+    seed: int = 0
+    save_every: int = 0
+    log_every: int = 10
+    compile: bool = False
+
+    def __post_init__(self):
+        for name in ("steps", "batch_size", "accumulation", "anchors"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}: at least 1 is needed")
+        if self.gamma is not None and not self.gamma > 0:
+            raise ValueError(f"gamma is {self.gamma}: a decay above 0 is needed, or none for D-PACE weights")
+        if not 0 < self.learning_rate < math.inf:
+            raise ValueError(f"learning_rate is {self.learning_rate}: a finite rate above 0 is needed")
+
+
+class OneDeviceArguments(TrainingArguments):
+    """Arguments of a process that trains on one device.
+
+    Where Trainer sees several GPUs, it wraps a model in DataParallel, which cannot split a drafter's inputs. torchrun
+    uses several GPUs: it starts one process for each.
+    """
+
+    pinned: torch.device | None = None
+
+    @property
+    def n_gpu(self) -> int:
+        return min(super().n_gpu, 1)
+
+    @property
+    def device(self) -> torch.device:
+        return self.pinned or super().device
+
+
+def training_arguments(output: Path, recipe: Recipe, device: torch.device) -> OneDeviceArguments:
+    """The arguments of a run that writes to `output`, on `device` unless torchrun started the process."""
+    on_gpu = device.type == "cuda"
+    args = OneDeviceArguments(
+        output_dir=str(output),
+        max_steps=recipe.steps,
+        per_device_train_batch_size=recipe.batch_size,
+        per_device_eval_batch_size=recipe.batch_size,
+        gradient_accumulation_steps=recipe.accumulation,
+        learning_rate=recipe.learning_rate,
+        weight_decay=recipe.weight_decay,
+        lr_scheduler_type="cosine",
+        warmup_steps=round(recipe.warmup * recipe.steps),
+        max_grad_norm=1.0,
+        bf16=on_gpu,
+        use_cpu=not on_gpu,
+        optim="adamw_torch_fused" if on_gpu else "adamw_torch",
+        torch_compile=recipe.compile,
+        logging_steps=min(recipe.log_every, recipe.steps),
+        save_strategy="steps" if recipe.save_every else "no",
+        save_steps=recipe.save_every or 500,
+        save_total_limit=1,
+        seed=recipe.seed,
+        data_seed=recipe.seed,
+        train_sampling_strategy="group_by_length",
+        remove_unused_columns=False,
+        dataloader_num_workers=4 if on_gpu else 0,
+        dataloader_pin_memory=on_gpu,
+        report_to="none",
+        label_names=["labels"],
+        prediction_loss_only=True,
+        disable_tqdm=True,
+    )
+    if on_gpu and args.world_size == 1:
+        args.pinned = device
+        torch.cuda.set_device(device)  # Accelerate places batches on the current device
+    return args

@@ -1,0 +1,52 @@
+"""What all commands share."""
+
+import subprocess
+import sys
+
+import pytest
+from typer.main import get_command
+
+import dflash_ext
+from dflash_ext.cli import app
+from dflash_ext.cli.output import replacing
+
+COMMANDS = ("demo", "train", "generate", "evaluate", "doctor")
+
+
+def test_the_module_is_the_command():
+    done = subprocess.run([sys.executable, "-m", "dflash_ext", "--version"], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout == f"dflash_ext {dflash_ext.__version__}\n"
+
+
+def test_every_command_and_option_has_a_help_text_that_is_a_sentence(run):
+    group = get_command(app)
+    assert tuple(group.commands) == COMMANDS
+    for name, command in group.commands.items():
+        assert run(name, "--help")[0] == 0
+        assert command.help.endswith(".") and command.help[0].isupper()
+        for option in command.params:
+            assert option.help.endswith(".") and option.help[0].isupper(), (name, option.name)
+
+
+def test_a_mistake_is_one_line_or_a_traceback_on_request(house, run):
+    words = ["generate", "w003", "--target", house / "nowhere"]
+    code, _, errors = run(*words)
+    assert code == 1 and len(errors.splitlines()) == 1
+    with pytest.raises(ValueError, match="there is no such folder"):
+        run("--traceback", *words)
+
+
+def test_a_file_is_replaced_when_the_new_one_is_complete(tmp_path):
+    path, link = tmp_path / "a.txt", tmp_path / "link.txt"
+    path.write_text("old")
+    link.symlink_to(path)
+    with pytest.raises(RuntimeError), replacing(link) as file:
+        file.write("half")
+        raise RuntimeError
+    assert path.read_text() == "old" and (tmp_path / "a.txt.part").read_text() == "half"
+    with pytest.raises(RuntimeError), replacing(path):
+        raise RuntimeError
+    assert path.read_text() == "old" and not (tmp_path / "a.txt.part").exists()
+    with replacing(link) as file:
+        file.write("new")
+    assert path.read_text() == "new" and link.is_symlink() and len(list(tmp_path.iterdir())) == 2

@@ -1,0 +1,44 @@
+import pytest
+import torch
+from transformers import TrainingArguments
+
+from dflash_ext.train.recipe import Recipe, training_arguments
+
+
+@pytest.fixture
+def two_gpus(monkeypatch):
+    """A machine that seems to have two GPUs; returns the devices that were made the current one."""
+    current = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_: True)
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    return current
+
+
+@pytest.mark.parametrize("device", ["cuda:0", "cuda:1"])
+def test_a_process_trains_on_the_targets_device_alone(tmp_path, two_gpus, device):
+    """Trainer makes a DataParallel of a model if n_gpu is above 1, and moves models and batches to `device`."""
+    assert TrainingArguments(output_dir=str(tmp_path)).n_gpu == 2
+    args = training_arguments(tmp_path, Recipe(), torch.device(device))
+    assert (args.n_gpu, args.device) == (1, torch.device(device))
+    assert args.train_batch_size == Recipe().batch_size
+    assert two_gpus[-1] == torch.device(device)
+
+
+def test_a_target_on_the_cpu_is_trained_for_on_the_cpu(tmp_path, two_gpus):
+    args = training_arguments(tmp_path, Recipe(), torch.device("cpu"))
+    assert args.n_gpu <= 1 and args.device == torch.device("cpu") and not two_gpus
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"steps": 0}, "steps is 0: at least 1"),
+        ({"gamma": 0.0}, "gamma is 0.0: a decay above 0"),
+        ({"learning_rate": float("nan")}, "learning_rate is nan: a finite rate"),
+    ],
+)
+def test_a_recipe_that_trains_nothing_is_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        Recipe(**change)
