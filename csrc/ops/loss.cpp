@@ -29,7 +29,8 @@ void check_targets(const CrossEntropyParams& p) {
   for (int64_t row = 0; row < p.rows; ++row) {
     const bool counts = !weight || weight[row] != 0;
     check(!counts || (p.target[row] >= 0 && p.target[row] < p.vocab), kOp, ": target ", p.target[row], " of row ", row,
-          " is outside the vocabulary [0, ", p.vocab, "); rows that do not count have a weight of 0 or the target ignore_index");
+          " is outside the vocabulary [0, ", p.vocab, "); rows that do not count have a "
+          "weight of 0 or the target ignore_index");
   }
 }
 

@@ -57,7 +57,7 @@ SeedParams seed_params(const char* op, const Tensor& seed, const Tensor& logits)
 
 std::tuple<Tensor, Tensor> sample_cpu(Tensor logits, Tensor seed, double temperature, double top_k, double top_p,
                                       double min_p, OptionalTensor temperatures, OptionalTensor top_ks,
-                                      OptionalTensor top_ps, OptionalTensor min_ps) {
+                                      OptionalTensor top_ps, OptionalTensor min_ps, bool confidence) {
   constexpr const char* kOp = "sample";
   check(logits.dim() == 2, kOp, ": logits must be [N, V], they have ", logits.dim(), " dimensions");
   const int64_t rows = logits.size(0), vocab = logits.size(1);
@@ -66,7 +66,7 @@ std::tuple<Tensor, Tensor> sample_cpu(Tensor logits, Tensor seed, double tempera
         logits.stride(1));
   const ScalarType real = real_of(logits);
   Tensor ids = new_empty(logits, {kSampleIds, rows}, ScalarType::Long);
-  Tensor reals = new_empty(logits, {kSampleReals, rows}, real);
+  Tensor reals = new_empty(logits, {confidence ? kConfidence + 1 : kConfidence, rows}, real);
 
   SampleParams p{};
   p.dtype = dtype_of(kOp, "logits", logits);
@@ -77,6 +77,7 @@ std::tuple<Tensor, Tensor> sample_cpu(Tensor logits, Tensor seed, double tempera
   p.filters = FilterArguments{temperature, top_k, top_p, min_p, temperatures, top_ks, top_ps, min_ps}
                   .params(kOp, logits);
   p.seed = seed_params(kOp, seed, logits);
+  p.confidence = confidence;
   p.reals = reals.data_ptr();
   p.ids = static_cast<int64_t*>(ids.data_ptr());
   if (rows > 0) run_on_cpu(sample, p, rows, grain_of(vocab));
@@ -190,7 +191,8 @@ Tensor reveal_cpu(OptionalTensor scores, Tensor masked, OptionalTensor entropy, 
 STABLE_TORCH_LIBRARY_FRAGMENT(dflash_ext, m) {
   m.def(
       "sample(Tensor logits, Tensor seed, float temperature, float top_k, float top_p, float min_p, "
-      "Tensor? temperatures, Tensor? top_ks, Tensor? top_ps, Tensor? min_ps) -> (Tensor ids, Tensor reals)");
+      "Tensor? temperatures, Tensor? top_ks, Tensor? top_ps, Tensor? min_ps, bool confidence) "
+      "-> (Tensor ids, Tensor reals)");
   m.def(
       "verify(Tensor draft_tokens, Tensor target_logits, Tensor? draft_logits, Tensor? draft_pivot, "
       "Tensor? draft_normaliser, Tensor? seed, Tensor? uniforms, Tensor? draft_lens, float temperature, float top_k, "

@@ -11,7 +11,8 @@ DFLASH_INLINE Real value_of(const PerRow& parameter, int64_t row) {
   return parameter.values ? static_cast<const Real*>(parameter.values)[row] : Real(parameter.value);
 }
 
-// The temperature and filters of one row.
+// The temperature and filters of one row. No check has seen the values of tensors, so each value has a meaning here:
+// the rules of `filter_logits` in dflash_ext/reference/sampling.py. NaN fails every comparison.
 template <class Real>
 struct Filters {
   Real temperature, top_k, top_p, min_p;
@@ -19,7 +20,12 @@ struct Filters {
   Filters(const FilterParams& p, int64_t row)
       : temperature(value_of<Real>(p.temperature, row)), top_k(value_of<Real>(p.top_k, row)),
         top_p(value_of<Real>(p.top_p, row)), min_p(value_of<Real>(p.min_p, row)) {
-    if (!(temperature > 0)) temperature = 0;  // a tensor's values are not checked: greedy is the safe reading
+    constexpr Real kColdest = 1e-30, kHottest = 1e30;  // beyond them 1 / temperature leaves float32
+    if (!(temperature >= kColdest)) temperature = 0;
+    if (temperature > kHottest) temperature = kHottest;
+    top_k = top_k >= 1 ? Real(__builtin_floor(top_k)) : 0;
+    if (!(top_p < 1)) top_p = 1;
+    min_p = min_p > 0 ? (min_p < 1 ? min_p : 1) : 0;
   }
 };
 

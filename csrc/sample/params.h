@@ -26,8 +26,8 @@ struct SeedParams {
   bool per_row;  // values [rows]; otherwise [1]
 };
 
-// Rows of SampleParams::reals and ::ids.
-enum SampleReal { kProb, kLogprob, kEntropy, kMargin, kMaxProb, kPivot, kNormaliser, kFilteredEntropy, kSampleReals };
+// Rows of SampleParams::reals and ::ids. The last real is there only where `confidence` asks for it.
+enum SampleReal { kProb, kLogprob, kEntropy, kMargin, kMaxProb, kPivot, kNormaliser, kFilteredEntropy, kConfidence };
 enum SampleId { kToken, kArgmax, kSampleIds };
 
 struct SampleParams {
@@ -37,7 +37,8 @@ struct SampleParams {
   int64_t stride;
   FilterParams filters;
   SeedParams seed;
-  void* reals;   // [kSampleReals, rows] Real
+  bool confidence;
+  void* reals;   // [kConfidence, rows] Real, or one row more with `confidence`
   int64_t* ids;  // [kSampleIds, rows]
 };
 
@@ -61,7 +62,7 @@ struct VerifyParams {
   int64_t* next_token;     // [rows]
 };
 
-enum class Reveal { kCount, kThreshold, kFactor, kEntropyBound };
+enum class Reveal { kCount, kThreshold, kFactor, kEntropyBound, kAtLeast };
 
 struct RevealParams {
   Reveal rule;

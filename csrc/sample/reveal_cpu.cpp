@@ -69,6 +69,7 @@ static void reveal_row(const RevealParams& p, int64_t row, int64_t* positions) {
     switch (p.rule) {
       case Reveal::kCount: takes = nth <= limit; break;
       case Reveal::kThreshold: takes |= scores[position] > limit; break;
+      case Reveal::kAtLeast: takes |= scores[position] >= limit; break;
       case Reveal::kFactor: takes |= scores[position] >= 1 - limit / (nth + 1); break;
       case Reveal::kEntropyBound:
         entropies += entropy[position];

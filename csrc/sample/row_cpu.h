@@ -25,12 +25,36 @@ class Row {
     Array<Real> numbers;
 
     Workspace(int64_t vocab, bool filters) : tiles(tiles_of(vocab)), numbers(filters ? 2 * (vocab + kLanes) : 0) {}
+    ~Workspace() { delete[] certain_; }
+
+    // Logits that are 0 for the token and -inf for all others.
+    const T* point_mass(int64_t token, int64_t vocab) const {
+      using One = Vector<Real, 1>;
+      if (!certain_) certain_ = new T[vocab];
+      for (int64_t i = 0; i < vocab; ++i) store(certain_ + i, i == token ? One{} : One{} - kInfinity);
+      return certain_;
+    }
+
+   private:
+    mutable T* certain_ = nullptr;  // seldom needed
   };
 
   struct Sums {
     double e = 0, e_exponent = 0;
     Real entropy() const { return Real(__builtin_log(e) - e_exponent / e); }  // nats
   };
+
+  // What a row's draws need. A logit of +inf, of which softmax would make NaN, makes the row a point mass at the first
+  // such token.
+  static Row read(const T* x, int64_t vocab, Real temperature, const Workspace& workspace) {
+    Row row(x, vocab, temperature, workspace);
+    row.read();
+    if (row.max_ < kInfinity) return row;
+    Row certain(workspace.point_mass(row.argmax_, vocab), vocab, temperature, workspace);
+    certain.read();
+    certain.is_certain_ = true;
+    return certain;
+  }
 
   Row(const T* x, int64_t vocab, Real temperature, const Workspace& workspace)
       : logits_{x, vocab}, temperature_(temperature == 0 ? Real(1) : temperature), inverse_(1 / temperature_),
@@ -43,24 +67,7 @@ class Row {
     finish_maxima(first, second);
   }
 
-  // The same and the row's sums, in one pass over memory.
-  void read() {
-    Wide first = Wide{} - kInfinity, second = first;
-    for (int64_t t = 0; t < tile_count_; ++t) {
-      read_maxima(t, first, second);
-      read_sums(t, tiles_[t].max);
-    }
-    finish_maxima(first, second);
-    for (int64_t t = 0; t < tile_count_; ++t) {  // from the tile's maximum to the row's
-      Tile& tile = tiles_[t];
-      const Real shift = bounded(exponent(tile.max)), scale = exp_of(shift);
-      tile.sum_exponent = scale * (tile.sum_exponent + shift * tile.sum);
-      tile.sum *= scale;
-    }
-    sums_ = kept_ = total();
-  }
-
-  // After read(): drops what the filters drop.
+  // After `read`: drops what the filters drop.
   void filter(const Filters<Real>& filters) {
     pivot_ = pivot_of(filters);
     if (pivot_ == -kInfinity) return;
@@ -75,6 +82,21 @@ class Row {
   Real logit(int64_t token) const { return logits_[token]; }
   Real exponent(Real logit) const { return (logit - max_) * inverse_; }
   const Sums& sums() const { return sums_; }
+  bool is_certain() const { return is_certain_; }  // a point mass, because of a logit of +inf
+
+  // The probability of a token at temperature 1, before the filters: another pass over memory.
+  Real probability_at_1(int64_t token) const {
+    double sum = 0;
+    for (int64_t t = 0; t < tile_count_; ++t) {
+      Wide part{};
+      for (int64_t i = begin_of(t); i < begin_of(t + 1); i += kLanes) {
+        const Wide x = logits_.at(i);
+        part += x > -kInfinity ? exp_of(x - max_) : Wide{};
+      }
+      sum += sum_lanes(part);
+    }
+    return Real(exp_of(logit(token) - max_) / sum);
+  }
 
   // What the filters left, in z = logits / temperature: exp(z - normaliser) from the pivot on.
   const Sums& kept() const { return kept_; }
@@ -112,6 +134,23 @@ class Row {
   template <class X>
   static DFLASH_MEMBER X bounded(X exponent) {
     return larger(exponent, X{} - 1e4f);
+  }
+
+  // read_maxima() and the row's sums, in one pass over memory.
+  void read() {
+    Wide first = Wide{} - kInfinity, second = first;
+    for (int64_t t = 0; t < tile_count_; ++t) {
+      read_maxima(t, first, second);
+      read_sums(t, tiles_[t].max);
+    }
+    finish_maxima(first, second);
+    for (int64_t t = 0; t < tile_count_; ++t) {  // from the tile's maximum to the row's
+      Tile& tile = tiles_[t];
+      const Real shift = bounded(exponent(tile.max)), scale = exp_of(shift);
+      tile.sum_exponent = scale * (tile.sum_exponent + shift * tile.sum);
+      tile.sum *= scale;
+    }
+    sums_ = kept_ = total();
   }
 
   DFLASH_MEMBER void read_maxima(int64_t t, Wide& first, Wide& second) {
@@ -175,10 +214,7 @@ class Row {
       lowest = smallest_logit(pivot, temperature_);
     }
     if (filters.top_p < 1) pivot = pivot_by_mass(filters.top_p, lowest) / temperature_;
-    if (filters.min_p > 0) {
-      const Real share = smaller(filters.min_p, Real(1));
-      pivot = larger(pivot, max_ / temperature_ + log_of(share));
-    }
+    if (filters.min_p > 0) pivot = larger(pivot, max_ / temperature_ + log_of(filters.min_p));
     return pivot;
   }
 
@@ -274,6 +310,7 @@ class Row {
 
   Real max_, second_, lowest_ = -kInfinity, pivot_ = -kInfinity;
   int64_t argmax_;
+  bool is_certain_ = false;
   Sums sums_, kept_;
 };
 

@@ -9,8 +9,8 @@ static void sample_rows(const SampleParams& p, int64_t begin, int64_t end) {
   const typename Row<T, Real>::Workspace workspace(p.vocab, p.filters.any);
   for (int64_t n = begin; n < end; ++n) {
     const Filters<Real> filters(p.filters, n);
-    Row<T, Real> row(static_cast<const T*>(p.logits) + n * p.stride, p.vocab, filters.temperature, workspace);
-    row.read();
+    const T* logits = static_cast<const T*>(p.logits) + n * p.stride;
+    auto row = Row<T, Real>::read(logits, p.vocab, filters.temperature, workspace);
 
     const auto set = [&](SampleReal which, Real value) { static_cast<Real*>(p.reals)[which * p.rows + n] = value; };
     int64_t token = row.argmax();
@@ -25,6 +25,7 @@ static void sample_rows(const SampleParams& p, int64_t begin, int64_t end) {
       set(kNormaliser, row.normaliser());
       set(kFilteredEntropy, row.kept().entropy());
     }
+    if (row.is_certain()) set(kPivot, kInfinity);
     const double sum = row.sums().e;
     const Real logprob = row.exponent(row.logit(token)) - Real(__builtin_log(sum));
     set(kProb, exp_of(logprob));
@@ -32,6 +33,7 @@ static void sample_rows(const SampleParams& p, int64_t begin, int64_t end) {
     set(kEntropy, row.sums().entropy());
     set(kMargin, Real((1 - exp_of(row.exponent(row.second()))) / sum));
     set(kMaxProb, Real((1 + row.exponent(row.max())) / sum));  // 0 in the exponent, or NaN
+    if (p.confidence) set(kConfidence, row.probability_at_1(token));
     p.ids[kToken * p.rows + n] = token;
     p.ids[kArgmax * p.rows + n] = row.argmax();
   }

@@ -43,7 +43,7 @@ class Verifier {
       const Masses<T, Real> p = target.probabilities();
       const int64_t drafted_token = tokens[k];
       int64_t token;
-      if (p_.draft == Draft::kPoint) {
+      if (is_point_mass(row, k)) {
         if (uniform(row, k) < p[drafted_token]) continue;
         token = target.draw(draw, [&](int64_t i) DFLASH_LAMBDA {
           Wide mass = p.at(i);
@@ -63,6 +63,12 @@ class Verifier {
     }
   }
 
+  // Its `Sample` marks a draft from logits of +inf by a pivot of +inf.
+  bool is_point_mass(int64_t row, int64_t k) const {
+    return p_.draft == Draft::kPoint ||
+           (p_.draft == Draft::kDescribed && static_cast<const Real*>(p_.pivots)[row * p_.drafted + k] == kInfinity);
+  }
+
   Masses<T, Real> draft_probabilities(int64_t row, int64_t k, const Filters<Real>& filters) const {
     const T* x = logits(p_.draft_logits, p_.draft_strides, row, k);
     if (p_.draft == Draft::kFiltered) return filtered(x, filters, draft_).probabilities();
@@ -73,8 +79,7 @@ class Verifier {
   }
 
   Row<T, Real> filtered(const T* x, const Filters<Real>& filters, const Workspace& workspace) const {
-    Row<T, Real> row(x, p_.vocab, filters.temperature, workspace);
-    row.read();
+    auto row = Row<T, Real>::read(x, p_.vocab, filters.temperature, workspace);
     if (p_.filters.any) row.filter(filters);
     return row;
   }

@@ -9,19 +9,22 @@ from torch import Tensor
 
 LOGITS_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
-# Of numbers that are not 0. Outside them a temperature or its inverse leaves float32.
-_RANGES = {"temperature": (1e-30, 1e30), "min_p": (0.0, 1.0)}
+# Of numbers that are not 0. Outside these bounds a temperature or its inverse leaves float32.
+_RANGES = {"temperature": (1e-30, 1e30), "top_k": (1, math.inf), "min_p": (0.0, 1.0)}
 
 
-def check_numbers(op: str, rows: int, **numbers: float | Tensor | None) -> None:
+def by_row(op: str, shape: torch.Size, **numbers: float | Tensor | None) -> dict[str, float | Tensor | None]:
+    """The numbers, checked; tensors, of no dimensions or of the rows' ``shape``, as ``[N]``."""
     for name, value in numbers.items():
-        if isinstance(value, Tensor) and value.shape != (rows,):
-            raise ValueError(f"{op}: {name} is a tensor {list(value.shape)}; a number or [{rows}] is needed")
-        if isinstance(value, Tensor) or value is None:
-            continue
-        least, most = _RANGES.get(name, (0.0, math.inf))
-        if not (value == 0 or least <= value <= most):
-            raise ValueError(f"{op}: {name} is {value}; 0 or a number from {least:g} to {most:g} is needed")
+        if isinstance(value, Tensor):
+            if value.dim() > 0 and value.shape != shape:
+                raise ValueError(f"{op}: {name} is a tensor {list(value.shape)}; a number or {list(shape)} is needed")
+            numbers[name] = value.expand(shape).flatten()
+        elif value is not None and value != 0 and (name, value) != ("top_k", -1):
+            least, most = _RANGES.get(name, (0.0, math.inf))
+            if not least <= value <= most:
+                raise ValueError(f"{op}: {name} is {value}; 0 or a number from {least:g} to {most:g} is needed")
+    return numbers
 
 
 def check_last_dim(op: str, name: str, logits: Tensor) -> None:

@@ -5,13 +5,23 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..arguments import is_int, shown
+
 # With one seed the operators draw from different streams: a draft and its verification must be independent.
 SAMPLE, VERIFY = 1, 2
 
 
-def check_seed(op: str, seed: Tensor, rows: int) -> None:
-    if seed.dtype != torch.int64 or seed.shape not in ((1,), (rows,)):
-        raise ValueError(f"{op}: seed is {seed.dtype} {list(seed.shape)}; int64 [1] or [{rows}] is needed")
+def seed_tensor(op: str, seed: int | Tensor | torch.Generator, shape: torch.Size, device: torch.device) -> Tensor:
+    """int64 ``[1]``, or ``[N]`` where each of the rows of ``shape`` has a seed of its own."""
+    if isinstance(seed, torch.Generator):
+        return torch.empty(1, dtype=torch.int64, device=seed.device).random_(generator=seed).to(device)
+    if isinstance(seed, Tensor):
+        if seed.dtype != torch.int64 or seed.shape not in ((), (1,), shape):
+            raise ValueError(f"{op}: seed is {shown(seed)}; int64 [], [1] or {list(shape)} is needed")
+        return seed.flatten().contiguous()
+    if not is_int(seed):
+        raise TypeError(f"{op}: seed is {shown(seed)}; an int, an int64 tensor or a torch.Generator is needed")
+    return torch.full((1,), seed, dtype=torch.int64, device=device)
 
 
 def uniforms_of(seed: Tensor, stream: int, rows: int, count: int) -> Tensor:

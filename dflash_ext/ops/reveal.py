@@ -8,14 +8,14 @@ from torch import Tensor
 from .. import reference
 from ..arguments import check_one_device, checked
 from ..library import load
-from .logits import as_contiguous, check_numbers, number_and_tensor
+from .logits import as_contiguous, by_row, number_and_tensor
 from .serving import warn_once
 
 load()
 _native = torch.ops.dflash_ext
 
 # The native operator knows the rules by their places here.
-_RULES = ("count", "threshold", "factor", "entropy_bound")
+_RULES = ("count", "threshold", "factor", "entropy_bound", "at_least")
 
 
 @checked
@@ -25,6 +25,7 @@ def reveal(
     *,
     count: int | Tensor | None = None,
     threshold: float | Tensor | None = None,
+    at_least: float | Tensor | None = None,
     factor: float | Tensor | None = None,
     entropy_bound: float | Tensor | None = None,
     entropy: Tensor | None = None,
@@ -32,21 +33,24 @@ def reveal(
     """Which masked positions of a canvas to commit in this step of diffusion: an order and one limit.
 
     The masked positions are taken in falling order of score (left to right among equals), as far as the limit
-    goes. Scores may be the confidence (max p), the margin (p1 - p2), -H for the order of entropy, or None for
-    left to right. A score that is NaN counts as -inf, the last in the order; an entropy that is NaN exceeds any bound.
+    goes. Scores may be the confidence (max p, or that of the drawn token, which ``sample`` returns on request), the
+    margin (p1 - p2), -H for the order of entropy, or None for left to right. A score that is NaN counts as -inf, the
+    last in the order; an entropy that is NaN exceeds any bound.
 
     Args:
         scores: ``[B, L]``, or None.
         masked: bool ``[B, L]``: the positions that may be committed.
         count: so many positions, or all that are left (linear and cosine schedules: ``reveal_count``).
-        threshold: all of score > threshold (Fast-dLLM); scores are confidences.
+        threshold: all of score > threshold (SDAR); scores are confidences.
+        at_least: all of score >= at_least (Fast-dLLM); scores are confidences.
         factor: the n-th while its confidence >= 1 - factor / (n + 1) (dInfer); scores are confidences.
         entropy_bound: the longest prefix whose ``sum(H) - max(H)`` is at most the bound (arXiv 2505.24857).
             In the order of -H and with every position masked this is also the acceptance rule of
             uniform-state diffusion.
         entropy: ``[B, L]``, H in nats, for entropy_bound.
 
-    A limit is a number or a tensor ``[B]``. All but count take at least one position of a row that has any.
+    A limit is a number, or a tensor of no dimensions or ``[B]``. All but count take at least one position of a row
+    that has any. A limit of NaN in a tensor admits no more than that.
 
     Returns:
         bool ``[B, L]``, a part of masked. Raises ValueError unless exactly one limit is given, with what it
@@ -57,9 +61,15 @@ def reveal(
     for name, given in (("scores", scores), ("entropy", entropy)):
         if given is not None and given.shape != masked.shape:
             raise ValueError(f"reveal: {name} is {list(given.shape)}; {list(masked.shape)} is needed")
-    limits = {"count": count, "threshold": threshold, "factor": factor, "entropy_bound": entropy_bound}
+    limits = {
+        "count": count,
+        "threshold": threshold,
+        "at_least": at_least,
+        "factor": factor,
+        "entropy_bound": entropy_bound,
+    }
     check_one_device("reveal", masked=masked, scores=scores, entropy=entropy, **limits)
-    check_numbers("reveal", masked.shape[0], **limits)
+    limits = by_row("reveal", masked.shape[:1], **limits)
     rule, limit = reference.reveal_limit(scores, entropy, **limits)
     if not masked.is_cuda:
         real = torch.float32

@@ -9,8 +9,8 @@ from .. import reference
 from ..arguments import check_one_device, checked
 from ..library import load
 from ..reference import Verification
-from .logits import LOGITS_DTYPES, as_contiguous, check_last_dim, check_numbers, filter_arguments, real_dtype
-from .random import VERIFY, check_seed, uniforms_of
+from .logits import LOGITS_DTYPES, as_contiguous, by_row, check_last_dim, filter_arguments, real_dtype
+from .random import VERIFY, seed_tensor, uniforms_of
 from .serving import warn_once
 
 load()
@@ -25,7 +25,7 @@ def verify(
     draft_logits: Tensor | None = None,
     draft_pivot: Tensor | None = None,
     draft_normaliser: Tensor | None = None,
-    seed: Tensor | None = None,
+    seed: int | Tensor | torch.Generator | None = None,
     uniforms: Tensor | None = None,
     temperature: float | Tensor = 0.0,
     top_k: int | Tensor | None = None,
@@ -39,7 +39,7 @@ def verify(
     argmax. Above 0 token x is accepted with probability min(1, p(x) / q(x)); the token after the first
     rejection is drawn from max(p - q, 0), normalised, and the bonus token after a draft that was accepted
     whole from p. So the output is distributed as the target's own (arXiv 2211.17192, 2302.01318). p and q are
-    both under the temperature and the filters of ``sample``, and NaN counts as -inf there too.
+    both under the temperature and the filters of ``sample``, whose rules for NaN, +inf and odd filters hold here too.
 
     Args:
         draft_tokens: int64 ``[B, K]``.
@@ -49,16 +49,18 @@ def verify(
             sampled, or not left to right: a point mass, accepted with p(x), whose residual is p without x.
         draft_pivot, draft_normaliser: ``[B, K]`` from the draft's ``Sample``, so that q is the one drawn
             from; without them q is filtered again.
-        seed: int64 ``[1]`` or ``[B]`` on the device, as in ``sample``; the same seed may serve both.
+        seed: as in ``sample``, one per row being ``[B]``; the same seed may serve both.
         uniforms: ``[B, K + 1]`` in [0, 1) in place of a seed: one per acceptance, the last for the draw.
-        temperature, top_k, top_p, min_p: numbers or tensors ``[B]``; rows of temperature 0 and above may mix.
+        temperature, top_k, top_p, min_p: numbers, or tensors of no dimensions or ``[B]``; rows of temperature 0 and
+            above may mix.
         draft_lens: int ``[B]``, how many tokens of a row were drafted; the rest are ignored. K unless given.
 
     Returns:
         Verification of ``accepted`` int64 ``[B]`` (0 to draft_lens) and ``next_token`` int64 ``[B]``.
 
     Raises ValueError for arguments that do not fit together, TypeError for one that is no tensor or number, and on the
-    CPU RuntimeError for a draft token outside the vocabulary.
+    CPU RuntimeError for a draft token outside the vocabulary. On CUDA, where the check would have to wait for the GPU,
+    such a token is rejected.
     """
     if draft_tokens.dim() != 2 or draft_tokens.dtype != torch.int64:
         raise ValueError(
@@ -103,11 +105,12 @@ def verify(
             check_last_dim("verify", name, given)
     if seed is not None and uniforms is not None:
         raise ValueError("verify: seed and uniforms are both given; one of them is needed")
+    rows = draft_tokens.shape[:1]
     if seed is not None:
-        check_seed("verify", seed, batch)
+        seed = seed_tensor("verify", seed, rows, draft_tokens.device)
     elif uniforms is None and (isinstance(temperature, Tensor) or temperature != 0):
         raise ValueError("verify: temperature > 0 needs random numbers, and none were given")
-    check_numbers("verify", batch, **filters)
+    filters = by_row("verify", rows, **filters)
     if not target_logits.is_cuda:
         if draft_logits is not None:
             dtype = torch.promote_types(target_logits.dtype, draft_logits.dtype)
@@ -120,7 +123,7 @@ def verify(
                 draft_logits,
                 as_contiguous(draft_pivot, real),
                 as_contiguous(draft_normaliser, real),
-                None if seed is None else seed.contiguous(),
+                seed,
                 as_contiguous(uniforms, torch.float64),
                 as_contiguous(draft_lens, torch.int64),
                 *filter_arguments(target_logits, **filters),

@@ -17,13 +17,20 @@ def reveal(
     *,
     count: int | Tensor | None = None,
     threshold: float | Tensor | None = None,
+    at_least: float | Tensor | None = None,
     factor: float | Tensor | None = None,
     entropy_bound: float | Tensor | None = None,
     entropy: Tensor | None = None,
 ) -> Tensor:
     """Which masked positions of a canvas to commit; see ``dflash_ext.reveal`` for the rules."""
     rule, limit = reveal_limit(
-        scores, entropy, count=count, threshold=threshold, factor=factor, entropy_bound=entropy_bound
+        scores,
+        entropy,
+        count=count,
+        threshold=threshold,
+        at_least=at_least,
+        factor=factor,
+        entropy_bound=entropy_bound,
     )
     if scores is None:
         scores = torch.zeros(masked.shape, device=masked.device)
@@ -38,6 +45,8 @@ def reveal(
         taken = nth <= limit
     elif rule == "threshold":
         taken = (confidence > limit) | (nth == 1)
+    elif rule == "at_least":
+        taken = (confidence >= limit) | (nth == 1)
     elif rule == "factor":
         taken = (confidence >= 1 - limit / (nth + 1)).cumprod(-1).bool() | (nth == 1)
     else:
@@ -58,7 +67,7 @@ def reveal_limit(
     rule = given[0]
     if rule == "entropy_bound" and entropy is None:
         raise ValueError("reveal: entropy_bound needs entropy")
-    if rule in ("threshold", "factor") and scores is None:
+    if rule in ("threshold", "at_least", "factor") and scores is None:
         raise ValueError(f"reveal: {rule} needs scores, the confidence of each position")
     return rule, limits[rule]
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .numerics import widened, without_nan
-from .sampling import filter_logits, inverse_cdf, per_row
+from .numerics import without_nan
+from .sampling import filter_logits, inverse_cdf, plain_logits, plain_temperature
 
 
 class Verification(NamedTuple):
@@ -34,11 +35,15 @@ def verify(
     min_p: float | Tensor | None = None,
     draft_lens: Tensor | None = None,
 ) -> Verification:
-    """Speculative sampling (arXiv 2211.17192, 2302.01318); see ``dflash_ext.verify`` for shapes and rules."""
+    """Speculative sampling (arXiv 2211.17192, 2302.01318); see ``dflash_ext.verify`` for shapes and rules.
+
+    A draft token outside the vocabulary is rejected: no distribution has it.
+    """
     batch, drafted = draft_tokens.shape
     device = draft_tokens.device
     drafted_lens = torch.full((batch,), drafted, device=device) if draft_lens is None else draft_lens.clamp(0, drafted)
     real = torch.arange(drafted, device=device) < drafted_lens[:, None]
+    known = (draft_tokens >= 0) & (draft_tokens < target_logits.shape[-1])
     if not isinstance(temperature, Tensor) and temperature == 0:
         best = without_nan(target_logits).argmax(-1)
         accepted = ((draft_tokens == best[:, :drafted]) & real).cumprod(-1).sum(-1)
@@ -46,27 +51,28 @@ def verify(
     if uniforms is None:
         raise ValueError("verify: temperature > 0 needs random numbers, and none were given")
 
-    temperature = per_row(temperature, target_logits).flatten().expand(batch)
-    greedy = temperature == 0
-    draft_tokens = draft_tokens.masked_fill(~real, 0)
-    filters = (temperature, top_k, top_p, min_p)
+    temperature = plain_temperature(temperature, target_logits)  # [B, 1] or [1, 1]
+    greedy = (temperature == 0)[..., None]
+    draft_tokens = draft_tokens.masked_fill(~known, 0)
+    filters = (temperature.flatten().expand(batch), top_k, top_p, min_p)
     p = _filtered_probs(target_logits, *filters)
-    point = torch.nn.functional.one_hot(draft_tokens, p.shape[-1]).to(p.dtype)
+    point = torch.nn.functional.one_hot(draft_tokens, p.shape[-1]).to(p.dtype) * known[..., None]
     if draft_logits is None:
         q = point
     elif draft_pivot is None:
         q = _filtered_probs(draft_logits, *filters)
     else:
-        z = widened(draft_logits) / torch.where(greedy, 1.0, temperature)[:, None, None]
+        z = plain_logits(draft_logits) / torch.where(greedy, 1.0, temperature[..., None])
         q = torch.where(z >= draft_pivot[..., None], (z - draft_normaliser[..., None]).exp(), 0.0)
+        q = torch.where(draft_pivot[..., None] == math.inf, point, q)
     # At temperature 0 all of p is at the argmax, so a point-mass draft makes these rules the greedy ones.
-    q = torch.where(greedy[:, None, None], point, q)
+    q = torch.where(greedy, point, q)
 
     picked = draft_tokens[..., None]
     p_token = p[:, :drafted].gather(-1, picked)[..., 0]
     q_token = q.gather(-1, picked)[..., 0]
     # A token that q could not have drawn (the draft's logits are NaN, say) is no draft: p decides alone.
-    passed = (uniforms[:, :drafted] * q_token < p_token) & (q_token > 0) & real
+    passed = (uniforms[:, :drafted] * q_token < p_token) & (q_token > 0) & real & known
     accepted = passed.cumprod(-1).sum(-1)
 
     row = torch.arange(batch, device=device)
@@ -80,7 +86,7 @@ def verify(
 
 
 def _filtered_probs(logits: Tensor, *filters: float | Tensor | None) -> Tensor:
-    """Of ``logits [B, K, V]``, under filters that are numbers or tensors [B]."""
-    batch, count, vocab = logits.shape
-    filters = (f.repeat_interleave(count) if isinstance(f, Tensor) else f for f in filters)
-    return torch.softmax(filter_logits(logits.reshape(-1, vocab), *filters), dim=-1).view(logits.shape)
+    """Of ``logits [B, K, V]``, under filters that are numbers or tensors, of no dimensions or [B]."""
+    count = logits.shape[1]
+    filters = (f.repeat_interleave(count) if isinstance(f, Tensor) and f.dim() else f for f in filters)
+    return torch.softmax(filter_logits(logits.flatten(0, 1), *filters), dim=-1).view(logits.shape)

@@ -15,6 +15,7 @@ from dflash_ext import (
     verify,
 )
 from dflash_ext.ops.random import SAMPLE, uniforms_of
+from dflash_ext.reference.sampling import plain_logits
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 LARGEST = 400  # numbers in a row
@@ -146,26 +147,29 @@ def check_linear_cross_entropy():
 
 
 def odd_logits(*shape, dtype):
-    """With ties, with -inf, and with rows that are all equal."""
+    """With ties, with -inf and +inf, and with rows that are all equal."""
     z = pick(0.5, 3.0) * torch.randn(*shape)
     kind = torch.randint(6, shape[:-1])[..., None]
     z = torch.where(kind == 0, z.round(), z)
     z = torch.where((kind == 1) & (torch.rand(shape) < 0.7), -math.inf, z)
     z = torch.where(kind == 2, 0.5, z)
     z[..., shape[-1] // 2] = 1.0
+    z = torch.where((kind == 3) & (torch.rand(shape) < pick(0.0, 0.1)), math.inf, z)
     return laid_out(z.to(dtype))
 
 
 def filters(rows):
-    def choice(*values, dtype=torch.float32):
-        by_row = torch.tensor([pick(*values) for _ in range(rows)], dtype=dtype)
-        return pick(None, pick(*values), by_row)
+    def choice(*values, odd=()):
+        """Odd values have a meaning in tensors alone."""
+        by_row = torch.tensor([float(pick(*values, *odd)) for _ in range(rows)])
+        number = pick(*values)
+        return pick(None, number, torch.tensor(number), by_row)
 
     given = {
         "temperature": choice(0.0, 0.3, 1.0, 1.7),
-        "top_k": choice(0, 1, 3, 60, 9999, dtype=torch.int64),
-        "top_p": choice(0.0, 0.2, 0.87, 0.99, 1.0),
-        "min_p": choice(0.0, 0.03, 0.1, 1.0),
+        "top_k": choice(-1, 0, 1, 3, 60, 9999, odd=(2.5, math.nan)),
+        "top_p": choice(0.0, 0.2, 0.87, 0.99, 1.0, odd=(-1.0, math.nan)),
+        "min_p": choice(0.0, 0.03, 0.1, 1.0, odd=(1.5, math.nan)),
     }
     return {name: value for name, value in given.items() if value is not None}
 
@@ -181,9 +185,10 @@ def check_sample():
     }
     slack = 1e-6 if dtype != torch.float64 else 1e-13
     temperature = torch.as_tensor(options.get("temperature", 1.0), dtype=torch.float64).reshape(-1, 1)
-    z = logits.double() / torch.where(temperature == 0, 1.0, temperature)
+    plain = plain_logits(logits)
+    z = plain.double() / torch.where(temperature == 0, 1.0, temperature)
     # As sample does it: the pivot is one of these numbers.
-    scaled = logits.to(drawn.pivot.dtype) / torch.where(temperature == 0, 1.0, temperature).to(drawn.pivot.dtype)
+    scaled = plain / torch.where(temperature == 0, 1.0, temperature).to(drawn.pivot.dtype)
     p = z.softmax(-1)
     uniform = uniforms_of(seed, SAMPLE, rows, 1)[:, 0]
     # A token whose cumulative mass is a filter's bound but for rounding may be kept or not.
@@ -203,7 +208,7 @@ def check_sample():
         reaches = scaled >= drawn.pivot[:, None]
         described = torch.where(reaches, z - drawn.normaliser[:, None], -math.inf)
         greedy = (temperature == 0).flatten().expand(rows)
-        same &= greedy | ((described.exp() - mass).abs().amax(-1) < 50 * slack)
+        same &= greedy | (drawn.pivot == math.inf) | ((described.exp() - mass).abs().amax(-1) < 50 * slack)
         matched |= same
     assert matched.all(), (~matched).nonzero()
     near(drawn.prob, p.gather(1, drawn.token[:, None])[:, 0], 10 * slack)
@@ -220,7 +225,7 @@ def check_verify():
     target, options = odd_logits(rows, drafted + 1, vocab, dtype=dtype), {"temperature": 1.0} | filters(rows)
     drafter = target[:, :-1] + pick(0.0, 0.3, 2.0) * torch.randn(rows, drafted, vocab).to(dtype)
     by_token = {
-        name: value.repeat_interleave(drafted) if isinstance(value, torch.Tensor) else value
+        name: value.repeat_interleave(drafted) if isinstance(value, torch.Tensor) and value.dim() else value
         for name, value in options.items()
     }
     drawn = sample(drafter.flatten(0, 1), torch.tensor([3]), **by_token)
@@ -247,16 +252,17 @@ def check_reveal():
         scores, entropy = (scores * 8).round() / 8, (entropy * 8).round() / 8
     scores, entropy = (laid_out(x.to(dtype)) for x in (scores, entropy))
     masked = torch.rand(rows, length) < pick(0.0, 0.3, 0.8, 1.0)
-    rule = pick("count", "threshold", "factor", "entropy_bound")
+    rule = pick("count", "threshold", "at_least", "factor", "entropy_bound")
     limits = {
         "count": (0, 1, 3, 1000),
         "threshold": (0.0, 0.5, 0.9, 2.0),
+        "at_least": (0.0, 0.5, 0.875, 2.0),
         "factor": (0.0, 0.3, 1.0, 5.0),
         "entropy_bound": (0.0, 0.25, 2.0, 1e9),
     }[rule]
     limit = pick(pick(*limits), torch.tensor([pick(*limits) for _ in range(rows)], dtype=torch.float64))
     order = pick(scores, -entropy, None)
-    if order is None and rule in ("threshold", "factor"):
+    if order is None and rule in ("threshold", "at_least", "factor"):
         order = scores
     got = reveal(order, masked, entropy=entropy, **{rule: limit})
     assert torch.equal(got, reference.reveal(order, masked, entropy=entropy, **{rule: limit}))

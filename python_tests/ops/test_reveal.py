@@ -10,6 +10,7 @@ from dflash_ext import reference, reveal, reveal_count
 LIMITS = {
     "count": [0, 1, 3, 1000],
     "threshold": [0.0, 0.5, 0.9, 2.0],
+    "at_least": [0.0, 0.5, 0.875, 2.0],
     "factor": [0.0, 0.3, 1.0, 5.0],
     "entropy_bound": [0.0, 0.25, 2.0, 1e9],
 }
@@ -35,9 +36,9 @@ def test_matches_the_definition(rule, dtype, device):
         scores, masked, entropy = (x.to(device) for x in canvas(8, length, dtype, length))
         by_row = torch.tensor(LIMITS[rule] * 2, device=device)
         for order in (scores, -entropy, -scores.log(), None):
-            if order is None and rule in ("threshold", "factor"):
+            if order is None and rule in ("threshold", "at_least", "factor"):
                 continue
-            for limit in (*LIMITS[rule], by_row):
+            for limit in (*LIMITS[rule], by_row, by_row[1], torch.full_like(by_row, math.nan, dtype=torch.float32)):
                 got = reveal(order, masked, entropy=entropy, **{rule: limit})
                 want = reference.reveal(order, masked, entropy=entropy, **{rule: limit})
                 assert torch.equal(got, want), (rule, limit, length)
@@ -46,7 +47,13 @@ def test_matches_the_definition(rule, dtype, device):
 def test_every_rule_takes_the_best_position_first():
     scores = torch.tensor([[0.1, 0.7, 0.7, 0.9, 0.2]])
     masked = torch.tensor([[True, True, True, False, True]])
-    for limit in ({"count": 1}, {"threshold": 0.95}, {"factor": 0.01}, {"entropy_bound": 0.0, "entropy": scores}):
+    for limit in (
+        {"count": 1},
+        {"threshold": 0.95},
+        {"at_least": 0.95},
+        {"factor": 0.01},
+        {"entropy_bound": 0.0, "entropy": scores},
+    ):
         assert reveal(scores, masked, **limit).tolist() == [[False, True, False, False, False]]
     assert reveal(None, masked, count=2).tolist() == [[True, True, False, False, False]]
     assert reveal(torch.full((1, 5), -math.inf), masked, threshold=0.5).tolist() == [[True, False, False, False, False]]
@@ -125,3 +132,14 @@ def test_refusals_name_the_value(call, message):
 def test_what_is_no_tensor_or_number_is_refused(call, message):
     with pytest.raises(TypeError, match=message):
         call()
+
+
+def test_at_least_the_threshold_takes_what_equals_it(device):
+    """Fast-dLLM drops what is below its threshold, SDAR takes what is above."""
+    scores = torch.tensor([[0.9, 0.5, 0.75, 0.7]], device=device)
+    masked = scores > 0
+    for function in (reveal, reference.reveal):
+        assert function(scores, masked, threshold=0.75).tolist() == [[True, False, False, False]]
+        assert function(scores, masked, at_least=0.75).tolist() == [[True, False, True, False]]
+        with pytest.raises(ValueError, match="at_least needs scores"):
+            function(None, masked, at_least=0.5)

@@ -204,8 +204,8 @@ def test_registration():
     logits, numbers = rows(4, 50), torch.tensor([0.5, 0.9, 1.0, 0.1])
     seeds = torch.arange(4)
     for arguments in (
-        (logits, SEED, 1.0, 0.0, 1.0, 0.0, None, None, None, None),
-        (logits.double(), seeds, 1.0, 5.0, 1.0, 0.0, numbers.double(), None, numbers.double(), None),
+        (logits, SEED, 1.0, 0.0, 1.0, 0.0, None, None, None, None, False),
+        (logits.double(), seeds, 1.0, 5.0, 1.0, 0.0, numbers.double(), None, numbers.double(), None, True),
     ):
         torch.library.opcheck(torch.ops.dflash_ext.sample, arguments)
 
@@ -219,6 +219,16 @@ def test_registration():
         want, want_entropy = sample(*given[:2], temperature=given[2], top_k=9, return_filtered_entropy=True)
         assert torch.equal(entropy, want_entropy)
         assert all(torch.equal(a, b) for a, b in zip(drawn, want, strict=True))
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def of_a_block(logits, temperature):
+        return sample(logits, 3, temperature=temperature, top_k=-1, return_confidence=True)
+
+    block, temperature = logits.view(2, 2, -1), torch.tensor(0.7)
+    drawn, confidence = of_a_block(block, temperature)
+    want, want_confidence = sample(block, 3, temperature=temperature, return_confidence=True)
+    assert drawn.token.shape == (2, 2) and torch.equal(drawn.token, want.token)
+    assert torch.equal(confidence, want_confidence)
 
 
 def test_a_seed_decides_the_tokens(device):
@@ -268,9 +278,12 @@ def test_a_logit_that_is_nan_counts_as_one_of_minus_infinity(options, device):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: sample(torch.zeros(3), seed(1)), r"logits is torch.float32 \[3\]"),
+        (lambda: sample(torch.tensor(3.0), 1), r"logits is torch.float32 \[\]"),
         (lambda: sample(torch.zeros(3, 4).long(), seed(1)), "torch.int64"),
-        (lambda: sample(torch.zeros(3, 4), seed(1, 2)), r"int64 \[1\] or \[3\]"),
+        (lambda: sample(torch.zeros(3, 4), seed(1, 2)), r"int64 \[\], \[1\] or \[3\] is needed"),
+        (lambda: sample(torch.zeros(2, 3, 4), seed(1, 2, 3)), r"int64 \[\], \[1\] or \[2, 3\] is needed"),
+        (lambda: sample(torch.zeros(2, 3, 4), 1, temperature=torch.ones(3)), r"temperature is a tensor \[3\]"),
+        (lambda: sample(torch.zeros(3, 4), 1, top_k=-2), "top_k is -2; 0 or a number from 1"),
         (lambda: sample(torch.zeros(3, 4), torch.zeros(1)), "seed is torch.float32"),
         (lambda: sample(torch.zeros(3, 4), seed(1), temperature=-0.5), "temperature is -0.5"),
         (lambda: sample(torch.zeros(3, 4), seed(1), top_p=torch.ones(2)), r"top_p is a tensor \[2\]"),
@@ -286,7 +299,8 @@ def test_refusals_name_the_value(call, message):
     ("call", "message"),
     [
         (lambda: sample([[0.0]], seed(1)), r"sample: logits is \[\[0.0\]\] \(list\); a tensor"),
-        (lambda: sample(torch.zeros(3, 4), 1), r"sample: seed is 1 \(int\); a tensor"),
+        (lambda: sample(torch.zeros(3, 4), 1.5), r"sample: seed is 1.5 \(float\); an int, an int64 tensor or a"),
+        (lambda: sample(torch.zeros(3, 4), None), "sample: seed is None; an int, an int64 tensor or a"),
         (lambda: sample(torch.zeros(3, 4), seed(1), temperature=None), "temperature is None; a number or a tensor"),
         (lambda: sample(torch.zeros(3, 4), seed(1), top_k=2.5), r"top_k is 2.5 \(float\); an int, a tensor or None"),
         (
@@ -302,3 +316,118 @@ def test_what_is_no_tensor_or_number_is_refused(call, message):
 
 def test_a_draw_carries_no_gradient():
     assert not any(field.requires_grad for field in sample(torch.randn(2, 4, requires_grad=True), seed(1)))
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (0,), (2, 3), (2, 0), (2, 1, 3)], ids=str)
+def test_leading_dimensions_are_rows(shape, device):
+    count = math.prod(shape)
+    z = rows(8, 50)[:count].view(*shape, 50).to(device)
+    by_row = (torch.arange(count, device=device) / 4 + 0.5).view(shape)
+    seeds = torch.arange(count, device=device).view(shape)
+    for numbers in (seed(3, device=device), seeds):
+        got, *more = sample(
+            z, numbers, temperature=by_row, top_p=0.9, return_filtered_entropy=True, return_confidence=True
+        )
+        flat, *want = sample(
+            z.reshape(count, 50),
+            numbers.flatten(),
+            temperature=by_row.flatten(),
+            top_p=0.9,
+            return_filtered_entropy=True,
+            return_confidence=True,
+        )
+        for a, b in zip((*got, *more), (*flat, *want), strict=True):
+            assert a.shape == shape and torch.equal(a.flatten(), b)
+
+
+def test_a_seed_is_an_int_a_tensor_or_a_generator(device):
+    z = logits(20, 50, device=device)
+    want = sample(z, seed(7, device=device)).token
+    for same in (7, torch.tensor(7, device=device)):
+        assert torch.equal(sample(z, same).token, want)
+    assert sample(z, -(2**63)).token.shape == sample(z, 2**63 - 1).token.shape == (20,)
+    for where in {"cpu", device}:
+        generator = torch.Generator(where).manual_seed(5)
+        first, second = sample(z, generator).token, sample(z, generator).token
+        again = sample(z, torch.Generator(where).manual_seed(5)).token
+        assert torch.equal(first, again) and not torch.equal(first, second)
+
+
+def test_numbers_and_tensors_without_dimensions_are_alike(device):
+    z = logits(20, 50, device=device)
+    options = {"temperature": 0.8, "top_k": 9, "top_p": 0.9, "min_p": 0.01}
+    tensors = {name: torch.tensor(value, device=device) for name, value in options.items()}
+    for a, b in zip(sample(z, 3, **options), sample(z, 3, **tensors), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_top_k_of_minus_1_is_off():
+    z = logits(20, 50)
+    want = sample(z, 3)
+    for off in (-1, 0, None, torch.tensor(-1), torch.full((20,), -1)):
+        assert all(torch.equal(a, b) for a, b in zip(sample(z, 3, top_k=off), want, strict=True))
+
+
+ODD = {
+    "temperature": [(math.nan, 0.0), (-1.0, 0.0), (1e-39, 0.0), (9e-31, 0.0), (math.inf, 1e30), (3e38, 1e30)],
+    "top_k": [(math.nan, 0), (math.inf, 0), (0.9, 0), (-3.0, 0), (2.0, 2), (2.9, 2), (1.5, 1), (99.0, 0)],
+    "top_p": [(math.nan, 1.0), (math.inf, 1.0), (1.5, 1.0), (-0.5, 0.0)],
+    "min_p": [(math.nan, 0.0), (math.inf, 1.0), (1.5, 1.0), (-0.5, 0.0)],
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("name", ODD)
+def test_odd_filters_in_tensors_have_one_meaning(name, dtype, device):
+    """The kernel, and the definition that serves GPUs, read them alike; `verify` takes them through the same code."""
+    z = rows(8, 50, dtype).to(device)
+    uniform = torch.rand(8, device=device)
+    for odd, plain in ODD[name]:
+        odd, plain = (torch.full((8,), x, dtype=dtype, device=device) for x in (odd, plain))
+        options = {} if name == "temperature" else {"temperature": 0.8}
+        for function, number in ((sample, seed(3, device=device)), (reference.sample, uniform)):
+            got, want = (function(z, number, **options, **{name: x}) for x in (odd, plain))
+            assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True)), (function, odd[0], plain[0])
+        kept = reference.filter_logits(z, **{"temperature": 1.0} | options | {name: odd})
+        close(sample(z, 3, **options, **{name: odd}).normaliser, kept.double().logsumexp(-1), rtol=2e-6)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("options", FILTERS.values(), ids=FILTERS)
+def test_a_row_with_a_logit_of_infinity_is_a_point_mass_at_the_first(options, dtype, device):
+    z = rows(8, 2000, dtype)
+    z[:, 7], z[0, 1999] = math.nan, math.inf
+    z[1:, [1500, 900, 1999]], z[5, 3] = math.inf, -math.inf
+    z = z.to(device)
+    first = [1999] + [900] * 7
+    more = {"return_filtered_entropy": True, "return_confidence": True}
+    for function, number in ((sample, 3), (reference.sample, torch.rand(8, device=device))):
+        drawn, entropy, confidence = function(z, number, **options, **more)
+        assert drawn.token.tolist() == drawn.argmax.tolist() == first
+        for one in (drawn.prob, drawn.max_prob, drawn.margin, confidence):
+            assert (one == 1).all()
+        for zero in (drawn.logprob, drawn.entropy, drawn.normaliser, entropy):
+            assert (zero == 0).all()
+        assert (drawn.pivot == math.inf).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("temperature", [0.0, 0.3, 1.0, 2.5])
+def test_confidence_is_the_probability_at_temperature_1(temperature, dtype, device):
+    """As LLaDA computes it: of the token drawn at another temperature, under softmax of the logits in float64."""
+    z = rows(16, 3000, dtype).to(device)
+    for filters in ({}, {"top_k": 5}):
+        drawn, confidence = sample(z, 3, temperature=temperature, **filters, return_confidence=True)
+        want = z.double().softmax(-1).gather(1, drawn.token[:, None])[:, 0]
+        close(confidence, want, rtol=2e-5)
+        if temperature in (0, 1):
+            close(confidence, drawn.prob.double())
+    assert confidence.dtype == drawn.prob.dtype
+
+
+def test_autocast_changes_nothing(device):
+    z = logits(20, 500, device=device)
+    want = sample(z, 3, temperature=0.7, top_p=0.9)
+    with torch.autocast(device, dtype=torch.bfloat16):
+        got = sample(z, 3, temperature=0.7, top_p=0.9)
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))

@@ -283,6 +283,8 @@ def test_verify_takes_nan_for_minus_infinity(options, device):
         (lambda: verify(DRAFT, TARGET, draft_logits=TARGET), "draft_logits"),
         (lambda: verify(DRAFT, TARGET, draft_pivot=torch.zeros(2, 3)), "come together"),
         (lambda: verify(DRAFT, TARGET, temperature=1.0), "needs random numbers"),
+        (lambda: verify(DRAFT, TARGET, top_k=-2), "top_k is -2; 0 or a number from 1"),
+        (lambda: verify(DRAFT, TARGET, seed=3, top_p=torch.ones(3)), r"top_p is a tensor \[3\]; a number or \[2\]"),
         (lambda: verify(DRAFT, TARGET, temperature=1.0, seed=seed(1, 2, 3)), "seed"),
         (lambda: verify(DRAFT, TARGET, seed=seed(1), uniforms=torch.zeros(2, 4)), "both given"),
         (lambda: verify(DRAFT, TARGET, draft_lens=seed(1, 2, 3)), "draft_lens"),
@@ -302,9 +304,65 @@ def test_refusals_name_the_value(call, message):
     [
         (lambda: verify([[1]], TARGET), r"verify: draft_tokens is \[\[1\]\] \(list\)"),
         (lambda: verify(DRAFT, TARGET.numpy()), "verify: target_logits is of type ndarray"),
+        (lambda: verify(DRAFT, TARGET, seed=1.5), r"verify: seed is 1.5 \(float\); an int, an int64 tensor or a"),
         (lambda: verify(DRAFT, TARGET, draft_lens=3), r"verify: draft_lens is 3 \(int\); a tensor or None"),
     ],
 )
 def test_what_is_no_tensor_or_number_is_refused(call, message):
     with pytest.raises(TypeError, match=message):
         call()
+
+
+def test_seeds_and_filters_are_those_of_sample(device):
+    draft, target = torch.zeros(3, 2, dtype=torch.int64, device=device), logits(3, 3, 9, device=device)
+    options = {"temperature": 0.8, "top_k": 4, "top_p": 0.95, "min_p": 0.01}
+    want = verify(draft, target, seed=seed(5, device=device), **options)
+    tensors = {name: torch.tensor(value, device=device) for name, value in options.items()}
+    same(verify(draft, target, seed=5, **tensors), want)
+    same(verify(draft, target, seed=torch.tensor(5, device=device), **options), want)
+    generators = (torch.Generator(device).manual_seed(1) for _ in range(2))
+    same(*(verify(draft, target, seed=generator, **options) for generator in generators))
+    off, on = (verify(draft, target, seed=5, temperature=1.0, top_k=k) for k in (-1, None))
+    same(off, on)
+
+
+@pytest.mark.parametrize("form", ["logits", "described", "point mass"])
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_logits_of_infinity_are_point_masses(options, form):
+    for seed, vocab in enumerate([2, 9, 63, 1030, 2500]):
+        for dtype in (torch.float32, torch.float64, torch.bfloat16):
+            draft, target, given = case(vocab, dtype, "logits", options, seed)
+            drafter = given.pop("draft_logits")
+            places = torch.rand(target.shape, generator=torch.Generator().manual_seed(seed)) < 2 / vocab
+            target[places] = math.inf
+            drafter[places[:, 1:]] = math.inf
+            drafter[2:4] = target[2:4, :-1]  # both have the same certain tokens
+            by_token = {
+                n: x.repeat_interleave(DRAFTED) if isinstance(x, torch.Tensor) else x for n, x in options.items()
+            }
+            drawn = sample(drafter.flatten(0, 1), seed, **by_token)
+            draft = drawn.token.view(BATCH, DRAFTED)
+            if form != "point mass":
+                given["draft_logits"] = drafter
+            if form == "described":
+                given["draft_pivot"] = drawn.pivot.view(BATCH, DRAFTED)
+                given["draft_normaliser"] = drawn.normaliser.view(BATCH, DRAFTED)
+            got = verify(draft, target, **given)
+            same(got, reference.verify(draft, target, **given))
+            for row, (accepted, token) in enumerate(zip(got.accepted.tolist(), got.next_token.tolist(), strict=True)):
+                committed = [*draft[row, :accepted].tolist(), token]
+                for k, token in enumerate(committed):
+                    best = target[row, k].argmax().item()
+                    assert token == best or target[row, k, best] < math.inf
+
+
+@pytest.mark.parametrize("options", [{}, {"temperature": 1.0}, {"temperature": 0.7, "top_k": 3}], ids=str)
+def test_a_drafted_token_outside_the_vocabulary_is_rejected_by_the_definition(options, device):
+    """It serves GPUs, where nothing can be raised; the row's own token is drawn from p."""
+    draft, target = torch.tensor([[9, 1], [-1, 1], [2**40, 1]], device=device), logits(3, 3, 9, device=device)
+    uniforms = torch.rand(3, 3, device=device)
+    got = reference.verify(draft, target, uniforms=uniforms, **options)
+    alone = reference.verify(draft[:, :0], target[:, :1], uniforms=uniforms[:, 2:], **options)
+    assert (got.accepted == 0).all() and torch.equal(got.next_token, alone.next_token)
+    got = reference.verify(draft, target, draft_logits=target[:, :2], uniforms=uniforms, **options)
+    assert (got.accepted == 0).all()

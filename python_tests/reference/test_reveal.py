@@ -15,8 +15,8 @@ def revealed(scores, masked, entropy, rule, limit):
     order = sorted((i for i, m in enumerate(masked) if m), key=lambda i: (-scores[i], i))
     if rule == "count":
         return set(order[:limit])
-    if rule == "threshold":
-        return set(order[:1]) | {i for i in order if scores[i] > limit}
+    if rule in ("threshold", "at_least"):
+        return set(order[:1]) | {i for i in order if scores[i] > limit or (rule == "at_least" and scores[i] == limit)}
     taken = []
     for n, i in enumerate(order, start=1):
         if rule == "factor":
@@ -35,6 +35,7 @@ EIGHTHS = st.lists(st.integers(0, 8).map(lambda x: x / 8), min_size=5, max_size=
 RULES = st.one_of(
     st.tuples(st.just("count"), st.integers(0, 6)),
     st.tuples(st.just("threshold"), st.sampled_from([0.0, 0.5, 0.75])),
+    st.tuples(st.just("at_least"), st.sampled_from([0.0, 0.5, 0.75])),
     st.tuples(st.just("factor"), st.sampled_from([0.25, 0.5, 1.0, 2.0])),
     st.tuples(st.just("entropy_bound"), st.sampled_from([0.0, 0.25, 0.5, 1.0])),
 )
