@@ -50,7 +50,7 @@ def decode(
         temperature: one for all prompts or one each; 0 is greedy.
         top_k, top_p: filters of the target's distribution, and of the drafter's.
         stop_token_ids: tokens that end a row; they are kept in its output.
-        block_size: slots of a block, anchor included; at most the drafter's own, which is the default.
+        block_size: slots of a drafter's block, anchor included; at most the drafter's own, which is the default.
         batch_size: rows decoded at a time; prompts of similar length share a batch.
         on_tokens: called with a prompt's index and its newly committed tokens, cycle by cycle.
         on_finish: called with a prompt's index and its completion as soon as it ends.
@@ -162,11 +162,13 @@ def _draft_width(target: Target, drafter: DFlashDrafter | None, block_size: int 
             f"the drafter reads the target's layers {drafter.config.target_layer_ids}, "
             f"the target is tapped at {list(target.tap_ids)}"
         )
-    largest = drafter.config.block_size
+    first, largest = drafter.config.first_draft_slot, drafter.config.block_size
     block_size = largest if block_size is None else block_size
-    if not 2 <= block_size <= largest:
-        raise ValueError(f"block size {block_size} is not supported: this drafter fills blocks of 2 to {largest} slots")
-    return block_size - 1
+    if not first + 1 <= block_size <= largest:
+        raise ValueError(
+            f"block size {block_size} is not supported: this drafter fills blocks of {first + 1} to {largest} slots"
+        )
+    return block_size - first
 
 
 class _Batch:
@@ -245,18 +247,20 @@ class _Batch:
         if self.drafter is None:
             return positions[:, :0], {}
         self.watch.start("draft")
-        block = torch.full_like(positions, self.drafter.config.mask_token_id)
+        first = self.drafter.config.first_draft_slot
+        slots = positions[:, : self.draft_width + first]
+        block = torch.full_like(slots, self.drafter.config.mask_token_id)
         block[:, 0] = self.anchor
-        placed = torch.cat([self.new_positions, positions], dim=1)
+        placed = torch.cat([self.new_positions, slots], dim=1)
         self.draft_cache.place(placed, end)
         hidden = self.drafter(
             noise_embeds=self.drafter.embed(self.target, block),
             context_hidden_states=self.new_features,
             position_ids=placed.clamp(min=0),
-            attention_mask=self.drafter.decode_masks(self.start.int(), self.draft_width + 1, end),
+            attention_mask=self.drafter.decode_masks(self.start.int(), slots.shape[1], end),
             past_key_values=self.draft_cache,
         ).last_hidden_state
-        drawn = self._draw(self.drafter.logits(self.target, hidden[:, 1:]), positions[:, 1:])
+        drawn = self._draw(self.drafter.logits(self.target, hidden[:, first:]), positions[:, 1:])
         self.watch.stop()
         return drawn
 

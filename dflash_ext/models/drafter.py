@@ -3,7 +3,7 @@
 Layout of a block: slot 0 is the anchor, the last token that was committed; slots 1..B-1 hold the mask token. A
 layer's keys are those of the context (features of the target, fused once, projected by the layer's own k_proj and
 v_proj) followed by the block's. Context makes no queries and passes no MLP. The embedding and the head are the
-target's.
+target's, unless a checkpoint has tables of its own.
 """
 
 from __future__ import annotations
@@ -97,6 +97,16 @@ class DFlashDrafter(PreTrainedModel):
         self.layers = nn.ModuleList(DFlashLayer(config, i) for i in range(config.num_hidden_layers))
         self.norm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = Qwen3RotaryEmbedding(config)
+        # Tables of a checkpoint's own are frozen, as the target's are.
+        if config.own_embeddings:
+            self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size).requires_grad_(False)
+        if config.own_head:
+            rows = config.draft_vocab_size or config.vocab_size
+            self.lm_head = nn.Linear(config.hidden_size, rows, bias=False).requires_grad_(False)
+        if config.draft_vocab_size:
+            # The target's token of drafted token i is i + d2t[i]; t2d marks the target's tokens that can be drafted.
+            self.register_buffer("d2t", torch.zeros(config.draft_vocab_size, dtype=torch.int64))
+            self.register_buffer("t2d", torch.zeros(config.vocab_size, dtype=torch.bool))
         self.post_init()
 
     @classmethod
@@ -119,36 +129,67 @@ class DFlashDrafter(PreTrainedModel):
                 )
 
     def embed(self, target: Target, token_ids: Tensor) -> Tensor:
-        """Embeds block tokens [...] with the target's table: [..., H], in the drafter's dtype."""
+        """Embeds block tokens [...] with the raw table, times the optional `input_embedding_scale`: [..., H].
+
+        The table is the target's unless the drafter has its own; the result has the drafter's dtype.
+        """
+        table = self.embed_tokens if self.config.own_embeddings else target.model.get_input_embeddings()
         scale = self.config.optional("input_embedding_scale")
-        if scale is None:
-            embeds = target.embed(token_ids)
-        else:
-            embeds = nn.functional.embedding(token_ids, target.model.get_input_embeddings().weight) * scale
-        return embeds.to(self.dtype)
+        embeds = nn.functional.embedding(token_ids, table.weight)
+        return (embeds if scale is None else embeds * scale).to(self.dtype)
+
+    def head(self, target: Target) -> Tensor:
+        """The weight of the head, [V, H], or [draft_vocab_size, H] where only some of the target's tokens are drafted.
+
+        It is the target's unless the drafter has its own.
+        """
+        if self.config.own_head:
+            return self.lm_head.weight
+        return target.head[self.drafted_tokens] if self.config.draft_vocab_size else target.head
+
+    @property
+    def drafted_tokens(self) -> Tensor:
+        """The target's tokens that the rows of a reduced head stand for: int64 [draft_vocab_size]."""
+        return torch.arange(len(self.d2t), device=self.d2t.device) + self.d2t
+
+    def head_labels(self, tokens: Tensor) -> Tensor:
+        """The head's rows of the target's tokens [...]; -1 for a token that the drafter cannot draft."""
+        if not self.config.draft_vocab_size:
+            return tokens
+        rows = torch.full((self.config.vocab_size,), -1, device=tokens.device)
+        rows[self.drafted_tokens.to(tokens.device)] = torch.arange(len(self.d2t), device=tokens.device)
+        return rows[tokens]
 
     def logits(self, target: Target, hidden: Tensor) -> Tensor:
-        """Applies the target's head to the drafter's output [..., H]: [..., V]."""
-        logits = nn.functional.linear(self.head_input(hidden).to(target.dtype), target.head)
+        """Applies the head to the drafter's output [..., H]: [..., V] in the target's dtype.
+
+        V is the target's vocabulary; a token that the drafter cannot draft has -inf.
+        """
+        head = self.head(target)
+        logits = nn.functional.linear(self.head_input(hidden).to(head.dtype), head).to(target.dtype)
         softcap = self.softcap
-        return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+        logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
+        if not self.config.draft_vocab_size:
+            return logits
+        full = logits.new_full((*logits.shape[:-1], self.config.vocab_size), float("-inf"))
+        full[..., self.drafted_tokens] = logits
+        return full
 
     def head_input(self, hidden: Tensor) -> Tensor:
-        """What the target's head is applied to: the drafter's output times the optional `output_multiplier`."""
+        """What the head is applied to: the drafter's output times the optional `output_multiplier`."""
         multiplier = self.config.optional("output_multiplier")
         return hidden if multiplier is None else hidden * multiplier
 
     @property
     def softcap(self) -> float | None:
-        """The optional soft cap of the drafter's logits."""
-        return self.config.optional("final_logit_softcapping")
+        """The optional soft cap of the drafter's logits; 0 or less is none."""
+        softcap = self.config.optional("final_logit_softcapping")
+        return softcap if softcap is not None and softcap > 0 else None
 
     def anchor_masks(
         self, context_len: int, anchors: Tensor, keep: Tensor | None = None, context_start: Tensor | None = None
     ) -> dict[str, IntervalMask]:
         """Training masks by kind of layer, for blocks at `anchors` [B, N] over a context of `context_len` keys."""
-        # A causal block is the sliding convention's: without a window of its own it gets one that reaches everything.
-        everything = context_len + self.config.block_size
         return {
             kind: IntervalMask.anchor_blocks(
                 context_len,
@@ -156,23 +197,20 @@ class DFlashDrafter(PreTrainedModel):
                 self.config.block_size,
                 keep=keep,
                 context_start=context_start,
-                window=(window or everything) if causal else window,
-                convention="specforge" if causal else "speculators",
+                window=window,
+                causal=causal,
+                convention=self.config.window_convention,
             )
             for kind, causal, window in self.config.attention_kinds()
         }
 
     def decode_masks(self, cache_lens: Tensor, block_len: int, kv_len: int) -> dict[str, IntervalMask]:
         """Decoding masks by kind of layer: a block behind `cache_lens` [B] context keys of each row."""
-        masks = {}
-        for kind, causal, window in self.config.attention_kinds():
-            if window is not None and not causal:
-                # The window of a bidirectional block is the anchor's: its later slots do not slide it.
-                start = (cache_lens - window).clamp(min=0)
-                masks[kind] = IntervalMask.decode(cache_lens, block_len, kv_start=start, kv_len=kv_len)
-            else:
-                masks[kind] = IntervalMask.decode(cache_lens, block_len, causal=causal, window=window, kv_len=kv_len)
-        return masks
+        options = {"convention": self.config.window_convention, "kv_len": kv_len}
+        return {
+            kind: IntervalMask.decode(cache_lens, block_len, causal=causal, window=window, **options)
+            for kind, causal, window in self.config.attention_kinds()
+        }
 
     def forward(
         self,
@@ -195,7 +233,8 @@ class DFlashDrafter(PreTrainedModel):
             past_key_values: another name of `cache`, which transformers' own DFlash loop uses from 5.15 to 5.23.
 
         Returns:
-            `last_hidden_state` [B, Q, H], to which the target's head applies; slot 0's is of no use.
+            `last_hidden_state` [B, Q, H], to which the head applies (`logits`). Slot k's is about the token at
+            anchor + k, so that slot 0's is of no use; with `sample_from_anchor` it is about anchor + k + 1.
 
         Raises:
             ValueError: `cache` and `past_key_values` are both given.

@@ -7,7 +7,47 @@ from typing import Any
 
 from transformers import Qwen3Config
 
+from .speculators_layout import published_layout
 from .target import Target
+
+LAYER_KINDS = ("full_attention", "sliding_attention")
+WINDOW_CONVENTIONS = ("zlab", "speculators")
+
+# Optional keys that are written only where they are set.
+_OPTIONAL_FIELDS = {
+    "is_causal": None,
+    "sample_from_anchor": False,
+    "window_convention": "zlab",
+    "own_embeddings": False,
+    "own_head": False,
+    "draft_vocab_size": None,
+}
+
+# Keys of published checkpoints that change what a drafter computes and are not implemented, each with the value under
+# which it changes nothing.
+_UNSUPPORTED = {
+    "query_zero_predicts_next": False,
+    "shift_label": False,
+    "use_swa": False,
+    "swa_window_size": 0,
+    "attention_value_scale": 1,
+    "attention_sink_bias": False,
+    "add_swa_attention_sink_bias": False,
+    "add_full_attention_sink_bias": False,
+    "causal_head": False,
+    "logit_scale": 1,
+    "partial_rotary_factor": 1,
+    "rope_is_neox_style": True,
+    "is_neox_style": True,
+    "use_aux_hidden_state": True,
+    "projector_type": None,
+    "markov_rank": 0,
+    # DFlash 2
+    "conv_kernel_size": 0,
+    "conv_group_size": 0,
+    "selector_rank": 0,
+    "selector_top_k": 0,
+}
 
 
 def default_taps(num_target_layers: int, count: int) -> list[int]:
@@ -25,32 +65,83 @@ def default_taps(num_target_layers: int, count: int) -> list[int]:
 
 
 class DFlashConfig(Qwen3Config):
-    """Reads and writes `config.json` of the published checkpoints.
+    """Reads and writes `config.json` of the published checkpoints, and reads that of speculators'.
 
-    `block_size` may stand at the top level or inside `dflash_config`; `mask_token_id` and `target_layer_ids` stand
-    inside. Optional keys, in either place: `is_causal`, `input_embedding_scale`, `output_multiplier`,
-    `final_logit_softcapping`.
+    `mask_token_id` and `target_layer_ids` stand inside `dflash_config`, `block_size` there or at the top level (as
+    z-lab and SGLang, what stands inside comes first). Optional keys:
+
+    - `is_causal`, at the top level: whether a slot sees only the slots of its block up to itself, in all layers. By
+      default sliding layers are causal and full ones are not. vLLM's `dflash_config.causal` is read after it.
+    - `sample_from_anchor`, in either place: slot k predicts the token at anchor + k + 1, slot 0 included, instead of
+      the one at anchor + k.
+    - `input_embedding_scale`, `output_multiplier`, `final_logit_softcapping` (0 or less is none), in either place.
+    - `window_convention`, this package's own: what a sliding window hides, "zlab" (the default) or "speculators"; see
+      `IntervalMask.anchor_blocks`.
+
+    `own_embeddings`, `own_head` and `draft_vocab_size` describe a checkpoint's tensors: tables of the drafter's own in
+    the place of the target's, and how many of the target's tokens it can draft. `load_drafter` finds them by name.
+
+    Raises:
+        ValueError: a value is out of range, or a key changes the computation and is not implemented.
     """
 
     block_size: int | None = None
     num_target_layers: int | None = None
     dflash_config: dict[str, Any] | None = None
+    is_causal: bool | None = None
+    sample_from_anchor: bool = False
+    window_convention: str = "zlab"
+    own_embeddings: bool = False
+    own_head: bool = False
+    draft_vocab_size: int | None = None
 
     def __post_init__(self, **kwargs):
-        self.dflash_config = dict(self.dflash_config or {})
+        dflash = self.dflash_config = dict(self.dflash_config or {})
         # transformers' own DFlash loop reads these at the top level, the published layout nests them.
         for key in ("mask_token_id", "target_layer_ids"):
             if key in kwargs:
-                self.dflash_config.setdefault(key, kwargs.pop(key))
-        if self.block_size is None:
-            self.block_size = self.dflash_config.get("block_size", 16)
+                dflash.setdefault(key, kwargs.pop(key))
+        self.block_size = dflash.pop("block_size", self.block_size) or 16
+        self.num_target_layers = dflash.pop("num_target_layers", self.num_target_layers)
+        causal = dflash.pop("causal", None)
+        self.is_causal = causal if self.is_causal is None else self.is_causal
+        self.sample_from_anchor = dflash.pop("sample_from_anchor", self.sample_from_anchor)
+        self._refuse_unsupported(kwargs)
         super().__post_init__(**kwargs)
         self.architectures = ["DFlashDraftModel"]
         self._check()
 
+    def _refuse_unsupported(self, others: dict[str, Any]) -> None:
+        dflash = self.dflash_config
+        given = {**(self.rope_parameters or {}), **others, **dflash}
+        for key, neutral in _UNSUPPORTED.items():
+            if given.get(key) not in (None, neutral):
+                raise ValueError(f"{key} is {given[key]!r}: drafters with this key are not supported")
+        for name in self.architectures or ():
+            if name.startswith("DFlash2") or "DSpark" in name or "Domino" in name:
+                raise ValueError(f"the architecture {name} is not supported: DFlashDraftModel is")
+        if (width := others.get("target_hidden_size")) not in (None, self.hidden_size):
+            raise ValueError(f"target_hidden_size is {width}, hidden_size {self.hidden_size}: they must be equal")
+        if "layer_ids" in dflash and "target_layer_ids" not in dflash:
+            raise ValueError("dflash_config has layer_ids: the taps are read from target_layer_ids")
+        if "is_causal" in dflash:
+            raise ValueError("is_causal stands inside dflash_config: it is read at the top level only")
+        kinds = self.layer_types
+        if kinds is not None and len(kinds) != self.num_hidden_layers:
+            raise ValueError(f"layer_types has {len(kinds)} entries, the drafter {self.num_hidden_layers} layers")
+        if unknown := set(kinds or ()) - set(LAYER_KINDS):
+            raise ValueError(f"layer_types has {sorted(unknown)[0]!r}: {' and '.join(LAYER_KINDS)} are supported")
+
     def _check(self) -> None:
-        if self.block_size < 2:
-            raise ValueError(f"block_size is {self.block_size}: a block is an anchor and at least one drafted slot (2)")
+        least = 1 + self.first_draft_slot
+        if self.block_size < least:
+            what = "at least one slot" if least == 1 else "an anchor and at least one drafted slot (2)"
+            raise ValueError(f"block_size is {self.block_size}: a block is {what}")
+        if "sliding_attention" in self.layer_types and not self.sliding_window:
+            raise ValueError("layer_types has sliding_attention: use_sliding_window and a sliding_window are needed")
+        if self.window_convention not in WINDOW_CONVENTIONS:
+            names = " and ".join(WINDOW_CONVENTIONS)
+            raise ValueError(f"window_convention is {self.window_convention!r}: {names} are supported")
         if not self.dflash_config.get("target_layer_ids"):
             if self.num_target_layers is None:
                 return  # transformers builds default configs; a drafter cannot be made from one
@@ -122,19 +213,41 @@ class DFlashConfig(Qwen3Config):
         """One of the optional keys, from `dflash_config` or the top level; None where it is not set."""
         return self.dflash_config.get(key, getattr(self, key, None))
 
+    @property
+    def first_draft_slot(self) -> int:
+        """The first slot whose output is a draft; a block of B slots drafts `B - first_draft_slot` tokens."""
+        return 0 if self.sample_from_anchor else 1
+
     def attention_kinds(self) -> Iterator[tuple[str, bool, int | None]]:
         """(kind of layer, causal inside the block, window) for each kind that the drafter has.
 
         Full layers are bidirectional in the block and sliding layers causal, unless `is_causal` says otherwise.
         """
-        causal = self.optional("is_causal")
         for kind in sorted(set(self.layer_types)):
             sliding = kind == "sliding_attention"
-            yield kind, sliding if causal is None else causal, self.sliding_window if sliding else None
+            causal = sliding if self.is_causal is None else bool(self.is_causal)
+            yield kind, causal, self.sliding_window if sliding else None
+
+    def unread_elsewhere(self) -> list[str]:
+        """What other decoders do not read of this drafter, one sentence each."""
+        unread = []
+        if self.sample_from_anchor:
+            unread.append("vLLM's DFlash and transformers' loop do not read sample_from_anchor and draft from slot 1")
+        if "sliding_attention" in self.layer_types and self.window_convention == "speculators":
+            unread.append("vLLM, SGLang and transformers' loop give each slot a window of its own, not the anchor's")
+        if self.own_embeddings or self.own_head or self.draft_vocab_size:
+            unread.append("SGLang and transformers' loop use the target's embedding and head, not the drafter's own")
+        for key in ("input_embedding_scale", "output_multiplier", "final_logit_softcapping"):
+            if self.optional(key) not in (None, 1.0):
+                unread.append(f"vLLM's DFlash does not read {key}")
+        return unread
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs) -> DFlashConfig:
-        """Reads the published layout; its empty `rope_scaling` would be taken for a deprecated setting."""
+        """Reads the published layout and speculators'."""
+        if "speculators_model_type" in config_dict:
+            config_dict = published_layout(config_dict)
+        # An empty `rope_scaling` would be taken for a deprecated setting.
         given = {k: v for k, v in config_dict.items() if (k, v) != ("rope_scaling", None)}
         return super().from_dict(given, **kwargs)
 
@@ -145,6 +258,9 @@ class DFlashConfig(Qwen3Config):
         config["rope_theta"] = rope.pop("rope_theta", None)
         config["rope_scaling"] = rope if rope.get("rope_type", "default") != "default" else None
         config["architectures"] = ["DFlashDraftModel"]
+        for key, unset in _OPTIONAL_FIELDS.items():
+            if config[key] == unset:
+                del config[key]
         return config
 
 

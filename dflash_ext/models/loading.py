@@ -1,4 +1,4 @@
-"""Reads targets, tokenizers and drafters from folders, and says in one line what is wrong with them."""
+"""Reads targets and tokenizers from folders and the hub, and says in one line what is wrong with them."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from .drafter import DFlashDrafter
-from .drafter_config import DFlashConfig
+# What a model's name on the hub looks like: a name, or an owner and a name.
+HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 
 def default_device() -> torch.device:
@@ -62,13 +62,13 @@ def _read(what: str, name: str | os.PathLike, load: Callable, **options: Any) ->
         from ..integrations.gguf import smollm2_path
 
         name, is_folder = str(smollm2_path()), True
-    if not is_folder and not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name):
+    if not is_folder and not HUB_NAME.fullmatch(name):
         raise ValueError(f"cannot read {what} from '{name}': there is no such folder")
     try:
         return load(name, **options)
     except Exception as error:  # transformers and safetensors raise many kinds for a file that is not what it should be
         hub = "" if is_folder else "there is no such folder, smollm2 is the one built-in name, and from the hub: "
-        raise ValueError(f"cannot read {what} from '{name}': {hub}{_first_line(error)}") from error
+        raise ValueError(f"cannot read {what} from '{name}': {hub}{first_line(error)}") from error
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
@@ -96,41 +96,5 @@ def stop_tokens(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> t
     return tuple(sorted(ends | ({tokenizer.eos_token_id} - {None})))
 
 
-def load_drafter(
-    path: str | Path, *, dtype: torch.dtype | None = None, device: torch.device | None = None
-) -> DFlashDrafter:
-    """A drafter in evaluation mode from a folder in the published layout (`config.json` and safetensors).
-
-    Raises:
-        ValueError: the folder holds no DFlash drafter, or its tensors do not fit its config.
-    """
-    device = device or default_device()
-    dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
-    if not (Path(path) / "config.json").is_file():
-        raise ValueError(f"no drafter in '{path}': there is no config.json")
-    try:
-        config = DFlashConfig.from_pretrained(path)
-    except Exception as error:
-        raise ValueError(f"cannot read the drafter's config in '{path}': {_first_line(error)}") from error
-    if config.mask_token_id is None or not config.dflash_config.get("target_layer_ids"):
-        raise ValueError(f"no drafter in '{path}': its config.json has no dflash_config with mask_token_id and taps")
-    try:
-        drafter, info = DFlashDrafter.from_pretrained(
-            path,
-            config=config,
-            dtype=dtype,
-            use_safetensors=True,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # they are reported below, in one line
-        )
-    except Exception as error:
-        raise ValueError(f"cannot read the drafter in '{path}': {_first_line(error)}") from error
-    for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if keys := sorted(key if isinstance(key, str) else key[0] for key in info.get(problem) or ()):
-            what = f"{len(keys)} {problem.replace('_', ' ')}, as {keys[0]}"
-            raise ValueError(f"the drafter in '{path}' does not fit its config: {what}")
-    return drafter.to(device).eval()
-
-
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

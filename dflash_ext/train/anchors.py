@@ -32,10 +32,13 @@ def sample_anchors(loss_mask: Tensor, count: int, generator: torch.Generator | N
     return anchors.masked_fill(~keep, 0), keep
 
 
-def position_decay(block_size: int, gamma: float) -> Tensor:
-    """The weights exp(-(k - 1) / gamma) of slots k = 0..block_size-1, 0 for the anchor: float32 [block_size]."""
-    slots = torch.arange(block_size, dtype=torch.float32)
-    return torch.exp(-(slots - 1) / gamma).masked_fill(slots == 0, 0.0)
+def position_decay(block_size: int, gamma: float, first_slot: int = 1) -> Tensor:
+    """The weights of slots k = 0..block_size-1: float32 [block_size].
+
+    They are exp(-(k - first_slot) / gamma) from the first drafting slot on and 0 before it.
+    """
+    slots = torch.arange(block_size, dtype=torch.float32) - first_slot
+    return torch.exp(-slots / gamma).masked_fill(slots < 0, 0.0)
 
 
 def dpace(nll: Tensor, counts: Tensor, alpha: float = 0.5) -> Tensor:
@@ -61,10 +64,10 @@ class Blocks:
 
     Attributes:
         noise_ids: int64 [B, N, block_size], the anchor's token, then mask tokens.
-        labels: int64 [B, N, block_size]: slot k's label is the token at anchor + k.
-        counts: bool [B, N, block_size], the slots that have a label: kept anchor, in bounds, not slot 0, in the loss
-            mask.
-        positions: int64 [B, N, block_size].
+        labels: int64 [B, N, block_size]: slot k's label is the token at anchor + k, or where slot 0 drafts the token
+            at anchor + k + 1.
+        counts: bool [B, N, block_size], the drafting slots that have a label: kept anchor, in bounds, in the loss mask.
+        positions: int64 [B, N, block_size], the slots' own.
     """
 
     noise_ids: Tensor
@@ -74,19 +77,28 @@ class Blocks:
 
 
 def build_blocks(
-    input_ids: Tensor, loss_mask: Tensor, anchors: Tensor, keep: Tensor, *, block_size: int, mask_token_id: int
+    input_ids: Tensor,
+    loss_mask: Tensor,
+    anchors: Tensor,
+    keep: Tensor,
+    *,
+    block_size: int,
+    mask_token_id: int,
+    first_slot: int = 1,
 ) -> Blocks:
     """Cuts the blocks behind `anchors` [B, N] out of `input_ids` [B, S].
 
-    A block ends for good at its first slot outside the loss mask: nothing behind it could be accepted.
+    A block ends for good at its first slot outside the loss mask: nothing behind it could be accepted. The slots from
+    `first_slot` on draft: the first of them drafts the token behind the anchor.
     """
     positions = anchors[:, :, None] + torch.arange(block_size, device=anchors.device)
-    inside = positions < input_ids.shape[1]
-    source = positions.clamp(max=input_ids.shape[1] - 1).flatten(1)
+    drafted = positions + (1 - first_slot)
+    inside = drafted < input_ids.shape[1]
+    source = drafted.clamp(max=input_ids.shape[1] - 1).flatten(1)
     labels = input_ids.gather(1, source).view_as(positions)
     counts = loss_mask.gather(1, source).view_as(positions) & inside & keep[:, :, None]
     counts = counts.cumprod(dim=2).bool()
+    counts[:, :, :first_slot] = False
     noise_ids = torch.full_like(labels, mask_token_id)
-    noise_ids[:, :, 0] = labels[:, :, 0]
-    counts[:, :, 0] = False
+    noise_ids[:, :, 0] = input_ids.gather(1, anchors)
     return Blocks(noise_ids, labels, counts, positions)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from copy import deepcopy
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from torch.utils.data import Dataset
 from transformers import PrinterCallback
 
 from ..data import ResponseDataset, regenerate
-from ..models import DFlashDrafter, Target
+from ..models import DFlashDrafter, Target, save_drafter
 from ..progress import progress
 from .checkpoints import newest_checkpoint
 from .curve import plot_curve
@@ -146,7 +145,7 @@ def train_drafter(
         args=args,
         train_dataset=answers,
         eval_dataset=held_out,
-        data_collator=AnchorCollator(recipe.anchors, config.block_size, config.mask_token_id),
+        data_collator=AnchorCollator(recipe.anchors, config.block_size, config.mask_token_id, config.first_draft_slot),
     )
     trainer.remove_callback(PrinterCallback)
     checkpoint = newest_checkpoint(output, config) if resume else None
@@ -168,8 +167,3 @@ def train_drafter(
     return log
 
 
-def save_drafter(drafter: DFlashDrafter, folder: str | Path, *, dtype: torch.dtype | None = None) -> None:
-    """Writes `config.json` and safetensors shards of at most 16 MB, in `dtype` (the drafter's own by default)."""
-    if dtype not in (None, drafter.dtype):
-        drafter = deepcopy(drafter).to(dtype)
-    drafter.save_pretrained(folder, max_shard_size="16MB")

@@ -21,19 +21,26 @@ class AnchorCollator:
     """Pads samples on the right, draws their anchors and cuts the blocks behind them.
 
     Samples are {"input_ids": int64 [S], "loss_mask": bool [S]}; batches hold `input_ids` [B, S], `anchors` and `keep`
-    [B, N] and the fields of `Blocks` [B, N, block_size].
+    [B, N] and the fields of `Blocks` [B, N, block_size]. `first_slot` is the drafter's `config.first_draft_slot`.
     """
 
     num_anchors: int
     block_size: int
     mask_token_id: int
+    first_slot: int = 1
 
     def __call__(self, samples: list[Mapping[str, Tensor]]) -> dict[str, Tensor]:
         input_ids = pad_sequence([s["input_ids"] for s in samples], batch_first=True)
         loss_mask = pad_sequence([s["loss_mask"] for s in samples], batch_first=True)
         anchors, keep = sample_anchors(loss_mask, self.num_anchors)
         blocks = build_blocks(
-            input_ids, loss_mask, anchors, keep, block_size=self.block_size, mask_token_id=self.mask_token_id
+            input_ids,
+            loss_mask,
+            anchors,
+            keep,
+            block_size=self.block_size,
+            mask_token_id=self.mask_token_id,
+            first_slot=self.first_slot,
         )
         return {"input_ids": input_ids, "anchors": anchors, "keep": keep, **vars(blocks)}
 
@@ -56,18 +63,29 @@ class DFlashTrainer(Trainer):
         super().__init__(model=model, **kwargs)
         self.target = target
         self.gamma = gamma
+        self.drafter = model
+        self.first_slot = model.config.first_draft_slot
         self.model_accepts_loss_kwargs = True  # compute_loss divides by the whole step's blocks itself
         self._tau: list[Tensor] = []
 
+    def _labels(self, inputs: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """The drafting slots' labels as rows of the drafter's head, and which of them count: [B, N, K] each.
+
+        A block ends where the drafter cannot draft the label.
+        """
+        labels = self.drafter.head_labels(inputs["labels"][:, :, self.first_slot :])
+        counts = inputs["counts"][:, :, self.first_slot :] & (labels >= 0)
+        return labels.clamp(min=0), counts.cumprod(dim=-1).bool()
+
     def _slot_weights(self, counts: Tensor) -> Tensor:
-        """The weights of slots [..., block_size] that are known before the forward pass."""
+        """The weights of drafting slots [..., K] that are known before the forward pass."""
         if self.gamma is None:
             return counts.float()
-        return counts * position_decay(counts.shape[-1], self.gamma).to(counts.device)
+        return counts * position_decay(counts.shape[-1], self.gamma, first_slot=0).to(counts.device)
 
     def _divisor(self, inputs: Mapping[str, Tensor]) -> Tensor:
         """What a batch adds to the loss's divisor: its weights, or with D-PACE its blocks."""
-        return inputs["keep"].sum() if self.gamma is None else self._slot_weights(inputs["counts"]).sum()
+        return inputs["keep"].sum() if self.gamma is None else self._slot_weights(self._labels(inputs)[1]).sum()
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """The batches of one step and the divisor of its loss."""
@@ -81,7 +99,7 @@ class DFlashTrainer(Trainer):
         return batches, divisor
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        drafter: DFlashDrafter = self.accelerator.unwrap_model(model)
+        drafter = self.drafter
         input_ids, anchors, keep = inputs["input_ids"], inputs["anchors"], inputs["keep"]
         context_positions = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
         hidden = model(
@@ -91,14 +109,15 @@ class DFlashTrainer(Trainer):
             attention_mask=drafter.anchor_masks(input_ids.shape[1], anchors, keep),
         ).last_hidden_state
 
-        # Slot 0 is the anchor: its output is thrown away.
-        labels, counts = inputs["labels"][:, :, 1:], inputs["counts"][:, :, 1:]
-        hidden = drafter.head_input(hidden).unflatten(1, inputs["labels"].shape[1:])[:, :, 1:]
+        # Outputs of slots before the first drafting one, the anchor as a rule, are thrown away.
+        labels, counts = self._labels(inputs)
+        head = drafter.head(self.target)
+        hidden = drafter.head_input(hidden).unflatten(1, inputs["labels"].shape[1:])[:, :, self.first_slot :]
         result = linear_cross_entropy(
-            hidden.flatten(0, 2).to(self.target.dtype),
-            self.target.head,
+            hidden.flatten(0, 2).to(head.dtype),
+            head,
             labels.flatten(),
-            self._slot_weights(inputs["counts"])[:, :, 1:].flatten(),
+            self._slot_weights(counts).flatten(),
             reduction="none",
             softcap=drafter.softcap,
         )

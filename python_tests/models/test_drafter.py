@@ -56,7 +56,7 @@ def decoding_forward(target: Target, drafter: DFlashDrafter, tokens: list[int], 
 @torch.no_grad()
 def test_training_and_decoding_give_the_same_logits(family, sliding, is_causal):
     target, drafter = tiny_pair(family, sliding=sliding)
-    drafter.config.dflash_config["is_causal"] = is_causal
+    drafter.config.is_causal = is_causal
     tokens = torch.tensor(random_prompts(LENGTH, LENGTH))
     anchors = torch.tensor([[3, 11, 17], [20, 1, 9]])
     trained = training_forward(target, drafter, tokens, anchors)

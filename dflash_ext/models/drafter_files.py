@@ -1,0 +1,154 @@
+"""Reads drafters from folders and the hub, writes them, and says in one line what is wrong with a checkpoint."""
+
+from __future__ import annotations
+
+import json
+import os
+import warnings
+from copy import deepcopy
+from pathlib import Path
+
+import torch
+from huggingface_hub import snapshot_download
+from safetensors.torch import load_file
+from torch import Tensor
+
+from .drafter import DFlashDrafter
+from .drafter_config import DFlashConfig
+from .loading import HUB_NAME, default_device, first_line
+
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+MASK_EMBEDDING = "mask_embedding.pt"
+# speculators keeps these beside a drafter in training; drafting does not need them.
+_TRAINING_ONLY = {"verifier_norm.weight", "verifier_lm_head.weight"}
+
+
+def load_drafter(
+    name: str | os.PathLike, *, dtype: torch.dtype | None = None, device: torch.device | None = None
+) -> DFlashDrafter:
+    """A drafter in evaluation mode.
+
+    Args:
+        name: a folder, or a repository's name on the hub, with `config.json` and safetensors in the published layout or
+            in that of vllm-project/speculators. Tensor names may begin with `model.`. A checkpoint may have tables of
+            its own, `embed_tokens` [V, H] and `lm_head` [V or fewer, H], and `d2t` (the target's token of head row i
+            is i + d2t[i]) or `t2d` (True for the target's tokens that have a row) where its head has fewer rows.
+        dtype: float32 on the CPU and bfloat16 on a GPU by default.
+
+    Raises:
+        ValueError: there is no DFlash drafter, it needs something that is not supported, or its tensors do not fit its
+            config.
+    """
+    device = device or default_device()
+    dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
+    folder = _folder(name)
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"no drafter in '{name}': there is no config.json")
+    try:
+        config = DFlashConfig.from_pretrained(folder)
+    except Exception as error:  # transformers raises many kinds for a file that is not what it should be
+        raise ValueError(f"cannot read the drafter's config in '{name}': {first_line(error)}") from error
+    if config.mask_token_id is None or not config.dflash_config.get("target_layer_ids"):
+        raise ValueError(f"no drafter in '{name}': its config.json has no dflash_config with mask_token_id and taps")
+    try:
+        tensors = _read_tensors(folder)
+        _describe_tables(config, tensors)
+        drafter, info = DFlashDrafter.from_pretrained(
+            None,
+            config=config,
+            state_dict=tensors,
+            dtype=dtype,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are reported below, in one line
+        )
+    except Exception as error:  # so does safetensors
+        raise ValueError(f"cannot read the drafter in '{name}': {first_line(error)}") from error
+    for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if keys := sorted(key if isinstance(key, str) else key[0] for key in info.get(problem) or ()):
+            what = f"{len(keys)} {problem.replace('_', ' ')}, as {keys[0]}"
+            raise ValueError(f"the drafter in '{name}' does not fit its config: {what}")
+    return drafter.to(device).eval()
+
+
+def save_drafter(
+    drafter: DFlashDrafter,
+    folder: str | os.PathLike,
+    *,
+    dtype: torch.dtype | None = None,
+    max_shard_size: str = "5GB",
+) -> None:
+    """Writes `config.json` and `model.safetensors` in the published layout.
+
+    Warns of what other decoders do not read of this drafter.
+
+    Args:
+        dtype: the tensors' dtype, the drafter's own by default.
+        max_shard_size: the largest file; a drafter that does not fit one is split into several with an index.
+    """
+    folder = Path(folder)
+    if dtype not in (None, drafter.dtype):
+        drafter = deepcopy(drafter).to(dtype)
+    for old in (WEIGHTS, INDEX):  # files of an earlier drafter that this one would not write over
+        (folder / old).unlink(missing_ok=True)
+    drafter.save_pretrained(folder, max_shard_size=max_shard_size)
+    unread = drafter.config.unread_elsewhere()
+    if (folder / INDEX).exists():
+        unread.append("speculators' converter does not read several files of weights")
+    for sentence in unread:
+        warnings.warn(f"the drafter in '{folder}': {sentence}", stacklevel=2)
+
+
+def _folder(name: str | os.PathLike) -> Path:
+    """The folder itself, or the local copy of a repository of the hub."""
+    if Path(name).is_dir():
+        return Path(name)
+    name = os.fspath(name)
+    if not HUB_NAME.fullmatch(name):
+        raise ValueError(f"no drafter in '{name}': there is no such folder")
+    try:
+        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", MASK_EMBEDDING]))
+    except Exception as error:  # the hub raises many kinds
+        raise ValueError(
+            f"no drafter in '{name}': there is no such folder, and from the hub: {first_line(error)}"
+        ) from error
+
+
+def _read_tensors(folder: Path) -> dict[str, Tensor]:
+    """The checkpoint's tensors by their published names."""
+    if (folder / MASK_EMBEDDING).exists():
+        raise ValueError(f"{MASK_EMBEDDING} lies beside the weights: a mask embedding of its own is not supported")
+    files = {WEIGHTS}
+    if not (folder / WEIGHTS).exists() and (folder / INDEX).exists():
+        files = set(json.loads((folder / INDEX).read_text())["weight_map"].values())
+    tensors = {}
+    for file in sorted(files):
+        tensors |= {key.removeprefix("model."): tensor for key, tensor in load_file(folder / file).items()}
+    return {key: tensor for key, tensor in tensors.items() if key not in _TRAINING_ONLY}
+
+
+def _describe_tables(config: DFlashConfig, tensors: dict[str, Tensor]) -> None:
+    """Tells `config` which tables of its own the checkpoint has, and checks the map of a reduced vocabulary."""
+    vocab, head = config.vocab_size, tensors.get("lm_head.weight")
+    d2t, t2d = tensors.pop("d2t", None), tensors.pop("t2d", None)
+    config.own_embeddings, config.own_head = "embed_tokens.weight" in tensors, head is not None
+    if d2t is not None:
+        drafted = torch.arange(len(d2t)) + d2t
+    elif t2d is not None:
+        drafted = t2d.nonzero()[:, 0]
+    else:
+        drafted = torch.arange(vocab)
+    rows = len(drafted) if head is None else len(head)
+    if rows == vocab:  # a map of the whole vocabulary says nothing
+        config.draft_vocab_size = None
+        return
+    if rows != len(drafted):
+        raise ValueError(f"lm_head has {rows} rows, d2t and t2d name {len(drafted)} of the target's {vocab} tokens")
+    can_draft = torch.zeros(vocab, dtype=torch.bool)
+    if drafted.min() < 0 or drafted.max() >= vocab or len(drafted.unique()) != rows:
+        raise ValueError(f"d2t does not name {rows} different tokens of the target's {vocab}")
+    can_draft[drafted] = True
+    if t2d is not None and not torch.equal(t2d.bool(), can_draft):
+        raise ValueError("d2t and t2d name different tokens")
+    config.draft_vocab_size = rows
+    tensors |= {"d2t": drafted - torch.arange(rows), "t2d": can_draft}
