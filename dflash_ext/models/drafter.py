@@ -80,6 +80,14 @@ class DFlashLayer(nn.Module):
         return block + self.mlp(self.post_attention_layernorm(block))
 
 
+class FrozenTable(nn.Module):
+    """An embedding or a head of a checkpoint's own, [rows, H]; it is not trained, as the target's are not."""
+
+    def __init__(self, rows: int, hidden_size: int):
+        super().__init__()
+        self.register_buffer("weight", torch.zeros(rows, hidden_size))
+
+
 class DFlashDrafter(PreTrainedModel):
     """Reads and writes published DFlash checkpoints; serves training, decoding and transformers' own DFlash loop."""
 
@@ -97,12 +105,10 @@ class DFlashDrafter(PreTrainedModel):
         self.layers = nn.ModuleList(DFlashLayer(config, i) for i in range(config.num_hidden_layers))
         self.norm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = Qwen3RotaryEmbedding(config)
-        # Tables of a checkpoint's own are frozen, as the target's are.
         if config.own_embeddings:
-            self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size).requires_grad_(False)
+            self.embed_tokens = FrozenTable(config.vocab_size, config.hidden_size)
         if config.own_head:
-            rows = config.draft_vocab_size or config.vocab_size
-            self.lm_head = nn.Linear(config.hidden_size, rows, bias=False).requires_grad_(False)
+            self.lm_head = FrozenTable(config.draft_vocab_size or config.vocab_size, config.hidden_size)
         if config.draft_vocab_size:
             # The target's token of drafted token i is i + d2t[i]; t2d marks the target's tokens that can be drafted.
             self.register_buffer("d2t", torch.zeros(config.draft_vocab_size, dtype=torch.int64))
