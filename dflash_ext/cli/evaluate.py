@@ -29,7 +29,7 @@ from .output import check_output, replacing
 
 def evaluate(
     target: TargetName,
-    drafter: Annotated[Path, typer.Option(help="Folder of the DFlash drafter to measure.")],
+    drafter: Annotated[Path, typer.Option(help="Folder or hub name of the DFlash drafter to measure.")],
     prompts: Annotated[
         list[Path],
         typer.Option(help="A prompt set: a file of prompts as for train. Repeat the option for several sets."),

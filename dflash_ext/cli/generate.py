@@ -35,7 +35,7 @@ def generate(
     target: TargetName,
     prompt: Annotated[list[str] | None, typer.Argument(help="The prompts, if --prompts names no file of them.")] = None,
     drafter: Annotated[
-        Path | None, typer.Option(help="Folder of a DFlash drafter. Without one, decoding is plain.")
+        Path | None, typer.Option(help="Folder or hub name of a DFlash drafter. Without one, decoding is plain.")
     ] = None,
     prompts: Prompts = None,
     field: Field = None,

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, cache_utils
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP, Qwen3RMSNorm, Qwen3RotaryEmbedding, apply_rotary_pos_emb
@@ -19,6 +19,9 @@ from ..masks import IntervalMask
 from ..ops import block_attn
 from .drafter_config import DFlashConfig
 from .target import Target
+
+# The cache of transformers' own DFlash loop, which exists from 5.15 on.
+_LOOP_CACHE = getattr(cache_utils, "DFlashCache", ())
 
 
 class DFlashAttention(nn.Module):
@@ -243,12 +246,15 @@ class DFlashDrafter(PreTrainedModel):
             anchor + k, so that slot 0's is of no use; with `sample_from_anchor` it is about anchor + k + 1.
 
         Raises:
-            ValueError: `cache` and `past_key_values` are both given.
+            ValueError: `cache` and `past_key_values` are both given, or transformers' own loop calls a drafter that it
+                would not read rightly.
         """
         if past_key_values is not None:
             if cache is not None:
                 raise ValueError("cache and past_key_values name the same argument: only one of them may be given")
             cache = past_key_values
+        if isinstance(cache, _LOOP_CACHE) and (unread := self.config.unread_by_loop()):
+            raise ValueError(f"transformers' own DFlash loop {unread}: decode with dflash_ext.decode")
         block_len = noise_embeds.shape[1]
         if not isinstance(attention_mask, dict):
             cached = cache.get_seq_length() if cache is not None else 0

@@ -228,19 +228,37 @@ class DFlashConfig(Qwen3Config):
             causal = sliding if self.is_causal is None else bool(self.is_causal)
             yield kind, causal, self.sliding_window if sliding else None
 
+    @property
+    def own_tables(self) -> bool:
+        """Whether drafts are made with an embedding, a head or a vocabulary other than the target's."""
+        return self.own_embeddings or self.own_head or self.draft_vocab_size is not None
+
+    @property
+    def shared_window(self) -> bool:
+        """Whether all slots of a block share the anchor's window, as in speculators."""
+        return self.window_convention == "speculators" and "sliding_attention" in self.layer_types
+
     def unread_elsewhere(self) -> list[str]:
-        """What other decoders do not read of this drafter, one sentence each."""
+        """What vLLM and SGLang do not read of this drafter, one sentence each."""
         unread = []
         if self.sample_from_anchor:
-            unread.append("vLLM's DFlash and transformers' loop do not read sample_from_anchor and draft from slot 1")
-        if "sliding_attention" in self.layer_types and self.window_convention == "speculators":
-            unread.append("vLLM, SGLang and transformers' loop give each slot a window of its own, not the anchor's")
-        if self.own_embeddings or self.own_head or self.draft_vocab_size:
-            unread.append("SGLang and transformers' loop use the target's embedding and head, not the drafter's own")
+            unread.append("vLLM's DFlash does not read sample_from_anchor and drafts from slot 1 on")
+        if self.shared_window:
+            unread.append("vLLM and SGLang give each slot a window of its own instead of the anchor's")
+        if self.own_tables:
+            unread.append("SGLang uses the target's embedding and head instead of the drafter's own")
         for key in ("input_embedding_scale", "output_multiplier", "final_logit_softcapping"):
-            if self.optional(key) not in (None, 1.0):
+            if self.optional(key) not in (None, 0, 1):
                 unread.append(f"vLLM's DFlash does not read {key}")
         return unread
+
+    def unread_by_loop(self) -> str | None:
+        """What transformers' own DFlash loop would do wrong with this drafter, if anything."""
+        if self.sample_from_anchor:
+            return "does not read sample_from_anchor"
+        if self.shared_window:
+            return "keeps too little context for speculators' windows"
+        return "uses the target's embedding and head instead of the drafter's own" if self.own_tables else None
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs) -> DFlashConfig:

@@ -165,5 +165,3 @@ def train_drafter(
             save_drafter(drafter, output, dtype=torch.bfloat16)
             (output / "training.json").write_text(json.dumps({"recipe": asdict(recipe), "log": log}, indent=1) + "\n")
     return log
-
-

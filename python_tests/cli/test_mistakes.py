@@ -68,7 +68,7 @@ def wrong_cases(house):
         ([*train, "--prompts", prompts, "--answers", others], "either --prompts"),
         (["train", "--target", target, "--output", prompts, *train[5:], "--prompts", prompts], "a folder is expected"),
         ([*generate, "w3", "--tokenizer", tokenizers / "larger"], "the tokenizer is another model's"),
-        ([*generate, "w3", "--drafter", house / "nowhere"], "no config.json"),
+        ([*generate, "w3", "--drafter", house / "nowhere"], "there is no such folder"),
         ([*generate, "w3", "--drafter", target], "no drafter in"),
         ([*generate, "w3", "--drafter", other], "made for another target: its num_target_layers is 9"),
         ([*generate, "w3", "--drafter", far], "tap 40 is out of range"),

@@ -68,7 +68,7 @@ def test_a_drafter_that_everybody_reads_is_saved_without_a_warning(tmp_path):
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        ({"sample_from_anchor": True}, "do not read sample_from_anchor"),
+        ({"sample_from_anchor": True}, "does not read sample_from_anchor"),
         ({"window_convention": "speculators", "layer_types": ["sliding_attention"] * 2}, "a window of its own"),
         ({"dflash_config": {"output_multiplier": 0.5}}, "vLLM's DFlash does not read output_multiplier"),
     ],
@@ -99,7 +99,7 @@ def test_tables_of_its_own_are_used_and_written(folder, tmp_path):
     torch.testing.assert_close(drafter.logits(target, hidden), hidden @ tables["lm_head.weight"].T)
     assert not {"embed_tokens.weight", "lm_head.weight"} & dict(drafter.named_parameters()).keys()
     assert load_drafter(folder, dtype=torch.bfloat16, device=CPU).lm_head.weight.dtype == torch.bfloat16
-    with pytest.warns(UserWarning, match="use the target's embedding and head"):
+    with pytest.warns(UserWarning, match="uses the target's embedding and head"):
         save_drafter(drafter, tmp_path / "again")
     again = load(tmp_path / "again")
     assert torch.equal(again.logits(target, hidden), drafter.logits(target, hidden))
@@ -127,7 +127,7 @@ def test_a_reduced_vocabulary_gives_logits_over_the_targets(folder, maps, own_he
     others = torch.ones(VOCAB, dtype=torch.bool).index_fill_(0, drafted, False)
     assert (logits[..., others] == -torch.inf).all()
     assert drafter.head_labels(torch.tensor([17, 16, 96])).tolist() == [3, -1, 6]
-    with pytest.warns(UserWarning, match="use the target's embedding and head"):
+    with pytest.warns(UserWarning, match="uses the target's embedding and head"):
         save_drafter(drafter, folder)
     torch.testing.assert_close(load(folder).logits(target, hidden), logits)
 
