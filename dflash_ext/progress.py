@@ -13,7 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 class Advance(Protocol):
     def __call__(self, count: int, note: str = "") -> None:
-        """Says that `count` more are done; `note` stands behind the figures until the next call."""
+        """Reports that `count` more are done; `note` is shown behind the figures until the next call."""
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -26,12 +27,15 @@ def no_bars_for_weights() -> None:
 def load_target(
     name: str, tokenizer: str | None, dtype: str | None, device: str | None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The target and its tokenizer."""
+    """The target and its tokenizer; in a process of torchrun's, on that process's own GPU."""
     import torch
 
     from .. import models
 
     no_bars_for_weights()
+    local_rank = os.environ.get("LOCAL_RANK")  # torchrun sets it
+    if local_rank and device in (None, "cuda") and torch.cuda.is_available():
+        device = f"cuda:{local_rank}"
     kinds = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     if dtype is not None and dtype not in kinds:
         raise ValueError(f"dtype '{dtype}' is not supported; choose one of {', '.join(kinds)}")

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.console import Console
 
 from .app import console
 from .loading import encode_for, load_target
@@ -96,6 +98,8 @@ def train(
     device: Device = None,
 ) -> None:
     """Train a drafter for a target on the target's own answers to your prompts."""
+    import torch
+
     from ..data import LeftOut, read_conversations
     from ..data.parsing import require_file
     from ..models import DFlashDrafter, Target, stop_tokens
@@ -103,6 +107,9 @@ def train(
 
     if (prompts is None) == (answers is None):
         raise ValueError("train needs either --prompts, which the target answers first, or --answers")
+    if answers is None and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise ValueError("train under torchrun needs --answers: several processes cannot write one file of answers")
+    shown = Console(quiet=True) if int(os.environ.get("RANK", 0)) else console  # the first process prints for all
     # Whatever can be wrong without the target is found before it is loaded.
     left_out = LeftOut()
     if answers is None:
@@ -124,6 +131,7 @@ def train(
         compile=compile,
     )
     model, tok = load_target(target, tokenizer, dtype, device)
+    torch.manual_seed(seed)  # of the drafter's first weights
     drafter = DFlashDrafter.for_target(
         Target(model),
         mask_token_id=_mask_token(tok, mask_token),
@@ -133,11 +141,11 @@ def train(
         intermediate_size=intermediate_size,
     ).to(model.device)
     parameters = sum(p.numel() for p in drafter.parameters())
-    console.print(
+    shown.print(
         f"drafter: {layers} layers, {parameters / 1e6:.1f} M parameters, taps {drafter.config.target_layer_ids}"
     )
     tapped = Target(model, drafter.config.target_layer_ids)
-    options = dict(max_length=max_length, held_out=held_out, resume=resume, console=console)
+    options = dict(max_length=max_length, held_out=held_out, resume=resume, console=shown)
     if answers is not None:
         train_on_answers(drafter, tapped, answers, output, recipe, **options)
     else:
@@ -164,7 +172,7 @@ def train(
             chat_template_args=chat_template_args,
             **options,
         )
-    console.print(f"the drafter is in {output}")
+    shown.print(f"the drafter is in {output}")
 
 
 def _integer(text: str, option: str) -> int:

@@ -23,7 +23,7 @@ class ResponseDataset(Dataset):
     Args:
         path: a file written by `regenerate`; it may have been cut off.
         max_length: sequences are cut to this many tokens.
-        vocab_size: of the target to train for; answers of a target with another vocabulary are refused.
+        vocab_size: the vocabulary of the target to train for; answers with another vocabulary are refused.
         min_response: answers with fewer tokens than this, after the cut, are left out.
 
     Attributes:

@@ -103,7 +103,7 @@ def _prompts_fingerprint(prompts: Mapping[int, Sequence[int]]) -> str:
 
 
 def _weights_fingerprint(model: torch.nn.Module) -> str:
-    """Of every tensor's first numbers, in bf16, so that a checkpoint read in fp32 or bf16 is the same."""
+    """A hash of the first numbers of every tensor, in bf16, so that the dtype of loading does not matter."""
     digest = hashlib.sha256()
     for parameter in model.parameters():
         start = parameter.detach().flatten()[:16].to(torch.bfloat16)

@@ -14,7 +14,7 @@ from .compare import compare
 
 DRAFTER = Path(__file__).parents[1] / "drafters" / "smollm2-135m-instruct"
 
-# None of these was trained on.
+# The shipped drafter was trained on none of these.
 PROMPTS = [
     "A baker sells 12 loaves in the morning and twice as many in the afternoon. Each loaf costs $3. "
     "How much money does the baker make in a day?",
@@ -32,7 +32,7 @@ def real_model(console: Console, *, count: int, max_new_tokens: int) -> None:
     console.rule("SmolLM2-135M-Instruct and the drafter that ships with this package")
     began = time.perf_counter()
     with console.status("reading SmolLM2 (the first time it is converted from GGUF, about a minute)"):
-        # On a GPU too in float32: in bfloat16 a tie between two tokens may fall either way.
+        # float32 on a GPU as well: in bfloat16 a tie between two tokens may be decided either way.
         model, tokenizer = load_target("smollm2", dtype=torch.float32)
     drafter = load_drafter(DRAFTER, dtype=model.dtype, device=model.device)
     target = Target(model, drafter.config.target_layer_ids)

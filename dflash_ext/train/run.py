@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from rich.console import Console
 from torch.utils.data import Dataset
 from transformers import PrinterCallback
@@ -99,9 +100,11 @@ def train_on_answers(
     console = console or Console(quiet=True)
     dataset = ResponseDataset(answers, max_length, vocab_size=target.vocab_size)
     trained, kept_out = dataset.split(held_out, recipe.seed)
-    console.print(f"answers: {len(trained)} to train on, {len(kept_out)} held out")
+    too_short = f", {dataset.dropped} too short to train on" if dataset.dropped else ""
+    console.print(f"answers: {len(trained)} to train on, {len(kept_out)} held out{too_short}")
     log = train_drafter(drafter, target, trained, output, recipe, held_out=kept_out, resume=resume, console=console)
-    plot_curve(log, Path(output) / "curve.png")
+    if PartialState().is_main_process:
+        plot_curve(log, Path(output) / "curve.png")
     console.print(summary(log))
     return log
 
@@ -161,7 +164,8 @@ def train_drafter(
                 trainer.evaluate()
     finally:
         log = [entry for entry in trainer.state.log_history if entry]
-        if trainer.state.global_step:  # a run that failed at once leaves an earlier drafter alone
+        # A run that failed at once leaves an earlier drafter alone.
+        if trainer.state.global_step and trainer.is_world_process_zero():
             save_drafter(drafter, output, dtype=torch.bfloat16)
             (output / "training.json").write_text(json.dumps({"recipe": asdict(recipe), "log": log}, indent=1) + "\n")
     return log

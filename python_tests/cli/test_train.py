@@ -24,6 +24,22 @@ def test_train(house, run):
     answers = (out / "answers.jsonl").read_text()
     assert run(*train)[0] == 0
     assert (out / "answers.jsonl").read_text() == answers
+    assert "answers: 2 to train on, 1 held out\n" in printed
+    header, answer, *others = answers.splitlines(keepends=True)
+    short = json.dumps(json.loads(answer) | {"response_ids": [5]})
+    (out / "answers.jsonl").write_text("".join([header, short + "\n", *others]))
+    assert "answers: 1 to train on, 1 held out, 1 too short to train on\n" in run(*train)[1]
+
+
+def test_the_seed_decides_what_is_drawn(house, run):
+    """The drafter's first weights too: a run can be repeated."""
+    losses = []
+    for seed in (1, 1, 2):
+        out = house / f"run {len(losses)}"
+        code, _, errors = run(*words(house), "--output", out, "--seed", seed)
+        assert code == 0, errors
+        losses.append([entry["loss"] for entry in json.loads((out / "training.json").read_text())["log"][:1]])
+    assert losses[0] == losses[1] != losses[2]
 
 
 def test_chat_template_args_are_kept_with_the_answers(house, run):
@@ -70,3 +86,22 @@ def test_resume_is_said(house, run):
     assert "nothing to resume: there is no complete checkpoint in" in printed
     _, printed, _ = run(*train, "--steps", 3)
     assert f"continuing from {out / 'checkpoint-2'}" in printed
+
+
+def test_a_process_of_torchrun_has_its_own_gpu_and_answers_nothing(house, run, monkeypatch):
+    for name, value in {"LOCAL_RANK": "1", "RANK": "1", "WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+
+    def load_target(name, *, device, **options):
+        raise ValueError(f"the target is loaded to {device}")
+
+    monkeypatch.setattr("dflash_ext.models.load_target", load_target)
+    train = [*words(house), "--output", house / "out"]
+    code, _, errors = run(*train)
+    assert code == 1 and "train under torchrun needs --answers" in errors
+    train = [word for word in train if word not in ("--prompts", house / "prompts.jsonl")]
+    for device, expected in ((), "cuda:1"), (("--device", "cuda"), "cuda:1"), (("--device", "cuda:0"), "cuda:0"):
+        code, _, errors = run(*train, "--answers", house / "prompts.jsonl", *device)
+        assert code == 1 and f"the target is loaded to {expected}" in errors

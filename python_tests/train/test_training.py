@@ -158,3 +158,10 @@ def test_saving_in_bfloat16_leaves_the_drafter_in_float32(tmp_path):
     save_drafter(drafter, tmp_path, dtype=torch.bfloat16)
     assert drafter.dtype == torch.float32
     assert json.loads((tmp_path / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+def test_one_process_of_torchrun_saves_for_all(tmp_path, monkeypatch):
+    monkeypatch.setattr(DFlashTrainer, "is_world_process_zero", lambda self: False)
+    target, drafter = tiny_pair("llama")
+    assert train_drafter(drafter, target, Cycles(8), tmp_path, Recipe(steps=1, batch_size=4))
+    assert not list(tmp_path.iterdir())
