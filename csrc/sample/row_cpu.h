@@ -48,10 +48,10 @@ class Row {
   // such token.
   static Row read(const T* x, int64_t vocab, Real temperature, const Workspace& workspace) {
     Row row(x, vocab, temperature, workspace);
-    row.read();
+    row.scan();
     if (row.max_ < kInfinity) return row;
     Row certain(workspace.point_mass(row.argmax_, vocab), vocab, temperature, workspace);
-    certain.read();
+    certain.scan();
     certain.is_certain_ = true;
     return certain;
   }
@@ -137,7 +137,7 @@ class Row {
   }
 
   // read_maxima() and the row's sums, in one pass over memory.
-  void read() {
+  void scan() {
     Wide first = Wide{} - kInfinity, second = first;
     for (int64_t t = 0; t < tile_count_; ++t) {
       read_maxima(t, first, second);

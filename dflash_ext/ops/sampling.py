@@ -35,8 +35,9 @@ def sample(
         logits: float32, bfloat16, float16 or float64, the last dimension contiguous; read once, without filters.
         seed: an int, or an int64 tensor ``[]`` or ``[1]``, from which every row takes its own random number by its
             index; an int64 tensor ``[...]``, one per row, so that a draw does not depend on where in the batch its
-            row stands; or a torch.Generator, from which an int is drawn. The same seed gives the same tokens. A
-            tensor is read on the device, so a captured graph draws anew once it is updated.
+            row stands; or a torch.Generator, from which an int is drawn (not under torch.compile, which cannot trace
+            one). The same seed gives the same tokens. A tensor is read on the device, so a captured graph draws anew
+            once it is updated; an int is a constant of the graph.
         temperature: 0 takes the argmax (the lowest index among equals).
         top_k, top_p, min_p: filters, applied in this order after temperature. top_k None, 0 or -1, top_p None or
             >= 1, and min_p None or 0 are off. The most probable token is always kept.

@@ -18,10 +18,13 @@ torch.manual_seed(0)
 for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
     logits = (3 * torch.randn(6, 7, 1100, dtype=torch.float64)).to(dtype)
     logits[1, :, ::3] = -torch.inf
+    logits[2, 1, 5] = logits[2, 3, 1098:] = torch.inf
     flat, seed = logits.flatten(0, 1), torch.tensor([1])
     for filters in ({}, {"top_k": 20, "temperature": 0.7}, {"top_k": 500}, {"top_p": 0.9, "min_p": 0.001}):
-        drawn, entropy = sample(flat, seed, return_filtered_entropy=True, **filters)
-        print(*drawn.token.tolist(), *drawn.argmax.tolist())
+        drawn, entropy, confidence = sample(
+            flat, seed, return_filtered_entropy=True, return_confidence=True, **filters
+        )
+        print(*confidence.tolist(), *drawn.token.tolist(), *drawn.argmax.tolist())
         print(*entropy.tolist(), *drawn.entropy.tolist(), *drawn.margin.tolist(), *drawn.pivot.tolist())
         draft = drawn.token.view(6, 7)[:, :6]
         noisy = logits.roll(1, -1) * 0.1 + logits

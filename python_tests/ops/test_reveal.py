@@ -72,6 +72,7 @@ def test_registration():
     scores, masked, entropy = canvas(3, 20)
     operator = torch.ops.dflash_ext.reveal
     torch.library.opcheck(operator, (scores, masked, None, 1, 0.5, None))
+    torch.library.opcheck(operator, (scores, masked, None, 4, 0.5, None))
     torch.library.opcheck(operator, (None, masked, entropy, 3, 0.0, torch.tensor([0.5, 1.0, 2.0])))
 
     @torch.compile(fullgraph=True, backend="aot_eager")

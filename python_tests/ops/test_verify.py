@@ -214,6 +214,7 @@ def test_registration():
     lens = torch.full((BATCH,), 3, dtype=torch.int32)
     want = verify(draft, target, seed=SEED, draft_lens=lens, temperature=0.9, top_k=5)
     same(compiled(draft, target, SEED, lens), want)
+    same(compiled(draft, target, SEED.item(), lens), want)
 
 
 def test_lengths_beyond_the_draft_count_as_all_of_it(device):
