@@ -1,6 +1,7 @@
 // The attention family's CUDA kernels. Launchers return null, or what CUDA says went wrong.
 #pragma once
 
+#include "attn/backward.h"
 #include "attn/params.h"
 #include "attn/plan.h"
 
@@ -18,6 +19,10 @@ auto with_dim(int64_t head_dim, Launch&& launch) {
 const char* plan_sm80(const PlanParams& params, void* stream);
 
 const char* forward_sm80(const AttentionForwardParams& params, void* stream);
+
+// The tables and rows' statistics that a backward kernel reads, and the portable one.
+const char* backward_prepare(const BackwardParams& params, void* stream);
+const char* backward_sm80(const BackwardParams& params, void* stream);
 
 #if defined(DFLASH_EXT_HOPPER) || defined(__CUDACC__)
 // On Hopper: whether the current device is one, and whether the kernel serves this call there.

@@ -55,6 +55,7 @@ DFLASH_INLINE void pin(float (&d)[kCount]) {
 template <class T, int kN>
 struct Product;
 
+#define DFLASH_LIST_32 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
 #define DFLASH_LIST_64 \
   "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, " \
   "%22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
@@ -79,21 +80,35 @@ struct Product;
 #define DFLASH_FLOATS_4(i) \
   DFLASH_FLOATS_1(i), DFLASH_FLOATS_1((i) + 1), DFLASH_FLOATS_1((i) + 2), DFLASH_FLOATS_1((i) + 3)
 #define DFLASH_FLOATS_8(i) DFLASH_FLOATS_4(i), DFLASH_FLOATS_4((i) + 4)
-#define DFLASH_FLOATS_32(i) \
+#define DFLASH_FLOATS_FROM(i) \
   DFLASH_FLOATS_8(i), DFLASH_FLOATS_8((i) + 8), DFLASH_FLOATS_8((i) + 16), DFLASH_FLOATS_8((i) + 24)
-#define DFLASH_FLOATS_64 DFLASH_FLOATS_32(0)
-#define DFLASH_FLOATS_80 DFLASH_FLOATS_32(0), DFLASH_FLOATS_8(32)
-#define DFLASH_FLOATS_128 DFLASH_FLOATS_32(0), DFLASH_FLOATS_32(32)
-#define DFLASH_FLOATS_256 DFLASH_FLOATS_128, DFLASH_FLOATS_32(64), DFLASH_FLOATS_32(96)
+#define DFLASH_FLOATS_32 DFLASH_FLOATS_8(0), DFLASH_FLOATS_8(8)
+#define DFLASH_FLOATS_64 DFLASH_FLOATS_FROM(0)
+#define DFLASH_FLOATS_80 DFLASH_FLOATS_FROM(0), DFLASH_FLOATS_8(32)
+#define DFLASH_FLOATS_128 DFLASH_FLOATS_FROM(0), DFLASH_FLOATS_FROM(32)
+#define DFLASH_FLOATS_256 DFLASH_FLOATS_128, DFLASH_FLOATS_FROM(64), DFLASH_FLOATS_FROM(96)
 
 // rows_by_rows: d (+)= a b^T, both row operands. registers_by_columns: d (+)= a b, a in registers as of mma.sync, b a
-// column operand. a0 to a5 number what follows the accumulator.
+// column operand. rows_by_columns, columns_by_columns: both in shared memory, b and in the second a, too, column
+// operands. a0 to a5 number what follows the accumulator.
 #define DFLASH_PRODUCT(T, kN, name, a0, a1, a2, a3, a4, a5)                                                            \
   template <>                                                                                                          \
   struct Product<T, kN> {                                                                                              \
     DFLASH_INLINE static void rows_by_rows(float (&d)[kN / 2], uint64_t a, uint64_t b, bool accumulate) {              \
       asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " a2 ", 0;\nwgmma.mma_async.sync.aligned.m64n" #kN               \
                    "k16.f32." name "." name " {" DFLASH_LIST_##kN "}, " a0 ", " a1 ", p, 1, 1, 0, 0;\n}\n"             \
+                   : DFLASH_FLOATS_##kN                                                                                \
+                   : "l"(a), "l"(b), "r"(int(accumulate)));                                                            \
+    }                                                                                                                  \
+    DFLASH_INLINE static void rows_by_columns(float (&d)[kN / 2], uint64_t a, uint64_t b, bool accumulate) {           \
+      asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " a2 ", 0;\nwgmma.mma_async.sync.aligned.m64n" #kN                \
+                   "k16.f32." name "." name " {" DFLASH_LIST_##kN "}, " a0 ", " a1 ", p, 1, 1, 0, 1;\n}\n"             \
+                   : DFLASH_FLOATS_##kN                                                                                \
+                   : "l"(a), "l"(b), "r"(int(accumulate)));                                                            \
+    }                                                                                                                  \
+    DFLASH_INLINE static void columns_by_columns(float (&d)[kN / 2], uint64_t a, uint64_t b, bool accumulate) {        \
+      asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " a2 ", 0;\nwgmma.mma_async.sync.aligned.m64n" #kN                \
+                   "k16.f32." name "." name " {" DFLASH_LIST_##kN "}, " a0 ", " a1 ", p, 1, 1, 1, 1;\n}\n"             \
                    : DFLASH_FLOATS_##kN                                                                                \
                    : "l"(a), "l"(b), "r"(int(accumulate)));                                                            \
     }                                                                                                                  \
@@ -107,6 +122,8 @@ struct Product;
     }                                                                                                                  \
   };
 
+DFLASH_PRODUCT(__nv_bfloat16, 32, "bf16", "%16", "%17", "%18", "%19", "%20", "%21")
+DFLASH_PRODUCT(__half, 32, "f16", "%16", "%17", "%18", "%19", "%20", "%21")
 DFLASH_PRODUCT(__nv_bfloat16, 64, "bf16", "%32", "%33", "%34", "%35", "%36", "%37")
 DFLASH_PRODUCT(__half, 64, "f16", "%32", "%33", "%34", "%35", "%36", "%37")
 DFLASH_PRODUCT(__nv_bfloat16, 80, "bf16", "%40", "%41", "%42", "%43", "%44", "%45")

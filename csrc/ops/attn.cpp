@@ -93,7 +93,8 @@ void set_keys(const char* op, AttentionParams& p, const Tensor& k, const Tensor&
 }
 
 std::tuple<Tensor, Tensor> forward(Tensor q, Tensor k, Tensor v, Tensor ctx_lo, Tensor ctx_hi, Tensor blk_lo,
-                                   Tensor blk_hi, std::optional<Tensor> plan, double scale, double softcap) {
+                                   Tensor blk_hi, std::optional<Tensor> plan, double scale, double softcap,
+                                   bool /*deterministic: of the gradients*/) {
   constexpr const char* kOp = "block_attn";
   const Mask mask{ctx_lo, ctx_hi, blk_lo, blk_hi};
   AttentionForwardParams p{};
@@ -114,21 +115,32 @@ std::tuple<Tensor, Tensor> forward(Tensor q, Tensor k, Tensor v, Tensor ctx_lo, 
   return {out, lse};
 }
 
+void run_backward_on_cpu(AttentionBackwardParams& p, const Tensor& q) {
+  const int64_t heads = p.batch * p.kv_heads;
+  if (heads == 0) return;
+  p.splits = std::clamp<int64_t>((kBackwardItems + heads - 1) / heads, 1, std::max<int64_t>(1, row_tiles_of(p)));
+  Tensor partial = new_empty(q, {p.splits * heads * 2 * padded(p.kv_len) * padded(p.head_dim)}, real_of(q));
+  p.partial = partial.data_ptr();
+  run_items(block_attn_backward, p, q, heads * p.splits, backward_scratch(p.head_dim));
+  if (p.kv_len > 0) run_on_cpu(block_attn_backward_keys, p, heads * p.kv_len, 64);
+}
+
 std::tuple<Tensor, Tensor, Tensor> backward(Tensor grad_out, std::optional<Tensor> grad_lse, Tensor q, Tensor k,
                                             Tensor v, Tensor ctx_lo, Tensor ctx_hi, Tensor blk_lo, Tensor blk_hi,
-                                            Tensor out, Tensor lse, double scale, double softcap) {
+                                            Tensor out, Tensor lse, double scale, double softcap, bool deterministic) {
   constexpr const char* kOp = "block_attn_backward";
-  AttentionBackwardParams p{};
+  BackwardParams p{};
   set_inputs(kOp, p, q, k, v, {ctx_lo, ctx_hi, blk_lo, blk_hi}, scale, softcap);
   set_keys(kOp, p, k, v);
   for (const Tensor* x : {&out, &grad_out}) {
     check(x->dim() == 4 && x->size(0) == p.batch && x->size(1) == p.heads && x->size(2) == p.q_len &&
-              x->size(3) == p.head_dim && x->scalar_type() == q.scalar_type() && x->is_cpu(),
+              x->size(3) == p.head_dim && x->scalar_type() == q.scalar_type() &&
+              x->get_device_index() == q.get_device_index(),
           kOp, ": out and its gradient must be like q");
   }
   for (const Tensor* x : {&lse, grad_lse ? &*grad_lse : &lse}) {
     check(x->dim() == 3 && x->size(0) == p.batch && x->size(1) == p.heads && x->size(2) == p.q_len &&
-              x->scalar_type() == real_of(q) && x->is_contiguous() && x->is_cpu(),
+              x->scalar_type() == real_of(q) && x->is_contiguous() && x->get_device_index() == q.get_device_index(),
           kOp, ": lse and its gradient must be contiguous [", p.batch, ", ", p.heads, ", ", p.q_len, "]");
   }
   p.out = out.data_ptr();
@@ -147,13 +159,12 @@ std::tuple<Tensor, Tensor, Tensor> backward(Tensor grad_out, std::optional<Tenso
   p.grad_k_strides = head_strides(kOp, "grad_k", grad_k);
   p.grad_v_strides = head_strides(kOp, "grad_v", grad_v);
 
-  const int64_t heads = p.batch * p.kv_heads;
-  if (heads == 0) return {grad_q, grad_k, grad_v};
-  p.splits = std::clamp<int64_t>((kBackwardItems + heads - 1) / heads, 1, std::max<int64_t>(1, row_tiles_of(p)));
-  Tensor partial = new_empty(q, {p.splits * heads * 2 * padded(p.kv_len) * padded(p.head_dim)}, real_of(q));
-  p.partial = partial.data_ptr();
-  run_items(block_attn_backward, p, q, heads * p.splits, backward_scratch(p.head_dim));
-  if (p.kv_len > 0) run_on_cpu(block_attn_backward_keys, p, heads * p.kv_len, 64);
+  if (q.is_cpu()) {
+    run_backward_on_cpu(p, q);
+  } else {
+    p.entries = ctx_lo.size(0);
+    run_backward_on_gpu(p, q, deterministic);
+  }
   return {grad_q, grad_k, grad_v};
 }
 
@@ -231,14 +242,14 @@ Tensor decode(Tensor q, Tensor k_cache, Tensor v_cache, Tensor ctx_lo, Tensor ct
 STABLE_TORCH_LIBRARY_FRAGMENT(dflash_ext, m) {
   m.def(
       "block_attn(Tensor q, Tensor k, Tensor v, Tensor ctx_lo, Tensor ctx_hi, Tensor blk_lo, Tensor blk_hi, "
-      "Tensor? plan, float scale, float softcap) -> (Tensor out, Tensor lse)");
+      "Tensor? plan, float scale, float softcap, bool deterministic) -> (Tensor out, Tensor lse)");
   m.def(
       "block_attn_plan(Tensor ctx_lo, Tensor ctx_hi, Tensor blk_lo, Tensor blk_hi, int kv_len, int heads, "
       "int kv_heads, int head_dim, bool decode) -> Tensor");
   m.def(
       "block_attn_backward(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor ctx_lo, "
-      "Tensor ctx_hi, Tensor blk_lo, Tensor blk_hi, Tensor out, Tensor lse, float scale, float softcap) "
-      "-> (Tensor grad_q, Tensor grad_k, Tensor grad_v)");
+      "Tensor ctx_hi, Tensor blk_lo, Tensor blk_hi, Tensor out, Tensor lse, float scale, float softcap, "
+      "bool deterministic) -> (Tensor grad_q, Tensor grad_k, Tensor grad_v)");
   m.def(
       "block_attn_decode(Tensor q, Tensor k_cache, Tensor v_cache, Tensor ctx_lo, Tensor ctx_hi, Tensor blk_lo, "
       "Tensor blk_hi, SymInt kv_len, Tensor? block_table, Tensor? plan, bool exact, float scale, float softcap) "
@@ -253,6 +264,7 @@ STABLE_TORCH_LIBRARY_IMPL(dflash_ext, CPU, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(dflash_ext, CUDA, m) {
   m.impl("block_attn", TORCH_BOX(&forward));
+  m.impl("block_attn_backward", TORCH_BOX(&backward));
   m.impl("block_attn_decode", TORCH_BOX(&decode));
 }
 

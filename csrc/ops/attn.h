@@ -3,6 +3,7 @@
 
 #include <optional>
 
+#include "attn/backward.h"
 #include "attn/decode.h"
 #include "attn/params.h"
 #include "common/tensor.h"
@@ -27,6 +28,7 @@ inline Intervals intervals(const char* op, const Mask& mask, int64_t batch, int6
 
 // Kernels on the GPU of q; `plan` is what block_attn_plan made, if anything.
 void run_forward_on_gpu(AttentionForwardParams& p, const Tensor& q, const Mask& mask, const std::optional<Tensor>& plan);
+void run_backward_on_gpu(BackwardParams& p, const Tensor& q, bool deterministic);
 void run_decode_on_gpu(DecodeParams& p, const Tensor& q, const Mask& mask, const std::optional<Tensor>& plan);
 
 }  // namespace dflash

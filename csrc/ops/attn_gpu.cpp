@@ -83,6 +83,27 @@ void run_forward_on_gpu(AttentionForwardParams& p, const Tensor& q, const Mask& 
   check_launch(kOp, hopper ? forward_sm90(p, scope.stream()) : forward_sm80(p, scope.stream()));
 }
 
+void run_backward_on_gpu(BackwardParams& p, const Tensor& q, bool) {
+  constexpr const char* kOp = "block_attn_backward";
+  check(p.dtype == DType::kBFloat16 || p.dtype == DType::kFloat16, kOp,
+        ": on a GPU q, k and v must be bfloat16 or float16");
+  if (p.batch == 0 || p.heads == 0) return;
+  const CudaScope scope(q);
+  p.fold = backward_fold_of(p.heads, p.kv_heads);
+  p.tile_rows = backward_tile_rows(p.head_dim);
+  p.row_tiles = tiles_of(p.q_len, p.tile_rows / p.fold);
+  const int64_t rows = p.row_tiles * p.tile_rows;
+  const auto table = [&]<class Row>(Row*& data, int64_t count) {
+    Tensor memory = new_empty(q, {count * int64_t(sizeof(Row))}, ScalarType::Byte);
+    data = static_cast<Row*>(memory.data_ptr());
+    return memory;
+  };
+  const Tensor tiles = table(p.tiles, p.entries * p.row_tiles), keys = table(p.keys, p.entries * rows / p.fold),
+               stats = table(p.stats, p.batch * p.heads / p.fold * 2 * rows);
+  if (rows > 0) check_launch(kOp, backward_prepare(p, scope.stream()));
+  check_launch(kOp, backward_sm80(p, scope.stream()));
+}
+
 void run_decode_on_gpu(DecodeParams& p, const Tensor& q, const Mask& mask, const std::optional<Tensor>& plan) {
   constexpr const char* kOp = "block_attn_decode";
   check(p.dtype == DType::kBFloat16 || p.dtype == DType::kFloat16, kOp,
@@ -107,6 +128,9 @@ STABLE_TORCH_LIBRARY_IMPL(dflash_ext, CUDA, m) { m.impl("block_attn_plan", TORCH
 
 void run_forward_on_gpu(AttentionForwardParams&, const Tensor&, const Mask&, const std::optional<Tensor>&) {
   fail("block_attn: this build has no CUDA kernels");
+}
+void run_backward_on_gpu(BackwardParams&, const Tensor&, bool) {
+  fail("block_attn_backward: this build has no CUDA kernels");
 }
 void run_decode_on_gpu(DecodeParams&, const Tensor&, const Mask&, const std::optional<Tensor>&) {
   fail("block_attn_decode: this build has no CUDA kernels");

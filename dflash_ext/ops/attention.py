@@ -62,9 +62,10 @@ def block_attn(
     _check("block_attn", q, {"k": k, "v": v}, "[B, Hkv, Lk, D]", mask, scale, softcap)
     if k.shape[2] != mask.kv_len:
         raise ValueError(f"block_attn: the mask is over {mask.kv_len} keys, k has {k.shape[2]}")
-    if not q.is_cuda or _has_gpu_kernel(q, k, v):
+    if not q.is_cuda or q.dtype in _GPU_DTYPES:
         tiles = mask.tiles_for(q.shape[1], k.shape[1], q.shape[3])
-        out, lse = _native.block_attn(q, k, v, *_bounds(mask), tiles, *_scaling(q, scale, softcap))
+        scaling = _scaling(q, scale, softcap)
+        out, lse = _native.block_attn(q, k, v, *_bounds(mask), tiles, *scaling, deterministic)
         return (out, lse) if return_lse else out
     warn_once("block_attn", q.device)
     if softcap is None and not (return_lse or deterministic):
@@ -144,11 +145,6 @@ def _bounds(mask: IntervalMask) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 def _scaling(q: Tensor, scale: float | None, softcap: float | None) -> tuple[float, float]:
     """The native operators' trailing arguments."""
     return float(q.shape[-1] ** -0.5 if scale is None else scale), float(softcap or 0.0)
-
-
-def _has_gpu_kernel(*tensors: Tensor) -> bool:
-    differentiated = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
-    return tensors[0].dtype in _GPU_DTYPES and not differentiated
 
 
 def _scaled_dot_product(q: Tensor, k: Tensor, v: Tensor, mask: IntervalMask, scale: float | None) -> Tensor:
@@ -246,22 +242,22 @@ def _(q, *rest):
 
 
 def _keep(ctx, inputs, output):
-    *tensors, plan, scale, softcap = inputs
-    ctx.scaling = scale, softcap
+    *tensors, plan, scale, softcap, deterministic = inputs
+    ctx.options = scale, softcap, deterministic
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*tensors, *output)
 
 
 def _backward(ctx, grad_out, grad_lse):
     if grad_out is None and grad_lse is None:
-        return (None,) * 10
+        return (None,) * 11
     *inputs, out, lse = ctx.saved_tensors
     grad_out = torch.zeros_like(out) if grad_out is None else grad_out
     if grad_out.stride(-1) != 1:
         grad_out = grad_out.contiguous()
     grad_lse = None if grad_lse is None else grad_lse.contiguous()
-    grads = _native.block_attn_backward(grad_out, grad_lse, *inputs, out, lse, *ctx.scaling)
-    return *grads, *[None] * 7
+    grads = _native.block_attn_backward(grad_out, grad_lse, *inputs, out, lse, *ctx.options)
+    return *grads, *[None] * 8
 
 
 torch.library.register_autograd("dflash_ext::block_attn", _backward, setup_context=_keep)

@@ -9,7 +9,7 @@ import torch
 
 NATIVE = "native kernel"
 _REFERENCE = "plain PyTorch (reference)"
-_FORWARD = f"{NATIVE} (bf16, fp16; without gradients), else PyTorch SDPA with a dense mask or plain PyTorch"
+_FORWARD = f"{NATIVE} (bf16, fp16), else PyTorch SDPA with a dense mask or plain PyTorch"
 
 SERVED_BY = {
     "block_attn": {"cpu": NATIVE, "cuda": _FORWARD},

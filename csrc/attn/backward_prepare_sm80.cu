@@ -1,0 +1,158 @@
+// The first launch of a backward: a block takes a tile of rows of one head group. It works out the rows' deltas, sets the
+// tile's sums of dQ to zero where the kernel wants them and, once for all head groups, says what the tile's positions see.
+#include <cooperative_groups.h>
+#include <cooperative_groups/reduce.h>
+
+#include "attn/backward.h"
+#include "attn/kernels.h"
+#include "attn/softmax.h"
+
+namespace dflash {
+namespace device {
+namespace {
+
+namespace cg = cooperative_groups;
+
+constexpr int kThreads = 256;
+constexpr int kFar = 1 << 30;
+
+// One kind of interval, over the positions of a tile.
+struct Hull {
+  int lo = kFar, hi = 0, full_lo = 0, full_hi = kFar;
+
+  DFLASH_INLINE void add(int begin, int end) {
+    if (begin < end) {
+      lo = min(lo, begin);
+      hi = max(hi, end);
+      full_lo = max(full_lo, begin);
+      full_hi = min(full_hi, end);
+    } else {
+      full_hi = 0;
+    }
+  }
+  DFLASH_INLINE void merge(const cg::thread_block_tile<32>& warp) {
+    lo = cg::reduce(warp, lo, cg::less<int>());
+    hi = cg::reduce(warp, hi, cg::greater<int>());
+    full_lo = cg::reduce(warp, full_lo, cg::greater<int>());
+    full_hi = cg::reduce(warp, full_hi, cg::less<int>());
+  }
+};
+
+// Writes what the tile's positions see.
+DFLASH_INLINE void describe_tile(const BackwardParams& p, int64_t entry, int64_t tile) {
+  const auto warp = cg::tiled_partition<32>(cg::this_thread_block());
+  const int64_t positions = p.tile_rows / p.fold, first = tile * positions, tiles = p.row_tiles;
+  const int kv_len = static_cast<int>(p.kv_len);
+  Hull ctx, blk;
+  bool has_empty = false;
+  for (int64_t i = warp.thread_rank(); i < positions; i += 32) {
+    const int64_t position = first + i;
+    RowKeys keys{};
+    if (position < p.q_len) {
+      const RowBounds bounds(p.mask, entry, position, kv_len);
+      keys = {bounds.ctx_lo, bounds.blk_lo, bounds.ctx_len, bounds.blk_len};
+      has_empty |= keys.ctx_len == 0 && keys.blk_len == 0;
+      int ctx_lo = keys.ctx_lo, ctx_hi = ctx_lo + static_cast<int>(keys.ctx_len);
+      int blk_lo = keys.blk_lo, blk_hi = blk_lo + static_cast<int>(keys.blk_len);
+      if (ctx_lo < ctx_hi && blk_lo < blk_hi && ctx_lo <= blk_hi && blk_lo <= ctx_hi) {
+        // They touch: one interval, so that tiles across the seam are full ones too.
+        ctx_lo = min(ctx_lo, blk_lo);
+        ctx_hi = max(ctx_hi, blk_hi);
+        blk_lo = blk_hi = 0;
+      }
+      ctx.add(ctx_lo, ctx_hi);
+      blk.add(blk_lo, blk_hi);
+    }
+    p.keys[entry * tiles * positions + position] = keys;
+  }
+  ctx.merge(warp);
+  blk.merge(warp);
+  has_empty = warp.any(has_empty);
+  if (warp.thread_rank() == 0) {
+    RowTile described{};
+    described.has_empty = has_empty;
+    const Hull runs[2] = {ctx, blk};
+    for (int i = 0; i < 2; ++i) {
+      if (runs[i].lo >= runs[i].hi) continue;
+      described.lo[i] = runs[i].lo;
+      described.hi[i] = runs[i].hi;
+      if (runs[i].full_lo >= runs[i].full_hi) continue;
+      described.full_lo[i] = runs[i].full_lo;
+      described.full_hi[i] = runs[i].full_hi;
+    }
+    p.tiles[entry * tiles + tile] = described;
+  }
+}
+
+// kLanes lanes share a row.
+template <class T, int kLanes>
+__global__ void __launch_bounds__(kThreads) prepare(const __grid_constant__ BackwardParams p, const bool aligned) {
+  const int64_t tiles = p.row_tiles, groups = p.heads / p.fold;
+  const int64_t tile = blockIdx.x % tiles, group = blockIdx.x / tiles % groups, batch = blockIdx.x / tiles / groups;
+  if (group == 0 && batch < p.entries && threadIdx.x < 32) describe_tile(p, batch, tile);
+
+  const int64_t index = (batch * groups + group) * tiles + tile;
+  if (p.grad_q_sums != nullptr) {
+    auto* const sums = reinterpret_cast<float4*>(p.grad_q_sums + index * p.tile_rows * p.tile_dim);
+    for (int i = threadIdx.x; i < p.tile_rows * p.tile_dim / 4; i += kThreads) sums[i] = make_float4(0, 0, 0, 0);
+  }
+
+  const int lane = threadIdx.x % kLanes;
+  for (int row = threadIdx.x / kLanes; row < p.tile_rows; row += kThreads / kLanes) {
+    const int64_t folded = tile * p.tile_rows + row, position = folded / p.fold, head = group * p.fold + folded % p.fold;
+    float sum = 0, lse = kInfinity, delta = 0;
+    if (position < p.q_len) {
+      const auto at = [&](const void* data, const HeadStrides& strides) {
+        return static_cast<const T*>(data) + batch * strides.batch + head * strides.head + position * strides.row;
+      };
+      const T* const out = at(p.out, p.out_strides);
+      const T* const grad = at(p.grad_out, p.grad_out_strides);
+      for (int d = lane * 8; d < p.head_dim; d += kLanes * 8) {
+        float a[8], b[8];
+        load(a, out + d, aligned);
+        load(b, grad + d, aligned);
+#pragma unroll
+        for (int i = 0; i < 8; ++i) sum = fmaf(a[i], b[i], sum);
+      }
+      const int64_t at_row = (batch * p.heads + head) * p.q_len + position;
+      const float natural = static_cast<const float*>(p.lse)[at_row];
+      if (natural != -kInfinity) {
+        lse = natural * kLog2E;
+        if (p.grad_lse) delta = -static_cast<const float*>(p.grad_lse)[at_row];
+      }
+    }
+#pragma unroll
+    for (int mask = kLanes / 2; mask > 0; mask >>= 1) sum += __shfl_xor_sync(~0u, sum, mask);
+    // A row that sees nothing has no delta, whatever its gradients hold.
+    if (lse != kInfinity) delta += sum;
+    if (lane == 0) {
+      float* const stats = p.stats + index * 2 * p.tile_rows;
+      stats[row] = lse;
+      stats[p.tile_rows + row] = delta;
+    }
+  }
+}
+
+template <class T>
+cudaError_t launch(const BackwardParams& p, cudaStream_t stream) {
+  const auto in_chunks = [](const void* data, const HeadStrides& strides) {
+    return reinterpret_cast<uintptr_t>(data) % 16 == 0 && (strides.batch | strides.head | strides.row) % 8 == 0;
+  };
+  const bool aligned = in_chunks(p.out, p.out_strides) && in_chunks(p.grad_out, p.grad_out_strides);
+  const int64_t blocks = p.row_tiles * (p.heads / p.fold) * p.batch;
+  const auto kernel = p.head_dim <= 64 ? prepare<T, 8> : p.head_dim <= 128 ? prepare<T, 16> : prepare<T, 32>;
+  kernel<<<blocks, kThreads, 0, stream>>>(p, aligned);
+  return cudaGetLastError();
+}
+
+}  // namespace
+}  // namespace device
+
+const char* backward_prepare(const BackwardParams& p, void* stream) {
+  const auto cuda_stream = static_cast<cudaStream_t>(stream);
+  const cudaError_t status = p.dtype == DType::kBFloat16 ? device::launch<__nv_bfloat16>(p, cuda_stream)
+                                                         : device::launch<__half>(p, cuda_stream);
+  return status == cudaSuccess ? nullptr : cudaGetErrorString(status);
+}
+
+}  // namespace dflash

@@ -1,0 +1,247 @@
+"""Gradients of block_attn on a GPU against the definition in float64 and PyTorch's attention in the same dtype."""
+
+import math
+import os
+import subprocess
+import sys
+from functools import partial
+
+import pytest
+import torch
+from test_attention import MASKS, distance, inputs, sdpa, with_gradients
+
+from dflash_ext import IntervalMask, block_attn, reference
+
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("poisoned_memory")]
+
+HALVES = [torch.bfloat16, torch.float16]
+
+
+def check(mask, q, k, v, lse_weight=0.0, **options):
+    """Gradients at most 1.5 times as wrong as PyTorch's, where PyTorch has the option."""
+    upstreams = torch.randn_like(q), lse_weight * torch.randn(q.shape[:-1], device="cuda")
+    options_of_lse = options | {"return_lse": True}
+    ours = with_gradients(partial(block_attn, mask=mask, **options_of_lse), (q, k, v), *upstreams)
+    exact = with_gradients(
+        partial(reference.block_attn, mask=mask, **options_of_lse), [x.double() for x in (q, k, v)], *upstreams
+    )
+    peers = [None] * 5
+    if not lse_weight and "softcap" not in options:
+        peers = with_gradients(partial(sdpa, mask=mask, scale=options.get("scale")), (q, k, v), upstreams[0])
+    rounding = torch.finfo(q.dtype).eps
+    visible = mask.to_bool()
+    unseen_keys, empty_rows = ~visible.any(-2), ~visible.any(-1)
+    unused = empty_rows, unseen_keys, unseen_keys
+    for name, got, peer, want, zero in zip(("q", "k", "v"), ours[2:], peers[2:], exact[2:], unused, strict=True):
+        assert got.dtype == q.dtype and got.isfinite().all()
+        error = distance(got, want)
+        # PyTorch's kernel for large heads rounds nothing but the result; ours also what enters the last product.
+        limit = 3 * rounding if peer is None else max(rounding / 3, 1.5 * distance(peer, want))
+        assert error <= limit, f"{name}: {error:.3g}, limit {limit:.3g}"
+        assert not got[zero.expand(got.shape[:-1])].any()
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("head_dim", [64, 128, 256, 512])
+@pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
+def test_every_mask(mask, head_dim, dtype):
+    mask = mask().to("cuda")
+    check(mask, *inputs(mask, "cuda", dtype, head_dim=head_dim))
+
+
+@pytest.mark.parametrize("head_dim", [8, 40, 72, 96, 136, 200, 264, 504])
+def test_every_head_dim(head_dim):
+    mask = IntervalMask.prefix_block(277, 131, device="cuda")
+    check(mask, *inputs(mask, "cuda", torch.bfloat16, head_dim=head_dim, batch=1))
+
+
+@pytest.mark.parametrize(("heads", "kv_heads"), [(1, 1), (6, 2), (5, 1), (8, 8), (12, 1), (32, 8), (64, 1), (128, 1)])
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_every_ratio_of_heads(heads, kv_heads, head_dim):
+    mask = MASKS["anchors"]().to("cuda")
+    check(mask, *inputs(mask, "cuda", torch.bfloat16, heads, kv_heads, head_dim=head_dim))
+
+
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize(
+    "options",
+    [{"scale": -0.3}, {"scale": 0.0}, {"softcap": 2.0}, {"softcap": 5.0, "scale": -1.0}, {"softcap": 1e6}],
+    ids=str,
+)
+def test_options(options, head_dim):
+    mask = MASKS["block_causal"]().to("cuda")
+    check(mask, *inputs(mask, "cuda", torch.bfloat16, head_dim=head_dim), **options)
+
+
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("name", ["causal", "anchors", "any int32"])
+def test_gradient_of_the_lse(name, head_dim):
+    mask = MASKS[name]().to("cuda")
+    check(mask, *inputs(mask, "cuda", torch.bfloat16, head_dim=head_dim), lse_weight=1.0)
+
+
+def test_large_scores():
+    mask = MASKS["prefix_block"]().to("cuda")
+    q, k, v = inputs(mask, "cuda", torch.bfloat16, head_dim=128)
+    check(mask, 10 * q, 10 * k, v)
+
+
+def test_long_rows():
+    mask = IntervalMask.prefix_block(torch.tensor([5000, 4111], device="cuda"), 2500, max_len=5000)
+    check(mask, *inputs(mask, "cuda", torch.bfloat16, heads=2, kv_heads=1, head_dim=128))
+
+
+def test_random_intervals():
+    """Intervals in any order and place, also beyond the keys."""
+    for case in range(60):
+        torch.manual_seed(case)
+        q_len, kv_len = torch.randint(1, 700, (2,)).tolist()
+        bounds = torch.randint(-9, kv_len + 9, (4, (1, 2)[case % 2], q_len), dtype=torch.int32, device="cuda")
+        mask = IntervalMask(*bounds, kv_len)
+        heads, kv_heads, head_dim = [(4, 2, 64), (3, 1, 128), (16, 2, 80), (2, 2, 256), (8, 1, 320)][case % 5]
+        check(mask, *inputs(mask, "cuda", HALVES[case % 2], heads, kv_heads, head_dim))
+
+
+def test_dense_training_batch():
+    """Anchors as in training: unsorted, some dropped; a context tile is seen by nearly all blocks."""
+    torch.manual_seed(1)
+    where, keep = torch.randint(0, 700, (2, 96), device="cuda"), torch.rand(2, 96, device="cuda") > 0.1
+    mask = IntervalMask.anchor_blocks(700, where, 16, keep=keep)
+    check(mask, *inputs(mask, "cuda", torch.bfloat16, heads=8, kv_heads=2, head_dim=128))
+
+
+@pytest.mark.parametrize("offset", [0, 1, 4, 8])
+def test_strides(offset):
+    """Heads inside rows as a fused projection leaves them; where addresses are odd the portable kernel serves."""
+    mask = MASKS["causal"]().to("cuda")
+    fused = torch.randn(2, mask.q_len, 6 * 64 + 16, device="cuda", dtype=torch.bfloat16)[..., offset : offset + 6 * 64]
+    q, k, v = (x.unflatten(-1, (-1, 64)).transpose(1, 2) for x in fused.split((4 * 64, 64, 64), dim=-1))
+    leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+    upstream = torch.randn(2, 4, 64, mask.q_len, device="cuda", dtype=torch.bfloat16)
+    for gradient in (upstream.mT, torch.ones((), device="cuda", dtype=torch.bfloat16).expand(2, 4, mask.q_len, 64)):
+        got = torch.autograd.grad(block_attn(*leaves, mask), leaves, gradient)
+        exact = [x.detach().double().requires_grad_() for x in leaves]
+        want = torch.autograd.grad(reference.block_attn(*exact, mask), exact, gradient.double())
+        for a, b in zip(got, want, strict=True):
+            assert distance(a, b) < 1e-2
+
+
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_what_no_row_sees_is_never_used(head_dim):
+    mask = IntervalMask.anchor_blocks(130, torch.tensor([[9, 70, 128], [4, 0, 55]]), 7, keep=torch.rand(2, 3) > 0.4)
+    mask = mask.to("cuda")
+    visible = mask.to_bool()
+    q, k, v = inputs(mask, "cuda", torch.bfloat16, head_dim=head_dim)
+    upstream = torch.randn_like(q)
+    clean = with_gradients(partial(block_attn, mask=mask, deterministic=True), (q, k, v), upstream)
+    empty = ~visible.any(-1, keepdim=True)
+    leaves = [x.requires_grad_() for x in (q.masked_fill(empty, math.nan), k.clone(), v.clone())]
+    out = block_attn(*leaves, mask, deterministic=True)
+    grads = torch.autograd.grad(out, leaves, upstream.masked_fill(empty, math.nan))
+    assert torch.equal(out, clean[0])
+    assert all(torch.equal(got, want) for got, want in zip(grads, clean[2:], strict=True))
+
+
+@pytest.mark.parametrize("head_dim", [64, 128, 256, 512])
+def test_deterministic_gradients_have_the_same_bits(head_dim):
+    mask = IntervalMask.anchor_blocks(700, torch.randint(0, 700, (1, 64), device="cuda"), 16)
+    q, k, v = inputs(mask, "cuda", torch.bfloat16, heads=8, kv_heads=2, head_dim=head_dim, batch=1)
+    upstream = torch.randn_like(q)
+    runs = [
+        with_gradients(partial(block_attn, mask=mask, deterministic=True), (q, k, v), upstream)[2:] for _ in range(5)
+    ]
+    for other in runs[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(runs[0], other, strict=True))
+
+
+@pytest.mark.parametrize("shape", [(0, 3, 4), (2, 0, 4), (2, 3, 0)])
+def test_nothing_to_do(shape):
+    batch, q_len, kv_len = shape
+    mask = IntervalMask(*torch.zeros(4, 1, q_len, dtype=torch.int32, device="cuda"), kv_len)
+    leaves = [x.requires_grad_() for x in inputs(mask, "cuda", torch.bfloat16, batch=batch)]
+    grads = torch.autograd.grad(block_attn(*leaves, mask).sum(), leaves)
+    assert not any(grad.any() for grad in grads)
+
+
+# ---------------------------------------------------------------------------------- what training puts around it
+
+
+def leaves_and_mask(head_dim=64):
+    mask = MASKS["block_causal"]().to("cuda").plan(4, 2, head_dim)
+    return [x.requires_grad_() for x in inputs(mask, "cuda", torch.bfloat16, head_dim=head_dim)], mask
+
+
+def gradients(function, leaves):
+    return torch.autograd.grad(function(*leaves).float().square().sum(), leaves)
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_compiles_whole(head_dim):
+    leaves, mask = leaves_and_mask(head_dim)
+    attend = partial(block_attn, mask=mask, deterministic=True)
+    compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")
+    assert all(map(torch.equal, gradients(compiled, leaves), gradients(attend, leaves)))
+
+
+def test_activation_checkpointing():
+    leaves, mask = leaves_and_mask()
+    attend = partial(block_attn, mask=mask, deterministic=True)
+    again = partial(torch.utils.checkpoint.checkpoint, attend, use_reentrant=False)
+    assert all(map(torch.equal, gradients(again, leaves), gradients(attend, leaves)))
+
+
+def test_autocast():
+    leaves, mask = leaves_and_mask()
+    full = [x.detach().float().requires_grad_() for x in leaves]
+    attend = partial(block_attn, mask=mask, deterministic=True)
+    with torch.autocast("cuda", torch.bfloat16):
+        got = gradients(attend, full)
+    assert all(x.dtype == torch.float32 for x in got)
+    assert all(torch.equal(a, b.float()) for a, b in zip(got, gradients(attend, leaves), strict=True))
+
+
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_graph_of_forward_and_backward(head_dim):
+    """One graph serves other masks of the same shape."""
+    leaves, mask = leaves_and_mask(head_dim)
+
+    def step():
+        return gradients(partial(block_attn, mask=IntervalMask(*bounds, mask.kv_len), deterministic=True), leaves)
+
+    bounds = [mask.ctx_lo.clone(), mask.ctx_hi.clone(), mask.blk_lo.clone(), mask.blk_hi.clone()]
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    bounds[1].sub_(5)
+    with torch.no_grad():
+        leaves[0].normal_()
+    graph.replay()
+    assert all(torch.equal(a, b) for a, b in zip(captured, step(), strict=True))
+
+
+def test_opcheck():
+    leaves, mask = leaves_and_mask()
+    q, k, v = (x.detach() for x in leaves)
+    bounds = mask.ctx_lo, mask.ctx_hi, mask.blk_lo, mask.blk_hi
+    out, lse = block_attn(q, k, v, mask, return_lse=True)
+    saved = (torch.randn_like(out), torch.randn_like(lse), q, k, v, *bounds, out, lse, 0.1, 0.0, True)
+    tests = ("test_schema", "test_faketensor")
+    torch.library.opcheck(torch.ops.dflash_ext.block_attn_backward, saved, test_utils=tests)
+
+
+def test_portable_kernel():
+    """The same tests as on a GPU that is not Hopper."""
+    if os.environ.get("DFLASH_EXT_GPU"):
+        return
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__, "-k", "not compiles"],
+        env=os.environ | {"DFLASH_EXT_GPU": "portable"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-3000:]
