@@ -106,6 +106,7 @@ class DFlashConfig(Qwen3Config):
         causal = dflash.pop("causal", None)
         self.is_causal = causal if self.is_causal is None else self.is_causal
         self.sample_from_anchor = dflash.pop("sample_from_anchor", self.sample_from_anchor)
+        kwargs.pop("auto_map", None)  # names code that is not written with the drafter
         self._refuse_unsupported(kwargs)
         super().__post_init__(**kwargs)
         self.architectures = ["DFlashDraftModel"]

@@ -88,6 +88,19 @@ def test_the_cache_has_two_names_and_other_keywords_are_refused(capfd):
         drafter(block, context, torch.arange(15)[None], kv_cache=cache)
 
 
+@pytest.mark.parametrize("is_causal", [None, True, False])
+def test_each_slot_of_a_sliding_layer_has_a_window_of_its_own(is_causal):
+    """z-lab's rule, here with a window of 5 and a block of 6: the first slot does not see the last one either."""
+    _, drafter = tiny_pair("llama", sliding=True)
+    drafter.config.is_causal = is_causal
+    slots, keys = torch.arange(9, 15)[:, None], torch.arange(15)
+    expected = (slots - keys).abs() < 5 if is_causal is False else (slots - keys < 5) & (keys <= slots)
+    masks = drafter.decode_masks(torch.tensor([9], dtype=torch.int32), 6, 15)
+    assert torch.equal(masks["sliding_attention"].to_bool()[0, 0], expected)
+    trained = drafter.anchor_masks(20, torch.tensor([[9]]))["sliding_attention"].to_bool()[0, 0]
+    assert torch.equal(torch.cat([trained[:, :9], trained[:, 20:]], dim=1), expected)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
 def test_tokens_behind_the_anchor_change_nothing(family):

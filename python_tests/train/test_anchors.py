@@ -1,5 +1,6 @@
 import math
 
+import pytest
 import torch
 
 from dflash_ext.train import build_blocks, dpace, position_decay, sample_anchors
@@ -53,10 +54,23 @@ def test_blocks_follow_their_rules():
                 assert blocks.labels[0, block, slot] == 100 + blocks.positions[0, block, slot]
 
 
-def test_position_decay():
-    weights = position_decay(5, 2.0)
-    assert weights[0] == 0
-    torch.testing.assert_close(weights[1:], torch.tensor([math.exp(-k / 2) for k in range(4)]))
+def test_blocks_whose_slot_0_drafts_are_labelled_one_token_ahead():
+    ids = torch.arange(100, 110)[None]
+    mask = torch.tensor([[0, 0, 1, 1, 1, 1, 0, 1, 1, 1]], dtype=torch.bool)
+    anchors = torch.tensor([[2, 4, 7, 0]])
+    keep = torch.tensor([[True, True, True, False]])
+    blocks = build_blocks(ids, mask, anchors, keep, block_size=3, mask_token_id=9, first_slot=0)
+    assert blocks.noise_ids[0].tolist() == [[102, 9, 9], [104, 9, 9], [107, 9, 9], [100, 9, 9]]
+    assert blocks.positions[0].tolist() == [[2, 3, 4], [4, 5, 6], [7, 8, 9], [0, 1, 2]]
+    assert blocks.counts[0].int().tolist() == [[1, 1, 1], [1, 0, 0], [1, 1, 0], [0, 0, 0]]
+    assert blocks.labels[0][blocks.counts[0]].tolist() == [103, 104, 105, 105, 108, 109]
+
+
+@pytest.mark.parametrize("first_slot", [0, 1])
+def test_position_decay(first_slot):
+    weights = position_decay(5, 2.0, first_slot)
+    assert not weights[:first_slot].any()
+    torch.testing.assert_close(weights[first_slot:], torch.tensor([math.exp(-k / 2) for k in range(5 - first_slot)]))
 
 
 def test_dpace_is_its_formula():

@@ -5,7 +5,7 @@ import torch
 from transformers import TrainingArguments
 
 from dflash_ext.decode import decode
-from dflash_ext.models import load_drafter
+from dflash_ext.models import DFlashDrafter, load_drafter
 from dflash_ext.train import AnchorCollator, DFlashTrainer, Recipe, dpace, position_decay, save_drafter, train_drafter
 from python_tests.tiny import MASK_TOKEN, tiny_pair
 
@@ -33,14 +33,35 @@ def a_trainer(target, drafter, tmp_path, gamma):
     return DFlashTrainer(drafter, target, gamma=gamma, args=args)
 
 
+def reduced_vocabulary(drafter: DFlashDrafter, drafted: torch.Tensor) -> DFlashDrafter:
+    """The drafter with a head of its own that has rows for the tokens `drafted` alone."""
+    drafter.config.own_head, drafter.config.draft_vocab_size = True, len(drafted)
+    reduced = DFlashDrafter(drafter.config)
+    reduced.load_state_dict(drafter.state_dict(), strict=False)
+    reduced.lm_head.weight.normal_(std=0.2)
+    reduced.d2t.copy_(drafted - torch.arange(len(drafted)))
+    reduced.t2d[drafted] = True
+    return reduced
+
+
 @pytest.mark.parametrize("gamma", [3.0, None])
-@pytest.mark.parametrize("family", ["llama", "gemma3"])
-def test_the_loss_is_its_definition(family, gamma, tmp_path):
-    """The trainer's loss against one written block by block with PyTorch's own cross-entropy."""
+@pytest.mark.parametrize(
+    ("family", "first_slot", "drafted"),
+    [("llama", 1, None), ("gemma3", 1, None), ("llama", 0, None), ("llama", 1, [2, 10, 11, 12, 13, 15, 16, 40])],
+)
+def test_the_loss_is_its_definition(family, first_slot, drafted, gamma, tmp_path):
+    """The trainer's loss against one written block by block with PyTorch's own cross-entropy.
+
+    `drafted`: the only tokens that the drafter can draft; a block ends at a label that is none of them.
+    """
     torch.manual_seed(0)
     target, drafter = tiny_pair(family)
-    batch = AnchorCollator(4, 6, MASK_TOKEN)([Cycles()[i] for i in (1, 3)])
-    loss = a_trainer(target, drafter, tmp_path, gamma).compute_loss(drafter, batch)
+    drafter.config.sample_from_anchor = first_slot == 0
+    if drafted is not None:
+        drafter = reduced_vocabulary(drafter, torch.tensor(drafted))
+    batch = AnchorCollator(4, 6, MASK_TOKEN, first_slot)([Cycles()[i] for i in (1, 3)])
+    trainer = a_trainer(target, drafter, tmp_path, gamma)
+    loss = trainer.compute_loss(drafter, batch)
 
     total = divisor = 0.0
     for row in range(2):
@@ -56,13 +77,23 @@ def test_the_loss_is_its_definition(family, gamma, tmp_path):
                 context_hidden_states=features[:, :anchor],
                 position_ids=torch.arange(anchor + 6)[None],
             ).last_hidden_state
-            counts = batch["counts"][row, block, 1:]
-            logits = drafter.logits(target, hidden)[0, 1:]
-            nll = torch.nn.functional.cross_entropy(logits, batch["labels"][row, block, 1:], reduction="none")
-            weights = dpace(nll, counts) if gamma is None else position_decay(6, gamma)[1:] * counts
+            logits = drafter.logits(target, hidden)[0, first_slot:]
+            counts = batch["counts"][row, block, first_slot:].clone()
+            labels = batch["labels"][row, block, first_slot:]
+            assert torch.equal(labels[counts], ids[anchor + 1 : anchor + 1 + int(counts.sum())])
+            for slot, label in enumerate(labels.tolist()):
+                if drafted is not None and label not in drafted:
+                    counts[slot:] = False
+            nll = torch.nn.functional.cross_entropy(logits, labels, reduction="none").masked_fill(~counts, 0)
+            weights = (
+                dpace(nll, counts) if gamma is None else position_decay(6, gamma, first_slot)[first_slot:] * counts
+            )
             total += (weights * nll).sum()
             divisor += 1 if gamma is None else weights.sum()
     torch.testing.assert_close(loss, total / divisor, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(
+        trainer.get_batch_samples(iter([batch]), 1, loss.device)[1].float(), torch.tensor(float(divisor))
+    )
 
 
 @pytest.mark.parametrize("gamma", [3.0, None])
