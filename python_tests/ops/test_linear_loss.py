@@ -339,3 +339,12 @@ def test_a_normaliser_that_cannot_be_used_is_refused():
     data = inputs()
     with pytest.raises(ValueError, match="linear_cross_entropy: normaliser is given with reduction 'sum'"):
         linear_cross_entropy(*data, normaliser=3, reduction="sum")
+
+
+@pytest.mark.parametrize("kept", [9, 64])
+def test_ignored_labels_stay_out_of_the_products(kept, device):
+    hidden, head, target, _ = inputs(64, 8, 500, kept=kept, device=device)
+    with torch.profiler.profile(record_shapes=True) as profile:
+        linear_cross_entropy(hidden, head, target, ignore_index=-7)
+    logits = [shape for event in profile.events() for shape in event.input_shapes if shape and shape[-1] == 500]
+    assert max(math.prod(shape) for shape in logits) == kept * 500
