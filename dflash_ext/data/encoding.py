@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from .errors import DataError, PromptError, PromptTooLong
+from .errors import PromptError, PromptTooLong
 from .left_out import LeftOut
 from .parsing import excerpt
 from .prompts import Conversation
@@ -30,15 +30,13 @@ def encode(
 
     Args:
         max_prompt_tokens: the most tokens that a prompt may have.
-        chat_template_args: variables for the chat template, such as `{"enable_thinking": False}`.
+        chat_template_args: variables for the chat template, such as `{"enable_thinking": False}`. A template ignores
+            variables that it does not have (`unused_template_args`).
 
     Raises:
         PromptTooLong: there are more than `max_prompt_tokens` of them.
         PromptError: the tokenizer or its chat template refuses the text, or there is no token at all.
-        DataError: the chat template does not have one of the variables, or there is no chat template.
     """
-    if chat_template_args:
-        _check_template_args(chat_template_args, tokenizer)
     shown = excerpt(conversation.text or conversation.messages[-1].content)
     try:
         if conversation.text:
@@ -80,7 +78,6 @@ def encode_all(
 
     Raises:
         PromptError: none can be encoded; the error is that of the first.
-        DataError: the chat template does not have one of the variables, or there is no chat template.
     """
     left_out = LeftOut() if left_out is None else left_out
     prompts: dict[int, list[int]] = {}
@@ -98,9 +95,7 @@ def encode_all(
     return prompts
 
 
-def _check_template_args(args: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> None:
-    """A template ignores variables that it does not have, and a tokenizer without one ignores them all."""
-    if not tokenizer.chat_template:
-        raise DataError(f"the tokenizer has no chat template, which {excerpt(dict(args))} would be for")
-    if unknown := [name for name in args if name not in str(tokenizer.chat_template)]:
-        raise DataError(f"the chat template has no variable '{unknown[0]}'")
+def unused_template_args(tokenizer: PreTrainedTokenizerBase, args: Mapping[str, Any]) -> list[str]:
+    """The names in `args` that the tokenizer's chat template does not have: a template ignores them."""
+    template = str(tokenizer.chat_template or "")
+    return [name for name in args if name not in template]

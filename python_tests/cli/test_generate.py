@@ -56,7 +56,6 @@ def test_what_cannot_be_used_is_left_out_and_named_in_one_line(house, run):
         ["--max-prompt-tokens", 1],
         ["--max-new-tokens", 999],
         ["--block-size", 4],
-        ["--chat-template-args", '{"enable_thinking": false}'],
         ["--temperature", "inf"],
     ],
 )
@@ -84,3 +83,11 @@ def test_an_interrupt_keeps_the_old_output_and_what_was_written(house, run, monk
     assert code == 130 and "what was written so far is in" in told and "out.jsonl.part" in told
     assert out.read_text() == "mine\n"
     assert json.loads((house / "out.jsonl.part").read_text())["index"] == 0
+
+
+def test_a_variable_that_the_chat_template_does_not_have_is_said(house, run):
+    words = ["generate", "w005", "--target", house / "target", "--max-new-tokens", 2, "--chat-template-args"]
+    code, _, told = run(*words, '{"enable_thinking": false}')
+    assert code == 0 and "the tokenizer's chat template has no variable 'enable_thinking'" in told
+    for wrong in ("enable_thinking", "[1]"):
+        assert run(*words, wrong)[0] == 2

@@ -50,7 +50,6 @@ def wrong_cases(house):
         ([*generate, "--prompts", bad], "bad.jsonl:2: not valid JSON"),
         ([*generate, "--prompts", house], "a file is expected, this is a folder"),
         ([*generate, "w003 \udcff"], "the tokenizer refuses 'w003 "),
-        ([*generate, "w003", "--chat-template-args", '{"enable_thinking": false}'], "has no chat template"),
         ([*generate, "w003 " * 3000], "a prompt has 3000 tokens, at most 508 are allowed"),
         ([*generate, "w003", "--output", house], "a file in a folder that exists"),
         ([*generate, ""], "no token in"),
