@@ -9,16 +9,16 @@ Greedy output is the target's own greedy output; at temperature > 0 rejection sa
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
 
-from ..arguments import is_int, shown
+from ..arguments import shown
 from ..models import DFlashDrafter, Target
 from ..ops import sample, verify
 from ..reference import Verification
+from .arguments import OFF, integer, per_prompt, stop_ids, token_ids
 from .cache import RowCache
 from .completion import Completion, Decoded
 from .stopwatch import Stopwatch
@@ -31,10 +31,11 @@ def decode(
     prompts: Sequence[Sequence[int]],
     *,
     max_new_tokens: int,
-    temperature: float | Sequence[float] = 0.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    stop_token_ids: Sequence[int] = (),
+    temperature: float | Sequence[float] | Tensor = 0.0,
+    top_k: int | Sequence[int | None] | Tensor | None = None,
+    top_p: float | Sequence[float | None] | Tensor | None = None,
+    min_p: float | Sequence[float | None] | Tensor | None = None,
+    stop_token_ids: int | Iterable[int] | None = None,
     block_size: int | None = None,
     batch_size: int = 32,
     seed: int = 0,
@@ -47,22 +48,24 @@ def decode(
         target: the verifier; with a drafter, tapped at the drafter's `target_layer_ids`.
         drafter: None decodes plainly, one token a pass.
         prompts: token ids, at least one each.
-        temperature: one for all prompts or one each; 0 is greedy.
-        top_k, top_p: filters of the target's distribution, and of the drafter's.
-        stop_token_ids: tokens that end a row; they are kept in its output.
+        max_new_tokens: at which length an answer ends that nothing ended before.
+        temperature: 0 is greedy.
+        top_k, top_p, min_p: filters of the target's distribution, and of the drafter's, as in `dflash_ext.sample`; None
+            is off. The temperature and each filter are one number for all prompts, or a sequence of one each.
+        stop_token_ids: one or several tokens that end a row; they are kept in its output.
         block_size: slots of a drafter's block, anchor included; at most the drafter's own, which is the default.
         batch_size: rows decoded at a time; prompts of similar length share a batch.
         on_tokens: called with a prompt's index and its newly committed tokens, cycle by cycle.
         on_finish: called with a prompt's index and its completion as soon as it ends.
 
     Raises:
-        ValueError: an empty prompt, one too long for the target or outside its vocabulary, a number out of range, a
-            block size that the drafter cannot fill, or a drafter made for another target.
-        TypeError: prompts that are no token ids, or a model that is no Target.
+        ValueError: an empty prompt, one too long for the target or outside its vocabulary, a number out of range, not
+            one number for each prompt, a block size that the drafter cannot fill, or a drafter made for another target.
+        TypeError: prompts or stop tokens that are no token ids, numbers that are none, or a model that is no Target.
     """
     if not isinstance(target, Target):
         raise TypeError(f"decode: target is {shown(target)}; a Target is needed, such as Target(model)")
-    prompts = [_token_ids(index, prompt) for index, prompt in enumerate(prompts)]
+    prompts = [token_ids(index, prompt) for index, prompt in enumerate(prompts)]
     if not prompts:
         raise ValueError("there is no prompt to decode")
     if empty := [i for i, prompt in enumerate(prompts) if len(prompt) == 0]:
@@ -70,18 +73,18 @@ def decode(
     for index, prompt in enumerate(prompts):
         if outside := [token for token in prompt if not 0 <= token < target.vocab_size]:
             raise ValueError(f"prompt {index} has token {outside[0]}; the target's vocabulary has {target.vocab_size}")
+    max_new_tokens = integer("max_new_tokens", max_new_tokens)
+    batch_size, seed = integer("batch_size", batch_size), integer("seed", seed)
+    block_size = None if block_size is None else integer("block_size", block_size)
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens is {max_new_tokens}: at least one token is decoded")
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}: at least one row is decoded at a time")
-    temperatures = [float(temperature)] * len(prompts) if isinstance(temperature, int | float) else list(temperature)
-    if len(temperatures) != len(prompts) or not all(t >= 0 and math.isfinite(t) for t in temperatures):
-        raise ValueError("temperature must be one finite number >= 0, or one for each prompt")
-    longest, limit = max(map(len, prompts)), getattr(target.config, "max_position_embeddings", None)
-    if limit is not None and longest + max_new_tokens > limit:
-        raise ValueError(
-            f"a prompt of {longest} tokens and {max_new_tokens} new ones do not fit: the target has {limit} positions"
-        )
+    options = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
+    options = {name: per_prompt(name, given, len(prompts)) for name, given in options.items()}
+    stops_at = stop_ids(stop_token_ids)
+    longest = max(map(len, prompts))
+    target.check_length(longest + max_new_tokens, f"a prompt of {longest} tokens and {max_new_tokens} new ones")
     draft_width = _draft_width(target, drafter, block_size)
 
     completions = [Completion() for _ in prompts]
@@ -91,7 +94,7 @@ def decode(
     def commit(index: int, tokens: list[int], *, cycle: bool = True) -> bool:
         """Adds tokens to a row up to a stop token; returns whether the row has ended."""
         completion = completions[index]
-        stops = [i for i, token in enumerate(tokens) if token in stop_token_ids]
+        stops = [i for i, token in enumerate(tokens) if token in stops_at]
         tokens = tokens[: stops[0] + 1] if stops else tokens
         completion.tokens += tokens
         if cycle:
@@ -114,9 +117,8 @@ def decode(
             [prompts[i] for i in indices],
             draft_width=draft_width,
             max_new_tokens=max_new_tokens,
-            temperatures=[temperatures[i] for i in indices],
+            options={name: [numbers[i] for i in indices] for name, numbers in options.items()},
             seeds=[_row_seed(seed, index) for index in indices],
-            filters={"top_k": top_k, "top_p": top_p},
         )
         anchors = batch.prefill()
         decoded.prefill_seconds += batch.watch.lap()["prefill"]
@@ -144,13 +146,6 @@ def _row_seed(seed: int, index: int) -> int:
     return (seed * 0x9E3779B97F4A7C15 + (index << 24)) % 2**62
 
 
-def _token_ids(index: int, prompt: Sequence[int]) -> list[int]:
-    tokens = list(prompt) if isinstance(prompt, Iterable) else None
-    if tokens is None or not all(is_int(token) for token in tokens):
-        raise TypeError(f"decode: prompt {index} is {shown(prompt)}; a sequence of token ids is needed")
-    return list(map(int, tokens))
-
-
 def _draft_width(target: Target, drafter: DFlashDrafter | None, block_size: int | None) -> int:
     if drafter is None:
         if block_size is not None:
@@ -174,12 +169,17 @@ def _draft_width(target: Target, drafter: DFlashDrafter | None, block_size: int 
 class _Batch:
     """Rows decoded together: their caches, their anchors, and the features that the drafter has not seen yet."""
 
-    def __init__(self, target, drafter, prompts, *, draft_width, max_new_tokens, temperatures, seeds, filters):
-        self.target, self.drafter, self.draft_width, self.filters = target, drafter, draft_width, filters
-        self.greedy = max(temperatures) == 0
+    def __init__(self, target, drafter, prompts, *, draft_width, max_new_tokens, options, seeds):
+        self.target, self.drafter, self.draft_width = target, drafter, draft_width
+        self.greedy = max(options["temperature"]) == 0
         self.watch = Stopwatch(target.device)
         device = target.device
-        self.temperature = torch.tensor(temperatures, device=device)
+        # The temperature and the filters that any row has, each [B].
+        self.options = {
+            name: torch.tensor(numbers, device=device)
+            for name, numbers in options.items()
+            if name == "temperature" or set(numbers) != {OFF[name]}
+        }
         # Seeds belong to prompts and positions, so that a row's draws do not depend on the rows beside it.
         self.seeds = torch.tensor(seeds, device=device)
         # Prompts are aligned at their ends, so that the last column is every row's last token.
@@ -271,8 +271,7 @@ class _Batch:
         drawn = sample(
             logits.flatten(0, 1),
             (self.seeds[:, None] + positions).flatten(),
-            temperature=self.temperature.repeat_interleave(logits.shape[1]),
-            **self.filters,
+            **{name: numbers.repeat_interleave(logits.shape[1]) for name, numbers in self.options.items()},
         )
         pivot, normaliser = (x.view(positions.shape) for x in (drawn.pivot, drawn.normaliser))
         return drawn.token.view(positions.shape), {
@@ -284,16 +283,15 @@ class _Batch:
     def _verify(self, draft: Tensor, drawn: dict[str, Tensor], logits: Tensor, draft_lens: Tensor) -> Verification:
         if self.greedy:
             return verify(draft, logits, draft_lens=draft_lens)
-        seeds = self.seeds + self.start
-        options = {"draft_lens": draft_lens, "temperature": self.temperature, **self.filters, **drawn}
-        return verify(draft, logits, seed=seeds, **options)
+        return verify(draft, logits, seed=self.seeds + self.start, draft_lens=draft_lens, **self.options, **drawn)
 
     def select(self, rows: list[int]) -> None:
         """Keeps only these rows."""
         index = torch.tensor(rows, device=self.start.device)
         self.lengths = [self.lengths[row] for row in rows]
         self.anchor, self.start, self.last = self.anchor[index], self.start[index], self.last[index]
-        self.temperature, self.seeds = self.temperature[index], self.seeds[index]
+        self.options = {name: numbers[index] for name, numbers in self.options.items()}
+        self.seeds = self.seeds[index]
         self.new_positions = self.new_positions[index]
         self.target_cache.select(index)
         if self.drafter is not None:

@@ -166,10 +166,15 @@ class DFlashConfig(Qwen3Config):
     ) -> DFlashConfig:
         """The configuration of a new drafter of the target's width, heads and rotary base.
 
+        Where the target's layers differ the first one counts; what its configuration does not name is chosen as usual.
+
         Args:
             mask_token_id: the token in slots 1..B-1, in the target's vocabulary.
             taps: layer ids, or how many to choose by `default_taps`.
             intermediate_size: width of the MLPs, the target's by default.
+
+        Raises:
+            ValueError: a number is out of range, or the target's embedding or head is not of its hidden size.
         """
         base = target.config
         if not 0 <= mask_token_id < target.vocab_size:
@@ -181,6 +186,15 @@ class DFlashConfig(Qwen3Config):
             raise ValueError(f"num_layers is {num_layers}: a drafter has at least one layer")
         if bad := [t for t in tap_ids if not 0 <= t < target.num_layers]:
             raise ValueError(f"tap {bad[0]} is out of range: the target has layers 0 to {target.num_layers - 1}")
+        for name, width in (("embedding", target.embedding_size), ("head", target.head.shape[1])):
+            if width != target.hidden_size:
+                raise ValueError(
+                    f"a drafter for {type(target.model).__name__} is not supported: its {name} has width {width}, "
+                    f"its hidden states have {target.hidden_size}"
+                )
+        heads = _of_first_layer(base, "num_attention_heads")
+        kv_heads = _of_first_layer(base, "num_key_value_heads") or heads
+        head_dim = _of_first_layer(base, "head_dim") or base.hidden_size // heads
         dflash = {"mask_token_id": mask_token_id, "target_layer_ids": tap_ids}
         if target.embedding_scale is not None:
             dflash["input_embedding_scale"] = target.embedding_scale
@@ -192,12 +206,12 @@ class DFlashConfig(Qwen3Config):
             num_target_layers=target.num_layers,
             num_hidden_layers=num_layers,
             hidden_size=base.hidden_size,
-            intermediate_size=intermediate_size or base.intermediate_size,
-            num_attention_heads=base.num_attention_heads,
-            num_key_value_heads=base.num_key_value_heads or base.num_attention_heads,
-            head_dim=getattr(base, "head_dim", None) or base.hidden_size // base.num_attention_heads,
-            max_position_embeddings=base.max_position_embeddings,
-            rms_norm_eps=base.rms_norm_eps,
+            intermediate_size=intermediate_size or _of_first_layer(base, "intermediate_size") or 4 * base.hidden_size,
+            num_attention_heads=heads,
+            num_key_value_heads=kv_heads if heads % kv_heads == 0 else heads,
+            head_dim=-(-head_dim // 8) * 8,  # as block_attn needs it
+            max_position_embeddings=target.max_tokens or cls.max_position_embeddings,
+            rms_norm_eps=getattr(base, "rms_norm_eps", None) or 1e-6,
             rope_theta=_rope_theta(base),
             vocab_size=target.vocab_size,
         )
@@ -286,5 +300,13 @@ class DFlashConfig(Qwen3Config):
 def _rope_theta(config) -> float:
     """The rotary base of full-attention layers, wherever this kind of config keeps it."""
     rope = getattr(config, "rope_parameters", None) or {}
-    rope = rope.get("full_attention", rope)
+    rope = rope.get("full_attention") or rope
     return float(rope.get("rope_theta") or getattr(config, "rope_theta", None) or 10_000.0)
+
+
+def _of_first_layer(config, name: str) -> int | None:
+    """A size of the target's first layer, as layers may differ (Gemma 4, Gemma 3n); None where it has none."""
+    if getattr(config, "is_heterogeneous", False):
+        config = config.per_layer_config[0]
+    value = getattr(config, name, None)
+    return value[0] if isinstance(value, list) else value

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import sys
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..masks import IntervalMask
+from .taps import Taps
 
 ATTENTION_KINDS = {"full_attention", "sliding_attention"}
 
@@ -24,7 +25,7 @@ def cache_argument(model: nn.Module | type[nn.Module]) -> str:
 
 
 class Target:
-    """Wraps a causal LM of transformers without changing it.
+    """Wraps a causal LM of transformers without changing what it computes.
 
     Args:
         model: any transformers causal LM with a key/value cache (full and sliding-window attention layers).
@@ -32,28 +33,69 @@ class Target:
             transformers reports as `hidden_states[i + 1]`: the output of layer `i`, for the last layer after the
             final norm.
 
+    Several threads may use one target: each call reads its own taps.
+
+    Attributes:
+        max_tokens: how many tokens a row may have, None if nothing bounds them: the model's positions, or fewer where
+            its RoPE changes beyond some length (longrope).
+
     Raises:
-        ValueError: a tap is out of range, or the model keeps a state that cannot be rolled back (recurrent layers) or a
-            kind of attention that an interval mask does not describe.
+        ValueError: a tap is out of range, or the model is none that can be decoded against a cache of rows: it keeps a
+            state that cannot be rolled back (recurrent layers), has a kind of attention that an interval mask does not
+            describe, takes no positions (ALiBi), or has no head or no list of layers.
     """
 
     def __init__(self, model: PreTrainedModel, tap_ids: Sequence[int] = ()):
         self.model = model
         self.config = model.config.get_text_config()
-        self.decoder = model.get_decoder()
+        self.decoder = _decoder(model)
+        self.cache_argument = cache_argument(self.decoder)
+        self._check_model()
+        self.layers = self._layers()
         self.tap_ids = tuple(tap_ids)
-        self.num_layers = len(self.decoder.layers)
+        self.num_layers = len(self.layers)
         self.hidden_size = self.config.hidden_size
         for tap in self.tap_ids:
             if not 0 <= tap < self.num_layers:
                 raise ValueError(
                     f"tap {tap} is out of range: {type(model).__name__} has layers 0 to {self.num_layers - 1}"
                 )
+        # transformers reports the decoder's own output, after the final norm, as that of the last layer.
+        last = {self.num_layers - 1: self.decoder}
+        self._taps = Taps({tap: last.get(tap, self.layers[tap]) for tap in set(self.tap_ids)})
         self.attention_kinds = self._attention_kinds()
-        self.cache_argument = cache_argument(self.decoder)
+        self.max_tokens, self._bound = self._length_bound()
+
+    def _check_model(self) -> None:
+        def refuse(why: str) -> None:
+            raise ValueError(f"{type(self.model).__name__} cannot be a target: {why}")
+
+        parameters = inspect.signature(self.decoder.forward).parameters
+        if self.model._is_stateful:
+            refuse("it keeps a recurrent state, which cannot be rolled back to an earlier token")
+        for argument in (self.cache_argument, "attention_mask", "position_ids"):
+            if argument not in parameters:
+                refuse(f"its decoder takes no {argument}")
+        if any(getattr(module, "is_causal", True) is False for module in self.decoder.modules()):
+            refuse("its attention is not causal")
+        if self.model.get_output_embeddings() is None:
+            refuse("it has no language-model head")
+
+    def _layers(self) -> nn.ModuleList:
+        """The decoder's layers, whatever the name of their list."""
+        layers = getattr(self.decoder, "layers", None)
+        if isinstance(layers, nn.ModuleList):
+            return layers
+        for module in self.decoder.modules():
+            if isinstance(module, nn.ModuleList) and len(module) == self.config.num_hidden_layers:
+                return module
+        raise ValueError(f"{type(self.model).__name__} cannot be a target: its decoder has no one list of layers")
 
     def _attention_kinds(self) -> set[str]:
-        default = "sliding_attention" if getattr(self.config, "sliding_window", None) else "full_attention"
+        # A model without `layer_types` that never makes a sliding mask ignores a window in its config.
+        slides = hasattr(sys.modules[type(self.decoder).__module__], "create_sliding_window_causal_mask")
+        windowed = slides and getattr(self.config, "sliding_window", None)
+        default = "sliding_attention" if windowed else "full_attention"
         kinds = set(getattr(self.config, "layer_types", None) or [default])
         if unsupported := kinds - ATTENTION_KINDS:
             raise ValueError(
@@ -61,6 +103,24 @@ class Target:
                 "a target needs full or sliding-window attention in every layer"
             )
         return kinds
+
+    def _length_bound(self) -> tuple[int | None, str]:
+        """How many tokens a row may have, and why, in an error's words."""
+        positions = getattr(self.config, "max_position_embeddings", None)
+        bounds = [] if positions is None else [(positions, f"the target has {positions} positions")]
+        # The highest position of a forward decides on the factors of all its tokens, so that a row's keys would depend
+        # on drafted tokens and on other rows. (Dynamic RoPE does so too, but only beyond the model's positions.)
+        rope = getattr(self.config, "rope_parameters", None) or {}
+        for parameters in (rope, *(each for each in rope.values() if isinstance(each, dict))):
+            if parameters.get("rope_type") == "longrope":
+                switch = parameters["original_max_position_embeddings"]
+                bounds.append((switch, f"the target's longrope rotates all tokens by other factors beyond {switch}"))
+        return min(bounds, default=(None, ""))
+
+    def check_length(self, tokens: int, what: str) -> None:
+        """Raises a ValueError if a row of `tokens` tokens is too long for the target; `what` is the error's subject."""
+        if self.max_tokens is not None and tokens > self.max_tokens:
+            raise ValueError(f"{what} do not fit: {self._bound}")
 
     @property
     def device(self) -> torch.device:
@@ -80,6 +140,11 @@ class Target:
         return self.model.get_output_embeddings().weight
 
     @property
+    def embedding_size(self) -> int:
+        """The width of the embedding's rows; some models (OPT, Electra) project them to the hidden size."""
+        return self.model.get_input_embeddings().weight.shape[1]
+
+    @property
     def embedding_scale(self) -> float | None:
         """The factor that the model's embedding module applies to its table (Gemma), None where there is none."""
         scale = getattr(self.model.get_input_embeddings(), "scalar_embed_scale", None)
@@ -89,26 +154,6 @@ class Target:
         """The model's own input embedding of `token_ids` [...]: [..., H]."""
         return self.model.get_input_embeddings()(token_ids)
 
-    @contextmanager
-    def _tapped(self) -> Iterator[dict[int, Tensor]]:
-        outputs: dict[int, Tensor] = {}
-
-        def keep(tap: int):
-            def hook(_module: nn.Module, _inputs: tuple, output: Tensor | tuple) -> None:
-                outputs[tap] = output[0] if isinstance(output, tuple) else output
-
-            return hook
-
-        def module_of(tap: int) -> nn.Module:
-            return self.decoder.norm if tap == self.num_layers - 1 else self.decoder.layers[tap]
-
-        handles = [module_of(tap).register_forward_hook(keep(tap)) for tap in set(self.tap_ids)]
-        try:
-            yield outputs
-        finally:
-            for handle in handles:
-                handle.remove()
-
     def _concatenate(self, outputs: dict[int, Tensor]) -> Tensor | None:
         return torch.cat([outputs[tap] for tap in self.tap_ids], dim=-1) if self.tap_ids else None
 
@@ -117,9 +162,14 @@ class Target:
         """Context features of whole sequences, without a cache and without the head: [B, S] -> [B, S, taps * H].
 
         Padding must be on the right: under the causal mask it then changes nothing before it.
+
+        Raises:
+            ValueError: the sequences are longer than `max_tokens`.
         """
-        with self._tapped() as outputs:
-            self.decoder(input_ids=input_ids, use_cache=False)
+        self.check_length(input_ids.shape[1], f"sequences of {input_ids.shape[1]} tokens")
+        positions = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
+        with self._taps.reading() as outputs:
+            self.decoder(input_ids=input_ids, position_ids=positions, use_cache=False)
         return self._concatenate(outputs)
 
     @torch.no_grad()
@@ -137,14 +187,16 @@ class Target:
             logits [B, keep_logits, V] in the model's dtype and the context features [B, Q, taps * H] (None without
             taps).
         """
-        with self._tapped() as outputs:
+        # As an index, not a number: by a number some models (Gemma 4) also shorten what the taps read.
+        last = torch.arange(input_ids.shape[1], device=input_ids.device)[-keep_logits:]
+        with self._taps.reading() as outputs:
             output = self.model(
                 input_ids=input_ids,
                 attention_mask=self._causal_masks(positions, cache.visible),
                 position_ids=positions.clamp(min=0),
                 **{self.cache_argument: cache},
                 use_cache=True,
-                logits_to_keep=keep_logits,
+                logits_to_keep=last if self.tap_ids else keep_logits,
             )
         return output.logits, self._concatenate(outputs)
 
@@ -157,3 +209,10 @@ class Target:
             start = (end - self.config.sliding_window).clamp(min=0) if kind == "sliding_attention" else nothing
             masks[kind] = IntervalMask(start, end, nothing, nothing, kv_len).to_dense(self.dtype)
         return masks if len(masks) > 1 else next(iter(masks.values()))
+
+
+def _decoder(model: PreTrainedModel) -> PreTrainedModel:
+    """The part of a causal LM that ends in hidden states; `get_decoder` finds some models' heads or themselves."""
+    decoder = model.get_decoder()
+    found = isinstance(decoder, PreTrainedModel) and decoder is not model
+    return decoder if found else getattr(model, "model", model.base_model)

@@ -5,6 +5,7 @@ import math
 import random
 import re
 
+import numpy as np
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -151,6 +152,19 @@ def test_stop_tokens_and_callbacks():
         assert finished[i] is completion
 
 
+def test_stop_tokens_of_every_kind():
+    target, _ = tiny_pair("llama")
+    expected = own_output(target.model, PROMPTS[0], 12)
+    stop = expected[5]
+    for none in (None, (), [], torch.tensor([], dtype=torch.int64)):
+        assert (
+            decode(target, None, PROMPTS[:1], max_new_tokens=12, stop_token_ids=none).completions[0].tokens == expected
+        )
+    for one in (stop, [stop], {stop}, np.int64(stop), np.array([stop, 1]), torch.tensor(stop), torch.tensor([stop])):
+        completion = decode(target, None, PROMPTS[:1], max_new_tokens=12, stop_token_ids=one).completions[0]
+        assert completion.tokens == expected[: expected.index(stop) + 1]
+
+
 @pytest.mark.parametrize("max_new_tokens", [1, 2])
 def test_very_short_answers(max_new_tokens):
     target, drafter = tiny_pair("llama")
@@ -178,14 +192,32 @@ def test_a_long_prompt_is_prefilled_in_pieces():
         (dict(temperature=float("nan")), "temperature"),
         (dict(batch_size=0), "batch_size is 0"),
         (dict(prompts=[[5], [97]]), "prompt 1 has token 97"),
-        (dict(temperature=[0.0]), "temperature"),
+        (dict(temperature=[0.0]), "^decode: temperature has 1 entries; one number, or one for each prompt, is needed"),
+        (dict(temperature=1e-39), "^decode: temperature is 1e-39; 0 or a number from 1e-30"),
+        (dict(temperature=[1.0, 0.0, 1e39, 1.0]), r"^decode: temperature is 1e\+39; 0 or a number from 1e-30"),
+        (dict(temperature="warm"), "^decode: temperature is 'warm'"),
+        (dict(temperature=[1.0, 1.0, 1.0, None, 1.0]), "^decode: temperature has 5 entries"),
+        (dict(temperature=torch.ones(4, 1)), "^decode: temperature is "),
+        (dict(temperature=True), r"^decode: temperature is True \(bool\); a number is needed"),
+        (dict(top_k=[1, 2, 3]), "^decode: top_k has 3 entries"),
+        (dict(top_k=1.5), r"^decode: top_k is 1.5 \(float\); an int is needed"),
+        (dict(top_p=[0.5, 0.5, -0.5, 0.5]), "^decode: top_p is -0.5"),
+        (dict(min_p=1.5), "^decode: min_p is 1.5; 0 or a number from 0 to 1 is needed"),
+        (dict(max_new_tokens=4.0), r"^decode: max_new_tokens is 4.0 \(float\); an int is needed"),
+        (dict(batch_size=None), "^decode: batch_size is None; an int is needed"),
+        (dict(block_size=2.0), r"^decode: block_size is 2.0 \(float\); an int is needed"),
+        (dict(stop_token_ids="</s>"), "^decode: stop_token_ids is '</s>'"),
+        (dict(stop_token_ids=[2.0]), "^decode: stop_token_ids is "),
+        (dict(stop_token_ids=2.0), r"^decode: stop_token_ids is 2.0 \(float\); a token id, a sequence of them or None"),
     ],
 )
-def test_refuses(options, message):
+def test_refuses_before_the_prefill(options, message, monkeypatch):
     target, drafter = tiny_pair("llama")
+    monkeypatch.setattr(Target, "step", None)
     options = dict(prompts=PROMPTS, max_new_tokens=4) | options
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, TypeError), match=message) as refusal:
         decode(target, drafter, options.pop("prompts"), **options)
+    assert "\n" not in str(refusal.value)
 
 
 def test_prompts_may_come_one_by_one():
@@ -237,7 +269,7 @@ def small_pair(sharpness: float) -> tuple[Target, DFlashDrafter]:
     return Target(model, drafter.config.target_layer_ids), drafter
 
 
-def exact_distribution(model, prompt, temperature, top_k, top_p) -> dict[tuple[int, ...], float]:
+def exact_distribution(model, prompt, temperature, top_k, top_p, min_p) -> dict[tuple[int, ...], float]:
     """The target's exact probability of every continuation, with the filters written out anew."""
     exact = {}
     for tokens in itertools.product(range(VOCAB), repeat=NEW):
@@ -251,31 +283,34 @@ def exact_distribution(model, prompt, temperature, top_k, top_p) -> dict[tuple[i
                 mass = sum(p[i] for i in kept)
                 running = list(itertools.accumulate((p[i] / mass).item() for i in kept))
                 kept = [i for i, before in zip(kept, [0.0, *running], strict=False) if before < top_p]
+            kept = [i for i in kept if p[i] >= (min_p or 0.0) * p.max()]
             total = sum(p[i].item() for i in kept)
             probability *= p[token].item() / total if token in kept else 0.0
         exact[tokens] = probability
     return exact
 
 
+FILTERS = ["temperature", "top_k", "top_p", "min_p"]
+
+
 @pytest.mark.parametrize("drafted", [True, False])
 @pytest.mark.parametrize(
-    "temperature, top_k, top_p", [(1.0, None, None), (0.7, None, None), (1.0, 3, None), (1.3, None, 0.8)]
+    FILTERS,
+    [
+        (1.0, None, None, None),
+        (0.7, None, None, None),
+        (1.0, 3, None, None),
+        (1.3, None, 0.8, None),
+        (1.0, None, None, 0.4),
+    ],
 )
-def test_sampling_keeps_the_targets_distribution(drafted, temperature, top_k, top_p):
+def test_sampling_keeps_the_targets_distribution(drafted, temperature, top_k, top_p, min_p):
     target, drafter = small_pair(0.7)
     prompt = [1, 3, 0]
-    exact = exact_distribution(target.model, prompt, temperature, top_k, top_p)
-    decoded = decode(
-        target,
-        drafter if drafted else None,
-        [prompt] * ROWS,
-        max_new_tokens=NEW,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        batch_size=1000,
-        seed=11,
-    )
+    filters = dict(zip(FILTERS, (temperature, top_k, top_p, min_p), strict=True))
+    exact = exact_distribution(target.model, prompt, **filters)
+    drafter = drafter if drafted else None
+    decoded = decode(target, drafter, [prompt] * ROWS, max_new_tokens=NEW, batch_size=1000, seed=11, **filters)
     seen = {tokens: 0 for tokens in exact}
     for completion in decoded.completions:
         seen[tuple(completion.tokens)] += 1
@@ -305,6 +340,37 @@ def test_a_row_draws_the_same_alone_and_in_a_batch():
     other = decode(target, drafter, prompts, **options | {"seed": 20260101})
     assert [c.tokens for c in together.completions] == [c.tokens for c in alone.completions]
     assert [c.tokens for c in together.completions] != [c.tokens for c in other.completions]
+
+
+def test_filters_of_one_each_draw_as_they_do_alone():
+    target, drafter = small_pair(0.7)
+    prompts = [[1, 3, 0], [2], [0, 1], [3, 3]]
+    each = dict(
+        temperature=[1.0, 2.0, 1.5, 1.0], top_k=[None, 2, 0, 3], top_p=[0.5, None, 1.0, 0.9], min_p=[0, 0, 0.3, 0]
+    )
+    options = dict(max_new_tokens=12, seed=5)
+    together = decode(target, drafter, prompts, **each, **options)
+    for i in range(4):
+        # The seed of a row is that of its place among the prompts.
+        alone = decode(target, drafter, prompts, **{name: values[i] for name, values in each.items()}, **options)
+        assert alone.completions[i].tokens == together.completions[i].tokens
+    unfiltered = decode(target, drafter, prompts, temperature=each["temperature"], **options)
+    assert [c.tokens for c in together.completions] != [c.tokens for c in unfiltered.completions]
+
+
+@pytest.mark.parametrize(
+    "temperature",
+    [1, np.float32(1.0), np.float64(1.0), np.int64(1), np.array(1.0), torch.tensor(1.0), torch.tensor([1, 1, 1])]
+    + [np.ones(3), torch.ones(3, dtype=torch.bfloat16), [1, torch.tensor(1.0), np.float16(1)], (1.0, 1.0, 1.0)],
+    ids=str,
+)
+def test_numbers_of_every_kind(temperature):
+    target, drafter = small_pair(0.7)
+    prompts = [[1, 3, 0], [2], [0, 1]]
+    expected = decode(target, drafter, prompts, max_new_tokens=6, temperature=1.0, top_k=3)
+    numbers = dict(max_new_tokens=np.int64(6), batch_size=torch.tensor(32), seed=np.int32(0), top_k=np.int64(3))
+    got = decode(target, drafter, prompts, temperature=temperature, **numbers)
+    assert [c.tokens for c in got.completions] == [c.tokens for c in expected.completions]
 
 
 def test_greedy_and_sampled_rows_mix():

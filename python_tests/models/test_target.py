@@ -1,3 +1,5 @@
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 
@@ -39,6 +41,25 @@ def test_steps_against_a_cache_equal_one_pass(family):
         whole = torch.tensor([tokens])
         torch.testing.assert_close(logits[row, -kept:], model(whole).logits[0, -kept:], atol=2e-5, rtol=1e-4)
         torch.testing.assert_close(features[row, -kept:], target.features(whole)[0, -kept:], atol=2e-5, rtol=1e-4)
+
+
+def test_threads_read_their_own_taps():
+    """Two targets of one model, tapped at different layers, each used by two threads."""
+    model = tiny_model("llama")
+    targets = [Target(model, [0, 3, 5]), Target(model, [2, 3])]
+    jobs = [(targets[i % 2], torch.tensor(random_prompts(7, seed=i))) for i in range(100)]
+    expected = [target.features(ids) for target, ids in jobs]
+    with ThreadPoolExecutor(4) as pool:
+        features = list(pool.map(lambda job: job[0].features(job[1]), jobs))
+    assert all(map(torch.equal, features, expected))
+
+
+def test_a_target_leaves_its_model_as_it_was():
+    model = tiny_model("llama")
+    hooks = [len(module._forward_hooks) for module in model.modules()]
+    target = Target(model, [0, 3, 5])
+    del target
+    assert [len(module._forward_hooks) for module in model.modules()] == hooks
 
 
 def test_refuses_taps_out_of_range():

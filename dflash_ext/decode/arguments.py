@@ -1,0 +1,69 @@
+"""What a call of `decode` asks for, brought into one form and checked before the target computes anything."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from numbers import Real
+
+import numpy as np
+from torch import Tensor
+
+from ..arguments import is_int, shown
+from ..ops.logits import check_numbers
+
+OFF = {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
+
+
+def token_ids(index: int, prompt: Sequence[int]) -> list[int]:
+    """The tokens of prompt number `index`. Raises TypeError for what is no sequence of token ids."""
+    tokens = list(prompt) if isinstance(prompt, Iterable) else None
+    if tokens is None or not all(is_int(token) for token in tokens):
+        raise TypeError(f"decode: prompt {index} is {shown(prompt)}; a sequence of token ids is needed")
+    return [int(token) for token in tokens]
+
+
+def integer(name: str, number: object) -> int:
+    """Python's int of an int of any kind. Raises TypeError for what is none."""
+    if not is_int(number):
+        raise TypeError(f"decode: {name} is {shown(number)}; an int is needed")
+    return int(number)
+
+
+def stop_ids(tokens: int | Iterable[int] | None) -> frozenset[int]:
+    """The tokens that end a row, given as one, several or none (None). Raises TypeError for what is no token id."""
+    each = [] if tokens is None else [tokens] if is_int(tokens) else tokens
+    each = list(each) if isinstance(each, Iterable) else [each]
+    if not all(is_int(token) for token in each):
+        raise TypeError(f"decode: stop_token_ids is {shown(tokens)}; a token id, a sequence of them or None is needed")
+    return frozenset(int(token) for token in each)
+
+
+def per_prompt(name: str, given: object, count: int) -> list[float]:
+    """The temperature or a filter of each of `count` prompts, from one for all or a sequence of one each.
+
+    Numbers may be Python's, numpy's or tensors; None (for all or for one) is off.
+
+    Raises:
+        ValueError: the sequence has another length than `count`, or a number is out of its range.
+        TypeError: an entry is no number, or for top_k no int.
+    """
+    if isinstance(given, Tensor | np.ndarray):
+        given = given.tolist()
+    one_each = isinstance(given, Iterable) and not isinstance(given, str)
+    numbers = list(given) if one_each else [given] * count
+    if len(numbers) != count:
+        raise ValueError(f"decode: {name} has {len(numbers)} entries; one number, or one for each prompt, is needed")
+    numbers = [OFF[name] if number is None else _number(name, number) for number in numbers]
+    for number in set(numbers):
+        check_numbers("decode", count, **{name: number})
+    return numbers
+
+
+def _number(name: str, number: object) -> float:
+    if isinstance(number, Tensor | np.ndarray) and number.ndim == 0:
+        number = number.item()
+    if name == "top_k":
+        return integer(name, number)
+    if isinstance(number, bool | np.bool_) or not isinstance(number, Real):
+        raise TypeError(f"decode: {name} is {shown(number)}; a number is needed")
+    return float(number)
