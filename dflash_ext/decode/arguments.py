@@ -9,7 +9,7 @@ import numpy as np
 from torch import Tensor
 
 from ..arguments import is_int, shown
-from ..ops.logits import check_numbers
+from ..ops.logits import by_row
 
 OFF = {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
 
@@ -55,7 +55,7 @@ def per_prompt(name: str, given: object, count: int) -> list[float]:
         raise ValueError(f"decode: {name} has {len(numbers)} entries; one number, or one for each prompt, is needed")
     numbers = [OFF[name] if number is None else _number(name, number) for number in numbers]
     for number in set(numbers):
-        check_numbers("decode", count, **{name: number})
+        by_row("decode", (count,), **{name: number})
     return numbers
 
 

@@ -258,7 +258,7 @@ class _Batch:
             context_hidden_states=self.new_features,
             position_ids=placed.clamp(min=0),
             attention_mask=self.drafter.decode_masks(self.start.int(), slots.shape[1], end),
-            past_key_values=self.draft_cache,
+            cache=self.draft_cache,
         ).last_hidden_state
         drawn = self._draw(self.drafter.logits(self.target, hidden[:, first:]), positions[:, 1:])
         self.watch.stop()

@@ -184,8 +184,7 @@ class DFlashConfig(Qwen3Config):
             raise ValueError("a drafter needs at least one tap")
         if num_layers < 1:
             raise ValueError(f"num_layers is {num_layers}: a drafter has at least one layer")
-        if bad := [t for t in tap_ids if not 0 <= t < target.num_layers]:
-            raise ValueError(f"tap {bad[0]} is out of range: the target has layers 0 to {target.num_layers - 1}")
+        target.check_taps(tap_ids)
         for name, width in (("embedding", target.embedding_size), ("head", target.head.shape[1])):
             if width != target.hidden_size:
                 raise ValueError(

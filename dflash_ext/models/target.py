@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import sys
 from collections.abc import Sequence
 
 import torch
@@ -55,11 +54,7 @@ class Target:
         self.tap_ids = tuple(tap_ids)
         self.num_layers = len(self.layers)
         self.hidden_size = self.config.hidden_size
-        for tap in self.tap_ids:
-            if not 0 <= tap < self.num_layers:
-                raise ValueError(
-                    f"tap {tap} is out of range: {type(model).__name__} has layers 0 to {self.num_layers - 1}"
-                )
+        self.check_taps(self.tap_ids)
         # transformers reports the decoder's own output, after the final norm, as that of the last layer.
         last = {self.num_layers - 1: self.decoder}
         self._taps = Taps({tap: last.get(tap, self.layers[tap]) for tap in set(self.tap_ids)})
@@ -76,6 +71,8 @@ class Target:
         for argument in (self.cache_argument, "attention_mask", "position_ids"):
             if argument not in parameters:
                 refuse(f"its decoder takes no {argument}")
+        if not self._makes("create_causal_mask"):
+            refuse("its decoder makes attention masks of its own and takes none of four dimensions")
         if any(getattr(module, "is_causal", True) is False for module in self.decoder.modules()):
             refuse("its attention is not causal")
         if self.model.get_output_embeddings() is None:
@@ -91,11 +88,22 @@ class Target:
                 return module
         raise ValueError(f"{type(self.model).__name__} cannot be a target: its decoder has no one list of layers")
 
+    def _makes(self, mask: str) -> bool:
+        """Whether the decoder's forward uses this function of transformers' `masking_utils`."""
+        return mask in inspect.unwrap(type(self.decoder).forward).__globals__
+
+    def check_taps(self, taps: Sequence[int]) -> None:
+        """Raises a ValueError unless each of these layers has one hidden state for a tap to read."""
+        name = type(self.model).__name__
+        for tap in taps:
+            if not 0 <= tap < self.num_layers:
+                raise ValueError(f"tap {tap} is out of range: {name} has layers 0 to {self.num_layers - 1}")
+        if taps and (states := getattr(self.config, "altup_num_inputs", 1)) > 1:
+            raise ValueError(f"{name} cannot be tapped: its layers put out {states} hidden states each (AltUp)")
+
     def _attention_kinds(self) -> set[str]:
-        # A model without `layer_types` that never makes a sliding mask ignores a window in its config.
-        slides = hasattr(sys.modules[type(self.decoder).__module__], "create_sliding_window_causal_mask")
-        windowed = slides and getattr(self.config, "sliding_window", None)
-        default = "sliding_attention" if windowed else "full_attention"
+        slides = getattr(self.config, "sliding_window", None) and self._makes("create_sliding_window_causal_mask")
+        default = "sliding_attention" if slides else "full_attention"
         kinds = set(getattr(self.config, "layer_types", None) or [default])
         if unsupported := kinds - ATTENTION_KINDS:
             raise ValueError(
@@ -108,6 +116,10 @@ class Target:
         """How many tokens a row may have, and why, in an error's words."""
         positions = getattr(self.config, "max_position_embeddings", None)
         bounds = [] if positions is None else [(positions, f"the target has {positions} positions")]
+        window = getattr(self.config, "sliding_window", None)
+        if window and not getattr(self.config, "layer_types", None) and "sliding_attention" not in self.attention_kinds:
+            # transformers makes a sliding cache for such a config, whose prefill and later steps then see other keys.
+            bounds.append((window, f"its cache, but none of its masks, has a sliding window of {window}"))
         # The highest position of a forward decides on the factors of all its tokens, so that a row's keys would depend
         # on drafted tokens and on other rows. (Dynamic RoPE does so too, but only beyond the model's positions.)
         rope = getattr(self.config, "rope_parameters", None) or {}

@@ -2,7 +2,6 @@
 
 import itertools
 import math
-import random
 import re
 
 import numpy as np
@@ -12,47 +11,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from dflash_ext.decode import decode
 from dflash_ext.models import DFlashDrafter, Target
+from python_tests.decode.oracle import Oracle, own_output
 from python_tests.tiny import FAMILIES, MASK_TOKEN, random_prompts, tiny_model, tiny_pair
 
 PROMPTS = random_prompts(1, 5, 9, 17)
-
-
-def own_output(model, prompt: list[int], count: int) -> list[int]:
-    """What the target itself decodes greedily."""
-    ids = torch.tensor([prompt])
-    options = dict(do_sample=False, eos_token_id=None, attention_mask=torch.ones_like(ids))
-    return model.generate(ids, max_new_tokens=count, **options)[0, len(prompt) :].tolist()
-
-
-class Oracle(DFlashDrafter):
-    """Drafts the known continuation of each row, wrong at one position in `period`, by chance."""
-
-    def script(self, prompts: list[list[int]], answers: list[list[int]], *periods: int) -> None:
-        """Takes one period for all prompts or one each; `prompts` are sorted by length, as rows are."""
-        self.texts = [p + a for p, a in zip(prompts, answers, strict=True)]
-        self.reached = [len(p) for p in prompts]  # one more than the position of each prompt's anchor
-        self.periods = periods if len(periods) > 1 else periods * len(prompts)
-
-    def on_tokens(self, index: int, tokens: list[int]) -> None:
-        self.reached[index] += len(tokens)
-
-    def decode_masks(self, cache_lens, block_len, kv_len):
-        self.starts = cache_lens.tolist()
-        return super().decode_masks(cache_lens, block_len, kv_len)
-
-    def logits(self, target, hidden):
-        logits = torch.zeros(*hidden.shape[:2], target.vocab_size)
-        waiting = list(range(len(self.texts)))
-        for row, start in enumerate(self.starts):
-            index = next((i for i in waiting if self.reached[i] - 1 == start), None)
-            if index is None:  # an ended row that rides along
-                continue
-            waiting.remove(index)
-            for slot in range(hidden.shape[1]):
-                token = self.texts[index][start + 1 + slot]
-                wrong = random.Random(start + slot).random() < 1 / self.periods[index]
-                logits[row, slot, (token + 1) % MASK_TOKEN if wrong else token] = 9.0
-        return logits
 
 
 @pytest.mark.parametrize("family", FAMILIES)
