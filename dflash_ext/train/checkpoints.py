@@ -52,7 +52,8 @@ def _is_whole(path: Path) -> bool:
 
 def _check(checkpoint: Path, config: DFlashConfig) -> None:
     saved = DFlashConfig.from_pretrained(checkpoint)
-    for name in ("hidden_size", "num_hidden_layers", "intermediate_size", "block_size", "dflash_config"):
+    sizes = ("hidden_size", "num_hidden_layers", "intermediate_size", "block_size")
+    for name in (*sizes, "dflash_config", "sample_from_anchor", "is_causal", "window_convention"):
         mine, theirs = getattr(config, name), getattr(saved, name)
         if mine != theirs:
             raise ValueError(f"{checkpoint} is of another drafter: its {name} is {theirs}, this one's is {mine}")

@@ -7,10 +7,11 @@ from dflash_ext.decode import decode
 from python_tests.tiny import FAMILIES, random_prompts, tiny_pair
 
 
-@pytest.mark.parametrize("sliding", [False, True])
+@pytest.mark.parametrize(("sliding", "is_causal"), [(False, None), (True, None), (True, False)])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_same_drafts_and_same_greedy_tokens(family, sliding):
+def test_same_drafts_and_same_greedy_tokens(family, sliding, is_causal):
     target, drafter = tiny_pair(family, sliding=sliding)
+    drafter.config.is_causal = is_causal
     drafts = []
     drafter.register_forward_hook(lambda _m, _a, out: drafts.append(target.head @ out.last_hidden_state[0, 1:].T))
     (prompt,) = random_prompts(11)

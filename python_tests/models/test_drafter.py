@@ -7,6 +7,7 @@ from transformers import DynamicCache, Qwen3Config
 
 from dflash_ext.decode import RowCache
 from dflash_ext.models import DFlashConfig, DFlashDrafter, Target, default_taps, load_drafter
+from dflash_ext.models import drafter as drafter_module
 from dflash_ext.train.run import save_drafter
 from python_tests.tiny import FAMILIES, MASK_TOKEN, random_prompts, tiny_model, tiny_pair
 
@@ -207,6 +208,34 @@ def test_refuses(change, message):
     options = {"mask_token_id": MASK_TOKEN, "taps": 3} | change
     with pytest.raises(ValueError, match=message):
         DFlashDrafter.for_target(Target(tiny_model("llama")), **options)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"sample_from_anchor": True}, "does not read sample_from_anchor: decode with dflash_ext.decode"),
+        ({"window_convention": "speculators"}, "keeps too little context for speculators' windows"),
+        ({"own_head": True}, "uses the target's embedding and head instead of the drafter's own"),
+    ],
+)
+@torch.no_grad()
+def test_transformers_loop_is_refused_what_it_would_misread(change, message, monkeypatch):
+    class LoopCache(DynamicCache):
+        """Stands for transformers' DFlashCache, by which its loop is known."""
+
+    monkeypatch.setattr(drafter_module, "_LOOP_CACHE", LoopCache)
+    _, drafter = tiny_pair("llama", sliding=True)
+    inputs = {
+        "noise_embeds": torch.randn(1, 6, 64),
+        "context_hidden_states": torch.randn(1, 4, 192),
+        "position_ids": torch.arange(10)[None],
+    }
+    drafter(**inputs, cache=LoopCache())
+    for name, value in change.items():
+        setattr(drafter.config, name, value)
+    drafter(**inputs, cache=DynamicCache())
+    with pytest.raises(ValueError, match=message):
+        drafter(**inputs, cache=LoopCache())
 
 
 def test_refuses_another_target():
