@@ -7,7 +7,17 @@ import inspect
 
 import pytest
 import torch
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
+    PreTrainedModel,
+)
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -16,6 +26,7 @@ from dflash_ext.models import DFlashDrafter, Target
 from python_tests.decode.oracle import Oracle, own_output
 from python_tests.tiny import MASK_TOKEN, SHAPE, random_prompts
 
+PROMPTS = random_prompts(2, 7, 13)
 NEW, BLOCK = 12, 4
 FIELDS = SHAPE | dict(
     num_hidden_layers=4,
@@ -54,8 +65,11 @@ MUST_BE_EQUAL = """
 """.split()
 
 
-def tiny(model_type: str) -> PreTrainedModel | None:
-    """A random model of a family; None if the common fields make none, none that is small, or none that generates."""
+def tiny(model_type: str) -> tuple[PreTrainedModel, list[list[int]]] | None:
+    """A random model of a family, and its own answers to PROMPTS.
+
+    None if the common fields make none, none that is small, or none with which `generate` works.
+    """
     config_class = CONFIG_MAPPING[model_type]
     known = {*inspect.signature(config_class.__init__).parameters, *config_class.attribute_map}
     fields = {name: value for name, value in FIELDS.items() if name in known}
@@ -68,8 +82,7 @@ def tiny(model_type: str) -> PreTrainedModel | None:
                     return None
             torch.manual_seed(0)
             model = model_class(config).eval().requires_grad_(False)
-            own_output(model, [5, 6], 2)
-            return model
+            return model, [own_output(model, prompt, NEW + BLOCK) for prompt in PROMPTS]
         except Exception:  # whatever a config, a model or generate cannot do with these fields, decoding cannot mend
             continue
     return None
@@ -77,10 +90,11 @@ def tiny(model_type: str) -> PreTrainedModel | None:
 
 @pytest.mark.parametrize("model_type", MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 def test_a_family_is_equal_or_refused_in_one_line(model_type):
-    model = tiny(model_type)
-    if model is None:
+    made = tiny(model_type)
+    if made is None:
         assert model_type not in MUST_BE_EQUAL
         pytest.skip("the common fields make no tiny model of this family that generates")
+    model, known = made
     try:
         target = Target(model)
         options = dict(mask_token_id=MASK_TOKEN, num_layers=1, block_size=BLOCK, taps=[0, 2, 3])
@@ -90,21 +104,125 @@ def test_a_family_is_equal_or_refused_in_one_line(model_type):
         print(f"{model_type}: {refusal}")
         return
 
-    prompts = random_prompts(2, 7, 13)
-    known = [own_output(model, prompt, NEW + BLOCK) for prompt in prompts]
     expected = [tokens[:NEW] for tokens in known]
-    plain = decode(target, None, prompts, max_new_tokens=NEW)
+    plain = decode(target, None, PROMPTS, max_new_tokens=NEW)
     assert [c.tokens for c in plain.completions] == expected
     tapped = Target(model, drafter.config.target_layer_ids)
     oracle = Oracle(drafter.config).eval()
-    oracle.script(prompts, known, 3)
+    oracle.script(PROMPTS, known, 3)
     for draft in (drafter, oracle):
-        decoded = decode(tapped, draft, prompts, max_new_tokens=NEW, on_tokens=oracle.on_tokens)
+        decoded = decode(tapped, draft, PROMPTS, max_new_tokens=NEW, on_tokens=oracle.on_tokens)
         assert [c.tokens for c in decoded.completions] == expected
-        oracle.script(prompts, known, 3)
+        oracle.script(PROMPTS, known, 3)
     assert decoded.tau > 1.2
 
-    ids = torch.tensor([prompts[2]])
+    ids = torch.tensor([PROMPTS[2]])
     positions = torch.arange(13)[None]
     states = model(ids, position_ids=positions, output_hidden_states=True, use_cache=False).hidden_states
     torch.testing.assert_close(tapped.features(ids), torch.cat([states[i] for i in (1, 3, 4)], dim=-1))
+
+
+def pair(model: PreTrainedModel, taps: list[int]) -> tuple[Target, DFlashDrafter]:
+    target = Target(model.eval().requires_grad_(False), taps)
+    options = dict(mask_token_id=MASK_TOKEN, num_layers=1, block_size=6, taps=taps)
+    return target, DFlashDrafter.for_target(target, **options).eval()
+
+
+def test_blocks_stay_within_a_table_of_positions():
+    """GPT-2 looks positions up in a table: a drafted slot beyond its end would be an error."""
+    target, drafter = pair(GPT2LMHeadModel(GPT2Config(**SHAPE | {"n_positions": 24, "n_layer": 4})), [1, 2])
+    prompts = random_prompts(1, 9, 17)
+    decoded = decode(target, drafter, prompts, max_new_tokens=7)
+    assert [c.tokens for c in decoded.completions] == [own_output(target.model, p, 7) for p in prompts]
+
+
+def test_longrope_is_equal_up_to_its_switch_and_refused_beyond():
+    """Beyond it all tokens of a forward turn by other factors, which drafted slots and other rows cause too."""
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 8, "long_factor": [4.0] * 8}
+    torch.manual_seed(0)
+    model = Phi3ForCausalLM(Phi3Config(**SHAPE, rope_parameters=rope, original_max_position_embeddings=32))
+    target, drafter = pair(model, [1, 2])
+    prompts = random_prompts(5, 20)
+    decoded = decode(target, drafter, prompts, max_new_tokens=12)
+    assert [c.tokens for c in decoded.completions] == [own_output(model, p, 12) for p in prompts]
+    for draft in (drafter, None):
+        with pytest.raises(
+            ValueError, match=r"20 tokens and 13 new ones do not fit: the target's longrope .* beyond 32$"
+        ):
+            decode(target, draft, prompts, max_new_tokens=13)
+    target.features(torch.ones(2, 32, dtype=torch.int64))
+    with pytest.raises(ValueError, match="sequences of 33 tokens do not fit: the target's longrope"):
+        target.features(torch.ones(2, 33, dtype=torch.int64))
+
+
+def test_dynamic_rope_is_equal_up_to_the_models_positions():
+    """The drafted slots of the last block would reach beyond them."""
+    rope = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}
+    torch.manual_seed(0)
+    target, drafter = pair(
+        LlamaForCausalLM(LlamaConfig(**SHAPE | {"rope_parameters": rope, "max_position_embeddings": 32})), [1, 2]
+    )
+    prompts = random_prompts(5, 20)
+    expected = [own_output(target.model, p, 12) for p in prompts]
+    known = [own_output(target.model, p, 12) + [5] * 6 for p in prompts]
+    oracle = Oracle(drafter.config).eval()
+    oracle.script(prompts, known, 10**9)
+    decoded = decode(target, oracle, prompts, max_new_tokens=12, on_tokens=oracle.on_tokens)
+    assert [c.tokens for c in decoded.completions] == expected
+    with pytest.raises(ValueError, match="do not fit: the target has 32 positions"):
+        decode(target, drafter, prompts, max_new_tokens=13)
+
+
+def test_a_window_that_only_the_cache_has_bounds_the_rows():
+    """`generate` makes a sliding cache wherever a config has a window, also for models whose masks have none."""
+    torch.manual_seed(0)
+    target, drafter = pair(LlamaForCausalLM(LlamaConfig(**SHAPE, sliding_window=16)), [1, 2])
+    prompts = random_prompts(3, 8)
+    decoded = decode(target, drafter, prompts, max_new_tokens=8)
+    assert [c.tokens for c in decoded.completions] == [own_output(target.model, p, 8) for p in prompts]
+    with pytest.raises(ValueError, match="do not fit: its cache, but none of its masks, has a sliding window of 16"):
+        decode(target, drafter, prompts, max_new_tokens=9)
+
+
+@pytest.mark.parametrize("shared", [1, 3])
+def test_taps_of_gemma_4_in_layers_that_share_keys(shared):
+    """Their hidden states are shortened to the columns that get logits, unless those are given as an index."""
+    fields = SHAPE | dict(
+        head_dim=16,
+        global_head_dim=32,
+        num_global_key_value_heads=1,
+        sliding_window=8,
+        layer_types=["sliding_attention", "full_attention"] * 3,
+        hidden_size_per_layer_input=8,
+        vocab_size_per_layer_input=97,
+        num_kv_shared_layers=shared,
+    )
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(CONFIG_MAPPING["gemma4_text"](**fields))
+    target, drafter = pair(model, [0, 2, 3, 5])
+    prompts = random_prompts(3, 9, 21)
+    for draft in (drafter, None):
+        decoded = decode(target, draft, prompts, max_new_tokens=12)
+        assert [c.tokens for c in decoded.completions] == [own_output(model, p, 12) for p in prompts]
+
+
+@pytest.mark.parametrize(
+    ("model_type", "changes", "message"),
+    [
+        ("bert", {}, "BertLMHeadModel cannot be a target: its attention is not causal"),
+        ("bloom", {}, "BloomForCausalLM cannot be a target: its decoder takes no position_ids"),
+        ("mamba", {}, "MambaForCausalLM cannot be a target: it keeps a recurrent state"),
+        ("xlm", {}, "XLMWithLMHeadModel cannot be a target: its decoder makes attention masks of its own"),
+        (
+            "electra",
+            {"is_decoder": True},
+            "a drafter for ElectraForCausalLM is not supported: its embedding has width 128",
+        ),
+    ],
+)
+def test_refuses(model_type, changes, message):
+    config_class = CONFIG_MAPPING[model_type]
+    known = {*inspect.signature(config_class.__init__).parameters, *config_class.attribute_map}
+    config = config_class(**{name: value for name, value in SHAPE.items() if name in known} | changes)
+    with pytest.raises(ValueError, match=f"^{message}"):
+        DFlashDrafter.for_target(Target(AutoModelForCausalLM.from_config(config)), mask_token_id=MASK_TOKEN, taps=[1])
