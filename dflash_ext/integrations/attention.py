@@ -4,6 +4,10 @@
 forward and kind of layer, and writes the two key intervals of each row into an int32 tensor ``[B, 1, Lq, 4]``, which
 models hand on like any 4-D mask. ``block_attention`` is called by every layer and reads them back.
 
+Neither of them waits for the device, so that a GPU never idles for the host. The exceptions are 4-D masks of the user's
+own and mask functions that look up where a key belongs (packed documents, image blocks): they are checked on the host,
+once a forward.
+
 ``generate`` takes no masks but 2-D padding: it refuses ``interval_mask`` by name. To go on behind a prompt that is read
 under an IntervalMask, run the model on all of the prompt but its last token, with ``interval_mask`` and a cache, and
 call ``generate`` on the whole prompt with that cache (``cache``, before transformers 5.24 ``past_key_values``).
@@ -16,13 +20,15 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import bidirectional_mask_function, causal_mask_function, sdpa_mask
 
 from ..masks import IntervalMask
-from ..ops import block_attn
+from ..ops import block_attn, block_attn_decode
+from .mask_functions import visible_run
 
 NAME = "block_attn"
+DECODE_ROWS = 256  # block_attn_decode serves up to so many rows against a cache: a token, a block, a canvas
 REFUSED = {
     "output_attentions": "output_attentions: the attention weights are never formed",
     "position_bias": "a position bias",
@@ -38,10 +44,14 @@ def register() -> None:
     """Makes ``"block_attn"`` an attention implementation of transformers, in models loaded before or after:
     ``from_pretrained(..., attn_implementation="block_attn")`` or ``model.set_attn_implementation("block_attn")``.
 
+    Models that run another implementation raise ValueError from then on if they are given an ``interval_mask``, which
+    they would ignore. As transformers has no place for such a check, ``PreTrainedModel.__call__`` is set for it.
+
     Importing ``dflash_ext.integrations`` calls it; calling it again changes nothing.
     """
     AttentionInterface.register(NAME, block_attention)
     AttentionMaskInterface.register(NAME, interval_attention_mask)
+    PreTrainedModel.__call__ = _call
 
 
 def as_attention_mask(mask: IntervalMask) -> Tensor:
@@ -64,54 +74,53 @@ def interval_attention_mask(
     kv_offset: int = 0,
     mask_function: Callable = causal_mask_function,
     attention_mask: Tensor | None = None,
-    local_size: int | None = None,
-    allow_is_causal_skip: bool = True,
     use_vmap: bool = False,
     device: torch.device | str = "cpu",
     **kwargs,
 ) -> Tensor:
     """The mask function of ``block_attn``; the arguments are those of ``transformers.masking_utils.sdpa_mask``.
 
-    Causal, sliding-window and bidirectional masks with padding on either side cost O(B * (Lq + Lk)). Any other function
-    (packed documents, image blocks, padding with holes) is evaluated for all pairs of row and key, as for SDPA, and for
-    each batch entry only if it tells them apart.
+    Functions that only compare rows with keys (causal, bidirectional, sliding windows, chunks, and intersections of
+    these) cost O(B * (Lq + Lk)) under any padding, and nothing waits for the device. Any other function (packed
+    documents, image blocks, a user's own) is evaluated for all pairs of row and key, as for SDPA, and for each batch
+    entry only if it tells them apart. torch.compile, which cannot trace what ``visible_run`` does with a composed
+    function, treats windows and chunks in this way, too.
 
     Returns:
         int32 ``[B or 1, 1, Lq, 4]``, always: causality is never left to ``is_causal``.
 
-    Raises ValueError, naming the first row, for a mask that is not of interval form.
+    Raises ValueError, naming the first row, for a mask that is not of interval form. The exception is padding with
+    holes on a GPU or under torch.compile: a row that sees more than two runs of keys fails an assertion on the device,
+    because an error would have to wait for it.
     """
-    padding, start, stop = None, 0, kv_length
+    row = torch.arange(q_length, device=device) + q_offset
+    padding = None
     if attention_mask is not None:
         missing = max(0, kv_offset + kv_length - attention_mask.shape[1])  # slots of a static cache not yet filled
         padding = nn.functional.pad(attention_mask.to(device, torch.bool), (0, missing))
-        if run := _only_run(padding[:, kv_offset : kv_offset + kv_length]):
-            padding, (start, stop) = None, run
-
-    row = torch.arange(q_length, device=device) + q_offset
-    window = local_size if allow_is_causal_skip else None
-    keys = None if padding is not None else _elementary(mask_function, row, kv_offset + kv_length, window)
-    if keys is not None:
-        first, end = ((key - kv_offset).int()[None] for key in keys)
-        nothing = torch.zeros_like(end)
-        mask = IntervalMask(first, end, nothing, nothing, kv_length)
-    else:
-        visible = sdpa_mask(
-            batch_size,
-            q_length,
-            kv_length,
-            q_offset,
-            kv_offset,
-            mask_function,
-            padding,
-            allow_is_causal_skip=False,
-            use_vmap=use_vmap,
-            device=device,
-        )
-        # An expanded batch has stride 0.
-        mask = _unpack(_packed_from_dense(visible if visible.stride(0) else visible[:1]), kv_length)
-    bounds = (mask.ctx_lo, mask.ctx_hi, mask.blk_lo, mask.blk_hi)
-    return as_attention_mask(IntervalMask(*(bound.clamp(start, stop) for bound in bounds), kv_length))
+    run = None if use_vmap else _run(mask_function, batch_size, row)
+    if run is not None:
+        first, end = ((key - kv_offset).clamp(0, kv_length) for key in run)
+        if padding is None:
+            nothing = torch.zeros_like(first)
+            return as_attention_mask(IntervalMask(*(x.int() for x in (first, end, nothing, nothing)), kv_length))
+        mask = _under_padding(padding[:, kv_offset : kv_offset + kv_length], first, end)
+        if mask is not None:
+            return as_attention_mask(mask)
+    visible = sdpa_mask(
+        batch_size,
+        q_length,
+        kv_length,
+        q_offset,
+        kv_offset,
+        mask_function,
+        padding,
+        allow_is_causal_skip=False,
+        use_vmap=use_vmap,
+        device=device,
+    )
+    # An expanded batch has stride 0.
+    return as_attention_mask(_unpack(_packed_from_dense(visible if visible.stride(0) else visible[:1]), kv_length))
 
 
 def block_attention(
@@ -140,8 +149,8 @@ def block_attention(
         softcap: as in ``dflash_ext.block_attn`` (Gemma 2).
         s_aux: ``[Hq]``, a logit per head that takes part in the softmax and adds nothing (the sinks of gpt-oss).
         interval_mask: given to the model's forward, replaces the mask that the model makes, padding included. A dict
-            goes by kind of layer ("full_attention", "sliding_attention"). One mask for all layers must reach no
-            further than the window of sliding layers.
+            goes by kind of layer ("full_attention", "sliding_attention", "chunked_attention"). One mask for all layers
+            must reach no further than the window of sliding layers or the chunk of chunked ones.
 
     Returns:
         ``[B, Lq, Hq, D]``, and None for the weights.
@@ -162,7 +171,7 @@ def block_attention(
         causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
         mask = _default(query.shape[2], key.shape[2], causal, sliding_window, query.device)
     if s_aux is None:
-        out = block_attn(query, key, value, mask, scale=scaling, softcap=softcap)
+        out = _attend(query, key, value, mask, scale=scaling, softcap=softcap)
     else:
         out, lse = block_attn(query, key, value, mask, scale=scaling, softcap=softcap, return_lse=True)
         # The share of the softmax that the keys keep beside the sink: e^lse / (e^lse + e^sink).
@@ -170,35 +179,57 @@ def block_attention(
     return out.transpose(1, 2).contiguous(), None
 
 
-def _only_run(keys: Tensor) -> tuple[Tensor, Tensor] | None:
-    """Where the visible ones of the keys, bool [B, Lk], start and stop, int32 [B, 1] each; None where some row has
-    holes, or while a graph is traced and nothing can be known."""
-    start = keys.int().argmax(-1, keepdim=True)
-    stop = start + keys.sum(-1, keepdim=True)
-    key = torch.arange(keys.shape[1], device=keys.device)
-    if torch.compiler.is_compiling() or not torch.equal(keys, (key >= start) & (key < stop)):
+def _call(model: PreTrainedModel, *args, **kwargs):
+    """``PreTrainedModel.__call__``. Every model that is given an interval_mask hands it on to its layers, where the
+    attention functions of other implementations take any keyword and use the ones that they know."""
+    if kwargs.get("interval_mask") is not None:
+        implementation = model.config.get_text_config(decoder=True)._attn_implementation
+        if implementation != NAME:
+            raise ValueError(
+                f"{type(model).__name__}: interval_mask was given, but the attention implementation is "
+                f"{implementation!r}, which ignores it; call model.set_attn_implementation({NAME!r})"
+            )
+    return nn.Module.__call__(model, *args, **kwargs)
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor, mask: IntervalMask, **scaling: float | None) -> Tensor:
+    """``block_attn``, by the kernel for few rows where no gradient is wanted."""
+    differentiated = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
+    if differentiated or query.shape[2] > DECODE_ROWS or query.shape[2] == key.shape[2]:
+        return block_attn(query, key, value, mask, **scaling)
+    return block_attn_decode(query, key, value, mask, **scaling)
+
+
+def _run(mask_function: Callable, batch_size: int, row: Tensor) -> tuple[Tensor, Tensor] | None:
+    """``visible_run``; torch.compile traces it for the plain functions only."""
+    if torch.compiler.is_compiling() and mask_function not in (causal_mask_function, bidirectional_mask_function):
         return None
-    return start.int(), stop.int()
+    return visible_run(mask_function, batch_size, row)
 
 
-def _elementary(mask_function: Callable, row: Tensor, kv_end: int, window: int | None) -> tuple[Tensor, Tensor] | None:
-    """The first key of each row and the one after its last, [Lq] each, under the patterns of which transformers
-    composes masks: bidirectional, causal, sliding window; None for anything else.
+def _under_padding(token: Tensor, first: Tensor, end: Tensor) -> IntervalMask | None:
+    """The mask of rows that see the tokens among the keys of [first, end), int64 [B or 1, Lq].
 
-    A window comes with transformers' word that the function is causal and local, which is a sliding window or chunks:
-    the keys at the window's two edges tell, in every row.
+    token: bool [B, Lk], False for padding. None on the CPU where a row sees more than two runs of keys.
     """
-    if mask_function is bidirectional_mask_function:
-        return torch.zeros_like(row), torch.full_like(row, kv_end)
-    if mask_function is causal_mask_function:
-        return torch.zeros_like(row), row + 1
-    if window is None or torch.compiler.is_compiling():
-        return None
-    edges = row[:, None] + torch.tensor([-window, 1 - window, 0, 1], device=row.device)
-    zero = row.new_zeros(1, 1, 1, 1)
-    seen = mask_function(zero, zero, row[None, None, :, None], edges[None, None])
-    inside = torch.tensor([False, True, True, False], device=row.device)
-    return (row + 1 - window, row + 1) if torch.equal(seen, inside.expand_as(seen)) else None
+    batch, kv_len = token.shape
+    first, end = (key.expand(batch, -1) for key in (first, end))
+    key = torch.arange(kv_len, device=token.device)
+    next_token, next_padding = (
+        # The first of those keys from each key on, or kv_len.
+        nn.functional.pad(torch.where(there, key, kv_len), (0, 1), value=kv_len).flip(-1).cummin(-1).values.flip(-1)
+        for there in (token, ~token)
+    )
+    edges = [next_token.gather(-1, first)]
+    for following in (next_padding, next_token, next_padding, next_token):
+        edges.append(following.gather(-1, edges[-1]))
+    fits = (edges.pop() >= end).all()
+    if not torch.compiler.is_compiling() and token.is_cpu:
+        if not fits:
+            return None
+    else:
+        torch._assert_async(fits, "block_attn: padding cuts the keys of a row into more than two runs")
+    return IntervalMask(*(torch.minimum(edge, end).int() for edge in edges), kv_len)
 
 
 def _given(
@@ -210,17 +241,23 @@ def _given(
     """The layer's own of the masks that the user gave as interval_mask."""
     if attention_mask is not None and attention_mask.dtype != torch.int32:
         raise ValueError("block_attn: interval_mask and a 4-D attention_mask were both given; one is needed")
-    kind = getattr(module, "layer_type", None) or ("sliding_attention" if sliding_window else "full_attention")
+    config, layer = getattr(module, "config", None), getattr(module, "layer_idx", None)
+    kind = getattr(module, "layer_type", None)
+    if kind is None and layer is not None and getattr(config, "layer_types", None):
+        kind = config.layer_types[layer]
+    elif kind is None:
+        kind = "sliding_attention" if sliding_window else "full_attention"
     mask = given.get(kind) if isinstance(given, dict) else given
     if not isinstance(mask, IntervalMask):
         raise ValueError(
             f"block_attn: interval_mask for {kind} is {type(mask).__name__}; "
             "an IntervalMask, or a dict that has one for each kind of layer, is needed"
         )
-    if mask is given and sliding_window is not None and mask.kv_len > sliding_window:
+    reach = getattr(config, "attention_chunk_size", None) if kind == "chunked_attention" else sliding_window
+    if mask is given and reach is not None and mask.kv_len > reach:
         raise ValueError(
-            f"block_attn: one interval_mask over {mask.kv_len} keys was given to layers with a window of "
-            f"{sliding_window}; pass a dict with a mask each for full_attention and sliding_attention"
+            f"block_attn: one interval_mask over {mask.kv_len} keys was given to {kind} layers, which see at most "
+            f"{reach}; pass a dict with a mask for each kind of layer"
         )
     return mask
 

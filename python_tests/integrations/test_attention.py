@@ -7,6 +7,7 @@ import types
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from transformers import (
     AttentionInterface,
     AttentionMaskInterface,
@@ -18,33 +19,43 @@ from transformers import (
     Gemma2ForCausalLM,
     Gemma4ForCausalLM,
     Gemma4TextConfig,
+    Llama4ForCausalLM,
+    Llama4TextConfig,
     LlamaForCausalLM,
     StaticCache,
+    masking_utils,
 )
 from transformers.masking_utils import (
+    and_masks,
     bidirectional_mask_function,
+    blockwise_overlay,
+    causal_mask_function,
     chunked_causal_mask_function,
+    or_masks,
+    packed_sequence_mask_function,
     sdpa_mask,
+    sliding_window_bidirectional_mask_function,
     sliding_window_causal_mask_function,
 )
 from transformers.models.gpt_oss.modeling_gpt_oss import eager_attention_forward as eager_with_sinks
 
-from dflash_ext import IntervalMask
+from dflash_ext import IntervalMask, block_attn_decode
 from dflash_ext.integrations import as_attention_mask, register
 from dflash_ext.integrations.attention import block_attention, interval_attention_mask
 from dflash_ext.models.target import cache_argument
 from python_tests.tiny import SHAPE, tiny_model
 
-FAMILIES = ["llama", "qwen3", "gemma2", "gemma3", "gemma4", "diffusion_gemma"]
+FAMILIES = ["llama", "qwen3", "gemma2", "gemma3", "gemma4", "llama4", "diffusion_gemma"]
 CACHE = cache_argument(LlamaForCausalLM)
 LENGTH, WINDOW = 14, 5
 MIXED = dict(num_hidden_layers=4, sliding_window=WINDOW, layer_types=["sliding_attention", "full_attention"] * 2)
 GEMMA = SHAPE | MIXED | dict(head_dim=16)
+LOCAL = {"llama4": "chunked_attention"}  # the kind of layer beside full attention; elsewhere sliding
 
 
 def diffusion_gemma():
     experts = dict(num_experts=2, top_k_experts=1, moe_intermediate_size=16)
-    text = DiffusionGemmaTextConfig(**GEMMA, **experts, global_head_dim=32)
+    text = DiffusionGemmaTextConfig(**GEMMA, **experts, global_head_dim=32, num_global_key_value_heads=2)
     vision = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, head_dim=8)
     return DiffusionGemmaForBlockDiffusion(
         DiffusionGemmaConfig(text_config=text, vision_config=vision, canvas_length=6)
@@ -64,6 +75,16 @@ def model_of(family, **changes):
         per_layer = dict(hidden_size_per_layer_input=8, vocab_size_per_layer_input=SHAPE["vocab_size"])
         config = Gemma4TextConfig(**GEMMA, **per_layer, global_head_dim=32, num_kv_shared_layers=2)
         model = Gemma4ForCausalLM(config)
+    elif family == "llama4":
+        experts = dict(
+            num_local_experts=2, interleave_moe_layer_step=2, intermediate_size_mlp=SHAPE["intermediate_size"]
+        )
+        kinds = dict(
+            num_hidden_layers=4, layer_types=["chunked_attention", "full_attention"] * 2, no_rope_layers=[1, 0] * 2
+        )
+        model = Llama4ForCausalLM(
+            Llama4TextConfig(**SHAPE | kinds, **experts, head_dim=16, attention_chunk_size=WINDOW)
+        )
     else:
         model = diffusion_gemma().model.encoder
     for weight in model.parameters():  # large enough for attention to choose
@@ -122,7 +143,8 @@ def layer_masks(family, **prefix):
     block = IntervalMask.prefix_block(LENGTH, **prefix)
     if family == "llama":
         return block
-    return {"full_attention": block, "sliding_attention": IntervalMask.sliding_window(LENGTH, 3)}
+    local = LOCAL.get(family, "sliding_attention")
+    return {"full_attention": block, local: IntervalMask.sliding_window(LENGTH, 3)}
 
 
 def each(masks, change):
@@ -400,12 +422,60 @@ def test_plain_causal_masks_stay_linear_in_the_length(monkeypatch):
     assert unfilled[0, 0, :, :2].tolist() == [[0, 3]]
 
 
-@pytest.mark.parametrize("q_offset", [0, 5])
-def test_chunks_are_not_taken_for_windows(q_offset):
-    start = torch.tensor([0, 3])
-    inputs = (2, 9, 14, q_offset, 0, chunked_causal_mask_function(4, start), padding("right").bool(), 4)
-    bounds = interval_attention_mask(*inputs)[:, 0].unbind(-1)
-    assert torch.equal(IntervalMask(*bounds, 14).to_bool(), sdpa_mask(*inputs, allow_is_causal_skip=False))
+def composed():
+    """What transformers composes its masks of, for batches of three and 12 keys."""
+    generator = torch.Generator().manual_seed(0)
+    start = torch.tensor([0, 1, 4])
+    window, chunk = sliding_window_causal_mask_function(3), chunked_causal_mask_function(3, start)
+    images = torch.tensor([[-1] * 2 + [0] * 3 + [-1] * 2 + [1] * 3 + [-1] * 2] * 3)
+    documents = torch.randint(0, 2, (3, 12), generator=generator).cumsum(-1)
+    positions = torch.stack([torch.arange(12) - (row == row[:, None]).int().argmax(-1) for row in documents])
+    # Early releases know no positions within documents.
+    remap = getattr(masking_utils, "remap_positions_for_packed_sequence", lambda function, positions: function)
+    runs = {
+        "causal": causal_mask_function,
+        "bidirectional": bidirectional_mask_function,
+        "window": window,
+        "window both ways": sliding_window_bidirectional_mask_function(2),
+        "chunks": chunk,
+        "window and chunks": and_masks(window, chunk),
+        "window of one": sliding_window_causal_mask_function(1),
+        "rows from 3 on": and_masks(causal_mask_function, lambda b, h, row, key: row >= 3),
+    }
+    others = {
+        "images": or_masks(causal_mask_function, blockwise_overlay(images)),
+        "images and window": or_masks(window, blockwise_overlay(images)),
+        "documents": and_masks(causal_mask_function, packed_sequence_mask_function(documents)),
+        "window in documents": and_masks(remap(window, positions), packed_sequence_mask_function(documents)),
+        "chunks or window": or_masks(chunk, window),
+    }
+    return runs, others
+
+
+RUNS, OTHERS = composed()
+
+
+@pytest.mark.parametrize("name", RUNS | OTHERS)
+@pytest.mark.parametrize(("rows", "q_offset", "kv_offset"), [(12, 0, 0), (1, 11, 0), (1, 6, 0), (3, 8, 2), (1, 9, 7)])
+def test_every_mask_that_transformers_composes(name, rows, q_offset, kv_offset):
+    """All entries of a batch, under padding of their own: single tokens, blocks, whole prompts, caches that slid."""
+    mask_function, keys = (RUNS | OTHERS)[name], 12 - kv_offset
+    padding = torch.ones(3, 12, dtype=torch.bool)
+    padding[1, 0] = padding[2, :4] = padding[0, 10:] = False
+    for holes in (False, True):
+        if holes and name in RUNS:
+            padding[0, 5:7] = False
+        for given in (None, padding):
+            inputs = (3, rows, keys, q_offset, kv_offset, mask_function, given)
+            bounds = interval_attention_mask(*inputs, local_size=3)[:, 0].unbind(-1)
+            want = sdpa_mask(*inputs, allow_is_causal_skip=False)
+            assert torch.equal(IntervalMask(*bounds, keys).to_bool().expand_as(want), want)
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_comparisons_alone_stay_linear_in_the_length(monkeypatch, name):
+    monkeypatch.setattr("dflash_ext.integrations.attention.sdpa_mask", None)
+    interval_attention_mask(3, 12, 12, mask_function=RUNS[name], attention_mask=torch.ones(3, 12).bool())
 
 
 def test_mask_functions_of_single_indices():
@@ -433,6 +503,63 @@ def test_a_dense_mask_is_read_once_a_forward(monkeypatch):
         torch.testing.assert_close(forward(model, "block_attn", ids, attention_mask=mask), two.detach())
 
 
+def decode_steps(model, device, static):
+    """A prompt, a block and two single tokens against a cache, padded on the left; nothing is read on the host."""
+    config, ids, mask = model.config.get_text_config(), tokens(2, LENGTH).to(device), padding("left").to(device)
+    with torch.device(device):
+        cache = StaticCache(config, max_cache_len=LENGTH + 3) if static else DynamicCache(config=config)
+    for start, stop in ((0, 8), (8, 12), (12, 13), (13, 14)):
+        position = torch.arange(start, stop, device=device)[None]
+        yield lambda a=start, b=stop, at=position: model(
+            ids[:, a:b], attention_mask=mask[:, :b], position_ids=at, **{CACHE: cache}
+        )
+
+
+@pytest.mark.parametrize("static", [False, True])
+@pytest.mark.parametrize("family", FAMILIES[:-1])
+def test_decoding_reads_no_value_on_the_host(family, static):
+    """Tensors on the meta device have none: whatever needs one raises."""
+    model = model_of(family).requires_grad_(False).to("meta")
+    model.set_attn_implementation("block_attn")
+    for step in decode_steps(model, "meta", static):
+        assert step().logits.is_meta
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("static", [False, True])
+@pytest.mark.parametrize("family", ["llama", "gemma3", "llama4"])
+def test_decoding_does_not_wait_for_the_gpu(family, static):
+    model = model_of(family).requires_grad_(False).to("cuda", torch.bfloat16)
+    model.set_attn_implementation("block_attn")
+    for step in [*decode_steps(model, "cuda", static)]:  # once more is what counts
+        step()
+    for step in [*decode_steps(model, "cuda", static)]:
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+def test_few_rows_against_a_cache_go_to_the_decode_kernel(monkeypatch):
+    rows = []
+
+    def record(query, *args, **kwargs):
+        rows.append(query.shape[2])
+        return block_attn_decode(query, *args, **kwargs)
+
+    monkeypatch.setattr("dflash_ext.integrations.attention.block_attn_decode", record)
+    model = model_of("llama")
+    model.set_attn_implementation("block_attn")
+    for _ in map(lambda step: step(), decode_steps(model, "cpu", static=False)):
+        pass
+    assert not rows  # their gradients are wanted
+    with torch.no_grad():
+        for _ in map(lambda step: step(), decode_steps(model, "cpu", static=False)):
+            pass
+    assert rows == [4, 4, 1, 1, 1, 1]
+
+
 def test_compiles_whole():
     """Masks are checked there too, when they are used."""
     model, ids = model_of("gemma3").requires_grad_(False), tokens(2, LENGTH)
@@ -449,7 +576,7 @@ def test_compiles_whole():
         dict(use_cache=False, interval_mask=masks),
     ):
         torch.testing.assert_close(compiled(ids, **inputs).logits, model(ids, **inputs).logits)
-    with pytest.raises(ValueError, match="row 8 of batch entry 1"):
+    with pytest.raises(RuntimeError, match="more than two runs"):
         compiled(ids, use_cache=False, attention_mask=THREE_RUNS)
 
 
@@ -485,9 +612,41 @@ def test_what_it_refuses(inputs, message):
     assert "\n" not in str(error.value)
 
 
-def test_one_interval_mask_is_refused_where_a_window_would_cut_it():
-    with pytest.raises(ValueError, match="over 14 keys was given to layers with a window of 5; pass a dict"):
-        forward(model_of("gemma3"), "block_attn", tokens(1, LENGTH), interval_mask=IntervalMask.causal(LENGTH))
+@pytest.mark.parametrize("family", ["gemma3", "llama4"])
+def test_one_interval_mask_is_refused_where_a_window_or_chunk_would_cut_it(family):
+    message = "over 14 keys was given to (sliding|chunked)_attention layers, which see at most 5; pass a dict"
+    with pytest.raises(ValueError, match=message):
+        forward(model_of(family), "block_attn", tokens(1, LENGTH), interval_mask=IntervalMask.causal(LENGTH))
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa", "flex_attention"])
+@pytest.mark.parametrize("wrap", ["alone", "base", "compiled", "adapted"])
+def test_other_attention_refuses_intervals(implementation, wrap):
+    """It would ignore the keyword, and the model would train causally."""
+    model, ids, mask = model_of("llama"), tokens(1, LENGTH), IntervalMask.causal(LENGTH)
+    wrapped = {
+        "alone": lambda: model,
+        "base": lambda: model.model,
+        "compiled": lambda: torch.compile(model, backend="eager"),
+        "adapted": lambda: get_peft_model(model, LoraConfig(target_modules=["q_proj"])),
+    }[wrap]()
+    model.set_attn_implementation(implementation)
+    with pytest.raises(
+        ValueError, match=f"interval_mask was given, but .* is '{implementation}', which ignores it"
+    ) as e:
+        wrapped(ids, interval_mask=mask)
+    assert "\n" not in str(e.value)
+    if implementation != "flex_attention":  # on the CPU that wants no parameters with gradients
+        wrapped(ids, interval_mask=None)
+    model.set_attn_implementation("block_attn")
+    wrapped(ids, interval_mask=mask)
+
+
+def test_the_text_model_decides_for_a_model_of_several():
+    model, ids = diffusion_gemma(), tokens(1, LENGTH)
+    model.model.encoder.set_attn_implementation("sdpa")
+    with pytest.raises(ValueError, match="interval_mask was given"):
+        model.model.encoder(ids, interval_mask=IntervalMask.causal(LENGTH))
 
 
 def test_dropout_is_refused_in_training_only():
