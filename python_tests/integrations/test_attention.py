@@ -103,10 +103,10 @@ def forward(model, implementation, ids, **inputs):
     return out.logits if hasattr(out, "logits") else out.last_hidden_state
 
 
-def assert_same(model, ids, eager, ours, rows=None):
+def assert_same(model, ids, eager, ours, rows=None, peer="eager"):
     """Logits of the rows that count, and the gradients of every parameter, under each implementation's inputs."""
     results = []
-    for implementation, inputs in (("eager", eager), ("block_attn", ours)):
+    for implementation, inputs in ((peer, eager), ("block_attn", ours)):
         out = forward(model, implementation, ids, **inputs)
         out = out if rows is None else out[rows]
         loss = (out * torch.cos(torch.arange(out.numel())).view(out.shape)).sum()
@@ -248,8 +248,12 @@ def test_caches(family, static):
         torch.testing.assert_close(got[:, rows], want[:, rows], atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("cache", ["dynamic", "static"])
-@pytest.mark.parametrize("family", FAMILIES[:-1])
+# transformers 5.11 itself cannot generate with Llama 4 and a static cache; test_caches has the two.
+GENERATE = {(family, cache): None for family in FAMILIES[:-1] for cache in ("dynamic", "static")}
+del GENERATE["llama4", "static"]
+
+
+@pytest.mark.parametrize(("family", "cache"), GENERATE)
 def test_generate(family, cache):
     model, ids, mask = model_of(family), tokens(2, LENGTH), padding("left")
     options = dict(max_new_tokens=12, do_sample=False, eos_token_id=None, cache_implementation=cache)
@@ -303,7 +307,7 @@ def test_diffusion_gemma_denoises(style):
         decoder_input_ids=canvas,
         decoder_attention_mask=torch.nn.functional.pad(mask, (0, 6), value=1),
     )
-    assert_same(model, ids, inputs, inputs)
+    assert_same(model, ids, inputs, inputs, peer="sdpa")  # eager attention is wrong here in early releases
 
 
 def test_diffusion_gemma_takes_intervals_for_its_canvas():
@@ -325,7 +329,7 @@ def test_diffusion_gemma_generates(cache):
     for implementation in ("sdpa", "block_attn"):  # eager fails here on a padded prompt
         model.set_attn_implementation(implementation)
         torch.manual_seed(0)
-        options = dict(max_new_tokens=12, max_denoising_steps=4, eos_token_id=None, cache_implementation=cache)
+        options = dict(max_new_tokens=12, max_denoising_steps=4, cache_implementation=cache)
         outputs.append(model.generate(ids, attention_mask=mask, disable_compile=True, **options).sequences)
     assert torch.equal(*outputs)
 
