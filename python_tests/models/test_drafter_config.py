@@ -122,3 +122,15 @@ def test_refuses(tmp_path, given, message):
 def test_layer_ids_are_not_taken_for_the_default_taps():
     with pytest.raises(ValueError, match="dflash_config has layer_ids"):
         DFlashConfig(dflash_config={"layer_ids": [2], "mask_token_id": 3}, **SMALL)
+
+
+@pytest.mark.parametrize("scale", [None, 1.0, 3.0])
+@torch.no_grad()
+def test_the_embedding_is_the_raw_table_times_the_scale(scale):
+    """As z-lab reads it: a config that says no scale takes none from a target that has one of its own (Gemma)."""
+    target, drafter = tiny_pair("gemma3")
+    assert drafter.config.dflash_config["input_embedding_scale"] == target.embedding_scale == 8.0
+    drafter.config.dflash_config["input_embedding_scale"] = scale
+    tokens = torch.tensor([[5, 96]])
+    expected = target.model.get_input_embeddings().weight[tokens] * (scale or 1.0)
+    torch.testing.assert_close(drafter.embed(target, tokens), expected)
