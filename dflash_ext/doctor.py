@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from . import __version__, library
-from .ops.serving import NATIVE, SERVED_BY
+from .ops.serving import NATIVE, PORTABLE, SERVED_BY
 
 
 def report(console: Console) -> None:
@@ -33,12 +33,14 @@ def report(console: Console) -> None:
         without = "none: built without nvcc or its kernels"
         facts.add_row("CUDA", f"{build['cuda_version']} for {archs}" if archs else without)
         facts.add_row("CPU kernels for", build["cpu_isas"])
+    has_kernels = build is None or bool(build["kernels"])
+    if has_kernels:
+        facts.add_row("GPU kernels", _gpu_kernels())
     for name in ("DFLASH_EXT_CPU_ISA", "DFLASH_EXT_GPU", "DFLASH_EXT_LIBRARY"):
         if name in os.environ:
             facts.add_row(name, os.environ[name])
     console.print(facts)
 
-    has_kernels = build is None or bool(build["kernels"])
     served = Table("operator", "CPU", "GPU", title="what serves each operator")
     for op, by in SERVED_BY.items():
         served.add_row(op, by["cpu"], by["cuda"] if has_kernels else by["cuda"].replace(NATIVE, "an error"))
@@ -46,8 +48,24 @@ def report(console: Console) -> None:
     if not has_kernels:
         console.print("This build has no CUDA kernels: what they serve elsewhere raises an error on a GPU here.")
 
+    else:
+        portable = Table("operator", "calls with", title="what the portable kernels serve on a Hopper GPU")
+        for op, reason in PORTABLE:
+            portable.add_row(op, reason)
+        console.print(portable)
     if build and build["kernels"]:
         console.print(_kernels(build["kernels"]))
+
+
+def _gpu_kernels() -> str:
+    """Which of the native kernels the first GPU uses."""
+    if not torch.cuda.is_available():
+        return "none used: there is no GPU"
+    if torch.cuda.get_device_capability()[0] != 9:
+        return "portable: the GPU is not of the Hopper generation"
+    if os.environ.get("DFLASH_EXT_GPU") == "portable":
+        return "portable: DFLASH_EXT_GPU asks for them"
+    return "Hopper, and portable ones for some calls (below)"
 
 
 def _kernels(kernels: list[dict]) -> Table:

@@ -8,7 +8,7 @@ keeps it 16 bytes a row at any length, buildable on the device, and readable by 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from numbers import Integral
 from typing import Any
@@ -43,7 +43,8 @@ class IntervalMask:
     Nothing of size Lq x Lk is made and nothing is read back from the device; ``device`` matters only where no
     tensor gives one.
 
-    tiles, planned_for: what :meth:`plan` adds.
+    tiles, planned_for: what :meth:`plan` adds. They are no arguments, so that a mask which is made from other bounds,
+    by ``dataclasses.replace`` too, has no plan.
     """
 
     ctx_lo: Tensor
@@ -51,8 +52,8 @@ class IntervalMask:
     blk_lo: Tensor
     blk_hi: Tensor
     kv_len: int
-    tiles: Tensor | None = None
-    planned_for: tuple | None = None
+    tiles: Tensor | None = field(init=False, default=None)
+    planned_for: tuple | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
         for name, bound in zip(_BOUNDS, self._bounds(), strict=True):
@@ -96,12 +97,17 @@ class IntervalMask:
     def plan(self, heads: int, kv_heads: int, head_dim: int, *, decode: bool = False) -> IntervalMask:
         """The same mask with the GPU kernels' tile lists, made once for all layers of these shapes.
 
-        decode: for ``block_attn_decode`` instead of ``block_attn``. Such a plan holds counters of the kernel's own,
-        so that calls that share it must come one after the other, in one stream.
+        decode: for ``block_attn_decode`` instead of ``block_attn``.
 
         The operators make the lists themselves, in every call, for a mask that has none, or has those of other
-        shapes. One kernel launch, nothing is read back. On the CPU the mask itself: there the kernels read the
-        bounds of a tile's rows as they reach it, once for all of its keys.
+        shapes. One kernel launch, nothing is read back. Calls in several streams may share a plan: no kernel writes to
+        it. On the CPU the mask itself: there the kernels read the bounds of a tile's rows as they reach it, once for
+        all of its keys.
+
+        The planned mask has this mask's bounds, not copies of them. The kernels compare each row's bounds with the
+        plan. Where bounds have changed in place since, so that the plan would give a wrong result, the row's output
+        and its LSE are NaN. That holds under inference mode and in a replayed CUDA graph too. A graph that is to serve
+        other lengths makes the plan within the graph.
 
         Raises ValueError for shapes that no attention has.
         """
@@ -111,10 +117,10 @@ class IntervalMask:
         if self.device.type != "cuda":
             return self
         load()
-        bounds = [bound.contiguous() for bound in self._bounds()]
         shapes = heads, kv_heads, head_dim, decode
+        bounds = (bound.contiguous() for bound in self._bounds())
         tiles = torch.ops.dflash_ext.block_attn_plan(*bounds, self.kv_len, *shapes)
-        return IntervalMask(*bounds, self.kv_len, tiles, self._plan_key(*shapes))
+        return _from_leaves((*self._bounds(), tiles), (self.kv_len, self._plan_key(*shapes)))
 
     def tiles_for(self, heads: int, kv_heads: int, head_dim: int, *, decode: bool = False) -> Tensor | None:
         """The tile lists, if they were made for these shapes and this very mask."""

@@ -1,11 +1,12 @@
 import io
 
+import pytest
 import torch
 from rich.console import Console
 
 import dflash_ext
 from dflash_ext import doctor, library
-from dflash_ext.ops.serving import SERVED_BY
+from dflash_ext.ops.serving import PORTABLE, SERVED_BY
 
 BUILD = {
     "version": "1",
@@ -38,6 +39,24 @@ def test_what_is_installed_and_what_serves_each_operator(monkeypatch):
     assert ["torch", f"{torch.__version__}, threads: {torch.get_num_threads()}"] in rows
     for operator, by in SERVED_BY.items():
         assert [operator, by["cpu"], by["cuda"]] in rows
+    assert all([operator, reason] in rows for operator, reason in PORTABLE)
+
+
+@pytest.mark.parametrize(
+    ("capability", "asked", "told"),
+    [
+        ((8, 0), "", "portable: the GPU is not of the Hopper generation"),
+        ((9, 0), "portable", "portable: DFLASH_EXT_GPU asks for them"),
+        ((9, 0), "", "Hopper, and portable ones for some calls (below)"),
+    ],
+)
+def test_which_kernels_a_gpu_uses(monkeypatch, capability, asked, told):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    monkeypatch.setattr(library, "build_info", lambda: BUILD | {"kernels": [kernel("plain(int)", "sm_80", 7)]})
+    monkeypatch.setenv("DFLASH_EXT_GPU", asked)
+    assert ["GPU kernels", told] in printed()
 
 
 def test_what_is_built(monkeypatch):
@@ -66,6 +85,7 @@ def test_a_build_without_cuda(monkeypatch):
     assert ["CUDA", "none: built without nvcc or its kernels"] in rows
     assert ["This build has no CUDA kernels: what they serve elsewhere raises an error on a GPU here."] in rows
     assert ["masked_cross_entropy", "native kernel", "an error"] in rows
+    assert not any(row[0] in ("GPU kernels", "what the portable kernels serve on a Hopper GPU") for row in rows)
     assert not any("variants" in row for row in rows)
 
 

@@ -1,6 +1,7 @@
 """The native library: what is in it, and that every part of it gives the same results."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -85,3 +86,11 @@ def test_every_family_is_built_for_every_architecture():
         pytest.skip("a CPU-only build")
     built = {kernel["arch"] for kernel in info["kernels"]}
     assert built >= {f"sm_{arch}" for arch in info["cuda_archs"].split(",")}
+
+
+def test_every_kernel_is_launched_by_the_one_helper():
+    """It is what keeps the errors of one launch away from the next."""
+    calls = re.compile(r"<<<|cudaLaunch\w+\(|cudaGetLastError|cudaPeekAtLastError|cudaFuncSetAttribute")
+    for source in sorted((ROOT / "csrc").rglob("*.*")):
+        if source.suffix in (".cu", ".h", ".cpp") and source.parent.name != "common":
+            assert not calls.findall(source.read_text()), source

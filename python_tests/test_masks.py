@@ -392,16 +392,38 @@ def test_a_mask_is_a_pytree_whose_key_count_is_structure():
     pytree.tree_map(str, mask)
 
 
+def with_plan(mask, tiles, heads=8, kv_heads=2, head_dim=64):
+    """What `plan` would return on a GPU, if these were its tiles."""
+    planned = dataclasses.replace(mask)
+    planned.__dict__.update(tiles=tiles, planned_for=mask._plan_key(heads, kv_heads, head_dim, False))
+    return planned
+
+
 def test_a_plan_is_used_for_its_own_shapes_only():
     mask = IntervalMask.causal(4)
     assert mask.plan(8, 2, 64) is mask  # on the CPU
     tiles = torch.zeros(1, 12, dtype=torch.int32)
-    planned = dataclasses.replace(mask, tiles=tiles, planned_for=mask._plan_key(8, 2, 64, False))
+    planned = with_plan(mask, tiles)
     assert planned.tiles_for(8, 2, 64) is tiles
     assert planned.tiles_for(8, 2, 128) is None and planned.tiles_for(4, 2, 64) is None
     assert planned.tiles_for(8, 2, 64, decode=True) is None
     doubled = pytree.tree_map(lambda x: torch.cat((x, x)), planned)
     assert doubled.tiles.shape == (2, 12) and doubled.tiles_for(8, 2, 64) is None
+
+
+def test_a_mask_of_other_bounds_has_no_plan():
+    mask = IntervalMask.causal(4)
+    planned = with_plan(mask, torch.zeros(1, 12, dtype=torch.int32))
+    assert planned.tiles_for(8, 2, 64) is not None
+    for other in (
+        dataclasses.replace(planned, ctx_hi=mask.ctx_hi.clamp(max=2)),
+        dataclasses.replace(planned, kv_len=5),
+        planned.to("meta"),
+        IntervalMask(*planned._bounds(), planned.kv_len),
+    ):
+        assert other.tiles is None and other.tiles_for(8, 2, 64) is None
+    with pytest.raises((TypeError, ValueError), match="tiles"):
+        dataclasses.replace(mask, tiles=planned.tiles)
 
 
 def test_properties_and_device():
@@ -641,7 +663,7 @@ def test_a_mask_is_an_input_of_an_exported_program(saved, planned):
     q, mask = torch.randn(1, 1, 5, 8), IntervalMask.causal(5)
     if planned:
         tiles = torch.zeros(1, 12, dtype=torch.int32)
-        mask = dataclasses.replace(mask, tiles=tiles, planned_for=mask._plan_key(2, 1, 8, False))
+        mask = with_plan(mask, tiles, 2, 1, 8)
     program = torch.export.export(Attend(), (q, mask))
     if saved:
         file = io.BytesIO()

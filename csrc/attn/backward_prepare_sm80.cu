@@ -6,6 +6,7 @@
 #include "attn/backward.h"
 #include "attn/kernels.h"
 #include "attn/softmax.h"
+#include "common/launch.h"
 
 namespace dflash {
 namespace device {
@@ -141,8 +142,7 @@ cudaError_t launch(const BackwardParams& p, cudaStream_t stream) {
   const bool aligned = in_chunks(p.out, p.out_strides) && in_chunks(p.grad_out, p.grad_out_strides);
   const int64_t blocks = p.row_tiles * (p.heads / p.fold) * p.batch;
   const auto kernel = p.head_dim <= 64 ? prepare<T, 8> : p.head_dim <= 128 ? prepare<T, 16> : prepare<T, 32>;
-  kernel<<<blocks, kThreads, 0, stream>>>(p, aligned);
-  return cudaGetLastError();
+  return launch_kernel(kernel, {blocks, kThreads}, stream, p, aligned);
 }
 
 }  // namespace
@@ -150,9 +150,10 @@ cudaError_t launch(const BackwardParams& p, cudaStream_t stream) {
 
 const char* backward_prepare(const BackwardParams& p, void* stream) {
   const auto cuda_stream = static_cast<cudaStream_t>(stream);
-  const cudaError_t status = p.dtype == DType::kBFloat16 ? device::launch<__nv_bfloat16>(p, cuda_stream)
-                                                         : device::launch<__half>(p, cuda_stream);
-  return status == cudaSuccess ? nullptr : cudaGetErrorString(status);
+  return checked_launch([&] {
+    return p.dtype == DType::kBFloat16 ? device::launch<__nv_bfloat16>(p, cuda_stream)
+                                       : device::launch<__half>(p, cuda_stream);
+  });
 }
 
 }  // namespace dflash

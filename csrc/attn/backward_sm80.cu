@@ -13,6 +13,7 @@
 #include "attn/key_tiles.h"
 #include "attn/row_chunks.h"
 #include "attn/softmax.h"
+#include "common/launch.h"
 
 namespace dflash {
 namespace device {
@@ -568,11 +569,7 @@ cudaError_t run_pass(const BackwardParams& p, const Launch& launch, cudaStream_t
   const int64_t length = Tile::kOfKeys ? p.kv_len : p.q_len * p.fold;
   const int64_t blocks = (length + Tile::kStill - 1) / Tile::kStill * (Tile::kOfKeys ? p.kv_heads : p.heads / p.fold) * p.batch;
   if (blocks == 0) return cudaSuccess;
-  const auto kernel = backward<T, Tile>;
-  const cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
-  if (status != cudaSuccess) return status;
-  kernel<<<blocks, Tile::kThreads, kSharedBytes, stream>>>(p, launch);
-  return cudaGetLastError();
+  return launch_kernel(backward<T, Tile>, {blocks, Tile::kThreads, kSharedBytes}, stream, p, launch);
 }
 
 template <class T, int kDim>
@@ -594,11 +591,12 @@ cudaError_t launch(const BackwardParams& p, cudaStream_t stream) {
 
 const char* backward_sm80(const BackwardParams& params, void* stream) {
   const auto cuda_stream = static_cast<cudaStream_t>(stream);
-  const cudaError_t status = with_dim(params.head_dim, [&]<int kDim> {
-    return params.dtype == DType::kBFloat16 ? device::launch<__nv_bfloat16, kDim>(params, cuda_stream)
-                                            : device::launch<__half, kDim>(params, cuda_stream);
+  return checked_launch([&] {
+    return with_dim(params.head_dim, [&]<int kDim> {
+      return params.dtype == DType::kBFloat16 ? device::launch<__nv_bfloat16, kDim>(params, cuda_stream)
+                                              : device::launch<__half, kDim>(params, cuda_stream);
+    });
   });
-  return status == cudaSuccess ? nullptr : cudaGetErrorString(status);
 }
 
 }  // namespace dflash

@@ -12,24 +12,17 @@ constexpr int kDecodeRows = 64;
 // In exact mode a row's keys are summed in parts of this many, cut at multiples of it.
 constexpr int kExactKeys = 256;
 
-// Each block of the grid has one.
-constexpr int64_t kDecodeCounters = 4096;
-
 struct DecodeParams : AttentionParams {
   void* out;  // rows aligned to 4 bytes
   HeadStrides out_strides;
 
   // TilePlan[plan_entries * tiles_of(q_len, decode_positions)]; entry 0 serves all of the batch where plan_entries is
-  // 1.
+  // 1. The portable kernel also takes a plan whose tiles hold plan_parts of its own.
   const int32_t* plan;
-  int64_t plan_entries;
+  int64_t plan_entries, plan_parts;
 
   // A row's result depends, to the bit, on its own query and its own keys alone.
   bool exact;
-
-  // One call at a time may use these.
-  int32_t* counters;  // [kDecodeCounters]: zero before the first call; every call leaves them so
-  void* workspace;    // decode_workspace(params) bytes, aligned to 16; nothing in them outlives a call
 };
 
 // A key head's query heads are cut into decode_head_tiles parts of decode_fold heads; the last may have fewer.
@@ -51,15 +44,20 @@ inline int64_t decode_positions(const AttentionParams& p, bool hopper) {
   return hopper && decode_warpgroups(p) == 2 ? 2 * of_warpgroup : of_warpgroup;
 }
 
-// Bytes of workspace on the current device; they depend on shapes and `exact` only.
-int64_t decode_workspace(const DecodeParams& params);
+// The portable kernel's grid on a stream of the current device, and the memory that a call needs beside its tensors.
+struct DecodeGrid {
+  int blocks, stages, shared_bytes;
+  int64_t workspace_bytes;  // they depend on shapes and `exact` only
+};
+const char* decode_sm80_grid(const DecodeParams& params, void* stream, DecodeGrid* grid);
 
-// Pages that the block table lacks are read as zeros.
-const char* decode_sm80(const DecodeParams& params, void* stream);
+// workspace: as many bytes as the grid says, aligned to 16, for this call alone; they may hold anything. Pages that the
+// block table lacks are read as zeros.
+const char* decode_sm80(const DecodeParams& params, const DecodeGrid& grid, void* workspace, void* stream);
 
 #if defined(DFLASH_EXT_HOPPER) || defined(__CUDACC__)
-// On Hopper: whether the kernel serves this call on the current device. It uses neither counters nor workspace.
-bool decode_sm90_serves(const DecodeParams& params);
+// The kernel for Hopper, which needs no workspace; why it does not serve this call (PortableReason).
+uint32_t decode_sm90_misses(const DecodeParams& params);
 const char* decode_sm90(const DecodeParams& params, void* stream);
 #endif
 

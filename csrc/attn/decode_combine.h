@@ -25,22 +25,20 @@ struct Parts {
   DFLASH_INLINE int slot(int i) const { return exact ? first_unit + i : 2 * (first_block + i) + (i == 0); }
 };
 
-// One counter serves an item that several blocks share, that of the block it begins in: the lower half counts who has
-// written its parts, the upper half who has seen that all have. The last to see it leaves a zero.
+// An item that several blocks share has the counter of the block that it begins in, for itself: no other item begins
+// there and ends elsewhere. It counts the blocks that have written their parts.
 class Meeting {
  public:
   DFLASH_INLINE Meeting(const DecodeProblem& p, const Parts& parts)
-      : counter_(reinterpret_cast<uint32_t&>(p.counters[parts.first_block])), blocks_(parts.blocks) {}
+      : counter_(p.counters[parts.first_block]), blocks_(parts.blocks) {}
 
   // One thread of a block, after a barrier that follows what the block has written, and a fence that releases it.
   DFLASH_INLINE void arrive() { counter_.fetch_add(1, cuda::memory_order_relaxed); }
 
   // One thread of a block, before a barrier that precedes what the block reads.
   DFLASH_INLINE void wait() {
-    while ((counter_.load(cuda::memory_order_acquire) & 0xffff) != blocks_) {
+    while (counter_.load(cuda::memory_order_acquire) != blocks_) {
     }
-    const uint32_t seen = counter_.fetch_add(1 << 16, cuda::memory_order_relaxed) >> 16;
-    if (seen + 1 == blocks_) counter_.store(0, cuda::memory_order_relaxed);
   }
 
  private:

@@ -1,14 +1,19 @@
 // Decode attention: few rows, many keys, bound by the memory that the cache lies in. A persistent grid walks through
 // the work of decode_work.h. Key tiles stream through a ring in shared memory that runs on from one item into the next;
 // of a tile's 64 rows each warp has 16, and keeps their output in registers.
+#include <cooperative_groups.h>
+
 #include <algorithm>
 #include <bit>
+#include <utility>
 
 #include "attn/decode_combine.h"
 #include "attn/decode_work.h"
 #include "attn/kernels.h"
 #include "attn/not_finite.h"
+#include "attn/plan_check.h"
 #include "attn/softmax.h"
+#include "common/launch.h"
 #include "common/mma.h"
 
 namespace dflash {
@@ -176,6 +181,7 @@ struct Decoder : DecodeTile<kDim> {
     // All loads come before the first use.
     constexpr int kCount = kDecodeRows * kChunks / kThreads, kBatch = kDim <= 128 ? kCount : 4;
     int4 own_bounds[2] = {};
+    const PlanCheck check(p.tile_plans()[job.item.tile]);
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const RowPlace row = own_place(r);
@@ -200,11 +206,12 @@ struct Decoder : DecodeTile<kDim> {
         write_shared(queries + place(row, chunk), values[i]);
       }
     }
+    clear();
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       bounds[r] = RowBounds(own_bounds[r], static_cast<int>(p.kv_len));
+      softmax.sum[r] = check.addend(bounds[r]);
     }
-    clear();
   }
 
   DFLASH_INLINE void multiply_keys(float (&s)[kKeys / 2], int stage) const {
@@ -316,6 +323,11 @@ struct Decoder : DecodeTile<kDim> {
   }
 
   DFLASH_INLINE void run() {
+    // The workspace may hold anything. No block uses a counter before all have set their own to zero: every block arrives
+    // at this barrier now, and waits for the others only when it is done with its keys.
+    const auto grid = cooperative_groups::this_grid();
+    if (threadIdx.x == 0) p.counters[blockIdx.x] = 0;
+    auto counters_are_zero = grid.barrier_arrive();
     const Share found(p);
     if (found.begin == found.end) return;
     if (threadIdx.x < kDecodeRows) state.places[threadIdx.x] = {p, static_cast<int>(threadIdx.x)};
@@ -370,6 +382,7 @@ struct Decoder : DecodeTile<kDim> {
 
     // Others make parts of the first item or of the last. All blocks get here at about the same time, and say so
     // before they wait for each other.
+    grid.barrier_wait(std::move(counters_are_zero));
     const Item last = steps.job(steps[i - 1]).item;
     const auto for_each_item = [&](auto&& call) {
 #pragma unroll 1
@@ -400,42 +413,16 @@ __global__ void __launch_bounds__(DecodeTile<kDim>::kThreads, DecodeTile<kDim>::
   Decoder<T, kDim>(problem, shared).run();
 }
 
-// What a launch needs, as the current device has it.
-struct Grid {
-  int blocks, stages, shared_bytes;
-
-  template <class Tile>
-  cudaError_t fit() {
-    int gpu = 0, processors = 0, per_processor = 0, per_block = 0, reserved = 0;
-    cudaError_t status = cudaGetDevice(&gpu);
-    const auto read = [&](int& value, cudaDeviceAttr attribute) {
-      if (status == cudaSuccess) status = cudaDeviceGetAttribute(&value, attribute, gpu);
-    };
-    read(processors, cudaDevAttrMultiProcessorCount);
-    read(per_processor, cudaDevAttrMaxSharedMemoryPerMultiprocessor);
-    read(per_block, cudaDevAttrMaxSharedMemoryPerBlockOptin);
-    read(reserved, cudaDevAttrReservedSharedMemoryPerBlock);
-    if (status != cudaSuccess) return status;
-    constexpr int kFixedBytes = Tile::kQueryBytes + sizeof(DecodeState<Tile>);
-    for (int resident = Tile::kBlocks; resident > 0; --resident) {
-      const int available = std::min(per_block, per_processor / resident - reserved) - kFixedBytes;
-      blocks = std::min<int>(processors * resident, kDecodeCounters);
-      stages = std::min(available / Tile::kStageBytes, kMaxStages);
-      if (stages > 1) break;
-    }
-    shared_bytes = kFixedBytes + stages * Tile::kStageBytes;
-    return stages > 0 ? cudaSuccess : cudaErrorInvalidConfiguration;
-  }
-};
-
-int64_t replicas_of(const DecodeParams& p) {
-  return (p.plan_entries == 1 ? p.batch : 1) * p.kv_heads * decode_head_tiles(p);
+int64_t plan_tiles_of(const DecodeParams& p) {
+  return p.plan_entries * tiles_of(p.q_len, p.plan_parts * decode_positions(p, false));
 }
 
-int64_t plan_tiles_of(const DecodeParams& p) { return p.plan_entries * tiles_of(p.q_len, decode_positions(p, false)); }
+int64_t replicas_of(const DecodeParams& p) {
+  return (p.plan_entries == 1 ? p.batch : 1) * p.kv_heads * p.plan_parts * decode_head_tiles(p);
+}
 
-int64_t slots_of(const DecodeParams& p, const Grid& grid) {
-  if (!p.exact) return 2 * int64_t(grid.blocks);
+int64_t slots_of(const DecodeParams& p, int64_t blocks) {
+  if (!p.exact) return 2 * blocks;
   return plan_tiles_of(p) * replicas_of(p) * std::max<int64_t>((p.kv_len + kExactKeys - 1) / kExactKeys, 1);
 }
 
@@ -443,15 +430,38 @@ bool is_aligned(const void* data, const HeadStrides& strides) {
   return (reinterpret_cast<uintptr_t>(data) | 2 * (strides.batch | strides.head | strides.row)) % 16 == 0;
 }
 
+int64_t counter_bytes(int64_t blocks) { return (blocks * sizeof(uint32_t) + 15) / 16 * 16; }
+
+// As many blocks as are resident at once, and as many stages as their shared memory holds.
 template <class T, int kDim>
-cudaError_t launch(const DecodeParams& params, cudaStream_t stream) {
+cudaError_t fit(const DecodeParams& p, cudaStream_t stream, DecodeGrid* grid) {
   using Tile = DecodeTile<kDim>;
-  Grid grid{};
-  cudaError_t status = grid.fit<Tile>();
-  if (status != cudaSuccess) return status;
+  constexpr int kFixedBytes = Tile::kQueryBytes + sizeof(DecodeState<Tile>);
+  const int per_processor = device_attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor);
+  const int per_block = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
+  const int reserved = device_attribute(cudaDevAttrReservedSharedMemoryPerBlock);
+  for (int resident = Tile::kBlocks; resident > 0; --resident) {
+    const int available = std::min(per_block, per_processor / resident - reserved) - kFixedBytes;
+    grid->stages = std::min(available / Tile::kStageBytes, kMaxStages);
+    if (grid->stages > 1) break;
+  }
+  if (grid->stages < 1) return cudaErrorInvalidConfiguration;
+  grid->shared_bytes = kFixedBytes + grid->stages * Tile::kStageBytes;
+  const cudaError_t status =
+      count_resident_blocks(decode<T, kDim>, Tile::kThreads, grid->shared_bytes, stream, &grid->blocks);
+  if (status == cudaSuccess && grid->blocks < 1) return cudaErrorInvalidConfiguration;
+  grid->workspace_bytes = counter_bytes(grid->blocks) +
+                          slots_of(p, grid->blocks) * kDecodeRows * (p.head_dim + 2) * int64_t(sizeof(float));
+  return status;
+}
+
+template <class T, int kDim>
+cudaError_t launch(const DecodeParams& params, const DecodeGrid& grid, void* workspace, cudaStream_t stream) {
+  using Tile = DecodeTile<kDim>;
   DecodeProblem problem{params};
   problem.tiles = static_cast<int>(plan_tiles_of(params));
   problem.replicas = static_cast<int>(replicas_of(params));
+  problem.parts = static_cast<int>(params.plan_parts);
   problem.head_tiles = static_cast<int>(decode_head_tiles(params));
   problem.fold = static_cast<int>(decode_fold(params));
   problem.fragments = static_cast<int>(params.head_dim / 8);
@@ -460,33 +470,39 @@ cudaError_t launch(const DecodeParams& params, cudaStream_t stream) {
   problem.stages = grid.stages;
   problem.q_aligned = is_aligned(params.q, params.q_strides);
   problem.kv_aligned = is_aligned(params.k, params.k_strides) && is_aligned(params.v, params.v_strides);
-  problem.partial_out = static_cast<float4*>(params.workspace);
+  problem.counters = static_cast<uint32_t*>(workspace);
+  problem.partial_out = reinterpret_cast<float4*>(static_cast<char*>(workspace) + counter_bytes(grid.blocks));
   problem.partial_stats =
-      reinterpret_cast<float2*>(problem.partial_out + slots_of(params, grid) * kDecodeRows * params.head_dim / 4);
-  status = cudaFuncSetAttribute(decode<T, kDim>, cudaFuncAttributeMaxDynamicSharedMemorySize, grid.shared_bytes);
-  if (status != cudaSuccess) return status;
-  void* arguments[] = {&problem};
-  return cudaLaunchCooperativeKernel(decode<T, kDim>, dim3(grid.blocks), dim3(Tile::kThreads), arguments,
-                                     grid.shared_bytes, stream);
+      reinterpret_cast<float2*>(problem.partial_out + slots_of(params, grid.blocks) * kDecodeRows * params.head_dim / 4);
+  LaunchShape shape{grid.blocks, Tile::kThreads, grid.shared_bytes};
+  shape.is_cooperative = true;
+  return launch_kernel(decode<T, kDim>, shape, stream, problem);
+}
+
+// Calls call<T, kDim>() for the dtype and the head dimension.
+template <class Call>
+const char* with_kernel(const DecodeParams& params, Call&& call) {
+  return checked_launch([&] {
+    return with_dim(params.head_dim, [&]<int kDim> {
+      return params.dtype == DType::kBFloat16 ? call.template operator()<__nv_bfloat16, kDim>()
+                                              : call.template operator()<__half, kDim>();
+    });
+  });
 }
 
 }  // namespace
 }  // namespace device
 
-int64_t decode_workspace(const DecodeParams& params) {
-  device::Grid grid{};
-  with_dim(params.head_dim, [&]<int kDim> { return grid.fit<device::DecodeTile<kDim>>(); });
-  return device::slots_of(params, grid) * kDecodeRows * (params.head_dim + 2) * sizeof(float);
+const char* decode_sm80_grid(const DecodeParams& params, void* stream, DecodeGrid* grid) {
+  return device::with_kernel(params, [&]<class T, int kDim> {
+    return device::fit<T, kDim>(params, static_cast<cudaStream_t>(stream), grid);
+  });
 }
 
-const char* decode_sm80(const DecodeParams& params, void* stream) {
-  if (params.batch == 0 || params.heads == 0 || params.q_len == 0) return nullptr;
-  const auto cuda_stream = static_cast<cudaStream_t>(stream);
-  const cudaError_t status = with_dim(params.head_dim, [&]<int kDim> {
-    return params.dtype == DType::kBFloat16 ? device::launch<__nv_bfloat16, kDim>(params, cuda_stream)
-                                            : device::launch<__half, kDim>(params, cuda_stream);
+const char* decode_sm80(const DecodeParams& params, const DecodeGrid& grid, void* workspace, void* stream) {
+  return device::with_kernel(params, [&]<class T, int kDim> {
+    return device::launch<T, kDim>(params, grid, workspace, static_cast<cudaStream_t>(stream));
   });
-  return status == cudaSuccess ? nullptr : cudaGetErrorString(status);
 }
 
 }  // namespace dflash

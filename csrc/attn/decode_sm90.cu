@@ -17,9 +17,10 @@
 #include "attn/decode.h"
 #include "attn/kernels.h"
 #include "attn/not_finite.h"
+#include "attn/plan_check.h"
 #include "attn/tile_products.h"
-#include "common/gpu.h"
 #include "common/hopper.h"
+#include "common/launch.h"
 
 namespace dflash {
 namespace device {
@@ -196,6 +197,7 @@ struct RowSums {
   // The thread's rows are `row` and the one 8 below.
   const int consumer = uniform(threadIdx.x / 128), row = threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4;
   const Scores scores{block.p};
+  RowBounds bounds[2];
   float out[kDim / 2] = {};
   OnlineSoftmax softmax;
 
@@ -216,10 +218,20 @@ struct RowSums {
     return {key, static_cast<bool>(within(0) | within(1))};
   }
 
+  DFLASH_INLINE void read_rows() {
+    const PlanCheck check(share.plan);
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const int position = place(row + 8 * r).position;
+      if (position < 0) continue;
+      bounds[r] = RowBounds(block.p.mask, share.batch, position, static_cast<int>(block.p.kv_len));
+      softmax.sum[r] = check.addend(bounds[r]);
+    }
+  }
+
   DFLASH_INLINE void consume() {
     auto& shared = block.shared;
     const uint32_t queries = block.queries + consumer * Tiling::kPanels * kQueryPanelBytes;
-    RowBounds bounds[2];
     float s[kKeys / 2], correction[2];
     typename Products::Weights weights;
     Stage<Tiling::kStages> k_stage, v_stage;
@@ -255,11 +267,6 @@ struct RowSums {
       softmax.add(s, scores.factor, correction);
     };
 
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      const int position = place(row + 8 * r).position;
-      if (position >= 0) bounds[r] = RowBounds(block.p.mask, share.batch, position, static_cast<int>(block.p.kv_len));
-    }
     shared.q_full.wait(0);
     start_scores();
     wait_for_products<0>();
@@ -366,6 +373,8 @@ __global__ void __launch_bounds__(Tiling::kThreads, Tiling::kBlocks)
   } else {
     if constexpr (Tiling::kMovesRegisters) take_registers<232>();
     RowSums<T, Tiling> rows{block};
+    // A block without keys looks at its rows only where no block of the item has keys.
+    if (has_keys || shared.share.span.count == 0) rows.read_rows();
     if (has_keys) rows.consume();
     if (block.ranks == 1) {
       rows.finish();
@@ -386,46 +395,35 @@ cudaError_t launch(const DecodeParams& p, cudaStream_t stream) {
   const auto kernel = decode<T, Tiling>;
   constexpr int kBytes = Tiling::kTileBytes + sizeof(DecodeShared<Tiling>);
   static_assert(Tiling::kBlocks * (kBytes + 1024) <= 228 * 1024);  // a block's own kilobyte is the system's
-  cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
-  if (status != cudaSuccess) return status;
-  cudaLaunchAttribute attributes[2]{};
-  attributes[0].id = cudaLaunchAttributeClusterDimension;
-  attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attributes[1].val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config{};
-  config.blockDim = dim3(Tiling::kThreads);
-  config.dynamicSmemBytes = kBytes;
-  config.stream = stream;
-  config.attrs = attributes;
-  config.numAttrs = 2;
-  const auto set_clusters = [&](int64_t count, unsigned ranks) {
-    config.gridDim = dim3(static_cast<unsigned>(count * ranks));
-    attributes[0].val.clusterDim = {ranks, 1, 1};
+  const int64_t fold = decode_fold(p), positions = kDecodeRows / fold;
+  const int64_t tiles = p.plan_entries * tiles_of(p.q_len, positions * Tiling::kConsumers);
+  const int64_t items = tiles * p.kv_heads * (p.plan_entries == 1 ? p.batch : 1);
+  const auto shape_of = [&](int ranks) {
+    LaunchShape shape{items * ranks, Tiling::kThreads, kBytes, ranks};
+    shape.overlaps_previous = true;
+    return shape;
   };
 
   // As many blocks share an item as there are multiprocessors for, and not so many that clusters wait for others to
   // end.
-  static const auto resident = [&] {
+  cudaError_t status = allow_shared_memory(kernel, kBytes);
+  if (status != cudaSuccess) return status;
+  const int processors = multiprocessors_of(stream);
+  const auto resident = once_per_device(processors, [&] {
     std::array<int, Tiling::kMaxCluster + 1> clusters{};
-    for (unsigned ranks = 2; ranks <= Tiling::kMaxCluster; ++ranks) {
-      set_clusters(1, ranks);
-      if (cudaOccupancyMaxActiveClusters(&clusters[ranks], kernel, &config) != cudaSuccess) {
+    for (int ranks = 2; ranks <= Tiling::kMaxCluster; ++ranks) {
+      LaunchShape shape = shape_of(ranks);
+      shape.blocks = ranks;
+      // An error says that there are no such clusters here.
+      if (cudaOccupancyMaxActiveClusters(&clusters[ranks], kernel, LaunchConfig(shape, stream).get()) != cudaSuccess) {
         clusters[ranks] = 0;
-        cudaGetLastError();  // no such clusters here: nobody else's error
       }
     }
     return clusters;
-  }();
-  int processors = 0;
-  status = count_multiprocessors(&processors);
-  if (status != cudaSuccess) return status;
-  const int64_t fold = decode_fold(p), positions = kDecodeRows / fold;
-  const int64_t tiles = p.plan_entries * tiles_of(p.q_len, positions * Tiling::kConsumers);
-  const int64_t items = tiles * p.kv_heads * (p.plan_entries == 1 ? p.batch : 1);
+  });
   const int64_t wanted = std::min({processors / items, p.kv_len / Tiling::kKeys, int64_t(Tiling::kMaxCluster)});
-  unsigned ranks = static_cast<unsigned>(std::max<int64_t>(wanted, 1));
+  int ranks = static_cast<int>(std::max<int64_t>(wanted, 1));
   while (ranks > 1 && resident[ranks] < items) --ranks;
-  set_clusters(items, ranks);
 
   const DecodeLayout layout{static_cast<int>(fold),
                             static_cast<int>(positions),
@@ -438,7 +436,7 @@ cudaError_t launch(const DecodeParams& p, cudaStream_t stream) {
                                       {&maps.k, key_box(p, p.k, p.k_strides, layout.box_keys)},
                                       {&maps.v, key_box(p, p.v, p.v_strides, layout.box_keys)}});
   if (status != cudaSuccess) return status;
-  return cudaLaunchKernelEx(&config, kernel, p, layout, maps);
+  return launch_kernel(kernel, shape_of(ranks), stream, p, layout, maps);
 }
 
 template <class T>
@@ -454,17 +452,20 @@ cudaError_t launch(const DecodeParams& p, cudaStream_t stream) {
 }  // namespace
 }  // namespace device
 
-bool decode_sm90_serves(const DecodeParams& p) {
-  return forward_sm90_runs_here() && !p.exact && p.kv_len > 0 && decode_warpgroups(p) > 0 &&
-         (p.pages.table == nullptr || p.pages.page_size % 16 == 0) && copy_engine_serves(p);
+uint32_t decode_sm90_misses(const DecodeParams& p) {
+  if (!hopper_kernels_serve() || p.kv_len == 0) return kNoSuchKernel;
+  return (p.exact ? kDecodeExact : 0) | (p.head_dim > 256 ? kDecodeHeadDim : 0) |
+         (decode_head_tiles(p) > 1 ? kDecodeHeads : 0) |
+         (p.pages.table != nullptr && p.pages.page_size % 16 != 0 ? kDecodePages : 0) |
+         (copy_engine_serves(p) ? 0 : kDecodeLayout);
 }
 
 const char* decode_sm90(const DecodeParams& p, void* stream) {
-  if (p.batch == 0 || p.heads == 0 || p.q_len == 0) return nullptr;
   const auto cuda_stream = static_cast<cudaStream_t>(stream);
-  const cudaError_t status = p.dtype == DType::kBFloat16 ? device::launch<__nv_bfloat16>(p, cuda_stream)
-                                                         : device::launch<__half>(p, cuda_stream);
-  return status == cudaSuccess ? nullptr : cudaGetErrorString(status);
+  return checked_launch([&] {
+    return p.dtype == DType::kBFloat16 ? device::launch<__nv_bfloat16>(p, cuda_stream)
+                                       : device::launch<__half>(p, cuda_stream);
+  });
 }
 
 }  // namespace dflash

@@ -11,11 +11,12 @@ namespace dflash::DFLASH_ISA {
 // What the launcher works out once for all blocks.
 struct DecodeProblem : DecodeParams {
   int tiles, replicas;  // items are tiles of the plan times replicas
-  int head_tiles, fold, positions;
+  int parts, head_tiles, fold, positions;
   int fragments;          // of 8 columns, in a row
   int unit_shift;  // a unit is 1 << unit_shift keys
   int stages;
   bool q_aligned, kv_aligned;  // rows begin at multiples of 16 bytes
+  uint32_t* counters;          // [blocks of the grid]: for the blocks that share an item
   float4* partial_out;         // [slots, kDecodeRows / 16, head_dim / 8, 32]: sums of exp2(score - maximum) * value
   float2* partial_stats;       // [slots, kDecodeRows]: the maximum (-inf: no key was seen), the sum of exponentials
 
@@ -25,7 +26,8 @@ struct DecodeProblem : DecodeParams {
     return partial_out + int64_t(index) * 32;
   }
 
-  DFLASH_INLINE TilePlan tile_plan(int tile) const { return reinterpret_cast<const TilePlan*>(plan)[tile]; }
+  DFLASH_INLINE const TilePlan* tile_plans() const { return reinterpret_cast<const TilePlan*>(plan); }
+  DFLASH_INLINE TilePlan tile_plan(int tile) const { return tile_plans()[tile]; }
 };
 
 // The units of one tile's keys. A tile without keys has one all the same, so that its rows are written.
@@ -81,10 +83,12 @@ struct ItemRows {
   int first, positions;  // the first position, how many
 
   ItemRows() = default;
-  DFLASH_INLINE ItemRows(const DecodeProblem& p, const TilePlan& plan, int replica)
-      : first(plan.first), positions(min(p.positions, static_cast<int>(p.q_len) - plan.first)) {
+  DFLASH_INLINE ItemRows(const DecodeProblem& p, const TilePlan& plan, int replica) {
     const int kv_heads = static_cast<int>(p.kv_heads), group = static_cast<int>(p.heads) / kv_heads;
-    const int outer = replica / p.head_tiles, head_tile = replica - outer * p.head_tiles;
+    const int with_part = replica / p.head_tiles, head_tile = replica - with_part * p.head_tiles;
+    const int outer = with_part / p.parts, part = with_part - outer * p.parts;
+    first = plan.first + part * p.positions;
+    positions = max(min(p.positions, static_cast<int>(p.q_len) - first), 0);
     batch = outer / kv_heads;
     kv_head = outer - batch * kv_heads;
     head = kv_head * group + head_tile * p.fold;

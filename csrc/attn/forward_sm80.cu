@@ -7,8 +7,10 @@
 
 #include "attn/kernels.h"
 #include "attn/key_tiles.h"
+#include "attn/plan_check.h"
 #include "attn/row_chunks.h"
 #include "attn/softmax.h"
+#include "common/launch.h"
 
 namespace dflash {
 namespace device {
@@ -43,6 +45,7 @@ struct Tiling {
 // What the host works out for the kernel.
 struct Launch {
   int fold_bits;
+  int positions;  // of a tile
   bool q_aligned, k_aligned, v_aligned, out_aligned;  // whether every chunk of a row is
 };
 
@@ -68,19 +71,27 @@ struct Item {
   TileRows rows;
   const uint16_t *k, *v;  // the head's
 
+  // A tile of the plan has plan_parts * repeats * head_groups items.
   DFLASH_INLINE Item(const AttentionForwardParams& p, const Launch& launch, uint32_t index)
-      : plan(reinterpret_cast<const TilePlan*>(p.plan)[index / (repeats(p) * head_groups(p, launch))]),
-        key_tiles(plan),
-        scores(p) {
-    const int64_t batch = p.plan_entries == 1 ? index / head_groups(p, launch) % repeats(p) : plan.entry;
-    const int head = index % head_groups(p, launch) << launch.fold_bits;
+      : Item(p, launch, index / head_groups(p, launch), index % head_groups(p, launch)) {}
+
+ private:
+  DFLASH_INLINE Item(const AttentionForwardParams& p, const Launch& launch, uint32_t outer, uint32_t head_group)
+      : Item(p, launch, outer / repeats(p), outer % repeats(p), head_group) {}
+
+  DFLASH_INLINE Item(const AttentionForwardParams& p, const Launch& launch, uint32_t tile, uint32_t repeat,
+                     uint32_t head_group)
+      : plan(reinterpret_cast<const TilePlan*>(p.plan)[tile / parts(p)]), key_tiles(plan), scores(p) {
+    const int64_t batch = p.plan_entries == 1 ? repeat : plan.entry;
+    const int head = head_group << launch.fold_bits;
     const int64_t kv_head = head / (static_cast<int>(p.heads) / static_cast<int>(p.kv_heads));
-    rows = {batch, head, plan.first, static_cast<int>(p.q_len), launch.fold_bits};
+    const int first = plan.first + static_cast<int>(tile % parts(p)) * launch.positions;
+    rows = {batch, head, first, static_cast<int>(p.q_len), launch.fold_bits};
     k = static_cast<const uint16_t*>(p.k) + batch * p.k_strides.batch + kv_head * p.k_strides.head;
     v = static_cast<const uint16_t*>(p.v) + batch * p.v_strides.batch + kv_head * p.v_strides.head;
   }
 
- private:
+  static DFLASH_INLINE uint32_t parts(const AttentionForwardParams& p) { return p.plan_parts; }
   static DFLASH_INLINE uint32_t repeats(const AttentionForwardParams& p) { return p.plan_entries == 1 ? p.batch : 1; }
   static DFLASH_INLINE uint32_t head_groups(const AttentionForwardParams& p, const Launch& launch) {
     return p.heads >> launch.fold_bits;
@@ -123,6 +134,7 @@ class TileForward {
     if (threadIdx.x == 0) shared_.item = item;
     load_queries(item.rows);
     __syncthreads();
+    check_plan();
     if (shared_.item.key_tiles.count() > 0) copy_keys(0);
     for (int tile = 0; tile < shared_.item.key_tiles.count(); ++tile) {
       wait_for_copies<0>();
@@ -163,6 +175,16 @@ class TileForward {
       __syncthreads();
 #pragma unroll
       for (int step = 0; step < kSteps; ++step) load_matrices(queries_[step], query_pieces_(0, step));
+    }
+  }
+
+  DFLASH_INLINE void check_plan() {
+    const PlanCheck check(shared_.item.plan);
+#pragma unroll
+    for (int m = 0; m < kFragments; ++m) {
+      const RowBounds* own = &shared_.bounds[row_ + 16 * m + lane_ / 4];
+#pragma unroll
+      for (int r = 0; r < 2; ++r) softmax_[m].sum[r] = check.addend(own[8 * r]);
     }
   }
 
@@ -338,17 +360,13 @@ cudaError_t launch(const AttentionForwardParams& p, cudaStream_t stream) {
   using Tile = Tiling<kHeadDim>;
   constexpr int kSharedBytes = sizeof(Shared<Tile>);
   static_assert(kSharedBytes <= 99 * 1024, "more than compute capability 8.6 and 8.9 give a block");
-  const int64_t fold = fold_of(p.heads, p.kv_heads);
-  const int64_t tiles = p.plan_entries * tiles_of(p.q_len, Tile::kRows / fold);
+  const int64_t fold = fold_of(p.heads, p.kv_heads), positions = Tile::kRows / fold;
+  const int64_t tiles = p.plan_entries * tiles_of(p.q_len, positions * p.plan_parts) * p.plan_parts;
   const int64_t items = tiles * (p.plan_entries == 1 ? p.batch : 1) * (p.heads / fold);
   if (items == 0) return cudaSuccess;
-  const auto kernel = forward<T, Tile>;
-  const cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
-  if (status != cudaSuccess) return status;
-  const Launch launch{__builtin_ctzll(fold), in_chunks(p.q, p.q_strides), in_chunks(p.k, p.k_strides),
-                      in_chunks(p.v, p.v_strides), in_chunks(p.out, p.out_strides)};
-  kernel<<<items, Tile::kThreads, kSharedBytes, stream>>>(p, launch);
-  return cudaGetLastError();
+  const Launch launch{__builtin_ctzll(fold),         static_cast<int>(positions),   in_chunks(p.q, p.q_strides),
+                      in_chunks(p.k, p.k_strides),   in_chunks(p.v, p.v_strides),   in_chunks(p.out, p.out_strides)};
+  return launch_kernel(forward<T, Tile>, {items, Tile::kThreads, kSharedBytes}, stream, p, launch);
 }
 
 }  // namespace
@@ -356,11 +374,12 @@ cudaError_t launch(const AttentionForwardParams& p, cudaStream_t stream) {
 
 const char* forward_sm80(const AttentionForwardParams& params, void* stream) {
   const auto cuda_stream = static_cast<cudaStream_t>(stream);
-  const cudaError_t status = with_dim(params.head_dim, [&]<int kDim> {
-    return params.dtype == DType::kBFloat16 ? device::launch<__nv_bfloat16, kDim>(params, cuda_stream)
-                                            : device::launch<__half, kDim>(params, cuda_stream);
+  return checked_launch([&] {
+    return with_dim(params.head_dim, [&]<int kDim> {
+      return params.dtype == DType::kBFloat16 ? device::launch<__nv_bfloat16, kDim>(params, cuda_stream)
+                                              : device::launch<__half, kDim>(params, cuda_stream);
+    });
   });
-  return status == cudaSuccess ? nullptr : cudaGetErrorString(status);
 }
 
 }  // namespace dflash

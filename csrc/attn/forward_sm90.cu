@@ -11,15 +11,14 @@
 // other's products. Only tiles of keys that the plan does not call full pay for masking.
 #include <algorithm>
 #include <bit>
-#include <cstdlib>
-#include <string_view>
 
 #include "attn/boxes.h"
 #include "attn/kernels.h"
 #include "attn/key_runs.h"
+#include "attn/plan_check.h"
 #include "attn/tile_products.h"
-#include "common/gpu.h"
 #include "common/hopper.h"
+#include "common/launch.h"
 
 namespace dflash {
 namespace device {
@@ -249,6 +248,15 @@ class Consumer {
       while (begin < end && !tiles[end - 1].meets(keys.x, keys.y)) --end;
       leave_out(begin);
     }
+    const int kv_len = static_cast<int>(p_.kv_len);
+    // The item's plan is there until the queries are released.
+    const auto leave_queries = [&](const RowBounds(&bounds)[2]) {
+      const PlanCheck check(item.plan);
+#pragma unroll
+      for (int r = 0; r < 2; ++r) softmax.sum[r] += check.addend(bounds[r]);
+      __syncwarp();
+      release_queries();
+    };
     if (begin < end) {
       float s[kKeys / 2], correction[2];
       typename Products::Weights weights;
@@ -256,7 +264,6 @@ class Consumer {
       KeyTile<kKeys> next = tiles[begin + 1];
       shared_.k.full[k_stage_.index].wait(k_stage_.parity);
       start_scores(s);
-      const int kv_len = static_cast<int>(p_.kv_len);
       const RowBounds bounds[2] = {RowBounds(asked[0], kv_len), RowBounds(asked[1], kv_len)};
       wait_for_products<0>();
       release(shared_.k, k_stage_);
@@ -286,14 +293,14 @@ class Consumer {
         Products::rescale(out, correction);
         Products::round_weights(weights, s);
       }
-      release_queries();
+      leave_queries(bounds);
       shared_.v.full[v_stage_.index].wait(v_stage_.parity);
       start_output(out, weights);
       wait_for_products<0>();
       release(shared_.v, v_stage_);
       pin(out);
     } else {
-      release_queries();
+      leave_queries({RowBounds(asked[0], kv_len), RowBounds(asked[1], kv_len)});
     }
     if (Shape::kLeavesOut) leave_out(tiles.count() - end);
 
@@ -449,17 +456,27 @@ __global__ void __launch_bounds__(Tiling<kDim>::kThreads, 1)
   }
 }
 
-Schedule schedule_of(const AttentionForwardParams& p, int64_t rows_per_tile) {
+// Items are counted in 32 bits, and a little beyond the last.
+constexpr int64_t kMaxItems = int64_t(1) << 31;
+
+// Folded heads of all batch entries that a tile of the plan serves.
+int64_t heads_of(const AttentionForwardParams& p) {
+  return p.heads / fold_of(p.heads, p.kv_heads) * (p.batch / p.plan_entries);
+}
+
+int64_t items_of(const AttentionForwardParams& p, int64_t rows_per_tile) {
+  return p.plan_entries * tiles_of(p.q_len, rows_per_tile / fold_of(p.heads, p.kv_heads)) * heads_of(p);
+}
+
+Schedule schedule_of(const AttentionForwardParams& p, int64_t items) {
   // What the L2 cache keeps of keys and values beside what goes through it.
   constexpr int64_t kCachedBytes = 36 << 20;
-  const int64_t fold = fold_of(p.heads, p.kv_heads), groups = p.heads / fold;
-  const int64_t tiles = p.plan_entries * tiles_of(p.q_len, rows_per_tile / fold);
-  const int64_t heads = groups * (p.batch / p.plan_entries);
+  const int64_t fold = fold_of(p.heads, p.kv_heads), heads = heads_of(p);
   const int64_t bytes = p.batch * p.kv_heads * p.kv_len * p.head_dim * 2 * 2;
   const int64_t sections = std::clamp<int64_t>((bytes + kCachedBytes - 1) / kCachedBytes, 1, heads);
   const int64_t section = (heads + sections - 1) / sections;
   const auto narrow = [](int64_t x) { return static_cast<unsigned>(x); };
-  return {std::countr_zero(narrow(fold)), narrow(heads), narrow(groups), narrow(section), narrow(tiles * heads)};
+  return {std::countr_zero(narrow(fold)), narrow(heads), narrow(p.heads / fold), narrow(section), narrow(items)};
 }
 
 template <class T, int kDim>
@@ -468,51 +485,38 @@ cudaError_t launch(const AttentionForwardParams& p, cudaStream_t stream) {
   const auto kernel = forward<T, kDim>;
   const int64_t fold = fold_of(p.heads, p.kv_heads);
   Maps maps;
-  cudaError_t status = make_tensor_maps(p.dtype, {{&maps.q, query_box(p, p.q, p.q_strides, fold)},
-                                                  {&maps.out, query_box(p, p.out, p.out_strides, fold)},
-                                                  {&maps.k, key_box(p, p.k, p.k_strides, Shape::kKeys)},
-                                                  {&maps.v, key_box(p, p.v, p.v_strides, Shape::kKeys)},
-                                                  {&maps.k_granule, key_box(p, p.k, p.k_strides, kGranule)},
-                                                  {&maps.v_granule, key_box(p, p.v, p.v_strides, kGranule)}});
-  int processors = 0;
-  if (status == cudaSuccess) status = count_multiprocessors(&processors);
-  if (status == cudaSuccess) {
-    status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Shape::kBytes);
-  }
+  const cudaError_t status = make_tensor_maps(p.dtype, {{&maps.q, query_box(p, p.q, p.q_strides, fold)},
+                                                        {&maps.out, query_box(p, p.out, p.out_strides, fold)},
+                                                        {&maps.k, key_box(p, p.k, p.k_strides, Shape::kKeys)},
+                                                        {&maps.v, key_box(p, p.v, p.v_strides, Shape::kKeys)},
+                                                        {&maps.k_granule, key_box(p, p.k, p.k_strides, kGranule)},
+                                                        {&maps.v_granule, key_box(p, p.v, p.v_strides, kGranule)}});
   if (status != cudaSuccess) return status;
-  const Schedule schedule = schedule_of(p, Shape::kRows);
-  const unsigned blocks = std::min<unsigned>(schedule.items, processors);
-  kernel<<<blocks, Shape::kThreads, Shape::kBytes, stream>>>(p, schedule, maps);
-  return cudaGetLastError();
+  const int64_t items = items_of(p, Shape::kRows);
+  if (items > kMaxItems) return cudaErrorInvalidConfiguration;
+  const Schedule schedule = schedule_of(p, items);
+  const LaunchShape shape{std::min<int64_t>(items, multiprocessors_of(stream)), Shape::kThreads, Shape::kBytes};
+  return launch_kernel(kernel, shape, stream, p, schedule, maps);
 }
 
 }  // namespace
 }  // namespace device
 
-bool forward_sm90_runs_here() {
-  // DFLASH_EXT_GPU=portable asks for less (tests, comparisons).
-  static const bool is_refused = [] {
-    const char* asked = std::getenv("DFLASH_EXT_GPU");
-    return asked != nullptr && std::string_view(asked) == "portable";
-  }();
-  int gpu = 0, major = 0;
-  return !is_refused && cudaGetDevice(&gpu) == cudaSuccess &&
-         cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, gpu) == cudaSuccess && major == 9;
-}
+bool forward_sm90_runs_here() { return hopper_kernels_serve(); }
 
-bool forward_sm90_serves(const AttentionForwardParams& p) {
-  return forward_sm90_runs_here() && (p.dtype == DType::kBFloat16 || p.dtype == DType::kFloat16) && p.kv_len > 0 &&
-         copy_engine_serves(p);
+uint32_t forward_sm90_misses(const AttentionForwardParams& p) {
+  if (!hopper_kernels_serve() || p.kv_len == 0) return kNoSuchKernel;
+  return copy_engine_serves(p) ? 0 : kForwardLayout;
 }
 
 const char* forward_sm90(const AttentionForwardParams& p, void* stream) {
-  if (p.batch == 0 || p.heads == 0 || p.q_len == 0) return nullptr;
   const auto cuda_stream = static_cast<cudaStream_t>(stream);
-  const cudaError_t status = with_dim(p.head_dim, [&]<int kDim> {
-    return p.dtype == DType::kBFloat16 ? device::launch<__nv_bfloat16, kDim>(p, cuda_stream)
-                                       : device::launch<__half, kDim>(p, cuda_stream);
+  return checked_launch([&] {
+    return with_dim(p.head_dim, [&]<int kDim> {
+      return p.dtype == DType::kBFloat16 ? device::launch<__nv_bfloat16, kDim>(p, cuda_stream)
+                                         : device::launch<__half, kDim>(p, cuda_stream);
+    });
   });
-  return status == cudaSuccess ? nullptr : cudaGetErrorString(status);
 }
 
 }  // namespace dflash

@@ -4,6 +4,7 @@
 #include "attn/backward.h"
 #include "attn/params.h"
 #include "attn/plan.h"
+#include "common/served.h"
 
 namespace dflash {
 
@@ -25,9 +26,9 @@ const char* backward_prepare(const BackwardParams& params, void* stream);
 const char* backward_sm80(const BackwardParams& params, void* stream);
 
 #if defined(DFLASH_EXT_HOPPER) || defined(__CUDACC__)
-// On Hopper: whether the current device is one, and whether the kernel serves this call there.
+// Whether the current device uses the kernels for Hopper; why the forward does not serve this call (PortableReason).
 bool forward_sm90_runs_here();
-bool forward_sm90_serves(const AttentionForwardParams& params);
+uint32_t forward_sm90_misses(const AttentionForwardParams& params);
 const char* forward_sm90(const AttentionForwardParams& params, void* stream);
 #endif
 

@@ -48,9 +48,9 @@ struct AttentionForwardParams : AttentionParams {
   void* lse;  // [B, Hq, Lq] Real; null: not wanted
 
   // On a GPU: the mask's plan, TilePlan[plan_entries * tiles_of(q_len, positions of a tile)]; entry 0 serves all of the
-  // batch where plan_entries is 1.
+  // batch where plan_entries is 1. The portable kernel also takes a plan whose tiles hold plan_parts of its own.
   const int32_t* plan;
-  int64_t plan_entries;
+  int64_t plan_entries, plan_parts;
 
   // With splits > 1 the keys are cut at multiples of split_len, and what each part yields is combined afterwards.
   int64_t splits, split_len;

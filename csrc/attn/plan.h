@@ -21,12 +21,21 @@ struct PlanParams {
   int64_t entries, q_len, kv_len;
   int64_t positions;  // of a tile
   int32_t* tiles;     // [entries * tiles_of(q_len, positions), kTilePlanInts]: those with the most keys first
-  int32_t* unsorted;  // as much again
-  int32_t* counters;  // set to 0
-  int64_t counter_count;
+  int32_t* scratch;   // plan_scratch_ints(entries * tiles_of(q_len, positions))
 };
 
 constexpr int64_t tiles_of(int64_t q_len, int64_t positions) { return (q_len + positions - 1) / positions; }
+
+// A plan of few tiles is sorted by counting, for each tile, those that come before it. A larger one is sorted by size
+// class of the number of keys: 8 classes an octave, 0 for the most keys.
+constexpr int64_t kFewTiles = 1024;
+constexpr int kSizeClasses = 128;
+constexpr int64_t kMaxPlanBlocks = 128;  // that sort by class
+
+// The plan before it is sorted, and how many tiles of each class every block has.
+constexpr int64_t plan_scratch_ints(int64_t tiles) {
+  return tiles * kTilePlanInts + (tiles > kFewTiles ? kMaxPlanBlocks * kSizeClasses : 0);
+}
 
 // How many query heads of one key head share a tile: row r of it stands at position r / fold in head r % fold.
 inline int64_t fold_of(int64_t heads, int64_t kv_heads) {

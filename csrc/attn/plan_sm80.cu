@@ -1,12 +1,12 @@
-// Makes the plan of a mask in one launch. A warp takes a tile of rows, brings the bounds of its rows together and
-// keeps the result; when all are there it counts how many tiles have more keys than its own, and that is its tile's
-// place in the plan: whoever walks through the plan meets the longest work first.
+// Makes the plan of a mask in one launch. Some lanes make the entry of a tile of rows from the bounds of its rows. When all
+// entries are there, they are brought into order, so that whoever walks through the plan meets the longest work first.
+// The order does not depend on the number of blocks.
 #include <cooperative_groups.h>
 #include <cooperative_groups/reduce.h>
 
 #include "attn/kernels.h"
 #include "common/device.h"
-#include "common/gpu.h"
+#include "common/launch.h"
 
 namespace dflash {
 namespace device {
@@ -14,7 +14,6 @@ namespace {
 
 namespace cg = cooperative_groups;
 
-constexpr int kThreads = 256, kWarps = kThreads / 32;
 constexpr int kFar = 1 << 30;
 
 // What the rows' intervals of one kind have in union and in common.
@@ -22,35 +21,43 @@ struct Hull {
   int lo = kFar, hi = 0, full_lo = 0, full_hi = kFar;
 
   DFLASH_INLINE void add(int row_lo, int row_hi) {
-    if (row_lo < row_hi) {
-      lo = min(lo, row_lo);
-      hi = max(hi, row_hi);
-      full_lo = max(full_lo, row_lo);
-      full_hi = min(full_hi, row_hi);
-    } else {
-      full_hi = 0;
-    }
+    const bool sees = row_lo < row_hi;
+    lo = min(lo, sees ? row_lo : kFar);
+    hi = max(hi, sees ? row_hi : 0);
+    full_lo = max(full_lo, sees ? row_lo : 0);
+    full_hi = min(full_hi, sees ? row_hi : 0);
   }
 
-  DFLASH_INLINE void merge(const cg::thread_block_tile<32>& warp) {
-    lo = cg::reduce(warp, lo, cg::less<int>());
-    hi = cg::reduce(warp, hi, cg::greater<int>());
-    full_lo = cg::reduce(warp, full_lo, cg::greater<int>());
-    full_hi = cg::reduce(warp, full_hi, cg::less<int>());
+  template <class Lanes>
+  DFLASH_INLINE void merge(const Lanes& lanes) {
+    lo = cg::reduce(lanes, lo, cg::less<int>());
+    hi = cg::reduce(lanes, hi, cg::greater<int>());
+    full_lo = cg::reduce(lanes, full_lo, cg::greater<int>());
+    full_hi = cg::reduce(lanes, full_hi, cg::less<int>());
     if (lo >= hi) lo = hi = 0;
     if (full_lo >= full_hi) full_lo = full_hi = 0;
   }
 };
 
-DFLASH_INLINE TilePlan plan_tile(const PlanParams& p, const cg::thread_block_tile<32>& warp, int64_t tile) {
-  const int64_t per_entry = tiles_of(p.q_len, p.positions);
-  const int64_t entry = tile / per_entry, first = tile % per_entry * p.positions;
-  const int kv_len = static_cast<int>(p.kv_len);
+DFLASH_INLINE int count_tiles(const PlanParams& p) {
+  return static_cast<int>(p.entries * tiles_of(p.q_len, p.positions));
+}
+
+// All lanes return the tile's entry.
+template <class Lanes>
+DFLASH_INLINE TilePlan plan_tile(const PlanParams& p, const Lanes& lanes, int tile) {
+  const int q_len = static_cast<int>(p.q_len), positions = static_cast<int>(p.positions);
+  const int kv_len = static_cast<int>(p.kv_len), per_entry = static_cast<int>(tiles_of(q_len, positions));
+  const int entry = tile / per_entry, first = (tile - entry * per_entry) * positions;
+  const int rows = min(positions, q_len - first);
+  const int64_t first_row = entry * p.mask.batch + first;
   Hull ctx, blk;
-  for (int64_t row = first + warp.thread_rank(); row < min(first + p.positions, p.q_len); row += 32) {
-    const int64_t at = entry * p.mask.batch + row;
-    int ctx_lo = max(p.mask.ctx_lo[at], 0), ctx_hi = min(p.mask.ctx_hi[at], kv_len);
-    int blk_lo = max(p.mask.blk_lo[at], 0), blk_hi = min(p.mask.blk_hi[at], kv_len);
+#pragma unroll 4
+  for (int i = lanes.thread_rank(); i < rows; i += lanes.size()) {
+    const int64_t at = first_row + i;
+    const int4 bounds{p.mask.ctx_lo[at], p.mask.ctx_hi[at], p.mask.blk_lo[at], p.mask.blk_hi[at]};
+    int ctx_lo = max(bounds.x, 0), ctx_hi = min(bounds.y, kv_len);
+    int blk_lo = max(bounds.z, 0), blk_hi = min(bounds.w, kv_len);
     if (ctx_lo < ctx_hi && blk_lo < blk_hi && ctx_lo <= blk_hi && blk_lo <= ctx_hi) {
       // They touch: one interval, so that tiles across the seam are full ones too.
       ctx_lo = min(ctx_lo, blk_lo);
@@ -60,16 +67,16 @@ DFLASH_INLINE TilePlan plan_tile(const PlanParams& p, const cg::thread_block_til
     ctx.add(ctx_lo, ctx_hi);
     blk.add(blk_lo, blk_hi);
   }
-  ctx.merge(warp);
-  blk.merge(warp);
+  ctx.merge(lanes);
+  blk.merge(lanes);
   if (blk.lo < blk.hi && (ctx.lo >= ctx.hi || blk.lo < ctx.lo)) {
     const Hull other = ctx;
     ctx = blk;
     blk = other;
   }
   TilePlan plan{};
-  plan.entry = static_cast<int>(entry);
-  plan.first = static_cast<int>(first);
+  plan.entry = entry;
+  plan.first = first;
   const Hull runs[2] = {ctx, blk};
   for (int i = 0; i < 2; ++i) {
     plan.lo[i] = runs[i].lo;
@@ -82,28 +89,135 @@ DFLASH_INLINE TilePlan plan_tile(const PlanParams& p, const cg::thread_block_til
   return plan;
 }
 
-__global__ void __launch_bounds__(kThreads) make_plan(const PlanParams p) {
+constexpr int kFewThreads = 256, kFewWarps = kFewThreads / 32;
+
+// A warp makes a tile's entry. After the grid's barrier it counts how many tiles have more keys than its own.
+__global__ void __launch_bounds__(kFewThreads) plan_few_tiles(const PlanParams p) {
   const auto warp = cg::tiled_partition<32>(cg::this_thread_block());
-  const int64_t count = p.entries * tiles_of(p.q_len, p.positions);
-  const int64_t first = int64_t(blockIdx.x) * kWarps + warp.meta_group_rank(), stride = int64_t(gridDim.x) * kWarps;
-  for (int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x; i < p.counter_count; i += stride * 32) {
-    p.counters[i] = 0;
-  }
-  auto* const unsorted = reinterpret_cast<TilePlan*>(p.unsorted);
-  for (int64_t tile = first; tile < count; tile += stride) {
+  const int count = count_tiles(p);
+  const int first = blockIdx.x * kFewWarps + warp.meta_group_rank(), stride = gridDim.x * kFewWarps;
+  auto* const unsorted = reinterpret_cast<TilePlan*>(p.scratch);
+  for (int tile = first; tile < count; tile += stride) {
     const TilePlan plan = plan_tile(p, warp, tile);
     if (warp.thread_rank() == 0) unsorted[tile] = plan;
   }
   cg::this_grid().sync();
-  for (int64_t tile = first; tile < count; tile += stride) {
+  for (int tile = first; tile < count; tile += stride) {
     const TilePlan plan = unsorted[tile];
     int before = 0;
-    for (int64_t other = warp.thread_rank(); other < count; other += 32) {
+    for (int other = warp.thread_rank(); other < count; other += 32) {
       const int keys = unsorted[other].keys;
       before += keys > plan.keys || (keys == plan.keys && other < tile);
     }
     before = cg::reduce(warp, before, cg::plus<int>());
     if (warp.thread_rank() == 0) reinterpret_cast<TilePlan*>(p.tiles)[before] = plan;
+  }
+}
+
+constexpr int kThreads = 1024, kLanes = 8;  // lanes of a tile
+
+// The size class of a number of keys: the upper bits of the number as a float, counted from kv_len's downwards. Numbers
+// below 2^-16 of kv_len share the last class.
+DFLASH_INLINE int size_class(int keys, int kv_len) {
+  const auto steps_of = [](int number) { return static_cast<int>(__float_as_uint(__int2float_rz(number)) >> 20); };
+  return min(steps_of(kv_len) - steps_of(keys), kSizeClasses - 1);
+}
+
+// The place of an entry among those of its class and of all others.
+class Places {
+ public:
+  // Counts the block's own tiles. All threads take part in this and in what follows.
+  DFLASH_INLINE void clear() {
+    for (int i = threadIdx.x; i < kSizeClasses; i += kThreads) count_[i] = 0;
+    __syncthreads();
+  }
+  DFLASH_INLINE void count(int of_class) { atomicAdd(&count_[of_class], 1); }
+  DFLASH_INLINE void publish(int32_t* counts) const {
+    __syncthreads();
+    for (int i = threadIdx.x; i < kSizeClasses; i += kThreads) counts[blockIdx.x * kSizeClasses + i] = count_[i];
+  }
+
+  // Where the block's entries of each class begin, given what all blocks have published.
+  DFLASH_INLINE void find(const int32_t* counts) {
+    clear();
+    for (int i = threadIdx.x; i < kSizeClasses; i += kThreads) next_[i] = 0;
+    __syncthreads();
+    constexpr int kReaders = kThreads / kSizeClasses;  // of one class
+    const int of_class = threadIdx.x % kSizeClasses, blocks = gridDim.x, block = blockIdx.x;
+    int total = 0, before = 0;
+#pragma unroll 16
+    for (int b = threadIdx.x / kSizeClasses; b < blocks; b += kReaders) {
+      const int there = counts[b * kSizeClasses + of_class];
+      total += there;
+      before += b < block ? there : 0;
+    }
+    atomicAdd(&count_[of_class], total);
+    atomicAdd(&next_[of_class], before);
+    __syncthreads();
+    // A prefix sum over the classes: one thread a class, 32 of them a warp.
+    const int lane = threadIdx.x % 32, scan_warp = threadIdx.x / 32;
+    int own = 0, start = 0;
+    if (threadIdx.x < kSizeClasses) {
+      start = own = count_[threadIdx.x];
+      for (int distance = 1; distance < 32; distance *= 2) {
+        const int other = __shfl_up_sync(~0u, start, distance);
+        if (lane >= distance) start += other;
+      }
+      if (lane == 31) warp_total_[scan_warp] = start;
+    }
+    __syncthreads();
+    if (threadIdx.x >= kSizeClasses) return;
+    for (int i = 0; i < scan_warp; ++i) start += warp_total_[i];
+    next_[threadIdx.x] += start - own;
+  }
+
+  // Gives the first `count` threads' entries their places, warp by warp; the other threads have class -1.
+  DFLASH_INLINE int take(int of_class, int count) {
+    int place = 0;
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    const unsigned alike = __match_any_sync(~0u, of_class);
+    for (int turn = 0; turn * 32 < count; ++turn) {
+      __syncthreads();
+      if (turn != warp || of_class < 0) continue;
+      place = next_[of_class] + __popc(alike & ((1u << lane) - 1));
+      __syncwarp(alike);  // all have read before one writes
+      if (__ffs(alike) - 1 == lane) next_[of_class] += __popc(alike);
+    }
+    return place;
+  }
+
+ private:
+  int count_[kSizeClasses], next_[kSizeClasses], warp_total_[kSizeClasses / 32];
+};
+
+// A counting sort by size class. Every block sorts the entries that it makes, which are neighbours. It counts them by
+// class before the grid's barrier, and after it adds up the counts of all blocks, which tells where its own entries begin
+// in each class. Tiles of one class stay in their order.
+__global__ void __launch_bounds__(kThreads, 1) plan_many_tiles(const PlanParams p) {
+  __shared__ Places places;
+  const auto lanes = cg::tiled_partition<kLanes>(cg::this_thread_block());
+  const int count = count_tiles(p), each = (count - 1) / static_cast<int>(gridDim.x) + 1;
+  const int begin = min(static_cast<int>(blockIdx.x) * each, count), end = min(begin + each, count);
+  const int kv_len = static_cast<int>(p.kv_len);
+  auto* const unsorted = reinterpret_cast<TilePlan*>(p.scratch);
+  int32_t* const counts = p.scratch + int64_t(count) * kTilePlanInts;
+  places.clear();
+  for (int tile = begin + lanes.meta_group_rank(); tile < end; tile += kThreads / kLanes) {
+    const TilePlan plan = plan_tile(p, lanes, tile);
+    if (lanes.thread_rank() == 0) {
+      unsorted[tile] = plan;
+      places.count(size_class(plan.keys, kv_len));
+    }
+  }
+  places.publish(counts);
+  cg::this_grid().sync();
+  places.find(counts);
+  for (int first = begin; first < end; first += kThreads) {
+    const int present = min(end - first, kThreads), own = threadIdx.x;
+    TilePlan plan;
+    if (own < present) plan = unsorted[first + own];
+    const int place = places.take(own < present ? size_class(plan.keys, kv_len) : -1, present);
+    if (own < present) reinterpret_cast<TilePlan*>(p.tiles)[place] = plan;
   }
 }
 
@@ -113,17 +227,19 @@ __global__ void __launch_bounds__(kThreads) make_plan(const PlanParams p) {
 const char* plan_sm80(const PlanParams& params, void* stream) {
   const int64_t count = params.entries * tiles_of(params.q_len, params.positions);
   if (count == 0) return nullptr;
-  int processors = 0;
-  cudaError_t status = count_multiprocessors(&processors);
-  if (status == cudaSuccess) {
-    // All blocks must be resident at once: one a multiprocessor always fits.
-    const int64_t blocks = (count + device::kWarps - 1) / device::kWarps;
-    PlanParams copy = params;
-    void* arguments[] = {&copy};
-    status = cudaLaunchCooperativeKernel(device::make_plan, dim3(blocks < processors ? blocks : processors),
-                                         dim3(device::kThreads), arguments, 0, static_cast<cudaStream_t>(stream));
-  }
-  return status == cudaSuccess ? nullptr : cudaGetErrorString(status);
+  const auto cuda_stream = static_cast<cudaStream_t>(stream);
+  const bool few = count <= kFewTiles;
+  const auto kernel = few ? device::plan_few_tiles : device::plan_many_tiles;
+  const int threads = few ? device::kFewThreads : device::kThreads;
+  const int64_t blocks = few ? (count + device::kFewWarps - 1) / device::kFewWarps : kMaxPlanBlocks;
+  return checked_launch([&] {
+    int resident = 0;
+    const cudaError_t status = count_resident_blocks(kernel, threads, 0, cuda_stream, &resident);
+    if (status != cudaSuccess) return status;
+    LaunchShape shape{std::min<int64_t>(blocks, resident), threads};
+    shape.is_cooperative = true;
+    return launch_kernel(kernel, shape, cuda_stream, params);
+  });
 }
 
 }  // namespace dflash

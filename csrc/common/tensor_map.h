@@ -1,12 +1,10 @@
-// Describes a tensor to Hopper's copy engine. The driver's function comes through the runtime: nothing links libcuda.
+// Describes a tensor to Hopper's copy engine (TMA).
 #pragma once
-
-#include <cuda.h>
-#include <cuda_runtime.h>
 
 #include <initializer_list>
 #include <utility>
 
+#include "common/driver.h"
 #include "common/layout.h"
 
 namespace dflash {
@@ -29,13 +27,7 @@ inline bool copy_engine_reads(const TensorBox& t) {
 }
 
 inline cudaError_t make_tensor_map(CUtensorMap* map, DType dtype, const TensorBox& t) {
-  using Encode = decltype(&cuTensorMapEncodeTiled);
-  static const Encode encode = [] {
-    void* function = nullptr;
-    cudaDriverEntryPointQueryResult found{};
-    cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &found);
-    return reinterpret_cast<Encode>(function);
-  }();
+  static const auto encode = driver_function<decltype(&cuTensorMapEncodeTiled)>("cuTensorMapEncodeTiled", 12000);
   if (encode == nullptr) return cudaErrorNotSupported;
   cuuint64_t sizes[4], strides[3];
   cuuint32_t box[4], steps[4] = {1, 1, 1, 1};

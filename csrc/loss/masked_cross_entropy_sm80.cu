@@ -1,5 +1,6 @@
 // Masked cross-entropy on CUDA: one block a row. Every thread keeps running sums of its share; the forward reads a row
 // once, the backward reads it once and writes it once, and the in-place pass does both while the row is in the cache.
+#include "common/launch.h"
 #include "loss/kernels.h"
 #include "loss/row_part.h"
 
@@ -126,17 +127,17 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks<kTeacher>) masked_cross_e
 }
 
 template <class T, bool kTeacher>
-void launch(const CrossEntropyParams& p, cudaStream_t stream) {
+cudaError_t launch(const CrossEntropyParams& p, cudaStream_t stream) {
   const auto kernel = p.pass == Pass::kForward    ? masked_cross_entropy<T, kTeacher, Pass::kForward>
                       : p.pass == Pass::kBackward ? masked_cross_entropy<T, kTeacher, Pass::kBackward>
                                                   : masked_cross_entropy<T, kTeacher, Pass::kInPlace>;
-  kernel<<<p.rows, kThreads, 0, stream>>>(p);
+  return launch_kernel(kernel, {p.rows, kThreads}, stream, p);
 }
 
 template <class T>
-void launch(const CrossEntropyParams& p, cudaStream_t stream) {
+cudaError_t launch(const CrossEntropyParams& p, cudaStream_t stream) {
   const bool has_teacher = p.teacher_kind != Teacher::kNone && p.teacher_mix != 0;
-  has_teacher ? launch<T, true>(p, stream) : launch<T, false>(p, stream);
+  return has_teacher ? launch<T, true>(p, stream) : launch<T, false>(p, stream);
 }
 
 }  // namespace
@@ -144,14 +145,15 @@ void launch(const CrossEntropyParams& p, cudaStream_t stream) {
 
 const char* masked_cross_entropy_sm80(const CrossEntropyParams& params, void* stream) {
   const auto cuda_stream = static_cast<cudaStream_t>(stream);
-  switch (params.dtype) {
-    case DType::kFloat32: device::launch<float>(params, cuda_stream); break;
-    case DType::kBFloat16: device::launch<__nv_bfloat16>(params, cuda_stream); break;
-    case DType::kFloat16: device::launch<__half>(params, cuda_stream); break;
-    case DType::kFloat64: return "float64 is not supported";
-  }
-  const cudaError_t status = cudaGetLastError();
-  return status == cudaSuccess ? nullptr : cudaGetErrorString(status);
+  return checked_launch([&] {
+    switch (params.dtype) {
+      case DType::kFloat32: return device::launch<float>(params, cuda_stream);
+      case DType::kBFloat16: return device::launch<__nv_bfloat16>(params, cuda_stream);
+      case DType::kFloat16: return device::launch<__half>(params, cuda_stream);
+      case DType::kFloat64: break;  // refused by the operator
+    }
+    return cudaErrorInvalidValue;
+  });
 }
 
 }  // namespace dflash

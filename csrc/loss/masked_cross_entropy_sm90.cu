@@ -4,6 +4,7 @@
 #include <cooperative_groups.h>
 
 #include "common/hopper.h"
+#include "common/launch.h"
 #include "loss/kernels.h"
 #include "loss/row_part.h"
 
@@ -104,45 +105,33 @@ cudaError_t launch(const CrossEntropyParams& p, cudaStream_t stream) {
   const int blocks = cluster_size(p);
   constexpr int kSize = Chunk<T>::kSize;
   const int slice = (p.vocab / blocks + kSize - 1) / kSize * kSize + (p.vocab % blocks ? kSize : 0);
-  const auto kernel = masked_cross_entropy_in_place<T>;
-  cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kMaxSliceBytes + 64);
-  if (status != cudaSuccess) return status;
-
-  cudaLaunchAttribute cluster{};
-  cluster.id = cudaLaunchAttributeClusterDimension;
-  cluster.val.clusterDim = {unsigned(blocks), 1, 1};
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(p.rows * blocks);
-  config.blockDim = dim3(kThreads);
-  config.dynamicSmemBytes = slice * sizeof(T);
-  config.stream = stream;
-  config.attrs = &cluster;
-  config.numAttrs = 1;
-  return cudaLaunchKernelEx(&config, kernel, p, slice);
+  const LaunchShape shape{p.rows * blocks, kThreads, slice * static_cast<int>(sizeof(T)), blocks};
+  return launch_kernel(masked_cross_entropy_in_place<T>, shape, stream, p, slice);
 }
 
 }  // namespace
 }  // namespace device
 
-bool masked_cross_entropy_sm90_serves(const CrossEntropyParams& p) {
-  int gpu = 0, major = 0;
-  if (cudaGetDevice(&gpu) != cudaSuccess) return false;
-  if (cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, gpu) != cudaSuccess) return false;
+uint32_t masked_cross_entropy_sm90_misses(const CrossEntropyParams& p) {
+  if (!hopper_kernels_serve() || p.pass != Pass::kInPlace || p.teacher_kind != Teacher::kNone) return kNoSuchKernel;
   // The bulk copy wants rows that start and end at multiples of 16 bytes.
   const int64_t bytes = device::bytes_of(p.dtype);
-  const bool aligned = (reinterpret_cast<uintptr_t>(p.logits) | p.vocab * bytes | p.logits_strides.outer * bytes |
-                        p.logits_strides.inner * bytes) % 16 == 0;
-  return major == 9 && p.pass == Pass::kInPlace && p.teacher_kind == Teacher::kNone && aligned &&
-         device::cluster_size(p) <= device::kMaxCluster;
+  const bool is_aligned = (reinterpret_cast<uintptr_t>(p.logits) | p.vocab * bytes | p.logits_strides.outer * bytes |
+                           p.logits_strides.inner * bytes) % 16 == 0;
+  return (is_aligned ? 0 : kLossLayout) | (device::cluster_size(p) <= device::kMaxCluster ? 0 : kLossVocabulary);
 }
 
 const char* masked_cross_entropy_sm90(const CrossEntropyParams& params, void* stream) {
   const auto cuda_stream = static_cast<cudaStream_t>(stream);
-  cudaError_t status = cudaErrorInvalidValue;
-  if (params.dtype == DType::kFloat32) status = device::launch<float>(params, cuda_stream);
-  if (params.dtype == DType::kBFloat16) status = device::launch<__nv_bfloat16>(params, cuda_stream);
-  if (params.dtype == DType::kFloat16) status = device::launch<__half>(params, cuda_stream);
-  return status == cudaSuccess ? nullptr : cudaGetErrorString(status);
+  return checked_launch([&] {
+    switch (params.dtype) {
+      case DType::kFloat32: return device::launch<float>(params, cuda_stream);
+      case DType::kBFloat16: return device::launch<__nv_bfloat16>(params, cuda_stream);
+      case DType::kFloat16: return device::launch<__half>(params, cuda_stream);
+      case DType::kFloat64: break;  // refused by the operator
+    }
+    return cudaErrorInvalidValue;
+  });
 }
 
 }  // namespace dflash

@@ -11,9 +11,9 @@ namespace {
 
 #ifndef DFLASH_EXT_HOPPER
 constexpr bool forward_sm90_runs_here() { return false; }
-constexpr bool forward_sm90_serves(const AttentionForwardParams&) { return false; }
+constexpr uint32_t forward_sm90_misses(const AttentionForwardParams&) { return kNoSuchKernel; }
 constexpr const char* forward_sm90(const AttentionForwardParams&, void*) { return nullptr; }
-constexpr bool decode_sm90_serves(const DecodeParams&) { return false; }
+constexpr uint32_t decode_sm90_misses(const DecodeParams&) { return kNoSuchKernel; }
 constexpr const char* decode_sm90(const DecodeParams&, void*) { return nullptr; }
 #endif
 
@@ -22,31 +22,40 @@ int64_t positions_of(int64_t heads, int64_t kv_heads, int64_t head_dim, bool hop
   return (hopper ? hopper_tile_rows(head_dim) : tile_rows(head_dim)) / fold_of(heads, kv_heads);
 }
 
-// [tiles + the rows that `counters` int32 fill, kTilePlanInts]
-int64_t plan_rows(int64_t tiles, int64_t counters) { return tiles + (counters + kTilePlanInts - 1) / kTilePlanInts; }
-
-Tensor make_plan(const Mask& mask, int64_t kv_len, int64_t positions, int64_t counters) {
+Tensor make_plan(const Mask& mask, int64_t kv_len, int64_t positions) {
   constexpr const char* kOp = "block_attn_plan";
   const int64_t entries = mask.ctx_lo.size(0), q_len = mask.ctx_lo.size(1);
   const int64_t tiles = entries * tiles_of(q_len, positions);
-  Tensor plan = new_empty(mask.ctx_lo, {plan_rows(tiles, counters), kTilePlanInts}, ScalarType::Int);
-  Tensor unsorted = new_empty(mask.ctx_lo, {tiles, kTilePlanInts}, ScalarType::Int);
-  auto* const data = static_cast<int32_t*>(plan.data_ptr());
-  const PlanParams p{intervals(kOp, mask, entries, q_len), entries, q_len, kv_len, positions, data,
-                     static_cast<int32_t*>(unsorted.data_ptr()), data + tiles * kTilePlanInts, counters};
+  check(tiles < int64_t(1) << 31, kOp, ": the mask has ", tiles, " tiles of rows; fewer than 2^31 are supported");
+  Tensor plan = new_empty(mask.ctx_lo, {tiles, kTilePlanInts}, ScalarType::Int);
+  const Tensor scratch = new_empty(mask.ctx_lo, {plan_scratch_ints(tiles)}, ScalarType::Int);
+  const PlanParams p{intervals(kOp, mask, entries, q_len),           entries, q_len, kv_len, positions,
+                     static_cast<int32_t*>(plan.data_ptr()), static_cast<int32_t*>(scratch.data_ptr())};
   const CudaScope scope(mask.ctx_lo);
   check_launch(kOp, plan_sm80(p, scope.stream()));
   return plan;
 }
 
-// The given plan, or one made now. A plan for other tiles than this call's does not fit: it would be wrong to use it.
-Tensor plan_for(const std::optional<Tensor>& given, const Tensor& q, const Mask& mask, int64_t kv_len,
-                int64_t positions, int64_t counters) {
-  const int64_t tiles = mask.ctx_lo.size(0) * tiles_of(q.size(2), positions);
-  const bool fits = given && given->dim() == 2 && given->size(0) == plan_rows(tiles, counters) &&
-                    given->size(1) == kTilePlanInts && given->scalar_type() == ScalarType::Int &&
-                    given->is_contiguous() && given->get_device_index() == q.get_device_index();
-  return fits ? *given : make_plan(mask, kv_len, positions, counters);
+// A plan, and how many of the kernel's tiles lie in a tile of it.
+struct UsedPlan {
+  Tensor tiles;
+  int64_t parts;
+};
+
+// The given plan where it fits, or one made now. `positions` are those of the kernel's tiles, `planned` those of the
+// tiles that block_attn_plan makes here: the portable kernels take these, too, where they are larger than their own.
+UsedPlan plan_for(const std::optional<Tensor>& given, const Tensor& q, const Mask& mask, int64_t kv_len,
+                  int64_t positions, int64_t planned) {
+  const bool is_plan = given && given->dim() == 2 && given->size(1) == kTilePlanInts &&
+                       given->scalar_type() == ScalarType::Int && given->is_contiguous() &&
+                       given->get_device_index() == q.get_device_index();
+  // Two plans of one mask with equally many tiles are the same: tiles of one size, or one tile that holds all rows.
+  const auto has_tiles_of = [&](int64_t size) {
+    return is_plan && given->size(0) == mask.ctx_lo.size(0) * tiles_of(q.size(2), size);
+  };
+  if (has_tiles_of(positions)) return {*given, 1};
+  if (has_tiles_of(planned)) return {*given, planned / positions};
+  return {make_plan(mask, kv_len, positions), 1};
 }
 
 Tensor plan(Tensor ctx_lo, Tensor ctx_hi, Tensor blk_lo, Tensor blk_hi, int64_t kv_len, int64_t heads,
@@ -61,7 +70,7 @@ Tensor plan(Tensor ctx_lo, Tensor ctx_hi, Tensor blk_lo, Tensor blk_hi, int64_t 
   p.head_dim = head_dim;
   const bool hopper = forward_sm90_runs_here();
   const int64_t positions = decode ? decode_positions(p, hopper) : positions_of(heads, kv_heads, head_dim, hopper);
-  return make_plan({ctx_lo, ctx_hi, blk_lo, blk_hi}, kv_len, positions, decode ? kDecodeCounters : 0);
+  return make_plan({ctx_lo, ctx_hi, blk_lo, blk_hi}, kv_len, positions);
 }
 
 }  // namespace
@@ -73,13 +82,13 @@ void run_forward_on_gpu(AttentionForwardParams& p, const Tensor& q, const Mask& 
         ": on a GPU q, k and v must be bfloat16 or float16");
   if (p.batch == 0 || p.heads == 0 || p.q_len == 0) return;
   const CudaScope scope(q);
-  const bool hopper = forward_sm90_serves(p);
-  const int64_t positions = positions_of(p.heads, p.kv_heads, p.head_dim, hopper);
   p.plan_entries = mask.ctx_lo.size(0);
-  // A plan is made for the best kernel here; another kernel's tiles may be others.
-  const Tensor used =
-      plan_for(hopper == forward_sm90_runs_here() ? plan : std::nullopt, q, mask, p.kv_len, positions, 0);
-  p.plan = static_cast<const int32_t*>(used.data_ptr());
+  const auto positions = [&](bool hopper) { return positions_of(p.heads, p.kv_heads, p.head_dim, hopper); };
+  const bool hopper = hopper_serves(forward_sm90_misses(p));
+  const UsedPlan used =
+      plan_for(plan, q, mask, p.kv_len, positions(hopper), positions(forward_sm90_runs_here()));
+  p.plan = static_cast<const int32_t*>(used.tiles.data_ptr());
+  p.plan_parts = used.parts;
   check_launch(kOp, hopper ? forward_sm90(p, scope.stream()) : forward_sm80(p, scope.stream()));
 }
 
@@ -111,15 +120,16 @@ void run_decode_on_gpu(DecodeParams& p, const Tensor& q, const Mask& mask, const
   if (p.batch == 0 || p.heads == 0 || p.q_len == 0) return;
   const CudaScope scope(q);
   p.plan_entries = mask.ctx_lo.size(0);
-  const bool hopper = decode_sm90_serves(p);
-  const int64_t positions = decode_positions(p, hopper), tiles = p.plan_entries * tiles_of(p.q_len, positions);
-  const Tensor used = plan_for(plan, q, mask, p.kv_len, positions, kDecodeCounters);
-  p.plan = static_cast<const int32_t*>(used.data_ptr());
+  const bool hopper = hopper_serves(decode_sm90_misses(p));
+  const UsedPlan used = plan_for(plan, q, mask, p.kv_len, decode_positions(p, hopper),
+                                 decode_positions(p, forward_sm90_runs_here()));
+  p.plan = static_cast<const int32_t*>(used.tiles.data_ptr());
+  p.plan_parts = used.parts;
   if (hopper) return check_launch(kOp, decode_sm90(p, scope.stream()));
-  p.counters = static_cast<int32_t*>(used.data_ptr()) + tiles * kTilePlanInts;
-  const Tensor workspace = new_empty(q, {decode_workspace(p)}, ScalarType::Byte);
-  p.workspace = workspace.data_ptr();
-  check_launch(kOp, decode_sm80(p, scope.stream()));
+  DecodeGrid grid{};
+  check_launch(kOp, decode_sm80_grid(p, scope.stream(), &grid));
+  const Tensor workspace = new_empty(q, {grid.workspace_bytes}, ScalarType::Byte);
+  check_launch(kOp, decode_sm80(p, grid, workspace.data_ptr(), scope.stream()));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(dflash_ext, CUDA, m) { m.impl("block_attn_plan", TORCH_BOX(&plan)); }

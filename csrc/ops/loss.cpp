@@ -84,7 +84,7 @@ void run(const CrossEntropyParams& p, const Tensor& logits) {
 #ifdef DFLASH_EXT_CUDA
   const CudaScope cuda(logits);
 #ifdef DFLASH_EXT_HOPPER
-  if (masked_cross_entropy_sm90_serves(p)) return check_launch(kOp, masked_cross_entropy_sm90(p, cuda.stream()));
+  if (hopper_serves(masked_cross_entropy_sm90_misses(p))) return check_launch(kOp, masked_cross_entropy_sm90(p, cuda.stream()));
 #endif
   check_launch(kOp, masked_cross_entropy_sm80(p, cuda.stream()));
 #else

@@ -13,7 +13,7 @@ from ..library import load
 from ..masks import IntervalMask, check_head_dim
 from .autograd import refuse_forward_mode, refuse_second_derivative
 from .devices import autocast
-from .serving import warn_once
+from .serving import warn_of_portable_kernels, warn_once
 
 load()
 _native = torch.ops.dflash_ext
@@ -66,6 +66,7 @@ def block_attn(
         tiles = mask.tiles_for(q.shape[1], k.shape[1], q.shape[3])
         scaling = _scaling(q, scale, softcap)
         out, lse = _native.block_attn(q, k, v, *_bounds(mask), tiles, *scaling, deterministic)
+        warn_of_portable_kernels(q.device)
         return (out, lse) if return_lse else out
     warn_once("block_attn", q.device)
     if softcap is None and not (return_lse or deterministic):
@@ -131,7 +132,10 @@ def block_attn_decode(
             kv_heads = k_cache.shape[1 if block_table is None else 2]
             tiles = mask.tiles_for(q.shape[1], kv_heads, q.shape[3], decode=True)
             keys = *_bounds(mask), mask.kv_len, block_table
-            return _native.block_attn_decode(q, k_cache, v_cache, *keys, tiles, exact, *_scaling(q, scale, softcap))
+            scaling = _scaling(q, scale, softcap)
+            out = _native.block_attn_decode(q, k_cache, v_cache, *keys, tiles, exact, *scaling)
+            warn_of_portable_kernels(q.device)
+            return out
         warn_once("block_attn_decode", q.device)
         return reference.block_attn_decode(
             q, k_cache, v_cache, mask, block_table=block_table, scale=scale, softcap=softcap

@@ -10,6 +10,7 @@ from ..reference import CrossEntropy
 from .autograd import refuse_forward_mode, refuse_second_derivative
 from .devices import autocast
 from .loss import DTYPES, OPTIONS_SCHEMA, check_normaliser, check_rows, options_of, real_dtype, reduced, weight_of
+from .serving import warn_of_portable_kernels
 
 _native = torch.ops.dflash_ext
 _OP = "linear_cross_entropy"
@@ -95,6 +96,7 @@ def linear_cross_entropy(
         train_head and not per_row,
         *options,
     )
+    warn_of_portable_kernels(hidden.device)
     loss = losses.view(shape) if per_row else reduced(losses, target, weight, reduction, normaliser)
     return CrossEntropy(loss, nll.view(shape), correct.view(shape), entropy.view(shape))
 

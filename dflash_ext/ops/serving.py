@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import warnings
 
 import torch
+
+from ..library import load
 
 NATIVE = "native kernel"
 _REFERENCE = "plain PyTorch (reference)"
@@ -23,6 +26,22 @@ SERVED_BY = {
 }
 
 
+_LAYOUT = "an address or stride that is not a multiple of 16 bytes, or a stride of 0"
+
+# Calls that the portable kernel serves on a Hopper GPU, where a kernel for Hopper serves all others: the operator and
+# why. In the order of csrc/common/served.h's bits.
+PORTABLE = (
+    ("block_attn", _LAYOUT),
+    ("block_attn_decode", _LAYOUT),
+    ("block_attn_decode", "exact=True"),
+    ("block_attn_decode", "a head_dim above 256"),
+    ("block_attn_decode", "more than 64 query heads for a key head"),
+    ("block_attn_decode", "pages whose size is no multiple of 16"),
+    ("linear_cross_entropy", "a vocabulary whose rows of logits are no multiples of 16 bytes"),
+    ("linear_cross_entropy", "a vocabulary whose rows of logits are longer than 880 KiB"),
+)
+
+
 def warn_once(op: str, device: torch.device) -> None:
     """Says, at the first call of an operator on a GPU, that no kernel of this package serves it."""
     if device.type == "cuda" and not torch.compiler.is_compiling():
@@ -32,3 +51,29 @@ def warn_once(op: str, device: torch.device) -> None:
 @functools.cache
 def _warn(op: str) -> None:
     warnings.warn(f"dflash_ext.{op} on cuda is served by {SERVED_BY[op]['cuda']}", stacklevel=4)
+
+
+_told = 0  # the bits of PORTABLE that a warning has named
+
+
+def warn_of_portable_kernels(device: torch.device) -> None:
+    """After a call on a GPU: says for each operator and reason once that a slower kernel has served a call."""
+    global _told
+    if device.type != "cuda" or torch.compiler.is_compiling():
+        return
+    new = portable_reasons().value & ~_told
+    if not new:
+        return
+    _told |= new
+    for bit, (op, reason) in enumerate(PORTABLE):
+        if new >> bit & 1:
+            warnings.warn(
+                f"dflash_ext.{op}: {reason}: the portable kernel serves such calls, more slowly than the Hopper kernel",
+                stacklevel=4,
+            )
+
+
+@functools.cache
+def portable_reasons() -> ctypes.c_uint32:
+    """The native library's own record: the bits of PORTABLE that have occurred in this process."""
+    return ctypes.c_uint32.in_dll(ctypes.CDLL(str(load())), "dflash_ext_portable_reasons")

@@ -117,6 +117,12 @@ def test_nothing_to_do(shape):
 # ------------------------------------------------------------------------------------------------- plans
 
 
+def is_sorted(plan):
+    """The most keys first; in a plan of many tiles up to eighths of an octave."""
+    keys = plan[:, 2] if len(plan) <= 1024 else plan[:, 2].float().view(torch.int32) >> 20
+    return (keys[:-1] >= keys[1:]).all()
+
+
 @pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
 def test_a_plan_tells_which_keys_a_tile_needs(mask):
     mask = mask().to("cuda")
@@ -128,7 +134,7 @@ def test_a_plan_tells_which_keys_a_tile_needs(mask):
     assert sorted(map(tuple, plan[:, :2].tolist())) == [
         (entry, tile * positions) for entry in range(mask.batch) for tile in range(per_entry)
     ]
-    assert (plan[:-1, 2] >= plan[1:, 2]).all()
+    assert is_sorted(plan)
     for entry, first, keys, lo0, lo1, hi0, hi1, full_lo0, full_lo1, full_hi0, full_hi1, _ in plan.tolist():
         rows = visible[entry, first : first + positions]
         needed = torch.zeros(mask.kv_len, dtype=torch.bool, device="cuda")
@@ -144,14 +150,70 @@ def test_most_tiles_of_a_prefix_are_full():
     assert (full[plan[:, 1] >= 1024] == 2048).all() and (full >= plan[:, 1]).all()
 
 
-def test_a_plan_changes_nothing_and_a_foreign_one_is_not_used():
-    mask = MASKS["anchors"]().to("cuda")
-    q, k, v = inputs(mask, "cuda", torch.bfloat16, heads=8, kv_heads=2, head_dim=128)
-    want = block_attn(q, k, v, mask)
-    assert torch.equal(want, block_attn(q, k, v, mask.plan(8, 2, 128)))
-    assert torch.equal(want, block_attn(q, k, v, mask.plan(8, 8, 512)))
-    with pytest.raises(ValueError, match="7 query heads are no multiple of 2 key heads"):
-        mask.plan(7, 2, 128)
+@pytest.mark.parametrize(("batch", "rows"), [(1, 40000), (64, 16384), (300, 5000), (9, 17), (64, 512), (41, 800)])
+def test_a_plan_of_many_tiles_is_whole_and_sorted(batch, rows):
+    lens = torch.randint(rows + 1, (batch,), device="cuda")
+    mask = IntervalMask.block_causal(lens, 16, max_len=rows)
+    plan, tiles = mask.plan(8, 2, 128).tiles, -(-rows // 32)
+    found = plan[:, 0].long() * tiles + plan[:, 1] // 32
+    assert torch.equal(found.sort().values, torch.arange(batch * tiles, device="cuda")) and is_sorted(plan)
+    assert torch.equal(mask.plan(8, 2, 128).tiles, plan)
+    entry = batch // 2
+    alone = IntervalMask(*(bound[entry : entry + 1] for bound in mask._bounds()), rows).plan(8, 2, 128).tiles
+    of_entry = plan[plan[:, 0] == entry]
+    assert torch.equal(of_entry[of_entry[:, 1].argsort(), 1:], alone[alone[:, 1].argsort(), 1:])
+
+
+# A planned mask whose bounds change afterwards, which no version counter tells under inference mode.
+CHANGES = {
+    "more": lambda mask: mask.ctx_hi[:, ::7].add_(40),
+    "less": lambda mask: mask.ctx_hi[:, ::7].sub_(90),
+    "none": lambda mask: mask.ctx_hi[:, ::7].zero_(),
+    "far": lambda mask: mask.blk_lo[:, ::7].zero_() + mask.blk_hi[:, ::7].fill_(5),
+    "all": lambda mask: [bound.copy_(torch.randint_like(bound, 400)) for bound in mask._bounds()],
+}
+
+
+def is_right_or_nan(got, lse, q, k, v, mask, may_be_nan):
+    """Every row is right for the mask's bounds as they are, or NaN where it may be."""
+    bad = got.isnan()
+    rows = bad.any(-1)
+    want = reference.block_attn(q.double(), k.double(), v.double(), mask)
+    assert torch.equal(bad.all(-1), rows) and (lse is None or torch.equal(lse.isnan(), rows))
+    assert not (rows & ~may_be_nan).any()
+    assert distance(got.masked_fill(bad, 0), want.masked_fill(bad, 0)) < 8e-3
+    return rows
+
+
+@pytest.mark.parametrize("layout", ["aligned", "odd"])
+@pytest.mark.parametrize("head_dim", [64, 128, 256, 512])
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_a_plan_of_bounds_that_have_changed_gives_nan(change, head_dim, layout):
+    with torch.inference_mode():
+        mask = IntervalMask.prefix_block(torch.tensor([400, 300], device="cuda"), 150, max_len=400).plan(4, 2, head_dim)
+        q, k, v = inputs(mask, "cuda", torch.bfloat16, head_dim=head_dim)
+        if layout == "odd":
+            q = torch.nn.functional.pad(q, (1, 0))[..., 1:]
+        before, nowhere = torch.stack(mask._bounds()), torch.zeros(2, 1, 400, dtype=torch.bool, device="cuda")
+        block_attn(q, k, v, mask)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = block_attn(q, k, v, mask, return_lse=True)
+        assert not is_right_or_nan(*block_attn(q, k, v, mask, return_lse=True), q, k, v, mask, nowhere).any()
+        change(mask)
+        changed = (torch.stack(mask._bounds()) != before).any(0)[:, None]
+        rows = is_right_or_nan(*block_attn(q, k, v, mask, return_lse=True), q, k, v, mask, changed)
+        assert rows.any()
+        graph.replay()
+        assert torch.equal(is_right_or_nan(*captured, q, k, v, mask, changed), rows)
+
+
+@pytest.mark.parametrize("head_dim", [64, 128, 512])
+def test_a_plan_without_keys_gives_nan_once_there_are_some(head_dim):
+    mask = IntervalMask(*torch.zeros(4, 1, 300, dtype=torch.int32, device="cuda"), 200).plan(4, 2, head_dim)
+    q, k, v = inputs(mask, "cuda", torch.bfloat16, head_dim=head_dim)
+    mask.blk_hi[:, 7] = 9
+    assert block_attn(q, k, v, mask).isnan().any(-1).nonzero()[:, 2].unique().tolist() == [7]
 
 
 # ---------------------------------------------------------------------------------------- graphs, compile

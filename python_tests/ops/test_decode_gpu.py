@@ -179,3 +179,49 @@ def test_nothing_to_do():
         q, k, v = filled(batch, 4, 2, q_len, kv_len, 64)
         out = block_attn_decode(q, k, v, mask)
         assert out.shape == q.shape and not out.any()
+
+
+@pytest.mark.parametrize("exact", [False, True])
+@pytest.mark.parametrize(("rows", "head_dim"), [(1, 64), (16, 128), (40, 128), (40, 256), (16, 512)])
+def test_a_plan_of_lengths_that_have_changed_gives_nan(rows, head_dim, exact):
+    """Also where the plan is made for larger tiles than those of the kernel that serves."""
+    mask = IntervalMask.decode(lengths(700, 70, 0), rows, kv_len=800).plan(8, 2, head_dim, decode=True)
+    q, k, v = filled(3, 8, 2, rows, 800, head_dim)
+    graph = torch.cuda.CUDAGraph()
+    block_attn_decode(q, k, v, mask, exact=exact)
+    with torch.cuda.graph(graph):
+        captured = block_attn_decode(q, k, v, mask, exact=exact)
+    graph.replay()
+    check(captured, q, k, v, mask)
+    mask.ctx_hi[0].sub_(300)
+    mask.ctx_hi[2] = 200
+    for got in (block_attn_decode(q, k, v, mask, exact=exact), graph.replay() or captured):
+        assert got[0].isnan().all() and got[2].isnan().all()
+        check(got[1:2], *(x[1:2] for x in (q, k, v)), IntervalMask(*(x[1:2] for x in mask._bounds()), 800))
+
+
+@pytest.mark.parametrize(("rows", "head_dim"), [(16, 128), (40, 128), (100, 256), (65, 80)])
+def test_exact_mode_has_the_same_bits_with_any_plan(rows, head_dim):
+    mask = IntervalMask.decode(lengths(700, 70, 0), rows, kv_len=900, causal=True)
+    q, k, v = filled(3, 8, 2, rows, 900, head_dim)
+    want = block_attn_decode(q, k, v, mask, exact=True)
+    assert torch.equal(block_attn_decode(q, k, v, mask.plan(8, 2, head_dim, decode=True), exact=True), want)
+
+
+def test_a_plan_without_keys_gives_nan_once_there_are_some():
+    mask = IntervalMask(*torch.zeros(4, 1, 9, dtype=torch.int32, device="cuda"), 2000).plan(4, 2, 128, decode=True)
+    q, k, v = filled(1, 4, 2, 9, 2000, 128)
+    mask.blk_hi[:, 7] = 9
+    for exact in (False, True):
+        got = block_attn_decode(q, k, v, mask, exact=exact)
+        assert got.isnan().any(-1).nonzero()[:, 2].unique().tolist() == [7]
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_opcheck(exact):
+    """The schema says that a call writes to none of its arguments, the plan included."""
+    mask = CASES["verify"]().plan(8, 2, 64, decode=True)
+    bounds = mask.ctx_lo, mask.ctx_hi, mask.blk_lo, mask.blk_hi
+    call = *filled(3, 8, 2, 16, 400, 64), *bounds, mask.kv_len, None, mask.tiles, exact, 0.1, 0.0
+    tests = ("test_schema", "test_faketensor")
+    torch.library.opcheck(torch.ops.dflash_ext.block_attn_decode, call, test_utils=tests)

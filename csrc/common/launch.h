@@ -1,0 +1,94 @@
+// How the launchers of all families launch their kernels.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+#include <utility>
+
+#include "common/gpu.h"
+
+namespace dflash {
+
+// Makes the CUDA calls of one launch, and returns null or CUDA's message. The result belongs to this launch alone: an
+// error that an earlier call has left in the runtime is cleared first, and no error is left for the next call to find.
+template <class Calls>
+const char* checked_launch(Calls&& calls) {
+  cudaGetLastError();
+  const cudaError_t status = calls();
+  cudaGetLastError();
+  return status == cudaSuccess ? nullptr : cudaGetErrorString(status);
+}
+
+struct LaunchShape {
+  int64_t blocks;
+  int threads;
+  int shared_bytes = 0;            // dynamic shared memory of a block
+  int cluster_blocks = 0;          // 0: no clusters
+  bool is_cooperative = false;     // all blocks are resident at once, so that they may wait for each other
+  bool overlaps_previous = false;  // may start before the stream's previous kernel has ended
+};
+
+// The shape as the runtime takes it.
+class LaunchConfig {
+ public:
+  LaunchConfig(const LaunchShape& shape, cudaStream_t stream) {
+    config_.gridDim = dim3(static_cast<unsigned>(shape.blocks));
+    config_.blockDim = dim3(shape.threads);
+    config_.dynamicSmemBytes = shape.shared_bytes;
+    config_.stream = stream;
+    config_.attrs = attributes_;
+    if (shape.cluster_blocks > 0) {
+      add(cudaLaunchAttributeClusterDimension).clusterDim = {static_cast<unsigned>(shape.cluster_blocks), 1, 1};
+    }
+    if (shape.is_cooperative) add(cudaLaunchAttributeCooperative).cooperative = 1;
+    if (shape.overlaps_previous) {
+      add(cudaLaunchAttributeProgrammaticStreamSerialization).programmaticStreamSerializationAllowed = 1;
+    }
+  }
+  LaunchConfig(const LaunchConfig&) = delete;
+
+  const cudaLaunchConfig_t* get() const { return &config_; }
+
+ private:
+  cudaLaunchAttributeValue& add(cudaLaunchAttributeID id) {
+    cudaLaunchAttribute& attribute = attributes_[config_.numAttrs++];
+    attribute.id = id;
+    return attribute.val;
+  }
+
+  cudaLaunchAttribute attributes_[3]{};
+  cudaLaunchConfig_t config_{};
+};
+
+// Lets blocks of the kernel have that much dynamic shared memory.
+template <class Kernel>
+cudaError_t allow_shared_memory(Kernel* kernel, int bytes) {
+  return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+}
+
+// Launches a kernel of any kind. Called within checked_launch.
+template <class... Params, class... Arguments>
+cudaError_t launch_kernel(void (*kernel)(Params...), const LaunchShape& shape, cudaStream_t stream,
+                          Arguments&&... arguments) {
+  constexpr int64_t kMaxBlocks = (int64_t(1) << 31) - 1;
+  if (shape.blocks > kMaxBlocks) return cudaErrorInvalidConfiguration;  // rather than the number's lower 32 bits
+  if (shape.shared_bytes > 0) {
+    const cudaError_t status = allow_shared_memory(kernel, shape.shared_bytes);
+    if (status != cudaSuccess) return status;
+  }
+  return cudaLaunchKernelEx(LaunchConfig(shape, stream).get(), kernel, std::forward<Arguments>(arguments)...);
+}
+
+// How many blocks of a kernel are resident at once on the stream's multiprocessors: the largest cooperative grid.
+template <class Kernel>
+cudaError_t count_resident_blocks(Kernel* kernel, int threads, int shared_bytes, cudaStream_t stream, int* blocks) {
+  cudaError_t status = allow_shared_memory(kernel, shared_bytes);
+  if (status == cudaSuccess) {
+    status = cudaOccupancyMaxActiveBlocksPerMultiprocessor(blocks, kernel, threads, shared_bytes);
+  }
+  *blocks *= multiprocessors_of(stream);
+  return status;
+}
+
+}  // namespace dflash

@@ -1,0 +1,331 @@
+"""How kernels are launched: errors, streams, a share of the GPU, a second GPU, PTX alone, and tensors of any size."""
+
+import ctypes
+import os
+import shutil
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from test_attention import distance
+
+from dflash_ext import IntervalMask, block_attn, block_attn_decode, linear_cross_entropy, masked_cross_entropy
+from dflash_ext.ops import serving
+
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("poisoned_memory")]
+
+ROOT = Path(__file__).parents[2]
+HALF = {"device": "cuda", "dtype": torch.bfloat16}
+
+# ------------------------------------------------------------------------------------------------ errors
+
+LAUNCHES = """
+#include <cstdio>
+#include "common/launch.h"
+using namespace dflash;
+__global__ void kernel(int) {}
+int main() {
+  const LaunchShape right[] = {{1, 32}, {2, 32, 0, 2}, {1, 32, 0, 0, true}, {1, 32, 60 << 10}};
+  const LaunchShape wrong[] = {{1, 4096}, {32, 32, 0, 32}, {1 << 20, 32, 0, 0, true}, {1, 32, 1 << 30},
+                               {(int64_t(1) << 32) + 1, 32}};
+  int status = 0;
+  const auto launch = [&](const LaunchShape& shape, bool is_right) {
+    cudaSetDevice(99);  // what an earlier call left
+    const char* error = checked_launch([&] { return launch_kernel(kernel, shape, nullptr, 0); });
+    const bool has_left_one = cudaPeekAtLastError() != cudaSuccess;
+    if ((error == nullptr) == is_right && !has_left_one) return;
+    status = 1;
+    std::printf("%lld x %d, %d bytes, cluster %d, cooperative %d: %s; left behind: %d\\n", (long long)shape.blocks,
+                shape.threads, shape.shared_bytes, shape.cluster_blocks, shape.is_cooperative, error ? error : "",
+                has_left_one);
+  };
+  for (const LaunchShape& bad : wrong) {
+    launch(bad, false);
+    for (const LaunchShape& good : right) launch(good, true);
+  }
+  return cudaDeviceSynchronize() == cudaSuccess ? status : 2;
+}
+"""
+
+
+def test_a_launch_returns_its_own_error_and_leaves_none(tmp_path):
+    if not shutil.which("nvcc"):
+        pytest.skip("nvcc is needed")
+    major, minor = torch.cuda.get_device_capability()
+    if major < 9:
+        pytest.skip("clusters need compute capability 9.0")
+    (tmp_path / "launches.cu").write_text(LAUNCHES)
+    flags = ["-std=c++20", f"-arch=sm_{major}{minor}", f"-I{ROOT / 'csrc'}"]
+    subprocess.run(["nvcc", *flags, "launches.cu", "-o", "launches"], cwd=tmp_path, check=True)
+    done = subprocess.run(["./launches"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
+# ----------------------------------------------------------------------------- what a launch depends on
+
+
+def calls(device="cuda"):
+    """A call of every launcher, by name. The cooperative ones want more blocks than a small share of a GPU holds."""
+    torch.manual_seed(0)
+
+    def some(*shape):
+        return torch.randn(shape, dtype=torch.bfloat16).to(device)
+
+    train = IntervalMask.block_causal(torch.tensor([3000, 2000], device=device), 16, max_len=3000)
+    step = IntervalMask.decode(torch.tensor([900, 7, 400], device=device), 16, kv_len=1000)
+    q, k, v = (some(2, heads, 3000, 64) for heads in (8, 2, 2))
+    odd = some(2, 8, 3000, 65)[..., 1:]
+    x, k_cache, v_cache = some(3, 8, 16, 128), some(3, 2, 1000, 128), some(3, 2, 1000, 128)
+    logits, hidden, head, target = some(70, 1000), some(70, 64), some(1000, 64), torch.arange(70, device=device)
+    hidden.requires_grad_()
+    leaf = q.clone().requires_grad_()
+    return {
+        "plan": lambda: train.plan(8, 2, 64).tiles,
+        "forward": lambda: block_attn(q, k, v, train),
+        "backward": lambda: torch.autograd.grad(block_attn(leaf, k, v, train).float().square().sum(), leaf)[0],
+        "portable forward": lambda: block_attn(odd, k, v, train),
+        "decode": lambda: block_attn_decode(x, k_cache, v_cache, step),
+        "portable decode": lambda: block_attn_decode(x, k_cache, v_cache, step, exact=True),
+        "loss": lambda: masked_cross_entropy(logits, target).nll,
+        "loss in place": lambda: torch.autograd.grad(linear_cross_entropy(hidden, head, target).loss, hidden)[0],
+    }
+
+
+def is_close(got, want):
+    """Parts of a sum may be cut elsewhere where there are fewer multiprocessors."""
+    return torch.equal(got, want) if not got.is_floating_point() else distance(got, want.double()) < 5e-3
+
+
+def green_stream(multiprocessors):
+    """A stream of a green context that has so many multiprocessors, by the driver's own functions."""
+    cuda = ctypes.CDLL("libcuda.so.1")
+
+    def call(name, *arguments):
+        status = getattr(cuda, name)(*arguments)
+        if status == 801 or status == 500:  # not supported, not found
+            pytest.skip(f"{name}: this driver has no green contexts")
+        assert status == 0, f"{name}: {status}"
+
+    whole, part = (ctypes.create_string_buffer(512) for _ in range(2))
+    count, device = ctypes.c_uint(1), ctypes.c_int()
+    described, context, stream = (ctypes.c_void_p() for _ in range(3))
+    call("cuDeviceGet", ctypes.byref(device), torch.cuda.current_device())
+    call("cuDeviceGetDevResource", device, whole, 1)
+    call("cuDevSmResourceSplitByCount", part, ctypes.byref(count), whole, None, 0, multiprocessors)
+    call("cuDevResourceGenerateDesc", ctypes.byref(described), part, 1)
+    call("cuGreenCtxCreate", ctypes.byref(context), described, device, 1)
+    call("cuGreenCtxStreamCreate", ctypes.byref(stream), context, 1, 0)
+    return torch.cuda.ExternalStream(stream.value)
+
+
+def test_a_green_context_has_a_share_of_the_gpu():
+    stream = green_stream(16)
+    for name, call in calls().items():
+        want = call()
+        torch.cuda.synchronize()
+        with torch.cuda.stream(stream):
+            got = call()
+            stream.synchronize()
+        assert is_close(got, want), name
+
+
+SHARE = """
+import sys, torch
+sys.path[:0] = sys.argv[1:3]
+from test_launch_gpu import calls
+print(torch.cuda.get_device_properties(0).multi_processor_count)
+torch.save({name: call().cpu() for name, call in calls().items()}, sys.argv[3])
+"""
+
+
+def test_mps_gives_a_share_of_the_gpu(tmp_path):
+    control = shutil.which("nvidia-cuda-mps-control")
+    if not control or subprocess.run([control], input="get_server_list\n", capture_output=True, text=True).returncode:
+        pytest.skip("the MPS daemon does not run")
+    results = []
+    for percent in ("100", "12"):
+        path = tmp_path / percent
+        done = subprocess.run(
+            [sys.executable, "-c", SHARE, str(ROOT), str(Path(__file__).parent), str(path)],
+            env=os.environ | {"CUDA_MPS_ACTIVE_THREAD_PERCENTAGE": percent},
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr[-2000:]
+        results.append((int(done.stdout), torch.load(path)))
+    (all_of_it, want), (share, got) = results
+    assert share < all_of_it
+    for name in want:
+        assert is_close(got[name], want[name]), name
+
+
+def test_a_second_gpu():
+    if torch.cuda.device_count() < 2:
+        pytest.skip("a second GPU is needed")
+    here, there = calls("cuda:0"), calls("cuda:1")
+    for name, call in there.items():
+        got = call()
+        assert torch.cuda.current_device() == 0 and got.device.index == 1, name
+        assert is_close(got.cpu(), here[name]().cpu()), name
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_streams_share_a_plan_for_decoding(exact):
+    lens = torch.tensor([5000, 900, 17], dtype=torch.int32, device="cuda")
+    mask = IntervalMask.decode(lens, 16, kv_len=5100).plan(32, 8, 128, decode=True)
+    q, k, v = (torch.randn(3, heads, length, 128, **HALF) for heads, length in ((32, 16), (8, 5100), (8, 5100)))
+    want, plan = block_attn_decode(q, k, v, mask, exact=exact), mask.tiles.clone()
+    torch.cuda.synchronize()
+    streams, outs = [torch.cuda.Stream() for _ in range(4)], []
+    for _ in range(25):
+        for stream in streams:
+            with torch.cuda.stream(stream):
+                outs.append(block_attn_decode(q, k, v, mask, exact=exact))
+    torch.cuda.synchronize()
+    assert all(torch.equal(out, want) for out in outs) and torch.equal(mask.tiles, plan)
+
+
+@pytest.mark.slow
+def test_a_build_of_ptx_alone(tmp_path):
+    """What runs on GPUs that are newer than the build: compute_80 PTX, which the driver compiles."""
+    if not shutil.which("nvcc"):
+        pytest.skip("nvcc is needed")
+    for name in ("csrc", "CMakeLists.txt", "setup.py", "pyproject.toml", "README.md", "dflash_ext/__init__.py"):
+        source, copy = ROOT / name, tmp_path / name
+        copy.parent.mkdir(exist_ok=True)
+        shutil.copytree(source, copy) if source.is_dir() else shutil.copy(source, copy)
+    subprocess.run(
+        [sys.executable, "setup.py", "--quiet", "build_ext", "--build-lib", "lib"],
+        cwd=tmp_path,
+        env=os.environ | {"DFLASH_EXT_CUDA_ARCHS": ""},
+        check=True,
+    )
+    library = tmp_path / "lib" / "dflash_ext" / "libdflash_ext_ops.so"
+    names = "every_mask or options or plan or any_lengths or in_place"
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-x", "-m", "gpu and not slow", "-k", names]
+        + [str(Path(__file__).with_name(name)) for name in ("test_attention_gpu.py", "test_decode_gpu.py")],
+        env=os.environ | {"DFLASH_EXT_LIBRARY": str(library), "DFLASH_EXT_GPU": "portable"},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-3000:]
+
+
+# ------------------------------------------------------------------------------------- the portable kernels
+
+
+def warned(call):
+    """The reasons of PORTABLE that the call warns of, as if it were the process's first."""
+    serving.portable_reasons().value = serving._told = 0
+    with pytest.warns() as record:
+        call()
+        call()  # a second time it says nothing
+        torch.cuda.synchronize()
+    return [str(warning.message) for warning in record if "portable kernel" in str(warning.message)]
+
+
+def test_every_reason_for_the_portable_kernel_is_named_once():
+    if torch.cuda.get_device_capability()[0] != 9 or os.environ.get("DFLASH_EXT_GPU"):
+        pytest.skip("Hopper's kernels do not serve here")
+    full = partial(IntervalMask.full, 48, device="cuda")
+
+    def decode(heads=4, head_dim=64, page_size=None, odd=0, **options):
+        q = torch.randn(1, heads, 3, head_dim + odd, **HALF)[..., odd:]
+        cache = torch.randn(1, 1, 48, head_dim, **HALF)
+        table = None
+        if page_size:
+            cache = cache.view(48 // page_size, page_size, 1, head_dim)
+            table = torch.arange(48 // page_size, dtype=torch.int32, device="cuda")[None]
+        block_attn_decode(q, cache, cache, full(q_len=3), block_table=table, **options)
+
+    def loss(vocab):
+        hidden = torch.randn(4, 8, **HALF).requires_grad_()
+        linear_cross_entropy(hidden, torch.randn(vocab, 8, **HALF), torch.arange(4, device="cuda")).loss.backward()
+
+    def forward():
+        q, k = torch.randn(1, 1, 48, 65, **HALF)[..., 1:], torch.randn(1, 1, 48, 64, **HALF)
+        block_attn(q, k, k, full())
+
+    causes = [
+        forward,
+        partial(decode, odd=1),
+        partial(decode, exact=True),
+        partial(decode, head_dim=264),
+        partial(decode, heads=65),
+        partial(decode, page_size=8),
+        partial(loss, 1001),
+        partial(loss, 480_000),
+    ]
+    for (op, reason), cause in zip(serving.PORTABLE, causes, strict=True):
+        assert [f"dflash_ext.{op}: {reason}: " in message for message in warned(cause)] == [True]
+
+
+# -------------------------------------------------------------------------- more than 2^31 elements
+
+
+def room_for(gib):
+    torch.cuda.empty_cache()
+    if torch.cuda.mem_get_info()[0] < gib << 30:
+        pytest.skip(f"{gib} GiB of GPU memory are needed")
+
+
+@pytest.mark.parametrize("portable", [False, True])
+def test_attention_to_more_than_2_31_elements_of_keys(portable):
+    room_for(20)
+    heads, kv_len, shown = 4, (1 << 31) // 4 // 128 + 4096, 700
+    k, v = (torch.empty(1, heads, kv_len, 128, **HALF) for _ in range(2))
+    few = [torch.randn(1, heads, shown, 128, **HALF) for _ in range(2)]
+    for cache, last in zip((k, v), few, strict=True):
+        cache[:, :, -shown:] = last
+    q = torch.randn(1, heads, 16, 128 + portable, **HALF)[..., int(portable) :]
+    assert k.numel() > 1 << 31
+    want = block_attn(q, *few, IntervalMask.full(shown, q_len=16, device="cuda")).double()
+    bounds = torch.tensor([kv_len - shown, kv_len, 0, 0], dtype=torch.int32, device="cuda")[:, None, None]
+    mask = IntervalMask(*bounds.expand(4, 1, 16).contiguous(), kv_len)
+    assert distance(block_attn(q, k, v, mask), want) < 5e-3
+    assert distance(block_attn_decode(q, k, v, mask, exact=portable), want) < 5e-3
+
+
+@pytest.mark.parametrize("portable", [False, True])
+def test_attention_of_more_than_2_31_elements_of_queries(portable):
+    room_for(24)
+    rows = (1 << 31) // 4 // 128 + 1000
+    q = torch.empty(1, 4, rows, 128, **HALF)
+    q[:, :, -1000:] = torch.randn(1, 4, 1000, 128, **HALF)
+    k, v = (torch.randn(1, 1, 64, 128 + portable, **HALF)[..., int(portable) :] for _ in range(2))
+    assert q.numel() > 1 << 31
+    got = block_attn(q, k, v, IntervalMask.full(64, q_len=rows, device="cuda"))[:, :, -1000:]
+    want = block_attn(q[:, :, -1000:].contiguous(), k, v, IntervalMask.full(64, q_len=1000, device="cuda"))
+    assert distance(got, want.double()) < 5e-3
+
+
+def test_losses_of_more_than_2_31_logits():
+    room_for(16)
+    vocab = 128_256
+    rows = (1 << 31) // vocab + 100
+    logits = torch.empty(rows, vocab, **HALF)
+    logits[-50:].normal_()
+    target = torch.zeros(rows, dtype=torch.int64, device="cuda")
+    weight = torch.zeros(rows, device="cuda")
+    target[-50:], weight[-50:] = torch.randint(vocab, (50,), device="cuda"), 1.0
+    leaf = logits[-50:].detach().float().requires_grad_()
+    want = F.cross_entropy(leaf, target[-50:], reduction="none")
+    want.sum().backward()
+    assert logits.numel() > 1 << 31
+    wide = logits.requires_grad_()
+    found = masked_cross_entropy(wide, target, weight, reduction="sum")
+    torch.testing.assert_close(found.nll[-50:], want.detach(), rtol=1e-4, atol=1e-4)
+    found.loss.backward()
+    torch.testing.assert_close(wide.grad[-50:].float(), leaf.grad, rtol=1e-2, atol=1e-5)
+    wide = wide.detach()
+    losses, *_ = torch.ops.dflash_ext.masked_cross_entropy_(
+        wide[None], target[None], weight[None], None, 0, 0.0, 0.0, 0.0, 0.0
+    )
+    torch.testing.assert_close(losses[0, -50:], want.detach(), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(wide[-50:].float(), leaf.grad, rtol=1e-2, atol=1e-5)
