@@ -78,7 +78,7 @@ def tiny(model_type: str) -> tuple[PreTrainedModel, list[list[int]]] | None:
             config = config_class(**fields | heads)
             model_class = MODEL_FOR_CAUSAL_LM_MAPPING[config_class]
             with torch.device("meta"):
-                if sum(p.numel() for p in model_class(config).parameters()) > 40e6:
+                if sum(p.numel() for p in model_class(config).parameters()) > 15e6:
                     return None
             torch.manual_seed(0)
             model = model_class(config).eval().requires_grad_(False)
@@ -99,13 +99,13 @@ def test_a_family_is_equal_or_refused_in_one_line(model_type):
         target = Target(model)
         options = dict(mask_token_id=MASK_TOKEN, num_layers=1, block_size=BLOCK, taps=[0, 2, 3])
         drafter = DFlashDrafter.for_target(target, **options).eval()
+        plain = decode(target, None, PROMPTS, max_new_tokens=NEW)
     except ValueError as refusal:
         assert model_type not in MUST_BE_EQUAL and "\n" not in str(refusal)
         print(f"{model_type}: {refusal}")
         return
 
     expected = [tokens[:NEW] for tokens in known]
-    plain = decode(target, None, PROMPTS, max_new_tokens=NEW)
     assert [c.tokens for c in plain.completions] == expected
     tapped = Target(model, drafter.config.target_layer_ids)
     oracle = Oracle(drafter.config).eval()
@@ -130,7 +130,7 @@ def pair(model: PreTrainedModel, taps: list[int]) -> tuple[Target, DFlashDrafter
 
 def test_blocks_stay_within_a_table_of_positions():
     """GPT-2 looks positions up in a table: a drafted slot beyond its end would be an error."""
-    target, drafter = pair(GPT2LMHeadModel(GPT2Config(**SHAPE | {"n_positions": 24, "n_layer": 4})), [1, 2])
+    target, drafter = pair(GPT2LMHeadModel(GPT2Config(**SHAPE | {"max_position_embeddings": 24})), [1, 2])
     prompts = random_prompts(1, 9, 17)
     decoded = decode(target, drafter, prompts, max_new_tokens=7)
     assert [c.tokens for c in decoded.completions] == [own_output(target.model, p, 7) for p in prompts]
@@ -157,18 +157,14 @@ def test_longrope_is_equal_up_to_its_switch_and_refused_beyond():
 
 def test_dynamic_rope_is_equal_up_to_the_models_positions():
     """The drafted slots of the last block would reach beyond them."""
-    rope = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}
+    rope = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 64.0}
     torch.manual_seed(0)
     target, drafter = pair(
         LlamaForCausalLM(LlamaConfig(**SHAPE | {"rope_parameters": rope, "max_position_embeddings": 32})), [1, 2]
     )
     prompts = random_prompts(5, 20)
-    expected = [own_output(target.model, p, 12) for p in prompts]
-    known = [own_output(target.model, p, 12) + [5] * 6 for p in prompts]
-    oracle = Oracle(drafter.config).eval()
-    oracle.script(prompts, known, 10**9)
-    decoded = decode(target, oracle, prompts, max_new_tokens=12, on_tokens=oracle.on_tokens)
-    assert [c.tokens for c in decoded.completions] == expected
+    decoded = decode(target, drafter, prompts, max_new_tokens=12)
+    assert [c.tokens for c in decoded.completions] == [own_output(target.model, p, 12) for p in prompts]
     with pytest.raises(ValueError, match="do not fit: the target has 32 positions"):
         decode(target, drafter, prompts, max_new_tokens=13)
 
