@@ -16,6 +16,43 @@ namespace cg = cooperative_groups;
 
 constexpr int kFar = 1 << 30;
 
+// A whole warp has an instruction for it; lanes of a part of one would execute that one part after another.
+template <class Lanes, class Op>
+DFLASH_INLINE int reduced(const Lanes& lanes, int value, Op op) {
+  if constexpr (Lanes::num_threads() == 32) {
+    return cg::reduce(lanes, value, op);
+  } else {
+#pragma unroll
+    for (int distance = Lanes::num_threads() / 2; distance > 0; distance /= 2) {
+      value = op(value, lanes.shfl_xor(value, distance));
+    }
+    return value;
+  }
+}
+
+// Entries are copied by 16 bytes.
+DFLASH_INLINE void copy_entry(TilePlan* to, const TilePlan& plan) {
+  static_assert(sizeof(TilePlan) == 48);
+  const auto* const from = reinterpret_cast<const int*>(&plan);
+#pragma unroll
+  for (int i = 0; i < 3; ++i) {
+    reinterpret_cast<int4*>(to)[i] = make_int4(from[4 * i], from[4 * i + 1], from[4 * i + 2], from[4 * i + 3]);
+  }
+}
+DFLASH_INLINE TilePlan read_entry(const TilePlan* at) {
+  TilePlan plan;
+  auto* const to = reinterpret_cast<int*>(&plan);
+#pragma unroll
+  for (int i = 0; i < 3; ++i) {
+    const int4 part = reinterpret_cast<const int4*>(at)[i];
+    to[4 * i] = part.x;
+    to[4 * i + 1] = part.y;
+    to[4 * i + 2] = part.z;
+    to[4 * i + 3] = part.w;
+  }
+  return plan;
+}
+
 // What the rows' intervals of one kind have in union and in common.
 struct Hull {
   int lo = kFar, hi = 0, full_lo = 0, full_hi = kFar;
@@ -30,10 +67,10 @@ struct Hull {
 
   template <class Lanes>
   DFLASH_INLINE void merge(const Lanes& lanes) {
-    lo = cg::reduce(lanes, lo, cg::less<int>());
-    hi = cg::reduce(lanes, hi, cg::greater<int>());
-    full_lo = cg::reduce(lanes, full_lo, cg::greater<int>());
-    full_hi = cg::reduce(lanes, full_hi, cg::less<int>());
+    lo = reduced(lanes, lo, cg::less<int>());
+    hi = reduced(lanes, hi, cg::greater<int>());
+    full_lo = reduced(lanes, full_lo, cg::greater<int>());
+    full_hi = reduced(lanes, full_hi, cg::less<int>());
     if (lo >= hi) lo = hi = 0;
     if (full_lo >= full_hi) full_lo = full_hi = 0;
   }
@@ -205,7 +242,7 @@ __global__ void __launch_bounds__(kThreads, 1) plan_many_tiles(const PlanParams 
   for (int tile = begin + lanes.meta_group_rank(); tile < end; tile += kThreads / kLanes) {
     const TilePlan plan = plan_tile(p, lanes, tile);
     if (lanes.thread_rank() == 0) {
-      unsorted[tile] = plan;
+      copy_entry(unsorted + tile, plan);
       places.count(size_class(plan.keys, kv_len));
     }
   }
@@ -215,9 +252,9 @@ __global__ void __launch_bounds__(kThreads, 1) plan_many_tiles(const PlanParams 
   for (int first = begin; first < end; first += kThreads) {
     const int present = min(end - first, kThreads), own = threadIdx.x;
     TilePlan plan;
-    if (own < present) plan = unsorted[first + own];
+    if (own < present) plan = read_entry(unsorted + first + own);
     const int place = places.take(own < present ? size_class(plan.keys, kv_len) : -1, present);
-    if (own < present) reinterpret_cast<TilePlan*>(p.tiles)[place] = plan;
+    if (own < present) copy_entry(reinterpret_cast<TilePlan*>(p.tiles) + place, plan);
   }
 }
 
