@@ -1,11 +1,11 @@
-"""A drafter's block against a key and value cache of rows of unequal length, whole and in pages."""
+"""Attention of a drafter's block against a key and value cache, contiguous and paged. The rows have unequal lengths."""
 
 import torch
 
 from dflash_ext import IntervalMask, block_attn_decode
 
 B, heads, kv_heads, width, capacity, page_size = 2, 8, 2, 64, 64, 16
-cached = torch.tensor([40, 17])  # tokens before the block, whose own keys are in the cache already
+cached = torch.tensor([40, 17])  # tokens before each row's block; the block's keys are in the cache, too
 mask = IntervalMask.decode(cached, block_len=16, kv_len=capacity)  # causal=True to verify a block
 q = torch.randn(B, heads, 16, width)
 k_cache, v_cache = (torch.randn(B, kv_heads, capacity, width) for _ in range(2))

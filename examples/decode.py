@@ -1,6 +1,7 @@
-"""Speculative decoding of any transformers causal LM with a DFlash drafter, as a library.
+"""Speculative decoding of a transformers causal LM with a DFlash drafter, by the library's functions.
 
-Usage: python examples/decode.py TARGET DRAFTER_FOLDER "a prompt", TARGET being a folder, a hub name or smollm2.
+Usage: python examples/decode.py TARGET DRAFTER "a prompt"
+TARGET is a folder, a name on the hub or smollm2. DRAFTER is a folder or a name on the hub.
 """
 
 import sys
@@ -11,9 +12,9 @@ from dflash_ext.models import Target, load_drafter, load_target, stop_tokens
 
 if len(sys.argv) != 4:
     sys.exit(__doc__)
-target_name, drafter_folder, text = sys.argv[1:]
+target_name, drafter_name, text = sys.argv[1:]
 model, tokenizer = load_target(target_name)
-drafter = load_drafter(drafter_folder, dtype=model.dtype, device=model.device)
+drafter = load_drafter(drafter_name, dtype=model.dtype, device=model.device)
 target = Target(model, drafter.config.target_layer_ids)
 prompt = encode(Conversation.user(text), tokenizer, max_prompt_tokens=2048)
 stops = stop_tokens(tokenizer, model)

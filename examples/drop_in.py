@@ -1,4 +1,4 @@
-"""Block attention, a loss that counts only where it should, and a mask, in somebody else's training step."""
+"""A mask, block attention and a loss on chosen positions, as they drop into somebody else's training step."""
 
 import torch
 
@@ -7,7 +7,7 @@ from dflash_ext import IntervalMask, block_attn, masked_cross_entropy
 B, heads, kv_heads, length, width, vocab = 2, 8, 2, 96, 64, 1000
 q = torch.randn(B, heads, length, width, requires_grad=True)
 k, v = (torch.randn(B, kv_heads, length, width, requires_grad=True) for _ in range(2))
-mask = IntervalMask.prefix_block(length, prefix_len=64)  # a causal prefix, then a block that sees both ways
+mask = IntervalMask.prefix_block(length, prefix_len=64)  # a causal prefix, then a bidirectional block
 hidden = block_attn(q, k, v, mask).transpose(1, 2).flatten(2)
 
 logits = hidden @ torch.randn(heads * width, vocab)
