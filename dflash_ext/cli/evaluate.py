@@ -51,7 +51,7 @@ def evaluate(
     """Measure tau and the acceptance by position on prompt sets, by real decoding."""
     from ..data import LeftOut, read_conversations
     from ..decode import decode
-    from ..eval import figures, table
+    from ..eval import summarize, table
     from ..models import stop_tokens
     from ..progress import progress
 
@@ -96,7 +96,7 @@ def evaluate(
     finally:  # an interrupt loses the set that it interrupts, and no other
         console.print(table(results))
     if output:
-        rows = {name: figures(decoded) | {"left_out": left_out[name]} for name, decoded in results.items()}
+        rows = {name: summarize(decoded) | {"left_out": left_out[name]} for name, decoded in results.items()}
         with replacing(output) as file:
             file.write(json.dumps(rows, indent=1) + "\n")
         console.print(f"the figures are in {output}")

@@ -11,17 +11,17 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from .answer_file import whole_lines
 from .errors import DataError
 from .parsing import require_file
-from .response_file import whole_lines
 
 
-class ResponseDataset(Dataset):
+class AnswerDataset(Dataset):
     """Answers as training sequences: `{"input_ids": int64 [S], "loss_mask": bool [S]}`, True on the
     answer's tokens.
 
     Args:
-        path: a file written by `regenerate`; it may have been cut off.
+        path: a file written by `answer_prompts`; it may have been cut off.
         max_length: sequences are cut to this many tokens.
         vocab_size: the vocabulary of the target to train for; answers with another vocabulary are refused.
         min_response: answers with fewer tokens than this, after the cut, are left out.
@@ -76,7 +76,7 @@ class ResponseDataset(Dataset):
         loss_mask = torch.arange(len(input_ids)) >= self._prompt_lengths[row]
         return {"input_ids": input_ids, "loss_mask": loss_mask}
 
-    def split(self, fraction: float, seed: int = 0) -> tuple[ResponseDataset, ResponseDataset]:
+    def split(self, fraction: float, seed: int = 0) -> tuple[AnswerDataset, AnswerDataset]:
         """The dataset without and with a share of its prompts, so that no prompt is on both sides.
 
         The choice depends on the prompts and the seed, not on the order of the answers. At least one prompt
@@ -89,7 +89,7 @@ class ResponseDataset(Dataset):
         held_out = torch.isin(keys, prompts[chosen])
         return self._only(~held_out), self._only(held_out)
 
-    def _only(self, rows: Tensor) -> ResponseDataset:
+    def _only(self, rows: Tensor) -> AnswerDataset:
         part = copy.copy(self)
         part._rows = self._rows[rows]
         return part

@@ -1,3 +1,3 @@
-from .figures import figures, table
+from .summary import summarize, table
 
-__all__ = ["figures", "table"]
+__all__ = ["summarize", "table"]

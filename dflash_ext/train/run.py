@@ -14,7 +14,7 @@ from rich.console import Console
 from torch.utils.data import Dataset
 from transformers import PrinterCallback
 
-from ..data import ResponseDataset, regenerate
+from ..data import AnswerDataset, answer_prompts
 from ..models import DFlashDrafter, Target, save_drafter
 from ..progress import progress
 from .checkpoints import newest_checkpoint
@@ -58,7 +58,7 @@ def train_on_prompts(
         newest_checkpoint(Path(output), drafter.config)
     answers = Path(output) / "answers.jsonl"
     with progress(console, "the target answers", len(prompts) * len(temperatures)) as advance:
-        regenerate(
+        answer_prompts(
             Target(target.model),  # untapped: answers need no features
             prompts,
             answers,
@@ -89,7 +89,7 @@ def train_on_answers(
 
     Args:
         target: tapped at the drafter's layers.
-        answers: a file written by `dflash_ext.data.regenerate`.
+        answers: a file written by `dflash_ext.data.answer_prompts`.
         max_length: sequences are cut to this many tokens.
         held_out: the share of the prompts that is kept for evaluation.
         console: shows the progress and a summary; None shows nothing.
@@ -98,7 +98,7 @@ def train_on_answers(
         The log of `train_drafter`, which has the other arguments too.
     """
     console = console or Console(quiet=True)
-    dataset = ResponseDataset(answers, max_length, vocab_size=target.vocab_size)
+    dataset = AnswerDataset(answers, max_length, vocab_size=target.vocab_size)
     trained, kept_out = dataset.split(held_out, recipe.seed)
     too_short = f", {dataset.dropped} too short to train on" if dataset.dropped else ""
     console.print(f"answers: {len(trained)} to train on, {len(kept_out)} held out{too_short}")

@@ -3,7 +3,7 @@ import json
 import pytest
 import torch
 
-from dflash_ext.data import DataError, ResponseDataset
+from dflash_ext.data import AnswerDataset, DataError
 
 
 def write(path, *answers, cut=0):
@@ -19,7 +19,7 @@ def write(path, *answers, cut=0):
 
 def test_sequences_and_masks(tmp_path):
     path = write(tmp_path / "a.jsonl", ([5, 6], [7, 8, 9, 10]), ([1], [2, 3]), ([4] * 3, [2] * 9), ([4] * 9, [2] * 9))
-    dataset = ResponseDataset(path, max_length=8)
+    dataset = AnswerDataset(path, max_length=8)
     assert (len(dataset), dataset.dropped) == (2, 2)
     assert dataset[0]["input_ids"].tolist() == [5, 6, 7, 8, 9, 10]
     assert dataset[0]["loss_mask"].tolist() == [False] * 2 + [True] * 4
@@ -30,12 +30,12 @@ def test_sequences_and_masks(tmp_path):
 
 def test_a_file_that_was_cut_off_gives_its_whole_rows(tmp_path):
     answers = [([i], [7, 8, 9, 10]) for i in range(3)]
-    assert len(ResponseDataset(write(tmp_path / "a.jsonl", *answers, cut=1), 100)) == 2
+    assert len(AnswerDataset(write(tmp_path / "a.jsonl", *answers, cut=1), 100)) == 2
 
 
 def test_split_keeps_a_prompt_on_one_side(tmp_path):
     answers = [([prompt, prompt], [sample] * 5) for sample in range(3) for prompt in range(20)]
-    forward = ResponseDataset(write(tmp_path / "a.jsonl", *answers), 100)
+    forward = AnswerDataset(write(tmp_path / "a.jsonl", *answers), 100)
     train, held_out = forward.split(0.2, seed=1)
 
     def prompts(part):
@@ -43,36 +43,36 @@ def test_split_keeps_a_prompt_on_one_side(tmp_path):
 
     assert (len(train), len(held_out)) == (48, 12)
     assert len(prompts(held_out)) == 4 and not prompts(train) & prompts(held_out)
-    backward = ResponseDataset(write(tmp_path / "b.jsonl", *reversed(answers)), 100)
+    backward = AnswerDataset(write(tmp_path / "b.jsonl", *reversed(answers)), 100)
     assert prompts(backward.split(0.2, seed=1)[1]) == prompts(held_out)
     assert prompts(forward.split(0.2, seed=2)[1]) != prompts(held_out)
 
 
 def test_split_sizes_at_the_edges(tmp_path):
-    several = ResponseDataset(write(tmp_path / "a.jsonl", *[([i], [1] * 4) for i in range(5)]), 100)
+    several = AnswerDataset(write(tmp_path / "a.jsonl", *[([i], [1] * 4) for i in range(5)]), 100)
     assert [len(part) for part in several.split(0.0)] == [5, 0]
     assert [len(part) for part in several.split(0.01)] == [4, 1]
-    alone = ResponseDataset(write(tmp_path / "b.jsonl", ([1], [1] * 4)), 100)
+    alone = AnswerDataset(write(tmp_path / "b.jsonl", ([1], [1] * 4)), 100)
     assert [len(part) for part in alone.split(0.5)] == [1, 0]
 
 
 def test_what_is_wrong_with_a_file_is_said(tmp_path):
     with pytest.raises(DataError, match="a.jsonl: no such file"):
-        ResponseDataset(tmp_path / "a.jsonl", 100)
+        AnswerDataset(tmp_path / "a.jsonl", 100)
     with pytest.raises(DataError, match="a file is expected, this is a folder"):
-        ResponseDataset(tmp_path, 100)
+        AnswerDataset(tmp_path, 100)
     (tmp_path / "empty.jsonl").touch()
     with pytest.raises(DataError, match="empty.jsonl: not a file of answers, there is no whole line in it"):
-        ResponseDataset(tmp_path / "empty.jsonl", 100)
+        AnswerDataset(tmp_path / "empty.jsonl", 100)
     path = write(tmp_path / "a.jsonl", ([1], [2]))
     with pytest.raises(DataError, match="a.jsonl: holds no answer with 4 tokens or more within 100"):
-        ResponseDataset(path, 100)
+        AnswerDataset(path, 100)
     with pytest.raises(DataError, match="a.jsonl: answers of a target with a vocabulary of 97; this one has 98"):
-        ResponseDataset(path, 100, vocab_size=98)
+        AnswerDataset(path, 100, vocab_size=98)
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text('{"prompt": "x"}\n')
     with pytest.raises(DataError, match="prompts.jsonl: not a file of answers"):
-        ResponseDataset(prompts, 100)
+        AnswerDataset(prompts, 100)
 
 
 @pytest.mark.parametrize(
@@ -101,5 +101,5 @@ def test_what_is_wrong_with_a_row_is_said_in_one_line(tmp_path, line, message):
         line = json.dumps({"index": 0, "temperature": 0.0, "prompt_ids": [5], "response_ids": [6]} | line).encode()
     path.write_bytes(path.read_bytes() + line + b"\n")
     with pytest.raises(DataError, match=f"a.jsonl:3: {message}") as error:
-        ResponseDataset(path, 100)
+        AnswerDataset(path, 100)
     assert "\n" not in str(error.value) and len(str(error.value)) < 400

@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from dflash_ext.data import Conversation, DataError, encode, encode_all, regenerate
+from dflash_ext.data import Conversation, DataError, answer_prompts, encode, encode_all
 from dflash_ext.decode import decode
 from dflash_ext.models import Target
 from python_tests.data.letters import letters
@@ -21,7 +21,7 @@ def answer(target, path, **changes):
     conversations = [Conversation.user(text) for text in changes.pop("prompts", PROMPTS)]
     prompts = encode_all(conversations, letters(), max_prompt_tokens=changes.pop("max_prompt_tokens", 40))
     options = dict(max_new_tokens=12, temperatures=(0.0, 0.9), batch_size=2, stop_token_ids=(2,))
-    regenerate(target, prompts, path, **options | changes)
+    answer_prompts(target, prompts, path, **options | changes)
 
 
 def rows_of(path):

@@ -1,3 +1,5 @@
+"""The summary of a decoding run, as numbers and as a table."""
+
 import io
 import json
 
@@ -5,19 +7,19 @@ import pytest
 from rich.console import Console
 
 from dflash_ext.decode import Completion, Decoded
-from dflash_ext.eval import figures, table
+from dflash_ext.eval import summarize, table
 
 
 @pytest.fixture
 def decoded():
     """Two prompts; the second one ended in its only cycle, before the third of its accepted tokens."""
-    first = Completion([1, 2, 3, 4, 5, 6], "length", committed=[4, 1], accepted=[3, 0])
-    second = Completion([7, 8, 9], "stop", committed=[2], accepted=[3])
+    first = Completion([1, 2, 3, 4, 5, 6], "length", committed=[4, 1], verified=[3, 3], accepted=[3, 0])
+    second = Completion([7, 8, 9], "stop", committed=[2], verified=[3], accepted=[3])
     return Decoded([first, second], 3, cycles=4, prefill_seconds=9.0, draft_seconds=0.5, verify_seconds=1.5)
 
 
-def test_figures_by_hand(decoded):
-    row = figures(decoded)
+def test_the_summary_by_hand(decoded):
+    row = summarize(decoded)
     assert row == {
         "prompts": 2,
         "tokens": 9,
@@ -31,17 +33,22 @@ def test_figures_by_hand(decoded):
 
 
 def test_acceptance_falls_with_the_position(decoded):
-    decoded.completions[0].accepted = [2, 0, 1, 3]
-    assert figures(decoded)["acceptance"] == [0.8, 0.6, 0.4]
+    decoded.completions[0].verified, decoded.completions[0].accepted = [3] * 4, [2, 0, 1, 3]
+    assert summarize(decoded)["acceptance"] == [0.8, 0.6, 0.4]
+
+
+def test_acceptance_counts_only_cycles_that_verified_the_position(decoded):
+    decoded.completions[1].verified, decoded.completions[1].accepted = [1], [1]
+    assert summarize(decoded)["acceptance"] == [0.6667, 0.5, 0.5]
 
 
 def test_an_answer_that_prefill_alone_finished():
-    row = figures(Decoded([Completion([1], "stop")], 3))
+    row = summarize(Decoded([Completion([1], "stop")], 3))
     assert (row["tau"], row["tokens_per_second"], row["draft_ms"], row["acceptance"]) == (1.0, 0.0, 0.0, [0.0] * 3)
 
 
 def test_the_table_has_a_row_for_each_run(decoded):
-    plain = Decoded([Completion([1, 2, 3], "length", [1, 1], [0, 0])], 0, cycles=2, verify_seconds=0.5)
+    plain = Decoded([Completion([1, 2, 3], "length", [1, 1], [0, 0], [0, 0])], 0, cycles=2, verify_seconds=0.5)
     out = io.StringIO()
     Console(file=out, width=120).print(table({"speculative": decoded, "plain": plain}))
     rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in out.getvalue().splitlines() if "│" in line]

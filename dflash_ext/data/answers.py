@@ -15,10 +15,10 @@ import torch
 
 from ..decode import Completion, decode
 from ..models import Target
-from .response_file import resume
+from .answer_file import resume
 
 
-def regenerate(
+def answer_prompts(
     target: Target,
     prompts: Mapping[int, Sequence[int]],
     path: str | Path,

@@ -7,7 +7,7 @@ from rich.table import Table
 from ..decode import Decoded
 
 
-def figures(decoded: Decoded) -> dict:
+def summarize(decoded: Decoded) -> dict:
     """A JSON-ready summary; times are milliseconds per cycle of a whole batch."""
     return {
         "prompts": len(decoded.completions),
@@ -27,7 +27,7 @@ def table(results: dict[str, Decoded]) -> Table:
     for column in ("prompts", "tau", "tokens/s", "draft ms", "verify ms", "accepted by position, %"):
         view.add_column(column, justify="right" if column != "accepted by position, %" else "left")
     for name, decoded in results.items():
-        row = figures(decoded)
+        row = summarize(decoded)
         accepted = " ".join(f"{100 * share:.0f}" for share in row["acceptance"]) or "-"
         view.add_row(
             name,
