@@ -15,7 +15,7 @@ errors = Console(stderr=True)
 
 
 def say(line: str, **style: str) -> None:
-    """Prints one line to standard error, as it is."""
+    """Prints one line to standard error, without wrapping or markup."""
     errors.print(line, soft_wrap=True, markup=False, highlight=False, **style)
 
 

@@ -32,7 +32,7 @@ def evaluate(
     drafter: Annotated[Path, typer.Option(help="Folder or hub name of the DFlash drafter to measure.")],
     prompts: Annotated[
         list[Path],
-        typer.Option(help="A prompt set: a file of prompts as for train. Repeat the option for several sets."),
+        typer.Option(help="A file of prompts, which is one prompt set. Repeat the option for several sets."),
     ],
     field: Field = None,
     limit: Limit = 80,
@@ -48,7 +48,7 @@ def evaluate(
     dtype: Dtype = None,
     device: Device = None,
 ) -> None:
-    """Measure tau and the acceptance by position on prompt sets, by real decoding."""
+    """Decode prompt sets, and report tau and the acceptance rate at each position."""
     from ..data import LeftOut, read_conversations
     from ..decode import decode
     from ..eval import summarize, table
@@ -56,7 +56,7 @@ def evaluate(
     from ..progress import progress
 
     if len(names := [path.stem for path in prompts]) > len(set(names)):
-        raise ValueError(f"prompt sets are named by their files, and two of {', '.join(names)} have one name")
+        raise ValueError(f"prompt sets are named after their files, and two of {', '.join(names)} have the same name")
     left_out = {path.stem: LeftOut() for path in prompts}
     conversations = {
         path.stem: read_conversations(path, field=field, limit=limit, left_out=left_out[path.stem]) for path in prompts
@@ -93,7 +93,7 @@ def evaluate(
                     seed=seed,
                     on_finish=lambda *_: advance(1),
                 )
-    finally:  # an interrupt loses the set that it interrupts, and no other
+    finally:  # an interrupt loses only the set that it interrupts
         console.print(table(results))
     if output:
         rows = {name: summarize(decoded) | {"left_out": left_out[name]} for name, decoded in results.items()}

@@ -33,7 +33,9 @@ from .output import check_output, replacing
 
 def generate(
     target: TargetName,
-    prompt: Annotated[list[str] | None, typer.Argument(help="The prompts, if --prompts names no file of them.")] = None,
+    prompt: Annotated[
+        list[str] | None, typer.Argument(help="The prompts. To read them from a file, use --prompts instead.")
+    ] = None,
     drafter: Annotated[
         Path | None, typer.Option(help="Folder or hub name of a DFlash drafter. Without one, decoding is plain.")
     ] = None,
@@ -44,10 +46,10 @@ def generate(
     chat_template_args: ChatTemplateArgs = None,
     max_new_tokens: MaxNewTokens = 256,
     temperature: Temperature = 0.0,
-    top_k: Annotated[int | None, typer.Option(min=1, help="Sample only from the likeliest tokens, this many.")] = None,
+    top_k: Annotated[int | None, typer.Option(min=1, help="Sample only from this number of likeliest tokens.")] = None,
     top_p: Annotated[
         float | None,
-        typer.Option(min=0, max=1, help="Sample only from the likeliest tokens whose probabilities sum to this."),
+        typer.Option(min=0, max=1, help="Sample only from the likeliest tokens whose probabilities add up to this."),
     ] = None,
     block_size: BlockSize = None,
     batch_size: DecodeBatch = 8,
@@ -64,7 +66,7 @@ def generate(
     from ..models import stop_tokens
 
     if bool(prompt) == (prompts is not None):
-        raise ValueError("generate needs prompts: as arguments, or a file with --prompts")
+        raise ValueError("generate needs prompts, either as arguments or in a file that --prompts names")
     left_out = LeftOut()
     if prompt:
         conversations = [Conversation.user(text) for text in prompt]
@@ -88,7 +90,8 @@ def generate(
     answer: list[int] = []
 
     def stream(_index: int, tokens: list[int]) -> None:
-        # A token may be half a character, or lose its space when decoded alone: print what the whole gained.
+        # A token may be half a character, or lose its space when it is decoded alone. So the whole answer is decoded,
+        # and what is new in it is printed.
         shown = tok.decode(answer, skip_special_tokens=True).rstrip("\ufffd")
         answer.extend(tokens)
         sys.stdout.write(tok.decode(answer, skip_special_tokens=True).rstrip("\ufffd")[len(shown) :])
@@ -123,4 +126,4 @@ def generate(
         )
     if streaming:
         print()
-    errors.print(table({"all prompts": decoded}))  # what is piped is the answer alone
+    errors.print(table({"all prompts": decoded}))  # standard output has the answers alone

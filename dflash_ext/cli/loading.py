@@ -1,4 +1,4 @@
-"""The models and prompts that the options name."""
+"""Loads the models and encodes the prompts that the options name."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def no_bars_for_weights() -> None:
-    """Turns off transformers' progress bars: weights are read and written in moments."""
+    """Turns off transformers' progress bars, which would flash by: weights are read and written in moments."""
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
@@ -27,7 +27,7 @@ def no_bars_for_weights() -> None:
 def load_target(
     name: str, tokenizer: str | None, dtype: str | None, device: str | None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The target and its tokenizer; in a process of torchrun's, on that process's own GPU."""
+    """The target and its tokenizer. Under torchrun, every process uses a GPU of its own."""
     import torch
 
     from .. import models
@@ -44,12 +44,12 @@ def load_target(
     where = torch.device(device) if device else None
     if where is not None and where.type == "cuda" and (where.index or 0) >= torch.cuda.device_count():
         found = torch.cuda.device_count()
-        raise ValueError(f"there is no CUDA device for --device {device} here ({found} found): leave it out")
+        raise ValueError(f"there is no CUDA device for --device {device} ({found} found); the default needs none")
     return models.load_target(name, tokenizer=tokenizer, dtype=kinds.get(dtype), device=where)
 
 
 def load_pair(model: PreTrainedModel, path: Path | None) -> tuple[Target, DFlashDrafter | None]:
-    """The target, tapped for the drafter in `path` if there is one, and that drafter."""
+    """The target and the drafter at `path`; the target is tapped for it. Without a path, the target alone, and None."""
     from ..models import Target, load_drafter
 
     if path is None:
@@ -77,7 +77,7 @@ def encode_for(
     from ..data import encode_all, unused_template_args
 
     for name in unused_template_args(tokenizer, chat_template_args or {}):
-        say(f"dflash-ext: the tokenizer's chat template has no variable '{name}', so that it changes nothing")
+        say(f"dflash-ext: the tokenizer's chat template has no variable '{name}', so it changes nothing")
     positions = getattr(target.config, "max_position_embeddings", None) or 0
     if positions > max_new_tokens:
         max_prompt_tokens = min(max_prompt_tokens, positions - max_new_tokens)

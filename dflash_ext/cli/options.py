@@ -28,12 +28,12 @@ TargetName = Annotated[
 Prompts = Annotated[
     Path | None,
     typer.Option(
-        help="A file of prompts or conversations: JSONL, a JSON array or plain text. Of a row with 'turns' only the "
-        "first turn is asked."
+        help="A file of prompts or conversations: JSONL, a JSON array or plain text. If a row has 'turns', only the "
+        "first turn is used."
     ),
 ]
 Field = Annotated[
-    str | None, typer.Option(help="The key of the file's rows that holds the prompt, if it is none of the usual keys.")
+    str | None, typer.Option(help="The key that holds the prompt in each row, if it is not one of the usual keys.")
 ]
 Limit = Annotated[int | None, typer.Option(min=1, help="Use only this many prompts, from the start of the file.")]
 MaxPromptTokens = Annotated[int, typer.Option(min=1, help="Prompts with more tokens than this are left out.")]
@@ -49,7 +49,7 @@ MaxNewTokens = Annotated[int, typer.Option(min=1, help="The largest number of to
 Temperature = Annotated[float, typer.Option(min=0, help="The sampling temperature; 0 is greedy.")]
 BlockSize = Annotated[
     int | None,
-    typer.Option(help="Slots of a drafted block, from 2 to the drafter's own number, which is the default."),
+    typer.Option(help="Slots of a drafted block. The drafter's own number is the default and the largest."),
 ]
 DecodeBatch = Annotated[int, typer.Option("--batch-size", min=1, help="The number of prompts decoded at a time.")]
 Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="The seed of all random draws.")]

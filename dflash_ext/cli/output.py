@@ -1,4 +1,4 @@
-"""Files that a command writes: an old one is replaced only when the new one is complete."""
+"""Writes the files of a command: an old file is replaced only when the new one is complete."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from .app import say
 
 
 def check_output(path: Path | None) -> None:
-    """Raises ValueError unless a file can be at `path`; None is no file."""
+    """Raises ValueError if `path` cannot be a file. None means that no file is wanted."""
     if path and (path.is_dir() or not path.parent.is_dir()):
         raise ValueError(f"--output {path}: a file in a folder that exists is expected")
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[TextIO]:
-    """Opens a new file that takes the place of the one at `path` when the block ends.
+    """Opens a new file that replaces the one at `path` when the block ends.
 
-    If the block raises, `path` is left as it was; what was written until then stays in a file beside it, whose name
-    ends in `.part`, and is named on standard error. A pipe or a device at `path` is written to directly.
+    If the block raises, `path` stays as it was. What was written until then stays beside it in a file whose name ends
+    in `.part`, and a line on standard error names that file. A pipe or a device at `path` is written to directly.
     """
     path = path.resolve()
     if path.exists() and not path.is_file():

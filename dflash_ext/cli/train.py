@@ -30,7 +30,7 @@ def train(
     target: TargetName,
     prompts: Prompts = None,
     answers: Annotated[
-        Path | None, typer.Option(help="An answers file of an earlier run. It is trained on instead of new answers.")
+        Path | None, typer.Option(help="Train on this answers file of an earlier run instead of new answers.")
     ] = None,
     field: Field = None,
     limit: Limit = None,
@@ -56,7 +56,7 @@ def train(
     taps: Annotated[
         str,
         typer.Option(
-            help="The layers of the target whose outputs the drafter reads: their number, or their ids such as 1,9,17."
+            help="The layers of the target whose outputs the drafter reads: how many, or their ids, such as 1,9,17."
         ),
     ] = "5",
     block_size: Annotated[int, typer.Option(help="Slots of a drafted block, the anchor included.")] = 16,
@@ -85,8 +85,8 @@ def train(
         bool,
         typer.Option(
             "--resume",
-            help="Continue from the newest complete checkpoint in the output folder. If there is none, this is said "
-            "and training starts at step 0.",
+            help="Continue from the newest complete checkpoint in the output folder. If there is none, training starts "
+            "at step 0, and a line says so.",
         ),
     ] = False,
     save_every: Annotated[
@@ -110,7 +110,7 @@ def train(
     if answers is None and int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise ValueError("train under torchrun needs --answers: several processes cannot write one file of answers")
     shown = Console(quiet=True) if int(os.environ.get("RANK", 0)) else console  # the first process prints for all
-    # Whatever can be wrong without the target is found before it is loaded.
+    # Everything that does not need the target is checked before it is loaded.
     left_out = LeftOut()
     if answers is None:
         conversations = read_conversations(prompts, field=field, limit=limit, left_out=left_out)
@@ -131,7 +131,7 @@ def train(
         compile=compile,
     )
     model, tok = load_target(target, tokenizer, dtype, device)
-    torch.manual_seed(seed)  # of the drafter's first weights
+    torch.manual_seed(seed)  # the drafter's first weights are random
     drafter = DFlashDrafter.for_target(
         Target(model),
         mask_token_id=_mask_token(tok, mask_token),
@@ -179,11 +179,11 @@ def _integer(text: str, option: str) -> int:
     try:
         return int(text)
     except ValueError:
-        raise ValueError(f"{option} is '{text}': a number is expected") from None
+        raise ValueError(f"{option} is '{text}': an integer is expected") from None
 
 
 def _mask_token(tokenizer, given: str | None) -> int:
-    """The id of the mask token: as given by text or id, or the tokenizer's own."""
+    """The id of the mask token, which is given by its text or id; None stands for the tokenizer's own."""
     if given is None:
         if tokenizer.mask_token_id is None:
             raise ValueError("the tokenizer has no mask token: name a spare one, by text or id, with --mask-token")

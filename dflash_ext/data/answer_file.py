@@ -1,4 +1,4 @@
-"""The file that answers are kept in, a JSONL that grows by a line as each answer ends. Its first line is the header:
+"""The file of answers: a JSONL file with a header in the first line and one answer in every other line.
 
 {"format": "dflash_ext.responses", "target": ..., "vocab_size": ..., "max_new_tokens": ..., ...}
 {"index": 17, "temperature": 0.0, "prompt_ids": [...], "response_ids": [...]}
@@ -22,10 +22,10 @@ ROW_KEYS = {"index", "temperature", "prompt_ids", "response_ids"}
 
 
 def whole_lines(path: Path) -> Iterator[tuple[int, dict]]:
-    """The header and the rows, each with the offset of its end. A last line that was cut off is skipped.
+    """Yields the header and the rows, each with the offset of its end. A last line that was cut off is skipped.
 
     Raises:
-        DataError: the first line is no header, or a line is not a row of tokens in the header's vocabulary.
+        DataError: the first line is no header, or a later line is no row of tokens in the header's vocabulary.
     """
     end = vocab_size = 0
     with path.open("rb") as lines:
@@ -60,12 +60,15 @@ def _what_is_wrong(row: Any, vocab_size: int) -> str | None:
 
 
 def resume(path: Path, header: dict) -> Counter:
-    """Leaves a header and whole lines at `path`; counts the answers there by (index, temperature).
+    """Prepares the file at `path` for more answers: makes it if there is none, and drops a last line that was cut off.
 
-    A file of answers without an answer is begun anew, whatever its header says.
+    A file that holds no answer yet gets the new header.
+
+    Returns:
+        The number of answers in the file by (index, temperature).
 
     Raises:
-        DataError: there is something at `path` that was not begun with the same header.
+        DataError: `path` holds something else, or answers under another header.
     """
     header = {"format": FORMAT, **header}
     first_line = (json.dumps(header) + "\n").encode()

@@ -31,23 +31,24 @@ def answer_prompts(
     chat_template_args: Mapping[str, Any] | None = None,
     on_progress: Callable[[int], None] | None = None,
 ) -> None:
-    """Lets `target` answer every prompt once per entry of `temperatures`, into the JSONL at `path`.
+    """Lets `target` answer every prompt once per entry of `temperatures`, and writes the answers to the JSONL `path`.
 
-    Each answer is written as it ends. A file that is already there is continued: the answers in it are kept,
-    a line that was cut off is replaced.
+    Each answer is written as soon as it ends. An existing file is continued: its answers are kept, and a last line that
+    was cut off is replaced.
 
     Args:
         prompts: token ids by the index that the answers carry, as `encode_all` returns them.
-        max_new_tokens: the longest answer.
-        batch_size: prompts that are answered at a time.
+        max_new_tokens: the largest number of tokens in an answer.
+        temperatures: 0 is greedy.
+        batch_size: the number of prompts that are answered at a time.
+        seed: the seed of sampled answers.
         stop_token_ids: tokens that end an answer.
-        chat_template_args: what the prompts were encoded with; it is kept in the file's header.
-        on_progress: called with n for every n answers that are done, those found in the file included:
-            `len(prompts) * len(temperatures)` in all.
+        chat_template_args: the variables that the prompts were encoded with. They are kept in the file's header.
+        on_progress: called with the number of answers that have been added. Answers that are already in the file count,
+            so that the numbers add up to `len(prompts) * len(temperatures)`.
 
     Raises:
-        DataError: `path` holds something else, or answers of another target, to other prompts or under other
-            limits.
+        DataError: `path` holds something else, or answers of another target, to other prompts or under other limits.
     """
     progress = on_progress or (lambda _: None)
     path = Path(path)
@@ -61,7 +62,7 @@ def answer_prompts(
         "prompts": _prompts_fingerprint(prompts),
     }
     answered = resume(path, header)
-    # A run that goes on draws anew: the same seeds could give a prompt the sample that it already has.
+    # A continued run uses other seeds: the same seeds could give a prompt the sample that it already has.
     draws = random.Random(f"{seed}/{answered.total()}")
 
     def write(asked: list[int], temperature: float, position: int, completion: Completion) -> None:

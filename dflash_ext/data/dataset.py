@@ -17,21 +17,22 @@ from .parsing import require_file
 
 
 class AnswerDataset(Dataset):
-    """Answers as training sequences: `{"input_ids": int64 [S], "loss_mask": bool [S]}`, True on the
-    answer's tokens.
+    """Prompts and answers as training sequences: `{"input_ids": int64 [S], "loss_mask": bool [S]}`.
+
+    The mask is True on the answer's tokens.
 
     Args:
-        path: a file written by `answer_prompts`; it may have been cut off.
-        max_length: sequences are cut to this many tokens.
-        vocab_size: the vocabulary of the target to train for; answers with another vocabulary are refused.
-        min_response: answers with fewer tokens than this, after the cut, are left out.
+        path: a file that `answer_prompts` wrote. Its last line may have been cut off.
+        max_length: sequences are cut to this number of tokens.
+        vocab_size: the vocabulary size of the target to train for. Answers with another vocabulary are refused.
+        min_response: answers that have fewer tokens than this after the cut are left out.
 
     Attributes:
-        dropped: how many answers were left out.
+        dropped: the number of answers that were left out.
 
     Raises:
         DataError: the file is missing, is of another kind, has a broken line or a token outside the vocabulary,
-        or holds no answer that is long enough.
+            or holds no answer that is long enough.
     """
 
     def __init__(self, path: str | Path, max_length: int, *, vocab_size: int | None = None, min_response: int = 4):
@@ -40,10 +41,11 @@ class AnswerDataset(Dataset):
         lines = whole_lines(path)
         _, header = next(lines, (0, None))
         if header is None:
-            raise DataError(f"{path}: not a file of answers, there is no whole line in it")
+            raise DataError(f"{path}: not a file of answers: it has no complete line")
         if vocab_size not in (None, header["vocab_size"]):
             raise DataError(
-                f"{path}: answers of a target with a vocabulary of {header['vocab_size']}; this one has {vocab_size}"
+                f"{path}: the answers are of a target with a vocabulary of {header['vocab_size']}; "
+                f"this one has {vocab_size}"
             )
         # One flat array instead of a list for each row: a list of Python ints takes ten times the memory.
         tokens, ends, prompt_lengths, prompt_keys = array("i"), array("q", [0]), array("q"), array("q")
@@ -60,7 +62,7 @@ class AnswerDataset(Dataset):
             digest = hashlib.blake2b(array("q", prompt).tobytes(), digest_size=8).digest()
             prompt_keys.append(int.from_bytes(digest, "little", signed=True))
         if not prompt_lengths:
-            raise DataError(f"{path}: holds no answer with {min_response} tokens or more within {max_length}")
+            raise DataError(f"{path}: no answer has {min_response} tokens or more within {max_length} tokens")
         self._tokens = torch.frombuffer(tokens, dtype=torch.int32)
         self._ends = torch.frombuffer(ends, dtype=torch.int64)
         self._prompt_lengths = torch.frombuffer(prompt_lengths, dtype=torch.int64)
@@ -77,10 +79,10 @@ class AnswerDataset(Dataset):
         return {"input_ids": input_ids, "loss_mask": loss_mask}
 
     def split(self, fraction: float, seed: int = 0) -> tuple[AnswerDataset, AnswerDataset]:
-        """The dataset without and with a share of its prompts, so that no prompt is on both sides.
+        """Splits off a share of the prompts with all their answers: the rest, then that share.
 
         The choice depends on the prompts and the seed, not on the order of the answers. At least one prompt
-        is held out unless `fraction` is 0 or there is only one.
+        is held out unless `fraction` is 0 or there is only one prompt.
         """
         keys = self._prompt_keys[self._rows]
         prompts = keys.unique()

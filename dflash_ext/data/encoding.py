@@ -24,18 +24,18 @@ def encode(
 ) -> list[int]:
     """The token ids that the target continues.
 
-    Messages go through the tokenizer's chat template, up to where the answer starts. A tokenizer without one gets their
-    contents, separated by blank lines. Of a document the prompt is the first half, but no more than 64 tokens, so that
-    the target writes most of what is trained on.
+    Messages go through the tokenizer's chat template, up to where the answer starts. If the tokenizer has no chat
+    template, their contents are joined with blank lines. The prompt of a document is its first half, at most 64 tokens,
+    so that the target writes most of what is trained on.
 
     Args:
-        max_prompt_tokens: the most tokens that a prompt may have.
+        max_prompt_tokens: the largest number of tokens in a prompt.
         chat_template_args: variables for the chat template, such as `{"enable_thinking": False}`. A template ignores
             variables that it does not have (`unused_template_args`).
 
     Raises:
-        PromptTooLong: there are more than `max_prompt_tokens` of them.
-        PromptError: the tokenizer or its chat template refuses the text, or there is no token at all.
+        PromptTooLong: the prompt has more than `max_prompt_tokens` tokens.
+        PromptError: the tokenizer or its chat template refuses the text, or the text has no token.
     """
     shown = excerpt(conversation.text or conversation.messages[-1].content)
     try:
@@ -48,12 +48,12 @@ def encode(
             ids = tokenizer.apply_chat_template(messages, **options)["input_ids"]
         else:
             ids = tokenizer("\n\n".join(message.content for message in conversation.messages))["input_ids"]
-    except Exception as error:  # a chat template is a program, it may raise anything
+    except Exception as error:  # a chat template is a program and may raise anything
         refuses = "the chat template" if tokenizer.chat_template and conversation.messages else "the tokenizer"
         reason = " ".join(str(error).split())
         raise PromptError(f"{refuses} refuses {shown}: {reason}", f"prompts that {refuses} refuses: {reason}") from None
     if not ids:
-        raise PromptError(f"no token in {shown}", "prompts without a token")
+        raise PromptError(f"a prompt has no token: {shown}", "prompts without a token")
     if len(ids) > max_prompt_tokens:
         raise PromptTooLong(
             f"a prompt has {len(ids)} tokens, at most {max_prompt_tokens} are allowed: {shown}",
@@ -77,7 +77,7 @@ def encode_all(
         left_out: counts the conversations that are too long or that the tokenizer or its chat template refuses.
 
     Raises:
-        PromptError: none can be encoded; the error is that of the first.
+        PromptError: no conversation can be encoded. The error is that of the first one.
     """
     left_out = LeftOut() if left_out is None else left_out
     prompts: dict[int, list[int]] = {}

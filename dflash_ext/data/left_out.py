@@ -8,7 +8,7 @@ NAMED = 8
 
 
 class LeftOut(Counter):
-    """Counts what was left out, by kind: `left_out["turns without text"] += 1`. Its text is one line."""
+    """Counts what was left out by kind: `left_out["turns without text"] += 1`. As a string it is one line."""
 
     def __str__(self) -> str:
         named = [f"{kind} ({count})" for kind, count in self.most_common(NAMED)]

@@ -1,4 +1,4 @@
-"""What the readers of this folder share: bytes as text, text as JSON, and a value in an error message."""
+"""Shared by the readers of this folder: bytes to text, text to JSON, and excerpts of values for error messages."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Prompts from the files that people have: JSON rows of prompts or conversations, or plain text."""
+"""Reads prompts from files: rows of prompts or conversations in JSON, or plain text."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .left_out import LeftOut
 from .parsing import excerpt, json_value, require_file, utf8_text
 
 KEYS = ("messages", "conversations", "turns", "prompt", "question", "instruction", "text")
-# The names of speakers in lower case, as OpenAI's and Gemini's chats and ShareGPT have them, and the roles that chat
+# The names of speakers in OpenAI's and Gemini's chats and in ShareGPT, in lower case, each with the role that chat
 # templates know. A "developer" message is what later OpenAI models call a system message.
 ROLES = {
     "user": "user",
@@ -39,7 +39,7 @@ class Message(NamedTuple):
 
 @dataclass(frozen=True)
 class Conversation:
-    """What the target is asked: `messages` up to a user's turn, or else plain `text` to be continued."""
+    """A prompt before it is encoded: `messages` up to a turn of the user, or plain `text` that the target continues."""
 
     messages: tuple[Message, ...] = ()
     text: str = ""
@@ -52,30 +52,30 @@ class Conversation:
 def read_conversations(
     path: str | Path, *, field: str | None = None, limit: int | None = None, left_out: LeftOut | None = None
 ) -> list[Conversation]:
-    """Everything that the file at `path` asks, in its order; the first `limit` of it.
+    """The prompts of the file at `path`, in the file's order, at most `limit` of them.
 
-    A `.jsonl` file holds a JSON object in every line, a `.json` file an array of them. Any other file is plain text; it
-    is cut at blank lines (or at line ends or spaces where there is none) into documents of some 2,000 characters. Of a
-    row the first of these keys that holds something is read:
+    A `.jsonl` file holds a JSON object in every line, a `.json` file an array of objects. Any other file is plain text.
+    It is cut at blank lines (or else at line ends or spaces) into documents of about 2,000 characters. In each object,
+    the first of these keys that holds something is read:
 
-    - `messages` [{"role", "content"}] or `conversations` [{"from", "value"}]: every user turn is asked, after the
-      history that the row gives; assistant turns before the first user turn are left out;
-    - `turns` [str]: the first, because the later ones follow answers that the row does not have;
-    - `prompt` or `question`: one user turn; answers beside it are ignored;
-    - `instruction`, with an optional `input` below it: one user turn;
-    - `text`: a document to be continued, without a chat template.
+    - `messages` [{"role", "content"}] or `conversations` [{"from", "value"}]: every user turn is a prompt, together
+      with the turns before it. Assistant turns before the first user turn are left out.
+    - `turns` [str]: the first turn, because the later ones follow answers that the row does not have.
+    - `prompt` or `question`: one user turn. Answers beside it are ignored.
+    - `instruction`, with an optional `input` below it: one user turn.
+    - `text`: a document that the target continues, without a chat template.
 
-    The content of a turn is text, or a list of parts, whose texts are joined with line ends.
+    The content of a turn is text, or a list of parts whose texts are joined with line ends.
 
     Args:
-        field: another key to read instead. What it holds is taken for messages if it is a list of objects, for turns if
-            it is a list of strings and for a user turn if it is a string.
-        left_out: counts what is read but cannot be used: turns without text (such as calls of tools), turns of a role
-            that is no user, assistant or system (such as the results of tools), parts that are no text, empty rows, and
-            conversations in which no user speaks.
+        field: another key to read instead. A list of objects is read as messages, a list of strings as turns, and a
+            string as a user turn.
+        left_out: counts what is read but cannot be used: turns without text (such as calls of tools), turns of other
+            roles than user, assistant and system (such as the results of tools), parts that are not text, empty rows,
+            and conversations in which no user speaks.
 
     Raises:
-        DataError: the file is missing, empty, not UTF-8 or asks nothing, or a row is not of this form.
+        DataError: the file is missing, empty, not UTF-8 or has no prompt, or a row is not of this form.
     """
     path = Path(path)
     require_file(path)
@@ -114,7 +114,10 @@ def _json_array(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _documents(text: str) -> Iterator[str]:
-    """At most DOCUMENT_CHARS each, cut at the last blank line, line end or space of their second half."""
+    """Cuts the text into documents of at most DOCUMENT_CHARS characters.
+
+    A document ends at the last blank line of its second half, or else at the last line end, or else at the last space.
+    """
     text = re.sub(r"\n\s*\n", "\n\n", text.replace("\r\n", "\n"))
     start = 0
     while start < len(text):

@@ -1,4 +1,4 @@
-"""Decodes each prompt plainly and speculatively, checks that the two are equal, and shows what it took."""
+"""Decodes each prompt plainly and speculatively, checks that both outputs are equal, and prints both speeds."""
 
 from __future__ import annotations
 
@@ -20,13 +20,14 @@ def compare(
     stop_token_ids: tuple[int, ...],
     block_size: int | None = None,
 ) -> float:
-    """Prints one line per prompt and a table of both ways; returns the mean tau.
+    """Prints one line per prompt and a table of both runs. Returns the mean tau.
 
     Args:
-        prompts: token ids by the name to print.
+        prompts: token ids by the name that is printed.
+        block_size: slots of a drafted block. None uses the drafter's own number.
 
     Raises:
-        RuntimeError: a prompt's greedy outputs differ.
+        RuntimeError: the two greedy outputs of a prompt differ.
     """
     encoded = list(prompts.values())
     options = dict(max_new_tokens=max_new_tokens, stop_token_ids=stop_token_ids, batch_size=1)

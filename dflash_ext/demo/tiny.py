@@ -1,6 +1,6 @@
-"""The whole path in under two minutes: a tiny target and its drafter are trained here, on the spot, on real text.
+"""The whole path in less than two minutes: trains a tiny target and its drafter on real text, then decodes with them.
 
-The text is the source of the Python standard library that runs this.
+The text is the source code of Python's standard library.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ ANSWERS, ANSWER_TOKENS = 160, 64
 
 
 def tiny_model(console: Console) -> None:
-    """Trains, decodes and prints; raises RuntimeError if speculative output is not the target's own."""
+    """Trains, decodes and prints. Raises RuntimeError if the speculative output is not the target's own."""
     torch.manual_seed(0)
     console.rule("a tiny target and its drafter, trained on the spot")
     began = time.perf_counter()

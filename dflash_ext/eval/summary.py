@@ -1,4 +1,4 @@
-"""What a decoding run shows, in plain numbers and as a table."""
+"""The summary of a decoding run: a dict of numbers, and a table for the terminal."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from ..decode import Decoded
 
 
 def summarize(decoded: Decoded) -> dict:
-    """A JSON-ready summary; times are milliseconds per cycle of a whole batch."""
+    """The run's numbers, ready for JSON. Times are in milliseconds per cycle of a whole batch."""
     return {
         "prompts": len(decoded.completions),
         "tokens": sum(len(c.tokens) for c in decoded.completions),
@@ -21,7 +21,7 @@ def summarize(decoded: Decoded) -> dict:
 
 
 def table(results: dict[str, Decoded]) -> Table:
-    """One row per named run."""
+    """A table with one row per named run."""
     view = Table()
     view.add_column("")
     for column in ("prompts", "tau", "tokens/s", "draft ms", "verify ms", "accepted by position, %"):

@@ -1,4 +1,4 @@
-"""The checkpoint to resume from: the newest that was written to its end."""
+"""Finds the checkpoint to resume from: the newest complete one."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ NEEDED = ("config.json", "model*.safetensors", "optimizer.pt", "scheduler.pt", "
 
 
 def newest_checkpoint(folder: Path, config: DFlashConfig) -> Path | None:
-    """The checkpoint in `folder` with the most steps, incomplete ones left out; None if there is none.
+    """The complete checkpoint in `folder` with the most steps; None if there is none.
 
     Raises:
-        ValueError: it is of another drafter than that of `config`.
+        ValueError: the checkpoint is of a drafter with another config than `config`.
     """
     steps = {path: re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)", path.name) for path in folder.glob("*/")}
     newest_first = sorted((path for path in steps if steps[path]), key=lambda path: int(steps[path][1]), reverse=True)
@@ -37,7 +37,7 @@ def is_complete(checkpoint: Path) -> bool:
 
 
 def _is_whole(path: Path) -> bool:
-    """Whether a file was not cut off, as far as its format tells."""
+    """Whether a file is whole, as far as its format tells."""
     try:
         if path.suffix == ".safetensors":
             with safe_open(path, "pt"):
@@ -46,7 +46,7 @@ def _is_whole(path: Path) -> bool:
             json.loads(path.read_bytes())
     except (SafetensorError, ValueError):
         return False
-    # What torch.save writes is a zip archive, whose directory is at its end.
+    # torch.save writes zip archives, whose directory is at the end.
     return zipfile.is_zipfile(path) if path.suffix in (".pt", ".pth", ".bin") else True
 
 

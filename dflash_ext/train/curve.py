@@ -1,4 +1,4 @@
-"""The picture of a training run."""
+"""The plot of a training run."""
 
 from __future__ import annotations
 
@@ -28,5 +28,5 @@ def plot_curve(log: list[dict], path: str | Path) -> None:
 
 
 def _running_mean(values: list[float], window: int) -> list[float]:
-    """Batches hold sequences of similar length, long and short ones in turn: only a mean over them shows a trend."""
+    """The mean of the last `window` values. The sequences of a batch have similar lengths, so single values jump."""
     return [fmean(values[max(0, i + 1 - window) : i + 1]) for i in range(len(values))]

@@ -1,4 +1,4 @@
-"""How to train: the recipe, and transformers' arguments that follow from it."""
+"""The settings of a training run, and transformers' TrainingArguments made from them."""
 
 from __future__ import annotations
 
@@ -12,17 +12,22 @@ from transformers import TrainingArguments
 
 @dataclass
 class Recipe:
-    """How to train; the defaults are the DFlash paper's where a small budget allows (arXiv 2602.06036).
+    """The settings of a training run. Defaults are the DFlash paper's where a small budget allows (arXiv 2602.06036).
 
     Attributes:
         steps: optimizer steps.
         batch_size: sequences per device and forward pass.
         accumulation: forward passes per step.
         anchors: blocks drawn from each sequence.
+        learning_rate: the peak, which a cosine decay to 0 follows.
         gamma: decay of the position weights; None for D-PACE weights.
-        warmup: share of the steps over which the learning rate rises before its cosine decay.
+        warmup: share of the steps over which the learning rate rises.
         save_every: steps between the checkpoints that an interrupted run resumes from; 0 for none.
+        log_every: steps between entries of the log.
         compile: run the drafter under torch.compile.
+
+    Raises:
+        ValueError: a setting is out of range.
     """
 
     steps: int = 1000
@@ -51,8 +56,8 @@ class Recipe:
 class OneDeviceArguments(TrainingArguments):
     """Arguments of a process that trains on one device.
 
-    Where Trainer sees several GPUs, it wraps a model in DataParallel, which cannot split a drafter's inputs. torchrun
-    uses several GPUs: it starts one process for each.
+    If Trainer sees several GPUs, it wraps the model in DataParallel, which cannot split a drafter's inputs. To use
+    several GPUs, torchrun starts one process for each.
     """
 
     pinned: torch.device | None = None

@@ -1,4 +1,4 @@
-"""A training run on a console: what is trained, the steps, the time left, the loss and tau; and how it ended."""
+"""Shows a training run on the console: its progress with the time left, the loss and tau, and a summary at the end."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ..progress import progress
 
 
 class TrainingProgress(TrainerCallback):
-    """Callback of transformers' Trainer; to be entered around the run, so that an exception leaves no open bar."""
+    """A callback of transformers' Trainer. As a context manager around the run, it closes the bar on an exception."""
 
     def __init__(self, console: Console):
         self.console = console
@@ -45,7 +45,7 @@ class TrainingProgress(TrainerCallback):
 
     def on_prediction_step(self, args, state, control, eval_dataloader=None, **kwargs):
         if not self.evaluating:
-            self._show("evaluating it on held-out answers", len(eval_dataloader))
+            self._show("evaluating the drafter on held-out answers", len(eval_dataloader))
             self.evaluating = True
         self.advance(1)
 
@@ -55,7 +55,7 @@ class TrainingProgress(TrainerCallback):
 
 
 def summary(log: list[dict]) -> str:
-    """One line on the log that `train_drafter` returns: loss and tau at both ends, the loss on held-out answers."""
+    """One line about the log that `train_drafter` returns: loss and tau at both ends, and loss on held-out answers."""
     trained = [entry for entry in log if "loss" in entry]
     if not trained:
         return "drafter: there was no step left to train"

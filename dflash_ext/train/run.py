@@ -1,4 +1,4 @@
-"""One training run of a drafter: from prompts or answers to a folder with the drafter, its log and its curve."""
+"""A training run of a drafter, from prompts or answers to a folder with the drafter, its log and its plot."""
 
 from __future__ import annotations
 
@@ -40,18 +40,18 @@ def train_on_prompts(
     console: Console | None = None,
     **options: Any,
 ) -> list[dict]:
-    """Lets `target` answer `prompts` into `output/answers.jsonl`, then trains `drafter` on the answers.
+    """Lets `target` answer `prompts`, writes the answers to `output/answers.jsonl`, and trains `drafter` on them.
 
-    An answers file that an earlier run with the same prompts left in `output` is continued.
+    If an earlier run with the same prompts left an answers file in `output`, it is continued.
 
     Args:
         prompts: token ids by index, as `dflash_ext.data.encode_all` returns them.
-        max_new_tokens: the longest answer.
+        max_new_tokens: the largest number of tokens in an answer.
         temperatures: every prompt is answered once per entry; 0 is greedy.
-        decode_batch: prompts that are answered at a time.
+        decode_batch: the number of prompts that are answered at a time.
         stop_token_ids: tokens that end an answer.
-        chat_template_args: what the prompts were encoded with; it is kept with the answers.
-        options: `max_length` and `held_out` of `train_on_answers`, which has the other arguments too.
+        chat_template_args: the variables that the prompts were encoded with. They are kept with the answers.
+        options: `max_length` and `held_out` of `train_on_answers`, whose docstring describes the other arguments, too.
     """
     console = console or Console(quiet=True)
     if resume:  # another drafter's checkpoint is refused before the answers are made
@@ -95,7 +95,7 @@ def train_on_answers(
         console: shows the progress and a summary; None shows nothing.
 
     Returns:
-        The log of `train_drafter`, which has the other arguments too.
+        The log of `train_drafter`, whose docstring describes the other arguments, too.
     """
     console = console or Console(quiet=True)
     dataset = AnswerDataset(answers, max_length, vocab_size=target.vocab_size)
@@ -126,16 +126,17 @@ def train_drafter(
         drafter: float32 on the target's device; on a GPU it trains under bfloat16 autocast.
         answers: samples {"input_ids", "loss_mask"} of the target's own answers.
         held_out: answers to prompts that are not trained on; evaluated at the end.
-        resume: continue from the newest complete checkpoint in `output`; if there is none, say so and start at step 0.
+        resume: continue from the newest complete checkpoint in `output`. If there is none, training starts at step 0,
+            and a line says so.
         console: shows the progress, the loss and tau; None shows nothing.
+
+    If the training is interrupted or fails after its first step, the drafter is saved as it stands.
 
     Returns:
         The log: one dict per entry, with step, loss, tau, learning rate. It is also written to `output/training.json`.
 
-    An interrupt saves the drafter as it stands before it is raised again.
-
     Raises:
-        ValueError: the checkpoint to go on from is of another drafter.
+        ValueError: the checkpoint to resume from is of another drafter.
     """
     output = Path(output)
     console = console or Console(quiet=True)

@@ -1,4 +1,4 @@
-"""Online training of a DFlash drafter on transformers' Trainer: the frozen target makes the features of every batch."""
+"""Trains a DFlash drafter with transformers' Trainer. The frozen target computes the features of every batch."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from .anchors import build_blocks, dpace, position_decay, sample_anchors
 
 @dataclass
 class AnchorCollator:
-    """Pads samples on the right, draws their anchors and cuts the blocks behind them.
+    """Pads samples on the right, draws their anchors and makes the anchors' blocks.
 
-    Samples are {"input_ids": int64 [S], "loss_mask": bool [S]}; batches hold `input_ids` [B, S], `anchors` and `keep`
+    Samples are {"input_ids": int64 [S], "loss_mask": bool [S]}. Batches hold `input_ids` [B, S], `anchors` and `keep`
     [B, N] and the fields of `Blocks` [B, N, block_size]. `first_slot` is the drafter's `config.first_draft_slot`.
     """
 
@@ -49,8 +49,8 @@ class DFlashTrainer(Trainer):
     """Trains a drafter against a frozen target.
 
     The loss is the cross-entropy of each drafted slot's token under the target's frozen head, weighted by slot. It is
-    divided by the sum of the weights (with D-PACE, whose weights move, by the number of blocks) of the whole step,
-    over accumulated batches and ranks.
+    divided by the sum of the weights of the whole step, over accumulated batches and ranks. D-PACE weights depend on
+    the drafter, so with them it is divided by the number of blocks instead.
 
     Args:
         model: the drafter.
@@ -71,7 +71,7 @@ class DFlashTrainer(Trainer):
     def _labels(self, inputs: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         """The drafting slots' labels as rows of the drafter's head, and which of them count: [B, N, K] each.
 
-        A block ends where the drafter cannot draft the label.
+        Slots from the first label on that the drafter cannot draft do not count.
         """
         labels = self.drafter.head_labels(inputs["labels"][:, :, self.first_slot :])
         counts = inputs["counts"][:, :, self.first_slot :] & (labels >= 0)
@@ -84,7 +84,7 @@ class DFlashTrainer(Trainer):
         return counts * position_decay(counts.shape[-1], self.gamma, first_slot=0).to(counts.device)
 
     def _divisor(self, inputs: Mapping[str, Tensor]) -> Tensor:
-        """What a batch adds to the loss's divisor: its weights, or with D-PACE its blocks."""
+        """What a batch adds to the loss's divisor: the sum of its weights, or with D-PACE the number of its blocks."""
         return inputs["keep"].sum() if self.gamma is None else self._slot_weights(self._labels(inputs)[1]).sum()
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
@@ -94,7 +94,7 @@ class DFlashTrainer(Trainer):
             return batches, None
         divisor = sum(self._divisor(batch) for batch in batches)
         if self.args.world_size > 1:
-            # Gradients are averaged over ranks: the divisor is the ranks' mean.
+            # Gradients are averaged over ranks, so the divisor is the ranks' mean.
             divisor = self.accelerator.gather(divisor.to(device)).float().mean()
         return batches, divisor
 
@@ -109,7 +109,7 @@ class DFlashTrainer(Trainer):
             attention_mask=drafter.anchor_masks(input_ids.shape[1], anchors, keep),
         ).last_hidden_state
 
-        # Outputs of slots before the first drafting one, the anchor as a rule, are thrown away.
+        # Slots before the first drafting slot are dropped. This is the anchor's slot, unless slot 0 drafts.
         labels, counts = self._labels(inputs)
         head = drafter.head(self.target)
         hidden = drafter.head_input(hidden).unflatten(1, inputs["labels"].shape[1:])[:, :, self.first_slot :]
@@ -124,7 +124,7 @@ class DFlashTrainer(Trainer):
         loss = result.loss.view(counts.shape)
         if self.gamma is None:
             loss = loss * dpace(result.nll.view(counts.shape), counts)
-        # In evaluation Trainer counts the labels itself; a batch then stands for itself.
+        # In evaluation, Trainer passes a count of its own. Each batch is then divided by its own divisor.
         divisor = self._divisor(inputs) if num_items_in_batch is None or not model.training else num_items_in_batch
         loss = loss.sum() / divisor.clamp(min=1)
         if model.training:
@@ -132,7 +132,7 @@ class DFlashTrainer(Trainer):
         return (loss, {"loss": loss}) if return_outputs else loss
 
     def log(self, logs, *args, **kwargs):
-        """Adds to the logged loss the tau that greedy decoding would have had on the blocks since the last log."""
+        """Logs, beside the loss, the tau that greedy decoding would have had on the blocks since the last log."""
         if "loss" in logs and self._tau:
             logs["tau"] = round(torch.stack(self._tau).mean().item(), 3)
             self._tau.clear()
@@ -140,7 +140,10 @@ class DFlashTrainer(Trainer):
 
 
 def _teacher_forced_tau(correct: Tensor, counts: Tensor) -> Tensor:
-    """Mean run of right slots plus the bonus, over the blocks that have a label in every slot: a 0-d tensor."""
+    """The mean number of leading slots that are right, plus 1 for the bonus token: a 0-d tensor.
+
+    Only blocks with a label in every slot count.
+    """
     whole = counts.all(dim=-1)
     run = correct.int().cumprod(dim=-1).sum(dim=-1)
     return 1 + (run * whole).sum() / whole.sum().clamp(min=1)

@@ -1,4 +1,4 @@
-"""What a user can get wrong is one line on standard error, exit code 1 and no traceback."""
+"""Every mistake of a user ends in one line on standard error and exit code 1, without a traceback."""
 
 import json
 import shutil
@@ -52,10 +52,10 @@ def wrong_cases(house):
         ([*generate, "w003 \udcff"], "the tokenizer refuses 'w003 "),
         ([*generate, "w003 " * 3000], "a prompt has 3000 tokens, at most 508 are allowed"),
         ([*generate, "w003", "--output", house], "a file in a folder that exists"),
-        ([*generate, ""], "no token in"),
+        ([*generate, ""], "a prompt has no token"),
         ([*generate, "w003", "--max-new-tokens", 999], "do not fit: the target has 512 positions"),
         ([*generate, "w003", "--device", "cuda:x"], "device 'cuda:x' is not supported"),
-        ([*evaluate, "--prompts", prompts, "--prompts", house / "again" / "prompts.jsonl"], "have one name"),
+        ([*evaluate, "--prompts", prompts, "--prompts", house / "again" / "prompts.jsonl"], "have the same name"),
         ([*evaluate, "--prompts", prompts, "--field", "problem"], "prompts.jsonl:1: the key 'problem' is expected"),
         ([*evaluate, "--prompts", prompts, "--output", house], "a file in a folder that exists"),
         ([*evaluate, "--prompts", prompts, "--output", house / "nowhere" / "a.json"], "a file in a folder that exists"),
@@ -85,7 +85,7 @@ def wrong_cases(house):
         ([*train, "--prompts", prompts, "--gamma", "0"], "gamma is 0"),
         ([*generate, "w003", "--device", "meta"], "device 'meta' is not supported"),
         ([*generate, "w003", "--block-size", 4], "needs a drafter"),
-        ([*generate, "w003", "--temperature", "inf"], "finite"),
+        ([*generate, "w003", "--temperature", "inf"], "temperature is inf"),
         ([*generate[:2], house / "torn", "w003"], "is not whole: 1 tensors are missing"),
         ([*generate[:2], house / "junk", "w003"], "cannot read a target from"),
         ([*train[:-2], "--prompts", prompts], "has no mask token"),
@@ -95,7 +95,7 @@ def wrong_cases(house):
     ]
 
 
-def test_what_is_wrong_without_the_target_is_found_before_it_is_loaded(house, run, monkeypatch):
+def test_mistakes_that_need_no_target_are_found_before_it_is_loaded(house, run, monkeypatch):
     def load_target(*_, **__):
         raise ValueError("the target is loaded")
 
@@ -118,7 +118,7 @@ def test_what_is_wrong_without_the_target_is_found_before_it_is_loaded(house, ru
     assert not (house / "out").exists()
 
 
-def test_what_users_get_wrong(house, run):
+def test_every_mistake_is_one_line(house, run):
     for words, message in wrong_cases(house):
         code, printed, errors = run(*words)
         assert code == 1, (words, printed, errors)

@@ -62,12 +62,14 @@ def test_what_is_wrong_with_a_file_is_said(tmp_path):
     with pytest.raises(DataError, match="a file is expected, this is a folder"):
         AnswerDataset(tmp_path, 100)
     (tmp_path / "empty.jsonl").touch()
-    with pytest.raises(DataError, match="empty.jsonl: not a file of answers, there is no whole line in it"):
+    with pytest.raises(DataError, match="empty.jsonl: not a file of answers: it has no complete line"):
         AnswerDataset(tmp_path / "empty.jsonl", 100)
     path = write(tmp_path / "a.jsonl", ([1], [2]))
-    with pytest.raises(DataError, match="a.jsonl: holds no answer with 4 tokens or more within 100"):
+    with pytest.raises(DataError, match="a.jsonl: no answer has 4 tokens or more within 100 tokens"):
         AnswerDataset(path, 100)
-    with pytest.raises(DataError, match="a.jsonl: answers of a target with a vocabulary of 97; this one has 98"):
+    with pytest.raises(
+        DataError, match="a.jsonl: the answers are of a target with a vocabulary of 97; this one has 98"
+    ):
         AnswerDataset(path, 100, vocab_size=98)
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text('{"prompt": "x"}\n')

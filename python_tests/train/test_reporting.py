@@ -26,7 +26,7 @@ def test_bars_say_what_is_trained_its_loss_and_what_is_evaluated(tmp_path, capsy
     assert "training the drafter" in shown and "3/3" in shown
     # A step is shown with the loss of the one before: it is logged after the step ended.
     assert f"loss {log[1]['loss']:.3f}, tau {log[1]['tau']:.2f}" in shown
-    assert "evaluating it on held-out answers" in shown and "1/1" in shown
+    assert "evaluating the drafter on held-out answers" in shown and "1/1" in shown
     assert shown.endswith("\x1b[2K")  # the bars are gone
 
 
