@@ -17,6 +17,12 @@ pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("poisoned_memory")]
 HALVES = [torch.bfloat16, torch.float16]
 
 
+def fused_sdpa(q, k, v, mask, scale=None):
+    """PyTorch's attention by a kernel that keeps no matrix of scores, where it has one: with a mask it takes no GQA."""
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+    return sdpa(q, k, v, mask, scale)
+
+
 def check(mask, q, k, v, lse_weight=0.0, **options):
     """Gradients at most 1.5 times as wrong as PyTorch's, where PyTorch has the option."""
     upstreams = torch.randn_like(q), lse_weight * torch.randn(q.shape[:-1], device="cuda")
@@ -27,7 +33,7 @@ def check(mask, q, k, v, lse_weight=0.0, **options):
     )
     peers = [None] * 5
     if not lse_weight and "softcap" not in options:
-        peers = with_gradients(partial(sdpa, mask=mask, scale=options.get("scale")), (q, k, v), upstreams[0])
+        peers = with_gradients(partial(fused_sdpa, mask=mask, scale=options.get("scale")), (q, k, v), upstreams[0])
     rounding = torch.finfo(q.dtype).eps
     visible = mask.to_bool()
     unseen_keys, empty_rows = ~visible.any(-2), ~visible.any(-1)
@@ -35,8 +41,9 @@ def check(mask, q, k, v, lse_weight=0.0, **options):
     for name, got, peer, want, zero in zip(("q", "k", "v"), ours[2:], peers[2:], exact[2:], unused, strict=True):
         assert got.dtype == q.dtype and got.isfinite().all()
         error = distance(got, want)
-        # PyTorch's kernel for large heads rounds nothing but the result; ours also what enters the last product.
-        limit = 3 * rounding if peer is None else max(rounding / 3, 1.5 * distance(peer, want))
+        # Where PyTorch has no such kernel (large heads), its own rounds nothing but the result. The floor is what
+        # rounding of the output, of the scores' gradients and of the result comes to.
+        limit = 3 * rounding if peer is None else max(rounding / 2.5, 1.5 * distance(peer, want))
         assert error <= limit, f"{name}: {error:.3g}, limit {limit:.3g}"
         assert not got[zero.expand(got.shape[:-1])].any()
 
