@@ -87,7 +87,8 @@ DFLASH_INLINE void describe_tile(const BackwardParams& p, int64_t entry, int64_t
 
 // kLanes lanes share a row.
 template <class T, int kLanes>
-__global__ void __launch_bounds__(kThreads) prepare(const __grid_constant__ BackwardParams p, const bool aligned) {
+__global__ void __launch_bounds__(kThreads)
+    block_attn_backward_prepare_sm80(const __grid_constant__ BackwardParams p, const bool aligned) {
   const int64_t tiles = p.row_tiles, groups = p.heads / p.fold;
   const int64_t tile = blockIdx.x % tiles, group = blockIdx.x / tiles % groups, batch = blockIdx.x / tiles / groups;
   if (group == 0 && batch < p.entries && threadIdx.x < 32) describe_tile(p, batch, tile);
@@ -141,7 +142,9 @@ cudaError_t launch(const BackwardParams& p, cudaStream_t stream) {
   };
   const bool aligned = in_chunks(p.out, p.out_strides) && in_chunks(p.grad_out, p.grad_out_strides);
   const int64_t blocks = p.row_tiles * (p.heads / p.fold) * p.batch;
-  const auto kernel = p.head_dim <= 64 ? prepare<T, 8> : p.head_dim <= 128 ? prepare<T, 16> : prepare<T, 32>;
+  const auto kernel = p.head_dim <= 64    ? block_attn_backward_prepare_sm80<T, 8>
+                      : p.head_dim <= 128 ? block_attn_backward_prepare_sm80<T, 16>
+                                          : block_attn_backward_prepare_sm80<T, 32>;
   return launch_kernel(kernel, {blocks, kThreads}, stream, p, aligned);
 }
 

@@ -10,8 +10,8 @@
 
 #include "attn/backward.h"
 #include "attn/kernels.h"
-#include "attn/key_tiles.h"
-#include "attn/row_chunks.h"
+#include "attn/sm80/key_tiles.h"
+#include "attn/sm80/row_chunks.h"
 #include "attn/softmax.h"
 #include "common/launch.h"
 
@@ -219,7 +219,7 @@ class Pass {
     __syncthreads();
     if (shared_.moving[0].exists) copy(0, shared_.moving[0]);
     for (int i = 0, stage = 0; shared_.moving[i].exists; i = next_of(i), stage ^= 1) {
-      wait_for_copies<0>();
+      cp_async_wait_group<0>();
       __syncthreads();  // the stage has arrived, and the other has been used
       const Moving& next = shared_.moving[next_of(i)];
       if (next.exists) copy(stage ^ 1, next);
@@ -280,11 +280,11 @@ class Pass {
       return (kOfKeys ? has_key(row) : has_row(row)) && is_inside(share.chunk);
     };
     copy_rows<Tile, kStill>(tiles_, aligned, at, has);
-    wait_for_copies<0>();
+    cp_async_wait_group<0>();
     __syncthreads();
     const Pieces<Tile> pieces(tiles_ + part_bytes_, row_ + lane_ % 16, lane_ / 16);
 #pragma unroll
-    for (int step = 0; step < kSteps; ++step) load_matrices(fragments[step], pieces(0, step));
+    for (int step = 0; step < kSteps; ++step) ldmatrix_x4(fragments[step], pieces(0, step));
     __syncthreads();
   }
 
@@ -345,9 +345,9 @@ class Pass {
         copy_rows<Tile, kMoving>(to, aligned, at, has);
       };
       if (const int i = threadIdx.x; i < kMoving / 2) {
-        copy_async(shared_address(&shared_.stats[stage][4 * i]), stats_of(group, moving.first) + 4 * i);
+        cp_async(shared_address(&shared_.stats[stage][4 * i]), stats_of(group, moving.first) + 4 * i);
       } else if (const int i = static_cast<int>(threadIdx.x) - 128; i >= 0 && i < kMoving >> launch_.fold_bits) {
-        copy_async(shared_address(&shared_.keys[stage][i]), keys_of_rows() + position_of(moving.first) + i);
+        cp_async(shared_address(&shared_.keys[stage][i]), keys_of_rows() + position_of(moving.first) + i);
       }
       copy_tensor(to, p_.q, p_.q_strides, launch_.q_aligned);
       copy_tensor(to + Tile::kMovingBytes, p_.grad_out, p_.grad_out_strides, launch_.grad_out_aligned);
@@ -408,12 +408,12 @@ class Pass {
 #pragma unroll
       for (int n = 0; n < kMovingSteps; ++n) {
         uint32_t b[4];
-        load_matrices(b, pieces(n, step));
-        multiply<T>(reinterpret_cast<float(&)[4]>(s[8 * n]), a_[step], b[0], b[1]);
-        multiply<T>(reinterpret_cast<float(&)[4]>(s[8 * n + 4]), a_[step], b[2], b[3]);
-        load_matrices(b, pieces(n, step) + (second - first));
-        multiply<T>(reinterpret_cast<float(&)[4]>(grad_p[8 * n]), b_[step], b[0], b[1]);
-        multiply<T>(reinterpret_cast<float(&)[4]>(grad_p[8 * n + 4]), b_[step], b[2], b[3]);
+        ldmatrix_x4(b, pieces(n, step));
+        mma_m16n8k16<T>(reinterpret_cast<float(&)[4]>(s[8 * n]), a_[step], b[0], b[1]);
+        mma_m16n8k16<T>(reinterpret_cast<float(&)[4]>(s[8 * n + 4]), a_[step], b[2], b[3]);
+        ldmatrix_x4(b, pieces(n, step) + (second - first));
+        mma_m16n8k16<T>(reinterpret_cast<float(&)[4]>(grad_p[8 * n]), b_[step], b[0], b[1]);
+        mma_m16n8k16<T>(reinterpret_cast<float(&)[4]>(grad_p[8 * n + 4]), b_[step], b[2], b[3]);
       }
     }
   }
@@ -426,9 +426,9 @@ class Pass {
 #pragma unroll
       for (int n = 0; n < Tile::kWarpDim / 16; ++n) {
         uint32_t b[4];
-        load_matrices_transposed(b, pieces(step, n));
-        multiply<T>(sums[2 * n], weights[step], b[0], b[1]);
-        multiply<T>(sums[2 * n + 1], weights[step], b[2], b[3]);
+        ldmatrix_x4_trans(b, pieces(step, n));
+        mma_m16n8k16<T>(sums[2 * n], weights[step], b[0], b[1]);
+        mma_m16n8k16<T>(sums[2 * n + 1], weights[step], b[2], b[3]);
       }
     }
   }
@@ -557,7 +557,14 @@ class Pass {
 
 template <class T, class Tile>
 __global__ void __launch_bounds__(Tile::kThreads, 1)
-    backward(const __grid_constant__ BackwardParams p, const __grid_constant__ Launch launch) {
+    block_attn_backward_keys_sm80(const __grid_constant__ BackwardParams p, const __grid_constant__ Launch launch) {
+  extern __shared__ __align__(128) uint8_t shared_memory[];
+  Pass<T, Tile>(p, launch, *reinterpret_cast<Shared<Tile>*>(shared_memory)).run();
+}
+
+template <class T, class Tile>
+__global__ void __launch_bounds__(Tile::kThreads, 1)
+    block_attn_backward_queries_sm80(const __grid_constant__ BackwardParams p, const __grid_constant__ Launch launch) {
   extern __shared__ __align__(128) uint8_t shared_memory[];
   Pass<T, Tile>(p, launch, *reinterpret_cast<Shared<Tile>*>(shared_memory)).run();
 }
@@ -569,7 +576,14 @@ cudaError_t run_pass(const BackwardParams& p, const Launch& launch, cudaStream_t
   const int64_t length = Tile::kOfKeys ? p.kv_len : p.q_len * p.fold;
   const int64_t blocks = (length + Tile::kStill - 1) / Tile::kStill * (Tile::kOfKeys ? p.kv_heads : p.heads / p.fold) * p.batch;
   if (blocks == 0) return cudaSuccess;
-  return launch_kernel(backward<T, Tile>, {blocks, Tile::kThreads, kSharedBytes}, stream, p, launch);
+  const auto kernel = [] {
+    if constexpr (Tile::kOfKeys) {
+      return block_attn_backward_keys_sm80<T, Tile>;
+    } else {
+      return block_attn_backward_queries_sm80<T, Tile>;
+    }
+  }();
+  return launch_kernel(kernel, {blocks, Tile::kThreads, kSharedBytes}, stream, p, launch);
 }
 
 template <class T, int kDim>

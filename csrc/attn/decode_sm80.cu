@@ -7,14 +7,16 @@
 #include <bit>
 #include <utility>
 
-#include "attn/decode_combine.h"
-#include "attn/decode_work.h"
 #include "attn/kernels.h"
 #include "attn/not_finite.h"
 #include "attn/plan_check.h"
+#include "attn/sm80/decode_combine.h"
+#include "attn/sm80/decode_work.h"
 #include "attn/softmax.h"
+#include "common/cp_async.h"
 #include "common/launch.h"
 #include "common/mma.h"
+#include "common/shared_memory.h"
 
 namespace dflash {
 namespace device {
@@ -132,8 +134,8 @@ struct Decoder : DecodeTile<kDim> {
       const int down = i * 32 / kChunks, right = i % 2 * kMore;
       const int bytes = needed >> i & (chunk + right) * 8 < head_dim ? 16 : 0;
       const uint32_t at = (keys ^ down % 8 * 16) + down * kRowBytes + right * 16;
-      copy_async(at, k + right * 8, bytes);
-      copy_async(at + Tile::kKeyBytes, v + right * 8, bytes);
+      cp_async(at, k + right * 8, bytes);
+      cp_async(at + Tile::kKeyBytes, v + right * 8, bytes);
       if (kMore == 0 || i % 2 == 1) {
         k += kStride * p.k_strides.row;
         v += kStride * p.v_strides.row;
@@ -168,12 +170,12 @@ struct Decoder : DecodeTile<kDim> {
       const int column = i % (kDim / kLine) * kLine;
       const RowPlace row = state.places[i / (kDim / kLine)];
       if (column < p.head_dim && rows.has(row)) {
-        prefetch(static_cast<const T*>(p.q) + rows.offset(p.q_strides, row) + column);
+        prefetch_l2(static_cast<const T*>(p.q) + rows.offset(p.q_strides, row) + column);
       }
     }
     if (threadIdx.x < rows.positions) {
       const int64_t at = rows.batch * p.mask.batch + rows.first + threadIdx.x;
-      for (const int32_t* bound : {p.mask.ctx_lo, p.mask.ctx_hi, p.mask.blk_lo, p.mask.blk_hi}) prefetch(bound + at);
+      for (const int32_t* bound : {p.mask.ctx_lo, p.mask.ctx_hi, p.mask.blk_lo, p.mask.blk_hi}) prefetch_l2(bound + at);
     }
   }
 
@@ -222,14 +224,14 @@ struct Decoder : DecodeTile<kDim> {
 #pragma unroll
     for (int step = 0; step < kDim / 16; ++step) {
       uint32_t a[4];
-      load_matrices(a, own_queries ^ step * 32);
+      ldmatrix_x4(a, own_queries ^ step * 32);
 #pragma unroll
       for (int n = 0; n < kKeys / 16; ++n) {
         uint32_t b[4];
-        load_matrices(b, (own_keys ^ step * 32) + n * 16 * kRowBytes);
+        ldmatrix_x4(b, (own_keys ^ step * 32) + n * 16 * kRowBytes);
         auto* const pair = reinterpret_cast<float(*)[4]>(s + 8 * n);
-        multiply<T>(pair[0], a, b[0], b[1]);
-        multiply<T>(pair[1], a, b[2], b[3]);
+        mma_m16n8k16<T>(pair[0], a, b[0], b[1]);
+        mma_m16n8k16<T>(pair[1], a, b[2], b[3]);
       }
     }
   }
@@ -244,9 +246,9 @@ struct Decoder : DecodeTile<kDim> {
 #pragma unroll
       for (int n = 0; n < kColumns / 16; ++n) {
         uint32_t b[4];
-        load_matrices_transposed(b, (own_values ^ n * 32) + step * 16 * kRowBytes);
-        multiply<T>(o[2 * n], a, b[0], b[1]);
-        multiply<T>(o[2 * n + 1], a, b[2], b[3]);
+        ldmatrix_x4_trans(b, (own_values ^ n * 32) + step * 16 * kRowBytes);
+        mma_m16n8k16<T>(o[2 * n], a, b[0], b[1]);
+        mma_m16n8k16<T>(o[2 * n + 1], a, b[2], b[3]);
       }
     }
   }
@@ -317,9 +319,9 @@ struct Decoder : DecodeTile<kDim> {
 
   // The copies of this many tiles, started last, may still be under way.
   static DFLASH_INLINE void wait_for_all_but(int tiles) {
-    if (tiles >= 2) return wait_for_copies<2>();
-    if (tiles == 1) return wait_for_copies<1>();
-    wait_for_copies<0>();
+    if (tiles >= 2) return cp_async_wait_group<2>();
+    if (tiles == 1) return cp_async_wait_group<1>();
+    cp_async_wait_group<0>();
   }
 
   DFLASH_INLINE void run() {
@@ -357,14 +359,14 @@ struct Decoder : DecodeTile<kDim> {
         if (ahead.begins_job) prefetch_rows(steps.job(ahead));
         fetch(ahead, fetch_stage);
       }
-      commit_copies();
+      cp_async_commit_group();
       fetch_stage = fetch_stage + 1 == p.stages ? 0 : fetch_stage + 1;
       if (is_guide) steps.add(p);
       const Job& job = steps.job(step);
       const bool is_next_job = i > 0 && step.begins_job;
       if (is_next_job || i == max(first, -1)) begin(job);
       if (i < 0) continue;
-      if (p.stages == 1) wait_for_copies<0>();
+      if (p.stages == 1) cp_async_wait_group<0>();
       if (is_next_job || p.stages == 1) __syncthreads();
       visit(step, stage);
       stage = stage + 1 == p.stages ? 0 : stage + 1;
@@ -408,7 +410,7 @@ struct Decoder : DecodeTile<kDim> {
 
 template <class T, int kDim>
 __global__ void __launch_bounds__(DecodeTile<kDim>::kThreads, DecodeTile<kDim>::kBlocks)
-    decode(const __grid_constant__ DecodeProblem problem) {
+    block_attn_decode_sm80(const __grid_constant__ DecodeProblem problem) {
   extern __shared__ __align__(1024) uint8_t shared[];
   Decoder<T, kDim>(problem, shared).run();
 }
@@ -448,7 +450,7 @@ cudaError_t fit(const DecodeParams& p, cudaStream_t stream, DecodeGrid* grid) {
   if (grid->stages < 1) return cudaErrorInvalidConfiguration;
   grid->shared_bytes = kFixedBytes + grid->stages * Tile::kStageBytes;
   const cudaError_t status =
-      count_resident_blocks(decode<T, kDim>, Tile::kThreads, grid->shared_bytes, stream, &grid->blocks);
+      count_resident_blocks(block_attn_decode_sm80<T, kDim>, Tile::kThreads, grid->shared_bytes, stream, &grid->blocks);
   if (status == cudaSuccess && grid->blocks < 1) return cudaErrorInvalidConfiguration;
   grid->workspace_bytes = counter_bytes(grid->blocks) +
                           slots_of(p, grid->blocks) * kDecodeRows * (p.head_dim + 2) * int64_t(sizeof(float));
@@ -476,7 +478,7 @@ cudaError_t launch(const DecodeParams& params, const DecodeGrid& grid, void* wor
       reinterpret_cast<float2*>(problem.partial_out + slots_of(params, grid.blocks) * kDecodeRows * params.head_dim / 4);
   LaunchShape shape{grid.blocks, Tile::kThreads, grid.shared_bytes};
   shape.is_cooperative = true;
-  return launch_kernel(decode<T, kDim>, shape, stream, problem);
+  return launch_kernel(block_attn_decode_sm80<T, kDim>, shape, stream, problem);
 }
 
 // Calls call<T, kDim>() for the dtype and the head dimension.

@@ -12,15 +12,16 @@
 #include <array>
 #include <numeric>
 
-#include "attn/boxes.h"
-#include "attn/cluster_sums.h"
 #include "attn/decode.h"
 #include "attn/kernels.h"
 #include "attn/not_finite.h"
 #include "attn/plan_check.h"
-#include "attn/tile_products.h"
-#include "common/hopper.h"
+#include "attn/sm90/boxes.h"
+#include "attn/sm90/cluster_sums.h"
+#include "attn/sm90/tile_products.h"
+#include "common/dependent_launch.h"
 #include "common/launch.h"
+#include "common/setmaxnreg.h"
 
 namespace dflash {
 namespace device {
@@ -35,8 +36,10 @@ struct DecodeTiling {
   static constexpr int kStages = kConsumers == 2 ? 2 : kDim == 64 ? 6 : 3;
   static constexpr int kBlocks = kConsumers == 1 && kDim <= 128 ? 2 : 1;  // on a multiprocessor
   static constexpr int kConsumerThreads = 128 * kConsumers;
-  // Registers are moved between whole warpgroups only.
+  // setmaxnreg moves registers between whole warpgroups, so a producer of one warp goes without it.
   static constexpr bool kMovesRegisters = kConsumers > 1;
+  static constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;
+  static_assert(!kMovesRegisters || registers_suffice(kConsumers, kProducerRegisters, kConsumerRegisters));
   static constexpr int kThreads = kConsumerThreads + (kMovesRegisters ? 128 : 32);
   static constexpr int kPanels = kDim / kPanelColumns;
   static constexpr int kKeyPanelBytes = kKeys * kPanelRowBytes;
@@ -99,7 +102,7 @@ struct DecodeShare {
 template <class Tiling>
 struct DecodeShared {
   Ring<Tiling::kStages> k, v;
-  Barrier q_full;
+  Mbarrier q_full;
   typename Tiling::Sums::State sums;
   DecodeShare<Tiling::kKeys> share;
 };
@@ -133,13 +136,14 @@ struct DecodeProducer {
 
   DFLASH_INLINE void bring_queries() {
     const DecodeLayout& layout = block.layout;
-    Barrier& full = block.shared.q_full;
-    if (lane == 0) full.expect(Tiling::kConsumers * Tiling::kPanels * layout.fold * layout.positions * kPanelRowBytes);
+    Mbarrier& full = block.shared.q_full;
+    const int rows = Tiling::kConsumers * layout.fold * layout.positions;
+    if (lane == 0) full.arrive_and_expect_tx(rows * Tiling::kPanels * kPanelRowBytes);
     __syncwarp();
     if (lane < Tiling::kConsumers * Tiling::kPanels) {
       const int consumer = lane / Tiling::kPanels;
-      full.copy(block.queries + lane * kQueryPanelBytes, block.maps.q, panel * kPanelColumns,
-                share.kv_head * layout.fold, share.plan.first + consumer * layout.positions, share.batch);
+      tma_load(block.queries + lane * kQueryPanelBytes, block.maps.q, panel * kPanelColumns,
+               share.kv_head * layout.fold, share.plan.first + consumer * layout.positions, share.batch, full);
     }
   }
 
@@ -157,10 +161,10 @@ struct DecodeProducer {
 
   DFLASH_INLINE void bring(Ring<Tiling::kStages>& into, const CUtensorMap& map, uint32_t to, int2 from) const {
     into.empty[stage.index].wait(stage.parity);
-    if (lane == 0) into.full[stage.index].expect(Tiling::kKeyBytes);
+    if (lane == 0) into.full[stage.index].arrive_and_expect_tx(Tiling::kKeyBytes);
     __syncwarp();
     to += panel * Tiling::kKeyPanelBytes + key * kPanelRowBytes;
-    if (has_box) into.full[stage.index].copy(to, map, panel * kPanelColumns, from.y, share.kv_head, from.x);
+    if (has_box) tma_load(to, map, panel * kPanelColumns, from.y, share.kv_head, from.x, into.full[stage.index]);
   }
 
   DFLASH_INLINE void run() {
@@ -255,8 +259,8 @@ struct RowSums {
         };
         if (set_aside<T, kKeys, Tiling::kConsumerThreads>(values, Tiling::kKeyBytes, tile.key, bounds, out,
                                                           kConsumersBarrier, pair_at)) {
-          fence_shared_writes();
-          named_barrier_wait(kConsumersBarrier, Tiling::kConsumerThreads);
+          fence_proxy_async();
+          named_barrier_sync(kConsumersBarrier, Tiling::kConsumerThreads);
         }
       }
       Products::start_output(out, weights, values);
@@ -269,9 +273,9 @@ struct RowSums {
 
     shared.q_full.wait(0);
     start_scores();
-    wait_for_products<0>();
+    wgmma_wait_group<0>();
     release(shared.k, k_stage);
-    pin(s);
+    fence_accumulator(s);
     add();
     Products::round_weights(weights, s);
     for (int i = share.begin + 1; i < share.end; ++i) {
@@ -282,44 +286,44 @@ struct RowSums {
       start_output();
       tile = next;
       next = tile_at(i + 1);
-      wait_for_products<1>();
+      wgmma_wait_group<1>();
       release(shared.k, k_stage);
-      pin(s);
+      fence_accumulator(s);
       add();
       Products::finish_softmax(softmax, s, queries);
-      wait_for_products<0>();
+      wgmma_wait_group<0>();
       release(shared.v, v_stage);
-      pin(out);
+      fence_accumulator(out);
       Products::rescale(out, correction);
       Products::round_weights(weights, s);
     }
     wait_for_values();
     start_output();
     if (block.ranks > 1) block.sums().announce(softmax.largest, softmax.sum);
-    wait_for_products<0>();
-    pin(out);
+    wgmma_wait_group<0>();
+    fence_accumulator(out);
   }
 
   // The end of an item that the block has for itself. The results leave from where the queries were.
   DFLASH_INLINE void finish() const {
     const float inverse[2] = {inverse_of(total_of(softmax.sum[0])), inverse_of(total_of(softmax.sum[1]))};
     const uint32_t rows = block.queries + consumer * Tiling::kPanels * kQueryPanelBytes;
-    named_barrier_wait(kOwnBarrier + consumer, 128);
+    named_barrier_sync(kOwnBarrier + consumer, 128);
     Products::write_rows(rows, out, inverse);
-    named_barrier_wait(kOwnBarrier + consumer, 128);
+    named_barrier_sync(kOwnBarrier + consumer, 128);
     if (threadIdx.x % 128 != 0) return;
     for (int panel = 0; panel < Tiling::kPanels; ++panel) {
-      store_box(block.maps.out, rows + panel * kQueryPanelBytes, panel * kPanelColumns,
+      tma_store(block.maps.out, rows + panel * kQueryPanelBytes, panel * kPanelColumns,
                 share.kv_head * block.layout.fold, share.plan.first + consumer * block.layout.positions, share.batch);
     }
-    commit_stores();
-    wait_for_stores();
+    bulk_commit_group();
+    bulk_wait_group_read<0>();
   }
 
   // The end of an item of the whole cluster.
   DFLASH_INLINE void finish_together() const {
     const auto sums = block.sums();
-    named_barrier_wait(kConsumersBarrier, Tiling::kConsumerThreads);
+    named_barrier_sync(kConsumersBarrier, Tiling::kConsumerThreads);
     sums.lay_out(out);
     const DecodeParams& p = block.p;
     const Place at = place(threadIdx.x % 128 / 32 * 16 + threadIdx.x % 16);
@@ -339,24 +343,24 @@ struct RowSums {
 
 template <class T, class Tiling>
 __global__ void __launch_bounds__(Tiling::kThreads, Tiling::kBlocks)
-    decode(const __grid_constant__ DecodeParams p, const __grid_constant__ DecodeLayout layout,
+    block_attn_decode_sm90(const __grid_constant__ DecodeParams p, const __grid_constant__ DecodeLayout layout,
            const __grid_constant__ DecodeMaps maps) {
   extern __shared__ __align__(1024) unsigned char memory[];
   const uint32_t queries = uniform(shared_address(memory));
   // By an address in a uniform register, as in the forward.
   auto& shared = *static_cast<DecodeShared<Tiling>*>(__cvta_shared_to_generic(queries + Tiling::kTileBytes));
-  const DecodeBlock<Tiling> block{p, layout, maps, shared, memory, queries, cluster_rank(), cluster_blocks()};
+  const DecodeBlock<Tiling> block{p, layout, maps, shared, memory, queries, cluster_rank(), cluster_size()};
   if (threadIdx.x == 0) {
     // Neighbouring clusters work on the tiles of one batch entry, whose keys they find in the L2 cache.
     const unsigned item = blockIdx.x / block.ranks, outer = item / layout.kv_heads, entry = outer / layout.tiles;
     const auto* const plan = reinterpret_cast<const TilePlan*>(p.plan) + (outer - entry * layout.tiles);
-    prefetch(plan);
-    for (const CUtensorMap* map : {&maps.q, &maps.k, &maps.v}) prefetch(*map);
+    prefetch_l2(plan);
+    for (const CUtensorMap* map : {&maps.q, &maps.k, &maps.v}) prefetch_tensormap(*map);
     shared.q_full.init();
     shared.k.init(Tiling::kConsumerThreads / 32);
     shared.v.init(Tiling::kConsumerThreads / 32);
     shared.sums.init();
-    fence_barriers();
+    fence_mbarrier_init();
     wait_for_previous_kernel();
     shared.share = {*plan, p.plan_entries > 1 ? plan->entry : static_cast<int>(entry),
                     static_cast<int>(item - outer * layout.kv_heads), block.rank, block.ranks};
@@ -365,13 +369,13 @@ __global__ void __launch_bounds__(Tiling::kThreads, Tiling::kBlocks)
   wait_for_previous_kernel();
   const bool has_keys = shared.share.begin < shared.share.end;
   if (threadIdx.x >= Tiling::kConsumerThreads) {
-    if constexpr (Tiling::kMovesRegisters) give_registers<40>();
+    if constexpr (Tiling::kMovesRegisters) setmaxnreg_dec<Tiling::kProducerRegisters>();
     const bool is_producer = threadIdx.x < Tiling::kConsumerThreads + 32;
     if (is_producer && has_keys) DecodeProducer<Tiling>{block}.run();
-    start_next_kernel();
+    launch_dependents();
     if (is_producer && block.ranks > 1) block.sums().send_all();
   } else {
-    if constexpr (Tiling::kMovesRegisters) take_registers<232>();
+    if constexpr (Tiling::kMovesRegisters) setmaxnreg_inc<Tiling::kConsumerRegisters>();
     RowSums<T, Tiling> rows{block};
     // A block without keys looks at its rows only where no block of the item has keys.
     if (has_keys || shared.share.span.count == 0) rows.read_rows();
@@ -392,7 +396,7 @@ int64_t box_keys_of(const DecodeParams& p, int64_t keys) {
 
 template <class T, class Tiling>
 cudaError_t launch(const DecodeParams& p, cudaStream_t stream) {
-  const auto kernel = decode<T, Tiling>;
+  const auto kernel = block_attn_decode_sm90<T, Tiling>;
   constexpr int kBytes = Tiling::kTileBytes + sizeof(DecodeShared<Tiling>);
   static_assert(Tiling::kBlocks * (kBytes + 1024) <= 228 * 1024);  // a block's own kilobyte is the system's
   const int64_t fold = decode_fold(p), positions = kDecodeRows / fold;

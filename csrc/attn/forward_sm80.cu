@@ -6,9 +6,9 @@
 #include <algorithm>
 
 #include "attn/kernels.h"
-#include "attn/key_tiles.h"
 #include "attn/plan_check.h"
-#include "attn/row_chunks.h"
+#include "attn/sm80/key_tiles.h"
+#include "attn/sm80/row_chunks.h"
 #include "attn/softmax.h"
 #include "common/launch.h"
 
@@ -137,12 +137,12 @@ class TileForward {
     check_plan();
     if (shared_.item.key_tiles.count() > 0) copy_keys(0);
     for (int tile = 0; tile < shared_.item.key_tiles.count(); ++tile) {
-      wait_for_copies<0>();
+      cp_async_wait_group<0>();
       __syncthreads();  // the keys are there, and the last values have been used
       copy_values(tile);
       ThreadScores s = {};
       multiply_keys(s);
-      wait_for_copies<0>();
+      cp_async_wait_group<0>();
       __syncthreads();  // the values are there, and the keys have been used
       if (tile + 1 < shared_.item.key_tiles.count()) copy_keys(tile + 1);
       add_partials(s);
@@ -150,7 +150,7 @@ class TileForward {
       take_exponentials(s, shared_.item.key_tiles[tile], probabilities);
       multiply_values(probabilities);
     }
-    wait_for_copies<0>();  // of the queries, where there are no keys
+    cp_async_wait_group<0>();  // of the queries, where there are no keys
     __syncthreads();
     write();
   }
@@ -171,10 +171,10 @@ class TileForward {
           rows.has(row) ? RowBounds(p_.mask, rows.batch, rows.position(row), static_cast<int>(p_.kv_len)) : RowBounds();
     }
     if constexpr (Tile::kKeepsQueries) {
-      wait_for_copies<0>();
+      cp_async_wait_group<0>();
       __syncthreads();
 #pragma unroll
-      for (int step = 0; step < kSteps; ++step) load_matrices(queries_[step], query_pieces_(0, step));
+      for (int step = 0; step < kSteps; ++step) ldmatrix_x4(queries_[step], query_pieces_(0, step));
     }
   }
 
@@ -218,17 +218,17 @@ class TileForward {
 #pragma unroll
           for (int i = 0; i < 4; ++i) a[m][i] = queries_[step][i];
         } else {
-          load_matrices(a[m], query_pieces_(m, step));
+          ldmatrix_x4(a[m], query_pieces_(m, step));
         }
       }
 #pragma unroll
       for (int n = 0; n < kKeySteps; ++n) {
         uint32_t b[4];
-        load_matrices(b, key_pieces_(n, step));
+        ldmatrix_x4(b, key_pieces_(n, step));
 #pragma unroll
         for (int m = 0; m < kFragments; ++m) {
-          multiply<T>(reinterpret_cast<float(&)[4]>(s[m][8 * n]), a[m], b[0], b[1]);
-          multiply<T>(reinterpret_cast<float(&)[4]>(s[m][8 * n + 4]), a[m], b[2], b[3]);
+          mma_m16n8k16<T>(reinterpret_cast<float(&)[4]>(s[m][8 * n]), a[m], b[0], b[1]);
+          mma_m16n8k16<T>(reinterpret_cast<float(&)[4]>(s[m][8 * n + 4]), a[m], b[2], b[3]);
         }
       }
     }
@@ -290,11 +290,11 @@ class TileForward {
 #pragma unroll
       for (int n = 0; n < Tile::kWarpDim / 16; ++n) {
         uint32_t b[4];
-        load_matrices_transposed(b, value_pieces_(step, n));
+        ldmatrix_x4_trans(b, value_pieces_(step, n));
 #pragma unroll
         for (int m = 0; m < kFragments; ++m) {
-          multiply<T>(o_[m][2 * n], a[m][step], b[0], b[1]);
-          multiply<T>(o_[m][2 * n + 1], a[m][step], b[2], b[3]);
+          mma_m16n8k16<T>(o_[m][2 * n], a[m][step], b[0], b[1]);
+          mma_m16n8k16<T>(o_[m][2 * n + 1], a[m][step], b[2], b[3]);
         }
       }
     }
@@ -350,7 +350,7 @@ class TileForward {
 
 template <class T, class Tile>
 __global__ void __launch_bounds__(Tile::kThreads, Tile::kMinBlocks)
-    forward(const __grid_constant__ AttentionForwardParams p, const __grid_constant__ Launch launch) {
+    block_attn_forward_sm80(const __grid_constant__ AttentionForwardParams p, const __grid_constant__ Launch launch) {
   extern __shared__ __align__(128) uint8_t shared_memory[];
   TileForward<T, Tile>(p, launch, *reinterpret_cast<Shared<Tile>*>(shared_memory)).run();
 }
@@ -366,7 +366,7 @@ cudaError_t launch(const AttentionForwardParams& p, cudaStream_t stream) {
   if (items == 0) return cudaSuccess;
   const Launch launch{__builtin_ctzll(fold),         static_cast<int>(positions),   in_chunks(p.q, p.q_strides),
                       in_chunks(p.k, p.k_strides),   in_chunks(p.v, p.v_strides),   in_chunks(p.out, p.out_strides)};
-  return launch_kernel(forward<T, Tile>, {items, Tile::kThreads, kSharedBytes}, stream, p, launch);
+  return launch_kernel(block_attn_forward_sm80<T, Tile>, {items, Tile::kThreads, kSharedBytes}, stream, p, launch);
 }
 
 }  // namespace

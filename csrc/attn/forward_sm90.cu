@@ -12,19 +12,18 @@
 #include <algorithm>
 #include <bit>
 
-#include "attn/boxes.h"
 #include "attn/kernels.h"
-#include "attn/key_runs.h"
 #include "attn/plan_check.h"
-#include "attn/tile_products.h"
-#include "common/hopper.h"
+#include "attn/sm90/boxes.h"
+#include "attn/sm90/key_runs.h"
+#include "attn/sm90/tile_products.h"
 #include "common/launch.h"
+#include "common/named_barrier.h"
+#include "common/setmaxnreg.h"
 
 namespace dflash {
 namespace device {
 namespace {
-
-constexpr int kWarpgroup = 128;
 
 template <int kDim>
 struct Tiling {
@@ -35,9 +34,9 @@ struct Tiling {
   static constexpr bool kSharesRows = kRows == 64;
   static constexpr int kConsumers = kSharesRows ? 2 : kRows / 64;
   static constexpr int kThreads = (1 + kConsumers) * kWarpgroup;
-  // What a launch gives to all threads, shared out anew: it must not become more.
   static constexpr int kProducerRegisters = 24;
   static constexpr int kConsumerRegisters = kConsumers == 2 ? 240 : 112;
+  static_assert(registers_suffice(kConsumers, kProducerRegisters, kConsumerRegisters));
   static constexpr int kValueColumns = kSharesRows ? kDim / kConsumers : kDim;  // of one consumer
   static constexpr bool kTakesTurns = kDim == 128;
   // Otherwise consumers do not wait for each other, and each leaves out tiles that none of its own rows sees.
@@ -82,8 +81,8 @@ struct alignas(16) Item {
 template <class Shape>
 struct Shared {
   Item items[Shape::kItems];
-  Barrier item_full[Shape::kItems];
-  Barrier out_empty;
+  Mbarrier item_full[Shape::kItems];
+  Mbarrier out_empty;
   Ring<Shape::kQueryStages> q;
   Ring<Shape::kStages> k, v;
 };
@@ -140,21 +139,22 @@ class Producer {
   DFLASH_INLINE void publish(int slot) {
     const unsigned next = next_item(), head = next % schedule_.heads;
     Item& item = shared_.items[slot];
-    Barrier& full = shared_.item_full[slot];
+    Mbarrier& full = shared_.item_full[slot];
     const TilePlan* plan = reinterpret_cast<const TilePlan*>(p_.plan) + next / schedule_.heads;
     item.batch = p_.plan_entries > 1 ? plan->entry : head / schedule_.groups;
     item.first_head = static_cast<int>(head % schedule_.groups << schedule_.fold_shift);
-    full.copy(&item.plan, plan, sizeof(TilePlan));
+    full.arrive_and_expect_tx(sizeof(TilePlan));
+    bulk_load(shared_address(&item.plan), plan, sizeof(TilePlan), full);
   }
 
   DFLASH_INLINE void load_queries(const Item& item) {
-    Barrier& full = shared_.q.full[q_stage_.index];
-    full.expect(Shape::kQueryBytes);
+    Mbarrier& full = shared_.q.full[q_stage_.index];
+    full.arrive_and_expect_tx(Shape::kQueryBytes);
     uint32_t to = q_ + q_stage_.index * Shape::kQueryBytes;
     for (int part = 0; part < Shape::kRows / 64; ++part) {
       for (int panel = 0; panel < Shape::kPanels; ++panel, to += kQueryPanelBytes) {
-        full.copy(to, maps_.q, panel * kPanelColumns, item.first_head,
-                  item.plan.first + part * (64 >> schedule_.fold_shift), item.batch);
+        tma_load(to, maps_.q, panel * kPanelColumns, item.first_head,
+                 item.plan.first + part * (64 >> schedule_.fold_shift), item.batch, full);
       }
     }
     q_stage_.advance();
@@ -164,18 +164,18 @@ class Producer {
                                  KeyStage& stage, uint32_t to, const KeyTile<Shape::kKeys>& tile, int kv_head,
                                  int batch) {
     ring.empty[stage.index].wait(stage.parity);
-    Barrier& full = ring.full[stage.index];
-    full.expect(Shape::kKeyBytes);
+    Mbarrier& full = ring.full[stage.index];
+    full.arrive_and_expect_tx(Shape::kKeyBytes);
     to += stage.index * Shape::kKeyBytes;
     for (int panel = 0; panel < Shape::kPanels; ++panel, to += Shape::kKeyPanelBytes) {
       const int column = panel * kPanelColumns;
       if (tile.seam == Shape::kKeys) {
-        full.copy(to, map, column, tile.first, kv_head, batch);
+        tma_load(to, map, column, tile.first, kv_head, batch, full);
         continue;
       }
       for (int key = 0; key < Shape::kKeys; key += kGranule) {
-        full.copy(to + key * kPanelRowBytes, granule_map, column, tile.first + key + (key < tile.seam ? 0 : tile.jump),
-                  kv_head, batch);
+        tma_load(to + key * kPanelRowBytes, granule_map, column, tile.first + key + (key < tile.seam ? 0 : tile.jump),
+                 kv_head, batch, full);
       }
     }
     stage.advance();
@@ -217,7 +217,7 @@ class Consumer {
       consume(shared_.items[present.index]);
       present.advance();
     }
-    if (threadIdx.x % kWarpgroup == 0) wait_for_stores();
+    if (threadIdx.x % kWarpgroup == 0) bulk_wait_group_read<0>();
   }
 
  private:
@@ -265,9 +265,9 @@ class Consumer {
       shared_.k.full[k_stage_.index].wait(k_stage_.parity);
       start_scores(s);
       const RowBounds bounds[2] = {RowBounds(asked[0], kv_len), RowBounds(asked[1], kv_len)};
-      wait_for_products<0>();
+      wgmma_wait_group<0>();
       release(shared_.k, k_stage_);
-      pin(s);
+      fence_accumulator(s);
       add(softmax, s, tiles[begin], bounds, correction);
       Products::round_weights(weights, s);
       for (int i = begin + 1; i < end; ++i) {
@@ -282,23 +282,23 @@ class Consumer {
         if (Shape::kStages == 1) shared_.v.full[v_stage_.index].wait(v_stage_.parity);
         start_output(out, weights);
         pass_turn();
-        wait_for_products<1>();
+        wgmma_wait_group<1>();
         release(shared_.k, k_stage_);
-        pin(s);
+        fence_accumulator(s);
         add(softmax, s, tile, bounds, correction);
         Products::finish_softmax(softmax, s, out_);
-        wait_for_products<0>();
+        wgmma_wait_group<0>();
         release(shared_.v, v_stage_);
-        pin(out);
+        fence_accumulator(out);
         Products::rescale(out, correction);
         Products::round_weights(weights, s);
       }
       leave_queries(bounds);
       shared_.v.full[v_stage_.index].wait(v_stage_.parity);
       start_output(out, weights);
-      wait_for_products<0>();
+      wgmma_wait_group<0>();
       release(shared_.v, v_stage_);
-      pin(out);
+      fence_accumulator(out);
     } else {
       leave_queries({RowBounds(asked[0], kv_len), RowBounds(asked[1], kv_len)});
     }
@@ -356,7 +356,7 @@ class Consumer {
   }
 
   DFLASH_INLINE void take_turn() const {
-    if (Shape::kTakesTurns) named_barrier_wait(kTurnBarrier + index_, 2 * kWarpgroup);
+    if (Shape::kTakesTurns) named_barrier_sync(kTurnBarrier + index_, 2 * kWarpgroup);
   }
   DFLASH_INLINE void pass_turn() const {
     const int next = index_ == Shape::kConsumers - 1 ? 0 : index_ + 1;
@@ -389,23 +389,23 @@ class Consumer {
                                const float (&inverse)[2]) const {
     const bool leads = threadIdx.x % kWarpgroup == 0;
     if (Shape::kOwnOutput) {
-      if (leads) wait_for_stores();
-      named_barrier_wait(kOwnBarrier + index_, kWarpgroup);
+      if (leads) bulk_wait_group_read<0>();
+      named_barrier_sync(kOwnBarrier + index_, kWarpgroup);
     } else {
       // All have read the last values.
-      named_barrier_wait(kConsumersBarrier, Shape::kConsumers * kWarpgroup);
+      named_barrier_sync(kConsumersBarrier, Shape::kConsumers * kWarpgroup);
     }
     Products::write_rows(out_, out, inverse);
-    named_barrier_wait(kOwnBarrier + index_, kWarpgroup);
+    named_barrier_sync(kOwnBarrier + index_, kWarpgroup);
     if (!leads) return;
     const int first_panel = Shape::kSharesRows ? index_ * kOutPanels : 0;
     for (int panel = 0; panel < kOutPanels; ++panel) {
-      store_box(maps_.out, out_ + panel * kQueryPanelBytes, (first_panel + panel) * kPanelColumns, head, first,
+      tma_store(maps_.out, out_ + panel * kQueryPanelBytes, (first_panel + panel) * kPanelColumns, head, first,
                 batch);
     }
-    commit_stores();
+    bulk_commit_group();
     if (!Shape::kOwnOutput) {
-      wait_for_stores();
+      bulk_wait_group_read<0>();
       shared_.out_empty.arrive();
     }
   }
@@ -427,7 +427,7 @@ class Consumer {
 
 template <class T, int kDim>
 __global__ void __launch_bounds__(Tiling<kDim>::kThreads, 1)
-    forward(const __grid_constant__ AttentionForwardParams p, const __grid_constant__ Schedule schedule,
+    block_attn_forward_sm90(const __grid_constant__ AttentionForwardParams p, const __grid_constant__ Schedule schedule,
             const __grid_constant__ Maps maps) {
   using Shape = Tiling<kDim>;
   extern __shared__ unsigned char unaligned[];
@@ -439,19 +439,19 @@ __global__ void __launch_bounds__(Tiling<kDim>::kThreads, 1)
   const uint32_t k = q + Shape::kQueryStages * Shape::kQueryBytes, v = k + Shape::kStages * Shape::kKeyBytes;
   const uint32_t out = Shape::kOwnOutput ? v + Shape::kStages * Shape::kKeyBytes : v;
   if (threadIdx.x == 0) {
-    for (Barrier& full : shared.item_full) full.init();
+    for (Mbarrier& full : shared.item_full) full.init();
     shared.out_empty.init(Shape::kConsumers);
     shared.q.init(Shape::kConsumers * 4);
     shared.k.init(Shape::kConsumers * 4);
     shared.v.init(Shape::kConsumers * 4);
-    fence_barriers();
+    fence_mbarrier_init();
   }
   __syncthreads();
   if (threadIdx.x < kWarpgroup) {
-    give_registers<Shape::kProducerRegisters>();
+    setmaxnreg_dec<Shape::kProducerRegisters>();
     if (threadIdx.x == 0) Producer<Shape>(p, schedule, maps, shared, q, k, v).run();
   } else {
-    take_registers<Shape::kConsumerRegisters>();
+    setmaxnreg_inc<Shape::kConsumerRegisters>();
     Consumer<T, Shape>(p, schedule, maps, shared, q, k, v, out).run();
   }
 }
@@ -482,7 +482,7 @@ Schedule schedule_of(const AttentionForwardParams& p, int64_t items) {
 template <class T, int kDim>
 cudaError_t launch(const AttentionForwardParams& p, cudaStream_t stream) {
   using Shape = Tiling<kDim>;
-  const auto kernel = forward<T, kDim>;
+  const auto kernel = block_attn_forward_sm90<T, kDim>;
   const int64_t fold = fold_of(p.heads, p.kv_heads);
   Maps maps;
   const cudaError_t status = make_tensor_maps(p.dtype, {{&maps.q, query_box(p, p.q, p.q_strides, fold)},

@@ -5,7 +5,8 @@
 #include <type_traits>
 
 #include "attn/softmax.h"
-#include "common/mma.h"
+#include "common/named_barrier.h"
+#include "common/shared_memory.h"
 
 namespace dflash::DFLASH_ISA {
 
@@ -31,7 +32,7 @@ DFLASH_INLINE bool set_aside(uint32_t values, int bytes, int first_key, const Ro
     const uint4 bad = bad_of(read_shared(values + at));
     found |= (bad.x | bad.y | bad.z | bad.w) != 0;
   }
-  if (!barrier_or(barrier, kThreads, found)) return false;
+  if (!named_barrier_any(barrier, kThreads, found)) return false;
 #pragma unroll 1
   for (int key = 0; key < kKeys; ++key) {
     const bool seen[2] = {bounds[0].sees(first_key + key), bounds[1].sees(first_key + key)};
@@ -48,7 +49,7 @@ DFLASH_INLINE bool set_aside(uint32_t values, int bytes, int first_key, const Ro
       }
     }
   }
-  barrier_or(barrier, kThreads, false);
+  named_barrier_any(barrier, kThreads, false);
 #pragma unroll 1
   for (int at = threadIdx.x * 16; at < bytes; at += kThreads * 16) {
     const uint4 value = read_shared(values + at), bad = bad_of(value);

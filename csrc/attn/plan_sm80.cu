@@ -129,7 +129,7 @@ DFLASH_INLINE TilePlan plan_tile(const PlanParams& p, const Lanes& lanes, int ti
 constexpr int kFewThreads = 256, kFewWarps = kFewThreads / 32;
 
 // A warp makes a tile's entry. After the grid's barrier it counts how many tiles have more keys than its own.
-__global__ void __launch_bounds__(kFewThreads) plan_few_tiles(const PlanParams p) {
+__global__ void __launch_bounds__(kFewThreads) block_attn_plan_few_tiles_sm80(const PlanParams p) {
   const auto warp = cg::tiled_partition<32>(cg::this_thread_block());
   const int count = count_tiles(p);
   const int first = blockIdx.x * kFewWarps + warp.meta_group_rank(), stride = gridDim.x * kFewWarps;
@@ -230,7 +230,7 @@ class Places {
 // A counting sort by size class. Every block sorts the entries that it makes, which are neighbours. It counts them by
 // class before the grid's barrier, and after it adds up the counts of all blocks, which tells where its own entries begin
 // in each class. Tiles of one class stay in their order.
-__global__ void __launch_bounds__(kThreads, 1) plan_many_tiles(const PlanParams p) {
+__global__ void __launch_bounds__(kThreads, 1) block_attn_plan_many_tiles_sm80(const PlanParams p) {
   __shared__ Places places;
   const auto lanes = cg::tiled_partition<kLanes>(cg::this_thread_block());
   const int count = count_tiles(p), each = (count - 1) / static_cast<int>(gridDim.x) + 1;
@@ -266,7 +266,7 @@ const char* plan_sm80(const PlanParams& params, void* stream) {
   if (count == 0) return nullptr;
   const auto cuda_stream = static_cast<cudaStream_t>(stream);
   const bool few = count <= kFewTiles;
-  const auto kernel = few ? device::plan_few_tiles : device::plan_many_tiles;
+  const auto kernel = few ? device::block_attn_plan_few_tiles_sm80 : device::block_attn_plan_many_tiles_sm80;
   const int threads = few ? device::kFewThreads : device::kThreads;
   const int64_t blocks = few ? (count + device::kFewWarps - 1) / device::kFewWarps : kMaxPlanBlocks;
   return checked_launch([&] {

@@ -66,6 +66,9 @@ DFLASH_INLINE void store(T* p, const float (&in)[kCount], bool aligned) {
   }
 }
 
+// prefetch.global.L2: loads a line into the L2 cache. What the memory holds may still change before it is read.
+DFLASH_INLINE void prefetch_l2(const void* address) { asm volatile("prefetch.global.L2 [%0];" ::"l"(address)); }
+
 // Another lane's copy of a struct of floats.
 template <class S>
 DFLASH_INLINE S shuffle_xor(const S& value, int lane_mask) {

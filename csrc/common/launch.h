@@ -24,7 +24,7 @@ struct LaunchShape {
   int64_t blocks;
   int threads;
   int shared_bytes = 0;            // dynamic shared memory of a block
-  int cluster_blocks = 0;          // 0: no clusters
+  int cluster_size = 0;            // blocks of a cluster; 0: no clusters
   bool is_cooperative = false;     // all blocks are resident at once, so that they may wait for each other
   bool overlaps_previous = false;  // may start before the stream's previous kernel has ended
 };
@@ -38,8 +38,8 @@ class LaunchConfig {
     config_.dynamicSmemBytes = shape.shared_bytes;
     config_.stream = stream;
     config_.attrs = attributes_;
-    if (shape.cluster_blocks > 0) {
-      add(cudaLaunchAttributeClusterDimension).clusterDim = {static_cast<unsigned>(shape.cluster_blocks), 1, 1};
+    if (shape.cluster_size > 0) {
+      add(cudaLaunchAttributeClusterDimension).clusterDim = {static_cast<unsigned>(shape.cluster_size), 1, 1};
     }
     if (shape.is_cooperative) add(cudaLaunchAttributeCooperative).cooperative = 1;
     if (shape.overlaps_previous) {

@@ -1,8 +1,9 @@
-// Warpgroup matrix products (wgmma): 64 rows, kN columns, steps of 16 along the sum. The accumulator of a thread is
-// laid out as of mma.sync, warp w holding rows 16w to 16w + 15.
+// Warpgroup matrix products (wgmma, sm_90a): 64 rows, kN columns, steps of 16 along the sum. The accumulator of a
+// thread is laid out as that of mma.sync; warp w holds rows 16w to 16w + 15.
 //
-// Operands lie in shared memory in panels of 64 elements (128 bytes a row), swizzled as the copy engine writes them,
-// every panel aligned to 1024 bytes. A descriptor names an operand's start; its address counts in 16 bytes.
+// Operands in shared memory lie in panels of 64 elements (128 bytes a row) under the 128-byte swizzle, as TMA writes
+// them. Every panel is aligned to 1024 bytes. A matrix descriptor names an operand's start and strides; its address
+// counts in units of 16 bytes, so that 32 bytes further is descriptor + 2.
 #pragma once
 
 #include "common/device.h"
@@ -11,49 +12,57 @@ namespace dflash::DFLASH_ISA {
 
 constexpr int kPanelColumns = 64, kPanelRowBytes = 128;
 
-// The same address, which the compiler takes for a new one: what is added to it is computed when it is needed, rather
-// than kept in registers over a whole loop.
-DFLASH_INLINE uint32_t renewed(uint32_t address) {
+// Returns the address in a way that hides its origin from the compiler, which then computes sums with it where they are
+// needed, rather than keeping them in registers over a whole loop.
+DFLASH_INLINE uint32_t opaque(uint32_t address) {
   asm volatile("" : "+r"(address));
   return address;
 }
 
-// The same value in all lanes, said so that the compiler knows: what follows from it stays in uniform registers, and
-// descriptors cost no vector instructions between two products.
+// Returns the value of lane 0, which tells the compiler that all lanes hold the same. What follows from it stays in
+// uniform registers, and descriptors cost no vector instructions between two products.
 DFLASH_INLINE uint32_t uniform(uint32_t x) { return __shfl_sync(~0u, x, 0); }
 
-// Within a cluster the upper bits of an address say whose shared memory it is; an operand is always the block's own.
-DFLASH_INLINE uint64_t operand_start(uint32_t address) { return (address & 0x3ffff) >> 4; }
+// Within a cluster the upper bits of a shared address name the block. An operand is always the block's own, so they are
+// cleared.
+DFLASH_INLINE uint64_t descriptor_start(uint32_t address) { return (address & 0x3ffff) >> 4; }
 
-// Rows along M or N, the sum along the panel's columns: 16 columns further is 32 bytes further in the panel.
-DFLASH_INLINE uint64_t row_operand(uint32_t address) {
-  return operand_start(address) | uint64_t(1) << 16 | uint64_t(1024 >> 4) << 32 | uint64_t(1) << 62;
+// A K-major operand: its rows run along M or N, and the sum runs along the panel's columns. 16 columns further is 32
+// bytes further in the panel.
+DFLASH_INLINE uint64_t k_major_descriptor(uint32_t address) {
+  return descriptor_start(address) | uint64_t(1) << 16 | uint64_t(1024 >> 4) << 32 | uint64_t(1) << 62;
 }
 
-// Rows along the sum, the panels' columns along N: the next 64 columns are `panel_bytes` further.
-DFLASH_INLINE uint64_t column_operand(uint32_t address, uint32_t panel_bytes) {
-  return operand_start(address) | uint64_t(panel_bytes >> 4) << 16 | uint64_t(1024 >> 4) << 32 | uint64_t(1) << 62;
+// An MN-major operand: its rows run along the sum, and the panels' columns along M or N. The next 64 columns begin
+// `panel_bytes` further.
+DFLASH_INLINE uint64_t mn_major_descriptor(uint32_t address, uint32_t panel_bytes) {
+  return descriptor_start(address) | uint64_t(panel_bytes >> 4) << 16 | uint64_t(1024 >> 4) << 32 | uint64_t(1) << 62;
 }
 
-// Orders the warpgroup's own register accesses before the products that follow.
-DFLASH_INLINE void begin_products() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
-DFLASH_INLINE void commit_products() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+// wgmma.fence: orders the warpgroup's register accesses before the products that follow.
+DFLASH_INLINE void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 
-// Waits until at most kPending groups of products are under way.
+// wgmma.commit_group: the products so far become one group.
+DFLASH_INLINE void wgmma_commit_group() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+
+// wgmma.wait_group: waits until at most kPending groups are in flight.
 template <int kPending>
-DFLASH_INLINE void wait_for_products() {
+DFLASH_INLINE void wgmma_wait_group() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
 }
 
 // Keeps the compiler from moving accesses of an accumulator across this point.
 template <int kCount>
-DFLASH_INLINE void pin(float (&d)[kCount]) {
+DFLASH_INLINE void fence_accumulator(float (&d)[kCount]) {
 #pragma unroll
   for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(d[i])::"memory");
 }
 
+// The values are PTX's transpose flags.
+enum Major { kMajorK = 0, kMajorMN = 1 };
+
 template <class T, int kN>
-struct Product;
+struct Wgmma;
 
 #define DFLASH_LIST_32 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
 #define DFLASH_LIST_64 \
@@ -88,51 +97,39 @@ struct Product;
 #define DFLASH_FLOATS_128 DFLASH_FLOATS_FROM(0), DFLASH_FLOATS_FROM(32)
 #define DFLASH_FLOATS_256 DFLASH_FLOATS_128, DFLASH_FLOATS_FROM(64), DFLASH_FLOATS_FROM(96)
 
-// rows_by_rows: d (+)= a b^T, both row operands. registers_by_columns: d (+)= a b, a in registers as of mma.sync, b a
-// column operand. rows_by_columns, columns_by_columns: both in shared memory, b and in the second a, too, column
-// operands. a0 to a5 number what follows the accumulator.
-#define DFLASH_PRODUCT(T, kN, name, a0, a1, a2, a3, a4, a5)                                                            \
+// wgmma.mma_async: d (+)= a b. `ss` has both operands in shared memory; `rs` has a in registers, laid out as the A
+// fragment of mma.sync. a0 to a6 number the operands that follow the accumulator.
+#define DFLASH_WGMMA(T, kN, name, a0, a1, a2, a3, a4, a5, a6)                                                          \
   template <>                                                                                                          \
-  struct Product<T, kN> {                                                                                              \
-    DFLASH_INLINE static void rows_by_rows(float (&d)[kN / 2], uint64_t a, uint64_t b, bool accumulate) {              \
-      asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " a2 ", 0;\nwgmma.mma_async.sync.aligned.m64n" #kN               \
-                   "k16.f32." name "." name " {" DFLASH_LIST_##kN "}, " a0 ", " a1 ", p, 1, 1, 0, 0;\n}\n"             \
-                   : DFLASH_FLOATS_##kN                                                                                \
-                   : "l"(a), "l"(b), "r"(int(accumulate)));                                                            \
-    }                                                                                                                  \
-    DFLASH_INLINE static void rows_by_columns(float (&d)[kN / 2], uint64_t a, uint64_t b, bool accumulate) {           \
+  struct Wgmma<T, kN> {                                                                                                \
+    template <Major kA, Major kB>                                                                                      \
+    DFLASH_INLINE static void ss(float (&d)[kN / 2], uint64_t a, uint64_t b, bool accumulate) {                        \
       asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " a2 ", 0;\nwgmma.mma_async.sync.aligned.m64n" #kN                \
-                   "k16.f32." name "." name " {" DFLASH_LIST_##kN "}, " a0 ", " a1 ", p, 1, 1, 0, 1;\n}\n"             \
+                   "k16.f32." name "." name " {" DFLASH_LIST_##kN "}, " a0 ", " a1 ", p, 1, 1, " a3 ", " a4 ";\n}\n"   \
                    : DFLASH_FLOATS_##kN                                                                                \
-                   : "l"(a), "l"(b), "r"(int(accumulate)));                                                            \
+                   : "l"(a), "l"(b), "r"(int(accumulate)), "n"(int(kA)), "n"(int(kB)));                                \
     }                                                                                                                  \
-    DFLASH_INLINE static void columns_by_columns(float (&d)[kN / 2], uint64_t a, uint64_t b, bool accumulate) {        \
-      asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " a2 ", 0;\nwgmma.mma_async.sync.aligned.m64n" #kN                \
-                   "k16.f32." name "." name " {" DFLASH_LIST_##kN "}, " a0 ", " a1 ", p, 1, 1, 1, 1;\n}\n"             \
-                   : DFLASH_FLOATS_##kN                                                                                \
-                   : "l"(a), "l"(b), "r"(int(accumulate)));                                                            \
-    }                                                                                                                  \
-    DFLASH_INLINE static void registers_by_columns(float (&d)[kN / 2], const uint32_t (&a)[4], uint64_t b,             \
-                                                   bool accumulate) {                                                  \
-      asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " a5 ", 0;\nwgmma.mma_async.sync.aligned.m64n" #kN               \
+    template <Major kB>                                                                                                \
+    DFLASH_INLINE static void rs(float (&d)[kN / 2], const uint32_t (&a)[4], uint64_t b, bool accumulate) {            \
+      asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " a5 ", 0;\nwgmma.mma_async.sync.aligned.m64n" #kN                \
                    "k16.f32." name "." name " {" DFLASH_LIST_##kN "}, {" a0 ", " a1 ", " a2 ", " a3 "}, " a4           \
-                   ", p, 1, 1, 1;\n}\n"                                                                                \
+                   ", p, 1, 1, " a6 ";\n}\n"                                                                           \
                    : DFLASH_FLOATS_##kN                                                                                \
-                   : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int(accumulate)));                        \
+                   : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int(accumulate)), "n"(int(kB)));          \
     }                                                                                                                  \
   };
 
-DFLASH_PRODUCT(__nv_bfloat16, 32, "bf16", "%16", "%17", "%18", "%19", "%20", "%21")
-DFLASH_PRODUCT(__half, 32, "f16", "%16", "%17", "%18", "%19", "%20", "%21")
-DFLASH_PRODUCT(__nv_bfloat16, 64, "bf16", "%32", "%33", "%34", "%35", "%36", "%37")
-DFLASH_PRODUCT(__half, 64, "f16", "%32", "%33", "%34", "%35", "%36", "%37")
-DFLASH_PRODUCT(__nv_bfloat16, 80, "bf16", "%40", "%41", "%42", "%43", "%44", "%45")
-DFLASH_PRODUCT(__half, 80, "f16", "%40", "%41", "%42", "%43", "%44", "%45")
-DFLASH_PRODUCT(__nv_bfloat16, 128, "bf16", "%64", "%65", "%66", "%67", "%68", "%69")
-DFLASH_PRODUCT(__half, 128, "f16", "%64", "%65", "%66", "%67", "%68", "%69")
-DFLASH_PRODUCT(__nv_bfloat16, 256, "bf16", "%128", "%129", "%130", "%131", "%132", "%133")
-DFLASH_PRODUCT(__half, 256, "f16", "%128", "%129", "%130", "%131", "%132", "%133")
+DFLASH_WGMMA(__nv_bfloat16, 32, "bf16", "%16", "%17", "%18", "%19", "%20", "%21", "%22")
+DFLASH_WGMMA(__half, 32, "f16", "%16", "%17", "%18", "%19", "%20", "%21", "%22")
+DFLASH_WGMMA(__nv_bfloat16, 64, "bf16", "%32", "%33", "%34", "%35", "%36", "%37", "%38")
+DFLASH_WGMMA(__half, 64, "f16", "%32", "%33", "%34", "%35", "%36", "%37", "%38")
+DFLASH_WGMMA(__nv_bfloat16, 80, "bf16", "%40", "%41", "%42", "%43", "%44", "%45", "%46")
+DFLASH_WGMMA(__half, 80, "f16", "%40", "%41", "%42", "%43", "%44", "%45", "%46")
+DFLASH_WGMMA(__nv_bfloat16, 128, "bf16", "%64", "%65", "%66", "%67", "%68", "%69", "%70")
+DFLASH_WGMMA(__half, 128, "f16", "%64", "%65", "%66", "%67", "%68", "%69", "%70")
+DFLASH_WGMMA(__nv_bfloat16, 256, "bf16", "%128", "%129", "%130", "%131", "%132", "%133", "%134")
+DFLASH_WGMMA(__half, 256, "f16", "%128", "%129", "%130", "%131", "%132", "%133", "%134")
 
-#undef DFLASH_PRODUCT
+#undef DFLASH_WGMMA
 
 }  // namespace dflash::DFLASH_ISA

@@ -103,7 +103,8 @@ struct CrossEntropyRow {
 };
 
 template <class T, bool kTeacher, Pass kPass>
-__global__ void __launch_bounds__(kThreads, kMinBlocks<kTeacher>) masked_cross_entropy(const CrossEntropyParams params) {
+__global__ void __launch_bounds__(kThreads, kMinBlocks<kTeacher>)
+    masked_cross_entropy_sm80(const CrossEntropyParams params) {
   const RowHead head(params, blockIdx.x);
   const CrossEntropyRow<T, kTeacher> row(head);
   using Stats = RowStats<float>;
@@ -128,9 +129,9 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks<kTeacher>) masked_cross_e
 
 template <class T, bool kTeacher>
 cudaError_t launch(const CrossEntropyParams& p, cudaStream_t stream) {
-  const auto kernel = p.pass == Pass::kForward    ? masked_cross_entropy<T, kTeacher, Pass::kForward>
-                      : p.pass == Pass::kBackward ? masked_cross_entropy<T, kTeacher, Pass::kBackward>
-                                                  : masked_cross_entropy<T, kTeacher, Pass::kInPlace>;
+  const auto kernel = p.pass == Pass::kForward    ? masked_cross_entropy_sm80<T, kTeacher, Pass::kForward>
+                      : p.pass == Pass::kBackward ? masked_cross_entropy_sm80<T, kTeacher, Pass::kBackward>
+                                                  : masked_cross_entropy_sm80<T, kTeacher, Pass::kInPlace>;
   return launch_kernel(kernel, {p.rows, kThreads}, stream, p);
 }
 

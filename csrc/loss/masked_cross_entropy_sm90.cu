@@ -3,8 +3,8 @@
 // taken while the next ones arrive, and the blocks exchange their sums through distributed shared memory.
 #include <cooperative_groups.h>
 
-#include "common/hopper.h"
 #include "common/launch.h"
+#include "common/tma.h"
 #include "loss/kernels.h"
 #include "loss/row_part.h"
 
@@ -19,12 +19,12 @@ constexpr int kMaxCluster = 8;
 constexpr int kMaxSliceBytes = 110 * 1024;
 
 template <class T>
-__global__ void __launch_bounds__(kThreads, 2) masked_cross_entropy_in_place(const CrossEntropyParams params,
+__global__ void __launch_bounds__(kThreads, 2) masked_cross_entropy_sm90(const CrossEntropyParams params,
                                                                              const int slice) {
   namespace cg = cooperative_groups;
   constexpr int kSize = Chunk<T>::kSize;
   extern __shared__ __align__(16) unsigned char shared[];
-  __shared__ Barrier arrived[kPieces];
+  __shared__ Mbarrier arrived[kPieces];
   __shared__ __align__(16) unsigned char parts_storage[kMaxCluster * sizeof(RowPart)];
   T* const logits = reinterpret_cast<T*>(shared);
   RowPart* const parts = reinterpret_cast<RowPart*>(parts_storage);
@@ -50,10 +50,13 @@ __global__ void __launch_bounds__(kThreads, 2) masked_cross_entropy_in_place(con
   const auto piece_end = [&](int p) { return p == kPieces - 1 ? count : min(count, (p + 1) * piece); };
   if (threadIdx.x == 0) {
     for (int p = 0; p < kPieces; ++p) arrived[p].init();
-    fence_barriers();
+    fence_mbarrier_init();
     for (int p = 0; p < kPieces; ++p) {
       const int begin = min(count, p * piece), end = piece_end(p);
-      if (begin < end) arrived[p].copy(logits + begin, own + begin, (end - begin) * sizeof(T));
+      if (begin == end) continue;
+      const uint32_t bytes = (end - begin) * sizeof(T);
+      arrived[p].arrive_and_expect_tx(bytes);
+      bulk_load(shared_address(logits + begin), own + begin, bytes, arrived[p]);
     }
   }
   // Read before any block may overwrite it.
@@ -93,7 +96,7 @@ __global__ void __launch_bounds__(kThreads, 2) masked_cross_entropy_in_place(con
 
 int bytes_of(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
 
-int cluster_size(const CrossEntropyParams& p) {
+int cluster_size_for(const CrossEntropyParams& p) {
   const int64_t bytes = p.vocab * bytes_of(p.dtype);
   int blocks = 1;
   while (blocks <= kMaxCluster && bytes > int64_t(blocks) * kMaxSliceBytes) blocks *= 2;
@@ -102,11 +105,11 @@ int cluster_size(const CrossEntropyParams& p) {
 
 template <class T>
 cudaError_t launch(const CrossEntropyParams& p, cudaStream_t stream) {
-  const int blocks = cluster_size(p);
+  const int blocks = cluster_size_for(p);
   constexpr int kSize = Chunk<T>::kSize;
   const int slice = (p.vocab / blocks + kSize - 1) / kSize * kSize + (p.vocab % blocks ? kSize : 0);
   const LaunchShape shape{p.rows * blocks, kThreads, slice * static_cast<int>(sizeof(T)), blocks};
-  return launch_kernel(masked_cross_entropy_in_place<T>, shape, stream, p, slice);
+  return launch_kernel(masked_cross_entropy_sm90<T>, shape, stream, p, slice);
 }
 
 }  // namespace
@@ -118,7 +121,7 @@ uint32_t masked_cross_entropy_sm90_misses(const CrossEntropyParams& p) {
   const int64_t bytes = device::bytes_of(p.dtype);
   const bool is_aligned = (reinterpret_cast<uintptr_t>(p.logits) | p.vocab * bytes | p.logits_strides.outer * bytes |
                            p.logits_strides.inner * bytes) % 16 == 0;
-  return (is_aligned ? 0 : kLossLayout) | (device::cluster_size(p) <= device::kMaxCluster ? 0 : kLossVocabulary);
+  return (is_aligned ? 0 : kLossLayout) | (device::cluster_size_for(p) <= device::kMaxCluster ? 0 : kLossVocabulary);
 }
 
 const char* masked_cross_entropy_sm90(const CrossEntropyParams& params, void* stream) {

@@ -4,7 +4,7 @@
 
 #include <cuda/atomic>
 
-#include "attn/decode_work.h"
+#include "attn/sm80/decode_work.h"
 #include "attn/softmax.h"
 #include "common/mma.h"
 

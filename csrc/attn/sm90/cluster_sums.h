@@ -13,7 +13,10 @@
 #pragma once
 
 #include "attn/softmax.h"
-#include "common/hopper.h"
+#include "common/cluster.h"
+#include "common/mbarrier.h"
+#include "common/named_barrier.h"
+#include "common/tma.h"
 
 namespace dflash::DFLASH_ISA {
 
@@ -43,12 +46,12 @@ struct ClusterSums {
 
   // In shared memory, too.
   struct State {
-    Barrier full[1 + kMaxPieces];     // of statistics, of pieces
+    Mbarrier full[1 + kMaxPieces];     // of statistics, of pieces
     alignas(16) float2 stats[kRows];  // the rows' largest scores and sums of exponentials
 
     DFLASH_INLINE void init() {
 #pragma unroll
-      for (Barrier& barrier : full) barrier.init();
+      for (Mbarrier& barrier : full) barrier.init();
     }
   };
 
@@ -72,20 +75,20 @@ struct ClusterSums {
   DFLASH_INLINE void send_all() const {
     if (lane == 0) {
       const int own_slots = slots_for(rank);
-      state.full[0].expect((ranks - 1) * kStatsBytes);
+      state.full[0].arrive_and_expect_tx((ranks - 1) * kStatsBytes);
 #pragma unroll 1
       for (int piece = 0; piece * kPieceSlots < own_slots; ++piece) {
         const int fragments = end_of(piece, own_slots) - piece * kPieceSlots;
-        state.full[1 + piece].expect((ranks - 1) * fragments * kFragmentBytes);
+        state.full[1 + piece].arrive_and_expect_tx((ranks - 1) * fragments * kFragmentBytes);
       }
     }
     __syncwarp();
-    cluster_arrive();
+    cluster_arrive_relaxed();
     // A lane for each other block. Statistics are sent by the instructions that send the first piece later.
     const int next = rank + 1 + lane, to = next < ranks ? next : next - ranks;
 #pragma unroll 1
     for (int piece = -1; piece * kPieceSlots < slots; ++piece) {
-      if (piece < 1) named_barrier_wait(piece < 0 ? kStatsBarrier : kSumsBarrier, kThreads + 32);
+      if (piece < 1) named_barrier_sync(piece < 0 ? kStatsBarrier : kSumsBarrier, kThreads + 32);
       if (piece < 0) cluster_wait();
       const int begin = piece * kPieceSlots * kFragmentBytes, end = end_of(piece, slots_for(to)) * kFragmentBytes;
       const unsigned char* const from = piece < 0 ? reinterpret_cast<const unsigned char*>(state.stats)
@@ -93,8 +96,8 @@ struct ClusterSums {
       unsigned char* const at = piece < 0 ? stats_of(rank) : received(rank, to) + begin;
       const int bytes = piece < 0 ? kStatsBytes : end - begin;
       if (lane + 1 < ranks && bytes > 0) {
-        send(remote_address(shared_address(at), to), shared_address(from), bytes,
-             remote_address(shared_address(&state.full[1 + piece]), to));
+        bulk_send(map_to_rank(shared_address(at), to), shared_address(from), bytes,
+             map_to_rank(shared_address(&state.full[1 + piece]), to));
       }
       __syncwarp();
     }
@@ -102,12 +105,12 @@ struct ClusterSums {
 
   // Consumers, when no products of queries and keys are left: of the thread's two rows.
   DFLASH_INLINE void announce(const float (&largest)[2], const float (&sum)[2]) const {
-    cluster_arrive();
+    cluster_arrive_relaxed();
     const float totals[2] = {total_of(sum[0]), total_of(sum[1])};
     if (lane % 4 == 0) {
       for (int r = 0; r < 2; ++r) state.stats[warp * 16 + lane / 4 + 8 * r] = make_float2(largest[r], totals[r]);
     }
-    fence_shared_writes();
+    fence_proxy_async();
     named_barrier_arrive(kStatsBarrier, kThreads + 32);
   }
 
@@ -123,7 +126,7 @@ struct ClusterSums {
       *reinterpret_cast<uint32_t*>(upper + fragment + below * 16) = __byte_perm(x, y, 0x7632);
       *reinterpret_cast<uint16_t*>(lower + fragment + below * 8) = __byte_perm(x, y, 0x51);
     }
-    fence_shared_writes();
+    fence_proxy_async();
     __syncwarp();
     named_barrier_arrive(kSumsBarrier, kThreads + 32);
     cluster_wait();
@@ -159,7 +162,7 @@ struct ClusterSums {
     for (int i = 0; i < own_slots; i += 2) {
       if (i % kPieceSlots == 0) {
         state.full[1 + i / kPieceSlots].wait(0);
-        if (i + kPieceSlots >= own_slots) cluster_arrive();
+        if (i + kPieceSlots >= own_slots) cluster_arrive_relaxed();
       }
       const int slot = i + lane / 16, at = min(slot, own_slots - 1) * kFragmentBytes;
       uint4 upper[kMaxRanks];
@@ -190,7 +193,7 @@ struct ClusterSums {
       }
       if (slot < own_slots) store(rank * slots + slot, x);
     }
-    if (own_slots == 0) cluster_arrive();
+    if (own_slots == 0) cluster_arrive_relaxed();
     // A block leaves only when what it sent has arrived.
     cluster_wait();
   }

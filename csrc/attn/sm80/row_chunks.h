@@ -3,7 +3,9 @@
 #pragma once
 
 #include "attn/params.h"
+#include "common/cp_async.h"
 #include "common/mma.h"
+#include "common/shared_memory.h"
 
 namespace dflash {
 
@@ -63,7 +65,7 @@ DFLASH_INLINE void copy_rows(uint32_t to, bool aligned, const At& at, const Has&
   if (aligned) {
 #pragma unroll
     for (int i = 0; i < kCount; i += Share::kStep) {
-      copy_async(to + chunk_offset<Tile>(share.row + i, share.chunk), at(i), has(i) ? 16 : 0);
+      cp_async(to + chunk_offset<Tile>(share.row + i, share.chunk), at(i), has(i) ? 16 : 0);
     }
   } else {
 #pragma unroll 1
@@ -77,7 +79,7 @@ DFLASH_INLINE void copy_rows(uint32_t to, bool aligned, const At& at, const Has&
       store_shared(to + chunk_offset<Tile>(share.row + i, share.chunk), pairs);
     }
   }
-  commit_copies();
+  cp_async_commit_group();
 }
 
 }  // namespace DFLASH_ISA

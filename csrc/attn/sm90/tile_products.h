@@ -2,7 +2,8 @@
 #pragma once
 
 #include "attn/softmax.h"
-#include "common/hopper.h"
+#include "common/mma.h"
+#include "common/tma.h"
 #include "common/wgmma.h"
 
 namespace dflash::DFLASH_ISA {
@@ -19,34 +20,34 @@ struct TileProducts {
 
   // Starts s = q k^T.
   static DFLASH_INLINE void start_scores(Scored& s, uint32_t queries, uint32_t keys) {
-    pin(s);
-    begin_products();
-    const uint64_t q = row_operand(renewed(queries)), k = row_operand(renewed(keys));
+    fence_accumulator(s);
+    wgmma_fence();
+    const uint64_t q = k_major_descriptor(opaque(queries)), k = k_major_descriptor(opaque(keys));
 #pragma unroll
     for (int step = 0; step < kDim / 16; ++step) {
       const int panel = step / 4, within = step % 4 * 32;
-      Product<T, kKeys>::rows_by_rows(s, q + (panel * kQueryPanelBytes + within) / 16,
+      Wgmma<T, kKeys>::template ss<kMajorK, kMajorK>(s, q + (panel * kQueryPanelBytes + within) / 16,
                                       k + (panel * kKeyPanelBytes + within) / 16, step > 0);
     }
-    commit_products();
+    wgmma_commit_group();
   }
 
   // Starts out += weights v.
   static DFLASH_INLINE void start_output(Output& out, const Weights& weights, uint32_t values) {
-    pin(out);
-    begin_products();
-    const uint64_t v = column_operand(values, kKeyPanelBytes);
+    fence_accumulator(out);
+    wgmma_fence();
+    const uint64_t v = mn_major_descriptor(values, kKeyPanelBytes);
 #pragma unroll
     for (int step = 0; step < kKeys / 16; ++step) {
-      Product<T, kColumns>::registers_by_columns(out, weights[step], v + step * 16 * kPanelRowBytes / 16, true);
+      Wgmma<T, kColumns>::template rs<kMajorMN>(out, weights[step], v + step * 16 * kPanelRowBytes / 16, true);
     }
-    commit_products();
+    wgmma_commit_group();
   }
 
   // Has the softmax of s done before the next wait for products, where ptxas likes to put arithmetic that should run
   // beside them: a store says so that never happens, sums not being negative.
   static DFLASH_INLINE void finish_softmax(const OnlineSoftmax& softmax, Scored& s, uint32_t shared) {
-    pin(s);
+    fence_accumulator(s);
     asm volatile(
         "{\n"
         ".reg .pred never;\n"
@@ -73,11 +74,11 @@ struct TileProducts {
       const float* const x = out + pair * 8;
       const uint32_t address = to + pair / 4 * kQueryPanelBytes + row * kPanelRowBytes +
                                ((pair % 4 * 2 + chunk) ^ (row % 8)) * 16;
-      store_matrices(address, pack<T>(x[0] * inverse[0], x[1] * inverse[0]),
+      stmatrix_x4(address, pack<T>(x[0] * inverse[0], x[1] * inverse[0]),
                      pack<T>(x[2] * inverse[1], x[3] * inverse[1]), pack<T>(x[4] * inverse[0], x[5] * inverse[0]),
                      pack<T>(x[6] * inverse[1], x[7] * inverse[1]));
     }
-    fence_shared_writes();
+    fence_proxy_async();
   }
 
   static DFLASH_INLINE void round_weights(Weights& weights, const Scored& s) {
