@@ -36,14 +36,14 @@ def main() -> None:
             "block_attn, 8 rows over 8 keys",
             {
                 "dflash_ext": lambda: block_attn(q, k, v, mask),
-                "native operator": lambda: native.block_attn(q, k, v, *bounds, None, 0.25, 0.0)[0],
+                "native operator": lambda: native.block_attn(q, k, v, *bounds, 8, None, 0.25, None, False)[0],
             },
         )
         rows += measured(
             "block_attn_decode, 8 rows over 8 keys",
             {
                 "dflash_ext": lambda: block_attn_decode(q, k, v, mask),
-                "native operator": lambda: native.block_attn_decode(q, k, v, *bounds, 8, None, None, False, 0.25, 0.0),
+                "native operator": lambda: native.block_attn_decode(q, k, v, *bounds, 8, None, None, False, 0.25, None),
             },
         )
     lens = torch.tensor([40, 17])

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from numbers import Integral
 from typing import Any
 
 import torch
@@ -18,7 +17,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-from .arguments import check_one_device, checked, is_int, shown
+from .checks import check_one_device, is_int, shown
 from .library import load
 
 Length = int | Tensor
@@ -35,7 +34,8 @@ class IntervalMask:
 
     ctx_lo, ctx_hi, blk_lo, blk_hi: int32 ``[B, Lq]``; B = 1 serves every row of a batch. kv_len: Lk, static.
     An interval with lo >= hi is empty, keys in both intervals count once, and neither order nor adjacency of
-    the two is assumed. The constructors keep every bound within ``[0, kv_len]``.
+    the two is assumed. The constructors keep every bound within ``[0, kv_len]``. Bounds that are not
+    contiguous are copied, because the kernels need contiguous ones.
 
     In the constructors a length is an int, or an int32 or int64 tensor ``[B]``. Those of self-attention take
     ``max_len``, the padded length: required when ``seq_len`` is a tensor; rows and keys from ``seq_len`` on
@@ -56,18 +56,15 @@ class IntervalMask:
     planned_for: tuple | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
-        for name, bound in zip(_BOUNDS, self._bounds(), strict=True):
-            if not isinstance(bound, Tensor):
-                raise TypeError(f"IntervalMask: {name} is {shown(bound)}; a tensor is needed")
+        for name in _BOUNDS:
+            bound = getattr(self, name)
             if bound.dim() != 2 or bound.dtype != torch.int32 or bound.shape != self.ctx_lo.shape:
                 raise ValueError(
                     f"IntervalMask: {name} is {shown(bound)}; the four bounds are int32 [B, Lq] of one shape"
                 )
+            object.__setattr__(self, name, bound.contiguous())
         check_one_device("IntervalMask", **dict(zip(_BOUNDS, self._bounds(), strict=True)))
-        if not is_int(self.kv_len):
-            raise TypeError(f"IntervalMask: kv_len is {shown(self.kv_len)}; an int is needed")
-        if not 0 <= self.kv_len <= _LARGEST:
-            raise ValueError(f"IntervalMask: kv_len is {self.kv_len}; 0 to {_LARGEST} is needed")
+        object.__setattr__(self, "kv_len", _int("__init__", "kv_len", self.kv_len))
 
     @property
     def batch(self) -> int:
@@ -93,7 +90,6 @@ class IntervalMask:
         """Copies and files hold the bounds alone: a plan belongs to the device and the tensors that it was made for."""
         return IntervalMask, (*self._bounds(), self.kv_len)
 
-    @checked
     def plan(self, heads: int, kv_heads: int, head_dim: int, *, decode: bool = False) -> IntervalMask:
         """The same mask with the GPU kernels' tile lists, made once for all layers of these shapes.
 
@@ -118,8 +114,7 @@ class IntervalMask:
             return self
         load()
         shapes = heads, kv_heads, head_dim, decode
-        bounds = (bound.contiguous() for bound in self._bounds())
-        tiles = torch.ops.dflash_ext.block_attn_plan(*bounds, self.kv_len, *shapes)
+        tiles = torch.ops.dflash_ext.block_attn_plan(*self._bounds(), self.kv_len, *shapes)
         return _from_leaves((*self._bounds(), tiles), (self.kv_len, self._plan_key(*shapes)))
 
     def tiles_for(self, heads: int, kv_heads: int, head_dim: int, *, decode: bool = False) -> Tensor | None:
@@ -132,7 +127,6 @@ class IntervalMask:
     # ---- self-attention ----------------------------------------------------------------------------------
 
     @staticmethod
-    @checked
     def full(
         kv_lens: Length, *, q_len: int | None = None, kv_len: int | None = None, device: Device = None
     ) -> IntervalMask:
@@ -142,11 +136,10 @@ class IntervalMask:
         """
         device = _device("full", device, kv_lens=kv_lens)
         lens, kv_len = _padded(kv_lens, kv_len, device, "full", "kv_lens", "kv_len")
-        q_len = kv_len if q_len is None else _size("full", "q_len", q_len)
+        q_len = kv_len if q_len is None else _int("full", "q_len", q_len)
         return _intervals(kv_len, q_len, context=(0, lens))
 
     @staticmethod
-    @checked
     def causal(seq_len: Length, *, max_len: int | None = None, device: Device = None) -> IntervalMask:
         """Row i sees the keys up to i."""
         device = _device("causal", device, seq_len=seq_len)
@@ -155,19 +148,17 @@ class IntervalMask:
         return _intervals(max_len, max_len, context=(0, pos + 1), rows=pos < lens)
 
     @staticmethod
-    @checked
     def sliding_window(
         seq_len: Length, window: int, *, max_len: int | None = None, device: Device = None
     ) -> IntervalMask:
         """Row i sees the last ``window`` keys up to i, itself included."""
-        window = _at_least_one("sliding_window", "window", window)
+        window = _step("sliding_window", "window", window)
         device = _device("sliding_window", device, seq_len=seq_len)
         lens, max_len = _padded(seq_len, max_len, device, "sliding_window")
         pos = _arange(max_len, device)
         return _intervals(max_len, max_len, context=(pos - window + 1, pos + 1), rows=pos < lens)
 
     @staticmethod
-    @checked
     def prefix_lm(
         seq_len: Length,
         prefix_len: Length,
@@ -184,7 +175,6 @@ class IntervalMask:
         return _intervals(max_len, max_len, context=(0, visible), rows=pos < lens)
 
     @staticmethod
-    @checked
     def prefix_block(
         seq_len: Length,
         prefix_len: Length,
@@ -206,7 +196,6 @@ class IntervalMask:
         )
 
     @staticmethod
-    @checked
     def block_causal(
         seq_len: Length,
         block_size: int,
@@ -219,7 +208,7 @@ class IntervalMask:
 
         The first ``prefix_len`` tokens are causal and belong to no block; the first block starts after them.
         """
-        block_size = _at_least_one("block_causal", "block_size", block_size)
+        block_size = _step("block_causal", "block_size", block_size)
         device = _device("block_causal", device, seq_len=seq_len, prefix_len=prefix_len)
         lens, max_len = _padded(seq_len, max_len, device, "block_causal")
         prefix = _column(prefix_len, device, "block_causal", "prefix_len")
@@ -235,7 +224,6 @@ class IntervalMask:
         )
 
     @staticmethod
-    @checked
     def block_diffusion(
         seq_len: Length,
         block_size: int,
@@ -248,7 +236,7 @@ class IntervalMask:
         A noised block of x_t sees itself in both directions and the clean blocks of x_0 before it; a block of
         x_0 sees the clean blocks up to its own.
         """
-        block_size = _at_least_one("block_diffusion", "block_size", block_size)
+        block_size = _step("block_diffusion", "block_size", block_size)
         device = _device("block_diffusion", device, seq_len=seq_len)
         lens, max_len = _padded(seq_len, max_len, device, "block_diffusion")
         row = _arange(2 * max_len, device)
@@ -265,7 +253,6 @@ class IntervalMask:
         )
 
     @staticmethod
-    @checked
     def packed(
         cu_seqlens: Sequence[int] | Tensor,
         inner: Callable[..., IntervalMask],
@@ -284,41 +271,30 @@ class IntervalMask:
         last document is padding. max_len: an upper bound of the document lengths, by default the longest one,
         or total_len with a tensor.
         """
-        if not callable(inner):
-            raise TypeError(
-                f"IntervalMask.packed: inner is {shown(inner)}; a function like IntervalMask.causal is needed"
-            )
         if isinstance(cu_seqlens, Tensor):
-            if total_len is None:
-                raise ValueError("IntervalMask.packed: cu_seqlens is a tensor, so total_len is required")
+            total_len = _int("packed", "total_len", total_len)
             if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 2 or cu_seqlens.dtype not in _INTEGERS:
                 raise ValueError(
                     f"IntervalMask.packed: cu_seqlens is {shown(cu_seqlens)}; int32 or int64 [2] or more is needed"
                 )
-            max_len = total_len if max_len is None else _size("packed", "max_len", max_len)
+            max_len = total_len if max_len is None else _int("packed", "max_len", max_len)
             offsets = cu_seqlens.to(torch.int32)
         else:
-            given = list(cu_seqlens)
+            given = [_int("packed", "an offset of cu_seqlens", offset) for offset in cu_seqlens]
             if len(given) < 2 or given[0] != 0 or given != sorted(given):
                 raise ValueError(
                     f"IntervalMask.packed: cu_seqlens is {given}; two or more ascending offsets from 0 are needed"
                 )
             total_len = given[-1] if total_len is None else total_len
             longest = max(b - a for a, b in pairwise(given))
-            max_len = longest if max_len is None else _at_least(longest, "packed", "max_len", max_len)
+            max_len = longest if max_len is None else _int("packed", "max_len", max_len, least=longest)
             offsets = torch.tensor(given, dtype=torch.int32, device=device)
-        total_len, max_len = _size("packed", "total_len", total_len), max(max_len, 1)
+        total_len, max_len = _int("packed", "total_len", total_len), max(max_len, 1)
         documents, count = inner(offsets.diff(), max_len=max_len), offsets.numel() - 1
-        if not isinstance(documents, IntervalMask):
-            raise TypeError(f"IntervalMask.packed: inner returned {shown(documents)}; an IntervalMask is needed")
-        if documents.batch not in (1, count):
+        if documents.batch not in (1, count) or (documents.q_len, documents.kv_len) != (max_len, max_len):
             raise ValueError(
-                f"IntervalMask.packed: inner made {documents.batch} masks; {count}, or one for all, are needed"
-            )
-        if (documents.q_len, documents.kv_len) != (max_len, max_len):
-            raise ValueError(
-                f"IntervalMask.packed: inner made {documents.q_len} rows over {documents.kv_len} keys; "
-                f"self-attention over {max_len} tokens is needed"
+                f"IntervalMask.packed: inner made {documents.batch} masks of {documents.q_len} rows over "
+                f"{documents.kv_len} keys; {count}, or one for all, of {max_len} over {max_len} are needed"
             )
         pos = _arange(total_len, offsets.device)
         found = torch.searchsorted(offsets[1:], pos, right=True)
@@ -336,7 +312,6 @@ class IntervalMask:
         )
 
     @staticmethod
-    @checked
     def from_padding(attention_mask: Tensor) -> IntervalMask:
         """Row i sees the tokens up to i, where a 2-D padding mask tells tokens from padding.
 
@@ -370,7 +345,6 @@ class IntervalMask:
         return _intervals(length, length, context=(start, pos + 1), rows=inside, batch=batch)
 
     @staticmethod
-    @checked
     def from_position_ids(position_ids: Tensor) -> IntervalMask:
         """Packed documents, each causal, as the positions of their tokens tell.
 
@@ -395,7 +369,6 @@ class IntervalMask:
     # ---- training drafters -------------------------------------------------------------------------------
 
     @staticmethod
-    @checked
     def anchor_blocks(
         context_len: int,
         anchors: Tensor,
@@ -431,10 +404,10 @@ class IntervalMask:
         causal: whether a slot sees only the slots up to itself. By default sliding layers are causal under
             "specforge", where they must be, and "zlab"; everything else is bidirectional in the block.
         """
-        context_len = _size("anchor_blocks", "context_len", context_len)
-        block_size = _at_least_one("anchor_blocks", "block_size", block_size)
+        context_len = _int("anchor_blocks", "context_len", context_len)
+        block_size = _step("anchor_blocks", "block_size", block_size)
         if window is not None:
-            window = _at_least_one("anchor_blocks", "window", window)
+            window = _step("anchor_blocks", "window", window)
         _check_convention("anchor_blocks", convention, ("specforge", "zlab", "speculators"))
         if causal is None:
             causal = window is not None and convention != "speculators"
@@ -497,7 +470,6 @@ class IntervalMask:
     # ---- decoding ----------------------------------------------------------------------------------------
 
     @staticmethod
-    @checked
     def decode(
         cache_lens: Length,
         block_len: int,
@@ -522,20 +494,18 @@ class IntervalMask:
             Lengths in tensors are not checked against it: what lies beyond is not seen.
         """
         if window is not None:
-            window = _at_least_one("decode", "window", window)
+            window = _step("decode", "window", window)
         if convention is not None:
             _check_convention("decode", convention, ("zlab", "speculators"))
-        block_len = _size("decode", "block_len", block_len)
+        block_len = _int("decode", "block_len", block_len)
         device = _device("decode", device, cache_lens=cache_lens, q_lens=q_lens, kv_start=kv_start)
-        if kv_len is None:
-            if isinstance(cache_lens, Tensor):
-                raise ValueError("IntervalMask.decode: cache_lens is a tensor, so kv_len is required")
+        if kv_len is None and not isinstance(cache_lens, Tensor):
             kv_len = cache_lens + block_len
         elif not isinstance(cache_lens, Tensor) and q_lens is None and kv_len < cache_lens + block_len:
             raise ValueError(
                 f"IntervalMask.decode: {cache_lens} cached tokens and a block of {block_len} exceed kv_len {kv_len}"
             )
-        kv_len = _size("decode", "kv_len", kv_len)
+        kv_len = _int("decode", "kv_len", kv_len)
         cached = _column(cache_lens, device, "decode", "cache_lens")
         start = _column(kv_start, device, "decode", "kv_start")
         rows = _column(block_len if q_lens is None else q_lens, device, "decode", "q_lens").clamp(max=block_len)
@@ -552,7 +522,6 @@ class IntervalMask:
     # ---- other forms -------------------------------------------------------------------------------------
 
     @staticmethod
-    @checked
     def from_dense(mask: Tensor) -> IntervalMask:
         """The intervals of a dense mask that was made elsewhere; waits for the device to check it.
 
@@ -561,8 +530,6 @@ class IntervalMask:
         Raises ValueError for a row whose visible keys are more than two runs, for a mask that differs by
         head, and for an additive value that is neither.
         """
-        if mask.is_complex():
-            raise ValueError(f"IntervalMask.from_dense: mask is {shown(mask)}; bools, or 0 and <= -1e4, are needed")
         visible = mask
         if mask.dtype != torch.bool:
             visible = mask == 0
@@ -601,7 +568,6 @@ class IntervalMask:
         key = torch.arange(self.kv_len, device=self.device, dtype=torch.int32)
         return self._sees(*(bound[:, None, :, None] for bound in self._bounds()), key)
 
-    @checked
     def to_dense(self, dtype: torch.dtype) -> Tensor:
         """Additive ``[B, 1, Lq, Lk]``: 0 where visible, else the lowest finite number of ``dtype``.
 
@@ -609,8 +575,6 @@ class IntervalMask:
         overflows to -inf in half precision. Under it a row that sees nothing attends to all keys alike, where
         ``block_attn`` gives 0: a softmax over equal scores is uniform.
         """
-        if not dtype.is_floating_point:
-            raise ValueError(f"IntervalMask.to_dense: dtype is {dtype}; a floating one is needed")
         visible = self.to_bool()
         hidden = torch.full((), torch.finfo(dtype).min, dtype=dtype, device=self.device)
         return torch.where(visible, torch.zeros((), dtype=dtype, device=self.device), hidden)
@@ -683,28 +647,25 @@ def check_head_dim(where: str, head_dim: int) -> None:
 
 
 def _has_values(x: Tensor) -> bool:
-    """Values to look at: none in fake tensors, nor while something is compiled, traced or mapped."""
-    return type(x) is Tensor and not (
-        torch.compiler.is_compiling() or is_in_torch_dispatch_mode() or torch._C._functorch.is_batchedtensor(x)
-    )
+    """Whether a tensor has values to look at. Fake tensors and those of a function that is being traced have none."""
+    return type(x) is Tensor and not (torch.compiler.is_compiling() or is_in_torch_dispatch_mode())
 
 
-def _at_least_one(where: str, name: str, value: int) -> int:
-    """The value, or one as good that int32 positions can be moved by."""
-    return min(_at_least(1, where, name, value), _FAR)
-
-
-def _at_least(least: int, where: str, name: str, value: int) -> int:
+def _int(where: str, name: str, value: int, least: int = 0, most: int | None = _LARGEST) -> int:
+    """An integer of any type, checked, as an int. A SymInt stays one, so that torch.compile need not fix its value."""
+    if not is_int(value):
+        raise TypeError(f"IntervalMask.{where}: {name} is {shown(value)}; an int is needed")
+    value = value if isinstance(value, int | torch.SymInt) else int(value)
     if value < least:
         raise ValueError(f"IntervalMask.{where}: {name} is {value}; at least {least} is needed")
-    return int(value) if isinstance(value, Integral) else value  # numpy's ints compare to numpy's bools; a SymInt stays
+    if most is not None and value > most:
+        raise ValueError(f"IntervalMask.{where}: {name} is {value}; at most {most} is supported")
+    return value
 
 
-def _size(where: str, name: str, value: int) -> int:
-    """A length that tensors are made of, or indexed by in int32."""
-    if value > _LARGEST:
-        raise ValueError(f"IntervalMask.{where}: {name} is {value}; at most {_LARGEST} is supported")
-    return _at_least(0, where, name, value)
+def _step(where: str, name: str, value: int) -> int:
+    """A window or a block of at least one token. Larger ones than any mask become a number that fits into int32."""
+    return min(_int(where, name, value, least=1, most=None), _FAR)
 
 
 def _column(length: Length, device: Device, where: str, name: str) -> Tensor:
@@ -715,7 +676,8 @@ def _column(length: Length, device: Device, where: str, name: str) -> Tensor:
                 f"IntervalMask.{where}: {name} is {shown(length)}; an int, or int32 or int64 [B], is needed"
             )
         return length.clamp(max=_FAR).to(torch.int32)[:, None]
-    return torch.full((1, 1), min(_at_least(0, where, name, length), _FAR), dtype=torch.int32, device=device)
+    length = min(_int(where, name, length, most=None), _FAR)
+    return torch.full((1, 1), length, dtype=torch.int32, device=device)
 
 
 def _padded(
@@ -726,12 +688,10 @@ def _padded(
     name: str = "seq_len",
     padded_name: str = "max_len",
 ) -> tuple[Tensor, int]:
-    """The true lengths [B, 1] and the static length that they are padded to."""
-    if padded is None:
-        if isinstance(lens, Tensor):
-            raise ValueError(f"IntervalMask.{where}: {name} is a tensor, so {padded_name} is required")
+    """The true lengths [B, 1] and the static length that they are padded to, which an int is by itself."""
+    if padded is None and not isinstance(lens, Tensor):
         padded = lens
-    return _column(lens, device, where, name), _size(where, padded_name, padded)
+    return _column(lens, device, where, name), _int(where, padded_name, padded)
 
 
 def _intervals(

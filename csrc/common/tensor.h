@@ -28,6 +28,10 @@ T* optional_data(const std::optional<Tensor>& tensor) {
   return tensor ? static_cast<T*>(tensor->data_ptr()) : nullptr;
 }
 
+inline bool same_device(const Tensor& a, const Tensor& b) {
+  return a.is_cpu() == b.is_cpu() && a.get_device_index() == b.get_device_index();
+}
+
 inline DType dtype_of(const char* op, const char* name, const Tensor& tensor) {
   switch (tensor.scalar_type()) {
     case ScalarType::Float: return DType::kFloat32;
@@ -49,7 +53,7 @@ inline ScalarType real_of(const Tensor& tensor) {
 inline void check_tensor(const char* op, const char* name, const Tensor& tensor, const Tensor& beside, ScalarType dtype,
                          std::initializer_list<int64_t> sizes) {
   bool fits = tensor.is_contiguous() && tensor.scalar_type() == dtype && tensor.dim() == int64_t(sizes.size()) &&
-              tensor.is_cpu() == beside.is_cpu() && tensor.get_device_index() == beside.get_device_index();
+              same_device(tensor, beside);
   std::ostringstream shape;
   int64_t dim = 0;
   for (const int64_t size : sizes) {

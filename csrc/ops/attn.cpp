@@ -1,5 +1,6 @@
 // Operators of the attention family; dflash_ext/ops/attention.py documents the semantics.
 #include <algorithm>
+#include <cmath>
 #include <tuple>
 
 #include "common/cpu.h"
@@ -36,15 +37,24 @@ int64_t end_of(const Intervals& mask, int64_t rows) {
   return end;
 }
 
+// What the scores are multiplied by, D ** -0.5 unless given, and their cap, 0 for none.
+void set_scaling(const char* op, AttentionParams& p, std::optional<double> scale, std::optional<double> softcap) {
+  p.scale = scale.value_or(std::pow(double(p.head_dim), -0.5));
+  check(-1e30 < p.scale && p.scale < 1e30, op, ": scale is ", p.scale, "; a number of float32's size is needed");
+  check(!softcap || (1e-30 < *softcap && *softcap < 1e30), op, ": softcap is ", softcap.value_or(0),
+        "; a positive number of float32's size is needed");
+  p.softcap = softcap.value_or(0);
+}
+
 // k and v: [B or pages, Hkv, Lk or page_size, D] by their sizes and strides.
 void set_inputs(const char* op, AttentionParams& p, const Tensor& q, const Tensor& k, const Tensor& v, const Mask& mask,
-                double scale, double softcap) {
+                std::optional<double> scale, std::optional<double> softcap) {
   p.dtype = dtype_of(op, "q", q);
   p.q_strides = head_strides(op, "q", q);
   p.k_strides = head_strides(op, "k", k);
   p.v_strides = head_strides(op, "v", v);
   for (const Tensor* x : {&k, &v}) {
-    check(x->scalar_type() == q.scalar_type() && x->get_device_index() == q.get_device_index(), op, ": k and v must have q's dtype and device");
+    check(x->scalar_type() == q.scalar_type() && same_device(*x, q), op, ": k and v must have q's dtype and device");
     check(x->size(3) == q.size(3), op, ": head_dim of k and v is ", x->size(3), ", of q ", q.size(3));
   }
   p.batch = q.size(0);
@@ -53,8 +63,8 @@ void set_inputs(const char* op, AttentionParams& p, const Tensor& q, const Tenso
   p.head_dim = q.size(3);
   check(p.head_dim % 8 == 0 && 8 <= p.head_dim && p.head_dim <= kMaxHeadDim, op, ": head_dim is ", p.head_dim,
         "; multiples of 8 up to ", kMaxHeadDim, " are supported");
-  p.scale = scale;
-  p.softcap = softcap;
+  set_scaling(op, p, scale, softcap);
+  check(same_device(mask.ctx_lo, q), op, ": the mask must be on q's device");
   p.mask = intervals(op, mask, p.batch, p.q_len);
   p.q = q.data_ptr();
   p.k = k.data_ptr();
@@ -93,13 +103,15 @@ void set_keys(const char* op, AttentionParams& p, const Tensor& k, const Tensor&
 }
 
 std::tuple<Tensor, Tensor> forward(Tensor q, Tensor k, Tensor v, Tensor ctx_lo, Tensor ctx_hi, Tensor blk_lo,
-                                   Tensor blk_hi, std::optional<Tensor> plan, double scale, double softcap,
+                                   Tensor blk_hi, int64_t kv_len, std::optional<Tensor> plan,
+                                   std::optional<double> scale, std::optional<double> softcap,
                                    bool /*deterministic: of the gradients*/) {
   constexpr const char* kOp = "block_attn";
   const Mask mask{ctx_lo, ctx_hi, blk_lo, blk_hi};
   AttentionForwardParams p{};
   set_inputs(kOp, p, q, k, v, mask, scale, softcap);
   set_keys(kOp, p, k, v);
+  check(kv_len == p.kv_len, kOp, ": the mask is over ", kv_len, " keys, k has ", p.kv_len);
   Tensor out = torch::stable::empty_like(q);
   Tensor lse = new_empty(q, {p.batch, p.heads, p.q_len}, real_of(q));
   p.out = out.data_ptr();
@@ -127,20 +139,20 @@ void run_backward_on_cpu(AttentionBackwardParams& p, const Tensor& q) {
 
 std::tuple<Tensor, Tensor, Tensor> backward(Tensor grad_out, std::optional<Tensor> grad_lse, Tensor q, Tensor k,
                                             Tensor v, Tensor ctx_lo, Tensor ctx_hi, Tensor blk_lo, Tensor blk_hi,
-                                            Tensor out, Tensor lse, double scale, double softcap, bool deterministic) {
+                                            Tensor out, Tensor lse, std::optional<double> scale,
+                                            std::optional<double> softcap, bool deterministic) {
   constexpr const char* kOp = "block_attn_backward";
   BackwardParams p{};
   set_inputs(kOp, p, q, k, v, {ctx_lo, ctx_hi, blk_lo, blk_hi}, scale, softcap);
   set_keys(kOp, p, k, v);
   for (const Tensor* x : {&out, &grad_out}) {
     check(x->dim() == 4 && x->size(0) == p.batch && x->size(1) == p.heads && x->size(2) == p.q_len &&
-              x->size(3) == p.head_dim && x->scalar_type() == q.scalar_type() &&
-              x->get_device_index() == q.get_device_index(),
+              x->size(3) == p.head_dim && x->scalar_type() == q.scalar_type() && same_device(*x, q),
           kOp, ": out and its gradient must be like q");
   }
   for (const Tensor* x : {&lse, grad_lse ? &*grad_lse : &lse}) {
     check(x->dim() == 3 && x->size(0) == p.batch && x->size(1) == p.heads && x->size(2) == p.q_len &&
-              x->scalar_type() == real_of(q) && x->is_contiguous() && x->get_device_index() == q.get_device_index(),
+              x->scalar_type() == real_of(q) && x->is_contiguous() && same_device(*x, q),
           kOp, ": lse and its gradient must be contiguous [", p.batch, ", ", p.heads, ", ", p.q_len, "]");
   }
   p.out = out.data_ptr();
@@ -175,8 +187,7 @@ void set_caches(const char* op, AttentionParams& p, const Tensor& k_cache, const
   int64_t capacity;
   if (block_table) {
     check(block_table->scalar_type() == ScalarType::Int && block_table->dim() == 2 &&
-              block_table->size(0) == p.batch && block_table->is_contiguous() &&
-              block_table->get_device_index() == k_cache.get_device_index(),
+              block_table->size(0) == p.batch && block_table->is_contiguous() && same_device(*block_table, k_cache),
           op, ": block_table must be contiguous int32 [", p.batch, ", max_pages]");
     p.pages = {static_cast<const int32_t*>(block_table->data_ptr()), block_table->size(1), k_cache.size(1),
                k_cache.size(0), nullptr};
@@ -214,8 +225,8 @@ void run_decode_on_cpu(AttentionForwardParams& p, const Tensor& q) {
 }
 
 Tensor decode(Tensor q, Tensor k_cache, Tensor v_cache, Tensor ctx_lo, Tensor ctx_hi, Tensor blk_lo, Tensor blk_hi,
-              int64_t kv_len, std::optional<Tensor> block_table, std::optional<Tensor> plan, bool exact, double scale,
-              double softcap) {
+              int64_t kv_len, std::optional<Tensor> block_table, std::optional<Tensor> plan, bool exact,
+              std::optional<double> scale, std::optional<double> softcap) {
   constexpr const char* kOp = "block_attn_decode";
   const Mask mask{ctx_lo, ctx_hi, blk_lo, blk_hi};
   Tensor out = torch::stable::empty_like(q);
@@ -242,17 +253,17 @@ Tensor decode(Tensor q, Tensor k_cache, Tensor v_cache, Tensor ctx_lo, Tensor ct
 STABLE_TORCH_LIBRARY_FRAGMENT(dflash_ext, m) {
   m.def(
       "block_attn(Tensor q, Tensor k, Tensor v, Tensor ctx_lo, Tensor ctx_hi, Tensor blk_lo, Tensor blk_hi, "
-      "Tensor? plan, float scale, float softcap, bool deterministic) -> (Tensor out, Tensor lse)");
+      "SymInt kv_len, Tensor? plan, float? scale, float? softcap, bool deterministic) -> (Tensor out, Tensor lse)");
   m.def(
       "block_attn_plan(Tensor ctx_lo, Tensor ctx_hi, Tensor blk_lo, Tensor blk_hi, int kv_len, int heads, "
       "int kv_heads, int head_dim, bool decode) -> Tensor");
   m.def(
       "block_attn_backward(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor ctx_lo, "
-      "Tensor ctx_hi, Tensor blk_lo, Tensor blk_hi, Tensor out, Tensor lse, float scale, float softcap, "
+      "Tensor ctx_hi, Tensor blk_lo, Tensor blk_hi, Tensor out, Tensor lse, float? scale, float? softcap, "
       "bool deterministic) -> (Tensor grad_q, Tensor grad_k, Tensor grad_v)");
   m.def(
       "block_attn_decode(Tensor q, Tensor k_cache, Tensor v_cache, Tensor ctx_lo, Tensor ctx_hi, Tensor blk_lo, "
-      "Tensor blk_hi, SymInt kv_len, Tensor? block_table, Tensor? plan, bool exact, float scale, float softcap) "
+      "Tensor blk_hi, SymInt kv_len, Tensor? block_table, Tensor? plan, bool exact, float? scale, float? softcap) "
       "-> Tensor");
 }
 

@@ -18,7 +18,7 @@ inline Intervals intervals(const char* op, const Mask& mask, int64_t batch, int6
   const auto bound = [&](const Tensor& x) {
     check(x.scalar_type() == ScalarType::Int && x.dim() == 2 && (x.size(0) == 1 || x.size(0) == batch) &&
               x.size(0) == mask.ctx_lo.size(0) && x.size(1) == q_len && x.is_contiguous() &&
-              x.get_device_index() == mask.ctx_lo.get_device_index(),
+              same_device(x, mask.ctx_lo),
           op, ": the mask's bounds must be contiguous int32 [1 or ", batch, ", ", q_len, "], of one shape");
     return static_cast<const int32_t*>(x.data_ptr());
   };

@@ -18,7 +18,7 @@ constexpr const char* kOp = "masked_cross_entropy";
 void check_per_row(const char* name, const Tensor& tensor, const Tensor& logits, ScalarType dtype) {
   check(tensor.dim() == 2 && tensor.size(0) == logits.size(0) && tensor.size(1) == logits.size(1) &&
             tensor.is_contiguous() && tensor.scalar_type() == dtype &&
-            tensor.get_device_index() == logits.get_device_index() && tensor.is_cpu() == logits.is_cpu(),
+            same_device(tensor, logits),
         kOp, ": ", name, " must be contiguous, one entry a row, on the logits' device and of the right dtype");
 }
 
@@ -60,7 +60,7 @@ CrossEntropyParams params_of(Pass pass, const Tensor& logits, const Tensor& targ
   if (teacher) {
     check(teacher->dim() == 3 && teacher->size(0) == logits.size(0) && teacher->size(1) == p.inner &&
               teacher->size(2) == p.vocab && teacher->scalar_type() == logits.scalar_type() &&
-              teacher->get_device_index() == logits.get_device_index() && teacher->is_cpu() == logits.is_cpu(),
+              same_device(*teacher, logits),
           kOp, ": teacher must have the logits' shape, dtype and device");
     p.teacher_kind = options.teacher_kind == 0 ? Teacher::kKL : Teacher::kTV;
     p.teacher = teacher->data_ptr();

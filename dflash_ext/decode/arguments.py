@@ -8,7 +8,7 @@ from numbers import Real
 import numpy as np
 from torch import Tensor
 
-from ..arguments import is_int, shown
+from ..checks import is_int, shown
 from ..ops.logits import by_row
 
 OFF = {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}

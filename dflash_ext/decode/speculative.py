@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import Tensor
 
-from ..arguments import shown
+from ..checks import shown
 from ..models import DFlashDrafter, Target
 from ..ops import sample, verify
 from ..reference import Verification

@@ -8,22 +8,22 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..arguments import check_one_device, checked, shown
+from ..checks import check_numbers, check_tensors, shown
 from ..library import load
 from ..masks import IntervalMask, check_head_dim
-from .autograd import refuse_forward_mode, refuse_second_derivative
+from .autograd import has_no_gradient, refuse_forward_mode, refuse_second_derivative
 from .devices import autocast
 from .serving import warn_of_portable_kernels, warn_once
 
 load()
-_native = torch.ops.dflash_ext
+_block_attn = torch.ops.dflash_ext.block_attn.default
+_block_attn_backward = torch.ops.dflash_ext.block_attn_backward.default
+_block_attn_decode = torch.ops.dflash_ext.block_attn_decode.default
 
 _GPU_DTYPES = (torch.bfloat16, torch.float16)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-_PAGES = "[pages, page_size, Hkv, D]"  # the layout of a paged cache
 
 
-@checked
 def block_attn(
     q: Tensor,
     k: Tensor,
@@ -56,25 +56,28 @@ def block_attn(
 
     Raises ValueError for arguments that do not fit together, TypeError for one of another type.
     """
-    _check_places("block_attn", mask, q=q, k=k, v=v)
+    _check_kinds("block_attn", mask, scale, softcap)
     refuse_forward_mode("block_attn", q, k, v)
-    q, k, v = autocast(q, k, v)
-    _check("block_attn", q, {"k": k, "v": v}, "[B, Hkv, Lk, D]", mask, scale, softcap)
-    if k.shape[2] != mask.kv_len:
-        raise ValueError(f"block_attn: the mask is over {mask.kv_len} keys, k has {k.shape[2]}")
-    if not q.is_cuda or q.dtype in _GPU_DTYPES:
-        tiles = mask.tiles_for(q.shape[1], k.shape[1], q.shape[3])
-        scaling = _scaling(q, scale, softcap)
-        out, lse = _native.block_attn(q, k, v, *_bounds(mask), tiles, *scaling, deterministic)
-        warn_of_portable_kernels(q.device)
+    keys = _bounds(mask), mask.kv_len
+    try:
+        q, k, v = autocast(q, k, v)
+        if q.is_cuda and q.dtype not in _GPU_DTYPES:
+            _check("block_attn", q, {"k": k, "v": v}, *keys, scale, softcap)
+            warn_once("block_attn", q.device)
+            return _without_kernel(q, k, v, mask, scale, softcap, deterministic, return_lse)
+        tiles = mask.tiles
+        if tiles is not None:
+            tiles = mask.tiles_for(q.shape[1], k.shape[1], q.shape[3])
+        out, lse = _block_attn(q, k, v, *keys[0], keys[1], tiles, scale, softcap, deterministic)
+        if q.is_cuda:
+            warn_of_portable_kernels(q.device)
         return (out, lse) if return_lse else out
-    warn_once("block_attn", q.device)
-    if softcap is None and not (return_lse or deterministic):
-        return _scaled_dot_product(q, k, v, mask, scale)
-    return reference.block_attn(q, k, v, mask, scale=scale, softcap=softcap, return_lse=return_lse)
+    except Exception as error:
+        failure = error
+    _check("block_attn", q, {"k": k, "v": v}, *keys, scale, softcap)
+    raise failure
 
 
-@checked
 def block_attn_decode(
     q: Tensor,
     k_cache: Tensor,
@@ -108,47 +111,51 @@ def block_attn_decode(
     Raises ValueError for arguments that do not fit together, TypeError for one of another type, and on the CPU
     RuntimeError for an entry of block_table that is no page though a row sees its keys.
     """
-    _check_places("block_attn_decode", mask, q=q, k_cache=k_cache, v_cache=v_cache, block_table=block_table)
-    q, k_cache, v_cache = autocast(q, k_cache, v_cache)
-    caches = {"k_cache": k_cache, "v_cache": v_cache}
-    layout = "[B, Hkv, S, D]" if block_table is None else _PAGES
-    _check("block_attn_decode", q, caches, layout, mask, scale, softcap)
-    if block_table is None:
-        capacity = k_cache.shape[2]
-    else:
-        if block_table.dtype != torch.int32 or block_table.dim() != 2 or block_table.shape[0] != q.shape[0]:
-            raise ValueError(
-                f"block_attn_decode: block_table is {shown(block_table)}; int32 [{q.shape[0]}, max_pages] is needed"
-            )
-        block_table = block_table.contiguous()
-        capacity = block_table.shape[1] * k_cache.shape[1]
-    if mask.kv_len > capacity:
-        raise ValueError(
-            f"block_attn_decode: the mask is over {mask.kv_len} keys, the cache has {capacity}: "
-            f"k_cache {list(k_cache.shape)} is read as {layout}"
-        )
-    with torch.no_grad():
-        if not q.is_cuda or q.dtype in _GPU_DTYPES:
+    _check_kinds("block_attn_decode", mask, scale, softcap)
+    keys = _bounds(mask), mask.kv_len
+    try:
+        q, k_cache, v_cache = autocast(q, k_cache, v_cache)
+        if block_table is not None:
+            block_table = block_table.contiguous()
+        if q.is_cuda and q.dtype not in _GPU_DTYPES:
+            caches = {"k_cache": k_cache, "v_cache": v_cache}
+            _check("block_attn_decode", q, caches, *keys, scale, softcap, block_table)
+            warn_once("block_attn_decode", q.device)
+            options = {"block_table": block_table, "scale": scale, "softcap": softcap}
+            return reference.block_attn_decode(q.detach(), k_cache.detach(), v_cache.detach(), mask, **options)
+        tiles = mask.tiles
+        if tiles is not None:
             kv_heads = k_cache.shape[1 if block_table is None else 2]
             tiles = mask.tiles_for(q.shape[1], kv_heads, q.shape[3], decode=True)
-            keys = *_bounds(mask), mask.kv_len, block_table
-            scaling = _scaling(q, scale, softcap)
-            out = _native.block_attn_decode(q, k_cache, v_cache, *keys, tiles, exact, *scaling)
+        out = _block_attn_decode(q, k_cache, v_cache, *keys[0], keys[1], block_table, tiles, exact, scale, softcap)
+        if q.is_cuda:
             warn_of_portable_kernels(q.device)
-            return out
-        warn_once("block_attn_decode", q.device)
-        return reference.block_attn_decode(
-            q, k_cache, v_cache, mask, block_table=block_table, scale=scale, softcap=softcap
-        )
+        return out
+    except Exception as error:
+        failure = error
+    caches = {"k_cache": k_cache, "v_cache": v_cache}
+    _check("block_attn_decode", q, caches, *keys, scale, softcap, block_table)
+    raise failure
 
 
 def _bounds(mask: IntervalMask) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return tuple(bound.contiguous() for bound in (mask.ctx_lo, mask.ctx_hi, mask.blk_lo, mask.blk_hi))
+    return mask.ctx_lo, mask.ctx_hi, mask.blk_lo, mask.blk_hi
 
 
-def _scaling(q: Tensor, scale: float | None, softcap: float | None) -> tuple[float, float]:
-    """The native operators' trailing arguments."""
-    return float(q.shape[-1] ** -0.5 if scale is None else scale), float(softcap or 0.0)
+def _without_kernel(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: IntervalMask,
+    scale: float | None,
+    softcap: float | None,
+    deterministic: bool,
+    return_lse: bool,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """``block_attn`` in dtypes that the GPU kernels do not have."""
+    if softcap is None and not (return_lse or deterministic):
+        return _scaled_dot_product(q, k, v, mask, scale)
+    return reference.block_attn(q, k, v, mask, scale=scale, softcap=softcap, return_lse=return_lse)
 
 
 def _scaled_dot_product(q: Tensor, k: Tensor, v: Tensor, mask: IntervalMask, scale: float | None) -> Tensor:
@@ -165,41 +172,55 @@ def _scaled_dot_product(q: Tensor, k: Tensor, v: Tensor, mask: IntervalMask, sca
     return out.masked_fill(empty, 0.0)
 
 
-def _check_places(op: str, mask: IntervalMask, **tensors: Tensor | None) -> None:
+# ------------------------------------------------------------------------- checks
+
+# The native operators refuse on their own whatever does not fit, so that a call which succeeds pays for no check here.
+# `_check` runs after an operator has raised, to name the arguments as the public function has them. It also runs where
+# no native kernel does: for fake and meta tensors, and for dtypes that only plain PyTorch serves.
+
+
+def _check_kinds(op: str, mask: IntervalMask, scale: float | None, softcap: float | None) -> None:
+    """What the native operators cannot refuse: they would take the value of a tensor, and drop its gradient."""
     if not isinstance(mask, IntervalMask):
         raise TypeError(
             f"{op}: mask is {shown(mask)}; an IntervalMask is needed, which IntervalMask.full, causal, "
             "from_dense and others make"
         )
-    check_one_device(op, **tensors, mask=mask.ctx_lo)
+    if isinstance(scale, Tensor) or isinstance(softcap, Tensor):
+        check_numbers(op, scale=scale, softcap=softcap)
 
 
 def _check(
     op: str,
     q: Tensor,
     keys: dict[str, Tensor],
-    layout: str,
-    mask: IntervalMask,
+    bounds: tuple[Tensor, Tensor, Tensor, Tensor],
+    kv_len: int,
     scale: float | None,
     softcap: float | None,
+    block_table: Tensor | None = None,
 ) -> None:
-    """q [B, Hq, Lq, D] against keys and values, by name, of that layout."""
+    """Raises ValueError or TypeError for what does not fit. keys: the keys and the values, each by its name."""
     tensors = {"q": q} | keys
     (key_name, k), (value_name, v) = keys.items()
+    paged = block_table is not None
+    layout = "[pages, page_size, Hkv, D]" if paged else f"[B, Hkv, {'Lk' if op == 'block_attn' else 'S'}, D]"
 
     def fail(what: str) -> NoReturn:
-        shapes = ", ".join([f"{name} {list(x.shape)}" for name, x in tensors.items()])  # a list for torch.compile
+        shapes = ", ".join(f"{name} {list(x.shape)}" for name, x in tensors.items())
         raise ValueError(f"{op}: {shapes}: {what}; q [B, Hq, Lq, D] and {key_name}, {value_name} {layout} are needed")
 
+    check_tensors(op, **tensors, **({"block_table": block_table} if paged else {}), mask=bounds[0])
+    check_numbers(op, scale=scale, softcap=softcap)
     if not q.dim() == k.dim() == v.dim() == 4:
         fail("not four dimensions each")
-    paged = layout == _PAGES
     batch, heads, rows, head_dim = q.shape
     kv_heads = k.shape[2 if paged else 1]
+    mask_batch, mask_rows = bounds[0].shape
     if k.shape != v.shape or head_dim != k.shape[3] or not (paged or batch == k.shape[0]):
         fail("they do not fit" if op == "block_attn" or paged else "they do not fit (pages need a block_table)")
-    if mask.q_len != rows or mask.batch not in (1, batch):
-        fail(f"the mask is for batch {mask.batch} and {mask.q_len} rows, q has {batch} and {rows}")
+    if mask_rows != rows or mask_batch not in (1, batch):
+        fail(f"the mask is for batch {mask_batch} and {mask_rows} rows, q has {batch} and {rows}")
     if kv_heads == 0 or heads % kv_heads:
         fail(f"{heads} query heads are no multiple of {kv_heads} key heads")
     check_head_dim(op, head_dim)
@@ -215,6 +236,18 @@ def _check(
         raise ValueError(f"{op}: softcap is {softcap}; it must be positive and of float32's size, or None for none")
     if scale is not None and not -1e30 < scale < 1e30:
         raise ValueError(f"{op}: scale is {scale}; a number of float32's size is needed, or None for D ** -0.5")
+    if op == "block_attn":
+        if k.shape[2] != kv_len:
+            raise ValueError(f"block_attn: the mask is over {kv_len} keys, k has {k.shape[2]}")
+        return
+    if paged and (block_table.dtype != torch.int32 or block_table.dim() != 2 or block_table.shape[0] != batch):
+        raise ValueError(f"{op}: block_table is {shown(block_table)}; int32 [{batch}, max_pages] is needed")
+    capacity = block_table.shape[1] * k.shape[1] if paged else k.shape[2]
+    if kv_len > capacity:
+        raise ValueError(
+            f"{op}: the mask is over {kv_len} keys, the cache has {capacity}: "
+            f"{key_name} {list(k.shape)} is read as {layout}"
+        )
 
 
 # ------------------------------------------------------------------- registration
@@ -226,7 +259,8 @@ def _lse_like(q: Tensor) -> Tensor:
 
 
 @torch.library.register_fake("dflash_ext::block_attn")
-def _(q, k, v, *mask_and_scaling):
+def _(q, k, v, ctx_lo, ctx_hi, blk_lo, blk_hi, kv_len, plan, scale, softcap, deterministic):
+    _check("block_attn", q, {"k": k, "v": v}, (ctx_lo, ctx_hi, blk_lo, blk_hi), kv_len, scale, softcap)
     return torch.empty_like(q), _lse_like(q)
 
 
@@ -241,12 +275,14 @@ def _(grad_out, grad_lse, q, k, v, *rest):
 
 
 @torch.library.register_fake("dflash_ext::block_attn_decode")
-def _(q, *rest):
+def _(q, k, v, ctx_lo, ctx_hi, blk_lo, blk_hi, kv_len, block_table, plan, exact, scale, softcap):
+    caches, bounds = {"k_cache": k, "v_cache": v}, (ctx_lo, ctx_hi, blk_lo, blk_hi)
+    _check("block_attn_decode", q, caches, bounds, kv_len, scale, softcap, block_table)
     return torch.empty_like(q)
 
 
 def _keep(ctx, inputs, output):
-    *tensors, plan, scale, softcap, deterministic = inputs
+    *tensors, kv_len, plan, scale, softcap, deterministic = inputs
     ctx.options = scale, softcap, deterministic
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*tensors, *output)
@@ -254,15 +290,16 @@ def _keep(ctx, inputs, output):
 
 def _backward(ctx, grad_out, grad_lse):
     if grad_out is None and grad_lse is None:
-        return (None,) * 11
+        return (None,) * 12
     *inputs, out, lse = ctx.saved_tensors
     grad_out = torch.zeros_like(out) if grad_out is None else grad_out
     if grad_out.stride(-1) != 1:
         grad_out = grad_out.contiguous()
     grad_lse = None if grad_lse is None else grad_lse.contiguous()
-    grads = _native.block_attn_backward(grad_out, grad_lse, *inputs, out, lse, *ctx.options)
-    return *grads, *[None] * 8
+    grads = _block_attn_backward(grad_out, grad_lse, *inputs, out, lse, *ctx.options)
+    return *grads, *[None] * 9
 
 
 torch.library.register_autograd("dflash_ext::block_attn", _backward, setup_context=_keep)
 refuse_second_derivative("block_attn")
+has_no_gradient("block_attn_decode")

@@ -1,4 +1,4 @@
-"""What the training operators share in autograd."""
+"""What the operators share in autograd."""
 
 from __future__ import annotations
 
@@ -7,6 +7,13 @@ from typing import NoReturn
 import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
+
+_LIBRARY = torch.library.Library("dflash_ext", "IMPL")
+
+
+def has_no_gradient(op: str) -> None:
+    """Makes autograd pass ``dflash_ext::<op>`` by: its results require no gradient, whatever its arguments do."""
+    _LIBRARY.impl(op, torch.library.fallthrough_kernel, "Autograd")
 
 
 def refuse_second_derivative(op: str) -> None:

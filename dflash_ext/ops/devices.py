@@ -14,7 +14,10 @@ def autocast_dtype(device: torch.device) -> torch.dtype | None:
 
 
 def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    """The tensors of an operator as autocast has them: cast, unless one of them is of a type that it leaves alone."""
+    """The tensors of an operator, cast to autocast's dtype unless one is of a type that autocast leaves alone."""
+    # Asking for the kind of device in this way takes a tenth of the time that `device.type` takes.
+    if not torch.is_autocast_enabled("cuda" if tensors[0].is_cuda else "cpu"):
+        return tensors
     dtype = autocast_dtype(tensors[0].device)
     cast = (torch.float32, torch.bfloat16, torch.float16)
     if dtype is None or any(x is not None and x.dtype not in cast for x in tensors):

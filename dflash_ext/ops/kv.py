@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..arguments import check_one_device, checked, shown
+from ..checks import check_one_device, shown
 from ..library import load
 from .serving import warn_once
 
@@ -16,7 +16,6 @@ load()
 _native = torch.ops.dflash_ext
 
 
-@checked
 def kv_inject(
     features: Tensor,
     weight: Tensor,
@@ -59,10 +58,10 @@ def kv_inject(
             a negative slot are padding and not written. The slots of one row differ.
         block_table: int32 ``[B, max_pages]``; slot s lies in page ``block_table[b, s // page_size]``.
 
-    Raises ValueError for arguments that do not fit together, TypeError for one that is no tensor or number, and on the
-    CPU RuntimeError for a slot, position or page that does not exist.
+    Raises ValueError for arguments that do not fit together, and on the CPU RuntimeError for a slot, position or page
+    that does not exist.
     """
-    k_caches, v_caches = _by_layer("k_caches", k_caches), _by_layer("v_caches", v_caches)
+    k_caches, v_caches = list(k_caches), list(v_caches)
     layers = len(k_caches)
     if layers == 0 or len(v_caches) != layers:
         raise ValueError(f"kv_inject: {layers} k_caches, {len(v_caches)} v_caches; one per layer is needed")
@@ -166,14 +165,6 @@ def kv_inject(
             slots=slots,
             block_table=block_table,
         )
-
-
-def _by_layer(name: str, caches: Iterable[Tensor] | Tensor) -> list[Tensor]:
-    is_number = isinstance(caches, Tensor) and caches.dim() == 0
-    layers = list(caches) if isinstance(caches, Iterable) and not is_number else None
-    if layers is None or not all(isinstance(cache, Tensor) for cache in layers):
-        raise TypeError(f"kv_inject: {name} is {shown(caches)}; a sequence of tensors or a tensor is needed")
-    return layers
 
 
 def _count_writes(*caches: Tensor) -> None:

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ..arguments import check_one_device, checked, shown
+from ..checks import check_one_device, shown
 from ..reference import CrossEntropy
 from .autograd import refuse_forward_mode, refuse_second_derivative
 from .devices import autocast
@@ -19,7 +19,6 @@ _OP = "linear_cross_entropy"
 _LOGITS_AT_A_TIME = {"cuda": 160 << 20, "cpu": 16 << 20}
 
 
-@checked
 def linear_cross_entropy(
     hidden: Tensor,
     head: Tensor,
@@ -66,7 +65,7 @@ def linear_cross_entropy(
     Raises:
         ValueError: an argument of the wrong shape, dtype, device or range; on the CPU, more rows than
             ``max_rows``.
-        TypeError: an argument that is no tensor or number.
+        TypeError: a tensor where a number is needed, since it would get no gradient.
         RuntimeError: a target outside the vocabulary (CPU); a second derivative.
     """
     options = options_of(_OP, reduction, softcap, label_smoothing, z_loss, teacher, teacher_kind, teacher_mix)

@@ -15,6 +15,8 @@ _RANGES = {"temperature": (1e-30, 1e30), "top_k": (1, math.inf), "min_p": (0.0, 
 
 def by_row(op: str, shape: torch.Size, **numbers: float | Tensor | None) -> dict[str, float | Tensor | None]:
     """The numbers, checked; tensors, of no dimensions or of the rows' ``shape``, as ``[N]``."""
+    if "temperature" in numbers and numbers["temperature"] is None:
+        raise TypeError(f"{op}: temperature is None; a number or a tensor is needed")
     for name, value in numbers.items():
         if isinstance(value, Tensor):
             if value.dim() > 0 and value.shape != shape:

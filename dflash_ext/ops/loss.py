@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..arguments import check_one_device, checked, shown
+from ..checks import check_numbers, check_one_device, shown
 from ..library import load
 from ..reference import CrossEntropy
 from .autograd import refuse_forward_mode, refuse_second_derivative
@@ -34,7 +34,6 @@ class _Options(NamedTuple):
     z_loss: float
 
 
-@checked
 def masked_cross_entropy(
     logits: Tensor,
     target: Tensor,
@@ -98,7 +97,7 @@ def masked_cross_entropy(
 
     Raises:
         ValueError: an argument of the wrong shape, dtype, device or range.
-        TypeError: an argument that is no tensor or number.
+        TypeError: a tensor where a number is needed, since it would get no gradient.
         RuntimeError: a target outside the vocabulary (CPU); a second derivative.
     """
     options = options_of(_OP, reduction, softcap, label_smoothing, z_loss, teacher, teacher_kind, teacher_mix)
@@ -172,6 +171,7 @@ def options_of(
     teacher_mix: float,
 ) -> _Options:
     """Checks what both losses take and brings it into the operators' form."""
+    check_numbers(op, softcap=softcap, label_smoothing=label_smoothing, z_loss=z_loss, teacher_mix=teacher_mix)
     if reduction not in REDUCTIONS:
         raise ValueError(f"{op}: reduction is {reduction!r}; 'mean', 'sum' and 'none' are supported")
     if teacher_kind not in TEACHER_KINDS:

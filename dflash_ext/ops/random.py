@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..arguments import is_int, shown
+from ..checks import is_int, shown
 
 # With one seed the operators draw from different streams: a draft and its verification must be independent.
 SAMPLE, VERIFY = 1, 2

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..arguments import check_one_device, checked
+from ..checks import check_one_device
 from ..library import load
 from .logits import as_contiguous, by_row, number_and_tensor
 from .serving import warn_once
@@ -18,7 +18,6 @@ _native = torch.ops.dflash_ext
 _RULES = ("count", "threshold", "factor", "entropy_bound", "at_least")
 
 
-@checked
 def reveal(
     scores: Tensor | None,
     masked: Tensor,
@@ -86,7 +85,6 @@ def reveal(
     return reference.reveal(scores, masked, entropy=entropy, **{rule: limit})
 
 
-@checked
 def reveal_count(total: Tensor, step: int, steps: int, *, schedule: str = "linear") -> Tensor:
     """How many positions to commit in step ``step`` (from 0) of ``steps``, for ``reveal``'s count.
 

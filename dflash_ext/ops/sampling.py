@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..arguments import check_one_device, checked, shown
+from ..checks import check_one_device, shown
 from ..library import load
 from ..reference import Sample
 from .logits import LOGITS_DTYPES, by_row, check_last_dim, filter_arguments, real_dtype
@@ -17,7 +17,6 @@ load()
 _native = torch.ops.dflash_ext
 
 
-@checked
 def sample(
     logits: Tensor,
     seed: int | Tensor | torch.Generator,
@@ -70,7 +69,7 @@ def sample(
         of +inf marks a row with a logit of +inf. With return_filtered_entropy or return_confidence, a tuple of the
         Sample and what they ask for, in this order.
 
-    Raises ValueError for arguments that do not fit together, TypeError for one that is no tensor or number.
+    Raises ValueError for arguments that do not fit together, TypeError for a seed that is no integer.
     """
     if logits.dim() == 0 or logits.dtype not in LOGITS_DTYPES or logits.shape[-1] == 0:
         raise ValueError(f"sample: logits is {shown(logits)}; floating [..., V], V > 0, is needed")

@@ -69,7 +69,7 @@ def warn_of_portable_kernels(device: torch.device) -> None:
         if new >> bit & 1:
             warnings.warn(
                 f"dflash_ext.{op}: {reason}: the portable kernel serves such calls, more slowly than the Hopper kernel",
-                stacklevel=4,
+                stacklevel=3,
             )
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..arguments import check_one_device, checked
+from ..checks import check_one_device
 from ..library import load
 from ..reference import Verification
 from .logits import LOGITS_DTYPES, as_contiguous, by_row, check_last_dim, filter_arguments, real_dtype
@@ -17,7 +17,6 @@ load()
 _native = torch.ops.dflash_ext
 
 
-@checked
 def verify(
     draft_tokens: Tensor,
     target_logits: Tensor,
@@ -58,7 +57,7 @@ def verify(
     Returns:
         Verification of ``accepted`` int64 ``[B]`` (0 to draft_lens) and ``next_token`` int64 ``[B]``.
 
-    Raises ValueError for arguments that do not fit together, TypeError for one that is no tensor or number, and on the
+    Raises ValueError for arguments that do not fit together, TypeError for a seed that is no integer, and on the
     CPU RuntimeError for a draft token outside the vocabulary. On CUDA, where the check would have to wait for the GPU,
     such a token is rejected.
     """
@@ -103,6 +102,7 @@ def verify(
     for name, given in (("target_logits", target_logits), ("draft_logits", draft_logits)):
         if given is not None:
             check_last_dim("verify", name, given)
+    filters = by_row("verify", draft_tokens.shape[:1], **filters)
     if seed is not None and uniforms is not None:
         raise ValueError("verify: seed and uniforms are both given; one of them is needed")
     rows = draft_tokens.shape[:1]
@@ -110,7 +110,6 @@ def verify(
         seed = seed_tensor("verify", seed, rows, draft_tokens.device)
     elif uniforms is None and (isinstance(temperature, Tensor) or temperature != 0):
         raise ValueError("verify: temperature > 0 needs random numbers, and none were given")
-    filters = by_row("verify", rows, **filters)
     if not target_logits.is_cuda:
         if draft_logits is not None:
             dtype = torch.promote_types(target_logits.dtype, draft_logits.dtype)

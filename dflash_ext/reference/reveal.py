@@ -74,7 +74,7 @@ def reveal_limit(
 
 def reveal_count(total: Tensor, step: int, steps: int, *, schedule: str = "linear") -> Tensor:
     """How many positions to commit in one step; see ``dflash_ext.reveal_count``."""
-    if not 0 <= step < steps:
+    if not 0 <= step < steps or step % 1:
         raise ValueError(f"reveal_count: step is {step}; 0 to {steps - 1} are the steps")
     if schedule == "linear":
         return total // steps + (step < total % steps).to(total.dtype)

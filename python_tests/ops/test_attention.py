@@ -373,9 +373,9 @@ def test_registrations():
     q, k, v = inputs(mask)
     q = q.transpose(1, 2).contiguous().transpose(1, 2)
     ops, scaling = torch.ops.dflash_ext, (0.25, 3.0)
-    out, lse = ops.block_attn(q, k, v, *bounds, None, *scaling, False)
+    out, lse = ops.block_attn(q, k, v, *bounds, mask.kv_len, None, *scaling, False)
     leaves = [x.clone().requires_grad_() for x in (q, k, v)]
-    torch.library.opcheck(ops.block_attn, (*leaves, *bounds, None, *scaling, False))
+    torch.library.opcheck(ops.block_attn, (*leaves, *bounds, mask.kv_len, None, *scaling, False))
     saved = (q, k, v, *bounds, out, lse, *scaling, False)
     torch.library.opcheck(ops.block_attn_backward, (torch.randn_like(out), None, *saved))
     torch.library.opcheck(ops.block_attn_backward, (torch.randn_like(out), torch.randn_like(lse), *saved))

@@ -236,7 +236,7 @@ def test_opcheck():
     q, k, v = (x.detach() for x in leaves)
     bounds = mask.ctx_lo, mask.ctx_hi, mask.blk_lo, mask.blk_hi
     out, lse = block_attn(q, k, v, mask, return_lse=True)
-    saved = (torch.randn_like(out), torch.randn_like(lse), q, k, v, *bounds, out, lse, 0.1, 0.0, True)
+    saved = (torch.randn_like(out), torch.randn_like(lse), q, k, v, *bounds, out, lse, 0.1, None, True)
     tests = ("test_schema", "test_faketensor")
     torch.library.opcheck(torch.ops.dflash_ext.block_attn_backward, saved, test_utils=tests)
 

@@ -247,7 +247,9 @@ def test_opcheck():
     tensors = inputs(mask, "cuda", torch.bfloat16, head_dim=64)
     bounds = mask.ctx_lo, mask.ctx_hi, mask.blk_lo, mask.blk_hi
     tests = ("test_schema", "test_faketensor")
-    torch.library.opcheck(torch.ops.dflash_ext.block_attn, (*tensors, *bounds, None, 0.1, 0.0, False), test_utils=tests)
+    torch.library.opcheck(
+        torch.ops.dflash_ext.block_attn, (*tensors, *bounds, mask.kv_len, None, 0.1, None, False), test_utils=tests
+    )
 
 
 def test_two_streams_at_once():

@@ -1,0 +1,34 @@
+"""What an error's line shows of arguments that do not fit."""
+
+import pytest
+import torch
+
+from dflash_ext.checks import check_numbers, check_one_device, check_tensors, shown
+
+
+def test_what_came_is_one_short_line():
+    for value in (
+        ["a" * 1000] * 1000,
+        torch.zeros(9, 9, 9, 9).tolist(),
+        [torch.zeros(50, 50)] * 9,
+        "a\n" * 50,
+        10**500,
+    ):
+        assert len(shown(value)) < 300 and "\n" not in shown(value)
+
+
+def test_a_tensor_is_no_number():
+    check_numbers("op", scale=0.5, softcap=None, window=3)
+    for value, what in ((torch.ones(()), r"torch.float32 \[\]"), ("1", r"'1' \(str\)")):
+        with pytest.raises(TypeError, match=rf"^op: scale is {what}; a number or None is needed$"):
+            check_numbers("op", scale=value)
+
+
+def test_tensors_are_on_one_device():
+    x = torch.ones(2)
+    check_tensors("op", a=x, b=x)
+    check_one_device("op", a=x, b=None, c=3)
+    with pytest.raises(TypeError, match=r"^op: b is \[1.0\] \(list\); a tensor is needed$"):
+        check_tensors("op", a=x, b=[1.0])
+    with pytest.raises(ValueError, match="^op: a is on cpu, c on meta; one device is needed$"):
+        check_one_device("op", a=x, b=None, c=x.to("meta"))
