@@ -43,6 +43,8 @@ def check_numbers(where: str, **arguments: object) -> None:
 
 def is_int(value: Any) -> bool:
     """Whether a value is one integer: Python's, numpy's or a tensor's without dimensions. A bool is none."""
+    if type(value) is int:
+        return True
     if isinstance(value, Tensor):
         return value.dim() == 0 and not (value.is_floating_point() or value.is_complex() or value.dtype == torch.bool)
     return isinstance(value, Integral | SymInt) and not isinstance(value, bool)

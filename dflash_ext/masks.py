@@ -27,6 +27,10 @@ _LARGEST = (1 << 31) - 1
 _FAR = 1 << 30  # beyond every key, and far from where int32 ends
 Device = torch.device | str | None
 
+load()
+_decode_mask = torch.ops.dflash_ext.decode_mask.default
+_DECODE_CONVENTIONS = (None, "zlab", "speculators")  # the operator knows them by their places
+
 
 @dataclass(frozen=True, eq=False)
 class IntervalMask:
@@ -112,7 +116,6 @@ class IntervalMask:
         check_head_dim("IntervalMask.plan", head_dim)
         if self.device.type != "cuda":
             return self
-        load()
         shapes = heads, kv_heads, head_dim, decode
         tiles = torch.ops.dflash_ext.block_attn_plan(*self._bounds(), self.kv_len, *shapes)
         return _from_leaves((*self._bounds(), tiles), (self.kv_len, self._plan_key(*shapes)))
@@ -452,7 +455,7 @@ class IntervalMask:
         own = context_len + slot - off
         anchor = anchors.repeat_interleave(block_size, dim=1)
         lo = anchor_start.repeat_interleave(block_size, dim=1)
-        behind, first, last = _block_window(off, block_size, causal, window, convention)
+        behind, first, last = block_window(off, block_size, causal, window, convention)
         if behind is not None:
             lo = torch.maximum(lo, anchor - behind)
         context, block = (lo, anchor.clamp(max=context_len)), (own + first, own + last)
@@ -496,28 +499,36 @@ class IntervalMask:
         if window is not None:
             window = _step("decode", "window", window)
         if convention is not None:
-            _check_convention("decode", convention, ("zlab", "speculators"))
+            _check_convention("decode", convention, _DECODE_CONVENTIONS[1:])
         block_len = _int("decode", "block_len", block_len)
-        device = _device("decode", device, cache_lens=cache_lens, q_lens=q_lens, kv_start=kv_start)
-        if kv_len is None and not isinstance(cache_lens, Tensor):
-            kv_len = cache_lens + block_len
-        elif not isinstance(cache_lens, Tensor) and q_lens is None and kv_len < cache_lens + block_len:
-            raise ValueError(
-                f"IntervalMask.decode: {cache_lens} cached tokens and a block of {block_len} exceed kv_len {kv_len}"
-            )
+        cached = isinstance(cache_lens, Tensor)
+        if not cached:
+            cache_lens = _int("decode", "cache_lens", cache_lens)
+            if kv_len is None:
+                kv_len = cache_lens + block_len
+            elif q_lens is None and kv_len < cache_lens + block_len:
+                raise ValueError(
+                    f"IntervalMask.decode: {cache_lens} cached tokens and a block of {block_len} exceed kv_len {kv_len}"
+                )
         kv_len = _int("decode", "kv_len", kv_len)
-        cached = _column(cache_lens, device, "decode", "cache_lens")
-        start = _column(kv_start, device, "decode", "kv_start")
-        rows = _column(block_len if q_lens is None else q_lens, device, "decode", "q_lens").clamp(max=block_len)
-        slot = _arange(block_len, device)
-        behind, first, last = _block_window(slot, block_len, causal, window, convention)
-        return _intervals(
-            kv_len,
+        device = _device("decode", device, cache_lens=cache_lens, q_lens=q_lens, kv_start=kv_start)
+        if not cached:
+            cache_lens = torch.full((1,), cache_lens, dtype=torch.int64, device=device)
+        q_lens, q_len = _tensor_or_int("decode", "q_lens", block_len if q_lens is None else q_lens)
+        kv_starts, kv_start = _tensor_or_int("decode", "kv_start", kv_start)
+        bounds = _decode_mask(
+            cache_lens,
+            q_lens,
+            kv_starts,
+            q_len,
+            kv_start,
             block_len,
-            context=(start if behind is None else torch.maximum(start, cached - behind), cached),
-            block=(torch.maximum(start, cached + first), cached + torch.minimum(rows, last)),
-            rows=slot < rows,
+            kv_len,
+            causal,
+            window,
+            _DECODE_CONVENTIONS.index(convention),
         )
+        return _from_leaves(bounds.unbind(), (kv_len, None))
 
     # ---- other forms -------------------------------------------------------------------------------------
 
@@ -597,7 +608,7 @@ class IntervalMask:
         return ((key >= ctx_lo) & (key < ctx_hi)) | ((key >= blk_lo) & (key < blk_hi))
 
 
-def _block_window(
+def block_window(
     slot: Tensor, block_size: int, causal: bool, window: int | None, convention: str | None
 ) -> tuple[Tensor | int | None, Tensor, Tensor]:
     """What a slot of a block sees: how many tokens before the block (None: all), and which slots [first, last).
@@ -624,10 +635,17 @@ def _check_convention(where: str, convention: str, supported: tuple[str, ...]) -
 
 
 def _device(where: str, device: Device, **lengths: Length | None) -> Device:
-    """Where the lengths in tensors are, which fit together: one device, and one batch unless some serve all."""
+    """The device of the lengths in tensors, or else ``device``.
+
+    Raises ValueError unless the tensors are int32 or int64 ``[B]`` on one device and of one batch. A length that serves
+    the whole batch may have one entry.
+    """
     given = {name: x for name, x in lengths.items() if isinstance(x, Tensor)}
+    for name, x in given.items():
+        if x.dim() != 1 or x.dtype not in _INTEGERS:
+            raise ValueError(f"IntervalMask.{where}: {name} is {shown(x)}; an int, or int32 or int64 [B], is needed")
     check_one_device(f"IntervalMask.{where}", **given)
-    batches = {name: x for name, x in given.items() if x.dim() == 1 and x.shape[0] != 1}
+    batches = {name: x for name, x in given.items() if x.shape[0] != 1}
     for name, x in batches.items():
         first, other = next(iter(batches.items()))
         if x.shape != other.shape:
@@ -671,13 +689,14 @@ def _step(where: str, name: str, value: int) -> int:
 def _column(length: Length, device: Device, where: str, name: str) -> Tensor:
     """A length as int32 [B, 1], without a copy from the host."""
     if isinstance(length, Tensor):
-        if length.dim() != 1 or length.dtype not in _INTEGERS:
-            raise ValueError(
-                f"IntervalMask.{where}: {name} is {shown(length)}; an int, or int32 or int64 [B], is needed"
-            )
         return length.clamp(max=_FAR).to(torch.int32)[:, None]
     length = min(_int(where, name, length, most=None), _FAR)
     return torch.full((1, 1), length, dtype=torch.int32, device=device)
+
+
+def _tensor_or_int(where: str, name: str, length: Length) -> tuple[Tensor | None, int]:
+    """A length as two arguments of a native operator: the tensor, or the number that holds where there is none."""
+    return (length, 0) if isinstance(length, Tensor) else (None, _int(where, name, length))
 
 
 def _padded(
@@ -715,6 +734,12 @@ def _intervals(
             bound = torch.where(rows, bound, 0)
         bounds.append(bound.expand(shape).contiguous())
     return IntervalMask(*bounds, kv_len)
+
+
+@torch.library.register_fake("dflash_ext::decode_mask")
+def _(cache_lens, q_lens, kv_starts, q_len, kv_start, block_len, *others):
+    given = (x.shape for x in (cache_lens, q_lens, kv_starts) if x is not None)
+    return cache_lens.new_empty((4, *torch.broadcast_shapes(*given), block_len), dtype=torch.int32)
 
 
 def _keyed_leaves(mask: IntervalMask) -> tuple[list[tuple[pytree.GetAttrKey, Tensor]], tuple]:

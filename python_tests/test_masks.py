@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 from torch.utils.data import DataLoader
 
 import dflash_ext.masks
-from dflash_ext import IntervalMask, block_attn
+from dflash_ext import IntervalMask, block_attn, reference
 
 settings.register_profile("masks", max_examples=40, deadline=None)
 settings.load_profile("masks")
@@ -300,6 +300,72 @@ def test_decode(rows, causal_block, window):
     assert_mask(IntervalMask.decode(c, block_len, causal=causal_block, window=window), [alone])
 
 
+LENGTHS = st.sampled_from([-3, 0, 1, 4, 9, 12, 2**31 - 1, -(2**31)])
+
+
+@pytest.mark.parametrize("on", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@given(
+    rows=st.lists(st.tuples(LENGTHS, LENGTHS, LENGTHS), min_size=1, max_size=3),
+    shared=st.sets(st.integers(0, 2)),
+    dtype=st.sampled_from([torch.int32, torch.int64]),
+    causal=st.booleans(),
+    window=st.none() | st.sampled_from([1, 2, 5, 2**31]),
+    convention=st.none() | st.sampled_from(["zlab", "speculators"]),
+)
+def test_the_operator_of_decode_gives_the_bounds_of_its_definition(on, rows, shared, dtype, causal, window, convention):
+    """At any lengths, those outside the buffer included. A length that is shared serves the whole batch."""
+    columns = [torch.tensor(column[:1] if i in shared else column) for i, column in enumerate(zip(*rows, strict=True))]
+    want = reference.decode_mask(*columns, 6, 10, causal, window, convention)
+    cached, lengths, starts = (column.to(on, dtype) for column in columns)
+    mask = IntervalMask.decode(
+        cached, 6, q_lens=lengths, kv_start=starts, causal=causal, window=window, convention=convention, kv_len=10
+    )
+    got = torch.stack((mask.ctx_lo, mask.ctx_hi, mask.blk_lo, mask.blk_hi)).cpu()
+    assert torch.equal(got, want.int())
+
+
+def test_decode_takes_lengths_of_any_stride_and_no_rows():
+    lens = torch.tensor([3, 99, 5, 99])[::2]
+    want = IntervalMask.decode(lens.clone(), 2, kv_len=9)
+    assert torch.equal(IntervalMask.decode(lens, 2, kv_len=9).to_bool(), want.to_bool())
+    assert IntervalMask.decode(lens[:0], 2, kv_len=9).ctx_lo.shape == (0, 2)
+    assert IntervalMask.decode(lens, 0, kv_len=9).ctx_lo.shape == (2, 0)
+
+
+def test_registration_of_decode(device):
+    lens, starts = torch.tensor([3, 5], device=device), torch.tensor([1], dtype=torch.int32, device=device)
+    for arguments in ((lens, None, starts, 4, 0, 4, 9, True, None, 0), (starts, lens, None, 0, 2, 4, 9, False, 3, 1)):
+        torch.library.opcheck(torch.ops.dflash_ext.decode_mask, arguments)
+
+
+def test_the_operator_of_decode_refuses_what_does_not_fit():
+    lens = torch.tensor([3, 5])
+    decode_mask = torch.ops.dflash_ext.decode_mask
+    for arguments, message in (
+        ((lens.float(), None, None, 4, 0, 4, 9, True, None, 0), "cache_lens must be int32 or int64"),
+        ((lens[None], None, None, 4, 0, 4, 9, True, None, 0), "cache_lens must be int32 or int64"),
+        ((lens, lens.repeat(2), None, 4, 0, 4, 9, True, None, 0), "q_lens is for 4 rows of the batch, others for 2"),
+        ((lens, None, None, 4, 0, -1, 9, True, None, 0), "-1 rows"),
+        ((lens, None, None, 4, 0, 4, 2**31, True, None, 0), "2147483648 keys"),
+        ((lens, None, None, 4, 0, 4, 9, True, 0, 0), "window is 0"),
+        ((lens, None, None, 4, 0, 4, 9, True, 1, 3), "convention 3"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            decode_mask(*arguments)
+
+
+@pytest.mark.gpu
+def test_a_graph_makes_the_mask_of_new_lengths():
+    lens = torch.tensor([3, 5], device="cuda")
+    graph = torch.cuda.CUDAGraph()
+    IntervalMask.decode(lens, 4, kv_len=12)
+    with torch.cuda.graph(graph):
+        mask = IntervalMask.decode(lens, 4, kv_len=12)
+    lens.copy_(torch.tensor([8, 0]))
+    graph.replay()
+    assert torch.equal(mask.to_bool(), IntervalMask.decode(lens, 4, kv_len=12).to_bool())
+
+
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("window", [None, 1, 3, 6])
 @pytest.mark.parametrize("convention", ["zlab", "speculators"])
@@ -380,6 +446,17 @@ def test_a_mask_passes_through_torch_compile_in_both_directions():
     fresh, out = step(mask, torch.tensor([1, 3]), torch.zeros(5, 5))
     assert torch.equal(out, mask.to_bool().float() - 1)
     assert torch.equal(fresh.to_bool(), IntervalMask.decode(torch.tensor([1, 3]), 2, kv_len=5).to_bool())
+
+
+def test_bounds_are_contiguous():
+    bounds = torch.tensor([[[0, 9, 1, 9]], [[2, 9, 3, 9]], [[0, 9, 0, 9]], [[0, 9, 0, 9]]], dtype=torch.int32)[..., ::2]
+    mask = IntervalMask(*bounds, 5)
+    assert all(bound.is_contiguous() for bound in (mask.ctx_lo, mask.ctx_hi, mask.blk_lo, mask.blk_hi))
+    assert mask.ctx_lo.tolist() == [[0, 1]] and mask.ctx_hi.tolist() == [[2, 3]]
+    q, k = torch.randn(1, 1, 2, 8), torch.randn(1, 1, 5, 8)
+    strided = pytree.tree_map(lambda x: torch.stack((x, x), -1)[..., 0], mask)
+    with pytest.raises(RuntimeError, match="block_attn: the mask's bounds must be contiguous"):
+        block_attn(q, k, k, strided)
 
 
 def test_a_mask_is_a_pytree_whose_key_count_is_structure():

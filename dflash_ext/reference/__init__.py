@@ -8,6 +8,7 @@ from .attention import block_attn, block_attn_decode
 from .kv import kv_inject
 from .linear_loss import linear_cross_entropy
 from .loss import CrossEntropy, masked_cross_entropy
+from .masks import decode_mask
 from .reveal import reveal, reveal_count, reveal_limit
 from .sampling import Sample, filter_logits, sample
 from .verify import Verification, verify
@@ -18,6 +19,7 @@ __all__ = [
     "Verification",
     "block_attn",
     "block_attn_decode",
+    "decode_mask",
     "filter_logits",
     "kv_inject",
     "linear_cross_entropy",
