@@ -73,9 +73,7 @@ def block_attn(
             warn_of_portable_kernels(q.device)
         return (out, lse) if return_lse else out
     except Exception as error:
-        failure = error
-    _check("block_attn", q, {"k": k, "v": v}, *keys, scale, softcap)
-    raise failure
+        raise _explained(error, "block_attn", q, {"k": k, "v": v}, *keys, scale, softcap) from None
 
 
 def block_attn_decode(
@@ -132,10 +130,8 @@ def block_attn_decode(
             warn_of_portable_kernels(q.device)
         return out
     except Exception as error:
-        failure = error
-    caches = {"k_cache": k_cache, "v_cache": v_cache}
-    _check("block_attn_decode", q, caches, *keys, scale, softcap, block_table)
-    raise failure
+        caches = {"k_cache": k_cache, "v_cache": v_cache}
+        raise _explained(error, "block_attn_decode", q, caches, *keys, scale, softcap, block_table) from None
 
 
 def _bounds(mask: IntervalMask) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -188,6 +184,15 @@ def _check_kinds(op: str, mask: IntervalMask, scale: float | None, softcap: floa
         )
     if isinstance(scale, Tensor) or isinstance(softcap, Tensor):
         check_numbers(op, scale=scale, softcap=softcap)
+
+
+def _explained(error: Exception, *arguments: object) -> Exception:
+    """What `_check` says of the arguments of a call that failed, or the error itself where they fit."""
+    try:
+        _check(*arguments)
+    except (TypeError, ValueError) as found:
+        return found
+    return error
 
 
 def _check(

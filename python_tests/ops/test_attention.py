@@ -1,9 +1,12 @@
 """block_attn and block_attn_decode against their definition in float64 and against PyTorch's attention."""
 
+import contextlib
+import gc
 import math
 import os
 import subprocess
 import sys
+import weakref
 from functools import partial
 
 import pytest
@@ -598,6 +601,83 @@ def test_refuses_a_mask_of_another_type_and_several_devices(op):
         table = torch.zeros(1, 1, dtype=torch.int32, device="meta")
         with pytest.raises(ValueError, match=where.format("cpu", "block_table", "meta")):
             op(x, x, x, mask, block_table=table)
+
+
+@pytest.mark.parametrize(("softcap", "error"), [(-1.0, ValueError), (None, RuntimeError)])
+def test_a_failed_call_keeps_no_tensor_alive(softcap, error):
+    """Who catches an error, such as one of too little memory, has the memory of the tensors back at once."""
+    q, mask, no_page = torch.zeros(1, 1, 3, 8), IntervalMask.causal(3), torch.full((1, 1), 7, dtype=torch.int32)
+    alive = weakref.ref(q)
+    gc.disable()
+    try:
+        with contextlib.suppress(error):
+            block_attn_decode(q, *torch.zeros(2, 2, 3, 1, 8), mask, block_table=no_page, softcap=softcap)
+            pytest.fail("nothing was raised")
+        del q
+        assert alive() is None
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize("op", [block_attn, block_attn_decode])
+def test_refuses_what_does_not_fit_in_a_compiled_function(op):
+    q, k, mask = torch.zeros(1, 2, 3, 8), torch.zeros(1, 2, 4, 8), IntervalMask.full(5, q_len=3)
+    with pytest.raises(Exception, match=f"{op.__name__}: the mask is over 5 keys, .* 4"):
+        torch.compile(op, fullgraph=True, dynamic=False, backend="eager")(q, k, k, mask)
+
+
+def test_the_operators_refuse_on_their_own():
+    """What Python does not look at before a call. Memory errors would follow."""
+    q, mask = torch.zeros(1, 2, 3, 8), IntervalMask.causal(3)
+    bounds = mask.ctx_lo, mask.ctx_hi, mask.blk_lo, mask.blk_hi
+    ops = torch.ops.dflash_ext
+
+    def attend(q=q, k=q, v=q, bounds=bounds, kv_len=3, scale=None, softcap=None):
+        ops.block_attn(q, k, v, *bounds, kv_len, None, scale, softcap, False)
+
+    def decode(q=q, k=q, v=q, bounds=bounds, kv_len=3, table=None, scale=None, softcap=None):
+        ops.block_attn_decode(q, k, v, *bounds, kv_len, table, None, False, scale, softcap)
+
+    attend(), decode()
+    for call in (attend, decode):
+        for wrong in (
+            {"q": q[0]},
+            {"k": q.half()},
+            {"v": None},
+            {"v": torch.zeros(1, 2, 2, 8)},
+            {"k": torch.zeros(1, 3, 3, 8), "v": torch.zeros(1, 3, 3, 8)},
+            {"q": torch.zeros(1, 2, 8, 3).mT},
+            {"q": torch.zeros(2, 2, 3, 8)},
+            {"bounds": tuple(bound.long() for bound in bounds)},
+            {"bounds": tuple(bound[:, :2] for bound in bounds)},
+            {"bounds": tuple(bound.repeat(2, 1) for bound in bounds)},
+            {"bounds": (*bounds[:3], bounds[3].repeat(1, 2)[:, ::2])},
+            {"kv_len": 4},
+            {"scale": math.nan},
+            {"softcap": 0.0},
+            {"softcap": math.inf},
+        ):
+            with pytest.raises(RuntimeError, match="block_attn"):
+                call(**wrong)
+    for table in (torch.zeros(1, 4).int()[:, ::2], torch.zeros(1, 1), torch.zeros(2, 1).int(), torch.zeros(1).int()):
+        with pytest.raises(RuntimeError, match="block_table must be contiguous int32"):
+            decode(k=torch.zeros(4, 3, 2, 8), v=torch.zeros(4, 3, 2, 8), table=table)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("op", [block_attn, block_attn_decode])
+def test_one_device_on_a_gpu(op):
+    mask, x = IntervalMask.causal(3), torch.zeros(1, 2, 3, 8, dtype=torch.bfloat16)
+    q, on_gpu = x.cuda(), mask.to("cuda")
+    for tensors, given, message in (
+        ((q, x, q), on_gpu, "q is on cuda:0, k.* on cpu"),
+        ((q, q, x), on_gpu, "q is on cuda:0, v.* on cpu"),
+        ((x, q, q), on_gpu, "q is on cpu, k.* on cuda:0"),
+        ((q, q, q), mask, "q is on cuda:0, mask on cpu"),
+        ((x, x, x), on_gpu, "q is on cpu, mask on cuda:0"),
+    ):
+        with pytest.raises(ValueError, match=f"{op.__name__}: {message}"):
+            op(*tensors, given)
 
 
 def test_a_second_derivative_is_refused():
