@@ -485,24 +485,29 @@ class IntervalMask:
         kv_len: int | None = None,
         device: Device = None,
     ) -> IntervalMask:
-        """A block of ``block_len`` rows against a cache: to draft, to verify (``causal=True``), a canvas.
+        """A block of ``block_len`` rows against a cache, for drafting, verification (``causal=True``) and canvases.
 
         Row b of the key buffer holds cached tokens at ``[kv_start, cache_lens)`` and the block itself at
         ``[cache_lens, cache_lens + q_lens)``; the index of a key is its position. Rows from ``q_lens`` on
         (default: block_len) are empty. Every other row sees the cache and the whole block, or with causal the
-        block up to itself. A window hides keys behind a row, not those ahead of it in its block.
-        convention: to draft with sliding layers, "zlab" or "speculators": the window of :meth:`anchor_blocks` of
-            that name, for a block whose anchor stands at ``cache_lens``.
-        kv_len: the capacity of the buffer; required when cache_lens is a tensor, else cache_lens + block_len.
-            Lengths in tensors are not checked against it: what lies beyond is not seen.
+        block up to itself. A window hides keys behind a row, not those ahead of it in its block. One operator makes all
+        bounds, in one launch on a GPU. A captured CUDA graph reads the lengths in tensors anew in every replay.
+
+        convention: the window of :meth:`anchor_blocks` of that name, "zlab" or "speculators", for drafting with sliding
+            layers. The block's anchor stands at ``cache_lens``.
+        kv_len: the capacity of the buffer. It is required when cache_lens is a tensor, and cache_lens + block_len
+            otherwise. Lengths in tensors are not checked against it: keys beyond it are not seen.
+
+        Raises ValueError for a length, window or convention out of range and for tensors that do not fit together, and
+        TypeError for a length that is no integer.
         """
         if window is not None:
             window = _step("decode", "window", window)
         if convention is not None:
             _check_convention("decode", convention, _DECODE_CONVENTIONS[1:])
         block_len = _int("decode", "block_len", block_len)
-        cached = isinstance(cache_lens, Tensor)
-        if not cached:
+        is_tensor = isinstance(cache_lens, Tensor)
+        if not is_tensor:
             cache_lens = _int("decode", "cache_lens", cache_lens)
             if kv_len is None:
                 kv_len = cache_lens + block_len
@@ -512,7 +517,7 @@ class IntervalMask:
                 )
         kv_len = _int("decode", "kv_len", kv_len)
         device = _device("decode", device, cache_lens=cache_lens, q_lens=q_lens, kv_start=kv_start)
-        if not cached:
+        if not is_tensor:
             cache_lens = torch.full((1,), cache_lens, dtype=torch.int64, device=device)
         q_lens, q_len = _tensor_or_int("decode", "q_lens", block_len if q_lens is None else q_lens)
         kv_starts, kv_start = _tensor_or_int("decode", "kv_start", kv_start)

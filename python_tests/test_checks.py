@@ -1,9 +1,10 @@
 """What an error's line shows of arguments that do not fit."""
 
+import numpy as np
 import pytest
 import torch
 
-from dflash_ext.checks import check_numbers, check_one_device, check_tensors, shown
+from dflash_ext.checks import check_numbers, check_one_device, check_tensors, is_int, shown
 
 
 def test_what_came_is_one_short_line():
@@ -32,3 +33,19 @@ def test_tensors_are_on_one_device():
         check_tensors("op", a=x, b=[1.0])
     with pytest.raises(ValueError, match="^op: a is on cpu, c on meta; one device is needed$"):
         check_one_device("op", a=x, b=None, c=x.to("meta"))
+
+
+def test_one_integer():
+    ints = (3, np.int64(3), np.uint8(3), torch.tensor(3), torch.tensor(3, dtype=torch.uint8))
+    others = (
+        True,
+        np.bool_(True),
+        torch.tensor(True),
+        3.0,
+        np.float32(3),
+        torch.tensor(3.0),
+        torch.tensor([3]),
+        "3",
+        None,
+    )
+    assert all(map(is_int, ints)) and not any(map(is_int, others))
