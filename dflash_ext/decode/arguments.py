@@ -1,4 +1,4 @@
-"""What a call of `decode` asks for, brought into one form and checked before the target computes anything."""
+"""Checks the arguments of `decode` and brings them into one form, before the target computes anything."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ OFF = {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
 
 
 def token_ids(index: int, prompt: Sequence[int]) -> list[int]:
-    """The tokens of prompt number `index`. Raises TypeError for what is no sequence of token ids."""
+    """The tokens of prompt number `index`. Raises TypeError unless it is a sequence of token ids."""
     tokens = list(prompt) if isinstance(prompt, Iterable) else None
     if tokens is None or not all(is_int(token) for token in tokens):
         raise TypeError(f"decode: prompt {index} is {shown(prompt)}; a sequence of token ids is needed")
@@ -23,14 +23,14 @@ def token_ids(index: int, prompt: Sequence[int]) -> list[int]:
 
 
 def integer(name: str, number: object) -> int:
-    """Python's int of an int of any kind. Raises TypeError for what is none."""
+    """Converts an int of any kind to Python's int. Raises TypeError for anything else."""
     if not is_int(number):
         raise TypeError(f"decode: {name} is {shown(number)}; an int is needed")
     return int(number)
 
 
 def stop_ids(tokens: int | Iterable[int] | None) -> frozenset[int]:
-    """The tokens that end a row, given as one, several or none (None). Raises TypeError for what is no token id."""
+    """The tokens that end a row, given as one id, several ids or None. Raises TypeError for anything else."""
     each = [] if tokens is None else [tokens] if is_int(tokens) else tokens
     each = list(each) if isinstance(each, Iterable) else [each]
     if not all(is_int(token) for token in each):
@@ -39,13 +39,13 @@ def stop_ids(tokens: int | Iterable[int] | None) -> frozenset[int]:
 
 
 def per_prompt(name: str, given: object, count: int) -> list[float]:
-    """The temperature or a filter of each of `count` prompts, from one for all or a sequence of one each.
+    """The temperature or a filter for each of `count` prompts, given as one number for all or one number for each.
 
-    Numbers may be Python's, numpy's or tensors; None (for all or for one) is off.
+    Numbers may be Python's, numpy's or tensors. None, for all prompts or for one of them, is off.
 
     Raises:
         ValueError: the sequence has another length than `count`, or a number is out of its range.
-        TypeError: an entry is no number, or for top_k no int.
+        TypeError: an entry is no number. For top_k, it must be an int.
     """
     if isinstance(given, Tensor | np.ndarray):
         given = given.tolist()

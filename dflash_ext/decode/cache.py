@@ -1,4 +1,4 @@
-"""A key/value cache whose rows have lengths of their own."""
+"""A key/value cache in which every row has its own length."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 
 class _Placement:
-    """Where the next tokens go, shared by the layers of one cache."""
+    """Where the next tokens go. The layers of one cache share it."""
 
     rows: Tensor
     slots: Tensor
@@ -26,7 +26,7 @@ class _RowLayer(CacheLayerMixin):
         self.capacity = capacity
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        # One slot more than the capacity takes what padding writes. Zeros, because masked slots are still multiplied.
+        # One extra slot receives what padding writes. All slots start at zero, because masked ones are multiplied, too.
         def room(states: Tensor) -> Tensor:
             batch, heads, _, width = states.shape
             return states.new_zeros(batch, heads, self.capacity + 1, width)
@@ -55,12 +55,12 @@ class _RowLayer(CacheLayerMixin):
 
 
 class RowCache(Cache):
-    """Keeps each token at the slot of its own position, so that rows may grow and fall back by different lengths.
+    """Keeps each token at the slot of its position, so that rows may grow and shrink by different lengths.
 
-    Dropping rejected tokens costs nothing: what lies behind a row's length is masked and written over.
+    Dropping rejected tokens costs nothing: slots beyond a row's length are masked, and later tokens overwrite them.
 
     Args:
-        capacity: positions per row.
+        capacity: the number of positions per row.
     """
 
     def __init__(self, capacity: int):
@@ -78,8 +78,8 @@ class RowCache(Cache):
 
         Args:
             positions: int64 [B, Q], -1 for padding, which is not kept.
-            end: one more than the highest position that the forward reads or writes, in any row; the caller knows it,
-                finding it here would wait for the device.
+            end: one more than the highest position that the forward reads or writes in any row. The caller passes it,
+                because computing it here would wait for the device.
 
         Raises:
             ValueError: the cache has no room for the highest position.

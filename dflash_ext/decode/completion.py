@@ -1,4 +1,4 @@
-"""What decoding returns: the tokens of each prompt, and how the cycles went."""
+"""The results of decoding: the tokens of each prompt, and what each cycle committed and accepted."""
 
 from __future__ import annotations
 
@@ -10,11 +10,13 @@ class Completion:
     """The answer to one prompt.
 
     Attributes:
-        tokens: the new tokens, with the stop token if one ended the row.
+        tokens: the new tokens, including the stop token if one ended the row.
         finish_reason: "stop" or "length".
-        committed: tokens that each cycle added to the row, the bonus token included; the first token is prefill's.
-        verified: drafted tokens that each cycle's verification read; fewer than were drafted where the row ends sooner.
-        accepted: how many of them it accepted.
+        committed: the number of tokens that each cycle added to the row, bonus token included. The first token of the
+            row comes from prefill and is not counted here.
+        verified: the number of drafted tokens that each cycle verified. It is less than the drafted number where the
+            row's end is near.
+        accepted: the number of verified tokens that each cycle accepted.
     """
 
     tokens: list[int] = field(default_factory=list)
@@ -25,17 +27,17 @@ class Completion:
 
     @property
     def tau(self) -> float:
-        """Mean tokens committed per cycle; 1 for a row that prefill alone finished."""
+        """The mean number of tokens committed per cycle; 1 for a row that ended in prefill."""
         return sum(self.committed) / len(self.committed) if self.committed else 1.0
 
 
 @dataclass
 class Decoded:
-    """The completions of a call, in the order of its prompts, and where its time went (seconds).
+    """The completions of a call, in the order of its prompts, and the seconds that each phase took.
 
     Attributes:
-        draft_width: drafted tokens per cycle, 0 for plain decoding.
-        cycles: forward passes of the target after prefill, each for a whole batch.
+        draft_width: the number of drafted tokens per cycle, 0 for plain decoding.
+        cycles: the number of the target's forward passes after prefill, each for a whole batch.
     """
 
     completions: list[Completion]
@@ -52,7 +54,10 @@ class Decoded:
 
     @property
     def acceptance(self) -> list[float]:
-        """For each drafted position, the share of the cycles that verified it and accepted it (and all before it)."""
+        """For each drafted position, the share of accepted tokens among the cycles that verified this position.
+
+        A token is accepted only if all tokens before it in the block are accepted.
+        """
         verified = [v for c in self.completions for v in c.verified]
         accepted = [a for c in self.completions for a in c.accepted]
         positions = range(self.draft_width)
@@ -64,6 +69,6 @@ class Decoded:
 
     @property
     def tokens_per_second(self) -> float:
-        """Tokens per second of decoding; prefill and its token are left out."""
+        """Tokens per second of decoding, without prefill and its token."""
         tokens = sum(sum(c.committed) for c in self.completions)
         return tokens / self.decode_seconds if self.decode_seconds else 0.0

@@ -1,10 +1,10 @@
-"""Lossless speculative decoding with a block-diffusion drafter; plain decoding is the case without one.
+"""Lossless speculative decoding with a block-diffusion drafter. Without a drafter, decoding is plain.
 
-A cycle: the drafter fills a block behind the anchor in one pass, the target checks the whole block in one pass, the
-longest accepted prefix and one token of the target's own (the bonus) are committed, and the bonus is the next anchor.
-Greedy output is the target's own greedy output; at temperature > 0 rejection sampling keeps the target's distribution
-(Leviathan et al., arXiv 2211.17192). Rows of a batch accept different lengths: each keeps its own positions in
-`RowCache`.
+In a cycle, the drafter fills a block after the anchor in one pass, and the target verifies the whole block in one pass.
+The longest accepted prefix and one token of the target's own (the bonus token) are committed, and the bonus token is
+the next anchor. Greedy output is the target's own greedy output. At temperatures above 0, rejection sampling keeps the
+target's distribution (Leviathan et al., arXiv 2211.17192). The rows of a batch accept different lengths, and each row
+keeps its own positions in `RowCache`.
 """
 
 from __future__ import annotations
@@ -46,22 +46,23 @@ def decode(
 
     Args:
         target: the verifier; with a drafter, tapped at the drafter's `target_layer_ids`.
-        drafter: None decodes plainly, one token a pass.
-        prompts: token ids, at least one each.
-        max_new_tokens: at which length an answer ends that nothing ended before.
+        drafter: None decodes plainly, one token per pass.
+        prompts: token ids, at least one per prompt.
+        max_new_tokens: the length at which an answer ends if nothing ended it before.
         temperature: 0 is greedy.
-        top_k, top_p, min_p: filters of the target's distribution, and of the drafter's, as in `dflash_ext.sample`; None
-            is off. The temperature and each filter are one number for all prompts, or a sequence of one each.
-        stop_token_ids: one or several tokens that end a row; they are kept in its output.
-        block_size: slots of a drafter's block, anchor included; at most the drafter's own, which is the default.
-        batch_size: rows decoded at a time; prompts of similar length share a batch.
+        top_k, top_p, min_p: filters of the target's and of the drafter's distribution, as in `dflash_ext.sample`. None
+            is off. The temperature and each filter are one number for all prompts, or a sequence with one per prompt.
+        stop_token_ids: one or several tokens that end a row. They are kept in its output.
+        block_size: slots of a drafted block, anchor included. The drafter's own number is the default and the largest.
+        batch_size: the number of rows that are decoded at a time. Prompts of similar length share a batch.
+        seed: the seed of all draws. A prompt's draws do not depend on the other prompts of the batch.
         on_tokens: called with a prompt's index and its newly committed tokens, cycle by cycle.
         on_finish: called with a prompt's index and its completion as soon as it ends.
 
     Raises:
-        ValueError: an empty prompt, one too long for the target or outside its vocabulary, a number out of range, not
-            one number for each prompt, a block size that the drafter cannot fill, or a drafter made for another target.
-        TypeError: prompts or stop tokens that are no token ids, numbers that are none, or a model that is no Target.
+        ValueError: a prompt is empty, too long for the target or outside its vocabulary; a number is out of range; a
+            sequence has not one number per prompt; the drafter cannot fill the block, or was made for another target.
+        TypeError: a prompt or stop token is no token id, a number has another type, or `target` is no Target.
     """
     if not isinstance(target, Target):
         raise TypeError(f"decode: target is {shown(target)}; a Target is needed, such as Target(model)")
@@ -124,7 +125,7 @@ def decode(
         decoded.prefill_seconds += batch.watch.lap()["prefill"]
         ended = [commit(i, [token], cycle=False) for i, token in zip(indices, anchors, strict=True)]
         while not all(ended):
-            # Ended rows ride along, frozen, until leaving them out saves more than copying the caches costs.
+            # Rows that have ended stay in the batch, frozen, until dropping them is worth a copy of the caches.
             if 4 * sum(ended) >= len(ended):
                 rows = [row for row, done in enumerate(ended) if not done]
                 batch.select(rows)
@@ -142,7 +143,7 @@ def decode(
 
 
 def _row_seed(seed: int, index: int) -> int:
-    """A seed of 63 bits for a prompt; positions are added to it."""
+    """A seed of 62 bits for a prompt. Positions are added to it."""
     return (seed * 0x9E3779B97F4A7C15 + (index << 24)) % 2**62
 
 
@@ -167,20 +168,20 @@ def _draft_width(target: Target, drafter: DFlashDrafter | None, block_size: int 
 
 
 class _Batch:
-    """Rows decoded together: their caches, their anchors, and the features that the drafter has not seen yet."""
+    """Rows that are decoded together: their caches, their anchors, and features that the drafter has not seen yet."""
 
     def __init__(self, target, drafter, prompts, *, draft_width, max_new_tokens, options, seeds):
         self.target, self.drafter, self.draft_width = target, drafter, draft_width
         self.greedy = max(options["temperature"]) == 0
         self.watch = Stopwatch(target.device)
         device = target.device
-        # The temperature and the filters that any row has, each [B].
+        # The temperature and every filter that some row uses, each [B].
         self.options = {
             name: torch.tensor(numbers, device=device)
             for name, numbers in options.items()
             if name == "temperature" or set(numbers) != {OFF[name]}
         }
-        # Seeds belong to prompts and positions, so that a row's draws do not depend on the rows beside it.
+        # A seed belongs to a prompt and a position, so that a row's draws do not depend on the other rows.
         self.seeds = torch.tensor(seeds, device=device)
         # Prompts are aligned at their ends, so that the last column is every row's last token.
         self.lengths = [len(prompt) for prompt in prompts]
@@ -190,7 +191,7 @@ class _Batch:
         positions = torch.arange(width, device=device) - (width - self.start)[:, None]
         self.new_positions = positions.clamp(min=-1)
         self.slots = torch.arange(draft_width + 1, device=device)
-        # The target reads every token of a row but the last one. The drafter's block may reach beyond that.
+        # The target reads every token of a row except the last one. The drafter's block may reach beyond that.
         self.last = self.start + max_new_tokens - 2
         capacity = width + max_new_tokens - 1
         self.target_cache, self.draft_cache = RowCache(capacity), RowCache(capacity + draft_width)
@@ -214,8 +215,8 @@ class _Batch:
     def cycle(self, ended: list[bool]) -> list[tuple[int, list[int]]]:
         """Drafts, verifies and commits once.
 
-        Returns for every row how many drafted tokens were verified, and its new tokens. What it returns for rows that
-        have `ended` is of no use; they take part as padding, at no position.
+        Returns for every row the number of drafted tokens that were verified, and its new tokens. Rows that have
+        `ended` take part as padding, without a position, and what is returned for them has no meaning.
         """
         frozen = torch.tensor(ended, device=self.start.device)
         self.start = self.start.masked_fill(frozen, 0)
@@ -224,7 +225,7 @@ class _Batch:
         draft, drawn = self._draft(positions, end)
         self.watch.start("verify")
         block = torch.cat([self.anchor[:, None], draft], dim=1)
-        # Drafted tokens that the row has no room for are padding to the target, and they are not verified.
+        # Drafted tokens for which the row has no room are padding for the target, and are not verified.
         room = (self.last - self.start).clamp(0, self.draft_width)
         verified = positions.masked_fill(self.slots > room[:, None], -1)
         self.target_cache.place(verified, min(end, self.target_cache.capacity))

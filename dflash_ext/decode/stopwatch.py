@@ -1,4 +1,4 @@
-"""Times named phases on the device that runs them."""
+"""Measures the time of named phases on the device that runs them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 
 class Stopwatch:
-    """Adds up the seconds of named phases: wall time on the CPU, CUDA events (no extra waiting) on a GPU."""
+    """Adds up the seconds of named phases: wall time on the CPU, CUDA events on a GPU, which wait for nothing."""
 
     def __init__(self, device: torch.device):
         self.cuda = device.type == "cuda"

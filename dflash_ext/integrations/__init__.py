@@ -1,4 +1,4 @@
-"""Bridges to other people's formats and packages. Importing this registers ``block_attn`` with transformers."""
+"""Connections to other packages and formats. Importing this module registers ``block_attn`` with transformers."""
 
 from .attention import as_attention_mask, register
 

@@ -1,16 +1,17 @@
 """``attn_implementation="block_attn"``: interval-masked attention inside the models of transformers.
 
-``register`` adds two functions to transformers' registries. ``interval_attention_mask`` is asked for a mask once per
-forward and kind of layer, and writes the two key intervals of each row into an int32 tensor ``[B, 1, Lq, 4]``, which
-models hand on like any 4-D mask. ``block_attention`` is called by every layer and reads them back.
+``register`` adds two functions to transformers' registries. Models call ``interval_attention_mask`` once per forward
+and kind of layer. It writes the two key intervals of each row into an int32 tensor ``[B, 1, Lq, 4]``, which models hand
+on like any 4-D mask. Every layer calls ``block_attention``, which reads the intervals back.
 
-Neither of them waits for the device, so that a GPU never idles for the host. The exceptions are 4-D masks of the user's
-own and mask functions that look up where a key belongs (packed documents, image blocks): they are checked on the host,
-once a forward.
+Neither function waits for the device, so that a GPU is never idle because of the host. The exceptions are the user's
+own 4-D masks and mask functions that look up where a key belongs (packed documents, image blocks). These are checked on
+the host, once per forward.
 
-``generate`` takes no masks but 2-D padding: it refuses ``interval_mask`` by name. To go on behind a prompt that is read
-under an IntervalMask, run the model on all of the prompt but its last token, with ``interval_mask`` and a cache, and
-call ``generate`` on the whole prompt with that cache (``cache``, before transformers 5.24 ``past_key_values``).
+``generate`` takes 2-D padding masks only and refuses ``interval_mask`` by name. To continue a prompt that is read under
+an IntervalMask, run the model on all of the prompt but its last token, with ``interval_mask`` and a cache. Then call
+``generate`` on the whole prompt with that cache (the argument is ``cache``, before transformers 5.24
+``past_key_values``).
 """
 
 from __future__ import annotations
@@ -28,15 +29,15 @@ from ..ops import block_attn, block_attn_decode
 from .mask_functions import visible_run
 
 NAME = "block_attn"
-DECODE_ROWS = 256  # block_attn_decode serves up to so many rows against a cache: a token, a block, a canvas
+DECODE_ROWS = 256  # block_attn_decode serves at most this number of rows against a cache: a token, a block, a canvas
 REFUSED = {
     "output_attentions": "output_attentions: the attention weights are never formed",
     "position_bias": "a position bias",
     "cache": "the paged cache of continuous batching",
 }
 
-# The same tensor reaches every layer of a forward: its intervals are read (and checked) by the first. With each mask
-# goes the version of its tensor, so that one that was written to since is read again.
+# The same tensor reaches every layer of a forward. The first layer reads (and checks) its intervals. The tensor's
+# version is kept with each mask, so that a tensor that was written to since then is read again.
 _known: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
@@ -44,10 +45,10 @@ def register() -> None:
     """Makes ``"block_attn"`` an attention implementation of transformers, in models loaded before or after:
     ``from_pretrained(..., attn_implementation="block_attn")`` or ``model.set_attn_implementation("block_attn")``.
 
-    Models that run another implementation raise ValueError from then on if they are given an ``interval_mask``, which
-    they would ignore. As transformers has no place for such a check, ``PreTrainedModel.__call__`` is set for it.
+    From then on, models with another implementation raise ValueError if they are given an ``interval_mask``, which they
+    would ignore. transformers has no place for such a check, so ``PreTrainedModel.__call__`` is replaced.
 
-    Importing ``dflash_ext.integrations`` calls it; calling it again changes nothing.
+    Importing ``dflash_ext.integrations`` calls this function. Calling it again changes nothing.
     """
     AttentionInterface.register(NAME, block_attention)
     AttentionMaskInterface.register(NAME, interval_attention_mask)
@@ -57,8 +58,8 @@ def register() -> None:
 def as_attention_mask(mask: IntervalMask) -> Tensor:
     """``mask`` as an int32 tensor ``[B, 1, Lq, 4]`` that models running ``block_attn`` take as ``attention_mask``.
 
-    Needed where a forward takes its masks by name (DiffusionGemma's ``decoder_attention_mask``, a dict by kind of
-    layer); elsewhere ``interval_mask=mask`` does the same.
+    It is needed where a forward takes its masks by name (DiffusionGemma's ``decoder_attention_mask``, a dict by kind of
+    layer). Elsewhere ``interval_mask=mask`` does the same.
     """
     packed = _pack(mask)
     if _is_tracked(packed):
@@ -82,9 +83,9 @@ def interval_attention_mask(
 
     Functions that only compare rows with keys (causal, bidirectional, sliding windows, chunks, and intersections of
     these) cost O(B * (Lq + Lk)) under any padding, and nothing waits for the device. Any other function (packed
-    documents, image blocks, a user's own) is evaluated for all pairs of row and key, as for SDPA, and for each batch
-    entry only if it tells them apart. torch.compile, which cannot trace what ``visible_run`` does with a composed
-    function, treats windows and chunks in this way, too.
+    documents, image blocks, a user's own) is evaluated for all pairs of row and key, as for SDPA, once for all batch
+    entries if it does not depend on the entry. Under torch.compile, windows and chunks are evaluated in this way, too,
+    because the trace cannot follow ``visible_run`` into a composed function.
 
     Returns:
         int32 ``[B or 1, 1, Lq, 4]``, always: causality is never left to ``is_causal``.
@@ -180,8 +181,10 @@ def block_attention(
 
 
 def _call(model: PreTrainedModel, *args, **kwargs):
-    """``PreTrainedModel.__call__``. Every model that is given an interval_mask hands it on to its layers, where the
-    attention functions of other implementations take any keyword and use the ones that they know."""
+    """Replaces ``PreTrainedModel.__call__`` and refuses an interval_mask that the model would ignore.
+
+    Models hand interval_mask on to their layers. The attention functions of other implementations take any keyword and
+    use only those that they know."""
     if kwargs.get("interval_mask") is not None:
         implementation = model.config.get_text_config(decoder=True)._attn_implementation
         if implementation != NAME:
@@ -193,7 +196,7 @@ def _call(model: PreTrainedModel, *args, **kwargs):
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, mask: IntervalMask, **scaling: float | None) -> Tensor:
-    """``block_attn``, by the kernel for few rows where no gradient is wanted."""
+    """``block_attn``; where no gradient is wanted, few rows go to ``block_attn_decode``."""
     differentiated = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
     if differentiated or query.shape[2] > DECODE_ROWS or query.shape[2] == key.shape[2]:
         return block_attn(query, key, value, mask, **scaling)
@@ -201,22 +204,22 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, mask: IntervalMask, **sca
 
 
 def _run(mask_function: Callable, batch_size: int, row: Tensor) -> tuple[Tensor, Tensor] | None:
-    """``visible_run``; torch.compile traces it for the plain functions only."""
+    """``visible_run``. Under torch.compile, only the plain functions are traced."""
     if torch.compiler.is_compiling() and mask_function not in (causal_mask_function, bidirectional_mask_function):
         return None
     return visible_run(mask_function, batch_size, row)
 
 
 def _under_padding(token: Tensor, first: Tensor, end: Tensor) -> IntervalMask | None:
-    """The mask of rows that see the tokens among the keys of [first, end), int64 [B or 1, Lq].
+    """The mask of rows that see those keys in [first, end), int64 [B or 1, Lq], which are tokens.
 
-    token: bool [B, Lk], False for padding. None on the CPU where a row sees more than two runs of keys.
+    token: bool [B, Lk], False for padding. On the CPU, None is returned if a row sees more than two runs of keys.
     """
     batch, kv_len = token.shape
     first, end = (key.expand(batch, -1) for key in (first, end))
     key = torch.arange(kv_len, device=token.device)
     next_token, next_padding = (
-        # The first of those keys from each key on, or kv_len.
+        # For each key, the first of those keys at or after it, or kv_len if there is none.
         nn.functional.pad(torch.where(there, key, kv_len), (0, 1), value=kv_len).flip(-1).cummin(-1).values.flip(-1)
         for there in (token, ~token)
     )
@@ -238,7 +241,7 @@ def _given(
     attention_mask: Tensor | None,
     sliding_window: int | None,
 ) -> IntervalMask:
-    """The layer's own of the masks that the user gave as interval_mask."""
+    """The mask that the user's interval_mask has for this layer."""
     if attention_mask is not None and attention_mask.dtype != torch.int32:
         raise ValueError("block_attn: interval_mask and a 4-D attention_mask were both given; one is needed")
     config, layer = getattr(module, "config", None), getattr(module, "layer_idx", None)
@@ -309,7 +312,7 @@ def _unpack(packed: Tensor, kv_len: int) -> IntervalMask:
 
 @torch.library.custom_op("dflash_ext::packed_from_dense", mutates_args=(), tags=[torch.Tag.cudagraph_unsafe])
 def _packed_from_dense(mask: Tensor) -> Tensor:
-    """An operator, because it looks at the values, which a compiled graph can do only inside of one."""
+    """An operator, because it reads the values of its input. A compiled graph can do that only inside an operator."""
     return _pack(IntervalMask.from_dense(mask))
 
 

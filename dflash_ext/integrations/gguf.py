@@ -1,7 +1,7 @@
-"""GGUF checkpoints as safetensors folders, converted once and kept in a cache.
+"""Converts GGUF checkpoints to folders of safetensors, once, and keeps them in a cache.
 
-Reading a GGUF through transformers dequantises every tensor and rebuilds the tokenizer, half a minute for a
-small model; the folder written here loads like any other checkpoint.
+Reading a GGUF through transformers dequantises every tensor and rebuilds the tokenizer, which takes half a minute for a
+small model. The converted folder loads like any other checkpoint.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ def convert_gguf(
     folder: str | os.PathLike,
     fix_tokenizer: Callable[[PreTrainedTokenizerBase], None] | None = None,
 ) -> Path:
-    """Write the model and tokenizer of the file ``gguf`` to ``folder`` as safetensors; returns ``folder``.
+    """Writes the model and tokenizer of the file ``gguf`` to ``folder`` as safetensors, and returns ``folder``.
 
-    Weights are kept in fp32: a 4-bit value is ``scale * q + minimum`` of two fp16 numbers and needs more
-    mantissa than fp16 or bf16 have (of SmolLM2's Q4_1 weights fp16 would round 42% and bf16 79%).
-    ``fix_tokenizer`` may repair in place what the GGUF format loses. The folder appears whole or not at all,
-    and one that another process finished meanwhile is kept.
+    Weights are kept in fp32. A 4-bit value is ``scale * q + minimum`` of two fp16 numbers and needs more mantissa bits
+    than fp16 or bf16 have: fp16 would round 42% and bf16 79% of SmolLM2's Q4_1 weights. ``fix_tokenizer`` may repair in
+    place what the GGUF format loses. The folder appears whole or not at all, and a folder that another process has
+    finished in the meantime is kept.
 
     Raises ValueError if the file is missing or broken, or if the package ``gguf`` is not installed.
     """
@@ -54,9 +54,9 @@ def convert_gguf(
     scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
         model, tokenizer = _read(gguf)
-        # GGUF metadata has no such limit, and transformers then writes one of 10^30 tokens.
+        # GGUF metadata has no such limit. transformers would write one of 10^30 tokens.
         tokenizer.model_max_length = model.config.max_position_embeddings
-        # Some versions of transformers read another token as the one that ends texts than the GGUF names.
+        # Some versions of transformers read another end token than the one that the GGUF names.
         if (end := model.generation_config.eos_token_id) is not None:
             tokenizer.eos_token = tokenizer.convert_ids_to_tokens(end)
         if fix_tokenizer is not None:
@@ -114,8 +114,8 @@ def _packaged_gguf(package: str) -> Path:
 
 
 def _restore_smollm2_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Split digits from each other and from the space before them, as the model was trained; GGUF has no
-    field for it."""
+    """Splits digits from each other and from the space before them, as in the model's training. GGUF has no field for
+    this."""
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )

@@ -1,8 +1,8 @@
-"""Which keys a mask function of transformers shows to each row, without asking about every key.
+"""Finds the keys that a mask function of transformers shows to each row, without evaluating it for every key.
 
-transformers composes its masks of functions of four indices: batch entry, head, row and key. ``visible_run`` calls such
-a function once, with a ``_Key`` in place of the key's index. Each comparison that the function makes with it gives the
-interval of keys for which the comparison holds. No value of a tensor is read, so nothing waits for the device.
+transformers composes its masks from functions of four indices: batch entry, head, row and key. ``visible_run`` calls
+such a function once, with a ``_Key`` in place of the key's index. Each comparison of the function with the ``_Key``
+returns the interval of keys for which it holds. No tensor's values are read, so nothing waits for the device.
 """
 
 from __future__ import annotations
@@ -23,21 +23,21 @@ def visible_run(mask_function: Callable, batch_size: int, row: Tensor) -> tuple[
         row: int64 ``[Lq]``, the rows' indices.
 
     Returns:
-        Two int64 ``[B, Lq]``, or ``[1, Lq]`` where the batch entries are not told apart. The bounds may lie outside of
-        the keys that there are. None for a function that is not made of comparisons between a row and a key: packed
-        documents and blocks of images, which look up where a key belongs.
+        Two int64 ``[B, Lq]``, or ``[1, Lq]`` if the function does not depend on the batch entry. The bounds may lie
+        outside the existing keys. None for a function that does more than to compare a row with a key. Functions of
+        packed documents and of image blocks, for example, look up where a key belongs.
     """
     entry = torch.arange(batch_size, device=row.device)[:, None]
     try:
         seen = mask_function(entry, torch.zeros_like(entry), row[None], _Key(torch.zeros_like(row[None])))
         run = _everything(row[None]) & seen
-    except (TypeError, IndexError):  # the function does something else with the key than to compare it
+    except (TypeError, IndexError):  # the function does more with the key than to compare it
         return None
     return torch.broadcast_tensors(run.first, run.end)
 
 
 class _Run:
-    """The keys of ``[first, end)``, in every row its own."""
+    """The keys ``[first, end)``, with bounds of their own for every row."""
 
     def __init__(self, first: Tensor, end: Tensor) -> None:
         self.first, self.end, self.device = first, end, first.device
@@ -76,7 +76,7 @@ class _Key:
         return _Difference(row, self) if self.size == 1 else NotImplemented
 
     def _first_at(self, number: int | Tensor) -> Tensor:
-        """The first key whose number is at least that."""
+        """The first key whose ``(key + shift) // size`` is at least ``number``."""
         return number * self.size - self.shift
 
     def __ge__(self, number: int | Tensor) -> _Run:
@@ -100,7 +100,7 @@ class _Key:
 
 
 class _Difference:
-    """``row - key``; only its size can be compared."""
+    """``row - key``, of which only the absolute value can be compared."""
 
     def __init__(self, row: Tensor, key: _Key) -> None:
         self.row, self.key = row, key

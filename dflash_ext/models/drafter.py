@@ -1,9 +1,9 @@
 """The DFlash drafter (arXiv 2602.06036): a few layers that denoise one block of tokens from a target's features.
 
-Layout of a block: slot 0 is the anchor, the last token that was committed; slots 1..B-1 hold the mask token. A
-layer's keys are those of the context (features of the target, fused once, projected by the layer's own k_proj and
-v_proj) followed by the block's. Context makes no queries and passes no MLP. The embedding and the head are the
-target's, unless a checkpoint has tables of its own.
+Slot 0 of a block is the anchor, the last token that was committed. Slots 1..B-1 hold the mask token. The target's
+features are fused once into the context, and each layer projects it with its own k_proj and v_proj. A layer's keys are
+those of the context followed by those of the block. The context has no queries and does not pass through the MLPs. The
+embedding and the head are the target's, unless the checkpoint has tables of its own.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _LOOP_CACHE = getattr(cache_utils, "DFlashCache", ())
 
 
 class DFlashAttention(nn.Module):
-    """Attention whose queries are the block and whose keys are [cached context | new context | block]."""
+    """Attention of the block over the keys [cached context | new context | block]."""
 
     def __init__(self, config: DFlashConfig, layer_idx: int):
         super().__init__()
@@ -60,7 +60,7 @@ class DFlashAttention(nn.Module):
 
 
 def _over_last_keys(mask: IntervalMask, count: int) -> IntervalMask:
-    """The mask over its last `count` keys, which are all that transformers' sliding-window caches keep."""
+    """The mask over its last `count` keys only: transformers' sliding-window caches keep no others."""
     gone = mask.kv_len - count
     if gone == 0:
         return mask
@@ -84,7 +84,7 @@ class DFlashLayer(nn.Module):
 
 
 class FrozenTable(nn.Module):
-    """An embedding or a head of a checkpoint's own, [rows, H]; it is not trained, as the target's are not."""
+    """An embedding or head that the checkpoint brings, [rows, H]. Like the target's tables, it is not trained."""
 
     def __init__(self, rows: int, hidden_size: int):
         super().__init__()
@@ -124,7 +124,7 @@ class DFlashDrafter(PreTrainedModel):
         return cls(DFlashConfig.for_target(target, mask_token_id=mask_token_id, **options))
 
     def check_target(self, target: Target) -> None:
-        """Raises a ValueError that says what differs when this drafter was not made for `target`."""
+        """Raises a ValueError that names the difference if this drafter was made for another target."""
         config = self.config
         for name, mine, theirs in (
             ("hidden_size", config.hidden_size, target.hidden_size),
@@ -162,7 +162,7 @@ class DFlashDrafter(PreTrainedModel):
         return torch.arange(len(self.d2t), device=self.d2t.device) + self.d2t
 
     def head_labels(self, tokens: Tensor) -> Tensor:
-        """The head's rows of the target's tokens [...]; -1 for a token that the drafter cannot draft."""
+        """The rows of the head for the target's tokens [...]; -1 for a token that the drafter cannot draft."""
         if not self.config.draft_vocab_size:
             return tokens
         rows = torch.full((self.config.vocab_size,), -1, device=tokens.device)
@@ -185,13 +185,13 @@ class DFlashDrafter(PreTrainedModel):
         return full
 
     def head_input(self, hidden: Tensor) -> Tensor:
-        """What the head is applied to: the drafter's output times the optional `output_multiplier`."""
+        """The input of the head: the drafter's output times the optional `output_multiplier`."""
         multiplier = self.config.optional("output_multiplier")
         return hidden if multiplier is None else hidden * multiplier
 
     @property
     def softcap(self) -> float | None:
-        """The optional soft cap of the drafter's logits; 0 or less is none."""
+        """The soft cap of the drafter's logits, if there is one. A value of 0 or less means none."""
         softcap = self.config.optional("final_logit_softcapping")
         return softcap if softcap is not None and softcap > 0 else None
 
@@ -214,7 +214,7 @@ class DFlashDrafter(PreTrainedModel):
         }
 
     def decode_masks(self, cache_lens: Tensor, block_len: int, kv_len: int) -> dict[str, IntervalMask]:
-        """Decoding masks by kind of layer: a block behind `cache_lens` [B] context keys of each row."""
+        """Decoding masks by kind of layer: a block after the first `cache_lens` [B] context keys of each row."""
         options = {"convention": self.config.window_convention, "kv_len": kv_len}
         return {
             kind: IntervalMask.decode(cache_lens, block_len, causal=causal, window=window, **options)
@@ -238,16 +238,17 @@ class DFlashDrafter(PreTrainedModel):
             position_ids: int64 [B, S + Q]: the context's positions, then the slots'.
             attention_mask: masks by kind of layer (`anchor_masks`, `decode_masks`); or, for one block, None or a
                 padding mask [B, cached + S + Q] that is True (1) for tokens and False (0) for padding on the left.
-            cache: a cache of the context's keys and values; the block's are appended and are the caller's to drop.
+            cache: a cache of the context's keys and values. The block's are appended, and the caller drops them again.
             past_key_values: another name of `cache`, which transformers' own DFlash loop uses from 5.15 to 5.23.
 
         Returns:
-            `last_hidden_state` [B, Q, H], to which the head applies (`logits`). Slot k's is about the token at
-            anchor + k, so that slot 0's is of no use; with `sample_from_anchor` it is about anchor + k + 1.
+            `last_hidden_state` [B, Q, H], to which the head is applied (`logits`). Slot k predicts the token at
+            anchor + k, so that slot 0's output is unused. With `sample_from_anchor` it predicts the token at
+            anchor + k + 1.
 
         Raises:
             ValueError: `cache` and `past_key_values` are both given, or transformers' own loop calls a drafter that it
-                would not read rightly.
+                would not run correctly.
         """
         if past_key_values is not None:
             if cache is not None:
@@ -265,7 +266,9 @@ class DFlashDrafter(PreTrainedModel):
         hidden = noise_embeds
         for layer, kind in zip(self.layers, self.config.layer_types, strict=True):
             hidden = layer(hidden, context, rotary, attention_mask[kind], cache)
-        return BaseModelOutputWithPast(self.norm(hidden), cache)  # by place: the cache's field is renamed in 5.24
+        return BaseModelOutputWithPast(
+            self.norm(hidden), cache
+        )  # positional: transformers 5.24 renamed the cache's field
 
     def _single_block_masks(self, padding: Tensor | None, noise_embeds: Tensor, kv_len: int) -> dict[str, IntervalMask]:
         batch, block_len = noise_embeds.shape[:2]

@@ -1,4 +1,4 @@
-"""The published configuration of a DFlash drafter: Qwen3's keys and those of block diffusion."""
+"""The configuration of a DFlash drafter in the published layout: Qwen3's keys and those of block diffusion."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ _OPTIONAL_FIELDS = {
     "draft_vocab_size": None,
 }
 
-# Keys of published checkpoints that change what a drafter computes and are not implemented, each with the value under
-# which it changes nothing.
+# Keys of published checkpoints that change what a drafter computes and that are not implemented. The value beside a key
+# changes nothing and is accepted.
 _UNSUPPORTED = {
     "query_zero_predicts_next": False,
     "shift_label": False,
@@ -65,21 +65,22 @@ def default_taps(num_target_layers: int, count: int) -> list[int]:
 
 
 class DFlashConfig(Qwen3Config):
-    """Reads and writes `config.json` of the published checkpoints, and reads that of speculators'.
+    """Reads and writes `config.json` of published checkpoints, and reads `config.json` of speculators' checkpoints.
 
-    `mask_token_id` and `target_layer_ids` stand inside `dflash_config`, `block_size` there or at the top level (as
-    z-lab and SGLang, what stands inside comes first). Optional keys:
+    `mask_token_id` and `target_layer_ids` stand inside `dflash_config`, and `block_size` stands there or at the top
+    level. If a key stands in both places, the one inside counts, as for z-lab and SGLang. Optional keys:
 
     - `is_causal`, at the top level: whether a slot sees only the slots of its block up to itself, in all layers. By
-      default sliding layers are causal and full ones are not. vLLM's `dflash_config.causal` is read after it.
+      default sliding layers are causal and full ones are not. vLLM's `dflash_config.causal` is read if it is missing.
     - `sample_from_anchor`, in either place: slot k predicts the token at anchor + k + 1, slot 0 included, instead of
       the one at anchor + k.
     - `input_embedding_scale`, `output_multiplier`, `final_logit_softcapping` (0 or less is none), in either place.
     - `window_convention`, this package's own: what a sliding window hides, "zlab" (the default) or "speculators"; see
       `IntervalMask.anchor_blocks`.
 
-    `own_embeddings`, `own_head` and `draft_vocab_size` describe a checkpoint's tensors: tables of the drafter's own in
-    the place of the target's, and how many of the target's tokens it can draft. `load_drafter` finds them by name.
+    `own_embeddings`, `own_head` and `draft_vocab_size` describe a checkpoint's tensors: whether it brings an embedding
+    or a head instead of the target's, and the number of the target's tokens that it can draft. `load_drafter` sets
+    them by the tensors' names.
 
     Raises:
         ValueError: a value is out of range, or a key changes the computation and is not implemented.
@@ -97,7 +98,7 @@ class DFlashConfig(Qwen3Config):
 
     def __post_init__(self, **kwargs):
         dflash = self.dflash_config = dict(self.dflash_config or {})
-        # transformers' own DFlash loop reads these at the top level, the published layout nests them.
+        # transformers' own DFlash loop reads these keys at the top level. The published layout nests them.
         for key in ("mask_token_id", "target_layer_ids"):
             if key in kwargs:
                 dflash.setdefault(key, kwargs.pop(key))
@@ -164,14 +165,15 @@ class DFlashConfig(Qwen3Config):
         taps: Sequence[int] | int = 5,
         intermediate_size: int | None = None,
     ) -> DFlashConfig:
-        """The configuration of a new drafter of the target's width, heads and rotary base.
+        """The configuration of a new drafter with the target's width, heads and rotary base.
 
-        Where the target's layers differ the first one counts; what its configuration does not name is chosen as usual.
+        If the target's layers differ, the drafter takes after the first one. Usual values replace what the target's
+        configuration does not have.
 
         Args:
-            mask_token_id: the token in slots 1..B-1, in the target's vocabulary.
-            taps: layer ids, or how many to choose by `default_taps`.
-            intermediate_size: width of the MLPs, the target's by default.
+            mask_token_id: the token in slots 1..B-1. It must be in the target's vocabulary.
+            taps: layer ids, or the number of layers that `default_taps` chooses.
+            intermediate_size: the width of the MLPs. The default is the target's.
 
         Raises:
             ValueError: a number is out of range, or the target's embedding or head is not of its hidden size.
@@ -224,7 +226,7 @@ class DFlashConfig(Qwen3Config):
         return self.dflash_config["target_layer_ids"]
 
     def optional(self, key: str) -> Any:
-        """One of the optional keys, from `dflash_config` or the top level; None where it is not set."""
+        """The value of an optional key in `dflash_config` or at the top level; None if it is not set."""
         return self.dflash_config.get(key, getattr(self, key, None))
 
     @property
@@ -253,7 +255,7 @@ class DFlashConfig(Qwen3Config):
         return self.window_convention == "speculators" and "sliding_attention" in self.layer_types
 
     def unread_elsewhere(self) -> list[str]:
-        """What vLLM and SGLang do not read of this drafter, one sentence each."""
+        """The settings of this drafter that vLLM or SGLang do not read, one sentence each."""
         unread = []
         if self.sample_from_anchor:
             unread.append("vLLM's DFlash does not read sample_from_anchor and drafts from slot 1 on")
@@ -267,7 +269,7 @@ class DFlashConfig(Qwen3Config):
         return unread
 
     def unread_by_loop(self) -> str | None:
-        """What transformers' own DFlash loop would do wrong with this drafter, if anything."""
+        """What transformers' own DFlash loop would do wrong with this drafter; None if nothing."""
         if self.sample_from_anchor:
             return "does not read sample_from_anchor"
         if self.shared_window:
@@ -304,7 +306,7 @@ def _rope_theta(config) -> float:
 
 
 def _of_first_layer(config, name: str) -> int | None:
-    """A size of the target's first layer, as layers may differ (Gemma 4, Gemma 3n); None where it has none."""
+    """A size of the target's first layer (layers may differ, as in Gemma 4 and Gemma 3n); None if it has none."""
     if getattr(config, "is_heterogeneous", False):
         config = config.per_layer_config[0]
     value = getattr(config, name, None)

@@ -1,4 +1,4 @@
-"""Reads drafters from folders and the hub, writes them, and says in one line what is wrong with a checkpoint."""
+"""Reads drafters from folders and from the hub, and writes them. Errors are one line about the checkpoint."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ def load_drafter(
         dtype: float32 on the CPU and bfloat16 on a GPU by default.
 
     Raises:
-        ValueError: there is no DFlash drafter, it needs something that is not supported, or its tensors do not fit its
-            config.
+        ValueError: there is no DFlash drafter, the drafter needs something that is not supported, or its tensors do not
+            fit its config.
     """
     device = device or default_device()
     dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
@@ -47,7 +47,7 @@ def load_drafter(
         raise ValueError(f"no drafter in '{name}': there is no config.json")
     try:
         config = DFlashConfig.from_pretrained(folder)
-    except Exception as error:  # transformers raises many kinds for a file that is not what it should be
+    except Exception as error:  # transformers raises many kinds of exceptions for a broken file
         raise ValueError(f"cannot read the drafter's config in '{name}': {first_line(error)}") from error
     if config.mask_token_id is None or not config.dflash_config.get("target_layer_ids"):
         raise ValueError(f"no drafter in '{name}': its config.json has no dflash_config with mask_token_id and taps")
@@ -62,7 +62,7 @@ def load_drafter(
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # they are reported below, in one line
         )
-    except Exception as error:  # so does safetensors
+    except Exception as error:  # safetensors and transformers raise many kinds
         raise ValueError(f"cannot read the drafter in '{name}': {first_line(error)}") from error
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if keys := sorted(key if isinstance(key, str) else key[0] for key in info.get(problem) or ()):
@@ -80,7 +80,7 @@ def save_drafter(
 ) -> None:
     """Writes `config.json` and `model.safetensors` in the published layout.
 
-    Warns of what other decoders do not read of this drafter.
+    A warning names each setting of this drafter that other decoders do not read.
 
     Args:
         dtype: the tensors' dtype, the drafter's own by default.
@@ -89,7 +89,7 @@ def save_drafter(
     folder = Path(folder)
     if dtype not in (None, drafter.dtype):
         drafter = deepcopy(drafter).to(dtype)
-    for old in (WEIGHTS, INDEX):  # files of an earlier drafter that this one would not write over
+    for old in (WEIGHTS, INDEX):  # this drafter might not overwrite these files of an earlier one
         (folder / old).unlink(missing_ok=True)
     drafter.save_pretrained(folder, max_shard_size=max_shard_size)
     unread = drafter.config.unread_elsewhere()
@@ -117,7 +117,7 @@ def _folder(name: str | os.PathLike) -> Path:
 def _read_tensors(folder: Path) -> dict[str, Tensor]:
     """The checkpoint's tensors by their published names."""
     if (folder / MASK_EMBEDDING).exists():
-        raise ValueError(f"{MASK_EMBEDDING} lies beside the weights: a mask embedding of its own is not supported")
+        raise ValueError(f"{MASK_EMBEDDING} lies beside the weights: a separate mask embedding is not supported")
     files = {WEIGHTS}
     if not (folder / WEIGHTS).exists() and (folder / INDEX).exists():
         files = set(json.loads((folder / INDEX).read_text())["weight_map"].values())
@@ -128,7 +128,7 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
 
 
 def _describe_tables(config: DFlashConfig, tensors: dict[str, Tensor]) -> None:
-    """Tells `config` which tables of its own the checkpoint has, and checks the map of a reduced vocabulary."""
+    """Notes in `config` which tables the checkpoint brings, and checks the map of a reduced vocabulary."""
     vocab, head = config.vocab_size, tensors.get("lm_head.weight")
     d2t, t2d = tensors.pop("d2t", None), tensors.pop("t2d", None)
     config.own_embeddings, config.own_head = "embed_tokens.weight" in tensors, head is not None

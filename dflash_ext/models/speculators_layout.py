@@ -1,4 +1,4 @@
-"""The layout of vllm-project/speculators' DFlash checkpoints, rewritten as the published one."""
+"""Converts the config of vllm-project/speculators' DFlash checkpoints to the published layout."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import AutoConfig
 
-# What this layout says in words of its own; everything else is passed on.
+# The keys that this layout has under other names or not at all. All other keys are passed on.
 _OWN_KEYS = {
     "architectures",
     "aux_hidden_state_layer_ids",
@@ -22,11 +22,11 @@ _OWN_KEYS = {
 
 
 def published_layout(config: dict[str, Any]) -> dict[str, Any]:
-    """The published layout of speculators' `config.json`.
+    """Converts speculators' `config.json` to the published layout.
 
-    Its layers' keys stand in `transformer_layer_config`. Its `aux_hidden_state_layer_ids` count the embedding as layer
-    0, so that a tap is one less. Its full layers are bidirectional in the block; its sliding ones are causal unless
-    `sliding_window_non_causal` says otherwise, and all slots of a block share the anchor's window.
+    The layers' keys stand in `transformer_layer_config`. `aux_hidden_state_layer_ids` count the embedding as layer 0,
+    so that a tap is one less. Full layers are bidirectional in the block. Sliding layers are causal unless
+    `sliding_window_non_causal` is set, and all slots of a block share the anchor's window.
 
     Raises:
         ValueError: the checkpoint is another kind of speculator, or has no taps.

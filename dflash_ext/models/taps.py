@@ -1,4 +1,4 @@
-"""Reads what modules put out during one call, which sees its own outputs alone."""
+"""Reads the outputs of modules during one call. A call sees only its own outputs, not those of other threads."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from contextvars import ContextVar
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-# Who reads in this thread (or task), and where the outputs go. Other threads have values of their own.
+# The reader in this thread (or task), and where its outputs go. Every thread has a value of its own.
 _reader: ContextVar[tuple[object, dict[int, Tensor]] | None] = ContextVar("dflash_ext_taps", default=None)
 
 
 class Taps:
-    """Hooks on some modules of a model, which do nothing but while `reading`; they go when this object does.
+    """Hooks on some modules of a model. They are active only while `reading`, and are removed with this object.
 
     Args:
-        modules: the module whose output is each tap. Of a tuple (or a ModelOutput) the first entry counts.
+        modules: the module whose output is each tap. If it returns a tuple (or a ModelOutput), its first entry is used.
     """
 
     def __init__(self, modules: Mapping[int, nn.Module]):

@@ -1,4 +1,4 @@
-"""The target: a frozen transformers causal LM as a drafter sees it - its embedding, head and taps."""
+"""The target, a frozen causal LM of transformers: its embedding, head and taps."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ class Target:
     Several threads may use one target: each call reads its own taps.
 
     Attributes:
-        max_tokens: how many tokens a row may have, None if nothing bounds them: the model's positions, or fewer where
-            its RoPE changes beyond some length (longrope).
+        max_tokens: the largest number of tokens in a row, or None if nothing bounds it. It is the number of the model's
+            positions, or less where its RoPE changes beyond some length (longrope).
 
     Raises:
-        ValueError: a tap is out of range, or the model is none that can be decoded against a cache of rows: it keeps a
-            state that cannot be rolled back (recurrent layers), has a kind of attention that an interval mask does not
-            describe, takes no positions (ALiBi), or has no head or no list of layers.
+        ValueError: a tap is out of range, or the model cannot be decoded against a cache of rows: it keeps a state that
+            cannot be rolled back (recurrent layers), has a kind of attention that an interval mask does not describe,
+            takes no positions (ALiBi), or has no head or no list of layers.
     """
 
     def __init__(self, model: PreTrainedModel, tap_ids: Sequence[int] = ()):
@@ -113,15 +113,15 @@ class Target:
         return kinds
 
     def _length_bound(self) -> tuple[int | None, str]:
-        """How many tokens a row may have, and why, in an error's words."""
+        """The largest number of tokens in a row, and the reason for it as an error message gives it."""
         positions = getattr(self.config, "max_position_embeddings", None)
         bounds = [] if positions is None else [(positions, f"the target has {positions} positions")]
         window = getattr(self.config, "sliding_window", None)
         if window and not getattr(self.config, "layer_types", None) and "sliding_attention" not in self.attention_kinds:
-            # transformers makes a sliding cache for such a config, whose prefill and later steps then see other keys.
+            # transformers makes a sliding cache for such a config. Prefill and later steps then see different keys.
             bounds.append((window, f"its cache, but none of its masks, has a sliding window of {window}"))
-        # The highest position of a forward decides on the factors of all its tokens, so that a row's keys would depend
-        # on drafted tokens and on other rows. (Dynamic RoPE does so too, but only beyond the model's positions.)
+        # The highest position of a forward decides on the factors of all its tokens. So a row's keys would depend on
+        # drafted tokens and on other rows. (Dynamic RoPE does the same, but only beyond the model's positions.)
         rope = getattr(self.config, "rope_parameters", None) or {}
         for parameters in (rope, *(each for each in rope.values() if isinstance(each, dict))):
             if parameters.get("rope_type") == "longrope":
@@ -153,18 +153,14 @@ class Target:
 
     @property
     def embedding_size(self) -> int:
-        """The width of the embedding's rows; some models (OPT, Electra) project them to the hidden size."""
+        """The width of the embedding's rows. Some models (OPT, Electra) project them to the hidden size."""
         return self.model.get_input_embeddings().weight.shape[1]
 
     @property
     def embedding_scale(self) -> float | None:
-        """The factor that the model's embedding module applies to its table (Gemma), None where there is none."""
+        """The factor that the model's embedding module applies to its table (Gemma); None if there is none."""
         scale = getattr(self.model.get_input_embeddings(), "scalar_embed_scale", None)
         return float(scale) if scale is not None else None
-
-    def embed(self, token_ids: Tensor) -> Tensor:
-        """The model's own input embedding of `token_ids` [...]: [..., H]."""
-        return self.model.get_input_embeddings()(token_ids)
 
     def _concatenate(self, outputs: dict[int, Tensor]) -> Tensor | None:
         return torch.cat([outputs[tap] for tap in self.tap_ids], dim=-1) if self.tap_ids else None
@@ -190,16 +186,16 @@ class Target:
 
         Args:
             input_ids: int64 [B, Q].
-            positions: int64 [B, Q], each token's position in its row, -1 for padding (any column). A token sees the
-                row's cached tokens before its position, and itself.
-            cache: a `decode.RowCache` that was told where these tokens go (`place(positions)`).
-            keep_logits: how many of the last columns get logits.
+            positions: int64 [B, Q], each token's position in its row, or -1 for padding in any column. A token sees
+                the row's cached tokens before its position, and itself.
+            cache: a `decode.RowCache`, whose `place(positions)` was called for these tokens.
+            keep_logits: the number of last columns that get logits.
 
         Returns:
             logits [B, keep_logits, V] in the model's dtype and the context features [B, Q, taps * H] (None without
             taps).
         """
-        # As an index, not a number: by a number some models (Gemma 4) also shorten what the taps read.
+        # An index, not a number: given a number, some models (Gemma 4) also shorten what the taps read.
         last = torch.arange(input_ids.shape[1], device=input_ids.device)[-keep_logits:]
         with self._taps.reading() as outputs:
             output = self.model(
@@ -224,7 +220,7 @@ class Target:
 
 
 def _decoder(model: PreTrainedModel) -> PreTrainedModel:
-    """The part of a causal LM that ends in hidden states; `get_decoder` finds some models' heads or themselves."""
+    """The part of a causal LM that ends in hidden states. For some models, `get_decoder` returns another part."""
     decoder = model.get_decoder()
     found = isinstance(decoder, PreTrainedModel) and decoder is not model
     return decoder if found else getattr(model, "model", model.base_model)
