@@ -1,19 +1,23 @@
-# make demo   the whole path on real input        make test   all tests
-# make lint   ruff                                make clean  undoes all of it
-# make gpu    the GPU tests, then the GPU benches, which overwrite bench/results/*_<gpu>.json
-# make sanitize   the tests on a build with the address and undefined-behaviour sanitizers
-# make test-oldest   the tests that touch transformers, on the oldest one that is supported; make test-newest likewise
-# make newest        all tests in a fresh environment with the newest of everything but torch
-# make constraints   renews constraints*.txt, by which all but `make newest` install
+# make demo          train a tiny target and drafter, then decode with a real model
+# make test          run all tests
+# make test-oldest   run the tests that touch transformers on its oldest supported version
+# make test-newest   run the same tests on its newest supported version
+# make newest        run all tests in a fresh environment with the newest version of every package but torch
+# make gpu           run the GPU tests, then the GPU benches, which overwrite bench/results/*_<gpu>.json
+# make sanitize      run the tests on a build with the address and undefined-behaviour sanitizers
+# make lint          run ruff
+# make constraints   renew constraints*.txt, which every target but `newest` installs by
+# make clean         remove the environment and everything that was built
 #
-# Needs Python 3.11+ with venv and headers, make and g++; nvcc is used if it is there. TORCH chooses the torch to install
-# (TORCH=torch takes the newest, with CUDA) and is remembered, PYTHON the interpreter, ARGS goes to the command.
+# This needs Python 3.11+ with venv and headers, make and g++. nvcc is used if it is found. TORCH chooses the torch to
+# install (TORCH=torch is the newest, with CUDA), and later calls keep the choice. PYTHON chooses the interpreter, and
+# ARGS is passed to the command. docs/building.md explains the rest.
 
 PYTHON ?= python3
 INSTALLED := $(shell cat .venv/torch 2>/dev/null)
 TORCH ?= $(or $(INSTALLED),torch==2.13.0)
 ARGS ?=
-# Threads that spin while they wait bring a machine with other work on it to a crawl.
+# Threads that spin while they wait slow down a machine that also runs other work.
 export OMP_WAIT_POLICY ?= PASSIVE
 
 BIN := .venv/bin
@@ -26,11 +30,11 @@ NATIVE := $(shell find csrc -type f) CMakeLists.txt
 demo: .venv/ready
 	$(BIN)/dflash-ext demo $(ARGS)
 
-# One thread a process: most tests run tiny models, where threads cost more than they bring.
+# One thread per process: most tests run tiny models, which more threads would slow down.
 test: .venv/ready
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile $(ARGS)
 
-# What differs from constraints.txt lies in a folder of its own, which Python searches before the environment.
+# Packages whose versions differ from constraints.txt are installed in a separate folder. Python searches it first.
 test-oldest test-newest: test-%: build/%/ready
 	PYTHONPATH=$(CURDIR)/build/$* OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile \
 	python_tests/integrations python_tests/models python_tests/decode python_tests/train $(ARGS)
@@ -66,7 +70,7 @@ lint: .venv/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check --quiet .
 
-# All that runs the native library: a few minutes. SmolLM2 would take longer and call nothing else.
+# Tests with SmolLM2 are left out: they take long and call no other part of the library.
 SANITIZED := build/sanitized
 sanitize: .venv/ready
 	DFLASH_EXT_SANITIZE=1 $(BIN)/python setup.py --quiet build_ext --build-lib $(SANITIZED)

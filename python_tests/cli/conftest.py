@@ -11,7 +11,7 @@ from python_tests.tiny import random_prompts, tiny_pair
 
 
 @pytest.fixture
-def house(tmp_path):
+def workspace(tmp_path):
     """A target with its tokenizer, a drafter, and a file of prompts."""
     target, drafter = tiny_pair("llama")
     target.model.save_pretrained(tmp_path / "target")

@@ -28,8 +28,8 @@ def test_every_command_and_option_has_a_help_text_that_is_a_sentence(run):
             assert option.help.endswith(".") and option.help[0].isupper(), (name, option.name)
 
 
-def test_a_mistake_is_one_line_or_a_traceback_on_request(house, run):
-    words = ["generate", "w003", "--target", house / "nowhere"]
+def test_a_mistake_is_one_line_or_a_traceback_on_request(workspace, run):
+    words = ["generate", "w003", "--target", workspace / "nowhere"]
     code, _, errors = run(*words)
     assert code == 1 and len(errors.splitlines()) == 1
     with pytest.raises(ValueError, match="there is no such folder"):

@@ -7,41 +7,41 @@ from python_tests.tiny import random_prompts
 
 
 @pytest.fixture
-def evaluate(house):
-    words = ["evaluate", "--target", house / "target", "--drafter", house / "drafter", "--max-new-tokens", 8]
-    return [*words, "--prompts", house / "prompts.jsonl"]
+def evaluate(workspace):
+    words = ["evaluate", "--target", workspace / "target", "--drafter", workspace / "drafter", "--max-new-tokens", 8]
+    return [*words, "--prompts", workspace / "prompts.jsonl"]
 
 
-def test_the_figures_of_a_set(house, run, evaluate):
-    code, printed, errors = run(*evaluate, "--output", house / "figures.json")
+def test_the_figures_of_a_set(workspace, run, evaluate):
+    code, printed, errors = run(*evaluate, "--output", workspace / "figures.json")
     assert code == 0 and not errors
-    row = json.loads((house / "figures.json").read_text())["prompts"]
+    row = json.loads((workspace / "figures.json").read_text())["prompts"]
     assert row["prompts"] == 3 and row["tau"] >= 1 and len(row["acceptance"]) == 5 and row["left_out"] == {}
     assert "tau" in printed
 
 
-def test_a_prompt_that_is_too_long_is_left_out_and_counted(house, run, evaluate):
+def test_a_prompt_that_is_too_long_is_left_out_and_counted(workspace, run, evaluate):
     texts = [" ".join(f"w{i:03}" for i in prompt) for prompt in random_prompts(5, 600, 7, 505)]
-    (house / "long.jsonl").write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts))
-    code, _, errors = run(*evaluate, "--prompts", house / "long.jsonl", "--output", house / "figures.json")
+    (workspace / "long.jsonl").write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts))
+    code, _, errors = run(*evaluate, "--prompts", workspace / "long.jsonl", "--output", workspace / "figures.json")
     assert code == 0
     assert errors.splitlines() == [
-        f"dflash-ext: left out of {house / 'long.jsonl'}: prompts of more than 504 tokens (2)"
+        f"dflash-ext: left out of {workspace / 'long.jsonl'}: prompts of more than 504 tokens (2)"
     ]
-    rows = json.loads((house / "figures.json").read_text())
+    rows = json.loads((workspace / "figures.json").read_text())
     assert (rows["prompts"]["prompts"], rows["long"]["prompts"]) == (3, 2)
     assert rows["long"]["left_out"] == {"prompts of more than 504 tokens": 2}
 
 
-def test_a_refused_run_leaves_the_output_alone(house, run, evaluate):
-    out = house / "figures.json"
+def test_a_refused_run_leaves_the_output_alone(workspace, run, evaluate):
+    out = workspace / "figures.json"
     out.write_text("mine\n")
     for refused in (["--max-prompt-tokens", 1], ["--max-new-tokens", 999], ["--block-size", 40]):
         assert run(*evaluate, "--output", out, *refused)[0] == 1
-        assert out.read_text() == "mine\n" and not list(house.glob("*.part"))
+        assert out.read_text() == "mine\n" and not list(workspace.glob("*.part"))
 
 
-def test_an_interrupt_shows_the_sets_that_are_done(house, run, evaluate, monkeypatch):
+def test_an_interrupt_shows_the_sets_that_are_done(workspace, run, evaluate, monkeypatch):
     calls = []
 
     def interrupted(*args, **options):
@@ -51,6 +51,6 @@ def test_an_interrupt_shows_the_sets_that_are_done(house, run, evaluate, monkeyp
         return decode(*args, **options)
 
     monkeypatch.setattr("dflash_ext.decode.decode", interrupted)
-    (house / "more.jsonl").write_bytes((house / "prompts.jsonl").read_bytes())
-    code, printed, _ = run(*evaluate, "--prompts", house / "more.jsonl")
+    (workspace / "more.jsonl").write_bytes((workspace / "prompts.jsonl").read_bytes())
+    code, printed, _ = run(*evaluate, "--prompts", workspace / "more.jsonl")
     assert code == 130 and "prompts" in printed and "more" not in printed

@@ -8,11 +8,11 @@ from python_tests.data.words import word_tokenizer
 from python_tests.tiny import random_prompts, tiny_pair
 
 
-def test_generate_writes_the_targets_own_tokens(house, run):
-    out = house / "out.jsonl"
+def test_generate_writes_the_targets_own_tokens(workspace, run):
+    out = workspace / "out.jsonl"
     code, _, printed = run(
-        *("generate", "--target", house / "target", "--drafter", house / "drafter"),
-        *("--prompts", house / "prompts.jsonl", "--max-new-tokens", 12, "--output", out),
+        *("generate", "--target", workspace / "target", "--drafter", workspace / "drafter"),
+        *("--prompts", workspace / "prompts.jsonl", "--max-new-tokens", 12, "--output", out),
     )
     assert code == 0 and "tau" in printed
     rows = sorted(map(json.loads, out.read_text().splitlines()), key=lambda r: r["index"])
@@ -23,8 +23,8 @@ def test_generate_writes_the_targets_own_tokens(house, run):
     assert [row["text"] for row in rows] == expected
 
 
-def test_generate_streams_one_prompt(house, run):
-    code, printed, told = run("generate", "w005 w006 w007", "--target", house / "target", "--max-new-tokens", 4)
+def test_generate_streams_one_prompt(workspace, run):
+    code, printed, told = run("generate", "w005 w006 w007", "--target", workspace / "target", "--max-new-tokens", 4)
     assert code == 0 and "w" in printed and "tau" not in printed and "tau" in told
 
 
@@ -36,11 +36,11 @@ def conversations(path, *questions):
     return path
 
 
-def test_what_cannot_be_used_is_left_out_and_named_in_one_line(house, run):
+def test_what_cannot_be_used_is_left_out_and_named_in_one_line(workspace, run):
     """A prompt that is too long and a turn of a tool stop none of the others."""
-    prompts = conversations(house / "chats.jsonl", "w005 w006", "w007 " * 600, "w008")
-    out = house / "out.jsonl"
-    generate = ["generate", "--target", house / "target", "--prompts", prompts, "--max-new-tokens", 4]
+    prompts = conversations(workspace / "chats.jsonl", "w005 w006", "w007 " * 600, "w008")
+    out = workspace / "out.jsonl"
+    generate = ["generate", "--target", workspace / "target", "--prompts", prompts, "--max-new-tokens", 4]
     code, printed, told = run(*generate, "--output", out)
     assert code == 0
     assert sorted(json.loads(line)["index"] for line in out.read_text().splitlines()) == [0, 2]
@@ -59,34 +59,34 @@ def test_what_cannot_be_used_is_left_out_and_named_in_one_line(house, run):
         ["--temperature", "inf"],
     ],
 )
-def test_a_refused_run_leaves_the_output_alone(house, run, refused):
-    out = house / "out.jsonl"
+def test_a_refused_run_leaves_the_output_alone(workspace, run, refused):
+    out = workspace / "out.jsonl"
     out.write_text("mine\n")
-    words = ["generate", "--target", house / "target", "--prompts", house / "prompts.jsonl", "--output", out]
+    words = ["generate", "--target", workspace / "target", "--prompts", workspace / "prompts.jsonl", "--output", out]
     assert run(*words, *refused)[0] == 1
-    assert out.read_text() == "mine\n" and not list(house.glob("*.part"))
+    assert out.read_text() == "mine\n" and not list(workspace.glob("*.part"))
     assert run(*words, "--max-new-tokens", 4)[0] == 0
-    assert len(out.read_text().splitlines()) == 3 and not list(house.glob("*.part"))
+    assert len(out.read_text().splitlines()) == 3 and not list(workspace.glob("*.part"))
 
 
-def test_an_interrupt_keeps_the_old_output_and_what_was_written(house, run, monkeypatch):
+def test_an_interrupt_keeps_the_old_output_and_what_was_written(workspace, run, monkeypatch):
     def interrupted(*args, on_finish, **options):
         done = decode(*args, **options)
         on_finish(0, done.completions[0])
         raise KeyboardInterrupt
 
     monkeypatch.setattr("dflash_ext.decode.decode", interrupted)
-    out = house / "out.jsonl"
+    out = workspace / "out.jsonl"
     out.write_text("mine\n")
-    words = ["generate", "--target", house / "target", "--prompts", house / "prompts.jsonl", "--output", out]
+    words = ["generate", "--target", workspace / "target", "--prompts", workspace / "prompts.jsonl", "--output", out]
     code, _, told = run(*words, "--max-new-tokens", 4)
     assert code == 130 and "what was written so far is in" in told and "out.jsonl.part" in told
     assert out.read_text() == "mine\n"
-    assert json.loads((house / "out.jsonl.part").read_text())["index"] == 0
+    assert json.loads((workspace / "out.jsonl.part").read_text())["index"] == 0
 
 
-def test_a_variable_that_the_chat_template_does_not_have_is_said(house, run):
-    words = ["generate", "w005", "--target", house / "target", "--max-new-tokens", 2, "--chat-template-args"]
+def test_a_variable_that_the_chat_template_does_not_have_is_said(workspace, run):
+    words = ["generate", "w005", "--target", workspace / "target", "--max-new-tokens", 2, "--chat-template-args"]
     code, _, told = run(*words, '{"enable_thinking": false}')
     assert code == 0 and "the tokenizer's chat template has no variable 'enable_thinking'" in told
     for wrong in ("enable_thinking", "[1]"):

@@ -8,20 +8,32 @@ from safetensors.torch import load_file, save_file
 from python_tests.data.words import word_tokenizer
 
 
-def wrong_cases(house):
-    target, drafter, prompts = house / "target", house / "drafter", house / "prompts.jsonl"
-    other, tokenizers = house / "other", house / "tokenizer"
+def wrong_cases(workspace):
+    target, drafter, prompts = workspace / "target", workspace / "drafter", workspace / "prompts.jsonl"
+    other, tokenizers = workspace / "other", workspace / "tokenizer"
     generate = ["generate", "--target", target, "--max-new-tokens", 4]
-    train = ["train", "--target", target, "--output", house / "out", "--steps", 1, "--taps", "3", "--mask-token", 96]
-    bad = house / "bad.jsonl"
+    train = [
+        "train",
+        "--target",
+        target,
+        "--output",
+        workspace / "out",
+        "--steps",
+        1,
+        "--taps",
+        "3",
+        "--mask-token",
+        96,
+    ]
+    bad = workspace / "bad.jsonl"
     bad.write_text('{"prompt": "w3"}\n{"prompt": \n')
-    empty = house / "empty.jsonl"
+    empty = workspace / "empty.jsonl"
     empty.write_text("")
-    others, torn = house / "others.jsonl", house / "torn.jsonl"
+    others, torn = workspace / "others.jsonl", workspace / "torn.jsonl"
     others.write_text('{"format": "dflash_ext.responses", "vocab_size": 98}\n')
     torn.write_text('{"format": "dflash_ext.responses", "vocab_size": 97}\n{"index": 0}\n')
-    (house / "again").mkdir()
-    shutil.copy(prompts, house / "again")
+    (workspace / "again").mkdir()
+    shutil.copy(prompts, workspace / "again")
     evaluate = ["evaluate", "--target", target, "--drafter", drafter, "--max-new-tokens", 4]
     config = json.loads((drafter / "config.json").read_text())
     changes = {
@@ -30,36 +42,39 @@ def wrong_cases(house):
         "wide": {"intermediate_size": 128},
     }
     for name, change in changes.items():
-        (house / name).mkdir()
-        (house / name / "config.json").write_text(json.dumps(config | change))
-        (house / name / "model.safetensors").write_bytes((drafter / "model.safetensors").read_bytes())
-    far = house / "far"
+        (workspace / name).mkdir()
+        (workspace / name / "config.json").write_text(json.dumps(config | change))
+        (workspace / name / "model.safetensors").write_bytes((drafter / "model.safetensors").read_bytes())
+    far = workspace / "far"
     state = load_file(target / "model.safetensors")
     for name in ("torn", "junk"):
-        shutil.copytree(target, house / name)
+        shutil.copytree(target, workspace / name)
     del state["model.layers.2.self_attn.k_proj.weight"]
-    save_file(state, house / "torn" / "model.safetensors")
-    (house / "junk" / "model.safetensors").write_bytes(b"not safetensors")
+    save_file(state, workspace / "torn" / "model.safetensors")
+    (workspace / "junk" / "model.safetensors").write_bytes(b"not safetensors")
     word_tokenizer(200).save_pretrained(tokenizers / "larger")
     return [
-        (["generate", "w3", "--target", house / "nowhere"], "nowhere': there is no such folder"),
+        (["generate", "w3", "--target", workspace / "nowhere"], "nowhere': there is no such folder"),
         (["generate", "w3", "--target", "./nowhere"], "cannot read a target from './nowhere': there is no such folder"),
         ([*generate, "w3", "--tokenizer", "./nowhere"], "cannot read a tokenizer from './nowhere': there is no such"),
-        ([*generate, "--prompts", house / "missing.jsonl"], "missing.jsonl: no such file"),
+        ([*generate, "--prompts", workspace / "missing.jsonl"], "missing.jsonl: no such file"),
         ([*generate, "--prompts", empty], "the file is empty"),
         ([*generate, "--prompts", bad], "bad.jsonl:2: not valid JSON"),
-        ([*generate, "--prompts", house], "a file is expected, this is a folder"),
+        ([*generate, "--prompts", workspace], "a file is expected, this is a folder"),
         ([*generate, "w003 \udcff"], "the tokenizer refuses 'w003 "),
         ([*generate, "w003 " * 3000], "a prompt has 3000 tokens, at most 508 are allowed"),
-        ([*generate, "w003", "--output", house], "a file in a folder that exists"),
+        ([*generate, "w003", "--output", workspace], "a file in a folder that exists"),
         ([*generate, ""], "a prompt has no token"),
         ([*generate, "w003", "--max-new-tokens", 999], "do not fit: the target has 512 positions"),
         ([*generate, "w003", "--device", "cuda:x"], "device 'cuda:x' is not supported"),
-        ([*evaluate, "--prompts", prompts, "--prompts", house / "again" / "prompts.jsonl"], "have the same name"),
+        ([*evaluate, "--prompts", prompts, "--prompts", workspace / "again" / "prompts.jsonl"], "have the same name"),
         ([*evaluate, "--prompts", prompts, "--field", "problem"], "prompts.jsonl:1: the key 'problem' is expected"),
-        ([*evaluate, "--prompts", prompts, "--output", house], "a file in a folder that exists"),
-        ([*evaluate, "--prompts", prompts, "--output", house / "nowhere" / "a.json"], "a file in a folder that exists"),
-        ([*train, "--answers", house / "missing.jsonl"], "missing.jsonl: no such file"),
+        ([*evaluate, "--prompts", prompts, "--output", workspace], "a file in a folder that exists"),
+        (
+            [*evaluate, "--prompts", prompts, "--output", workspace / "nowhere" / "a.json"],
+            "a file in a folder that exists",
+        ),
+        ([*train, "--answers", workspace / "missing.jsonl"], "missing.jsonl: no such file"),
         ([*train, "--answers", prompts], "prompts.jsonl: not a file of answers"),
         ([*train, "--answers", others], "a vocabulary of 98; this one has 97"),
         ([*train, "--answers", torn], "torn.jsonl:2: a row with index"),
@@ -67,11 +82,11 @@ def wrong_cases(house):
         ([*train, "--prompts", prompts, "--answers", others], "either --prompts"),
         (["train", "--target", target, "--output", prompts, *train[5:], "--prompts", prompts], "a folder is expected"),
         ([*generate, "w3", "--tokenizer", tokenizers / "larger"], "the tokenizer is another model's"),
-        ([*generate, "w3", "--drafter", house / "nowhere"], "there is no such folder"),
+        ([*generate, "w3", "--drafter", workspace / "nowhere"], "there is no such folder"),
         ([*generate, "w3", "--drafter", target], "no drafter in"),
         ([*generate, "w3", "--drafter", other], "made for another target: its num_target_layers is 9"),
         ([*generate, "w3", "--drafter", far], "tap 40 is out of range"),
-        ([*generate, "w3", "--drafter", house / "wide"], "does not fit its config: 6 mismatched keys"),
+        ([*generate, "w3", "--drafter", workspace / "wide"], "does not fit its config: 6 mismatched keys"),
         ([*generate, "w3", "--drafter", drafter, "--block-size", 1], "block size 1"),
         ([*generate, "w3", "--drafter", drafter, "--block-size", 40], "block size 40"),
         ([*generate], "needs prompts"),
@@ -86,8 +101,8 @@ def wrong_cases(house):
         ([*generate, "w003", "--device", "meta"], "device 'meta' is not supported"),
         ([*generate, "w003", "--block-size", 4], "needs a drafter"),
         ([*generate, "w003", "--temperature", "inf"], "temperature is inf"),
-        ([*generate[:2], house / "torn", "w003"], "is not whole: 1 tensors are missing"),
-        ([*generate[:2], house / "junk", "w003"], "cannot read a target from"),
+        ([*generate[:2], workspace / "torn", "w003"], "is not whole: 1 tensors are missing"),
+        ([*generate[:2], workspace / "junk", "w003"], "cannot read a target from"),
         ([*train[:-2], "--prompts", prompts], "has no mask token"),
         ([*train[:-2], "--prompts", prompts, "--mask-token", "nope"], "mask token 'nope'"),
         ([*train[:-2], "--prompts", prompts, "--mask-token", "500"], "mask token 500"),
@@ -95,31 +110,31 @@ def wrong_cases(house):
     ]
 
 
-def test_mistakes_that_need_no_target_are_found_before_it_is_loaded(house, run, monkeypatch):
+def test_mistakes_that_need_no_target_are_found_before_it_is_loaded(workspace, run, monkeypatch):
     def load_target(*_, **__):
         raise ValueError("the target is loaded")
 
     monkeypatch.setattr("dflash_ext.models.load_target", load_target)
-    prompts = house / "prompts.jsonl"
-    train = ["train", "--target", "org/model", "--output", house / "out", "--mask-token", 96]
+    prompts = workspace / "prompts.jsonl"
+    train = ["train", "--target", "org/model", "--output", workspace / "out", "--mask-token", 96]
     generate = ["generate", "w003", "--target", "org/model"]
     for words, message in (
-        ([*train, "--prompts", house / "missing.jsonl"], "missing.jsonl: no such file"),
-        ([*train, "--answers", house / "missing.jsonl"], "missing.jsonl: no such file"),
+        ([*train, "--prompts", workspace / "missing.jsonl"], "missing.jsonl: no such file"),
+        ([*train, "--answers", workspace / "missing.jsonl"], "missing.jsonl: no such file"),
         ([*train, "--prompts", prompts, "--field", "problem"], "the key 'problem' is expected"),
         ([*train, "--prompts", prompts, "--output", prompts], "a folder is expected"),
         ([*train, "--prompts", prompts, "--taps", "many"], "--taps is 'many'"),
         ([*train, "--prompts", prompts, "--gamma", "0"], "gamma is 0"),
-        ([*generate, "--output", house], "a file in a folder that exists"),
+        ([*generate, "--output", workspace], "a file in a folder that exists"),
         ([*train, "--prompts", prompts], "the target is loaded"),
     ):
         code, _, errors = run(*words)
         assert code == 1 and message in errors, (words, errors)
-    assert not (house / "out").exists()
+    assert not (workspace / "out").exists()
 
 
-def test_every_mistake_is_one_line(house, run):
-    for words, message in wrong_cases(house):
+def test_every_mistake_is_one_line(workspace, run):
+    for words, message in wrong_cases(workspace):
         code, printed, errors = run(*words)
         assert code == 1, (words, printed, errors)
         assert message in errors, (words, errors)

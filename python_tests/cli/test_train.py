@@ -4,18 +4,18 @@ from dflash_ext.models import load_drafter
 from python_tests.data.words import word_tokenizer
 
 
-def words(house):
+def words(workspace):
     return [
-        *("train", "--target", house / "target", "--prompts", house / "prompts.jsonl"),
+        *("train", "--target", workspace / "target", "--prompts", workspace / "prompts.jsonl"),
         *("--mask-token", "w096", "--layers", 1, "--taps", "1,3", "--block-size", 4, "--steps", 2, "--batch-size", 2),
         *("--anchors", 4, "--max-new-tokens", 16, "--held-out", 0.34),
     ]
 
 
-def test_train(house, run):
+def test_train(workspace, run):
     """A drafter from prompts in one command; a second run reuses the answers."""
-    out = house / "trained"
-    train = [*words(house), "--output", out]
+    out = workspace / "trained"
+    train = [*words(workspace), "--output", out]
     code, printed, errors = run(*train)
     assert code == 0, errors
     drafter = load_drafter(out)
@@ -31,23 +31,23 @@ def test_train(house, run):
     assert "answers: 1 to train on, 1 held out, 1 too short to train on\n" in run(*train)[1]
 
 
-def test_the_seed_decides_what_is_drawn(house, run):
+def test_the_seed_decides_what_is_drawn(workspace, run):
     """The drafter's first weights too: a run can be repeated."""
     losses = []
     for seed in (1, 1, 2):
-        out = house / f"run {len(losses)}"
-        code, _, errors = run(*words(house), "--output", out, "--seed", seed)
+        out = workspace / f"run {len(losses)}"
+        code, _, errors = run(*words(workspace), "--output", out, "--seed", seed)
         assert code == 0, errors
         losses.append([entry["loss"] for entry in json.loads((out / "training.json").read_text())["log"][:1]])
     assert losses[0] == losses[1] != losses[2]
 
 
-def test_chat_template_args_are_kept_with_the_answers(house, run):
+def test_chat_template_args_are_kept_with_the_answers(workspace, run):
     tokenizer = word_tokenizer()
     tokenizer.chat_template = "{{ messages[0].content }}{{ ' w009' if enable_thinking else ' w010' }}"
-    tokenizer.save_pretrained(house / "target")
-    out = house / "trained"
-    train = [*words(house), "--output", out]
+    tokenizer.save_pretrained(workspace / "target")
+    out = workspace / "trained"
+    train = [*words(workspace), "--output", out]
     code, _, errors = run(*train, "--chat-template-args", '{"enable_thinking": true}')
     assert code == 0, errors
     header, *answers = map(json.loads, (out / "answers.jsonl").read_text().splitlines())
@@ -57,10 +57,10 @@ def test_chat_template_args_are_kept_with_the_answers(house, run):
     assert code == 1 and "made with other chat template args" in errors
 
 
-def test_a_refused_run_leaves_the_output_folder_alone(house, run):
+def test_a_refused_run_leaves_the_output_folder_alone(workspace, run):
     """A run that is refused changes nothing, and does not hold up the next one."""
-    out = house / "trained"
-    train = [*words(house), "--output", out]
+    out = workspace / "trained"
+    train = [*words(workspace), "--output", out]
     for refused in (["--max-new-tokens", 999], ["--max-prompt-tokens", 1], ["--block-size", 1]):
         assert run(*train, *refused)[0] == 1
     code, _, errors = run(*train, "--save-every", 1)
@@ -78,9 +78,9 @@ def test_a_refused_run_leaves_the_output_folder_alone(house, run):
         assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before, refused
 
 
-def test_resume_is_said(house, run):
-    out = house / "trained"
-    train = [*words(house), "--output", out, "--resume", "--save-every", 1]
+def test_resume_is_said(workspace, run):
+    out = workspace / "trained"
+    train = [*words(workspace), "--output", out, "--resume", "--save-every", 1]
     code, printed, errors = run(*train)
     assert code == 0, errors
     assert "nothing to resume: there is no complete checkpoint in" in printed
@@ -88,7 +88,7 @@ def test_resume_is_said(house, run):
     assert f"continuing from {out / 'checkpoint-2'}" in printed
 
 
-def test_a_process_of_torchrun_has_its_own_gpu_and_answers_nothing(house, run, monkeypatch):
+def test_a_process_of_torchrun_has_its_own_gpu_and_answers_nothing(workspace, run, monkeypatch):
     for name, value in {"LOCAL_RANK": "1", "RANK": "1", "WORLD_SIZE": "2"}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
@@ -98,10 +98,10 @@ def test_a_process_of_torchrun_has_its_own_gpu_and_answers_nothing(house, run, m
         raise ValueError(f"the target is loaded to {device}")
 
     monkeypatch.setattr("dflash_ext.models.load_target", load_target)
-    train = [*words(house), "--output", house / "out"]
+    train = [*words(workspace), "--output", workspace / "out"]
     code, _, errors = run(*train)
     assert code == 1 and "train under torchrun needs --answers" in errors
-    train = [word for word in train if word not in ("--prompts", house / "prompts.jsonl")]
+    train = [word for word in train if word not in ("--prompts", workspace / "prompts.jsonl")]
     for device, expected in ((), "cuda:1"), (("--device", "cuda"), "cuda:1"), (("--device", "cuda:0"), "cuda:0"):
-        code, _, errors = run(*train, "--answers", house / "prompts.jsonl", *device)
+        code, _, errors = run(*train, "--answers", workspace / "prompts.jsonl", *device)
         assert code == 1 and f"the target is loaded to {expected}" in errors
