@@ -1,4 +1,4 @@
-"""Every example runs, the README quotes the examples' files, and its table and links are right."""
+"""Every example runs, the README quotes the examples' files, and its table of operators is right."""
 
 import re
 import subprocess
@@ -39,12 +39,6 @@ def test_the_readme_says_what_serves_each_operator():
     readme = (ROOT / "README.md").read_text()
     for op, by in SERVED_BY.items():
         assert f"| `{op}` | {by['cpu']} | {by['cuda']} |" in readme
-
-
-def test_the_guides_link_to_files_that_exist():
-    for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
-        for link in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text()):
-            assert (page.parent / link).exists(), f"{page.name}: {link}"
 
 
 def test_transformers_attention():
