@@ -35,12 +35,14 @@ def utf8_text(raw: bytes, where: str) -> str:
 
 
 def json_value(text: str, where: str) -> Any:
-    """The value that `text` holds as JSON; raises DataError if it is not valid JSON."""
+    """The value that `text` holds as JSON; raises DataError if it is not valid JSON or Python cannot hold it."""
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
         line = f"line {error.lineno}, " if error.lineno > 1 else ""
         raise DataError(f"{where}: not valid JSON: {error.msg} at {line}column {error.colno}") from None
+    except (RecursionError, ValueError) as error:  # brackets nested too deeply, an integer of too many digits
+        raise DataError(f"{where}: JSON that cannot be read: {error}") from None
 
 
 def excerpt(value: Any) -> str:

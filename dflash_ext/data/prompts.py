@@ -54,12 +54,12 @@ def read_conversations(
 ) -> list[Conversation]:
     """The prompts of the file at `path`, in the file's order, at most `limit` of them.
 
-    A `.jsonl` file holds a JSON object in every line, a `.json` file an array of objects. Any other file is plain text.
-    It is cut at blank lines (or else at line ends or spaces) into documents of about 2,000 characters. In each object,
-    the first of these keys that holds something is read:
+    A `.jsonl` or `.ndjson` file holds a JSON object in every line, a `.json` file an array of objects. Any other file
+    is plain text. It is cut at blank lines (or else at line ends or spaces) into documents of about 2,000 characters.
+    In each object, the first of these keys that holds something is read:
 
-    - `messages` [{"role", "content"}] or `conversations` [{"from", "value"}]: every user turn is a prompt, together
-      with the turns before it. Assistant turns before the first user turn are left out.
+    - `messages` [{"role", "content" or "parts"}] or `conversations` [{"from", "value"}]: every user turn is a prompt,
+      together with the turns before it. Assistant turns before the first user turn are left out.
     - `turns` [str]: the first turn, because the later ones follow answers that the row does not have.
     - `prompt` or `question`: one user turn. Answers beside it are ignored.
     - `instruction`, with an optional `input` below it: one user turn.
@@ -82,8 +82,8 @@ def read_conversations(
     if limit is not None and limit < 1:
         raise DataError(f"limit is {limit}: at least one prompt is read")
     left_out = LeftOut() if left_out is None else left_out
-    if path.suffix in (".jsonl", ".json"):
-        rows = _json_lines(path) if path.suffix == ".jsonl" else _json_array(path)
+    if reader := READERS.get(path.suffix.lower()):
+        rows = reader(path)
         asked = _asked(rows, field, left_out)
     else:
         documents = _documents(utf8_text(path.read_bytes(), str(path)))
@@ -111,6 +111,9 @@ def _json_array(path: Path) -> Iterator[tuple[str, Any]]:
         raise DataError(f"{path}: an array of rows is expected; a file with one row a line is named .jsonl")
     for number, row in enumerate(rows, 1):
         yield f"{path}: row {number}", row
+
+
+READERS = {".jsonl": _json_lines, ".ndjson": _json_lines, ".json": _json_array}
 
 
 def _documents(text: str) -> Iterator[str]:
@@ -182,24 +185,29 @@ def _message(turn: Any, left_out: LeftOut) -> Message | None:
     if not isinstance(turn, dict):
         left_out["turns that are no JSON objects"] += 1
         return None
-    speaker = turn.get("role", turn.get("from"))
-    role = ROLES.get(speaker.lower()) if isinstance(speaker, str) else None
+    speaker = _first_set(turn, "role", "from")
+    role = ROLES.get(speaker.strip().lower()) if isinstance(speaker, str) else None
     if role is None:
         left_out[f"turns of role {excerpt(speaker)}"] += 1
         return None
-    content = _content(turn.get("content", turn.get("value")), left_out)
+    content = _content(_first_set(turn, "content", "value", "parts"), left_out)
     if not content.strip():
         left_out["turns without text"] += 1
         return None
     return Message(role, content)
 
 
+def _first_set(turn: dict, *keys: str) -> Any:
+    """The first value that is not null: tables of rows with different keys fill the missing ones with null."""
+    return next((turn[key] for key in keys if turn.get(key) is not None), None)
+
+
 def _content(content: Any, left_out: LeftOut) -> str:
     """The text of a turn: the content itself, or the texts of its parts, one a line."""
-    if not isinstance(content, list):
-        return content if isinstance(content, str) else ""
+    if isinstance(content, str):
+        return content
     texts = []
-    for part in content:
+    for part in [content] if isinstance(content, dict) else content if isinstance(content, list) else []:
         kind, text = (part.get("type", "text"), part.get("text")) if isinstance(part, dict) else ("text", part)
         if kind in TEXT_PARTS and isinstance(text, str):
             texts.append(text)

@@ -86,6 +86,29 @@ def test_turns_that_cannot_be_read_are_left_out_and_counted(tmp_path, key, suffi
     assert str(left_out).startswith("turns without text (3), turns of role 'tool' (1), ")
 
 
+@pytest.mark.parametrize(
+    "turn",
+    [
+        {"role": None, "content": None, "from": "human", "value": "hi"},
+        {"role": "user", "content": None, "from": None, "value": "hi"},
+        {"role": " User\n", "content": {"type": "text", "text": "hi"}},
+        {"role": "user", "parts": [{"text": "hi"}]},
+    ],
+)
+def test_turns_of_other_forms(tmp_path, turn):
+    """Of a table that fills missing keys with null, with one part alone, and as Gemini has them."""
+    left_out = LeftOut()
+    path = write(tmp_path / "a.jsonl", {"messages": [turn]})
+    assert [c.messages for c in read_conversations(path, left_out=left_out)] == [user("hi")] and not left_out
+
+
+@pytest.mark.parametrize("name", ["a.JSONL", "a.ndjson", "a.JSON"])
+def test_other_spellings_of_the_formats(tmp_path, name):
+    text = '[{"prompt": "hi"}]' if name == "a.JSON" else '{"prompt": "hi"}'
+    (tmp_path / name).write_text(f"\ufeff{text}\r\n", encoding="utf-8")
+    assert [c.messages for c in read_conversations(tmp_path / name)] == [user("hi")]
+
+
 def test_empty_rows_are_left_out_and_counted(tmp_path):
     rows = [
         *({"prompt": empty} for empty in ("", " ", None, [])),
@@ -160,6 +183,8 @@ def test_text_without_any_gap_is_cut_all_the_same(tmp_path):
         (b'{"prompt": [[[[]]]]}', "a.jsonl: holds no prompt, but turns that are no JSON objects"),
         (b'{"two\\nlines": 1}\n', r"the row has \['two\\nlines'\]"),
         (b'{"instruction": "x", "input": ["y"]}\n', r"a.jsonl:1: 'input' is not text: \['y'\]"),
+        (b"[" * 100_000, "a.jsonl:1: JSON that cannot be read: maximum recursion depth exceeded"),
+        (b'{"prompt": "x", "id": ' + b"1" * 5000 + b"}", "a.jsonl:1: JSON that cannot be read: .* 5000 digits"),
     ],
     ids=lambda value: str(value)[:30],
 )
