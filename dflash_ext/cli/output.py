@@ -24,14 +24,15 @@ def replacing(path: Path) -> Iterator[TextIO]:
     If the block raises, `path` stays as it was. What was written until then stays beside it in a file whose name ends
     in `.part`, and a line on standard error names that file. A pipe or a device at `path` is written to directly.
     """
-    path = path.resolve()
-    if path.exists() and not path.is_file():
+    if path.exists() and not path.is_file():  # asked before links are followed: that of a pipe leads to no path
         with path.open("w", encoding="utf-8") as file:
             yield file
         return
+    path = path.resolve()
     part = path.with_name(path.name + ".part")
+    file = part.open("w", encoding="utf-8")
     try:
-        with part.open("w", encoding="utf-8") as file:
+        with file:
             yield file
         os.replace(part, path)
     except BaseException:

@@ -1,5 +1,7 @@
 """What all commands share."""
 
+import json
+import os
 import subprocess
 import sys
 
@@ -50,3 +52,23 @@ def test_a_file_is_replaced_when_the_new_one_is_complete(tmp_path):
     with replacing(link) as file:
         file.write("new")
     assert path.read_text() == "new" and link.is_symlink() and len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_pipe_is_written_to(house, run):
+    """Also by the name of an open file, as the shell's >(...) and /dev/stdout give it."""
+    reads, writes = os.pipe()
+    output = f"/dev/fd/{writes}"
+    code, _, errors = run(
+        *("generate", "w003", "w004", "--target", house / "target", "--max-new-tokens", 2, "--output", output)
+    )
+    os.close(writes)
+    with open(reads) as pipe:
+        assert code == 0 and [json.loads(line)["index"] for line in pipe] == [0, 1], errors
+
+
+def test_a_file_that_cannot_be_opened_is_named_alone(tmp_path, capsys):
+    (tmp_path / "a.txt.part").mkdir()
+    (tmp_path / "a.txt.part" / "b").touch()
+    with pytest.raises(IsADirectoryError, match="a.txt.part"), replacing(tmp_path / "a.txt"):
+        pass
+    assert not capsys.readouterr().err
