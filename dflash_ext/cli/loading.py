@@ -71,16 +71,15 @@ def encode_for(
 ) -> dict[int, list[int]]:
     """The token ids of the conversations by their index.
 
-    Prompts that are too long for the option or for the target's positions are left out. One line on standard error
+    Prompts that are too long for the option or for the target are left out. One line on standard error
     says what was left out of `source`, and another names a variable that the chat template does not have.
     """
     from ..data import encode_all, unused_template_args
 
     for name in unused_template_args(tokenizer, chat_template_args or {}):
         say(f"dflash-ext: the tokenizer's chat template has no variable '{name}', so it changes nothing")
-    positions = getattr(target.config, "max_position_embeddings", None) or 0
-    if positions > max_new_tokens:
-        max_prompt_tokens = min(max_prompt_tokens, positions - max_new_tokens)
+    if target.max_tokens is not None and target.max_tokens > max_new_tokens:
+        max_prompt_tokens = min(max_prompt_tokens, target.max_tokens - max_new_tokens)
     prompts = encode_all(
         conversations,
         tokenizer,

@@ -33,6 +33,16 @@ def test_a_prompt_that_is_too_long_is_left_out_and_counted(workspace, run, evalu
     assert rows["long"]["left_out"] == {"prompts of more than 504 tokens": 2}
 
 
+def test_the_bound_is_the_targets_own(workspace, run, evaluate):
+    """A window of its cache, or longrope, bounds rows before its table of positions does."""
+    config = json.loads((workspace / "target" / "config.json").read_text())
+    (workspace / "target" / "config.json").write_text(json.dumps(config | {"sliding_window": 16}))
+    (workspace / "more.jsonl").write_text("".join(json.dumps({"prompt": "w003 " * n}) + "\n" for n in (8, 9)))
+    code, _, errors = run(*evaluate, "--prompts", workspace / "more.jsonl")
+    assert code == 0
+    assert f"left out of {workspace / 'more.jsonl'}: prompts of more than 8 tokens (1)" in errors
+
+
 def test_a_refused_run_leaves_the_output_alone(workspace, run, evaluate):
     out = workspace / "figures.json"
     out.write_text("mine\n")
