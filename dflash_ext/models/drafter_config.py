@@ -286,11 +286,12 @@ class DFlashConfig(Qwen3Config):
         return super().from_dict(given, **kwargs)
 
     def to_dict(self) -> dict[str, Any]:
-        """The published layout: `rope_theta` and `rope_scaling` instead of transformers' `rope_parameters`."""
+        """The published layout: `rope_theta` and, where it is scaled, `rope_scaling` instead of `rope_parameters`."""
         config = super().to_dict()
         rope = dict(config.pop("rope_parameters", None) or {})
         config["rope_theta"] = rope.pop("rope_theta", None)
-        config["rope_scaling"] = rope if rope.get("rope_type", "default") != "default" else None
+        if rope.get("rope_type", "default") != "default":
+            config["rope_scaling"] = rope
         config["architectures"] = ["DFlashDraftModel"]
         for key, unset in _OPTIONAL_FIELDS.items():
             if config[key] == unset:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
 
@@ -12,6 +14,7 @@ import torch
 from huggingface_hub import snapshot_download
 from safetensors.torch import load_file
 from torch import Tensor
+from transformers.utils import logging
 
 from .drafter import DFlashDrafter
 from .drafter_config import DFlashConfig
@@ -24,6 +27,18 @@ MASK_EMBEDDING = "mask_embedding.pt"
 _TRAINING_ONLY = {"verifier_norm.weight", "verifier_lm_head.weight"}
 
 
+@contextmanager
+def _without_reports() -> Iterator[None]:
+    """Silences transformers' log, whose reports of what does not fit would stand beside the one line of an error."""
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+
+
+@_without_reports()
 def load_drafter(
     name: str | os.PathLike, *, dtype: torch.dtype | None = None, device: torch.device | None = None
 ) -> DFlashDrafter:

@@ -54,12 +54,12 @@ def test_a_file_is_replaced_when_the_new_one_is_complete(tmp_path):
     assert path.read_text() == "new" and link.is_symlink() and len(list(tmp_path.iterdir())) == 2
 
 
-def test_a_pipe_is_written_to(house, run):
+def test_a_pipe_is_written_to(workspace, run):
     """Also by the name of an open file, as the shell's >(...) and /dev/stdout give it."""
     reads, writes = os.pipe()
     output = f"/dev/fd/{writes}"
     code, _, errors = run(
-        *("generate", "w003", "w004", "--target", house / "target", "--max-new-tokens", 2, "--output", output)
+        *("generate", "w003", "w004", "--target", workspace / "target", "--max-new-tokens", 2, "--output", output)
     )
     os.close(writes)
     with open(reads) as pipe:

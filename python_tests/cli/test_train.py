@@ -1,5 +1,7 @@
 import json
 
+import pytest
+
 from dflash_ext.models import load_drafter
 from python_tests.data.words import word_tokenizer
 
@@ -78,6 +80,7 @@ def test_a_refused_run_leaves_the_output_folder_alone(workspace, run):
         assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before, refused
 
 
+@pytest.mark.filterwarnings("error")
 def test_resume_is_said(workspace, run):
     out = workspace / "trained"
     train = [*words(workspace), "--output", out, "--resume", "--save-every", 1]

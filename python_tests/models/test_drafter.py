@@ -129,7 +129,7 @@ def test_published_layout(tmp_path):
     assert config["architectures"] == ["DFlashDraftModel"]
     assert config["dflash_config"] == {"mask_token_id": MASK_TOKEN, "target_layer_ids": default_taps(6, 3)}
     assert config["block_size"] == 6 and config["num_target_layers"] == 6 and config["num_hidden_layers"] == 5
-    assert isinstance(config["rope_theta"], float) and config["rope_scaling"] is None
+    assert isinstance(config["rope_theta"], float) and "rope_scaling" not in config
     assert config["layer_types"] == ["full_attention"] * 5
     with safe_open(tmp_path / "model.safetensors", "pt") as file:
         names = set(file.keys())

@@ -161,6 +161,17 @@ def test_a_missing_tensor_is_named(folder):
         load(folder)
 
 
+def test_what_does_not_fit_is_said_in_the_error_alone(folder, caplog):
+    config = json.loads((folder / "config.json").read_text())
+    for change in ({"intermediate_size": 128}, {"model_type": "llama"}, {"model_type": "llama", "dflash_config": {}}):
+        (folder / "config.json").write_text(json.dumps(config | change))
+        try:
+            load(folder)
+        except ValueError:
+            continue
+    assert not caplog.records
+
+
 def test_a_mask_embedding_beside_the_weights_is_refused(folder):
     (folder / "mask_embedding.pt").write_bytes(b"never read")
     with pytest.raises(ValueError, match="mask_embedding.pt lies beside the weights"):
