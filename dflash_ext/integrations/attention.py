@@ -46,13 +46,15 @@ def register() -> None:
     ``from_pretrained(..., attn_implementation="block_attn")`` or ``model.set_attn_implementation("block_attn")``.
 
     From then on, models with another implementation raise ValueError if they are given an ``interval_mask``, which they
-    would ignore. transformers has no place for such a check, so ``PreTrainedModel.__call__`` is replaced.
+    would ignore. transformers has no place for such a check, so ``PreTrainedModel.__call__`` is set, unless another
+    library has set it.
 
     Importing ``dflash_ext.integrations`` calls this function. Calling it again changes nothing.
     """
     AttentionInterface.register(NAME, block_attention)
     AttentionMaskInterface.register(NAME, interval_attention_mask)
-    PreTrainedModel.__call__ = _call
+    if "__call__" not in vars(PreTrainedModel):
+        PreTrainedModel.__call__ = _call
 
 
 def as_attention_mask(mask: IntervalMask) -> Tensor:
@@ -192,7 +194,7 @@ def _call(model: PreTrainedModel, *args, **kwargs):
                 f"{type(model).__name__}: interval_mask was given, but the attention implementation is "
                 f"{implementation!r}, which ignores it; call model.set_attn_implementation({NAME!r})"
             )
-    return nn.Module.__call__(model, *args, **kwargs)
+    return super(PreTrainedModel, model).__call__(*args, **kwargs)
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, mask: IntervalMask, **scaling: float | None) -> Tensor:

@@ -31,7 +31,7 @@ def visible_run(mask_function: Callable, batch_size: int, row: Tensor) -> tuple[
     try:
         seen = mask_function(entry, torch.zeros_like(entry), row[None], _Key(torch.zeros_like(row[None])))
         run = _everything(row[None]) & seen
-    except (TypeError, IndexError):  # the function does more with the key than to compare it
+    except (TypeError, IndexError, AttributeError):  # the function does more with the key than to compare it
         return None
     return torch.broadcast_tensors(run.first, run.end)
 
@@ -48,6 +48,8 @@ class _Run:
     def __and__(self, other: _Run | Tensor) -> _Run:
         if isinstance(other, Tensor):  # a condition on the row alone
             return _Run(self.first, torch.where(other, self.end, self.first))
+        if not isinstance(other, _Run):
+            return NotImplemented
         return _Run(torch.maximum(self.first, other.first), torch.minimum(self.end, other.end))
 
     __rand__ = __and__
@@ -70,14 +72,17 @@ class _Key:
         return _Key(self.shift - number * self.size, self.size)
 
     def __floordiv__(self, size: int) -> _Key:
-        return _Key(self.shift, self.size * size)
+        return _Key(self.shift, self.size * size) if isinstance(size, int) and size > 0 else NotImplemented
 
     def __rsub__(self, row: Tensor) -> _Difference:
         return _Difference(row, self) if self.size == 1 else NotImplemented
 
     def _first_at(self, number: int | Tensor) -> Tensor:
         """The first key whose ``(key + shift) // size`` is at least ``number``."""
-        return number * self.size - self.shift
+        first = number * self.size - self.shift
+        if first.is_floating_point():
+            raise TypeError("a key was compared with a fraction")
+        return first
 
     def __ge__(self, number: int | Tensor) -> _Run:
         first = self._first_at(number)

@@ -22,6 +22,7 @@ from transformers import (
     Llama4ForCausalLM,
     Llama4TextConfig,
     LlamaForCausalLM,
+    PreTrainedModel,
     StaticCache,
     masking_utils,
 )
@@ -452,6 +453,13 @@ def composed():
         "documents": and_masks(causal_mask_function, packed_sequence_mask_function(documents)),
         "window in documents": and_masks(remap(window, positions), packed_sequence_mask_function(documents)),
         "chunks or window": or_masks(chunk, window),
+        "a fraction": lambda b, h, row, key: key <= row / 2,
+        "a fraction of a distance": lambda b, h, row, key: abs(row - key) < 1.5,
+        "parts of a fraction": lambda b, h, row, key: key // 1.5 <= row // 1.5,
+        "parts of negative size": lambda b, h, row, key: key // -2 == row // -2,
+        "a constant": lambda b, h, row, key: (key <= row) & True,
+        "a method": lambda b, h, row, key: key.le(row),
+        "two comparisons compared": lambda b, h, row, key: (key <= row) == (key < 9),
     }
     return runs, others
 
@@ -680,6 +688,26 @@ def test_registration(tmp_path):
     loaded = LlamaForCausalLM.from_pretrained(tmp_path, attn_implementation="block_attn")
     assert loaded.config._attn_implementation == "block_attn"
     assert copy.deepcopy(loaded)(tokens(1, 4)).logits.shape == (1, 4, SHAPE["vocab_size"])
+
+
+def test_models_and_libraries_with_a_call_of_their_own(monkeypatch):
+    class Counted(torch.nn.Module):
+        calls = 0
+
+        def __call__(self, *args, **kwargs):
+            Counted.calls += 1
+            return super().__call__(*args, **kwargs)
+
+    class Model(LlamaForCausalLM, Counted):
+        pass
+
+    model = Model(model_of("llama").config)
+    model(tokens(1, 4))
+    assert Counted.calls == 1
+    theirs = lambda model, *args, **kwargs: "theirs"  # noqa: E731
+    monkeypatch.setattr(PreTrainedModel, "__call__", theirs)
+    register()
+    assert model(tokens(1, 4)) == "theirs"
 
 
 def test_the_package_alone_does_not_import_transformers():
