@@ -31,7 +31,7 @@ class Commands(TyperGroup):
             say(f"dflash-ext: {error}", style="red")
             raise typer.Exit(1) from None
         except KeyboardInterrupt:
-            say("dflash-ext: interrupted; what was written is kept", style="red")
+            say("dflash-ext: interrupted; what was written so far is kept", style="red")
             raise typer.Exit(130) from None
 
 
