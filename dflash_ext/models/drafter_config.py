@@ -102,11 +102,12 @@ class DFlashConfig(Qwen3Config):
         for key in ("mask_token_id", "target_layer_ids"):
             if key in kwargs:
                 dflash.setdefault(key, kwargs.pop(key))
-        self.block_size = dflash.pop("block_size", self.block_size) or 16
-        self.num_target_layers = dflash.pop("num_target_layers", self.num_target_layers)
+        for key in ("block_size", "num_target_layers", "sample_from_anchor"):
+            if (inside := dflash.pop(key, None)) is not None:
+                setattr(self, key, inside)
+        self.block_size = 16 if self.block_size is None else self.block_size
         causal = dflash.pop("causal", None)
         self.is_causal = causal if self.is_causal is None else self.is_causal
-        self.sample_from_anchor = dflash.pop("sample_from_anchor", self.sample_from_anchor)
         kwargs.pop("auto_map", None)  # names code that is not written with the drafter
         self._refuse_unsupported(kwargs)
         super().__post_init__(**kwargs)
@@ -128,6 +129,8 @@ class DFlashConfig(Qwen3Config):
             raise ValueError("dflash_config has layer_ids: the taps are read from target_layer_ids")
         if "is_causal" in dflash:
             raise ValueError("is_causal stands inside dflash_config: it is read at the top level only")
+        if set(LAYER_KINDS) & set(self.rope_parameters or ()):
+            raise ValueError("rope_parameters differ by kind of layer: one set of them for all layers is supported")
         kinds = self.layer_types
         if kinds is not None and len(kinds) != self.num_hidden_layers:
             raise ValueError(f"layer_types has {len(kinds)} entries, the drafter {self.num_hidden_layers} layers")
@@ -135,11 +138,14 @@ class DFlashConfig(Qwen3Config):
             raise ValueError(f"layer_types has {sorted(unknown)[0]!r}: {' and '.join(LAYER_KINDS)} are supported")
 
     def _check(self) -> None:
+        for name, given in (("is_causal", self.is_causal), ("sample_from_anchor", self.sample_from_anchor)):
+            if given not in (None, True, False):
+                raise ValueError(f"{name} is {given!r}: true or false is needed")
         least = 1 + self.first_draft_slot
-        if self.block_size < least:
+        if type(self.block_size) is not int or self.block_size < least:
             what = "at least one slot" if least == 1 else "an anchor and at least one drafted slot (2)"
             raise ValueError(f"block_size is {self.block_size}: a block is {what}")
-        if "sliding_attention" in self.layer_types and not self.sliding_window:
+        if "sliding_attention" in self.layer_types and (self.sliding_window or 0) < 1:
             raise ValueError("layer_types has sliding_attention: use_sliding_window and a sliding_window are needed")
         if self.window_convention not in WINDOW_CONVENTIONS:
             names = " and ".join(WINDOW_CONVENTIONS)

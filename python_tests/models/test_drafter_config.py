@@ -9,6 +9,7 @@ from dflash_ext.models import DFlashConfig
 from python_tests.tiny import tiny_pair
 
 TAPS = {"mask_token_id": 3, "target_layer_ids": [1]}
+SLIDING = ["full_attention", "sliding_attention"]
 SMALL = {"num_hidden_layers": 2, "vocab_size": 64, "num_target_layers": 4}
 
 
@@ -23,6 +24,14 @@ def test_what_stands_inside_dflash_config_comes_first_but_is_causal(tmp_path):
     config = read(tmp_path, {"causal": True, "num_target_layers": 7}, is_causal=False, sample_from_anchor=True)
     assert (config.block_size, config.is_causal, config.sample_from_anchor) == (16, False, True)
     assert config.num_target_layers == 7
+
+
+def test_a_null_is_no_value(tmp_path):
+    unset = {"block_size": None, "causal": None, "sample_from_anchor": None, "num_target_layers": None}
+    config = read(tmp_path, unset, block_size=8, is_causal=True, sample_from_anchor=True, num_target_layers=7)
+    assert (config.block_size, config.is_causal, config.sample_from_anchor) == (8, True, True)
+    assert config.num_target_layers == 7
+    assert read(tmp_path, unset, block_size=None).block_size == 16
 
 
 def test_what_was_read_is_written_where_everybody_reads_it(tmp_path):
@@ -111,6 +120,13 @@ def test_a_key_that_changes_nothing_is_read_over(tmp_path):
         ({"window_convention": "mine"}, "window_convention is 'mine': zlab and speculators are supported"),
         ({"block_size": 1}, "block_size is 1: a block is an anchor and"),
         ({"block_size": -1, "sample_from_anchor": True}, "block_size is -1: a block is at least one slot"),
+        ({"block_size": 0}, "block_size is 0: a block is an anchor and"),
+        ({"dflash": {"block_size": 8.0}}, "block_size is 8.0: a block is an anchor and"),
+        ({"is_causal": "false"}, "is_causal is 'false': true or false is needed"),
+        ({"dflash": {"causal": "no"}}, "is_causal is 'no': true or false is needed"),
+        ({"dflash": {"sample_from_anchor": "false"}}, "sample_from_anchor is 'false': true or false is needed"),
+        ({"layer_types": SLIDING, "sliding_window": -1, "use_sliding_window": True}, "use_sliding_window and a"),
+        ({"rope_parameters": {kind: {"rope_type": "default"} for kind in SLIDING}}, "differ by kind of layer"),
         ({"speculators_model_type": "eagle3"}, "speculators_model_type is 'eagle3'"),
     ],
 )
