@@ -95,5 +95,5 @@ endif
 .venv/ready: .venv/torch pyproject.toml constraints.txt setup.py $(NATIVE)
 	@echo "building the native library: a minute, with nvcc several (DFLASH_EXT_KERNELS=none leaves the CUDA kernels out)"
 	$(PIP) --no-build-isolation --editable ".[test,demo,bench]"
-	@$(BIN)/python -c "from dflash_ext import library; print('dflash_ext:', library.summary())"
+	@$(BIN)/python -c "from dflash_ext import native; print('dflash_ext:', native.summary())"
 	touch $@

@@ -11,8 +11,8 @@ import transformers
 from rich.console import Console
 from rich.table import Table
 
-from . import __version__, library
-from .ops.serving import NATIVE, PORTABLE, SERVED_BY
+from . import __version__, native
+from .ops.backends import NATIVE, PORTABLE, SERVED_BY
 
 
 def report(console: Console) -> None:
@@ -24,7 +24,7 @@ def report(console: Console) -> None:
     facts.add_row("transformers", transformers.__version__)
     facts.add_row("GPU", torch.cuda.get_device_name() if torch.cuda.is_available() else "none")
     facts.add_row("operator library", _operator_library())
-    build = library.build_info()
+    build = native.build_info()
     if build is None:
         facts.add_row("build", "unknown: the module with the build's facts was made for another Python")
     else:
@@ -87,6 +87,6 @@ def _plain_name(signature: str) -> str:
 
 def _operator_library() -> str:
     try:
-        return str(library.load())
+        return str(native.load())
     except ImportError as error:
         return f"not usable: {error}"

@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from .checks import check_one_device, is_int, shown
-from .library import load
+from .native import load
 
 Length = int | Tensor
 _BOUNDS = ("ctx_lo", "ctx_hi", "blk_lo", "blk_hi")

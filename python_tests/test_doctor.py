@@ -5,8 +5,8 @@ import torch
 from rich.console import Console
 
 import dflash_ext
-from dflash_ext import doctor, library
-from dflash_ext.ops.serving import PORTABLE, SERVED_BY
+from dflash_ext import doctor, native
+from dflash_ext.ops.backends import PORTABLE, SERVED_BY
 
 BUILD = {
     "version": "1",
@@ -30,12 +30,12 @@ def printed() -> list[list[str]]:
 
 
 def test_what_is_installed_and_what_serves_each_operator(monkeypatch):
-    monkeypatch.setattr(library, "build_info", lambda: BUILD | {"kernels": [kernel("plain(int)", "sm_80", 7)]})
+    monkeypatch.setattr(native, "build_info", lambda: BUILD | {"kernels": [kernel("plain(int)", "sm_80", 7)]})
     monkeypatch.setenv("DFLASH_EXT_GPU", "portable")
     rows = printed()
     assert ["DFLASH_EXT_GPU", "portable"] in rows
     assert ["dflash_ext", dflash_ext.__version__] in rows
-    assert ["operator library", str(library.PATH)] in rows
+    assert ["operator library", str(native.PATH)] in rows
     assert ["torch", f"{torch.__version__}, threads: {torch.get_num_threads()}"] in rows
     for operator, by in SERVED_BY.items():
         assert [operator, by["cpu"], by["cuda"]] in rows
@@ -54,7 +54,7 @@ def test_which_kernels_a_gpu_uses(monkeypatch, capability, asked, told):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
-    monkeypatch.setattr(library, "build_info", lambda: BUILD | {"kernels": [kernel("plain(int)", "sm_80", 7)]})
+    monkeypatch.setattr(native, "build_info", lambda: BUILD | {"kernels": [kernel("plain(int)", "sm_80", 7)]})
     monkeypatch.setenv("DFLASH_EXT_GPU", asked)
     assert ["GPU kernels", told] in printed()
 
@@ -66,7 +66,7 @@ def test_what_is_built(monkeypatch):
         kernel("void dflash::(anonymous namespace)::loss<half, 8>(dflash::Params)", "sm_90", 50),
         kernel("dflash::plain(int)", "sm_80", 7),
     ]
-    monkeypatch.setattr(library, "build_info", lambda: BUILD | {"kernels": kernels})
+    monkeypatch.setattr(native, "build_info", lambda: BUILD | {"kernels": kernels})
     rows = printed()
     for row in (["compiler", "g++ 99"], ["CUDA", "77.1 for 80,90"], ["CPU kernels for", "baseline,mmx"]):
         assert row in rows
@@ -80,7 +80,7 @@ def test_what_is_built(monkeypatch):
 
 
 def test_a_build_without_cuda(monkeypatch):
-    monkeypatch.setattr(library, "build_info", lambda: BUILD | {"cuda_version": "", "cuda_archs": "", "kernels": []})
+    monkeypatch.setattr(native, "build_info", lambda: BUILD | {"cuda_version": "", "cuda_archs": "", "kernels": []})
     rows = printed()
     assert ["CUDA", "none: built without nvcc or its kernels"] in rows
     assert ["This build has no CUDA kernels: what they serve elsewhere raises an error on a GPU here."] in rows
@@ -93,8 +93,8 @@ def test_what_cannot_be_told_is_said(monkeypatch):
     def load():
         raise ImportError("lib.so was not built")
 
-    monkeypatch.setattr(library, "build_info", lambda: None)
-    monkeypatch.setattr(library, "load", load)
+    monkeypatch.setattr(native, "build_info", lambda: None)
+    monkeypatch.setattr(native, "load", load)
     rows = printed()
     assert ["operator library", "not usable: lib.so was not built"] in rows
     assert ["build", "unknown: the module with the build's facts was made for another Python"] in rows

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from dflash_ext.ops.serving import SERVED_BY
+from dflash_ext.ops.backends import SERVED_BY
 from dflash_ext.train import save_drafter
 from python_tests.data.words import word_tokenizer
 from python_tests.tiny import tiny_pair

@@ -7,7 +7,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "dflash_ext"
 
-# From the top down. Modules that are not named here (library, progress and others) are the base, below all of these.
+# From the top down. Modules that are not named here (native, progress and others) are the base, below all of these.
 # The package's own __init__ re-exports the operators, so it stands above them.
 LAYERS = (
     "__main__",
@@ -79,9 +79,9 @@ def test_upward_imports_are_found(tmp_path, monkeypatch):
     monkeypatch.setattr(f"{__name__}.ROOT", tmp_path)
     for folder in ("ops", "decode", "models"):
         (tmp_path / folder).mkdir()
-    (tmp_path / "library.py").touch()
+    (tmp_path / "native.py").touch()
     path = tmp_path / "models" / "target.py"
-    path.write_text("from ..library import load\nfrom .taps import Taps\nfrom ..ops import sample\nimport torch\n")
+    path.write_text("from ..native import load\nfrom .taps import Taps\nfrom ..ops import sample\nimport torch\n")
     assert upward_imports(path) == []
     for line in (
         "from ..decode.cache import RowCache",

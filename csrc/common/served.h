@@ -6,7 +6,7 @@
 
 namespace dflash {
 
-// Why Hopper's kernel does not serve a call, one bit a reason; 0: it does. dflash_ext/ops/serving.py has them in words,
+// Why Hopper's kernel does not serve a call, one bit a reason; 0: it does. dflash_ext/ops/backends.py has them in words,
 // in this order.
 enum PortableReason : uint32_t {
   kForwardLayout = 1 << 0,

@@ -9,11 +9,11 @@ from torch import Tensor
 
 from .. import reference
 from ..checks import check_numbers, check_tensors, shown
-from ..library import load
 from ..masks import IntervalMask, check_head_dim
+from ..native import load
 from .autograd import has_no_gradient, refuse_forward_mode, refuse_second_derivative
+from .backends import warn_of_portable_kernels, warn_once
 from .devices import autocast
-from .serving import warn_of_portable_kernels, warn_once
 
 load()
 _block_attn = torch.ops.dflash_ext.block_attn.default

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from .. import reference
 from ..checks import check_one_device, shown
-from ..library import load
-from .serving import warn_once
+from ..native import load
+from .backends import warn_once
 
 load()
 _native = torch.ops.dflash_ext

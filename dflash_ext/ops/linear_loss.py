@@ -8,9 +8,9 @@ from torch import Tensor
 from ..checks import check_one_device, shown
 from ..reference import CrossEntropy
 from .autograd import refuse_forward_mode, refuse_second_derivative
+from .backends import warn_of_portable_kernels
 from .devices import autocast
 from .loss import DTYPES, OPTIONS_SCHEMA, check_normaliser, check_rows, options_of, real_dtype, reduced, weight_of
-from .serving import warn_of_portable_kernels
 
 _native = torch.ops.dflash_ext
 _OP = "linear_cross_entropy"

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ..checks import check_numbers, check_one_device, shown
-from ..library import load
+from ..native import load
 from ..reference import CrossEntropy
 from .autograd import refuse_forward_mode, refuse_second_derivative
 from .devices import autocast_dtype

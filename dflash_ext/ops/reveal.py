@@ -7,9 +7,9 @@ from torch import Tensor
 
 from .. import reference
 from ..checks import check_one_device
-from ..library import load
+from ..native import load
+from .backends import warn_once
 from .logits import as_contiguous, by_row, number_and_tensor
-from .serving import warn_once
 
 load()
 _native = torch.ops.dflash_ext

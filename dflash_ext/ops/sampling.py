@@ -7,11 +7,11 @@ from torch import Tensor
 
 from .. import reference
 from ..checks import check_one_device, shown
-from ..library import load
+from ..native import load
 from ..reference import Sample
+from .backends import warn_once
 from .logits import LOGITS_DTYPES, by_row, check_last_dim, filter_arguments, real_dtype
 from .random import SAMPLE, seed_tensor, uniforms_of
-from .serving import warn_once
 
 load()
 _native = torch.ops.dflash_ext

@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dflash_ext import IntervalMask, block_attn, block_attn_decode, library, reference
+from dflash_ext import IntervalMask, block_attn, block_attn_decode, native, reference
 from python_tests.exactness import DEFINITION, allowed_error
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
@@ -337,7 +337,7 @@ def test_threads_do_not_change_the_result():
 
 @pytest.mark.parametrize("isa", ["baseline", "avx2"])
 def test_every_instruction_set(isa):
-    if isa not in (library.build_info() or {"cpu_isas": "baseline"})["cpu_isas"].split(","):
+    if isa not in (native.build_info() or {"cpu_isas": "baseline"})["cpu_isas"].split(","):
         pytest.skip(f"this build has no kernels for {isa}")
     names = "test_random_cases or test_decode or (test_every_head_dim and 72)"
     done = subprocess.run(

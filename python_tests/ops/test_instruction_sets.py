@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dflash_ext import library
+from dflash_ext import native
 
 MEASURE = """
 import torch
@@ -52,7 +52,7 @@ def measure(isa):
 
 @pytest.mark.parametrize("isa", ["baseline", "avx2"])
 def test_instruction_sets_agree(isa):
-    if isa not in (library.build_info() or {"cpu_isas": "baseline"})["cpu_isas"].split(","):
+    if isa not in (native.build_info() or {"cpu_isas": "baseline"})["cpu_isas"].split(","):
         pytest.skip(f"this build has no kernels for {isa}")
     best = measure("")
     for got, want in zip(measure(isa), best, strict=True):

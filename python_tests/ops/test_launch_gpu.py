@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from test_attention import distance
 
 from dflash_ext import IntervalMask, block_attn, block_attn_decode, linear_cross_entropy, masked_cross_entropy
-from dflash_ext.ops import serving
+from dflash_ext.ops import backends
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("poisoned_memory")]
 
@@ -222,7 +222,7 @@ def test_a_build_of_ptx_alone(tmp_path):
 
 def warned(call):
     """The reasons of PORTABLE that the call warns of, as if it were the process's first."""
-    serving.portable_reasons().value = serving._told = 0
+    backends.portable_reasons().value = backends._told = 0
     with pytest.warns() as record:
         call()
         call()  # a second time it says nothing
@@ -262,7 +262,7 @@ def test_every_reason_for_the_portable_kernel_is_named_once():
         partial(loss, 1001),
         partial(loss, 480_000),
     ]
-    for (op, reason), cause in zip(serving.PORTABLE, causes, strict=True):
+    for (op, reason), cause in zip(backends.PORTABLE, causes, strict=True):
         assert [f"dflash_ext.{op}: {reason}: " in message for message in warned(cause)] == [True]
 
 

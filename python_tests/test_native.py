@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dflash_ext import library
+from dflash_ext import native
 
 ROOT = Path(__file__).parents[1]
 MEASURE = """
@@ -40,7 +40,7 @@ def measure(isa):
 
 
 def test_instruction_sets_agree():
-    if (info := library.build_info()) is None:
+    if (info := native.build_info()) is None:
         isas = ["baseline"]
     else:
         isas = [isa for isa in info["cpu_isas"].split(",") if isa != "avx512"]
@@ -55,25 +55,25 @@ def test_an_unknown_instruction_set_is_refused():
 
 
 def test_a_missing_library_is_named(monkeypatch, tmp_path):
-    monkeypatch.setattr(library, "PATH", tmp_path / "libdflash_ext_ops.so")
+    monkeypatch.setattr(native, "PATH", tmp_path / "libdflash_ext_ops.so")
     with pytest.raises(ImportError, match="libdflash_ext_ops.so was not built: run `pip install -e .`"):
-        library.load.__wrapped__()
+        native.load.__wrapped__()
 
 
 def test_operators_do_not_need_the_info_module():
     code = "import sys; sys.modules['dflash_ext._C'] = None\n" + MEASURE
-    code += "from dflash_ext.library import build_info; assert build_info() is None"
+    code += "from dflash_ext.native import build_info; assert build_info() is None"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True)
     assert done.returncode == 0, done.stderr.decode()
 
 
 def test_the_summary_says_whether_there_is_cuda():
-    has_cuda = bool(library.build_info()["cuda_version"])
-    assert ("no CUDA" in library.summary()) != has_cuda
+    has_cuda = bool(native.build_info()["cuda_version"])
+    assert ("no CUDA" in native.summary()) != has_cuda
 
 
 def test_no_kernel_spills():
-    info = library.build_info()
+    info = native.build_info()
     assert info is not None
     assert bool(info["kernels"]) == bool(info["cuda_version"])
     for kernel in info["kernels"]:
@@ -81,7 +81,7 @@ def test_no_kernel_spills():
 
 
 def test_every_family_is_built_for_every_architecture():
-    info = library.build_info()
+    info = native.build_info()
     if not info["cuda_version"]:
         pytest.skip("a CPU-only build")
     built = {kernel["arch"] for kernel in info["kernels"]}

@@ -8,7 +8,7 @@ import warnings
 
 import torch
 
-from ..library import load
+from ..native import load
 
 NATIVE = "native kernel"
 _REFERENCE = "plain PyTorch (reference)"

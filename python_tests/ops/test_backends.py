@@ -1,7 +1,7 @@
 """The table of what serves each operator names every operator."""
 
 import dflash_ext
-from dflash_ext.ops.serving import SERVED_BY
+from dflash_ext.ops.backends import SERVED_BY
 
 
 def test_every_operator_has_a_server_on_each_kind_of_device():
