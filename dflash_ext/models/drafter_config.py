@@ -41,6 +41,7 @@ _UNSUPPORTED = {
     "is_neox_style": True,
     "use_aux_hidden_state": True,
     "projector_type": None,
+    "quantization_config": None,
     "markov_rank": 0,
     # DFlash 2
     "conv_kernel_size": 0,

@@ -138,7 +138,11 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
         files = set(json.loads((folder / INDEX).read_text())["weight_map"].values())
     tensors = {}
     for file in sorted(files):
-        tensors |= {key.removeprefix("model."): tensor for key, tensor in load_file(folder / file).items()}
+        for key, tensor in load_file(folder / file).items():
+            name = key.removeprefix("model.")
+            if name in tensors:
+                raise ValueError(f"there are two tensors for {name}: its name with and without model., or in two files")
+            tensors[name] = tensor
     return {key: tensor for key, tensor in tensors.items() if key not in _TRAINING_ONLY}
 
 

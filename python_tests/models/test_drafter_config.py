@@ -1,6 +1,7 @@
 """What is read of a drafter's config, in which order, and what is refused by name."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -86,6 +87,7 @@ UNSUPPORTED = {
     "rope_is_neox_style": False,
     "use_aux_hidden_state": False,
     "projector_type": "domino",
+    "quantization_config": {"quant_method": "fp8"},
     "markov_rank": 256,
     "conv_kernel_size": 2,
     "conv_group_size": 16,
@@ -98,7 +100,9 @@ UNSUPPORTED = {
 @pytest.mark.parametrize("key", UNSUPPORTED)
 def test_a_key_that_changes_the_computation_is_refused_by_name(tmp_path, key, inside):
     given = {key: UNSUPPORTED[key]}
-    with pytest.raises(ValueError, match=f"^{key} is {UNSUPPORTED[key]!r}: drafters with this key are not supported$"):
+    with pytest.raises(
+        ValueError, match=f"^{key} is {re.escape(repr(UNSUPPORTED[key]))}: drafters with this key are not supported$"
+    ):
         read(tmp_path, given) if inside else read(tmp_path, **given)
 
 

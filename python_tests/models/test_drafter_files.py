@@ -88,6 +88,12 @@ def test_names_may_begin_with_model(folder):
         assert torch.equal(tensor, expected[name])
 
 
+def test_a_tensor_that_stands_there_twice_is_refused(folder):
+    rewrite(folder, lambda tensors: tensors | {"model.fc.weight": tensors["fc.weight"] + 1})
+    with pytest.raises(ValueError, match="there are two tensors for fc.weight"):
+        load(folder)
+
+
 @torch.no_grad()
 def test_tables_of_its_own_are_used_and_written(folder, tmp_path):
     target, _ = tiny_pair("llama")
