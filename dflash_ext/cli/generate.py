@@ -51,6 +51,10 @@ def generate(
         float | None,
         typer.Option(min=0, max=1, help="Sample only from the likeliest tokens whose probabilities add up to this."),
     ] = None,
+    min_p: Annotated[
+        float | None,
+        typer.Option(min=0, max=1, help="Sample only from tokens at least this fraction as likely as the likeliest."),
+    ] = None,
     block_size: BlockSize = None,
     batch_size: DecodeBatch = 8,
     seed: Seed = 0,
@@ -117,6 +121,7 @@ def generate(
             temperature=temperature,
             top_k=top_k,
             top_p=top_p,
+            min_p=min_p,
             stop_token_ids=stop_tokens(tok, model),
             block_size=block_size,
             batch_size=batch_size,

@@ -23,6 +23,17 @@ def test_generate_writes_the_targets_own_tokens(workspace, run):
     assert [row["text"] for row in rows] == expected
 
 
+@pytest.mark.parametrize("only_the_likeliest", [["--top-k", 1], ["--top-p", 1e-6], ["--min-p", 1]])
+def test_a_filter_that_leaves_one_token_is_greedy(workspace, run, only_the_likeliest):
+    texts = []
+    for options in ([], ["--temperature", 2, *only_the_likeliest]):
+        out = workspace / "out.jsonl"
+        files = ["--target", workspace / "target", "--prompts", workspace / "prompts.jsonl", "--output", out]
+        assert run("generate", *files, "--max-new-tokens", 12, *options)[0] == 0
+        texts.append([json.loads(line)["text"] for line in sorted(out.read_text().splitlines())])
+    assert texts[0] == texts[1]
+
+
 def test_generate_streams_one_prompt(workspace, run):
     code, printed, told = run("generate", "w005 w006 w007", "--target", workspace / "target", "--max-new-tokens", 4)
     assert code == 0 and "w" in printed and "tau" not in printed and "tau" in told
