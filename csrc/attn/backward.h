@@ -1,25 +1,26 @@
-// The backward of block_attn on a GPU: what its kernels share.
+// What the kernels of block_attn's backward on a GPU share.
 //
 // With P the probabilities and dP = dO V^T,
 //   dS = P * (dP - delta), delta = rowsum(dO * O) - dLSE,   dQ = dS K,   dK = dS^T Q,   dV = P^T dO.
 //
-// Rows are folded as in the forward (plan.h): row r of a head group stands at position r / fold in query head
-// group * fold + r % fold. They are cut into tiles of `tile_rows`, in natural order. backward_prepare makes a table of
-// what each tile and each row brings along; whoever holds keys finds in it the tiles that see them.
+// Rows are folded as in the forward (plan.h): row r of a head group stands at position r / fold in query head group *
+// fold + r % fold. They are cut into tiles of `tile_rows`, in natural order. backward_prepare writes a table with the
+// keys that each tile and each row sees, and the statistics of the rows. A block that holds keys finds in it the tiles
+// of rows that see them.
 #pragma once
 
 #include "attn/plan.h"
 
 namespace dflash {
 
-// The positions of a tile of rows: which keys they see. Runs of keys as in a TilePlan.
+// The keys that the positions of a tile of rows see, as two runs like those of a TilePlan.
 struct alignas(16) RowTile {
-  int32_t lo[2], hi[2];            // hold every key that some row sees; empty where lo == hi
-  int32_t full_lo[2], full_hi[2];  // all rows see all of it
-  int32_t has_empty;               // some row sees nothing: what it holds must reach no key
+  int32_t lo[2], hi[2];            // hold every key that some row sees; empty if lo == hi
+  int32_t full_lo[2], full_hi[2];  // the keys that all rows see
+  int32_t has_empty;               // some row sees nothing, and its values must not reach any key
 };
 
-// The keys that one row sees, as RowBounds holds them; nothing behind the last row.
+// The keys that one row sees, with the fields of RowBounds. Rows after the last see nothing.
 struct alignas(16) RowKeys {
   int32_t ctx_lo, blk_lo;
   uint32_t ctx_len, blk_len;
@@ -30,13 +31,13 @@ struct BackwardParams : AttentionBackwardParams {
   int64_t tile_rows;  // of a tile, heads folded in
   int64_t fold;
   int64_t row_tiles;  // tiles_of(q_len, tile_rows / fold)
-  RowTile* tiles;   // [entries, row_tiles]
-  RowKeys* keys;    // [entries, row_tiles * tile_rows / fold]
-  // [batch, heads / fold, row_tiles, 2, tile_rows]: of each tile the rows' LSEs in units of log 2 (inf where a row sees
-  // nothing, so that its probabilities are zeros), then their deltas.
+  RowTile* tiles;     // [entries, row_tiles]
+  RowKeys* keys;      // [entries, row_tiles * tile_rows / fold]
+  // [batch, heads / fold, row_tiles, 2, tile_rows]: for each tile the rows' LSEs in base 2, then their deltas. The LSE
+  // of a row that sees nothing is inf, so that its probabilities are zeros.
   float* stats;
 
-  // The kernel for Hopper only. Its blocks take equal shares of all work, so that a key tile may lie in several shares.
+  // Hopper only. Blocks take equal shares of all work, so that several blocks may share a key tile.
   int64_t key_tiles, blocks;
   int32_t* seen;       // [entries, key_tiles + 1]: how many tiles of rows see the key tiles before
   float* grad_q_sums;  // [batch, heads / fold, row_tiles, tile_rows * tile_dim], in the order of registers
@@ -51,7 +52,7 @@ constexpr int64_t backward_fold_of(int64_t heads, int64_t kv_heads) {
   return fold;
 }
 
-// The rows of a tile of the portable kernel, which are also the rows it streams past keys.
+// The rows of a tile in the table of the portable kernel, and of a tile that moves past its keys.
 constexpr int64_t backward_tile_rows(int64_t head_dim) { return head_dim <= 64 ? 64 : head_dim <= 256 ? 32 : 16; }
 
 }  // namespace dflash

@@ -1,50 +1,24 @@
-// The first launch of a backward: a block takes a tile of rows of one head group. It works out the rows' deltas, sets the
-// tile's sums of dQ to zero where the kernel wants them and, once for all head groups, says what the tile's positions see.
-#include <cooperative_groups.h>
-#include <cooperative_groups/reduce.h>
-
+// The first launch of a backward. A block takes a tile of rows of one head group. It computes the rows' deltas, sets
+// the tile's sums of dQ to zero if the kernel wants them, and, once for all head groups, writes what the tile's
+// positions see.
 #include "attn/backward.h"
 #include "attn/kernels.h"
-#include "attn/softmax.h"
-#include "common/launch.h"
+#include "attn/masking.h"
+#include "attn/scores.h"
+#include "attn/sm80/hulls.h"
+#include "common/dispatch.h"
 
 namespace dflash {
-namespace device {
+namespace device::sm80 {
 namespace {
 
-namespace cg = cooperative_groups;
-
 constexpr int kThreads = 256;
-constexpr int kFar = 1 << 30;
-
-// One kind of interval, over the positions of a tile.
-struct Hull {
-  int lo = kFar, hi = 0, full_lo = 0, full_hi = kFar;
-
-  DFLASH_INLINE void add(int begin, int end) {
-    if (begin < end) {
-      lo = min(lo, begin);
-      hi = max(hi, end);
-      full_lo = max(full_lo, begin);
-      full_hi = min(full_hi, end);
-    } else {
-      full_hi = 0;
-    }
-  }
-  DFLASH_INLINE void merge(const cg::thread_block_tile<32>& warp) {
-    lo = cg::reduce(warp, lo, cg::less<int>());
-    hi = cg::reduce(warp, hi, cg::greater<int>());
-    full_lo = cg::reduce(warp, full_lo, cg::greater<int>());
-    full_hi = cg::reduce(warp, full_hi, cg::less<int>());
-  }
-};
-
 // Writes what the tile's positions see.
 DFLASH_INLINE void describe_tile(const BackwardParams& p, int64_t entry, int64_t tile) {
   const auto warp = cg::tiled_partition<32>(cg::this_thread_block());
   const int64_t positions = p.tile_rows / p.fold, first = tile * positions, tiles = p.row_tiles;
   const int kv_len = static_cast<int>(p.kv_len);
-  Hull ctx, blk;
+  Hulls hulls;
   bool has_empty = false;
   for (int64_t i = warp.thread_rank(); i < positions; i += 32) {
     const int64_t position = first + i;
@@ -53,31 +27,20 @@ DFLASH_INLINE void describe_tile(const BackwardParams& p, int64_t entry, int64_t
       const RowBounds bounds(p.mask, entry, position, kv_len);
       keys = {bounds.ctx_lo, bounds.blk_lo, bounds.ctx_len, bounds.blk_len};
       has_empty |= keys.ctx_len == 0 && keys.blk_len == 0;
-      int ctx_lo = keys.ctx_lo, ctx_hi = ctx_lo + static_cast<int>(keys.ctx_len);
-      int blk_lo = keys.blk_lo, blk_hi = blk_lo + static_cast<int>(keys.blk_len);
-      if (ctx_lo < ctx_hi && blk_lo < blk_hi && ctx_lo <= blk_hi && blk_lo <= ctx_hi) {
-        // They touch: one interval, so that tiles across the seam are full ones too.
-        ctx_lo = min(ctx_lo, blk_lo);
-        ctx_hi = max(ctx_hi, blk_hi);
-        blk_lo = blk_hi = 0;
-      }
-      ctx.add(ctx_lo, ctx_hi);
-      blk.add(blk_lo, blk_hi);
+      hulls.add(keys.ctx_lo, keys.ctx_lo + static_cast<int>(keys.ctx_len), keys.blk_lo,
+                keys.blk_lo + static_cast<int>(keys.blk_len));
     }
     p.keys[entry * tiles * positions + position] = keys;
   }
-  ctx.merge(warp);
-  blk.merge(warp);
+  hulls.merge(warp);
   has_empty = warp.any(has_empty);
   if (warp.thread_rank() == 0) {
     RowTile described{};
     described.has_empty = has_empty;
-    const Hull runs[2] = {ctx, blk};
+    const Hull runs[2] = {hulls.ctx, hulls.blk};
     for (int i = 0; i < 2; ++i) {
-      if (runs[i].lo >= runs[i].hi) continue;
       described.lo[i] = runs[i].lo;
       described.hi[i] = runs[i].hi;
-      if (runs[i].full_lo >= runs[i].full_hi) continue;
       described.full_lo[i] = runs[i].full_lo;
       described.full_hi[i] = runs[i].full_hi;
     }
@@ -101,7 +64,8 @@ __global__ void __launch_bounds__(kThreads)
 
   const int lane = threadIdx.x % kLanes;
   for (int row = threadIdx.x / kLanes; row < p.tile_rows; row += kThreads / kLanes) {
-    const int64_t folded = tile * p.tile_rows + row, position = folded / p.fold, head = group * p.fold + folded % p.fold;
+    const int64_t folded = tile * p.tile_rows + row, position = folded / p.fold;
+    const int64_t head = group * p.fold + folded % p.fold;
     float sum = 0, lse = kInfinity, delta = 0;
     if (position < p.q_len) {
       const auto at = [&](const void* data, const HeadStrides& strides) {
@@ -125,7 +89,7 @@ __global__ void __launch_bounds__(kThreads)
     }
 #pragma unroll
     for (int mask = kLanes / 2; mask > 0; mask >>= 1) sum += __shfl_xor_sync(~0u, sum, mask);
-    // A row that sees nothing has no delta, whatever its gradients hold.
+    // The delta of a row that sees nothing is zero, whatever its gradients hold.
     if (lse != kInfinity) delta += sum;
     if (lane == 0) {
       float* const stats = p.stats + index * 2 * p.tile_rows;
@@ -136,11 +100,8 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 template <class T>
-cudaError_t launch(const BackwardParams& p, cudaStream_t stream) {
-  const auto in_chunks = [](const void* data, const HeadStrides& strides) {
-    return reinterpret_cast<uintptr_t>(data) % 16 == 0 && (strides.batch | strides.head | strides.row) % 8 == 0;
-  };
-  const bool aligned = in_chunks(p.out, p.out_strides) && in_chunks(p.grad_out, p.grad_out_strides);
+cudaError_t launch_prepare(const BackwardParams& p, cudaStream_t stream) {
+  const bool aligned = rows_are_aligned(p.out, p.out_strides) && rows_are_aligned(p.grad_out, p.grad_out_strides);
   const int64_t blocks = p.row_tiles * (p.heads / p.fold) * p.batch;
   const auto kernel = p.head_dim <= 64    ? block_attn_backward_prepare_sm80<T, 8>
                       : p.head_dim <= 128 ? block_attn_backward_prepare_sm80<T, 16>
@@ -149,13 +110,11 @@ cudaError_t launch(const BackwardParams& p, cudaStream_t stream) {
 }
 
 }  // namespace
-}  // namespace device
+}  // namespace device::sm80
 
 const char* backward_prepare(const BackwardParams& p, void* stream) {
-  const auto cuda_stream = static_cast<cudaStream_t>(stream);
-  return checked_launch([&] {
-    return p.dtype == DType::kBFloat16 ? device::launch<__nv_bfloat16>(p, cuda_stream)
-                                       : device::launch<__half>(p, cuda_stream);
+  return launch_by_dtype<__nv_bfloat16, __half>(p.dtype, stream, [&]<class T>(cudaStream_t stream) {
+    return device::sm80::launch_prepare<T>(p, stream);
   });
 }
 

@@ -1,7 +1,7 @@
-// Attention on the CPU, backward: the scores of a tile are made again from the forward's LSE (FlashAttention,
-// arXiv 2205.14135), transposed as there. With P the probabilities and dP = dO V^T,
+// block_attn's backward on the CPU. The scores of a tile are computed again, with the forward's LSE (FlashAttention,
+// arXiv 2205.14135), and transposed as in the forward. With P the probabilities and dP = dO V^T,
 //   dS = P * (dP - delta), delta = rowsum(dO * O) - dLSE,   dQ = dS K,   dK = dS^T Q,   dV = P^T dO.
-// One pass: a thread takes a share of a key head's rows, finishes their dQ, and sums their part of dK and dV.
+// There is one pass: a thread takes a share of a key head's rows, completes their dQ, and sums their part of dK and dV.
 #include "attn/cpu/scores.h"
 #include "attn/cpu/tile.h"
 
@@ -15,15 +15,15 @@ struct Backward {
   static constexpr int kHeight = B::kHeight, kVectors = B::kVectors, kLanes = B::kLanes, kWidth = B::kWidth;
 
   const AttentionBackwardParams& p;
-  const int64_t dim, width;  // width: of rows whose columns are taken by register blocks
+  const int64_t dim, width;  // width: dim, padded to whole register blocks
   const Scoring<Real> scoring;
   KeyTile<T, Real> keys;
   Real *q, *grad_out;                  // [kRowTile, width]
-  Real *q_lanes, *grad_out_lanes;      // [panels, dim, kWidth]: the same, a row a lane
+  Real *q_lanes, *grad_out_lanes;      // [panels, dim, kWidth]: the same, with a row in a lane
   Real* grad_q;                        // [panels, dim, kWidth]
   Real *probs, *grad_scores;           // [kKeyTile, kWidth]: of one panel
   Real *lse, *delta;                   // [kRowTile]
-  Real *grad_k, *grad_v;               // [padded(kv_len), width]: of the item at hand
+  Real *grad_k, *grad_v;               // [padded(kv_len), width]: of the current item
 
   Backward(const AttentionBackwardParams& p, Scratch scratch)
       : p(p),
@@ -44,7 +44,8 @@ struct Backward {
     __builtin_memset(grad_out, 0, kRowTile * width * sizeof(Real));
   }
 
-  // An item is a key head and a split, whose row tiles are every splits-th: under a causal mask their costs differ.
+  // An item is a key head and a split. A split takes every splits-th tile of rows, because under a causal mask later
+  // tiles cost more.
   void run(int64_t item) {
     const int64_t split = item % p.splits, head = item / p.splits;
     const int64_t size = padded(p.kv_len) * width;
@@ -63,7 +64,7 @@ struct Backward {
     }
   }
 
-  // Empty rows, and lanes behind the last row, count as zeros, whatever memory holds there.
+  // Rows that see nothing, and lanes after the last row, count as zeros, whatever their memory holds.
   void begin(const Rows& rows) {
     const int64_t lanes = rows.panel_count() * kWidth;
     __builtin_memset(grad_q, 0, lanes * dim * sizeof(Real));
@@ -135,7 +136,7 @@ struct Backward {
     }
   }
 
-  // Adds to kHeight keys the rows of a panel, weighted: weights is [kHeight, kWidth], rows [kWidth, width].
+  // Adds the weighted rows of a panel to kHeight keys. weights is [kHeight, kWidth], rows [kWidth, width].
   DFLASH_MEMBER void add_rows(Real* to, const Real* weights, const Real* rows) const {
     for (int64_t d = 0; d < dim; d += kWidth) {
       B block;
@@ -153,7 +154,7 @@ struct Backward {
   }
 };
 
-// Adds up the splits' gradients of one key, in their order.
+// Adds up the splits' gradients of one key, in the order of the splits.
 template <class T, class Real>
 static void reduce_key(const AttentionBackwardParams& p, int64_t index) {
   using V = Vector<Real, 8>;

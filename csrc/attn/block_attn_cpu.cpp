@@ -1,13 +1,13 @@
-// Attention on the CPU, forward. Scores are computed transposed, S^T = K Q^T, so that a row is a lane: maxima, sums and
-// masks go lane by lane, and keys and values are read number by number from rows as they lie.
-// The softmax is the online one (Milakov and Gimelshein, arXiv 1805.02867), tile by tile as in FlashAttention
+// block_attn's forward and decoding on the CPU. Scores are computed transposed, S^T = K Q^T, so that a row is a lane of
+// a vector. Maxima, sums and masks work on all lanes at once, and keys and values are read number by number from their
+// rows. The softmax is the online one (Milakov and Gimelshein, arXiv 1805.02867), tile by tile as in FlashAttention
 // (arXiv 2205.14135).
 #include "attn/cpu/scores.h"
 #include "attn/cpu/tile.h"
 
 namespace dflash::DFLASH_ISA {
 
-// Divides a row's sums of weight * value by the sum of weights. If that is 0, the row sees no key.
+// Divides a row's sums of weight * value by the sum of weights, which is 0 if the row sees no key.
 template <class T, class Real>
 DFLASH_INLINE void write_row(const AttentionForwardParams& p, const Real* sums, int64_t b, int64_t head, int64_t i,
                              Real max, Real sum) {
@@ -32,7 +32,7 @@ struct Forward {
   Real* q;       // [panels, dim, kWidth]
   Real* out;     // [panels, dim, kWidth]: sums of weight * value
   Real* scores;  // [kKeyTile, kWidth]: of one panel, then their weights
-  Real* finite;  // [kKeyTile, dim]: values, where some of the tile are not finite
+  Real* finite;  // [kKeyTile, dim]: the values of a tile with zeros for those that are not finite
   Real* row;     // [dim]
   X max[Rows::kPanels][kVectors], sum[Rows::kPanels][kVectors];
 
@@ -119,7 +119,7 @@ struct Forward {
     }
     for (int n = 0; n < kVectors; ++n) sum[i][n] = sum[i][n] * shrink[n] + total[n];
 
-    // A weight of zero does not hide a value that is not finite: the product takes zeros for such ones.
+    // A weight of zero does not hide a value that is not finite, so the product takes zeros for such values.
     const bool is_clean = panel.all_see(part) || are_finite(first, last);
     const Real* const values = is_clean ? keys.v : with_zeros(first, last);
     for (int64_t d = 0; d < dim; d += kHeight) {
@@ -134,10 +134,10 @@ struct Forward {
     if (!is_clean) add_not_finite(panel, i, tile.begin, first, last);
   }
 
-  // The values of keys first to last - 1 of the tile, which are whole steps of kHeight.
+  // The values of keys [first, last) of the tile, in whole steps of kHeight.
   DFLASH_MEMBER bool are_finite(int64_t first, int64_t last) const {
     using Eight = Vector<Real, 8>;
-    Eight zeros[4] = {};  // not one: they would wait for each other
+    Eight zeros[4] = {};  // four independent sums, so that they do not wait for each other
     for (int64_t d = first * dim; d < last * dim; d += 32) {
 #pragma GCC unroll 4
       for (int i = 0; i < 4; ++i) zeros[i] += load<Eight>(keys.v + d + 8 * i) * 0;
@@ -148,7 +148,7 @@ struct Forward {
     return sum == 0;
   }
 
-  // Values with zeros for those that are not finite.
+  // Copies values, with zeros for those that are not finite.
   const Real* with_zeros(int64_t first, int64_t last) {
     for (int64_t d = first * dim; d < last * dim; ++d) finite[d] = keys.v[d] * 0 == 0 ? keys.v[d] : 0;
     return finite;
@@ -194,7 +194,7 @@ struct Forward {
   }
 };
 
-// Adds up what the splits yielded for one row, in their order.
+// Combines the parts of one row, in the order of the splits.
 template <class T, class Real>
 static void combine(const AttentionForwardParams& p, int64_t index) {
   const int64_t rows = p.batch * p.heads * p.q_len;

@@ -1,31 +1,32 @@
 // block_attn's forward on any GPU since Ampere, with mma.sync, ldmatrix and cp.async.
 //
-// A block takes a tile of rows through the key tiles that its plan names. One buffer holds a tile of keys and one a
-// tile of values, in turns: values arrive while scores are made, the next keys while outputs are. Scores and
-// probabilities stay in registers.
+// A block takes one item: a tile of query rows, with all the key tiles that the plan says these rows visit. Shared
+// memory has one buffer for a tile of keys and one for a tile of values. Values arrive while scores are computed, and
+// the next keys arrive while outputs are. Scores and probabilities stay in registers.
 #include <algorithm>
 
 #include "attn/kernels.h"
 #include "attn/plan_check.h"
-#include "attn/sm80/key_tiles.h"
+#include "attn/sm80/key_tiles_by_run.h"
 #include "attn/sm80/row_chunks.h"
 #include "attn/softmax.h"
-#include "common/launch.h"
+#include "common/dispatch.h"
 
 namespace dflash {
-namespace device {
+namespace device::sm80 {
 namespace {
 
-// Which shape a tile has, and who does what in it.
+// The shape of a tile, and how its warps share it.
 template <int kHeadDim_>
-struct Tiling {
+struct ForwardTiling {
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr int kRows = tile_rows(kHeadDim);
   static constexpr int kKeys = kHeadDim <= 128 ? 64 : kHeadDim == 256 ? 48 : 32;
 
-  // A warp's outputs take 128 registers a thread at most: 32 rows (each fragment of keys and values then serves two
-  // fragments of rows, which halves the reads of shared memory), or 16 rows of 256 columns. A larger head dimension is
-  // shared by warps: each sums the scores over its own columns of q and k, and makes its own columns of the output.
+  // A warp's outputs take at most 128 registers a thread. Up to head_dim 128 this is 32 rows, and each fragment of keys
+  // and values serves two fragments of rows, which halves the reads of shared memory. Above, it is 16 rows of 256
+  // columns. Two warps share a larger head dimension: each sums the scores over its own columns of q and k, and
+  // computes its own columns of the output.
   static constexpr int kFragments = kHeadDim <= 128 ? 2 : 1;
   static constexpr int kWarpRows = 16 * kFragments;
   static constexpr int kWarpDim = std::min(kHeadDim, 256);
@@ -33,7 +34,7 @@ struct Tiling {
   static constexpr int kThreads = kRows / kWarpRows * kParts * 32;
   static constexpr int kMinBlocks = kHeadDim == 64 ? 3 : kHeadDim == 128 ? 2 : 1;
 
-  // With few rows a warp, reading queries again for every key tile would cost more than the registers do.
+  // With 16 rows a warp keeps its queries in registers: reading them again for every key tile would cost more.
   static constexpr bool kKeepsQueries = kFragments == 1;
 
   static constexpr int kRowBytes = kHeadDim * 2;
@@ -42,11 +43,11 @@ struct Tiling {
   static constexpr int kTileBytes = std::max(kRows * kRowBytes, kValuesAt + kKeys * kRowBytes);
 };
 
-// What the host works out for the kernel.
-struct Launch {
+// What the host computes for the kernel.
+struct ForwardLaunch {
   int fold_bits;
-  int positions;  // of a tile
-  bool q_aligned, k_aligned, v_aligned, out_aligned;  // whether every chunk of a row is
+  int positions;                                      // of a tile
+  bool q_aligned, k_aligned, v_aligned, out_aligned;  // rows begin at multiples of 16 bytes
 };
 
 // The rows of a tile: row r stands at position first + r / fold, in head `head` + r % fold.
@@ -62,25 +63,26 @@ struct TileRows {
   }
 };
 
-// A block's item of work. It lies in shared memory: registers are what the kernel is short of.
+// A block's item. It lies in shared memory because registers are scarce.
 template <int kKeys>
-struct Item {
+struct ForwardItem {
   TilePlan plan;
-  KeyTiles<kKeys> key_tiles;
+  KeyTilesByRun<kKeys> key_tiles;
   Scores scores;
   TileRows rows;
   const uint16_t *k, *v;  // the head's
 
   // A tile of the plan has plan_parts * repeats * head_groups items.
-  DFLASH_INLINE Item(const AttentionForwardParams& p, const Launch& launch, uint32_t index)
-      : Item(p, launch, index / head_groups(p, launch), index % head_groups(p, launch)) {}
+  DFLASH_INLINE ForwardItem(const AttentionForwardParams& p, const ForwardLaunch& launch, uint32_t index)
+      : ForwardItem(p, launch, index / head_groups(p, launch), index % head_groups(p, launch)) {}
 
  private:
-  DFLASH_INLINE Item(const AttentionForwardParams& p, const Launch& launch, uint32_t outer, uint32_t head_group)
-      : Item(p, launch, outer / repeats(p), outer % repeats(p), head_group) {}
+  DFLASH_INLINE ForwardItem(const AttentionForwardParams& p, const ForwardLaunch& launch, uint32_t outer,
+                            uint32_t head_group)
+      : ForwardItem(p, launch, outer / repeats(p), outer % repeats(p), head_group) {}
 
-  DFLASH_INLINE Item(const AttentionForwardParams& p, const Launch& launch, uint32_t tile, uint32_t repeat,
-                     uint32_t head_group)
+  DFLASH_INLINE ForwardItem(const AttentionForwardParams& p, const ForwardLaunch& launch, uint32_t tile,
+                            uint32_t repeat, uint32_t head_group)
       : plan(reinterpret_cast<const TilePlan*>(p.plan)[tile / parts(p)]), key_tiles(plan), scores(p) {
     const int64_t batch = p.plan_entries == 1 ? repeat : plan.entry;
     const int head = head_group << launch.fold_bits;
@@ -93,15 +95,15 @@ struct Item {
 
   static DFLASH_INLINE uint32_t parts(const AttentionForwardParams& p) { return p.plan_parts; }
   static DFLASH_INLINE uint32_t repeats(const AttentionForwardParams& p) { return p.plan_entries == 1 ? p.batch : 1; }
-  static DFLASH_INLINE uint32_t head_groups(const AttentionForwardParams& p, const Launch& launch) {
+  static DFLASH_INLINE uint32_t head_groups(const AttentionForwardParams& p, const ForwardLaunch& launch) {
     return p.heads >> launch.fold_bits;
   }
 };
 
 template <class Tile>
-struct Shared {
-  alignas(128) uint8_t tiles[Tile::kTileBytes];  // of queries, keys and values; at the end of outputs
-  Item<Tile::kKeys> item;
+struct ForwardShared {
+  alignas(128) uint8_t tiles[Tile::kTileBytes];  // of queries, keys and values; at the end, of outputs
+  ForwardItem<Tile::kKeys> item;
   RowBounds bounds[Tile::kRows];
   float4 partials[Tile::kParts == 1 ? 0 : Tile::kThreads * Tile::kKeys / 8];  // scores over a part of the columns
 };
@@ -111,12 +113,12 @@ template <class T, class Tile>
 class TileForward {
   static constexpr int kKeys = Tile::kKeys, kFragments = Tile::kFragments, kParts = Tile::kParts;
   static constexpr int kSteps = Tile::kWarpDim / 16, kKeySteps = kKeys / 16;
-  // Both laid out as softmax.h says; of the probabilities two neighbours in one, which makes them A fragments.
+  // Scores are accumulators. Probabilities are rounded to A fragments, two neighbours in one word (common/mma.h).
   using ThreadScores = float[kFragments][kKeys / 2];
   using Probabilities = uint32_t[kFragments][kKeySteps][4];
 
  public:
-  DFLASH_INLINE TileForward(const AttentionForwardParams& p, const Launch& launch, Shared<Tile>& shared)
+  DFLASH_INLINE TileForward(const AttentionForwardParams& p, const ForwardLaunch& launch, ForwardShared<Tile>& shared)
       : p_(p),
         launch_(launch),
         shared_(shared),
@@ -130,7 +132,7 @@ class TileForward {
         value_pieces_(tiles_ + Tile::kValuesAt + part_bytes_, lane_ % 16, lane_ / 16) {}
 
   DFLASH_INLINE void run() {
-    const Item<kKeys> item(p_, launch_, blockIdx.x);
+    const ForwardItem<kKeys> item(p_, launch_, blockIdx.x);
     if (threadIdx.x == 0) shared_.item = item;
     load_queries(item.rows);
     __syncthreads();
@@ -271,8 +273,8 @@ class TileForward {
       softmax_[m].add(s[m], scores.factor, correction);
 #pragma unroll
       for (int i = 0; i < kKeys / 4; ++i) probabilities[m][i / 4][i % 4] = pack<T>(s[m][2 * i], s[m][2 * i + 1]);
-      // Maxima soon stop growing. A branch does not pay, though, where a multiprocessor has one block: it keeps the
-      // exponentials from running under the matrix products that follow.
+      // Maxima soon stop growing, so a branch skips the rescaling. With one block a multiprocessor the branch costs
+      // more than it saves: it keeps the exponentials from running under the matrix products that follow.
       const bool has_grown = before[0] != softmax_[m].largest[0] || before[1] != softmax_[m].largest[1];
       if (Tile::kMinBlocks == 1 || __any_sync(~0u, has_grown)) {
 #pragma unroll
@@ -323,23 +325,16 @@ class TileForward {
     }
     __syncthreads();
     const CopyShare<Tile> share;
-    for (int row = share.row; row < Tile::kRows; row += share.kStep) {
-      if (!rows.has(row) || !is_inside(share.chunk)) continue;
-      const auto chunk =
-          *reinterpret_cast<const Chunk<uint16_t>*>(shared_.tiles + chunk_offset<Tile>(row, share.chunk));
-      auto* out = static_cast<uint16_t*>(p_.out) + rows.offset(p_.out_strides, row) + share.chunk * kChunkSize;
-      if (launch_.out_aligned) {
-        *reinterpret_cast<Chunk<uint16_t>*>(out) = chunk;
-      } else {
-#pragma unroll
-        for (int i = 0; i < kChunkSize; ++i) out[i] = chunk.values[i];
-      }
-    }
+    const auto at = [&](int row) {
+      return static_cast<uint16_t*>(p_.out) + rows.offset(p_.out_strides, row) + share.chunk * kChunkSize;
+    };
+    write_rows<Tile, Tile::kRows>(shared_.tiles, launch_.out_aligned, at,
+                                  [&](int row) { return rows.has(row) && is_inside(share.chunk); });
   }
 
   const AttentionForwardParams& p_;
-  const Launch& launch_;
-  Shared<Tile>& shared_;
+  const ForwardLaunch& launch_;
+  ForwardShared<Tile>& shared_;
   const uint32_t tiles_;
   const int lane_, warp_, row_, part_bytes_;
   const Pieces<Tile> query_pieces_, key_pieces_, value_pieces_;
@@ -350,35 +345,36 @@ class TileForward {
 
 template <class T, class Tile>
 __global__ void __launch_bounds__(Tile::kThreads, Tile::kMinBlocks)
-    block_attn_forward_sm80(const __grid_constant__ AttentionForwardParams p, const __grid_constant__ Launch launch) {
+    block_attn_forward_sm80(const __grid_constant__ AttentionForwardParams p,
+                            const __grid_constant__ ForwardLaunch launch) {
   extern __shared__ __align__(128) uint8_t shared_memory[];
-  TileForward<T, Tile>(p, launch, *reinterpret_cast<Shared<Tile>*>(shared_memory)).run();
+  TileForward<T, Tile>(p, launch, *reinterpret_cast<ForwardShared<Tile>*>(shared_memory)).run();
 }
 
 template <class T, int kHeadDim>
-cudaError_t launch(const AttentionForwardParams& p, cudaStream_t stream) {
-  using Tile = Tiling<kHeadDim>;
-  constexpr int kSharedBytes = sizeof(Shared<Tile>);
-  static_assert(kSharedBytes <= 99 * 1024, "more than compute capability 8.6 and 8.9 give a block");
+cudaError_t launch_forward(const AttentionForwardParams& p, cudaStream_t stream) {
+  using Tile = ForwardTiling<kHeadDim>;
+  constexpr int kSharedBytes = sizeof(ForwardShared<Tile>);
+  static_assert(kSharedBytes <= kMaxPortableSharedBytes);
   const int64_t fold = fold_of(p.heads, p.kv_heads), positions = Tile::kRows / fold;
   const int64_t tiles = p.plan_entries * tiles_of(p.q_len, positions * p.plan_parts) * p.plan_parts;
   const int64_t items = tiles * (p.plan_entries == 1 ? p.batch : 1) * (p.heads / fold);
   if (items == 0) return cudaSuccess;
-  const Launch launch{__builtin_ctzll(fold),         static_cast<int>(positions),   in_chunks(p.q, p.q_strides),
-                      in_chunks(p.k, p.k_strides),   in_chunks(p.v, p.v_strides),   in_chunks(p.out, p.out_strides)};
+  const ForwardLaunch launch{__builtin_ctzll(fold),
+                             static_cast<int>(positions),
+                             rows_are_aligned(p.q, p.q_strides),
+                             rows_are_aligned(p.k, p.k_strides),
+                             rows_are_aligned(p.v, p.v_strides),
+                             rows_are_aligned(p.out, p.out_strides)};
   return launch_kernel(block_attn_forward_sm80<T, Tile>, {items, Tile::kThreads, kSharedBytes}, stream, p, launch);
 }
 
 }  // namespace
-}  // namespace device
+}  // namespace device::sm80
 
-const char* forward_sm80(const AttentionForwardParams& params, void* stream) {
-  const auto cuda_stream = static_cast<cudaStream_t>(stream);
-  return checked_launch([&] {
-    return with_dim(params.head_dim, [&]<int kDim> {
-      return params.dtype == DType::kBFloat16 ? device::launch<__nv_bfloat16, kDim>(params, cuda_stream)
-                                              : device::launch<__half, kDim>(params, cuda_stream);
-    });
+const char* forward_sm80(const AttentionForwardParams& p, void* stream) {
+  return launch_by_dtype_and_head_dim(p.dtype, p.head_dim, stream, [&]<class T, int kDim>(cudaStream_t stream) {
+    return device::sm80::launch_forward<T, kDim>(p, stream);
   });
 }
 

@@ -1,5 +1,6 @@
-// Values that are not finite, in tiles that not all rows see in full. In a product such a value spoils every row,
-// though its weight be zero. So it is added to the rows that see it, and a zero takes its place.
+// Values (of V) that are not finite, in tiles that some rows do not see in full. In a matrix product such a value makes
+// every row NaN, even with a weight of zero. Decoding therefore adds it to the rows that see it, and replaces it by
+// zero before the product.
 #pragma once
 
 #include <type_traits>
@@ -10,16 +11,17 @@
 
 namespace dflash::DFLASH_ISA {
 
-// The halves of a word that are not finite, as ones.
+// Returns a mask of the halves of a word that are not finite.
 template <class T>
 DFLASH_INLINE uint32_t not_finite(uint32_t pair) {
   constexpr uint32_t kExponent = std::is_same_v<T, __half> ? 0x7c007c00 : 0x7f807f80;
   return __vcmpeq2(pair & kExponent, kExponent);
 }
 
-// The block's first kThreads threads hold the rows that the tile of values is for, each two of them: `bounds`, and
-// their `out` as fragments of 16 rows and 8 columns. `pair_at(key, fragment)` is where the thread's columns of a
-// fragment lie, the values are the `bytes` of shared memory from `values` on. True if something was changed.
+// Handles one tile of values, which are the `bytes` of shared memory from `values` on. The block's first kThreads
+// threads call this; each holds two rows, with their `bounds`, and their output `out` as an accumulator (common/mma.h).
+// pair_at(key, fragment) is where the thread's two columns of a fragment of 8 lie. Returns whether a value was
+// replaced; the caller must then order these writes before its reads.
 template <class T, int kKeys, int kThreads, int kCount, class PairAt>
 DFLASH_INLINE bool set_aside(uint32_t values, int bytes, int first_key, const RowBounds (&bounds)[2],
                              float (&out)[kCount], int barrier, PairAt pair_at) {

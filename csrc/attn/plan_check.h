@@ -1,5 +1,5 @@
-// Finds a plan that was made from other bounds than a row has now. The rows' bounds are tensors that may change in place,
-// also between two replays of a CUDA graph, where nothing but the kernels could notice.
+// Finds plans that were made from other bounds than the rows have now. Bounds are tensors, which may change in place,
+// also between two replays of a CUDA graph, where only a kernel can notice.
 #pragma once
 
 #include "attn/plan.h"
@@ -7,9 +7,9 @@
 
 namespace dflash::DFLASH_ISA {
 
-// A plan gives a row the right result if every key that the row sees lies in the plan's runs, and if the row sees all of
-// the keys that the plan says all rows see. Four lanes hold a row; each checks one of these four intervals. The plan is
-// read when the object is made, so that the loads can come early.
+// A plan gives a row the right result if every key that the row sees lies in the plan's runs, and if the row sees all
+// of the keys that the plan says all rows see. Four lanes hold a row; each checks one of these four intervals. The plan
+// is read when the object is made, so that the loads can come early.
 class PlanCheck {
  public:
   DFLASH_INLINE explicit PlanCheck(const TilePlan& plan) {
@@ -22,8 +22,8 @@ class PlanCheck {
     }
   }
 
-  // What the thread adds to its sum of the row's exponentials: 0, or a NaN, which spreads to the row's output and LSE as the
-  // four lanes' sums are added up in the end.
+  // What the thread adds to its sum of the row's exponentials: 0, or a NaN, which spreads to the row's output and LSE
+  // as the four lanes' sums are added up in the end.
   DFLASH_INLINE float addend(const RowBounds& row) const {
     const int row_lo[2] = {row.ctx_lo, row.blk_lo};
     const int row_hi[2] = {row.ctx_lo + static_cast<int>(row.ctx_len), row.blk_lo + static_cast<int>(row.blk_len)};

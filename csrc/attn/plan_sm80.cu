@@ -1,34 +1,13 @@
-// Makes the plan of a mask in one launch. Some lanes make the entry of a tile of rows from the bounds of its rows. When all
-// entries are there, they are brought into order, so that whoever walks through the plan meets the longest work first.
-// The order does not depend on the number of blocks.
-#include <cooperative_groups.h>
-#include <cooperative_groups/reduce.h>
-
+// Makes the plan of a mask in one cooperative launch. Some lanes together make the entry of a tile of rows from the
+// bounds of its rows. After a grid barrier the entries are sorted, so that kernels start with the longest work. The
+// order does not depend on the number of blocks.
 #include "attn/kernels.h"
-#include "common/device.h"
+#include "attn/sm80/hulls.h"
 #include "common/launch.h"
 
 namespace dflash {
-namespace device {
+namespace device::sm80 {
 namespace {
-
-namespace cg = cooperative_groups;
-
-constexpr int kFar = 1 << 30;
-
-// A whole warp has an instruction for it; lanes of a part of one would execute that one part after another.
-template <class Lanes, class Op>
-DFLASH_INLINE int reduced(const Lanes& lanes, int value, Op op) {
-  if constexpr (Lanes::num_threads() == 32) {
-    return cg::reduce(lanes, value, op);
-  } else {
-#pragma unroll
-    for (int distance = Lanes::num_threads() / 2; distance > 0; distance /= 2) {
-      value = op(value, lanes.shfl_xor(value, distance));
-    }
-    return value;
-  }
-}
 
 // Entries are copied by 16 bytes.
 DFLASH_INLINE void copy_entry(TilePlan* to, const TilePlan& plan) {
@@ -53,29 +32,6 @@ DFLASH_INLINE TilePlan read_entry(const TilePlan* at) {
   return plan;
 }
 
-// What the rows' intervals of one kind have in union and in common.
-struct Hull {
-  int lo = kFar, hi = 0, full_lo = 0, full_hi = kFar;
-
-  DFLASH_INLINE void add(int row_lo, int row_hi) {
-    const bool sees = row_lo < row_hi;
-    lo = min(lo, sees ? row_lo : kFar);
-    hi = max(hi, sees ? row_hi : 0);
-    full_lo = max(full_lo, sees ? row_lo : 0);
-    full_hi = min(full_hi, sees ? row_hi : 0);
-  }
-
-  template <class Lanes>
-  DFLASH_INLINE void merge(const Lanes& lanes) {
-    lo = reduced(lanes, lo, cg::less<int>());
-    hi = reduced(lanes, hi, cg::greater<int>());
-    full_lo = reduced(lanes, full_lo, cg::greater<int>());
-    full_hi = reduced(lanes, full_hi, cg::less<int>());
-    if (lo >= hi) lo = hi = 0;
-    if (full_lo >= full_hi) full_lo = full_hi = 0;
-  }
-};
-
 DFLASH_INLINE int count_tiles(const PlanParams& p) {
   return static_cast<int>(p.entries * tiles_of(p.q_len, p.positions));
 }
@@ -88,24 +44,15 @@ DFLASH_INLINE TilePlan plan_tile(const PlanParams& p, const Lanes& lanes, int ti
   const int entry = tile / per_entry, first = (tile - entry * per_entry) * positions;
   const int rows = min(positions, q_len - first);
   const int64_t first_row = entry * p.mask.batch + first;
-  Hull ctx, blk;
+  Hulls hulls;
 #pragma unroll 4
   for (int i = lanes.thread_rank(); i < rows; i += lanes.size()) {
     const int64_t at = first_row + i;
     const int4 bounds{p.mask.ctx_lo[at], p.mask.ctx_hi[at], p.mask.blk_lo[at], p.mask.blk_hi[at]};
-    int ctx_lo = max(bounds.x, 0), ctx_hi = min(bounds.y, kv_len);
-    int blk_lo = max(bounds.z, 0), blk_hi = min(bounds.w, kv_len);
-    if (ctx_lo < ctx_hi && blk_lo < blk_hi && ctx_lo <= blk_hi && blk_lo <= ctx_hi) {
-      // They touch: one interval, so that tiles across the seam are full ones too.
-      ctx_lo = min(ctx_lo, blk_lo);
-      ctx_hi = max(ctx_hi, blk_hi);
-      blk_lo = blk_hi = 0;
-    }
-    ctx.add(ctx_lo, ctx_hi);
-    blk.add(blk_lo, blk_hi);
+    hulls.add(max(bounds.x, 0), min(bounds.y, kv_len), max(bounds.z, 0), min(bounds.w, kv_len));
   }
-  ctx.merge(lanes);
-  blk.merge(lanes);
+  hulls.merge(lanes);
+  Hull ctx = hulls.ctx, blk = hulls.blk;
   if (blk.lo < blk.hi && (ctx.lo >= ctx.hi || blk.lo < ctx.lo)) {
     const Hull other = ctx;
     ctx = blk;
@@ -228,8 +175,8 @@ class Places {
 };
 
 // A counting sort by size class. Every block sorts the entries that it makes, which are neighbours. It counts them by
-// class before the grid's barrier, and after it adds up the counts of all blocks, which tells where its own entries begin
-// in each class. Tiles of one class stay in their order.
+// class before the grid's barrier, and after it adds up the counts of all blocks, which tells where its own entries
+// begin in each class. Tiles of one class stay in their order.
 __global__ void __launch_bounds__(kThreads, 1) block_attn_plan_many_tiles_sm80(const PlanParams p) {
   __shared__ Places places;
   const auto lanes = cg::tiled_partition<kLanes>(cg::this_thread_block());
@@ -259,16 +206,17 @@ __global__ void __launch_bounds__(kThreads, 1) block_attn_plan_many_tiles_sm80(c
 }
 
 }  // namespace
-}  // namespace device
+}  // namespace device::sm80
 
 const char* plan_sm80(const PlanParams& params, void* stream) {
   const int64_t count = params.entries * tiles_of(params.q_len, params.positions);
   if (count == 0) return nullptr;
   const auto cuda_stream = static_cast<cudaStream_t>(stream);
   const bool few = count <= kFewTiles;
-  const auto kernel = few ? device::block_attn_plan_few_tiles_sm80 : device::block_attn_plan_many_tiles_sm80;
-  const int threads = few ? device::kFewThreads : device::kThreads;
-  const int64_t blocks = few ? (count + device::kFewWarps - 1) / device::kFewWarps : kMaxPlanBlocks;
+  const auto kernel =
+      few ? device::sm80::block_attn_plan_few_tiles_sm80 : device::sm80::block_attn_plan_many_tiles_sm80;
+  const int threads = few ? device::sm80::kFewThreads : device::sm80::kThreads;
+  const int64_t blocks = few ? (count + device::sm80::kFewWarps - 1) / device::sm80::kFewWarps : kMaxPlanBlocks;
   return checked_launch([&] {
     int resident = 0;
     const cudaError_t status = count_resident_blocks(kernel, threads, 0, cuda_stream, &resident);

@@ -1,4 +1,4 @@
-// Runs a CPU kernel: the build for this machine's instruction set, over torch's own threads.
+// Runs a CPU kernel in the build for this machine's instruction set, on torch's own threads.
 #pragma once
 
 #include <torch/csrc/stable/c/shim.h>
@@ -9,8 +9,8 @@
 
 #include "common/check.h"
 
-// Declares a kernel `void name(const Params&, int64_t begin, int64_t end)` for every instruction set, and `name`
-// itself as the table of them.
+// Declares a kernel `void name(const Params&, int64_t begin, int64_t end)` for every instruction set, and defines
+// `name` as the table of them.
 #if defined(__x86_64__)
 #define DFLASH_CPU_KERNEL(Params, name)                                        \
   namespace baseline { void name(const Params&, int64_t, int64_t); }           \
@@ -33,7 +33,8 @@ struct CpuKernel {
 
 enum class Isa { kBaseline, kAvx2, kAvx512 };
 
-// The best instruction set here. DFLASH_EXT_CPU_ISA=baseline or avx2 asks for less (tests, comparisons).
+// Returns the best instruction set of this machine, or the lesser one that DFLASH_EXT_CPU_ISA names (for tests and
+// comparisons).
 inline Isa isa() {
   static const Isa chosen = [] {
     const char* asked = std::getenv("DFLASH_EXT_CPU_ISA");

@@ -1,4 +1,4 @@
-// What CUDA kernels share: loads of 16 bytes, reductions, arithmetic.
+// What all CUDA kernels share: loads and stores of 16 bytes, reductions, arithmetic.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -40,7 +40,7 @@ struct alignas(16) Chunk {
 
 DFLASH_INLINE bool is_aligned(const void* p) { return (reinterpret_cast<uintptr_t>(p) & 15) == 0; }
 
-// Loads kCount neighbours: one 16-byte access where the address allows it.
+// Loads kCount neighbours, by one 16-byte access if they fill it and are aligned.
 template <int kCount, class T>
 DFLASH_INLINE void load(float (&out)[kCount], const T* p, bool aligned) {
   if (kCount == Chunk<T>::kSize && aligned) {
@@ -69,7 +69,7 @@ DFLASH_INLINE void store(T* p, const float (&in)[kCount], bool aligned) {
 // prefetch.global.L2: loads a line into the L2 cache. What the memory holds may still change before it is read.
 DFLASH_INLINE void prefetch_l2(const void* address) { asm volatile("prefetch.global.L2 [%0];" ::"l"(address)); }
 
-// Another lane's copy of a struct of floats.
+// Returns another lane's copy of a struct of floats.
 template <class S>
 DFLASH_INLINE S shuffle_xor(const S& value, int lane_mask) {
   static_assert(sizeof(S) % 4 == 0);
@@ -82,8 +82,8 @@ DFLASH_INLINE S shuffle_xor(const S& value, int lane_mask) {
   return other;
 }
 
-// Merges one struct a thread into one a block, with `value.merge(other)`; every thread gets the result.
-// kThreads <= 1024, a multiple of 32; all threads take part.
+// Merges the structs of all threads of a block by value.merge(other), and returns the result to every thread. All
+// kThreads of them call this; kThreads is a multiple of 32 and at most 1024.
 template <int kThreads, class S>
 DFLASH_INLINE S block_merge(S value) {
   __shared__ float storage[kThreads / 32][sizeof(S) / 4];

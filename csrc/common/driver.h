@@ -1,4 +1,4 @@
-// Functions of the CUDA driver. They come through the runtime, so that nothing links libcuda.
+// Functions of the CUDA driver. The runtime looks them up, so that nothing links libcuda.
 #pragma once
 
 #include <cuda.h>
@@ -6,7 +6,7 @@
 
 namespace dflash {
 
-// The driver's function of that name as CUDA `version` has it (12040 is CUDA 12.4); null where the driver is older.
+// Returns the driver function of this name as of CUDA `version` (12040 is CUDA 12.4), or null if the driver is older.
 template <class Function>
 Function driver_function(const char* name, unsigned version) {
   void* function = nullptr;

@@ -1,4 +1,4 @@
-// What launchers ask of the current GPU.
+// Properties of the current GPU that launchers need.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -14,7 +14,7 @@
 
 namespace dflash {
 
-// An attribute of the current device; -1 where there is none.
+// Returns an attribute of the current device, or -1 if there is no device.
 inline int device_attribute(cudaDeviceAttr attribute) {
   int gpu = 0, value = 0;
   if (cudaGetDevice(&gpu) == cudaSuccess && cudaDeviceGetAttribute(&value, attribute, gpu) == cudaSuccess) return value;
@@ -22,8 +22,8 @@ inline int device_attribute(cudaDeviceAttr attribute) {
   return -1;
 }
 
-// Whether the kernels for Hopper serve here: the current device is one, and DFLASH_EXT_GPU=portable does not ask for
-// the portable ones (tests, comparisons).
+// Whether Hopper kernels serve on the current device: it must be a Hopper GPU, and DFLASH_EXT_GPU=portable, which tests
+// and comparisons set, must not ask for the portable kernels.
 inline bool hopper_kernels_serve() {
   static const bool is_refused = [] {
     const char* asked = std::getenv("DFLASH_EXT_GPU");
@@ -32,14 +32,14 @@ inline bool hopper_kernels_serve() {
   return !is_refused && device_attribute(cudaDevAttrComputeCapabilityMajor) == 9;
 }
 
-// The multiprocessors of the current device.
+// Counts the multiprocessors of the current device.
 inline cudaError_t count_multiprocessors(int* count) {
   int gpu = 0;
   const cudaError_t status = cudaGetDevice(&gpu);
   return status == cudaSuccess ? cudaDeviceGetAttribute(count, cudaDevAttrMultiProcessorCount, gpu) : status;
 }
 
-// What `make` finds out about a share of the current device, asked for once for each device and share.
+// Returns make(), which is called once for each device and number of multiprocessors, and remembered.
 template <class Make>
 auto once_per_device(int multiprocessors, Make make) {
   static std::mutex mutex;
@@ -53,11 +53,11 @@ auto once_per_device(int multiprocessors, Make make) {
   return found->second;
 }
 
-// How many multiprocessors run the stream's kernels: those of the device, or the share of them that its green context
-// or MPS leaves to it. At least 1.
+// Returns how many multiprocessors run the stream's kernels, at least 1: those of the device, or the share that the
+// stream's green context or MPS leaves to it.
 //
-// The share of a device's ordinary context never changes, so the driver is asked for it once: the question takes longer
-// than a launch. A green context is asked every time.
+// The share of a device's ordinary context never changes. The driver is asked for it once, because the call takes
+// longer than a launch. The share of a green context is asked for every time.
 inline int multiprocessors_of(cudaStream_t stream) {
   static const auto context_of =
       driver_function<CUresult (*)(CUstream, CUcontext*, CUgreenCtx*)>("cuStreamGetCtx", 12050);

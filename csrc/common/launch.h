@@ -1,4 +1,4 @@
-// How the launchers of all families launch their kernels.
+// How all families launch their kernels.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -11,7 +11,7 @@
 namespace dflash {
 
 // Makes the CUDA calls of one launch, and returns null or CUDA's message. The result belongs to this launch alone: an
-// error that an earlier call has left in the runtime is cleared first, and no error is left for the next call to find.
+// error that an earlier call left in the runtime is cleared first, and no error is left for the next call.
 template <class Calls>
 const char* checked_launch(Calls&& calls) {
   cudaGetLastError();
@@ -19,6 +19,10 @@ const char* checked_launch(Calls&& calls) {
   cudaGetLastError();
   return status == cudaSuccess ? nullptr : cudaGetErrorString(status);
 }
+
+// The most shared memory, static and dynamic, that a block may have on Hopper, and on compute capability 8.6 and 8.9.
+// The latter is the limit of portable kernels, so that one set of tiles serves all GPUs.
+constexpr int kMaxSharedBytes = 227 * 1024, kMaxPortableSharedBytes = 99 * 1024;
 
 struct LaunchShape {
   int64_t blocks;
@@ -29,7 +33,7 @@ struct LaunchShape {
   bool overlaps_previous = false;  // may start before the stream's previous kernel has ended
 };
 
-// The shape as the runtime takes it.
+// The shape in the form that the runtime takes.
 class LaunchConfig {
  public:
   LaunchConfig(const LaunchShape& shape, cudaStream_t stream) {
@@ -61,18 +65,18 @@ class LaunchConfig {
   cudaLaunchConfig_t config_{};
 };
 
-// Lets blocks of the kernel have that much dynamic shared memory.
+// Raises the kernel's limit of dynamic shared memory.
 template <class Kernel>
 cudaError_t allow_shared_memory(Kernel* kernel, int bytes) {
   return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
 }
 
-// Launches a kernel of any kind. Called within checked_launch.
+// Launches a kernel of any kind. Call this within checked_launch.
 template <class... Params, class... Arguments>
 cudaError_t launch_kernel(void (*kernel)(Params...), const LaunchShape& shape, cudaStream_t stream,
                           Arguments&&... arguments) {
   constexpr int64_t kMaxBlocks = (int64_t(1) << 31) - 1;
-  if (shape.blocks > kMaxBlocks) return cudaErrorInvalidConfiguration;  // rather than the number's lower 32 bits
+  if (shape.blocks > kMaxBlocks) return cudaErrorInvalidConfiguration;  // instead of dropping the upper bits
   if (shape.shared_bytes > 0) {
     const cudaError_t status = allow_shared_memory(kernel, shape.shared_bytes);
     if (status != cudaSuccess) return status;
@@ -80,7 +84,8 @@ cudaError_t launch_kernel(void (*kernel)(Params...), const LaunchShape& shape, c
   return cudaLaunchKernelEx(LaunchConfig(shape, stream).get(), kernel, std::forward<Arguments>(arguments)...);
 }
 
-// How many blocks of a kernel are resident at once on the stream's multiprocessors: the largest cooperative grid.
+// Counts the blocks of a kernel that are resident at once on the stream's multiprocessors, which is the largest
+// cooperative grid.
 template <class Kernel>
 cudaError_t count_resident_blocks(Kernel* kernel, int threads, int shared_bytes, cudaStream_t stream, int* blocks) {
   cudaError_t status = allow_shared_memory(kernel, shared_bytes);

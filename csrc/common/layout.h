@@ -1,4 +1,4 @@
-// How tensors lie in memory, in terms that kernels understand.
+// The dtypes and strides of tensors, in plain types that kernels can use.
 #pragma once
 
 #include <cstdint>

@@ -4,12 +4,18 @@
 //   accumulator 16 x 8   c[0..1] = (g, 2t..2t+1), c[2..3] = (g + 8, 2t..2t+1)
 //   A 16 x 16            a[0] = (g, 2t..), a[1] = (g + 8, 2t..), a[2] = (g, 2t + 8..), a[3] = (g + 8, 2t + 8..)
 //   B 16 x 8             b[0] = (k 2t.., column g), b[1] = (k 2t + 8.., column g)
-// Two neighbouring accumulators, rounded, are therefore an A fragment.
+// Two neighbouring accumulators, rounded, are therefore an A fragment. A wider accumulator holds one of 8 columns after
+// the other, in wgmma as well.
 #pragma once
 
 #include "common/device.h"
 
 namespace dflash::DFLASH_ISA {
+
+// Element i of a thread's accumulator lies in its row lane / 4 + 8 * accumulator_row(i), and in column
+// lane % 4 * 2 + accumulator_column(i).
+DFLASH_INLINE constexpr int accumulator_row(int i) { return i / 2 % 2; }
+DFLASH_INLINE constexpr int accumulator_column(int i) { return i / 4 * 8 + i % 2; }
 
 // cvt.rn.bf16x2 or cvt.rn.f16x2: two floats, rounded, the first in the lower half.
 template <class T>

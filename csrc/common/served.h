@@ -1,4 +1,4 @@
-// Which calls the portable kernels serve although the GPU has kernels of its own for them, and why.
+// Which calls the portable kernels serve on a Hopper GPU, and why.
 #pragma once
 
 #include <atomic>
@@ -6,8 +6,8 @@
 
 namespace dflash {
 
-// Why Hopper's kernel does not serve a call, one bit a reason; 0: it does. dflash_ext/ops/backends.py has them in words,
-// in this order.
+// Why a Hopper kernel does not serve a call, one bit a reason; 0 means that it does. dflash_ext/ops/backends.py has them
+// in words, in this order.
 enum PortableReason : uint32_t {
   kForwardLayout = 1 << 0,
   kDecodeLayout = 1 << 1,
@@ -17,15 +17,15 @@ enum PortableReason : uint32_t {
   kDecodePages = 1 << 5,
   kLossLayout = 1 << 6,
   kLossVocabulary = 1 << 7,
-  kNoSuchKernel = 1u << 31,  // there is none for such calls, or the GPU is another: the portable kernel is the best one
+  kNoSuchKernel = 1u << 31,  // no Hopper kernel exists for such calls, or the GPU is not a Hopper: nothing to warn of
 };
 
 extern "C" {
-// The reasons of all calls so far. Python reads it by this name after a call, and warns of what is new.
+// The reasons of all calls so far. Python reads this symbol after a call, and warns of new reasons.
 inline std::atomic<uint32_t> dflash_ext_portable_reasons __attribute__((visibility("default"), used)){0};
 }
 
-// Keeps the reasons for Python; true if there are none, so that Hopper's kernel serves.
+// Records the reasons for Python. Returns whether there are none, so that the Hopper kernel serves the call.
 inline bool hopper_serves(uint32_t reasons) {
   if (reasons & ~kNoSuchKernel) {
     dflash_ext_portable_reasons.fetch_or(reasons & ~kNoSuchKernel, std::memory_order_relaxed);

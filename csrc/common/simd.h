@@ -54,7 +54,7 @@ DFLASH_INLINE To bits_as(const From& from) {
   return to;
 }
 
-// Memory that nothing initialises.
+// Memory that is left uninitialised.
 template <class Element>
 class Array {
  public:
@@ -67,7 +67,7 @@ class Array {
   Element* data_;
 };
 
-// Calls f with a value of the type in memory and one of the type to compute in.
+// Calls f with a value of the type in memory and a value of the type of the arithmetic.
 template <class F>
 DFLASH_INLINE void with_types(DType dtype, F&& f) {
   switch (dtype) {
@@ -129,7 +129,7 @@ struct Memory<V, float16> {
     __builtin_memcpy(&bits, p, sizeof(bits));
     const Wide wide = __builtin_convertvector(bits, Wide);
     const Wide magnitude = (wide & 0x7fff) << 13;
-    // Moving the exponent by a multiplication gets subnormals right as well.
+    // The exponent is moved by a multiplication, which is right for subnormals as well.
     const Wide finite = bits_as<Wide>(bits_as<V>(magnitude) * 0x1p112f);
     const Wide special = magnitude | 0x7f800000;
     return bits_as<V>((magnitude >= 0x7c00u << 13 ? special : finite) | (wide & 0x8000) << 16);
@@ -139,7 +139,7 @@ struct Memory<V, float16> {
     const Wide magnitude = bits & 0x7fffffff;
     Wide normal = (magnitude + 0xfff + ((magnitude >> 13) & 1) - (112u << 23)) >> 13;
     normal = normal > 0x7c00 ? Wide{} + 0x7c00 : normal;
-    // Below the smallest normal, adding 0.5 lines the mantissa up with half precision's and rounds it.
+    // Below the smallest normal number, adding 0.5 aligns the mantissa with half precision's and rounds it.
     const Wide subnormal = bits_as<Wide>(bits_as<V>(magnitude) + 0.5f) - 0x3f000000;
     Wide half = magnitude < 113u << 23 ? subnormal : normal;
     half = magnitude > 0x7f800000 ? Wide{} + 0x7e00 : half;
@@ -157,12 +157,12 @@ DFLASH_INLINE void store(T* p, V v) {
   Memory<V, T>::store(p, v);
 }
 
-// What comparing two vectors gives: -1 in the lanes where it holds, else 0.
+// The result of a comparison of two vectors: -1 in the lanes where it holds, otherwise 0.
 template <class V>
 using MaskOf = decltype(V{} > V{});
 
-// Writes the lanes of v that are kept one after the other and returns how many they are. May overwrite a whole vector
-// from `out` on.
+// Writes the kept lanes of v one after another, and returns their number. It may overwrite a whole vector from `out`
+// on.
 template <class V, class Real>
 DFLASH_INLINE int compact(Real* out, V v, MaskOf<V> keep) {
 #if defined(__AVX512F__)
@@ -231,7 +231,7 @@ DFLASH_INLINE V exp_of(V x) {
   return exp_lanes<lanes_of<V>>(x);
 }
 
-// Lane i of the lower half beside lane i of the upper half, again and again: log2(lanes) steps.
+// Reduces by pairing lane i of the lower half with lane i of the upper half, in log2(lanes) steps.
 template <class V, class Combine>
 DFLASH_INLINE auto reduce_lanes(V v, Combine&& combine) {
   if constexpr (lanes_of<V> == 1) {

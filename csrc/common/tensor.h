@@ -1,4 +1,4 @@
-// What every operator needs around torch's stable ABI.
+// Helpers of all operators around torch's stable ABI.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -11,7 +11,7 @@
 #include "common/check.h"
 #include "common/layout.h"
 
-// Weak: the CPU build of torch does not have it.
+// The symbol is weak, because the CPU build of torch does not have it.
 extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void** stream);
 
 namespace dflash {
@@ -44,12 +44,12 @@ inline DType dtype_of(const char* op, const char* name, const Tensor& tensor) {
   }
 }
 
-// The precision of a tensor's arithmetic.
+// The dtype in which a tensor's values are computed.
 inline ScalarType real_of(const Tensor& tensor) {
   return tensor.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
-// What Python has brought into form already: says which tensor escaped it.
+// Checks a tensor that the Python operator has prepared. A failure names a tensor that the Python code missed.
 inline void check_tensor(const char* op, const char* name, const Tensor& tensor, const Tensor& beside, ScalarType dtype,
                          std::initializer_list<int64_t> sizes) {
   bool fits = tensor.is_contiguous() && tensor.scalar_type() == dtype && tensor.dim() == int64_t(sizes.size()) &&
@@ -63,14 +63,14 @@ inline void check_tensor(const char* op, const char* name, const Tensor& tensor,
   check(fits, op, ": ", name, " must be contiguous [", shape.str(), "], of the right dtype and on the others' device");
 }
 
-// Of a [outer, inner, width] tensor.
+// The strides of the rows of a [outer, inner, width] tensor.
 inline RowStrides row_strides(const char* op, const char* name, const Tensor& rows) {
   check(rows.size(2) <= 1 || rows.stride(2) == 1, op, ": the last dimension of ", name,
         " must be contiguous, its stride is ", rows.stride(2));
   return {rows.stride(0), rows.stride(1)};
 }
 
-// Makes the tensor's device current for its lifetime, and knows the stream that torch uses there.
+// Makes the tensor's device current during its lifetime, and holds torch's current stream of that device.
 class CudaScope {
  public:
   explicit CudaScope(const Tensor& tensor) : guard_(tensor.get_device_index()) {
@@ -84,7 +84,7 @@ class CudaScope {
   void* stream_ = nullptr;
 };
 
-// `error` is what a kernel's launcher returned: null, or CUDA's message.
+// Raises the error that a kernel's launcher returned: null for none, otherwise CUDA's message.
 inline void check_launch(const char* op, const char* error) {
   check(error == nullptr, op, ": the CUDA launch failed: ", error ? error : "");
 }

@@ -9,15 +9,15 @@
 
 namespace dflash {
 
-// Sizes and strides (in elements; the first dimension's is 1) of a tensor of 16-bit elements, and of the boxes that
-// are copied at a time: rows of 64 elements, swizzled in shared memory over 128 bytes.
+// A tensor of 16-bit elements, and the boxes in which TMA copies it. Sizes and strides count elements; the stride of
+// the first dimension is 1. A row of a box has 64 elements, under the 128-byte swizzle in shared memory.
 struct TensorBox {
   const void* data;
   int64_t sizes[4], strides[4];
   int64_t box[4];
 };
 
-// The copy engine counts in 16 bytes, and knows no empty tensors.
+// Whether TMA can describe the tensor: it must not be empty, and its base and strides must be multiples of 16 bytes.
 inline bool copy_engine_reads(const TensorBox& t) {
   bool fits = reinterpret_cast<uintptr_t>(t.data) % 16 == 0 && t.sizes[0] > 0;
   for (int d = 1; d < 4; ++d) {

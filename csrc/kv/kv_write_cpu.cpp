@@ -1,11 +1,11 @@
-// Projections to keys and values in the caches, on the CPU: bias, norms, rotary embedding and the write, head by head
-// in a buffer that stays in the first-level cache.
+// Writes projections to the caches as keys and values, on the CPU: bias, norms and rotary embedding, one head after
+// another in a buffer that fits in the L1 cache.
 #include "common/simd.h"
 #include "kv/params.h"
 
 namespace dflash::DFLASH_ISA {
 
-// Calls f(vector type, index) over [0, count): full vectors, then single elements.
+// Calls f(vector type, index) over [0, count), for full vectors and then for single elements.
 template <class Real, class F>
 DFLASH_INLINE void for_each_lanes(int64_t count, F&& f) {
   constexpr int kLanes = kVectorBytes / sizeof(Real);
@@ -51,7 +51,7 @@ class KvWriter {
     });
   }
 
-  // The RMS norm; no gain: without a weight.
+  // The RMS norm. Without a gain it has no weight.
   void normalise(const Real* gain) const {
     Real* head = head_.data();
     Real squares = 0;
@@ -110,7 +110,7 @@ class KvWriter {
   const Array<Real> head_;
 };
 
-// Over pairs of token and layer.
+// The kernel runs over pairs of a token and a layer.
 void kv_write(const KvWriteParams& params, int64_t begin, int64_t end) {
   with_types(params.dtype, [&](auto element, auto real) {
     const KvWriter<decltype(element), decltype(real)> writer(params);

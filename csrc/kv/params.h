@@ -1,4 +1,4 @@
-// What the operator tells the kernel. Plain data: no torch header reaches a kernel.
+// The parameters of the kernel. They are plain data, so that the kernel includes no torch header.
 #pragma once
 
 #include <cstdint>

@@ -1,4 +1,4 @@
-// The loss family's CUDA kernels. Launchers return null, or what CUDA says went wrong.
+// The launchers of the loss family's CUDA kernels. They return null, or CUDA's error message.
 #pragma once
 
 #include "common/served.h"
@@ -8,7 +8,7 @@ namespace dflash {
 
 const char* masked_cross_entropy_sm80(const CrossEntropyParams& params, void* stream);
 
-// The in-place pass on Hopper; why it does not serve this call on the current device (PortableReason).
+// The in-place pass on Hopper, and why it does not serve a call on the current device (PortableReason).
 uint32_t masked_cross_entropy_sm90_misses(const CrossEntropyParams& params);
 const char* masked_cross_entropy_sm90(const CrossEntropyParams& params, void* stream);
 

@@ -1,10 +1,10 @@
-// Masked cross-entropy on the CPU. A row is read in pieces that stay in the first-level cache: once for their maximum,
-// once for their sums, so that memory is read once.
+// Masked cross-entropy on the CPU. A row is read in pieces that fit in the L1 cache. A piece is read twice, for its
+// maximum and then for its sums, so that memory is read once.
 #include "loss/row.h"
 
 namespace dflash::DFLASH_ISA {
 
-// T: logits in memory, Real: arithmetic.
+// T is the type of the logits in memory, Real that of the arithmetic.
 template <class T, class Real>
 struct CrossEntropyRow {
   static constexpr int kLanes = kVectorBytes / sizeof(Real);
@@ -16,7 +16,7 @@ struct CrossEntropyRow {
   const CrossEntropyParams& params;
   const RowLoss<Real> loss;
 
-  // Calls f(vector type, index) over [begin, end): full vectors, then single elements.
+  // Calls f(vector type, index) over [begin, end), for full vectors and then for single elements.
   template <class F>
   static DFLASH_MEMBER void for_each(int64_t begin, int64_t end, F&& f) {
     int64_t i = begin;
@@ -76,7 +76,8 @@ struct CrossEntropyRow {
     return largest;
   }
 
-  // Total variation, and in stats what its gradient needs. p and t need their normalisers first: a second read.
+  // Returns the total variation, and adds to stats what its gradient needs. This is a second read of the row, because p
+  // and t need their normalisers first.
   DFLASH_MEMBER Real total_variation(Stats& stats, const T* x, const T* y) const {
     Real distance = 0, mean_sign = 0;
     for_each(0, params.vocab, [&](auto lanes, int64_t i) __attribute__((always_inline)) {

@@ -1,6 +1,7 @@
-// Masked cross-entropy on CUDA: one block a row. Every thread keeps running sums of its share; the forward reads a row
-// once, the backward reads it once and writes it once, and the in-place pass does both while the row is in the cache.
-#include "common/launch.h"
+// Masked cross-entropy on any GPU since Ampere, with one block a row. Every thread keeps running sums of its share. The
+// forward reads a row once. The backward reads it once and writes it once. The in-place pass does both, and its second
+// read hits the cache.
+#include "common/dispatch.h"
 #include "loss/kernels.h"
 #include "loss/row_part.h"
 
@@ -9,7 +10,7 @@ namespace device {
 namespace {
 
 constexpr int kThreads = 256;
-// Blocks per multiprocessor: bounds the registers. The teacher's sums take twice as many.
+// Blocks per multiprocessor, which bound the registers. The teacher's sums take twice as many registers.
 template <bool kTeacher>
 constexpr int kMinBlocks = kTeacher ? 2 : 4;
 
@@ -35,8 +36,8 @@ struct CrossEntropyRow {
         x(static_cast<const T*>(head.params.logits) + head.start(head.params.logits_strides)),
         y(kTeacher ? static_cast<const T*>(head.params.teacher) + head.start(head.params.teacher_strides) : nullptr) {}
 
-  // Calls f(index, logits, teacher's logits) over this thread's share: chunks of 16 bytes, aligned for x, and the
-  // single elements before and after them.
+  // Calls f(index, logits, teacher's logits) over this thread's share: chunks of 16 bytes that are aligned in x, and
+  // the single elements before and after them.
   template <class F>
   DFLASH_INLINE void for_each(F&& f) const {
     constexpr int kSize = Chunk<T>::kSize;
@@ -61,7 +62,7 @@ struct CrossEntropyRow {
     }
   }
 
-  // p and t need their normalisers first: a second read of the row.
+  // This is a second read of the row, because p and t need their normalisers first.
   DFLASH_INLINE Variation variation(const Stats& stats) const {
     Variation sum;
     for_each([&](int, auto& logits, auto& teacher) {
@@ -91,7 +92,7 @@ struct CrossEntropyRow {
     return stats;
   }
 
-  // `grad` may be `x`: every element is read and written by the same thread.
+  // `grad` may be `x`, because the same thread reads and writes an element.
   DFLASH_INLINE void backward(T* grad, const Stats& stats, float scale) const {
     const RowGradient<float> gradient(loss, stats, target < 0 ? kNaN : scale);
     for_each([&](int i, auto& logits, auto& teacher) {
@@ -128,7 +129,7 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks<kTeacher>)
 }
 
 template <class T, bool kTeacher>
-cudaError_t launch(const CrossEntropyParams& p, cudaStream_t stream) {
+cudaError_t launch_rows(const CrossEntropyParams& p, cudaStream_t stream) {
   const auto kernel = p.pass == Pass::kForward    ? masked_cross_entropy_sm80<T, kTeacher, Pass::kForward>
                       : p.pass == Pass::kBackward ? masked_cross_entropy_sm80<T, kTeacher, Pass::kBackward>
                                                   : masked_cross_entropy_sm80<T, kTeacher, Pass::kInPlace>;
@@ -136,24 +137,17 @@ cudaError_t launch(const CrossEntropyParams& p, cudaStream_t stream) {
 }
 
 template <class T>
-cudaError_t launch(const CrossEntropyParams& p, cudaStream_t stream) {
+cudaError_t launch_rows(const CrossEntropyParams& p, cudaStream_t stream) {
   const bool has_teacher = p.teacher_kind != Teacher::kNone && p.teacher_mix != 0;
-  return has_teacher ? launch<T, true>(p, stream) : launch<T, false>(p, stream);
+  return has_teacher ? launch_rows<T, true>(p, stream) : launch_rows<T, false>(p, stream);
 }
 
 }  // namespace
 }  // namespace device
 
-const char* masked_cross_entropy_sm80(const CrossEntropyParams& params, void* stream) {
-  const auto cuda_stream = static_cast<cudaStream_t>(stream);
-  return checked_launch([&] {
-    switch (params.dtype) {
-      case DType::kFloat32: return device::launch<float>(params, cuda_stream);
-      case DType::kBFloat16: return device::launch<__nv_bfloat16>(params, cuda_stream);
-      case DType::kFloat16: return device::launch<__half>(params, cuda_stream);
-      case DType::kFloat64: break;  // refused by the operator
-    }
-    return cudaErrorInvalidValue;
+const char* masked_cross_entropy_sm80(const CrossEntropyParams& p, void* stream) {
+  return launch_by_dtype<float, __nv_bfloat16, __half>(p.dtype, stream, [&]<class T>(cudaStream_t stream) {
+    return device::launch_rows<T>(p, stream);
   });
 }
 

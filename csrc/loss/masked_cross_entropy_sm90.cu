@@ -1,9 +1,9 @@
-// Masked cross-entropy in place, on Hopper: a cluster of blocks keeps a whole row in its shared memory, so that the
-// row is read once and written once whatever its length. Bulk copies bring it in, in pieces; the sums of a piece are
-// taken while the next ones arrive, and the blocks exchange their sums through distributed shared memory.
+// Masked cross-entropy in place, on Hopper. A cluster of blocks holds a whole row in its shared memory, so that a row
+// of any length is read once and written once. Bulk copies load it in pieces; the sums of a piece are computed while
+// the next pieces arrive. The blocks exchange their sums through distributed shared memory.
 #include <cooperative_groups.h>
 
-#include "common/launch.h"
+#include "common/dispatch.h"
 #include "common/tma.h"
 #include "loss/kernels.h"
 #include "loss/row_part.h"
@@ -15,7 +15,7 @@ namespace {
 constexpr int kThreads = 512;
 constexpr int kPieces = 4;
 constexpr int kMaxCluster = 8;
-// Two blocks a multiprocessor: while one computes, the other's row arrives.
+// With two blocks a multiprocessor, one computes while the other's row arrives.
 constexpr int kMaxSliceBytes = 110 * 1024;
 
 template <class T>
@@ -44,7 +44,7 @@ __global__ void __launch_bounds__(kThreads, 2) masked_cross_entropy_sm90(const C
     return;
   }
 
-  // The other blocks' shared memory is there once they have all arrived here.
+  // A block may access another's shared memory once all blocks have arrived here.
   auto all_started = cluster.barrier_arrive();
   const int piece = (slice / kPieces + kSize - 1) / kSize * kSize;
   const auto piece_end = [&](int p) { return p == kPieces - 1 ? count : min(count, (p + 1) * piece); };
@@ -59,7 +59,7 @@ __global__ void __launch_bounds__(kThreads, 2) masked_cross_entropy_sm90(const C
       bulk_load(shared_address(logits + begin), own + begin, bytes, arrived[p]);
     }
   }
-  // Read before any block may overwrite it.
+  // The target's logit is read before any block may overwrite it.
   const float target_logit = head.target < 0 ? kNaN : to_float(row[head.target]);
   __syncthreads();
 
@@ -104,7 +104,7 @@ int cluster_size_for(const CrossEntropyParams& p) {
 }
 
 template <class T>
-cudaError_t launch(const CrossEntropyParams& p, cudaStream_t stream) {
+cudaError_t launch_rows_in_place(const CrossEntropyParams& p, cudaStream_t stream) {
   const int blocks = cluster_size_for(p);
   constexpr int kSize = Chunk<T>::kSize;
   const int slice = (p.vocab / blocks + kSize - 1) / kSize * kSize + (p.vocab % blocks ? kSize : 0);
@@ -117,23 +117,16 @@ cudaError_t launch(const CrossEntropyParams& p, cudaStream_t stream) {
 
 uint32_t masked_cross_entropy_sm90_misses(const CrossEntropyParams& p) {
   if (!hopper_kernels_serve() || p.pass != Pass::kInPlace || p.teacher_kind != Teacher::kNone) return kNoSuchKernel;
-  // The bulk copy wants rows that start and end at multiples of 16 bytes.
+  // Bulk copies need rows that start and end at multiples of 16 bytes.
   const int64_t bytes = device::bytes_of(p.dtype);
   const bool is_aligned = (reinterpret_cast<uintptr_t>(p.logits) | p.vocab * bytes | p.logits_strides.outer * bytes |
                            p.logits_strides.inner * bytes) % 16 == 0;
   return (is_aligned ? 0 : kLossLayout) | (device::cluster_size_for(p) <= device::kMaxCluster ? 0 : kLossVocabulary);
 }
 
-const char* masked_cross_entropy_sm90(const CrossEntropyParams& params, void* stream) {
-  const auto cuda_stream = static_cast<cudaStream_t>(stream);
-  return checked_launch([&] {
-    switch (params.dtype) {
-      case DType::kFloat32: return device::launch<float>(params, cuda_stream);
-      case DType::kBFloat16: return device::launch<__nv_bfloat16>(params, cuda_stream);
-      case DType::kFloat16: return device::launch<__half>(params, cuda_stream);
-      case DType::kFloat64: break;  // refused by the operator
-    }
-    return cudaErrorInvalidValue;
+const char* masked_cross_entropy_sm90(const CrossEntropyParams& p, void* stream) {
+  return launch_by_dtype<float, __nv_bfloat16, __half>(p.dtype, stream, [&]<class T>(cudaStream_t stream) {
+    return device::launch_rows_in_place<T>(p, stream);
   });
 }
 

@@ -1,4 +1,4 @@
-// What the operator tells the kernels. Plain data: no torch header reaches a kernel.
+// The parameters of the loss kernels. They are plain data, so that kernels include no torch header.
 #pragma once
 
 #include <cstdint>
@@ -14,7 +14,7 @@ enum class Pass {
   kInPlace,   // logits -> losses, and logits become d(row_loss)/d(logits)
 };
 
-// Numbers per row that the forward hands to the backward: RowStats in row.h.
+// How many numbers per row the forward hands to the backward (RowStats in row.h).
 constexpr int kNumStats = 5;
 
 // `Real` below is float, or double where the logits are double.

@@ -1,5 +1,5 @@
-// The loss of one row and its gradient, once for the CPU and for CUDA. `X` is a number (CUDA) or a vector (CPU),
-// `Real` the precision of the sums. z are the student's scores after the softcap, y the teacher's.
+// The loss of one row and its gradient, in one source for the CPU and for CUDA. X is a number (CUDA) or a vector (CPU),
+// and Real is the type of the sums. z are the student's logits after the softcap, y the teacher's logits.
 #pragma once
 
 #include "loss/params.h"
@@ -11,7 +11,7 @@
 
 namespace dflash::DFLASH_ISA {
 
-// Rows that hold nothing but -inf so far are measured from 0: -inf - -inf would be NaN.
+// The origin of exponents. It is 0 for rows that hold nothing but -inf so far, because -inf - -inf would be NaN.
 template <class Real>
 DFLASH_INLINE Real finite_or_zero(Real max) {
   return max == -kInfinity ? Real(0) : max;
@@ -30,7 +30,7 @@ struct Softcap {
   }
 };
 
-// Sums over a row, all measured from the same maxima: with d = z - max, e = exp(d), u = exp(y - teacher_max).
+// Sums over a row, all relative to the same maxima: d = z - max, e = exp(d), u = exp(y - teacher_max).
 template <class X>
 struct Sums {
   X e{}, e_d{}, d{};     // of e, e * d, d
@@ -52,13 +52,13 @@ struct Sums {
   }
 };
 
-// The online softmax (Milakov and Gimelshein, arXiv 1805.02867) carried on to entropy and to the teacher's sums.
+// The online softmax (Milakov and Gimelshein, arXiv 1805.02867), extended to the entropy and to the teacher's sums.
 template <class Real>
 struct RowSums : Sums<Real> {
   Real max = -kInfinity, teacher_max = -kInfinity;
   Real count = 0;
 
-  // Measures everything from larger maxima.
+  // Makes all sums relative to larger maxima.
   DFLASH_MEMBER void raise(Real new_max, Real new_teacher_max) {
     new_max = new_max > max ? new_max : max;
     new_teacher_max = new_teacher_max > teacher_max ? new_teacher_max : teacher_max;
@@ -87,7 +87,7 @@ struct RowSums : Sums<Real> {
   }
 };
 
-// What the second pass over a row needs to know of the first.
+// What the second pass over a row needs from the first.
 template <class Real>
 struct RowStats {
   Real max, inverse_sum, teacher_max, teacher_inverse_sum, mean_sign;
@@ -102,7 +102,7 @@ struct RowStats {
   }
 };
 
-// sign(p - t) / 2: the slope of total variation in p.
+// sign(p - t) / 2, which is the derivative of the total variation by p.
 template <class X>
 DFLASH_INLINE X half_sign(X p, X t) {
   const X half = X{} + 0.5f;
@@ -150,13 +150,13 @@ struct RowLoss {
   }
 };
 
-// scale * d(loss) / d(z) of one row, z being the scores after the softcap.
+// scale * d(loss) / d(z) of one row, where z are the logits after the softcap.
 template <class Real>
 struct RowGradient {
   RowStats<Real> stats;
-  Real factor, offset;  // of exp(z - max), and of every token
-  Real of_target;       // of the target, on top
-  Real mix;             // of the teacher's term
+  Real factor, offset;  // the factor of exp(z - max), and what is subtracted for every token
+  Real of_target;       // what is added for the target
+  Real mix;             // the factor of the teacher's term
   Teacher teacher;
 
   DFLASH_MEMBER RowGradient(const RowLoss<Real>& loss, const RowStats<Real>& stats, Real scale)

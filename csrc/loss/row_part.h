@@ -1,4 +1,5 @@
-// A thread's or a block's part of a row, and what it does with a few neighbouring logits: for the CUDA kernels.
+// For the CUDA kernels: the sums of a thread's or a block's part of a row, and what they add and compute for a few
+// neighbouring logits.
 #pragma once
 
 #include "loss/row.h"
@@ -7,7 +8,7 @@ namespace dflash::DFLASH_ISA {
 
 constexpr float kNaN = __builtin_nanf("");
 
-// One branch for all of them.
+// Applies the softcap, with one branch for all logits.
 template <int kCount>
 DFLASH_INLINE void softcapped(float (&z)[kCount], const Softcap<float>& softcap, const float (&x)[kCount]) {
 #pragma unroll
@@ -27,12 +28,12 @@ struct RowPart : RowSums<float> {
     rest = fmaxf(rest, other.rest);
   }
 
-  // Is the target the argmax, the first if there are several?
+  // Whether the target is the argmax, which is the first of several largest logits.
   DFLASH_INLINE bool is_argmax(int target, float logit) const {
     return (target == 0 || logit > before) && logit >= rest;
   }
 
-  // Adds the logits x of tokens [index, index + kCount), and the teacher's y.
+  // Adds the logits x of tokens [index, index + kCount), and the teacher's logits y.
   template <bool kTeacher, int kCount>
   DFLASH_INLINE void add(const RowLoss<float>& loss, int target, int index, const float (&x)[kCount],
                          const float (&y)[kCount]) {
@@ -66,7 +67,7 @@ struct RowPart : RowSums<float> {
   }
 };
 
-// The gradient of logits x of tokens [index, index + kCount); y are the teacher's.
+// Returns the gradients of the logits x of tokens [index, index + kCount). y are the teacher's logits.
 template <bool kTeacher, int kCount>
 DFLASH_INLINE void gradients(float (&out)[kCount], const RowGradient<float>& gradient, const Softcap<float>& softcap,
                              int target, int index, const float (&x)[kCount], const float (&y)[kCount]) {
@@ -84,11 +85,11 @@ DFLASH_INLINE void gradients(float (&out)[kCount], const RowGradient<float>& gra
   }
 }
 
-// What a CUDA kernel knows of its row before it reads a logit.
+// What a CUDA kernel knows about its row before it reads a logit.
 struct RowHead {
   const CrossEntropyParams& params;
   const int64_t row;
-  const int target;  // -1 outside the vocabulary: such a row becomes NaN
+  const int target;  // -1 if it is outside the vocabulary; the row becomes NaN
   const float weight;
 
   DFLASH_INLINE RowHead(const CrossEntropyParams& p, int64_t row)
@@ -99,7 +100,7 @@ struct RowHead {
     return row / params.inner * s.outer + row % params.inner * s.inner;
   }
 
-  // For one thread of the row's.
+  // One thread of the row calls this.
   DFLASH_INLINE void write(const RowLoss<float>::Values& values, bool correct) const {
     static_cast<float*>(params.losses)[row] = weight * values.loss;
     static_cast<float*>(params.nll)[row] = values.nll;

@@ -1,4 +1,4 @@
-// A row of logits in memory, the filters' parameters, and masses: unnormalised probabilities of its tokens.
+// A row of logits in memory, the parameters of its filters, and masses (unnormalised probabilities of its tokens).
 #pragma once
 
 #include "common/simd.h"
@@ -11,8 +11,8 @@ DFLASH_INLINE Real value_of(const PerRow& parameter, int64_t row) {
   return parameter.values ? static_cast<const Real*>(parameter.values)[row] : Real(parameter.value);
 }
 
-// The temperature and filters of one row. No check has seen the values of tensors, so each value has a meaning here:
-// the rules of `filter_logits` in dflash_ext/reference/sampling.py. NaN fails every comparison.
+// The temperature and filters of one row. Values in tensors are not checked, so every value has a meaning here, by the
+// rules of `filter_logits` in dflash_ext/reference/sampling.py. NaN fails every comparison.
 template <class Real>
 struct Filters {
   Real temperature, top_k, top_p, min_p;
@@ -20,7 +20,7 @@ struct Filters {
   Filters(const FilterParams& p, int64_t row)
       : temperature(value_of<Real>(p.temperature, row)), top_k(value_of<Real>(p.top_k, row)),
         top_p(value_of<Real>(p.top_p, row)), min_p(value_of<Real>(p.min_p, row)) {
-    constexpr Real kColdest = 1e-30, kHottest = 1e30;  // beyond them 1 / temperature leaves float32
+    constexpr Real kColdest = 1e-30, kHottest = 1e30;  // outside, 1 / temperature is no float32
     if (!(temperature >= kColdest)) temperature = 0;
     if (temperature > kHottest) temperature = kHottest;
     top_k = top_k >= 1 ? Real(__builtin_floor(top_k)) : 0;
@@ -37,7 +37,7 @@ struct Logits {
   const T* x;
   int64_t vocab;
 
-  // Of tokens [i, i + kLanes); past the end -inf.
+  // Returns the logits of tokens [i, i + kLanes); past the end they are -inf.
   DFLASH_MEMBER Wide at(int64_t i) const {
     if (i + kLanes <= vocab) return load<Wide>(x + i);
     Wide v = Wide{} - kInfinity;
@@ -47,7 +47,7 @@ struct Logits {
   DFLASH_MEMBER Real operator[](int64_t token) const { return load<Vector<Real, 1>>(x + token)[0]; }
 };
 
-// exp((x - origin) / temperature) * scale for tokens whose logit x reaches `lowest`, 0 for the others.
+// Masses: exp((x - origin) / temperature) * scale for tokens whose logit x is at least `lowest`, 0 for the others.
 template <class T, class Real>
 struct Masses {
   using Wide = typename Logits<T, Real>::Wide;
@@ -68,7 +68,7 @@ struct Masses {
 DFLASH_INLINE int64_t bits_of(double x) { return bits_as<int64_t>(x); }
 DFLASH_INLINE int32_t bits_of(float x) { return bits_as<int32_t>(x); }
 
-// The largest number below x; -inf and NaN stay.
+// Returns the largest number below x; -inf and NaN stay.
 template <class Real>
 DFLASH_INLINE Real next_below(Real x) {
   if (!(x > -kInfinity)) return x;
@@ -76,11 +76,11 @@ DFLASH_INLINE Real next_below(Real x) {
   return bits_as<Real>(bits_of(x) + (x > 0 ? -1 : 1));
 }
 
-// The smallest x whose x / temperature, as the division rounds it, reaches the pivot: tokens that the division makes
-// equal share one fate.
+// Returns the smallest x for which x / temperature, as the division rounds it, is at least the pivot. Tokens that the
+// division makes equal are therefore all kept or all dropped.
 template <class Real>
 DFLASH_INLINE Real smallest_logit(Real pivot, Real temperature) {
-  constexpr int kSteps = 4;  // more than the product and the quotient are off by
+  constexpr int kSteps = 4;  // more than the rounding of the product and the quotient
   Real x = pivot * temperature;
   for (int step = 0; step < kSteps; ++step) x = next_below(x);
   for (int step = 0; step < 2 * kSteps && x / temperature < pivot; ++step) x = -next_below(-x);

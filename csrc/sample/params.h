@@ -1,4 +1,4 @@
-// What the operators tell the kernels. Plain data: no torch header reaches a kernel.
+// The parameters of the sampling kernels. They are plain data, so that kernels include no torch header.
 #pragma once
 
 #include <cstdint>
@@ -9,13 +9,13 @@ namespace dflash {
 
 // `Real` below is float, or double where the logits are double.
 
-// A number for every row, or one per row.
+// One number for all rows, or one number per row.
 struct PerRow {
   const void* values;  // [rows] Real; null: `value` for all
   double value;
 };
 
-// The distribution of a row: softmax(logits / temperature), and what top-k, top-p and min-p leave of it.
+// The distribution of a row is softmax(logits / temperature), after the filters top-k, top-p and min-p.
 struct FilterParams {
   PerRow temperature, top_k, top_p, min_p;  // off: top_k 0, top_p 1, min_p 0; temperature 0: the argmax alone
   bool any;                                 // top_k, top_p or min_p is given
@@ -26,7 +26,7 @@ struct SeedParams {
   bool per_row;  // values [rows]; otherwise [1]
 };
 
-// Rows of SampleParams::reals and ::ids. The last real is there only where `confidence` asks for it.
+// Rows of SampleParams::reals and ::ids. The last real exists only if `confidence` is set.
 enum SampleReal { kProb, kLogprob, kEntropy, kMargin, kMaxProb, kPivot, kNormaliser, kFilteredEntropy, kConfidence };
 enum SampleId { kToken, kArgmax, kSampleIds };
 
@@ -46,7 +46,7 @@ enum class Draft { kPoint, kFiltered, kDescribed };
 
 struct VerifyParams {
   DType dtype;
-  Draft draft;  // a point mass; logits whose filters are found again; logits with pivot and normaliser
+  Draft draft;  // a point mass; logits, whose filters are applied again; logits with their pivot and normaliser
   int64_t rows, drafted, vocab;
   const int64_t* tokens;       // [rows, drafted]
   const int64_t* lens;         // [rows]; null: all `drafted`
@@ -68,7 +68,7 @@ struct RevealParams {
   Reveal rule;
   bool is_double;  // Real: float or double
   int64_t rows, length;
-  const void* scores;   // [rows, length] Real; null: left to right
+  const void* scores;   // [rows, length] Real; null: positions are revealed from left to right
   const void* entropy;  // [rows, length] Real, for kEntropyBound
   const bool* masked;   // [rows, length]
   PerRow limit;

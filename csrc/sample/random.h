@@ -1,4 +1,5 @@
-// Random numbers as a function of (seed, stream, row, column): SplitMix64's mixing over counters, so no state is kept.
+// Random numbers as a function of (seed, stream, row, column). They apply SplitMix64's mixing to counters and keep no
+// state.
 // dflash_ext/ops/random.py has the same numbers in Python.
 #pragma once
 
@@ -11,7 +12,7 @@
 
 namespace dflash::DFLASH_ISA {
 
-// A draft and its verification draw from different streams, so that one seed may serve both.
+// A draft and its verification draw from different streams, so that one seed can serve both.
 enum Stream : uint64_t { kSampleStream = 1, kVerifyStream = 2 };
 
 constexpr uint64_t kGolden = 0x9E3779B97F4A7C15u;  // 2^64 over the golden ratio
@@ -22,7 +23,7 @@ DFLASH_INLINE uint64_t mix_bits(uint64_t x) {
   return x ^ (x >> 31);
 }
 
-// In [0, 1). A seed of its own makes a row the first of its seed, wherever it stands.
+// Returns a number in [0, 1). A row with a seed of its own counts as the first row of that seed, wherever it stands.
 DFLASH_INLINE double uniform_of(const SeedParams& seed, Stream stream, int64_t row, int64_t column) {
   const uint64_t own = seed.values[seed.per_row ? row : 0], index = seed.per_row ? 0 : row;
   const uint64_t key = mix_bits(mix_bits(mix_bits(own + kGolden) + stream) + index * kGolden);

@@ -1,11 +1,11 @@
-// Which masked positions of a canvas to commit, on the CPU: the best are popped off a heap for as long as the rule
-// takes them.
+// Which masked positions of a canvas to commit, on the CPU. The best positions are popped from a heap as long as the
+// rule accepts them.
 #include "sample/logits.h"
 #include "sample/select.h"
 
 namespace dflash::DFLASH_ISA {
 
-// Positions, the one of the highest score on top, the leftmost among equals. NaN counts as -inf.
+// A heap of positions. The highest score is on top, and the leftmost of equal scores. NaN counts as -inf.
 template <class Real>
 class Heap {
  public:
@@ -65,7 +65,7 @@ static void reveal_row(const RevealParams& p, int64_t row, int64_t* positions) {
   double entropies = 0, largest = 0;
   for (int64_t nth = 1; heap.count() > 0; ++nth) {
     const int64_t position = heap.pop();
-    bool takes = nth == 1;  // whatever the score, so that every step makes progress
+    bool takes = nth == 1;  // the first is always taken, so that every step makes progress
     switch (p.rule) {
       case Reveal::kCount: takes = nth <= limit; break;
       case Reveal::kThreshold: takes |= scores[position] > limit; break;

@@ -1,4 +1,4 @@
-// One row of logits on the CPU: what it adds up to, what the filters leave of it, and draws from it.
+// One row of logits on the CPU: its sums, its filters, and draws from it.
 #pragma once
 
 #include "sample/logits.h"
@@ -10,16 +10,16 @@ template <class T, class Real>
 class Row {
   using Wide = typename Logits<T, Real>::Wide;
   static constexpr int kLanes = Logits<T, Real>::kLanes;
-  static constexpr int64_t kTile = 1024;  // read twice in a row, while it lies in the first-level cache
+  static constexpr int64_t kTile = 1024;  // tokens; a tile is read twice while it lies in the L1 cache
 
-  // Sums of e = exp((x - max) / temperature), and of e times that exponent.
+  // The sum of e = exp((x - max) / temperature), and the sum of e times that exponent.
   struct Tile {
     Wide lane_max;
     Real max, sum, sum_exponent;
   };
 
  public:
-  // The rows of a thread share it one after the other.
+  // Scratch memory that the rows of a thread use one after another.
   struct Workspace {
     Array<Tile> tiles;
     Array<Real> numbers;
@@ -27,7 +27,7 @@ class Row {
     Workspace(int64_t vocab, bool filters) : tiles(tiles_of(vocab)), numbers(filters ? 2 * (vocab + kLanes) : 0) {}
     ~Workspace() { delete[] certain_; }
 
-    // Logits that are 0 for the token and -inf for all others.
+    // Returns logits that are 0 for the token and -inf for all others.
     const T* point_mass(int64_t token, int64_t vocab) const {
       using One = Vector<Real, 1>;
       if (!certain_) certain_ = new T[vocab];
@@ -36,7 +36,7 @@ class Row {
     }
 
    private:
-    mutable T* certain_ = nullptr;  // seldom needed
+    mutable T* certain_ = nullptr;  // made when it is first needed, which is rare
   };
 
   struct Sums {
@@ -44,8 +44,8 @@ class Row {
     Real entropy() const { return Real(__builtin_log(e) - e_exponent / e); }  // nats
   };
 
-  // What a row's draws need. A logit of +inf, of which softmax would make NaN, makes the row a point mass at the first
-  // such token.
+  // Reads what the draws need. A logit of +inf, of which a softmax would make NaN, makes the row a point mass at the
+  // first such token.
   static Row read(const T* x, int64_t vocab, Real temperature, const Workspace& workspace) {
     Row row(x, vocab, temperature, workspace);
     row.scan();
@@ -60,14 +60,14 @@ class Row {
       : logits_{x, vocab}, temperature_(temperature == 0 ? Real(1) : temperature), inverse_(1 / temperature_),
         tiles_(workspace.tiles.data()), tile_count_(tiles_of(vocab)), numbers_(workspace.numbers.data()) {}
 
-  // The two largest logits and the first token of the largest.
+  // Reads the two largest logits and the first token of the largest.
   void read_maxima() {
     Wide first = Wide{} - kInfinity, second = first;
     for (int64_t t = 0; t < tile_count_; ++t) read_maxima(t, first, second);
     finish_maxima(first, second);
   }
 
-  // After `read`: drops what the filters drop.
+  // Applies the filters. It must follow `read`.
   void filter(const Filters<Real>& filters) {
     pivot_ = pivot_of(filters);
     if (pivot_ == -kInfinity) return;
@@ -84,7 +84,7 @@ class Row {
   const Sums& sums() const { return sums_; }
   bool is_certain() const { return is_certain_; }  // a point mass, because of a logit of +inf
 
-  // The probability of a token at temperature 1, before the filters: another pass over memory.
+  // Returns the probability of a token at temperature 1, before the filters. This is another pass over memory.
   Real probability_at_1(int64_t token) const {
     double sum = 0;
     for (int64_t t = 0; t < tile_count_; ++t) {
@@ -98,21 +98,22 @@ class Row {
     return Real(exp_of(logit(token) - max_) / sum);
   }
 
-  // What the filters left, in z = logits / temperature: exp(z - normaliser) from the pivot on.
+  // The filtered distribution, in z = logits / temperature: exp(z - normaliser) for z of at least the pivot.
   const Sums& kept() const { return kept_; }
   Real pivot() const { return pivot_; }  // -inf if nothing was dropped
   Real normaliser() const { return max_ / temperature_ + Real(__builtin_log(kept_.e)); }
   Masses<T, Real> probabilities() const { return {logits_, lowest_, max_, inverse_, Real(1 / kept_.e)}; }
 
-  // Both draw by inverse CDF, in the order of the vocabulary, with one number of [0, 1). From what the filters left:
+  // Both draws invert the CDF, in the order of the vocabulary, with one number of [0, 1). This one is of the filtered
+  // distribution.
   int64_t draw(double uniform) const {
     const Masses<T, Real> masses{logits_, lowest_, max_, inverse_, Real(1)};
     const int64_t token = draw_by_tiles(uniform * kept_.e, [&](int64_t i) DFLASH_LAMBDA { return masses.at(i); });
     return token < 0 ? argmax_ : token;
   }
 
-  // From any masses: mass(i) is the vector of tokens [i, i + kLanes), 0 where the filters dropped a token. Returns -1
-  // if there is no mass. draw(uniform) cannot follow.
+  // This one is of any masses: mass(i) is the vector of tokens [i, i + kLanes), 0 where the filters dropped a token. It
+  // returns -1 if there is no mass. draw(uniform) cannot follow it.
   template <class Mass>
   int64_t draw(double uniform, Mass&& mass) {
     double all = 0;
@@ -136,7 +137,7 @@ class Row {
     return larger(exponent, X{} - 1e4f);
   }
 
-  // read_maxima() and the row's sums, in one pass over memory.
+  // Does read_maxima() and computes the row's sums, in one pass over memory.
   void scan() {
     Wide first = Wide{} - kInfinity, second = first;
     for (int64_t t = 0; t < tile_count_; ++t) {
@@ -144,7 +145,7 @@ class Row {
       read_sums(t, tiles_[t].max);
     }
     finish_maxima(first, second);
-    for (int64_t t = 0; t < tile_count_; ++t) {  // from the tile's maximum to the row's
+    for (int64_t t = 0; t < tile_count_; ++t) {  // make sums relative to the row's maximum, not the tile's
       Tile& tile = tiles_[t];
       const Real shift = bounded(exponent(tile.max)), scale = exp_of(shift);
       tile.sum_exponent = scale * (tile.sum_exponent + shift * tile.sum);
@@ -156,7 +157,7 @@ class Row {
   DFLASH_MEMBER void read_maxima(int64_t t, Wide& first, Wide& second) {
     Wide tile_first = Wide{} - kInfinity, tile_second = tile_first;
     for (int64_t i = begin_of(t); i < begin_of(t + 1); i += kLanes) {
-      const Wide x = logits_.at(i);  // where it is NaN, each of the three takes its second argument
+      const Wide x = logits_.at(i);  // for a NaN, each of the three returns its second argument
       tile_second = larger(smaller(tile_first, x), tile_second);
       tile_first = larger(x, tile_first);
     }
@@ -174,7 +175,7 @@ class Row {
     second_ = max_lanes(first);
 
     argmax_ = 0;
-    if (max_ == -kInfinity) return;  // nothing but -inf and NaN, which counts as -inf
+    if (max_ == -kInfinity) return;  // the row holds nothing but -inf and NaN, which counts as -inf
     int64_t t = 0;
     while (t < tile_count_ - 1 && tiles_[t].max != max_) ++t;
     argmax_ = begin_of(t);
@@ -206,7 +207,7 @@ class Row {
 
   // ---- filters
 
-  // The smallest z = logits / temperature that they keep.
+  // Returns the smallest z = logits / temperature that the filters keep.
   Real pivot_of(const Filters<Real>& filters) const {
     Real lowest = -kInfinity, pivot = -kInfinity;
     if (filters.top_k > 0 && filters.top_k < logits_.vocab) {
@@ -218,10 +219,10 @@ class Row {
     return pivot;
   }
 
-  // The count-th largest logit.
+  // Returns the count-th largest logit.
   Real pivot_by_count(Real count) const {
     const auto one = [](Wide) DFLASH_LAMBDA { return Wide{} + 1; };
-    // At least `count` logits reach the count-th largest among the maxima of each lane of each tile.
+    // At least `count` logits are not below the count-th largest among the maxima of each lane of each tile.
     Real lowest = -kInfinity;
     Weighted<Real> maxima = no_numbers();
     for (int64_t t = 0; t < tile_count_; ++t) maxima.append(tiles_[t].lane_max, tiles_[t].lane_max > -kInfinity);
@@ -234,11 +235,11 @@ class Row {
     return candidates.select(lowest, max_, count);
   }
 
-  // The smallest of the logits from `lowest` on such that those above it have less than top_p of their mass.
+  // Returns the smallest of the logits from `lowest` on for which those above it have less than top_p of the mass.
   Real pivot_by_mass(Real top_p, Real lowest) const {
     const bool all = lowest == -kInfinity;
     if (all) {
-      // The logits below this bound have less than 1 - top_p of the mass together; 0.5 is room for rounding.
+      // The logits below this bound together have less than 1 - top_p of the mass. The factor 0.5 allows for rounding.
       const double share = 0.5 * (1 - top_p) * sums_.e / logits_.vocab;
       lowest = max_ + temperature_ * Real(__builtin_log(share));
     }
@@ -248,7 +249,7 @@ class Row {
     return candidates.select(lowest, max_, top_p * mass);
   }
 
-  // The finite logits from `lowest` on.
+  // Collects the finite logits from `lowest` on.
   Weighted<Real> reaching(Real lowest) const {
     Weighted<Real> found = no_numbers();
     for (int64_t t = 0; t < tile_count_; ++t) {
@@ -265,7 +266,7 @@ class Row {
 
   // ---- drawing
 
-  // The first token at which the running sum of masses passes the target.
+  // Returns the first token at which the running sum of masses exceeds the target.
   template <class Mass>
   int64_t draw_by_tiles(double target, Mass&& mass) const {
     double passed = 0;
@@ -287,10 +288,10 @@ class Row {
         }
       }
     }
-    return last_of(mass);  // rounding left the target out of reach
+    return last_of(mass);  // the sum stays below the target because of rounding
   }
 
-  // The last token with a mass, -1 if there is none.
+  // Returns the last token with a mass, or -1 if there is none.
   template <class Mass>
   int64_t last_of(Mass&& mass) const {
     for (int64_t i = (logits_.vocab - 1) / kLanes * kLanes; i >= 0; i -= kLanes) {

@@ -1,4 +1,4 @@
-// One draw per row on the CPU, and what the row's distribution looks like.
+// One draw per row on the CPU, with the statistics of the row's distribution.
 #include "sample/random.h"
 #include "sample/row_cpu.h"
 

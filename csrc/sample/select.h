@@ -1,4 +1,4 @@
-// Selection without a sort: where a set of weighted numbers splits at a given weight.
+// Selection without a sort: finds the number at which a weighted set splits by a given weight.
 #pragma once
 
 #include "common/simd.h"
@@ -14,19 +14,19 @@ DFLASH_INLINE V smaller(V a, V b) {
   return a < b ? a : b;
 }
 
-// Finite numbers and their weights, in arrays that have room for one more vector.
+// Finite numbers and their weights, in arrays with room for one more vector.
 template <class Real>
 struct Weighted {
   static constexpr int kLanes = kVectorBytes / sizeof(Real);
   using Wide = Vector<Real, kLanes>;
-  static constexpr int64_t kPiece = 1024;  // summed in Real; the pieces' sums in double
+  static constexpr int64_t kPiece = 1024;  // numbers; a piece is summed in Real, and the pieces' sums in double
 
   Real *values, *weights;
   int64_t count;
 
   DFLASH_MEMBER void append(Wide v, MaskOf<Wide> keep) { count += compact(values + count, v, keep); }
 
-  // Gives every number its weight; due before all of the following.
+  // Sets the weight of every number. It must precede all of the following.
   template <class Weight>
   DFLASH_MEMBER void weigh(Weight&& weight) {
     pad();
@@ -35,7 +35,7 @@ struct Weighted {
 
   struct Split {
     double weight_above = 0;
-    Real smallest_above, largest_below;  // +-inf if there is none; below: up to the threshold
+    Real smallest_above, largest_below;  // +-inf if there is none; the threshold itself counts as below
   };
 
   Split split(Real threshold) const {
@@ -56,12 +56,13 @@ struct Weighted {
     return result;
   }
 
-  // The smallest number such that those above it weigh less than `limit`; the largest, which is `high`, if there is
-  // none. No number is below `low`. Halves that range until it holds one number, dropping those outside.
+  // Returns the smallest number for which those above it weigh less than `limit`; if there is none, the largest, which
+  // is `high`. No number is below `low`. The range is halved until it holds one number, and numbers outside are
+  // dropped.
   Real select(Real low, Real high, double limit) {
     while (low < high) {
       const Real middle = low + (high - low) / 2;
-      const Real threshold = middle < high ? middle : low;  // also where the difference is infinite
+      const Real threshold = middle < high ? middle : low;  // right for an infinite difference as well
       const Split parts = split(threshold);
       if (parts.weight_above >= limit) {
         low = parts.smallest_above;

@@ -1,4 +1,4 @@
-// Speculative sampling on the CPU. Logits are read only once their token's turn has come.
+// Speculative sampling on the CPU. The logits of a token are read only when it is reached.
 #include "sample/random.h"
 #include "sample/row_cpu.h"
 
@@ -52,18 +52,18 @@ class Verifier {
         });
       } else {
         const Masses<T, Real> q = draft_probabilities(row, k, filters);
-        // A token that q could not have drawn (its logits are NaN, say) is rejected.
+        // A token that q could not have drawn is rejected, for example if its logits are NaN.
         const Real chance = q[drafted_token];
         if (chance > 0 && uniform(row, k) * chance < p[drafted_token]) continue;
         token = target.draw(draw, [&](int64_t i) DFLASH_LAMBDA { return larger(p.at(i) - q.at(i), Wide{}); });
       }
-      // Where p = q the residual is nothing but rounding, and so was the rejection.
+      // If p = q, the residual is only rounding, and so was the rejection.
       if (token < 0) token = target.draw(draw, [&](int64_t i) DFLASH_LAMBDA { return p.at(i); });
-      return {k, larger(token, int64_t(0))};  // without any mass (NaN) the first token, as argmax has it
+      return {k, larger(token, int64_t(0))};  // without any mass (NaN) this is the first token, as of argmax
     }
   }
 
-  // Its `Sample` marks a draft from logits of +inf by a pivot of +inf.
+  // A pivot of +inf marks a draft from logits of +inf.
   bool is_point_mass(int64_t row, int64_t k) const {
     return p_.draft == Draft::kPoint ||
            (p_.draft == Draft::kDescribed && static_cast<const Real*>(p_.pivots)[row * p_.drafted + k] == kInfinity);

@@ -1,12 +1,12 @@
-// The register block under every product of attention: kHeight x kWidth numbers of A B, where A is read number by
-// number and B by vectors.
+// The register block that computes all matrix products of attention on the CPU: kHeight x kWidth numbers of A B, where
+// A is read number by number and B by vectors.
 #pragma once
 
 #include "common/simd.h"
 
 namespace dflash::DFLASH_ISA {
 
-// kVectors: 2, or 1 where that is already wider than all there is to do.
+// kVectors is 2, or 1 if one vector is already wider than the work.
 template <class Real, int kVectors_ = 2>
 struct Block {
   static constexpr int kLanes = kVectorBytes / sizeof(Real);
@@ -40,8 +40,8 @@ struct Block {
     });
   }
 
-  // Becomes A B. A is [kHeight, depth] with strides (a_row, a_step), B [depth, kWidth] with rows b_step apart. Sums are
-  // made in pieces, so that rounding errors do not grow with the depth.
+  // Computes A B. A is [kHeight, depth] with strides (a_row, a_step), B is [depth, kWidth] with rows b_step apart. The
+  // depth is summed in pieces, so that rounding errors do not grow with it.
   DFLASH_MEMBER void multiply(const Real* a, int64_t a_row, int64_t a_step, const Real* b, int64_t b_step,
                               int64_t depth) {
     constexpr int64_t kPiece = 64;

@@ -1,4 +1,4 @@
-// Which keys rows see: a panel is as many rows as a register block is wide, one a lane.
+// Which keys rows see. A panel is as many rows as a register block is wide, one row in each lane.
 #pragma once
 
 #include "attn/cpu/block.h"
@@ -14,7 +14,7 @@ struct Range {
   DFLASH_MEMBER Range intersect(Range other) const {
     return {begin > other.begin ? begin : other.begin, end < other.end ? end : other.end};
   }
-  // The smallest range around both.
+  // Returns the smallest range that holds both.
   DFLASH_MEMBER Range unite(Range other) const {
     if (empty()) return other;
     if (other.empty()) return *this;
@@ -22,14 +22,14 @@ struct Range {
   }
 };
 
-// The two intervals of one row; empty ones are {0, 0}.
+// The two intervals of one row. Empty intervals are {0, 0}.
 struct Visible {
   Range context, block;
 
   DFLASH_MEMBER bool empty() const { return context.empty() && block.empty(); }
 };
 
-// What position i of batch entry b sees among `keys`.
+// Returns what position i of batch entry b sees among `keys`.
 DFLASH_INLINE Visible visible_at(const Intervals& mask, int64_t b, int64_t i, Range keys) {
   const int64_t at = b * mask.batch + i;
   const Range context = keys.intersect({mask.ctx_lo[at], mask.ctx_hi[at]});
@@ -53,10 +53,10 @@ struct Panel {
   using Key = typename KeyIndex<typename B::Number>::type;
   using Index = Vector<Key, B::kLanes>;
 
-  // By row: where an interval begins and how long it is.
+  // For each row, where an interval begins and how long it is.
   Index context_begin[B::kVectors], context_length[B::kVectors];
   Index block_begin[B::kVectors], block_length[B::kVectors];
-  // Keys that any row sees lie in the first, and the second is what all rows see.
+  // The first holds all keys that some row sees; the second is what all rows see.
   Visible any, all;
 
   // row: 0 to kWidth - 1, in this order.
@@ -70,7 +70,7 @@ struct Panel {
     all = row == 0 ? visible : Visible{all.context.intersect(visible.context), all.block.intersect(visible.block)};
   }
 
-  // The part of a key tile that has to be looked at, in whole steps of kHeight from the tile's beginning.
+  // Returns the part of a key tile that must be visited, in whole steps of kHeight from the tile's begin.
   DFLASH_MEMBER Range part_of(Range tile) const {
     const Range part = tile.intersect(any.context).unite(tile.intersect(any.block));
     if (part.empty()) return {};
@@ -81,7 +81,7 @@ struct Panel {
 
   DFLASH_MEMBER bool all_see(Range keys) const { return all.context.contains(keys) || all.block.contains(keys); }
 
-  // Lanes of vector n whose rows see a key: all bits set.
+  // Returns a mask of the lanes of vector n whose rows see a key.
   DFLASH_MEMBER auto sees(int n, int64_t key) const {
     const Index k = Index{} + Key(key);
     return (k - context_begin[n] < context_length[n]) | (k - block_begin[n] < block_length[n]);

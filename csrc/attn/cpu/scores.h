@@ -1,4 +1,4 @@
-// From products q k to scores and their exponentials.
+// From products of q and k to scores, and from scores to exponentials.
 #pragma once
 
 #include "common/simd.h"
@@ -10,7 +10,7 @@ namespace dflash::DFLASH_ISA {
 template <class V>
 DFLASH_INLINE V split_exp(V x, V& e1) {
   using U = Vector<uint32_t, lanes_of<V>>;
-  // Adding and subtracting it rounds to an integer, and leaves the exponent's bits of 2^n behind.
+  // Adding and subtracting this number rounds to an integer. The low bits of the sum become the exponent of 2^n.
   constexpr float kRound = 0x1.8p23f + 127;
   x = x < -88.0f ? V{} - 88.0f : x;
   const V shifted = x * 0x1.715476p0f + kRound;
@@ -25,7 +25,7 @@ DFLASH_INLINE V split_exp(V x, V& e1) {
   return bits_as<V>(bits_as<U>(shifted) << 23);
 }
 
-// e^x for x at most 88: 0 below -88, -inf included; NaN stays NaN.
+// Returns e^x for x at most 88. It is 0 below -88, -inf included; NaN stays NaN.
 template <int kLanes>
 DFLASH_INLINE auto weight_lanes(Vector<float, kLanes> x) {
   Vector<float, kLanes> e1;
@@ -75,7 +75,7 @@ struct Scoring {
   }
 };
 
-// The maximum that exponentials are measured from: rows that have seen no key yet have none.
+// The origin of exponentials. It is 0 for rows that have seen no key yet.
 template <class V>
 DFLASH_INLINE V finite_or_zero(V max) {
   return max == -kInfinity ? V{} : max;

@@ -1,4 +1,4 @@
-// One item of work: a tile of rows of one key head, and the keys that they see, tile by tile.
+// One item: a tile of rows of one key head, and the tiles of keys that they see.
 #pragma once
 
 #include <initializer_list>
@@ -7,7 +7,7 @@
 
 namespace dflash::DFLASH_ISA {
 
-// Hands out pieces of a thread's scratch memory, each at the beginning of a cache line.
+// Allocates pieces of a thread's scratch memory. Each begins with a cache line.
 struct Scratch {
   char* at;
 
@@ -38,10 +38,10 @@ struct RowTile {
   int64_t first, count;                // rows
   int64_t first_position, positions;
   Visible visible[kRowTile];           // by position
-  Range keys;                          // all that is seen lies within
+  Range keys;                          // holds all keys that some row sees
   Panel<Block> panels[kPanels];
 
-  // `within`: the keys that count.
+  // `within` are the keys that count.
   RowTile(const AttentionParams& p, int64_t b, int64_t kv_head, int64_t first, Range within)
       : b(b), kv_head(kv_head), group(group_of(p)), first(first) {
     const int64_t rows = rows_of(p);
@@ -57,13 +57,13 @@ struct RowTile {
 
   DFLASH_MEMBER int64_t panel_count() const { return (count + kWidth - 1) / kWidth; }
 
-  // The last panel's lanes behind the last row repeat it.
+  // Lanes after the last row repeat it.
   DFLASH_MEMBER int64_t clamped(int64_t row) const { return first + (row < count ? row : count - 1); }
   DFLASH_MEMBER int64_t position(int64_t row) const { return clamped(row) / group; }
   DFLASH_MEMBER int64_t head(int64_t row) const { return kv_head * group + clamped(row) % group; }
   DFLASH_MEMBER const Visible& sight(int64_t row) const { return visible[position(row) - first_position]; }
 
-  // Calls f(panel, part of the tile that it looks at).
+  // Calls f(panel, the part of the tile that the panel visits).
   template <class F>
   DFLASH_MEMBER void each_panel(Range tile, F&& f) const {
     for (int64_t i = 0; i < panel_count(); ++i) {
@@ -72,7 +72,7 @@ struct RowTile {
     }
   }
 
-  // seen[j]: whether any row sees key tile.begin + j. Returns how many are seen.
+  // Sets seen[j] to whether some row sees key tile.begin + j. Returns how many keys are seen.
   DFLASH_MEMBER int find_seen(Range tile, bool* seen) const {
     for (int64_t i = 0; i < panel_count(); ++i) {
       if (!panels[i].all_see(tile)) continue;
@@ -97,7 +97,7 @@ struct RowTile {
   }
 };
 
-// Keys and values of a tile as rows of Real, one behind the other.
+// Keys and values of a tile as consecutive rows of Real.
 template <class T, class Real>
 struct KeyTile {
   const AttentionParams& p;
@@ -109,8 +109,8 @@ struct KeyTile {
         k_copy(scratch.take<Real>(kKeyTile * p.head_dim)),
         v_copy(scratch.take<Real>(kKeyTile * p.head_dim)) {}
 
-  // Returns false, and loads nothing, where no row sees any of the keys. Rows that are all seen and lie in memory as
-  // they should stay there. In a copy, keys that no row sees are zeros, whatever memory holds.
+  // Returns false and loads nothing if no row sees any of the keys. Keys that are all seen and already lie in memory in
+  // this form are not copied. In a copy, keys that no row sees are zeros, whatever their memory holds.
   template <class Rows>
   DFLASH_MEMBER bool load(const Rows& rows, Range tile) {
     bool seen[kKeyTile];
@@ -140,7 +140,7 @@ struct KeyTile {
   }
 
  private:
-  // The batch entry or page that holds a key (-1: no such page), and where in it.
+  // Returns the batch entry or page that holds a key (-1 if there is no such page), and the row in it.
   struct Place {
     int64_t outer, row;
   };
@@ -162,7 +162,7 @@ struct KeyTile {
   }
 };
 
-// The threads take items from the last, which sees the most under causal masks, to the first.
+// Threads take the items in descending order, because under causal masks the last items see the most keys.
 template <class F>
 DFLASH_INLINE void take_items(const AttentionParams& p, int64_t count, F&& f) {
   for (;;) {

@@ -1,5 +1,5 @@
-// Brings the parts of an item together. Every block that made some of them takes rows of the result, once all are
-// there; the grid is resident as a whole, so waiting for the others is safe.
+// Combines the parts of an item that several blocks share. Every block that made a part combines some of the rows, once
+// all parts are there. The whole grid is resident (a cooperative launch), so that waiting for the others is safe.
 #pragma once
 
 #include <cuda/atomic>
@@ -8,34 +8,35 @@
 #include "attn/softmax.h"
 #include "common/mma.h"
 
-namespace dflash::DFLASH_ISA {
+namespace dflash::DFLASH_ISA::sm80 {
 
-// The slots of an item's parts. In exact mode every unit has its own. Otherwise a block has two: for what it finds
-// begun, and for what it leaves unfinished.
+// The slots of an item's parts in the workspace. In exact mode every unit has a slot. Otherwise every block has two:
+// one for an item that an earlier block began, and one for an item that a later block continues.
 struct Parts {
   bool exact;
   int first_unit, first_block, blocks, count;
 
-  DFLASH_INLINE Parts(const DecodeProblem& p, const Share& share, const Item& item)
-      : exact(p.exact), first_unit(item.first), first_block(share.block_of(item.first)) {
-    blocks = share.block_of(item.first + item.count - 1) - first_block + 1;
+  DFLASH_INLINE Parts(const DecodeProblem& p, const WorkRange& range, const DecodeItem& item)
+      : exact(p.exact), first_unit(item.first), first_block(range.block_of(item.first)) {
+    blocks = range.block_of(item.first + item.count - 1) - first_block + 1;
     count = exact ? item.count : blocks;
   }
 
   DFLASH_INLINE int slot(int i) const { return exact ? first_unit + i : 2 * (first_block + i) + (i == 0); }
 };
 
-// An item that several blocks share has the counter of the block that it begins in, for itself: no other item begins
-// there and ends elsewhere. It counts the blocks that have written their parts.
+// How the blocks that have an item in common wait for each other. The item uses the counter of the block that it begins
+// in; no other item begins there and ends in another block. The counter counts the blocks that have written their
+// parts.
 class Meeting {
  public:
   DFLASH_INLINE Meeting(const DecodeProblem& p, const Parts& parts)
       : counter_(p.counters[parts.first_block]), blocks_(parts.blocks) {}
 
-  // One thread of a block, after a barrier that follows what the block has written, and a fence that releases it.
+  // One thread of a block calls this, after a block barrier and a release fence have published the block's parts.
   DFLASH_INLINE void arrive() { counter_.fetch_add(1, cuda::memory_order_relaxed); }
 
-  // One thread of a block, before a barrier that precedes what the block reads.
+  // One thread of a block calls this, before a block barrier that precedes the block's reads.
   DFLASH_INLINE void wait() {
     while (counter_.load(cuda::memory_order_acquire) != blocks_) {
     }
@@ -46,8 +47,8 @@ class Meeting {
   uint32_t blocks_;
 };
 
-// Parts lie as the warps that made them hold them: of a fragment, 16 rows and eight columns, a lane has two neighbours
-// of row lane / 4 and two of the row 8 below. Here a warp adds up kWidth fragments side by side, part by part.
+// Parts lie in memory as accumulators (common/mma.h), one fragment of 16 rows and 8 columns after another. A warp adds
+// up kWidth neighbouring fragments, kBatch parts at a time.
 template <class T, int kWidth, int kBatch>
 DFLASH_INLINE void combine_fragments(const DecodeProblem& p, const Parts& parts, const ItemRows& rows,
                                      const RowPlace* places, int row_group, int first_fragment) {
@@ -122,10 +123,11 @@ DFLASH_INLINE void combine_fragments(const DecodeProblem& p, const Parts& parts,
   }
 }
 
-// All threads of the block take part; a block that alone made all parts waits for nobody else.
+// All threads of the block call this. A block that made all parts alone waits for no other.
 template <class T, int kThreads>
-DFLASH_INLINE void combine(const DecodeProblem& p, const Share& share, const Item& item, const RowPlace* places) {
-  const Parts parts(p, share, item);
+DFLASH_INLINE void combine(const DecodeProblem& p, const WorkRange& range, const DecodeItem& item,
+                           const RowPlace* places) {
+  const Parts parts(p, range, item);
   const ItemRows rows(p, p.tile_plan(item.tile), item.replica);
   if (parts.blocks > 1 && threadIdx.x == 0) Meeting(p, parts).wait();
   __syncthreads();
@@ -137,7 +139,8 @@ DFLASH_INLINE void combine(const DecodeProblem& p, const Share& share, const Ite
       combine_fragments<T, kWidth, kBatch>(p, parts, rows, places, i / across, i % across * kWidth);
     }
   };
-  // Eight loads under way: all along the parts where there are warps enough, or else along the row too.
+  // Each lane keeps eight loads in flight: of eight parts if there are enough warps, otherwise of two parts and four
+  // fragments.
   if (row_groups * p.fragments <= warps) {
     share_out.template operator()<1, 8>();
   } else {
@@ -145,4 +148,4 @@ DFLASH_INLINE void combine(const DecodeProblem& p, const Share& share, const Ite
   }
 }
 
-}  // namespace dflash::DFLASH_ISA
+}  // namespace dflash::DFLASH_ISA::sm80

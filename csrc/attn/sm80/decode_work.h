@@ -1,18 +1,19 @@
-// What there is to do in one decoding step, as one list. An item is a tile of the plan with a key head and a part of
-// its query heads; its keys are cut into units at multiples of the unit's length. The list holds the units of all items
-// one after another, and every block takes an equal run of them. All of it follows from the plan on the device.
+// The work of one portable decode launch, as one list. An item is a tile of the plan with one key head and some of its
+// query heads. Its keys are cut into units at multiples of the unit's length. The list holds the units of all items one
+// after another, and every block takes an equal range of it. Blocks derive all of this from the plan on the device.
 #pragma once
 
+#include "attn/aligned_key_tiles.h"
 #include "attn/decode.h"
 #include "common/device.h"
 
-namespace dflash::DFLASH_ISA {
+namespace dflash::DFLASH_ISA::sm80 {
 
-// What the launcher works out once for all blocks.
+// What the launcher computes once for all blocks.
 struct DecodeProblem : DecodeParams {
   int tiles, replicas;  // items are tiles of the plan times replicas
   int parts, head_tiles, fold, positions;
-  int fragments;          // of 8 columns, in a row
+  int fragments;   // of 8 columns, in a row
   int unit_shift;  // a unit is 1 << unit_shift keys
   int stages;
   bool q_aligned, kv_aligned;  // rows begin at multiples of 16 bytes
@@ -30,32 +31,16 @@ struct DecodeProblem : DecodeParams {
   DFLASH_INLINE TilePlan tile_plan(int tile) const { return tile_plans()[tile]; }
 };
 
-// The units of one tile's keys. A tile without keys has one all the same, so that its rows are written.
-struct Units {
-  int first[2];  // of each run, counted from key 0
-  int of_first_run, count;
-
+// The units of one tile's keys. A tile without keys has one unit, so that its rows are written.
+struct Units : AlignedKeyTiles {
   Units() = default;
-  DFLASH_INLINE Units(const TilePlan& plan, int shift) {
-    const int round = (1 << shift) - 1;
-    int end = 0;
-    count = 0;
-#pragma unroll
-    for (int run = 0; run < 2; ++run) {
-      of_first_run = count;
-      first[run] = max(plan.lo[run] >> shift, end);
-      if (plan.lo[run] < plan.hi[run]) {
-        end = max(end, (plan.hi[run] + round) >> shift);
-        count += end - first[run];
-      }
-    }
+  DFLASH_INLINE Units(const TilePlan& plan, int shift)
+      : AlignedKeyTiles(plan, 1 << shift, [shift](int key) { return key >> shift; }) {
     count = max(count, 1);
   }
-
-  DFLASH_INLINE int operator[](int i) const { return i < of_first_run ? first[0] + i : first[1] + i - of_first_run; }
 };
 
-struct Item {
+struct DecodeItem {
   int tile, replica;
   int first, count;  // its units in the list
 
@@ -67,7 +52,7 @@ struct Item {
   }
 };
 
-// Where a row stands in its tile; the same for all items.
+// The place of a row in its tile, which is the same for all items.
 struct RowPlace {
   int16_t position, head;
 
@@ -104,11 +89,11 @@ struct ItemRows {
   }
 };
 
-// An item at hand.
+// An item that the block works on.
 struct Job {
-  Item item;
+  DecodeItem item;
   ItemRows rows;
-  int lo[2], hi[2];  // runs of the keys that rows may see
+  int lo[2], hi[2];  // two runs of keys that hold all keys that rows see
 
   DFLASH_INLINE bool needs(int key) const { return (key >= lo[0] && key < hi[0]) || (key >= lo[1] && key < hi[1]); }
 };
@@ -123,12 +108,12 @@ struct Step {
   bool begins_job, ends_unit, ends_item;
 };
 
-// A block's way through its units, key tile by key tile. It lies in shared memory: one thread adds steps ahead of time,
-// all read them. Step i and its job are there until step i + kSteps is added.
+// A block's way through its units, one key tile after another. It lies in shared memory: one thread adds steps ahead of
+// time, and all threads read them. Step i and its job remain until step i + kSteps is added.
 template <int kKeys, int kSteps>
 class Itinerary {
  public:
-  DFLASH_INLINE void start(const DecodeProblem& p, const Item& item, int unit, int end) {
+  DFLASH_INLINE void start(const DecodeProblem& p, const DecodeItem& item, int unit, int end) {
     count_ = 0;
     job_ = 0;
     unit_ = unit;
@@ -142,12 +127,12 @@ class Itinerary {
     step.unit = unit_;
     if (unit_ == end_) return;
     if (unit_ == jobs_[job_].item.first + jobs_[job_].item.count) {
-      Item item = jobs_[job_].item;
+      DecodeItem item = jobs_[job_].item;
       item.next(p);
       job_ = job_ + 1 == kSteps ? 0 : job_ + 1;
       enter(p, item);
     }
-    const Item& item = jobs_[job_].item;
+    const DecodeItem& item = jobs_[job_].item;
     const int key = (units_[unit_ - item.first] << p.unit_shift) + offset_;
     bool is_inside = false, is_full = false;
 #pragma unroll
@@ -175,7 +160,7 @@ class Itinerary {
   DFLASH_INLINE const Job& job(const Step& step) const { return jobs_[step.job]; }
 
  private:
-  DFLASH_INLINE void enter(const DecodeProblem& p, const Item& item) {
+  DFLASH_INLINE void enter(const DecodeProblem& p, const DecodeItem& item) {
     plan_ = p.tile_plan(item.tile);
     units_ = Units(plan_, p.unit_shift);
     offset_ = 0;
@@ -187,22 +172,22 @@ class Itinerary {
   Job jobs_[kSteps];
   TilePlan plan_;
   Units units_;
-  int count_, job_;  // the places of the next step and of the job at hand
+  int count_, job_;  // the places of the next step and of the current job
   int unit_, end_, offset_;
   bool is_new_;
 };
 
-// A block's run of units: of all blocks' equal shares, the first few are one unit longer.
-struct Share {
+// A block's range of the list. All ranges have the same length, except that the first few are one unit longer.
+struct WorkRange {
   int begin = 0, end = 0;
-  int blocks;             // that have any
-  int length, remainder;  // of a share, and how many are longer
-  Item item;              // what `begin` belongs to
+  int blocks;             // how many blocks have a range
+  int length, remainder;  // of a range, and how many are longer
+  DecodeItem item;        // the item of unit `begin`
 
-  Share() = default;
+  WorkRange() = default;
 
-  // Every warp finds out by itself; its lanes take equal runs of tiles.
-  DFLASH_INLINE explicit Share(const DecodeProblem& p) {
+  // Every warp computes the range by itself; its lanes take equal runs of tiles.
+  DFLASH_INLINE explicit WorkRange(const DecodeProblem& p) {
     const int lane = threadIdx.x % 32, each = (p.tiles + 31) / 32;
     const int tile = min(lane * each, p.tiles), tiles_end = min(tile + each, p.tiles);
     const auto count = [&](int i) { return Units(p.tile_plan(i), p.unit_shift).count; };
@@ -225,7 +210,7 @@ struct Share {
     begin = first_of(block);
     end = first_of(block + 1);
 
-    // The lane whose tiles hold `begin` says which item that is.
+    // The lane whose tiles hold `begin` finds its item.
     item = {tile, 0, before * p.replicas, 0};
     const bool is_here = begin >= item.first && begin < item.first + own * p.replicas;
     if (is_here) {
@@ -243,8 +228,8 @@ struct Share {
     item.first += item.replica * item.count;
   }
 
-  DFLASH_INLINE bool begins(const Item& item) const { return item.first >= begin; }
-  DFLASH_INLINE bool holds(const Item& item) const { return begins(item) && item.first + item.count <= end; }
+  DFLASH_INLINE bool begins(const DecodeItem& item) const { return item.first >= begin; }
+  DFLASH_INLINE bool holds(const DecodeItem& item) const { return begins(item) && item.first + item.count <= end; }
 
   DFLASH_INLINE int first_of(int block) const { return block * length + min(block, remainder); }
   DFLASH_INLINE int block_of(int unit) const {
@@ -253,4 +238,4 @@ struct Share {
   }
 };
 
-}  // namespace dflash::DFLASH_ISA
+}  // namespace dflash::DFLASH_ISA::sm80

@@ -1,4 +1,4 @@
-// What the copy engine brings at a time, for Hopper's attention kernels.
+// The boxes in which TMA copies queries, keys, values and outputs, for Hopper's attention kernels.
 #pragma once
 
 #include "attn/plan.h"
@@ -8,7 +8,7 @@ namespace dflash {
 
 constexpr int64_t kBoxColumns = 64;  // 128 bytes
 
-// Of queries and outputs, (D, H, L, B): the rows of one warpgroup, at most 64, `fold` heads of each position.
+// Queries and outputs are (D, H, L, B). A box is the rows of one warpgroup, at most 64: `fold` heads of each position.
 inline TensorBox query_box(const AttentionParams& p, const void* data, const HeadStrides& strides, int64_t fold) {
   return {data,
           {p.head_dim, p.heads, p.q_len, p.batch},
@@ -16,7 +16,7 @@ inline TensorBox query_box(const AttentionParams& p, const void* data, const Hea
           {kBoxColumns, fold, 64 / fold, 1}};
 }
 
-// Of keys and values, (D, L, H, B); in pages (D, page_size, H, pages).
+// Keys and values are (D, L, H, B), or in pages (D, page_size, H, pages). A box is some keys of one head.
 inline TensorBox key_box(const AttentionParams& p, const void* data, const HeadStrides& strides, int64_t keys) {
   const bool is_paged = p.pages.table != nullptr;
   return {data,
@@ -25,7 +25,7 @@ inline TensorBox key_box(const AttentionParams& p, const void* data, const HeadS
           {kBoxColumns, keys, 1, 1}};
 }
 
-// The copy engine reads queries, keys and values, and stores outputs, as they lie.
+// Whether TMA can load queries, keys and values and store outputs of these layouts.
 template <class Params>
 bool copy_engine_serves(const Params& p) {
   return copy_engine_reads(query_box(p, p.q, p.q_strides, 1)) &&

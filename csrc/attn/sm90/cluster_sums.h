@@ -1,15 +1,16 @@
-// How the blocks of a cluster bring the sums of an item together.
+// How the blocks of a cluster add up the sums of an item.
 //
-// Every block has sums over its own keys, of the same rows, in the registers of its consumers' warps. To each block
-// fall some neighbouring fragments of eight columns; it is sent those of the others, and the statistics of all rows.
-// The network between multiprocessors is what takes time (20 bytes a clock out of each), and the copy engine takes 50
-// clocks to start a copy: hence sums travel as the upper 24 bits of floats, in one copy for each other block, or a few
-// where there is much to send, so that the first fragments are added up while others are on their way.
+// Every block holds sums of the same rows over its own keys, in the registers of its consumers. Each block combines
+// some neighbouring fragments of eight columns: the other blocks send it their fragments, and the statistics of all
+// rows. The limit is the network between multiprocessors (20 bytes a clock out of each), and the copy engine takes 50
+// clocks to start a copy. Therefore sums travel as the upper 24 bits of floats, and in one copy for each other block.
+// Where there is much to send there are a few copies, so that the first fragments are combined while the others are in
+// flight.
 //
-// What arrives lies where queries and keys were, and may be sent once no block of the cluster has products of queries
-// and keys left. All say so at a barrier of the cluster before their last products with values: nobody waits for it
-// longer than those take. The producer's warp sends, so that consumers go on, with little code: it runs once, and to
-// fetch it takes longer than to run it.
+// What arrives overwrites the queries and keys. It may be sent once no block of the cluster reads queries and keys any
+// more. All consumers say so at a cluster barrier before their last products with values, which hide the wait. The
+// producer's warp sends, so that consumers go on. Its code is small because it runs once: fetching instructions takes
+// longer than executing them.
 #pragma once
 
 #include "attn/softmax.h"
@@ -18,20 +19,20 @@
 #include "common/named_barrier.h"
 #include "common/tma.h"
 
-namespace dflash::DFLASH_ISA {
+namespace dflash::DFLASH_ISA::sm90 {
 
-// kPieceSlots, an even number: fragments that go at a time.
-template <int kRows, int kFragments, int kMaxRanks, int kPieceSlots>
+// kPieceSlots is how many fragments one copy sends, an even number. The barriers are named barriers of the consumers
+// and the producer's warp.
+template <int kRows, int kFragments, int kMaxRanks, int kPieceSlots, int kStatsBarrier, int kSumsBarrier>
 struct ClusterSums {
   static constexpr int kWarps = kRows / 16, kThreads = kWarps * 32;
   static constexpr int kStatsBytes = kRows * sizeof(float2);
-  // The upper 16 bits [kRows][8] of sums, then the 8 bits below [kRows][8].
+  // A fragment is the upper 16 bits of its sums, [kRows][8], and then the 8 bits below, [kRows][8].
   static constexpr int kUpperBytes = kRows * 16, kFragmentBytes = kRows * 24;
   static constexpr int kMaxPieces = (kFragments / 2 + kPieceSlots - 1) / kPieceSlots;
-  static constexpr int kStatsBarrier = 4, kSumsBarrier = 5;  // named ones, of consumers and the producer's warp
 
-  // The memory: what others send, [ranks] statistics (the block's own stay empty) and [ranks - 1][slots] fragments, and
-  // [kFragments] of its own sums.
+  // The memory holds what others send, [ranks] statistics (the block's own stay empty) and [ranks - 1][slots]
+  // fragments, and then the block's own [kFragments].
   static constexpr int slots_of(int ranks) { return (kFragments + ranks - 1) / ranks; }
   static constexpr int received_bytes(int ranks) {
     return ranks * kStatsBytes + (ranks - 1) * slots_of(ranks) * kFragmentBytes;
@@ -44,9 +45,9 @@ struct ClusterSums {
     return true;
   }
 
-  // In shared memory, too.
+  // This lies in shared memory as well.
   struct State {
-    Mbarrier full[1 + kMaxPieces];     // of statistics, of pieces
+    Mbarrier full[1 + kMaxPieces];    // of statistics, then of pieces
     alignas(16) float2 stats[kRows];  // the rows' largest scores and sums of exponentials
 
     DFLASH_INLINE void init() {
@@ -61,7 +62,7 @@ struct ClusterSums {
   int slots = slots_of(ranks);
   int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
 
-  // How many fragments fall to a block; where a piece of them ends.
+  // How many fragments a block combines, and where a piece of them ends.
   DFLASH_INLINE int slots_for(int to) const { return min(max(kFragments - to * slots, 0), slots); }
   static DFLASH_INLINE int end_of(int piece, int slots) { return min((piece + 1) * kPieceSlots, slots); }
 
@@ -71,7 +72,7 @@ struct ClusterSums {
   }
   DFLASH_INLINE unsigned char* own() const { return memory + received_bytes(ranks); }
 
-  // The producer's warp, when it has asked for all tiles.
+  // The producer's warp calls this after its last load.
   DFLASH_INLINE void send_all() const {
     if (lane == 0) {
       const int own_slots = slots_for(rank);
@@ -84,7 +85,7 @@ struct ClusterSums {
     }
     __syncwarp();
     cluster_arrive_relaxed();
-    // A lane for each other block. Statistics are sent by the instructions that send the first piece later.
+    // Each lane sends to one other block. Turn -1 sends statistics, with the same instructions as the pieces.
     const int next = rank + 1 + lane, to = next < ranks ? next : next - ranks;
 #pragma unroll 1
     for (int piece = -1; piece * kPieceSlots < slots; ++piece) {
@@ -103,7 +104,7 @@ struct ClusterSums {
     }
   }
 
-  // Consumers, when no products of queries and keys are left: of the thread's two rows.
+  // Consumers call this after their last product of queries and keys, with the statistics of the thread's two rows.
   DFLASH_INLINE void announce(const float (&largest)[2], const float (&sum)[2]) const {
     cluster_arrive_relaxed();
     const float totals[2] = {total_of(sum[0]), total_of(sum[1])};
@@ -114,7 +115,7 @@ struct ClusterSums {
     named_barrier_arrive(kStatsBarrier, kThreads + 32);
   }
 
-  // Consumers, when all of them are done with values.
+  // Consumers call this when all of them have read the last values.
   DFLASH_INLINE void lay_out(const float (&out)[kFragments * 4]) const {
     const int row = warp * 16 + lane / 4;
     unsigned char* const upper = own() + row * 16 + lane % 4 * 4;
@@ -132,8 +133,8 @@ struct ClusterSums {
     cluster_wait();
   }
 
-  // Calls store(fragment, x) for each of the block's fragments, with the columns of row threadIdx.x / 32 * 16 +
-  // threadIdx.x % 16. Scores times `factor` are the exponents.
+  // Combines the block's fragments, and calls store(fragment, x) for each with the thread's row, which is
+  // threadIdx.x / 32 * 16 + threadIdx.x % 16. Scores times `factor` are the exponents.
   template <class Store>
   DFLASH_INLINE void add_up(float factor, Store store) const {
     const int own_slots = slots_for(rank), row = warp * 16 + lane % 16;
@@ -185,7 +186,7 @@ struct ClusterSums {
         const uint32_t lowers[2] = {lower[from].x, lower[from].y};
 #pragma unroll
         for (int c = 0; c < 8; ++c) {
-          // The lowest byte is the one above it once more.
+          // The lowest byte, which was not sent, repeats the byte above it.
           const int select = (c % 2 ? 0x3200 : 0x1000) + 0x11 * (4 + c % 4);
           const uint32_t bytes = __byte_perm(uppers[c / 2], lowers[c / 4], select);
           x[c] = fmaf(weights[from], __uint_as_float(bytes), x[c]);
@@ -194,9 +195,9 @@ struct ClusterSums {
       if (slot < own_slots) store(rank * slots + slot, x);
     }
     if (own_slots == 0) cluster_arrive_relaxed();
-    // A block leaves only when what it sent has arrived.
+    // A block may exit only after everything that it sent has arrived.
     cluster_wait();
   }
 };
 
-}  // namespace dflash::DFLASH_ISA
+}  // namespace dflash::DFLASH_ISA::sm90

@@ -1,15 +1,18 @@
-// The key tiles that one tile of rows visits: the runs of its plan, cut into tiles of kKeys from where each run begins.
+// One of three walks over a tile's two runs of keys. Here each run is cut into tiles from where it begins, so that no
+// tile holds keys of both. The portable forward and backward use it: the first key is all that a copy needs to know of
+// a tile, and registers are scarce there. (sm90/packed_key_tiles.h lays the runs end to end; aligned_key_tiles.h cuts
+// at multiples of the tile's length.)
 #pragma once
 
 #include "attn/plan.h"
 #include "common/device.h"
 
-namespace dflash::DFLASH_ISA {
+namespace dflash::DFLASH_ISA::sm80 {
 
 template <int kKeys>
-class KeyTiles {
+class KeyTilesByRun {
  public:
-  DFLASH_INLINE explicit KeyTiles(const TilePlan& plan)
+  DFLASH_INLINE explicit KeyTilesByRun(const TilePlan& plan)
       : lo_{plan.lo[0], plan.lo[1]},
         full_lo_{plan.full_lo[0], plan.full_lo[1]},
         full_hi_{plan.full_hi[0], plan.full_hi[1]} {
@@ -17,7 +20,8 @@ class KeyTiles {
     first_count_ = tiles(lo_[0], hi);
     const bool has_second = plan.lo[1] < plan.hi[1];
     if (has_second && lo_[1] < lo_[0] + first_count_ * kKeys) {
-      // The first run's last tile holds keys of the second: they must not count twice.
+      // The last tile of the first run already holds keys of the second. The runs become one, so that these keys are
+      // not visited twice.
       hi = max(hi, plan.hi[1]);
       first_count_ = count_ = tiles(lo_[0], hi);
     } else {
@@ -27,12 +31,12 @@ class KeyTiles {
 
   DFLASH_INLINE int count() const { return count_; }
 
-  // The first key of tile i.
+  // Returns the first key of tile i.
   DFLASH_INLINE int operator[](int i) const {
     return i < first_count_ ? lo_[0] + i * kKeys : lo_[1] + (i - first_count_) * kKeys;
   }
 
-  // Whether every row sees every key of the tile that begins at `key`.
+  // Returns whether every row sees every key of the tile that begins at `key`.
   DFLASH_INLINE bool is_full(int key) const {
     return (key >= full_lo_[0] && key + kKeys <= full_hi_[0]) || (key >= full_lo_[1] && key + kKeys <= full_hi_[1]);
   }
@@ -44,4 +48,4 @@ class KeyTiles {
   int first_count_, count_;
 };
 
-}  // namespace dflash::DFLASH_ISA
+}  // namespace dflash::DFLASH_ISA::sm80

@@ -1,0 +1,65 @@
+// The producer of Hopper's decode kernel: a warp that starts all loads of a block.
+#pragma once
+
+#include "attn/sm90/decode_tiling.h"
+
+namespace dflash::DFLASH_ISA::sm90 {
+
+// Lane i loads box i of each tile: a panel of a page's keys, or of the whole tile's.
+template <class Tiling>
+struct DecodeProducer {
+  const DecodeBlock<Tiling>& block;
+  const DecodeSlice<Tiling::kKeys>& slice = block.shared.slice;
+  const int lane = threadIdx.x % 32, panel = lane % Tiling::kPanels;
+  const int key = lane / Tiling::kPanels * block.layout.box_keys;  // the box's first, counted from the tile's
+  const bool has_box = key < Tiling::kKeys;
+  Stage<Tiling::kStages> stage{0, 1};
+
+  DFLASH_INLINE void run() {
+    load_queries();
+    int2 next = locate(slice.begin);
+    for (int i = slice.begin; i < slice.end; ++i, stage.advance()) {
+      // The block table is read one tile ahead.
+      const int2 from = next;
+      next = locate(i + 1);
+      load(block.shared.k, block.maps.k, block.keys_at(stage.index), from);
+      load(block.shared.v, block.maps.v, block.values_at(stage.index), from);
+    }
+  }
+
+ private:
+  DFLASH_INLINE void load_queries() {
+    const DecodeLayout& layout = block.layout;
+    Mbarrier& full = block.shared.q_full;
+    const int rows = Tiling::kConsumers * layout.fold * layout.positions;
+    if (lane == 0) full.arrive_and_expect_tx(rows * Tiling::kPanels * kPanelRowBytes);
+    __syncwarp();
+    if (lane < Tiling::kConsumers * Tiling::kPanels) {
+      const int consumer = lane / Tiling::kPanels;
+      tma_load(block.queries + lane * kQueryPanelBytes, block.maps.q, panel * kPanelColumns,
+               slice.kv_head * layout.fold, slice.plan.first + consumer * layout.positions, slice.batch, full);
+    }
+  }
+
+  // Returns where the lane's box of visit i lies: the page or batch entry, and the row in it. For an entry of the block
+  // table that is no page this lies outside the tensor, so that the box becomes zeros.
+  DFLASH_INLINE int2 locate(int i) const {
+    const Pages& pages = block.p.pages;
+    const int at = slice.key(i) + key;
+    if (pages.table == nullptr) return {slice.batch, at};
+    const int size = static_cast<int>(pages.page_size), page = at / size;
+    const bool is_seen = has_box && i < slice.end && at < max(slice.plan.hi[0], slice.plan.hi[1]);
+    const bool exists = is_seen && page < pages.max_pages;
+    return {exists ? pages.table[slice.batch * pages.max_pages + page] : -1, at - page * size};
+  }
+
+  DFLASH_INLINE void load(Ring<Tiling::kStages>& ring, const CUtensorMap& map, uint32_t to, int2 from) const {
+    ring.empty[stage.index].wait(stage.parity);
+    if (lane == 0) ring.full[stage.index].arrive_and_expect_tx(Tiling::kKeyBytes);
+    __syncwarp();
+    to += panel * Tiling::kKeyPanelBytes + key * kPanelRowBytes;
+    if (has_box) tma_load(to, map, panel * kPanelColumns, from.y, slice.kv_head, from.x, ring.full[stage.index]);
+  }
+};
+
+}  // namespace dflash::DFLASH_ISA::sm90
