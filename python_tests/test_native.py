@@ -94,3 +94,22 @@ def test_every_kernel_is_launched_by_the_one_helper():
     for source in sorted((ROOT / "csrc").rglob("*.*")):
         if source.suffix in (".cu", ".h", ".cpp") and source.parent.name != "common":
             assert not calls.findall(source.read_text()), source
+
+
+def test_every_kernel_has_a_name_of_its_own():
+    """A profile shows names alone, so a name says what the kernel computes and for which architecture."""
+    names = []
+    for source in sorted((ROOT / "csrc").rglob("*.*")):
+        if source.suffix not in (".cu", ".h"):
+            continue
+        kernels = re.findall(r"__global__ void\s+(?:__launch_bounds__\([^{;]*?\)\s+)?(\w+)\(const", source.read_text())
+        if source.suffix == ".cu":
+            assert kernels, source
+            assert all(name.endswith(source.stem[-5:]) for name in kernels), source
+        names += kernels
+    assert len(names) == len(set(names)), names
+
+
+def test_every_family_of_kernels_is_described():
+    for source in (ROOT / "csrc").glob("*/params.h"):
+        assert (source.parent / "README.md").exists(), source.parent

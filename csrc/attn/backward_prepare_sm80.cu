@@ -13,7 +13,7 @@ namespace device::sm80 {
 namespace {
 
 constexpr int kThreads = 256;
-// Writes what the tile's positions see.
+// Writes what the positions of a tile see. One warp calls this.
 DFLASH_INLINE void describe_tile(const BackwardParams& p, int64_t entry, int64_t tile) {
   const auto warp = cg::tiled_partition<32>(cg::this_thread_block());
   const int64_t positions = p.tile_rows / p.fold, first = tile * positions, tiles = p.row_tiles;
@@ -48,7 +48,7 @@ DFLASH_INLINE void describe_tile(const BackwardParams& p, int64_t entry, int64_t
   }
 }
 
-// kLanes lanes share a row.
+// kLanes threads share a row.
 template <class T, int kLanes>
 __global__ void __launch_bounds__(kThreads)
     block_attn_backward_prepare_sm80(const __grid_constant__ BackwardParams p, const bool aligned) {

@@ -7,7 +7,7 @@ namespace {
 
 constexpr int kThreads = 128;
 
-__global__ void __launch_bounds__(kThreads) decode_mask(const DecodeMaskParams p) {
+__global__ void __launch_bounds__(kThreads) interval_mask_decode_sm80(const DecodeMaskParams p) {
   const int64_t row = int64_t(blockIdx.x) * kThreads + threadIdx.x;
   if (row < p.entries * p.block_len) set_decode_bounds(p, row / p.block_len, row % p.block_len);
 }
@@ -18,7 +18,7 @@ const char* decode_mask_sm80(const DecodeMaskParams& params, void* stream) {
   return checked_launch([&] {
     const LaunchShape shape{.blocks = (params.entries * params.block_len + kThreads - 1) / kThreads,
                             .threads = kThreads};
-    return launch_kernel(decode_mask, shape, static_cast<cudaStream_t>(stream), params);
+    return launch_kernel(interval_mask_decode_sm80, shape, static_cast<cudaStream_t>(stream), params);
   });
 }
 

@@ -9,7 +9,7 @@ namespace dflash {
 namespace device::sm80 {
 namespace {
 
-// Entries are copied by 16 bytes.
+// Entries are copied in 16-byte accesses.
 DFLASH_INLINE void copy_entry(TilePlan* to, const TilePlan& plan) {
   static_assert(sizeof(TilePlan) == 48);
   const auto* const from = reinterpret_cast<const int*>(&plan);
@@ -36,7 +36,7 @@ DFLASH_INLINE int count_tiles(const PlanParams& p) {
   return static_cast<int>(p.entries * tiles_of(p.q_len, p.positions));
 }
 
-// All lanes return the tile's entry.
+// Makes a tile's entry, and returns it to all lanes.
 template <class Lanes>
 DFLASH_INLINE TilePlan plan_tile(const PlanParams& p, const Lanes& lanes, int tile) {
   const int q_len = static_cast<int>(p.q_len), positions = static_cast<int>(p.positions);
@@ -75,7 +75,7 @@ DFLASH_INLINE TilePlan plan_tile(const PlanParams& p, const Lanes& lanes, int ti
 
 constexpr int kFewThreads = 256, kFewWarps = kFewThreads / 32;
 
-// A warp makes a tile's entry. After the grid's barrier it counts how many tiles have more keys than its own.
+// For few tiles: a warp makes a tile's entry, and after the grid barrier it counts how many tiles come before its own.
 __global__ void __launch_bounds__(kFewThreads) block_attn_plan_few_tiles_sm80(const PlanParams p) {
   const auto warp = cg::tiled_partition<32>(cg::this_thread_block());
   const int count = count_tiles(p);
@@ -100,17 +100,17 @@ __global__ void __launch_bounds__(kFewThreads) block_attn_plan_few_tiles_sm80(co
 
 constexpr int kThreads = 1024, kLanes = 8;  // lanes of a tile
 
-// The size class of a number of keys: the upper bits of the number as a float, counted from kv_len's downwards. Numbers
-// below 2^-16 of kv_len share the last class.
+// Returns the size class of a number of keys: how far the upper bits of the number as a float are below those of
+// kv_len. Numbers below 2^-16 of kv_len share the last class.
 DFLASH_INLINE int size_class(int keys, int kv_len) {
   const auto steps_of = [](int number) { return static_cast<int>(__float_as_uint(__int2float_rz(number)) >> 20); };
   return min(steps_of(kv_len) - steps_of(keys), kSizeClasses - 1);
 }
 
-// The place of an entry among those of its class and of all others.
+// The places of a block's entries in the sorted plan.
 class Places {
  public:
-  // Counts the block's own tiles. All threads take part in this and in what follows.
+  // clear, count and publish count the block's own tiles by class. All threads call all functions but count.
   DFLASH_INLINE void clear() {
     for (int i = threadIdx.x; i < kSizeClasses; i += kThreads) count_[i] = 0;
     __syncthreads();
@@ -121,7 +121,7 @@ class Places {
     for (int i = threadIdx.x; i < kSizeClasses; i += kThreads) counts[blockIdx.x * kSizeClasses + i] = count_[i];
   }
 
-  // Where the block's entries of each class begin, given what all blocks have published.
+  // Computes where the block's entries of each class begin, from the counts that all blocks have published.
   DFLASH_INLINE void find(const int32_t* counts) {
     clear();
     for (int i = threadIdx.x; i < kSizeClasses; i += kThreads) next_[i] = 0;
@@ -138,7 +138,7 @@ class Places {
     atomicAdd(&count_[of_class], total);
     atomicAdd(&next_[of_class], before);
     __syncthreads();
-    // A prefix sum over the classes: one thread a class, 32 of them a warp.
+    // A prefix sum over the classes, with one thread for each class.
     const int lane = threadIdx.x % 32, scan_warp = threadIdx.x / 32;
     int own = 0, start = 0;
     if (threadIdx.x < kSizeClasses) {
@@ -155,7 +155,7 @@ class Places {
     next_[threadIdx.x] += start - own;
   }
 
-  // Gives the first `count` threads' entries their places, warp by warp; the other threads have class -1.
+  // Returns the places of the first `count` threads' entries, warp by warp. The other threads pass class -1.
   DFLASH_INLINE int take(int of_class, int count) {
     int place = 0;
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
@@ -174,9 +174,9 @@ class Places {
   int count_[kSizeClasses], next_[kSizeClasses], warp_total_[kSizeClasses / 32];
 };
 
-// A counting sort by size class. Every block sorts the entries that it makes, which are neighbours. It counts them by
-// class before the grid's barrier, and after it adds up the counts of all blocks, which tells where its own entries
-// begin in each class. Tiles of one class stay in their order.
+// For many tiles: a counting sort by size class. Every block makes and sorts consecutive entries. It counts them by
+// class before the grid barrier. After it, the counts of all blocks tell where the block's own entries begin in each
+// class. Tiles of one class stay in their order.
 __global__ void __launch_bounds__(kThreads, 1) block_attn_plan_many_tiles_sm80(const PlanParams p) {
   __shared__ Places places;
   const auto lanes = cg::tiled_partition<kLanes>(cg::this_thread_block());
