@@ -19,8 +19,8 @@ namespace {
 // on what else is in the batch.
 constexpr int64_t kSplitLen = 1024;
 
-// Enough pieces of work for as many threads; more would cost memory and sums. Independent of the number of threads, so
-// that gradients are as well.
+// The number of pieces of work. It is enough for as many threads; more pieces would cost memory and sums. It does not
+// depend on the number of threads, so that gradients do not either.
 constexpr int64_t kBackwardItems = 16;
 
 HeadStrides head_strides(const char* op, const char* name, const Tensor& x) {
@@ -30,14 +30,14 @@ HeadStrides head_strides(const char* op, const char* name, const Tensor& x) {
   return {x.stride(0), x.stride(1), x.stride(2)};
 }
 
-// The end of the last interval.
+// Returns the end of the last interval.
 int64_t end_of(const Intervals& mask, int64_t rows) {
   int32_t end = 0;
   for (int64_t i = 0; i < rows; ++i) end = std::max({end, mask.ctx_hi[i], mask.blk_hi[i]});
   return end;
 }
 
-// What the scores are multiplied by, D ** -0.5 unless given, and their cap, 0 for none.
+// Sets the factor of the scores, which is D ** -0.5 by default, and their softcap, where 0 means none.
 void set_scaling(const char* op, AttentionParams& p, std::optional<double> scale, std::optional<double> softcap) {
   p.scale = scale.value_or(std::pow(double(p.head_dim), -0.5));
   check(-1e30 < p.scale && p.scale < 1e30, op, ": scale is ", p.scale, "; a number of float32's size is needed");
@@ -46,7 +46,7 @@ void set_scaling(const char* op, AttentionParams& p, std::optional<double> scale
   p.softcap = softcap.value_or(0);
 }
 
-// k and v: [B or pages, Hkv, Lk or page_size, D] by their sizes and strides.
+// k and v are [B or pages, Hkv, Lk or page_size, D], as their sizes and strides say.
 void set_inputs(const char* op, AttentionParams& p, const Tensor& q, const Tensor& k, const Tensor& v, const Mask& mask,
                 std::optional<double> scale, std::optional<double> softcap) {
   p.dtype = dtype_of(op, "q", q);
@@ -76,7 +76,7 @@ void check_heads(const char* op, const AttentionParams& p) {
         " key heads");
 }
 
-// Runs a kernel whose threads share out `items` of work among themselves; each has `scratch` numbers of its own.
+// Runs a kernel whose threads share `items` of work. Each thread has `scratch` numbers of its own.
 template <class Params>
 void run_items(const CpuKernel<Params>& kernel, Params& p, const Tensor& q, int64_t items, int64_t scratch) {
   if (items == 0) return;
@@ -180,7 +180,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(Tensor grad_out, std::optional<Tenso
   return {grad_q, grad_k, grad_v};
 }
 
-// Contiguous caches [B, Hkv, S, D], or with a block table pages [pages, page_size, Hkv, D].
+// The caches are contiguous, [B, Hkv, S, D], or with a block table in pages, [pages, page_size, Hkv, D].
 void set_caches(const char* op, AttentionParams& p, const Tensor& k_cache, const Tensor& v_cache, int64_t kv_len,
                 const std::optional<Tensor>& block_table) {
   for (int i = 0; i < 3; ++i) check(k_cache.size(i) == v_cache.size(i), op, ": the two caches must have one shape");

@@ -26,7 +26,7 @@ inline Intervals intervals(const char* op, const Mask& mask, int64_t batch, int6
           mask.ctx_lo.size(0) == 1 ? 0 : q_len};
 }
 
-// Kernels on the GPU of q; `plan` is what block_attn_plan made, if anything.
+// Run the kernels on the GPU of q. `plan` is the result of block_attn_plan, if there is one.
 void run_forward_on_gpu(AttentionForwardParams& p, const Tensor& q, const Mask& mask, const std::optional<Tensor>& plan);
 void run_backward_on_gpu(BackwardParams& p, const Tensor& q, bool deterministic);
 void run_decode_on_gpu(DecodeParams& p, const Tensor& q, const Mask& mask, const std::optional<Tensor>& plan);

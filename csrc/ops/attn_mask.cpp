@@ -11,7 +11,7 @@ namespace {
 
 constexpr const char* kOp = "decode_mask";
 
-// Lengths in a tensor [1 or B], or `value` for all entries; `entries` becomes B.
+// Lengths come from a tensor [1 or B], or are `value` for all entries. `entries` becomes B.
 Lengths lengths_of(const char* name, const std::optional<Tensor>& given, int64_t value, const Tensor& cache_lens,
                    int64_t& entries) {
   if (!given) return {nullptr, false, 0, value};

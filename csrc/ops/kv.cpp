@@ -15,7 +15,7 @@ namespace {
 
 constexpr const char* kOp = "kv_inject";
 
-// [batch, heads, capacity, head_dim], or paged [pages, page_size, heads, head_dim].
+// Caches are [batch, heads, capacity, head_dim], or in pages [pages, page_size, heads, head_dim].
 std::vector<KvCache> layers_of(const char* name, const std::vector<Tensor>& caches, bool paged) {
   std::vector<KvCache> layers;
   for (const Tensor& cache : caches) {
@@ -29,7 +29,7 @@ std::vector<KvCache> layers_of(const char* name, const std::vector<Tensor>& cach
   return layers;
 }
 
-// Tokens of a negative slot are not written and may hold any position.
+// Checks slots and positions. Tokens with a negative slot are not written, and may have any position.
 void check_places(const KvWriteParams& p, int64_t capacity, int64_t table_length, int64_t pages) {
   for (int64_t token = 0; token < p.tokens; ++token) {
     const int64_t slot = p.slots[token], position = p.positions[token], row = token / p.length;
@@ -110,7 +110,7 @@ void kv_write_cpu(Tensor projected, std::vector<Tensor> k_caches, std::vector<Te
   p.k_caches = k_layers.data();
   p.v_caches = v_layers.data();
   check_places(p, paged ? p.max_pages * p.page_size : cache.size(2), table_length, cache.size(0));
-  // At least 16 K numbers a thread: below that, waking it costs more than it saves.
+  // A thread gets at least 16 K numbers. With less, waking it costs more than it saves.
   if (p.tokens > 0) run_on_cpu(kv_write, p, p.tokens * layers, 1 + 16384 / (2 * p.heads * p.head_dim + 1));
 }
 

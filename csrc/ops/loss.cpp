@@ -22,7 +22,7 @@ void check_per_row(const char* name, const Tensor& tensor, const Tensor& logits,
         kOp, ": ", name, " must be contiguous, one entry a row, on the logits' device and of the right dtype");
 }
 
-// Rows of weight 0 may hold any target. A CUDA kernel cannot raise: it makes such a row NaN.
+// Rows of weight 0 may have any target. A CUDA kernel cannot raise, and makes a row with a wrong target NaN.
 template <class Real>
 void check_targets(const CrossEntropyParams& p) {
   const Real* weight = static_cast<const Real*>(p.weight);
@@ -77,7 +77,7 @@ void run(const CrossEntropyParams& p, const Tensor& logits) {
   if (p.rows == 0) return;
   if (logits.is_cpu()) {
     p.dtype == DType::kFloat64 ? check_targets<double>(p) : check_targets<float>(p);
-    // At least 32 K logits a thread: below that, waking it costs more than it saves.
+    // A thread gets at least 32 K logits. With less, waking it costs more than it saves.
     run_on_cpu(masked_cross_entropy, p, p.rows, 1 + 32768 / p.vocab);
     return;
   }
@@ -92,7 +92,7 @@ void run(const CrossEntropyParams& p, const Tensor& logits) {
 #endif
 }
 
-// (losses, nll, correct, entropy), each [outer, inner]
+// Returns losses, nll, correct and entropy, each [outer, inner].
 using Rows = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 
 Rows new_rows(CrossEntropyParams& p, const Tensor& logits) {

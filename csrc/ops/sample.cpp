@@ -22,7 +22,7 @@ void check_vocab(const char* op, int64_t vocab) {
   check(vocab > 0 && vocab < int64_t(1) << 31, op, ": a vocabulary of ", vocab, " is not supported");
 }
 
-// At least 32 K logits a thread: below that, waking it costs more than it saves.
+// A thread gets at least 32 K logits. With less, waking it costs more than it saves.
 int64_t grain_of(int64_t row_size) { return 1 + 32768 / (row_size + 1); }
 
 PerRow per_row(const char* op, const char* name, const Tensor& beside, const OptionalTensor& values, double value,
@@ -31,7 +31,7 @@ PerRow per_row(const char* op, const char* name, const Tensor& beside, const Opt
   return {optional_data<void>(values), value};
 }
 
-// A number for all rows and, where rows differ, a tensor that takes its place.
+// One number for all rows, or a tensor with one number per row, which takes its place.
 struct FilterArguments {
   double temperature, top_k, top_p, min_p;
   const OptionalTensor &temperatures, &top_ks, &top_ps, &min_ps;
