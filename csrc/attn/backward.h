@@ -26,6 +26,15 @@ struct alignas(16) RowKeys {
   uint32_t ctx_len, blk_len;
 };
 
+// Hopper only: a block's work on one tile of keys.
+struct alignas(16) BackwardItem {
+  int32_t batch, entry, kv_head, key_tile;  // key_tile is -1 when there is no more work
+  int32_t begin, end;  // of the tiles of rows that see the keys, counted over the head groups
+  int32_t per_group;   // how many such tiles one head group has
+  int16_t is_whole;    // no other block works on the tile of keys
+  int16_t is_last;     // the block has no more items in this section
+};
+
 struct BackwardParams : AttentionBackwardParams {
   int64_t entries;    // of the mask: 1 or batch
   int64_t tile_rows;  // of a tile, heads folded in
@@ -37,11 +46,17 @@ struct BackwardParams : AttentionBackwardParams {
   // of a row that sees nothing is inf, so that its probabilities are zeros.
   float* stats;
 
-  // Hopper only. Blocks take equal shares of all work, so that several blocks may share a key tile.
-  int64_t key_tiles, blocks;
-  int32_t* seen;       // [entries, key_tiles + 1]: how many tiles of rows see the key tiles before
-  float* grad_q_sums;  // [batch, heads / fold, row_tiles, tile_rows * tile_dim], in the order of registers
-  int64_t tile_dim;
+  // Hopper only. Key heads are taken in sections, and blocks take equal shares of a section's work, so that several
+  // blocks may share a tile of keys.
+  int64_t tile_dim, key_tiles, blocks;
+  int64_t sections, section_heads;  // section_heads: the key heads of a section, over all batch entries
+  int32_t* seen;         // [entries, key_tiles + 1]: how many tiles of rows see the key tiles before
+  BackwardItem* items;   // [batch * kv_heads * key_tiles + sections * blocks]
+  int32_t* first_items;  // [sections, blocks]: -1 for none; a block's other items of the section follow its first
+  int32_t* is_split;     // [batch * kv_heads * key_tiles]: whether several blocks share the tile of keys
+  // Both in the order of registers. grad_key_sums holds dK, then dV, of split tiles only.
+  float* grad_q_sums;    // [batch, heads / fold, row_tiles, tile_rows * tile_dim]
+  float* grad_key_sums;  // [batch * kv_heads * key_tiles, 2, kHopperBackwardKeys * tile_dim]
 };
 
 // A tile of rows holds at least one position.
@@ -54,5 +69,11 @@ constexpr int64_t backward_fold_of(int64_t heads, int64_t kv_heads) {
 
 // The rows of a tile in the table of the portable kernel, and of a tile that moves past its keys.
 constexpr int64_t backward_tile_rows(int64_t head_dim) { return head_dim <= 64 ? 64 : head_dim <= 256 ? 32 : 16; }
+
+// The rows of a tile of the Hopper kernel, and the keys of one.
+constexpr int64_t kHopperBackwardRows = 64, kHopperBackwardKeys = 128;
+
+// What it costs the Hopper kernel to begin and end a tile of keys, in tiles of rows.
+constexpr int64_t kHopperBackwardOverhead = 2;
 
 }  // namespace dflash

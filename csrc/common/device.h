@@ -69,6 +69,12 @@ DFLASH_INLINE void store(T* p, const float (&in)[kCount], bool aligned) {
 // prefetch.global.L2: loads a line into the L2 cache. What the memory holds may still change before it is read.
 DFLASH_INLINE void prefetch_l2(const void* address) { asm volatile("prefetch.global.L2 [%0];" ::"l"(address)); }
 
+// red.global.add: adds four floats to 16 aligned bytes of global memory (sm_90).
+DFLASH_INLINE void red_add_v4(float* sums, float a, float b, float c, float d) {
+  asm volatile("red.relaxed.gpu.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(sums), "f"(a), "f"(b), "f"(c), "f"(d)
+               : "memory");
+}
+
 // Returns another lane's copy of a struct of floats.
 template <class S>
 DFLASH_INLINE S shuffle_xor(const S& value, int lane_mask) {

@@ -6,8 +6,8 @@
 
 namespace dflash {
 
-// Why a Hopper kernel does not serve a call, one bit a reason; 0 means that it does. dflash_ext/ops/backends.py has them
-// in words, in this order.
+// Why a Hopper kernel does not serve a call, one bit a reason; 0 means that it does. dflash_ext/ops/backends.py has the
+// reasons in words, in this order.
 enum PortableReason : uint32_t {
   kForwardLayout = 1 << 0,
   kDecodeLayout = 1 << 1,
@@ -17,6 +17,10 @@ enum PortableReason : uint32_t {
   kDecodePages = 1 << 5,
   kLossLayout = 1 << 6,
   kLossVocabulary = 1 << 7,
+  kBackwardLayout = 1 << 8,
+  kBackwardDeterministic = 1 << 9,
+  kBackwardSoftcap = 1 << 10,
+  kBackwardHeadDim = 1 << 11,
   kNoSuchKernel = 1u << 31,  // no Hopper kernel exists for such calls, or the GPU is not a Hopper: nothing to warn of
 };
 

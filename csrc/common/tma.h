@@ -32,7 +32,15 @@ DFLASH_INLINE void bulk_load(uint32_t shared, const void* global, uint32_t bytes
                : "memory");
 }
 
-// cp.async.bulk.commit_group: the thread's stores so far become one group.
+// cp.reduce.async.bulk, shared to global: starts adding floats of shared memory to floats of global memory. `bytes` is
+// a multiple of 16 and both addresses are aligned to 16 bytes.
+DFLASH_INLINE void bulk_add(float* global, uint32_t shared, uint32_t bytes) {
+  asm volatile("cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;" ::"l"(global), "r"(shared),
+               "r"(bytes)
+               : "memory");
+}
+
+// cp.async.bulk.commit_group: the thread's stores and additions so far become one group.
 DFLASH_INLINE void bulk_commit_group() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
 
 // cp.async.bulk.wait_group.read: waits until all but kPending of the thread's groups have read their shared memory,

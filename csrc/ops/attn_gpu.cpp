@@ -15,6 +15,9 @@ constexpr uint32_t forward_sm90_misses(const AttentionForwardParams&) { return k
 constexpr const char* forward_sm90(const AttentionForwardParams&, void*) { return nullptr; }
 constexpr uint32_t decode_sm90_misses(const DecodeParams&) { return kNoSuchKernel; }
 constexpr const char* decode_sm90(const DecodeParams&, void*) { return nullptr; }
+constexpr uint32_t backward_sm90_misses(const BackwardParams&, bool) { return kNoSuchKernel; }
+constexpr void backward_sm90_layout(BackwardParams&, void*) {}
+constexpr const char* backward_sm90(const BackwardParams&, void*) { return nullptr; }
 #endif
 
 // Positions of a tile of rows.
@@ -92,25 +95,40 @@ void run_forward_on_gpu(AttentionForwardParams& p, const Tensor& q, const Mask& 
   check_launch(kOp, hopper ? forward_sm90(p, scope.stream()) : forward_sm80(p, scope.stream()));
 }
 
-void run_backward_on_gpu(BackwardParams& p, const Tensor& q, bool) {
+void run_backward_on_gpu(BackwardParams& p, const Tensor& q, bool deterministic) {
   constexpr const char* kOp = "block_attn_backward";
   check(p.dtype == DType::kBFloat16 || p.dtype == DType::kFloat16, kOp,
         ": on a GPU q, k and v must be bfloat16 or float16");
   if (p.batch == 0 || p.heads == 0) return;
   const CudaScope scope(q);
-  p.fold = backward_fold_of(p.heads, p.kv_heads);
-  p.tile_rows = backward_tile_rows(p.head_dim);
-  p.row_tiles = tiles_of(p.q_len, p.tile_rows / p.fold);
-  const int64_t rows = p.row_tiles * p.tile_rows;
-  const auto table = [&]<class Row>(Row*& data, int64_t count) {
-    Tensor memory = new_empty(q, {count * int64_t(sizeof(Row))}, ScalarType::Byte);
-    data = static_cast<Row*>(memory.data_ptr());
+  const auto allocate = [&]<class Data>(Data*& data, int64_t count, int64_t size) {
+    Tensor memory = new_empty(q, {count * size}, ScalarType::Byte);
+    data = static_cast<Data*>(memory.data_ptr());
     return memory;
   };
-  const Tensor tiles = table(p.tiles, p.entries * p.row_tiles), keys = table(p.keys, p.entries * rows / p.fold),
-               stats = table(p.stats, p.batch * p.heads / p.fold * 2 * rows);
-  if (rows > 0) check_launch(kOp, backward_prepare(p, scope.stream()));
-  check_launch(kOp, backward_sm80(p, scope.stream()));
+  const bool hopper = hopper_serves(backward_sm90_misses(p, deterministic));
+  p.fold = backward_fold_of(p.heads, p.kv_heads);
+  p.tile_rows = hopper ? kHopperBackwardRows : backward_tile_rows(p.head_dim);
+  p.row_tiles = tiles_of(p.q_len, p.tile_rows / p.fold);
+  const int64_t rows = p.row_tiles * p.tile_rows, groups = p.batch * p.heads / p.fold;
+  const Tensor tiles = allocate(p.tiles, p.entries * p.row_tiles, sizeof(RowTile)),
+               keys = allocate(p.keys, p.entries * rows / p.fold, sizeof(RowKeys)),
+               stats = allocate(p.stats, groups * rows * 2, sizeof(float));
+  if (!hopper) {
+    if (rows > 0) check_launch(kOp, backward_prepare(p, scope.stream()));
+    return check_launch(kOp, backward_sm80(p, scope.stream()));
+  }
+  backward_sm90_layout(p, scope.stream());
+  const int64_t key_tiles = p.batch * p.kv_heads * p.key_tiles;
+  const Tensor seen = allocate(p.seen, p.entries * (p.key_tiles + 1), sizeof(int32_t)),
+               items = allocate(p.items, key_tiles + p.sections * p.blocks, sizeof(BackwardItem)),
+               first_items = allocate(p.first_items, p.sections * p.blocks, sizeof(int32_t)),
+               is_split = allocate(p.is_split, key_tiles, sizeof(int32_t)),
+               grad_q_sums = allocate(p.grad_q_sums, groups * rows * p.tile_dim, sizeof(float)),
+               grad_key_sums =
+                   allocate(p.grad_key_sums, key_tiles * 2 * kHopperBackwardKeys * p.tile_dim, sizeof(float));
+  check_launch(kOp, backward_prepare(p, scope.stream()));
+  check_launch(kOp, backward_sm90(p, scope.stream()));
 }
 
 void run_decode_on_gpu(DecodeParams& p, const Tensor& q, const Mask& mask, const std::optional<Tensor>& plan) {

@@ -302,6 +302,7 @@ def _backward(ctx, grad_out, grad_lse):
         grad_out = grad_out.contiguous()
     grad_lse = None if grad_lse is None else grad_lse.contiguous()
     grads = _block_attn_backward(grad_out, grad_lse, *inputs, out, lse, *ctx.options)
+    warn_of_portable_kernels(out.device)
     return *grads, *[None] * 9
 
 

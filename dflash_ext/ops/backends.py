@@ -39,6 +39,10 @@ PORTABLE = (
     ("block_attn_decode", "pages whose size is no multiple of 16"),
     ("linear_cross_entropy", "a vocabulary whose rows of logits are no multiples of 16 bytes"),
     ("linear_cross_entropy", "a vocabulary whose rows of logits are longer than 880 KiB"),
+    ("block_attn", f"gradients, with {_LAYOUT}"),
+    ("block_attn", "gradients with deterministic=True"),
+    ("block_attn", "gradients with a softcap"),
+    ("block_attn", "gradients at a head_dim above 128"),
 )
 
 

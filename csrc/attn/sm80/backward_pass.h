@@ -143,14 +143,8 @@ class BackwardPass {
   // The first warp finds the next tile.
   DFLASH_INLINE void find_next(int slot) {
     if (warp_ != 0) return;
-    BackwardWalk<Tile> walk = shared_.walk;
-    const Moving moving = walk.template next<Tile::kTileRows>();
-    __syncwarp();
-    if (lane_ == 0) {
-      shared_.walk = walk;
-      shared_.moving[slot] = moving;
-    }
-    __syncwarp();
+    const Moving moving = shared_.walk.template next<Tile::kTileRows>();
+    if (lane_ == 0) shared_.moving[slot] = moving;
   }
 
   DFLASH_INLINE BackwardWalk<Tile> make_walk() const {

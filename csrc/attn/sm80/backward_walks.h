@@ -2,7 +2,7 @@
 // keys that its rows see.
 #pragma once
 
-#include "attn/backward.h"
+#include "attn/tile_sight.h"
 #include "attn/sm80/key_tiles_by_run.h"
 
 namespace dflash::DFLASH_ISA::sm80 {
@@ -16,7 +16,8 @@ struct Moving {
   bool exists;
 };
 
-// The tiles of rows that see some of the keys [lo, hi), head group by head group. All lanes of a warp walk together.
+// The tiles of rows that see some of the keys [lo, hi), head group by head group. A walk lies in shared memory, and all
+// lanes of a warp call next() together.
 class RowTiles {
  public:
   DFLASH_INLINE RowTiles(const RowTile* tiles, int count, int groups, int lo, int hi)
@@ -24,31 +25,34 @@ class RowTiles {
 
   template <int kTileRows>
   DFLASH_INLINE Moving next() {
-    while (seen_ == 0) {
-      if (base_ >= count_) {
-        base_ = 0;
-        ++group_;
+    const int lane = threadIdx.x % 32;
+    int base = base_, group = group_;
+    uint32_t seen = seen_, full = full_, empty = empty_;
+    while (seen == 0) {
+      if (base >= count_) {
+        base = 0;
+        ++group;
       }
-      if (group_ >= groups_ || count_ == 0) return {};
-      const int index = base_ + static_cast<int>(threadIdx.x % 32);
-      bool is_seen = false, is_full = false, has_empty = false;
-      if (index < count_) {
-        const RowTile tile = tiles_[index];
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          is_seen |= (tile.lo[i] < hi_) & (tile.hi[i] > lo_);
-          is_full |= (tile.full_lo[i] <= lo_) & (tile.full_hi[i] >= hi_);
-        }
-        has_empty = tile.has_empty;
-      }
-      seen_ = __ballot_sync(~0u, is_seen);
-      full_ = __ballot_sync(~0u, is_full);
-      empty_ = __ballot_sync(~0u, has_empty);
-      base_ += 32;
+      if (group >= groups_ || count_ == 0) break;
+      TileSight sight;
+      if (base + lane < count_) sight = TileSight(tiles_[base + lane], lo_, hi_);
+      seen = __ballot_sync(~0u, sight.is_seen);
+      full = __ballot_sync(~0u, sight.is_full);
+      empty = __ballot_sync(~0u, sight.has_empty);
+      base += 32;
     }
-    const int bit = __ffs(seen_) - 1;
-    seen_ &= seen_ - 1;
-    return {(base_ - 32 + bit) * kTileRows, group_, (full_ >> bit & 1) != 0, (empty_ >> bit & 1) != 0, true};
+    __syncwarp();
+    if (lane == 0) {
+      base_ = base;
+      group_ = group;
+      seen_ = seen & (seen - 1);
+      full_ = full;
+      empty_ = empty;
+    }
+    __syncwarp();
+    if (seen == 0) return {};
+    const int bit = __ffs(seen) - 1;
+    return {(base - 32 + bit) * kTileRows, group, (full >> bit & 1) != 0, (empty >> bit & 1) != 0, true};
   }
 
  private:
@@ -99,8 +103,12 @@ class KeyTilesOfRows {
 
   template <int kTileRows>
   DFLASH_INLINE Moving next() {
-    if (i_ >= tiles_.count()) return {};
-    const int first = tiles_[i_++];
+    const int i = i_;
+    if (i >= tiles_.count()) return {};
+    __syncwarp();
+    if (threadIdx.x % 32 == 0) i_ = i + 1;
+    __syncwarp();
+    const int first = tiles_[i];
     return {first, 0, tiles_.is_full(first), false, true};
   }
 

@@ -1,0 +1,130 @@
+// The producer of the Hopper backward. Three of its warps share the work, because each thread has only 24 registers.
+#pragma once
+
+#include "attn/sm90/backward_tiling.h"
+#include "attn/tile_sight.h"
+
+namespace dflash::DFLASH_ISA::sm90 {
+
+template <class Tiling>
+class BackwardProducer {
+ public:
+  DFLASH_INLINE BackwardProducer(const BackwardParams& p, const BackwardLaunch& launch,
+                                 BackwardShared<Tiling>& shared, uint32_t memory)
+      : p_(p), launch_(launch), shared_(shared), memory_(memory) {}
+
+  // One thread walks over the block's items, and starts the loads of their keys and values.
+  DFLASH_INLINE void load_items() {
+    uint32_t parity = 1;
+    for (int section = 0; section < static_cast<int>(p_.sections); ++section) {
+      const int first = p_.first_items[section * static_cast<int>(p_.blocks) + blockIdx.x];
+      if (first < 0) continue;
+      const BackwardItem* next = p_.items + first;
+      for (bool goes_on = true; goes_on; ++next) {
+        shared_.kv_empty.wait(parity);
+        parity ^= 1;
+        const BackwardItem& item = shared_.item = *next;
+        goes_on = !item.is_last;
+        shared_.item_full.arrive();
+        shared_.kv_full.arrive_and_expect_tx(2 * Tiling::kKeyBytes);
+#pragma unroll 1
+        for (int panel = 0; panel < Tiling::kPanels; ++panel) {
+          const uint32_t to = memory_ + panel * Tiling::kKeys * kPanelRowBytes;
+          const int column = panel * kPanelColumns, key = item.key_tile * Tiling::kKeys;
+          tma_load(to, launch_.k, column, key, item.kv_head, item.batch, shared_.kv_full);
+          tma_load(to + Tiling::kValuesAt, launch_.v, column, key, item.kv_head, item.batch, shared_.kv_full);
+        }
+      }
+    }
+    shared_.kv_empty.wait(parity);
+    shared_.item.key_tile = -1;
+    shared_.item_full.arrive();
+    shared_.kv_full.arrive();
+  }
+
+  // One warp finds the tiles of rows that see the keys of each item.
+  DFLASH_INLINE void find_all_rows() {
+    Stage<Tiling::kStages> stage;
+    stage.parity = 1;
+    for (uint32_t parity = 0;; parity ^= 1) {
+      shared_.item_full.wait(parity);
+      if (shared_.item.key_tile < 0) break;
+      find_rows(stage);
+      __syncwarp();
+      if (threadIdx.x % 32 == 0) shared_.kv_empty.arrive();  // the item has been read
+    }
+    shared_.rows.empty[stage.index].wait(stage.parity);
+    if (threadIdx.x % 32 == 0) {
+      shared_.units[stage.index].tile = -1;
+      shared_.found[stage.index].arrive();
+    }
+  }
+
+  // One thread starts the loads of the tiles that find_all_rows has found.
+  DFLASH_INLINE void load_rows() {
+    for (Stage<Tiling::kStages> stage;; stage.advance()) {
+      shared_.found[stage.index].wait(stage.parity);
+      BackwardUnit& unit = shared_.units[stage.index];
+      if (unit.tile < 0) return;
+      const BackwardItem& item = shared_.item;
+      const int group = item.kv_head * launch_.groups_per_head + unit.group;
+      const int positions = Tiling::kRows >> launch_.fold_bits;
+      Mbarrier& full = shared_.rows.full[stage.index];
+      const int64_t index = (int64_t(item.batch) * launch_.groups + group) * p_.row_tiles + unit.tile;
+      unit.index = index;
+      constexpr uint32_t kStatsBytes = 2 * Tiling::kRows * sizeof(float);
+      const uint32_t keys_bytes = positions * sizeof(RowKeys);
+      full.arrive_and_expect_tx(2 * Tiling::kRowBytes + kStatsBytes + keys_bytes);
+      bulk_load(shared_address(shared_.stats[stage.index]), p_.stats + index * 2 * Tiling::kRows, kStatsBytes, full);
+      bulk_load(shared_address(shared_.keys[stage.index]),
+                p_.keys + (item.entry * p_.row_tiles + unit.tile) * positions, keys_bytes, full);
+      const uint32_t rows = memory_ + Tiling::kRowsAt + stage.index * 2 * Tiling::kRowBytes;
+#pragma unroll 1
+      for (int panel = 0; panel < Tiling::kPanels; ++panel) {
+        const uint32_t to = rows + panel * kQueryPanelBytes;
+        const int column = panel * kPanelColumns, head = group << launch_.fold_bits, position = unit.tile * positions;
+        tma_load(to, launch_.q, column, head, position, item.batch, full);
+        tma_load(to + Tiling::kRowBytes, launch_.grad_out, column, head, position, item.batch, full);
+      }
+    }
+  }
+
+ private:
+  // Finds the tiles of rows of one item, head group by head group, in the order of rows.
+  DFLASH_INLINE void find_rows(Stage<Tiling::kStages>& stage) {
+    constexpr int kKeys = Tiling::kKeys;
+    const BackwardItem& item = shared_.item;
+    if (item.begin == item.end) return;
+    const int count = static_cast<int>(p_.row_tiles), lane = threadIdx.x % 32;
+    int group = item.begin / item.per_group;
+    int found = -(item.begin % item.per_group);  // negative: what belongs to the block before
+    for (;; ++group) {
+#pragma unroll 1
+      for (int base = 0; base < count; base += 32) {
+        const int lo = item.key_tile * kKeys;
+        TileSight sight;
+        if (base + lane < count) sight = TileSight(p_.tiles[item.entry * p_.row_tiles + base + lane], lo, lo + kKeys);
+#pragma unroll 1
+        for (uint32_t seen = __ballot_sync(~0u, sight.is_seen); seen != 0; seen &= seen - 1) {
+          if (found++ < 0) continue;
+          shared_.rows.empty[stage.index].wait(stage.parity);
+          // The lane that holds the tile's entry of the table publishes it.
+          if (lane == __ffs(seen) - 1) {
+            shared_.units[stage.index] = {base + lane, group, sight.is_full, sight.has_empty};
+            shared_.found[stage.index].arrive();
+          }
+          __syncwarp();
+          stage.advance();
+          if (found == item.end - item.begin) return;
+        }
+      }
+    }
+  }
+
+  const BackwardParams& p_;
+  const BackwardLaunch& launch_;
+  BackwardShared<Tiling>& shared_;
+  const uint32_t memory_;
+};
+
+}  // namespace dflash::DFLASH_ISA::sm90

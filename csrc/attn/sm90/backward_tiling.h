@@ -1,0 +1,74 @@
+// The shapes of the Hopper backward, and what its warpgroups share.
+#pragma once
+
+#include "attn/backward.h"
+#include "attn/sm90/tile_products.h"
+#include "common/launch.h"
+#include "common/mbarrier.h"
+#include "common/setmaxnreg.h"
+
+namespace dflash::DFLASH_ISA::sm90 {
+
+template <int kDim_>
+struct BackwardTiling {
+  static constexpr int kDim = kDim_;
+  static constexpr int kRows = static_cast<int>(kHopperBackwardRows), kKeys = static_cast<int>(kHopperBackwardKeys);
+  static constexpr int kStages = 2;
+  static constexpr int kConsumers = 2, kConsumerKeys = kKeys / kConsumers;
+  static constexpr int kPanels = kDim / kPanelColumns;
+  static constexpr int kThreads = (1 + kConsumers) * kWarpgroup;
+  static constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;
+  static_assert(registers_suffice(kConsumers, kProducerRegisters, kConsumerRegisters));
+
+  static constexpr int kKeyBytes = kKeys * kDim * 2;  // of keys, and of values
+  static constexpr int kRowBytes = kRows * kDim * 2;  // of queries, and of the outputs' gradients
+  static constexpr int kScoreBytes = kKeys * kRows * 2;
+
+  // Dynamic shared memory, with room to align it to 1024 bytes: keys, values, the stages of queries and outputs'
+  // gradients, two buffers of dS, and dQ.
+  static constexpr int kValuesAt = kKeyBytes, kRowsAt = 2 * kKeyBytes;
+  static constexpr int kScoresAt = kRowsAt + kStages * 2 * kRowBytes;
+  static constexpr int kGradQAt = kScoresAt + 2 * kScoreBytes;
+  static constexpr int kBytes = kGradQAt + kRows * kDim * 4 + 1024;
+};
+
+// The named barriers of the kernel.
+enum BackwardBarrier {
+  kConsumersBarrier = 1,  // all consumers
+  kConsumerBarrier = 2,   // one for each consumer: its own threads
+};
+
+// What the host computes for the kernel.
+struct BackwardLaunch {
+  CUtensorMap q, k, v, grad_out, grad_k, grad_v;
+  int fold_bits;
+  int groups, groups_per_head;  // head groups in all, and of a key head
+  float factor;                 // scores times factor are exponents of 2
+};
+
+// The tile of rows in a stage.
+struct BackwardUnit {
+  int tile, group;  // tile is -1 when there are no more; the head group is counted from the key head's first
+  bool is_full, has_empty;
+  int64_t index;  // among the tiles of all head groups
+};
+
+template <class Tiling>
+struct BackwardShared {
+  alignas(128) float stats[Tiling::kStages][2][Tiling::kRows];  // LSEs, then deltas
+  alignas(16) RowKeys keys[Tiling::kStages][Tiling::kRows];     // of positions
+  BackwardUnit units[Tiling::kStages];
+  BackwardItem item;
+  Mbarrier item_full, kv_full, kv_empty, found[Tiling::kStages];
+  Ring<Tiling::kStages> rows;
+
+  DFLASH_INLINE void init() {
+    item_full.init();
+    kv_full.init();
+    for (Mbarrier& unit : found) unit.init();
+    kv_empty.init(Tiling::kConsumers + 1);  // the consumers, and the warp that finds rows
+    rows.init(Tiling::kConsumers * 4);
+  }
+};
+
+}  // namespace dflash::DFLASH_ISA::sm90
