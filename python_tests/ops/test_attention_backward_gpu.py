@@ -48,6 +48,11 @@ def check(mask, q, k, v, lse_weight=0.0, **options):
         assert not got[zero.expand(got.shape[:-1])].any()
 
 
+def is_same(got, want, deterministic):
+    """Gradients of two runs: of equal bits, or of float32 sums in another order."""
+    return torch.equal(got, want) if deterministic else distance(got, want) < 1e-2
+
+
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 @pytest.mark.parametrize("head_dim", [64, 128, 256, 512])
 @pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
@@ -98,6 +103,13 @@ def test_long_rows():
     check(mask, *inputs(mask, "cuda", torch.bfloat16, heads=2, kv_heads=1, head_dim=128))
 
 
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_more_tiles_of_keys_than_blocks(head_dim):
+    """On Hopper most tiles of keys then belong to one block; at head_dim 128 the heads are taken in two sections."""
+    mask = IntervalMask.causal(2048).to("cuda")
+    check(mask, *inputs(mask, "cuda", torch.bfloat16, heads=8, kv_heads=8, head_dim=head_dim, batch=4))
+
+
 def test_random_intervals():
     """Intervals in any order and place, also beyond the keys."""
     for case in range(60):
@@ -133,20 +145,22 @@ def test_strides(offset):
             assert distance(a, b) < 1e-2
 
 
+@pytest.mark.parametrize("deterministic", [True, False])
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
-def test_what_no_row_sees_is_never_used(head_dim):
+def test_what_no_row_sees_is_never_used(head_dim, deterministic):
     mask = IntervalMask.anchor_blocks(130, torch.tensor([[9, 70, 128], [4, 0, 55]]), 7, keep=torch.rand(2, 3) > 0.4)
     mask = mask.to("cuda")
     visible = mask.to_bool()
     q, k, v = inputs(mask, "cuda", torch.bfloat16, head_dim=head_dim)
     upstream = torch.randn_like(q)
-    clean = with_gradients(partial(block_attn, mask=mask, deterministic=True), (q, k, v), upstream)
+    attend = partial(block_attn, mask=mask, deterministic=deterministic)
+    clean = with_gradients(attend, (q, k, v), upstream)
     empty = ~visible.any(-1, keepdim=True)
     leaves = [x.requires_grad_() for x in (q.masked_fill(empty, math.nan), k.clone(), v.clone())]
-    out = block_attn(*leaves, mask, deterministic=True)
+    out = attend(*leaves)
     grads = torch.autograd.grad(out, leaves, upstream.masked_fill(empty, math.nan))
     assert torch.equal(out, clean[0])
-    assert all(torch.equal(got, want) for got, want in zip(grads, clean[2:], strict=True))
+    assert all(is_same(got, want, deterministic) for got, want in zip(grads, clean[2:], strict=True))
 
 
 @pytest.mark.parametrize("head_dim", [64, 128, 256, 512])
@@ -207,13 +221,15 @@ def test_autocast():
     assert all(torch.equal(a, b.float()) for a, b in zip(got, gradients(attend, leaves), strict=True))
 
 
+@pytest.mark.parametrize("deterministic", [True, False])
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
-def test_graph_of_forward_and_backward(head_dim):
+def test_graph_of_forward_and_backward(head_dim, deterministic):
     """One graph serves other masks of the same shape."""
     leaves, mask = leaves_and_mask(head_dim)
 
     def step():
-        return gradients(partial(block_attn, mask=IntervalMask(*bounds, mask.kv_len), deterministic=True), leaves)
+        now = IntervalMask(*bounds, mask.kv_len)
+        return gradients(partial(block_attn, mask=now, deterministic=deterministic), leaves)
 
     bounds = [mask.ctx_lo.clone(), mask.ctx_hi.clone(), mask.blk_lo.clone(), mask.blk_hi.clone()]
     stream = torch.cuda.Stream()
@@ -228,7 +244,7 @@ def test_graph_of_forward_and_backward(head_dim):
     with torch.no_grad():
         leaves[0].normal_()
     graph.replay()
-    assert all(torch.equal(a, b) for a, b in zip(captured, step(), strict=True))
+    assert all(is_same(a, b, deterministic) for a, b in zip(captured, step(), strict=True))
 
 
 def test_opcheck():
