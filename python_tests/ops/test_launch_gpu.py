@@ -40,7 +40,7 @@ int main() {
     if ((error == nullptr) == is_right && !has_left_one) return;
     status = 1;
     std::printf("%lld x %d, %d bytes, cluster %d, cooperative %d: %s; left behind: %d\\n", (long long)shape.blocks,
-                shape.threads, shape.shared_bytes, shape.cluster_blocks, shape.is_cooperative, error ? error : "",
+                shape.threads, shape.shared_bytes, shape.cluster_size, shape.is_cooperative, error ? error : "",
                 has_left_one);
   };
   for (const LaunchShape& bad : wrong) {
