@@ -222,6 +222,6 @@ def test_opcheck(exact):
     """The schema says that a call writes to none of its arguments, the plan included."""
     mask = CASES["verify"]().plan(8, 2, 64, decode=True)
     bounds = mask.ctx_lo, mask.ctx_hi, mask.blk_lo, mask.blk_hi
-    call = *filled(3, 8, 2, 16, 400, 64), *bounds, mask.kv_len, None, mask.tiles, exact, 0.1, 0.0
+    call = *filled(3, 8, 2, 16, 400, 64), *bounds, mask.kv_len, None, mask.tiles, exact, 0.1, None
     tests = ("test_schema", "test_faketensor")
     torch.library.opcheck(torch.ops.dflash_ext.block_attn_decode, call, test_utils=tests)
