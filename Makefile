@@ -1,5 +1,5 @@
 # make demo          train a tiny target and drafter, then decode with a real model
-# make test          run all tests
+# make test          run all tests but those marked slow
 # make test-oldest   run the tests that touch transformers on its oldest supported version
 # make test-newest   run the same tests on its newest supported version
 # make newest        run all tests in a fresh environment with the newest version of every package but torch

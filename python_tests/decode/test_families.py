@@ -88,6 +88,14 @@ def tiny(model_type: str) -> tuple[PreTrainedModel, list[list[int]]] | None:
         return None
 
 
+def is_causal(model: PreTrainedModel) -> bool:
+    """Whether the last token leaves the logits of all others as they are, in a prompt that no window cuts."""
+    ids = torch.tensor([PROMPTS[1]]).repeat(2, 1)
+    ids[1, -1] += 1
+    one, other = model(ids).logits[:, :-1]
+    return torch.allclose(one, other, atol=1e-5)
+
+
 @pytest.mark.parametrize("model_type", MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 def test_a_family_is_equal_or_refused_in_one_line(model_type):
     made = tiny(model_type)
@@ -106,6 +114,8 @@ def test_a_family_is_equal_or_refused_in_one_line(model_type):
         return
 
     expected = [tokens[:NEW] for tokens in known]
+    if [c.tokens for c in plain.completions] != expected and model_type not in MUST_BE_EQUAL and not is_causal(model):
+        pytest.skip("the model's own prefill is not causal in this release of transformers (Doge with SDPA in 5.11)")
     assert [c.tokens for c in plain.completions] == expected
     tapped = Target(model, drafter.config.target_layer_ids)
     oracle = Oracle(drafter.config).eval()
