@@ -1,4 +1,7 @@
-"""Progress with the time left: a bar on a terminal, a line now and then elsewhere."""
+"""Progress with the time left: a bar on a terminal, a line every ten seconds elsewhere.
+
+Bars of other libraries can be hidden.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ from typing import Protocol
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from tqdm import tqdm
 
 
 class Advance(Protocol):
@@ -18,7 +22,7 @@ class Advance(Protocol):
 
 @contextmanager
 def progress(console: Console, what: str, total: int) -> Iterator[Advance]:
-    """Yields the function that says how many more of `total` are done."""
+    """Shows how much of `total` is done. Yields the function that reports progress."""
     if not console.is_terminal:
         yield _lines(console, what, total)
         return
@@ -43,3 +47,22 @@ def _lines(console: Console, what: str, total: int, every: float = 10.0) -> Adva
             console.print(f"{figures}, {note}" if note else figures, highlight=False)
 
     return advance
+
+
+@contextmanager
+def without_library_bars() -> Iterator[None]:
+    """Hides the bars of tqdm that transformers shows while it reads, converts or writes weights.
+
+    Downloads from the hub keep their bars, because huggingface_hub decides for each bar whether it is shown.
+    transformers' own switch would hide these, too, and would not hide the bar of a GGUF's conversion.
+    """
+    original = tqdm.__init__
+
+    def hidden_by_default(bar: tqdm, *args, **options) -> None:
+        original(bar, *args, **{"disable": True} | options)
+
+    tqdm.__init__ = hidden_by_default
+    try:
+        yield
+    finally:
+        tqdm.__init__ = original

@@ -1,6 +1,8 @@
 import io
 
 from rich.console import Console
+from tqdm import tqdm
+from tqdm.auto import tqdm as auto_tqdm
 
 from dflash_ext import progress
 
@@ -21,3 +23,14 @@ def test_on_a_terminal_there_is_a_bar():
         advance(2, "to ten")
     for shown in ("counting", "2/2", "to ten"):
         assert shown in out.getvalue()
+
+
+def test_bars_of_libraries_are_hidden(capsys):
+    """Also those of a class that was imported before. A bar that decides for itself, as the hub's do, is shown."""
+    with progress.without_library_bars():
+        assert list(auto_tqdm(range(3), desc="weights")) == [0, 1, 2]
+        assert not capsys.readouterr().err
+        list(tqdm(range(3), desc="download", disable=False))
+    list(auto_tqdm(range(3), desc="mine"))
+    shown = capsys.readouterr().err
+    assert "download" in shown and "mine" in shown

@@ -17,13 +17,6 @@ if TYPE_CHECKING:
     from ..models import DFlashDrafter, Target
 
 
-def no_bars_for_weights() -> None:
-    """Turns off transformers' progress bars, which would flash by: weights are read and written in moments."""
-    from transformers.utils.logging import disable_progress_bar
-
-    disable_progress_bar()
-
-
 def load_target(
     name: str, tokenizer: str | None, dtype: str | None, device: str | None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -32,7 +25,6 @@ def load_target(
 
     from .. import models
 
-    no_bars_for_weights()
     local_rank = os.environ.get("LOCAL_RANK")  # torchrun sets it
     if local_rank and device in (None, "cuda") and torch.cuda.is_available():
         device = f"cuda:{local_rank}"

@@ -31,7 +31,7 @@ def real_model(console: Console, *, count: int, max_new_tokens: int) -> None:
     """Decodes unseen prompts and prints; raises RuntimeError if speculative output is not the target's own."""
     console.rule("SmolLM2-135M-Instruct and the drafter that ships with this package")
     began = time.perf_counter()
-    with console.status("reading SmolLM2 (the first time it is converted from GGUF, about a minute)"):
+    with console.status("reading SmolLM2"):
         # float32 also on a GPU: in bfloat16, a tie between two tokens may be decided either way.
         model, tokenizer = load_target("smollm2", dtype=torch.float32)
     drafter = load_drafter(DRAFTER, dtype=model.dtype, device=model.device)

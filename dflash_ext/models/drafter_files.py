@@ -16,9 +16,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers.utils import logging
 
+from ..progress import without_library_bars
 from .drafter import DFlashDrafter
 from .drafter_config import DFlashConfig
-from .loading import HUB_NAME, default_device, first_line
+from .loading import HUB_NAME, default_device, first_line, hub_problem
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -38,6 +39,7 @@ def _without_reports() -> Iterator[None]:
         logging.set_verbosity(verbosity)
 
 
+@without_library_bars()
 @_without_reports()
 def load_drafter(
     name: str | os.PathLike, *, dtype: torch.dtype | None = None, device: torch.device | None = None
@@ -86,6 +88,7 @@ def load_drafter(
     return drafter.to(device).eval()
 
 
+@without_library_bars()
 def save_drafter(
     drafter: DFlashDrafter,
     folder: str | os.PathLike,
@@ -124,9 +127,7 @@ def _folder(name: str | os.PathLike) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", MASK_EMBEDDING]))
     except Exception as error:  # the hub raises many kinds
-        raise ValueError(
-            f"no drafter in '{name}': there is no such folder, and from the hub: {first_line(error)}"
-        ) from error
+        raise ValueError(f"no drafter in '{name}': there is no such folder, {hub_problem(error)}") from error
 
 
 def _read_tensors(folder: Path) -> dict[str, Tensor]:

@@ -5,12 +5,20 @@ from __future__ import annotations
 import os
 import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import (
+    GatedRepoError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+)
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from ..progress import without_library_bars
 
 # The form of a model's name on the hub: a name, or an owner and a name.
 HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
@@ -20,6 +28,7 @@ def default_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+@without_library_bars()
 def load_target(
     name: str | os.PathLike,
     *,
@@ -67,8 +76,8 @@ def _read(what: str, name: str | os.PathLike, load: Callable, **options: Any) ->
     try:
         return load(name, **options)
     except Exception as error:  # transformers and safetensors raise many kinds of exceptions for a broken file
-        hub = "" if is_folder else "there is no such folder, smollm2 is the one built-in name, and from the hub: "
-        raise ValueError(f"cannot read {what} from '{name}': {hub}{first_line(error)}") from error
+        missing = f"there is no such folder, smollm2 is the one built-in name, {hub_problem(error)}"
+        raise ValueError(f"cannot read {what} from '{name}': {first_line(error) if is_folder else missing}") from error
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
@@ -94,6 +103,26 @@ def stop_tokens(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> t
     ends = model.generation_config.eos_token_id if model.generation_config else None
     ends = {ends} if isinstance(ends, int) else set(ends or [])
     return tuple(sorted(ends | ({tokenizer.eos_token_id} - {None})))
+
+
+def hub_problem(error: Exception) -> str:
+    """Why a model could not be read from the hub: the rest of a sentence that begins with the missing folder."""
+    causes = list(_causes(error))
+    for kinds, problem in (
+        (GatedRepoError, "and its owner on the hub restricts who may read it"),  # a kind of RepositoryNotFoundError
+        (RepositoryNotFoundError, "and the hub has no such model or does not show it to this user"),
+        ((LocalEntryNotFoundError, OfflineModeIsEnabled), "and the hub cannot be reached"),
+    ):
+        if any(isinstance(cause, kinds) for cause in causes):
+            return problem
+    return f"and the model on the hub cannot be read: {first_line(error)}"
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    """The exception, and those that led to it."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
 
 
 def first_line(error: Exception) -> str:

@@ -16,7 +16,7 @@ from transformers import PrinterCallback
 
 from ..data import AnswerDataset, answer_prompts
 from ..models import DFlashDrafter, Target, save_drafter
-from ..progress import progress
+from ..progress import progress, without_library_bars
 from .checkpoints import newest_checkpoint
 from .curve import plot_curve
 from .recipe import Recipe, training_arguments
@@ -109,6 +109,7 @@ def train_on_answers(
     return log
 
 
+@without_library_bars()  # Trainer saves checkpoints
 def train_drafter(
     drafter: DFlashDrafter,
     target: Target,

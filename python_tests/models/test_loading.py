@@ -2,10 +2,16 @@
 
 import pytest
 import torch
+from huggingface_hub.errors import (
+    GatedRepoError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+)
 from transformers import AutoModelForCausalLM
 
 from dflash_ext.integrations import gguf
-from dflash_ext.models import load_target, stop_tokens
+from dflash_ext.models import drafter_files, load_drafter, load_target, stop_tokens
 from dflash_ext.train import save_drafter
 from python_tests.data.words import word_tokenizer
 from python_tests.tiny import tiny_model, tiny_pair
@@ -57,17 +63,37 @@ def test_a_path_that_is_no_folder_is_not_asked_of_the_hub(name, monkeypatch):
         load_target(name)
 
 
-def test_a_name_that_is_neither_folder_nor_on_the_hub(folder, monkeypatch):
+@pytest.mark.parametrize(
+    ("cause", "problem"),
+    [
+        (GatedRepoError, "and its owner on the hub restricts who may read it"),
+        (RepositoryNotFoundError, "and the hub has no such model or does not show it to this user"),
+        (LocalEntryNotFoundError, "and the hub cannot be reached"),
+        (OfflineModeIsEnabled, "and the hub cannot be reached"),
+        (KeyError, "and the model on the hub cannot be read: Got: something"),
+    ],
+)
+def test_what_the_hub_answered_is_said(monkeypatch, cause, problem):
+    """For targets, tokenizers and drafters alike, whatever exception wraps the hub's own."""
+
+    def from_hub(*_, **__):
+        raise OSError("Got: something\nand more") from cause.__new__(cause)
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", from_hub)
+    monkeypatch.setattr(drafter_files, "snapshot_download", from_hub)
+    names = "there is no such folder, smollm2 is the one built-in name, "
+    with pytest.raises(ValueError, match=f"^cannot read a target from 'org/name': {names}{problem}$"):
+        load_target("org/name")
+    with pytest.raises(ValueError, match=f"^no drafter in 'org/name': there is no such folder, {problem}$"):
+        load_drafter("org/name")
+
+
+def test_a_name_that_is_no_folder(folder, monkeypatch):
     def from_pretrained(*_, **__):
         raise OSError("We couldn't connect to the hub.\nCheck your connection.")
 
     with pytest.raises(ValueError, match="^cannot read a tokenizer from './nowhere': there is no such folder$"):
         load_target(str(folder), tokenizer="./nowhere")
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", from_pretrained)
-    hub = (
-        "there is no such folder, smollm2 is the one built-in name, and from the hub: We couldn't connect to the hub.$"
-    )
-    with pytest.raises(ValueError, match=f"^cannot read a target from 'nowhere': {hub}"):
-        load_target("nowhere")
     with pytest.raises(ValueError, match="target': We couldn't connect to the hub.$"):
         load_target(str(folder))
