@@ -28,7 +28,7 @@ def report(console: Console) -> None:
     if build is None:
         facts.add_row("build", "unknown: the module with the build's facts was made for another Python")
     else:
-        facts.add_row("compiler", build["compiler"])
+        facts.add_row("C++ compiler", build["compiler"])
         archs = build["cuda_archs"]
         without = "none: built without nvcc or its kernels"
         facts.add_row("CUDA", f"{build['cuda_version']} for {archs}" if archs else without)
@@ -43,11 +43,10 @@ def report(console: Console) -> None:
 
     served = Table("operator", "CPU", "GPU", title="what serves each operator")
     for op, by in SERVED_BY.items():
-        served.add_row(op, by["cpu"], by["cuda"] if has_kernels else by["cuda"].replace(NATIVE, "an error"))
+        served.add_row(op, by["cpu"], by["cuda"] if has_kernels else _without_kernels(by["cuda"]))
     console.print(served)
     if not has_kernels:
-        console.print("This build has no CUDA kernels: what they serve elsewhere raises an error on a GPU here.")
-
+        console.print("This build has no CUDA kernels: on a GPU, calls that need one raise an error.")
     else:
         portable = Table("operator", "calls with", title="what the portable kernels serve on a Hopper GPU")
         for op, reason in PORTABLE:
@@ -55,6 +54,12 @@ def report(console: Console) -> None:
         console.print(portable)
     if build and build["kernels"]:
         console.print(_kernels(build["kernels"]))
+
+
+def _without_kernels(served_by: str) -> str:
+    """What serves an operator on a GPU where the CUDA kernels were not built: an error instead of the native kernel."""
+    before, native_kernel, after = served_by.partition(NATIVE)
+    return f"an error{after}" if native_kernel else before
 
 
 def _gpu_kernels() -> str:

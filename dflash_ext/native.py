@@ -32,11 +32,12 @@ def load() -> Path:
 def build_info() -> dict[str, Any] | None:
     """Facts about the build, or None when the module that holds them was built for another Python.
 
-    Operators need none of this. Keys: ``version``, ``compiler``, ``cuda_version`` and ``cuda_archs`` (both
-    empty in a CPU-only build), ``cpu_isas`` (instruction sets with kernels of their own), and ``kernels``:
-    for every CUDA kernel and architecture a dict of ``name``, ``arch``, ``threads`` (a block's bound),
-    ``registers`` (a thread's), ``shared_bytes`` (static), ``local_bytes``, ``spill_bytes``, ``occupancy``
-    (percent of a multiprocessor's warps; the dynamic shared memory of a launch may lower it).
+    Operators need none of this. Keys: ``version``, ``compiler`` (the C++ compiler's name and version, such
+    as GNU 12.2.0), ``cuda_version`` and ``cuda_archs`` (both empty in a CPU-only build), ``cpu_isas``
+    (instruction sets with kernels of their own), and ``kernels``. The latter has a dict for every CUDA kernel
+    and architecture: ``name``, ``arch``, ``threads`` (the most in a block), ``registers`` (of a thread),
+    ``shared_bytes`` (static), ``local_bytes``, ``spill_bytes``, ``occupancy`` (percent of a multiprocessor's
+    warps; the dynamic shared memory of a launch may lower it).
     """
     try:
         from dflash_ext import _C

@@ -68,7 +68,7 @@ def test_what_is_built(monkeypatch):
     ]
     monkeypatch.setattr(native, "build_info", lambda: BUILD | {"kernels": kernels})
     rows = printed()
-    for row in (["compiler", "g++ 99"], ["CUDA", "77.1 for 80,90"], ["CPU kernels for", "baseline,mmx"]):
+    for row in (["C++ compiler", "g++ 99"], ["CUDA", "77.1 for 80,90"], ["CPU kernels for", "baseline,mmx"]):
         assert row in rows
     assert not any("no CUDA kernels" in row[0] for row in rows)
     table = rows[rows.index(["kernel", "arch", "variants", "registers", "shared B", "spilled B"]) :]
@@ -83,8 +83,11 @@ def test_a_build_without_cuda(monkeypatch):
     monkeypatch.setattr(native, "build_info", lambda: BUILD | {"cuda_version": "", "cuda_archs": "", "kernels": []})
     rows = printed()
     assert ["CUDA", "none: built without nvcc or its kernels"] in rows
-    assert ["This build has no CUDA kernels: what they serve elsewhere raises an error on a GPU here."] in rows
+    assert ["This build has no CUDA kernels: on a GPU, calls that need one raise an error."] in rows
     assert ["masked_cross_entropy", "native kernel", "an error"] in rows
+    assert ["linear_cross_entropy", "PyTorch GEMM and native kernel", "an error"] in rows
+    assert ["block_attn_decode", "native kernel", "an error (bf16, fp16), else plain PyTorch (reference)"] in rows
+    assert ["kv_inject", "PyTorch GEMM and native kernel", SERVED_BY["kv_inject"]["cuda"]] in rows
     assert not any(row[0] in ("GPU kernels", "what the portable kernels serve on a Hopper GPU") for row in rows)
     assert not any("variants" in row for row in rows)
 

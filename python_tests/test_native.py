@@ -72,6 +72,10 @@ def test_the_summary_says_whether_there_is_cuda():
     assert ("no CUDA" in native.summary()) != has_cuda
 
 
+def test_the_compiler_is_named():
+    assert re.fullmatch(r"[A-Z]\w+ \d[\d.]+", native.build_info()["compiler"])
+
+
 def test_no_kernel_spills():
     info = native.build_info()
     assert info is not None

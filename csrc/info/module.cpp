@@ -56,7 +56,7 @@ py::list kernels() {
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Facts about how dflash_ext was built.";
   m.attr("version") = DFLASH_EXT_VERSION;
-  m.attr("compiler") = __VERSION__;
+  m.attr("compiler") = DFLASH_EXT_COMPILER;
   m.attr("cuda_version") = DFLASH_EXT_CUDA_VERSION;
   m.attr("cuda_archs") = DFLASH_EXT_CUDA_ARCHS;
   m.attr("cpu_isas") = DFLASH_EXT_CPU_ISAS;
