@@ -36,7 +36,12 @@ class Commands(TyperGroup):
 
 
 app = typer.Typer(
-    name="dflash-ext", cls=Commands, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False
+    name="dflash-ext",
+    cls=Commands,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # rich's help shows a type for flags, which take no value
 )
 
 

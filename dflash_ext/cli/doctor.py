@@ -6,7 +6,7 @@ from .app import console
 
 
 def doctor() -> None:
-    """Say what is built, on what it runs, and what serves each operator."""
+    """Say what is built, and what serves each operator."""
     from ..doctor import report
 
     report(console)

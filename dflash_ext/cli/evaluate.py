@@ -18,11 +18,15 @@ from .options import (
     Dtype,
     Field,
     Limit,
+    MaxNewTokensOfCycles,
     MaxPromptTokens,
+    MinP,
     Seed,
     TargetName,
     Temperature,
     Tokenizer,
+    TopK,
+    TopP,
 )
 from .output import check_output, replacing
 
@@ -32,14 +36,19 @@ def evaluate(
     drafter: Annotated[Path, typer.Option(help="Folder or hub name of the DFlash drafter to measure.")],
     prompts: Annotated[
         list[Path],
-        typer.Option(help="A file of prompts, which is one prompt set. Repeat the option for several sets."),
+        typer.Option(
+            metavar="<path>", help="A file of prompts, which is one prompt set. Repeat the option for several sets."
+        ),
     ],
     field: Field = None,
     limit: Limit = 80,
     max_prompt_tokens: MaxPromptTokens = 2048,
     chat_template_args: ChatTemplateArgs = None,
-    max_new_tokens: Annotated[int, typer.Option(min=2, help="The largest number of tokens in an answer.")] = 256,
+    max_new_tokens: MaxNewTokensOfCycles = 256,
     temperature: Temperature = 0.0,
+    top_k: TopK = None,
+    top_p: TopP = None,
+    min_p: MinP = None,
     block_size: BlockSize = None,
     batch_size: DecodeBatch = 8,
     seed: Seed = 0,
@@ -48,7 +57,7 @@ def evaluate(
     dtype: Dtype = None,
     device: Device = None,
 ) -> None:
-    """Decode prompt sets, and report tau and the acceptance rate at each position."""
+    """Decode prompt sets, and report tau and acceptance rates."""
     from ..data import LeftOut, read_conversations
     from ..decode import decode
     from ..eval import summarize, table
@@ -87,6 +96,9 @@ def evaluate(
                     list(asked.values()),
                     max_new_tokens=max_new_tokens,
                     temperature=temperature,
+                    top_k=top_k,
+                    top_p=top_p,
+                    min_p=min_p,
                     stop_token_ids=stop_tokens(tok, model),
                     block_size=block_size,
                     batch_size=batch_size,

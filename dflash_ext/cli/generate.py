@@ -22,11 +22,14 @@ from .options import (
     Limit,
     MaxNewTokens,
     MaxPromptTokens,
+    MinP,
     Prompts,
     Seed,
     TargetName,
     Temperature,
     Tokenizer,
+    TopK,
+    TopP,
 )
 from .output import check_output, replacing
 
@@ -46,15 +49,9 @@ def generate(
     chat_template_args: ChatTemplateArgs = None,
     max_new_tokens: MaxNewTokens = 256,
     temperature: Temperature = 0.0,
-    top_k: Annotated[int | None, typer.Option(min=1, help="Sample only from this number of likeliest tokens.")] = None,
-    top_p: Annotated[
-        float | None,
-        typer.Option(min=0, max=1, help="Sample only from the likeliest tokens whose probabilities add up to this."),
-    ] = None,
-    min_p: Annotated[
-        float | None,
-        typer.Option(min=0, max=1, help="Sample only from tokens at least this fraction as likely as the likeliest."),
-    ] = None,
+    top_k: TopK = None,
+    top_p: TopP = None,
+    min_p: MinP = None,
     block_size: BlockSize = None,
     batch_size: DecodeBatch = 8,
     seed: Seed = 0,
@@ -63,7 +60,7 @@ def generate(
     dtype: Dtype = None,
     device: Device = None,
 ) -> None:
-    """Decode prompts: speculatively with a drafter, plainly without one."""
+    """Decode prompts, speculatively if there is a drafter."""
     from ..data import Conversation, LeftOut, read_conversations
     from ..decode import decode
     from ..eval import table
@@ -130,5 +127,5 @@ def generate(
             on_finish=finish,
         )
     if streaming:
-        print()
+        print(flush=True)
     errors.print(table({"all prompts": decoded}))  # standard output has the answers alone

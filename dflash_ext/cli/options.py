@@ -46,7 +46,18 @@ ChatTemplateArgs = Annotated[
     ),
 ]
 MaxNewTokens = Annotated[int, typer.Option(min=1, help="The largest number of tokens in an answer.")]
+# Prefill gives the first token, so that only an answer of two tokens has a cycle to measure or to learn from.
+MaxNewTokensOfCycles = Annotated[int, typer.Option(min=2, help="The largest number of tokens in an answer.")]
 Temperature = Annotated[float, typer.Option(min=0, help="The sampling temperature; 0 is greedy.")]
+TopK = Annotated[int | None, typer.Option(min=1, help="Sample only from this number of likeliest tokens.")]
+TopP = Annotated[
+    float | None,
+    typer.Option(min=0, max=1, help="Sample only from the likeliest tokens whose probabilities add up to this."),
+]
+MinP = Annotated[
+    float | None,
+    typer.Option(min=0, max=1, help="Sample only from tokens at least this fraction as likely as the likeliest."),
+]
 BlockSize = Annotated[
     int | None,
     typer.Option(help="Slots of a drafted block. The drafter's own number is the default and the largest."),

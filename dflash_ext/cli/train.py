@@ -17,6 +17,7 @@ from .options import (
     Dtype,
     Field,
     Limit,
+    MaxNewTokensOfCycles,
     MaxPromptTokens,
     Prompts,
     Seed,
@@ -36,13 +37,12 @@ def train(
     limit: Limit = None,
     max_prompt_tokens: MaxPromptTokens = 512,
     chat_template_args: ChatTemplateArgs = None,
-    max_new_tokens: Annotated[
-        int, typer.Option(min=2, help="The largest number of tokens in an answer of the target.")
-    ] = 256,
+    max_new_tokens: MaxNewTokensOfCycles = 256,
     temperature: Annotated[
         list[float] | None,
         typer.Option(
             min=0,
+            metavar="<float>",
             help="The sampling temperature of the answers; 0, the default, is greedy. Repeat the option to get an "
             "answer at each temperature.",
         ),
@@ -97,7 +97,7 @@ def train(
     dtype: Dtype = None,
     device: Device = None,
 ) -> None:
-    """Train a drafter for a target on the target's own answers to your prompts."""
+    """Train a drafter on a target's own answers to your prompts."""
     import torch
 
     from ..data import LeftOut, read_conversations

@@ -20,7 +20,7 @@ def compare(
     stop_token_ids: tuple[int, ...],
     block_size: int | None = None,
 ) -> float:
-    """Prints one line per prompt and a table of both runs. Returns the mean tau.
+    """Prints one line per prompt and a table of both runs. Returns the speculative run's tau.
 
     Args:
         prompts: token ids by the name that is printed.
@@ -44,9 +44,7 @@ def compare(
         console.print(f"{name[:40]!r} -> {excerpt!r}", markup=False, highlight=False, soft_wrap=True)
     console.print(table({"plain": plain, "speculative": speculative}))
     ratio = speculative.tokens_per_second / plain.tokens_per_second
-    console.print(
-        f"mean tau {speculative.tau:.2f}; speculative decoding is {ratio:.2f}x as fast as plain decoding here"
-    )
+    console.print(f"tau {speculative.tau:.2f}; speculative decoding is {ratio:.2f}x as fast as plain decoding here")
     if different:
         raise RuntimeError(f"speculative output differs from the target's own for: {', '.join(different)}")
     return speculative.tau

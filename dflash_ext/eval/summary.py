@@ -8,7 +8,12 @@ from ..decode import Decoded
 
 
 def summarize(decoded: Decoded) -> dict:
-    """The run's numbers, ready for JSON. Times are in milliseconds per cycle of a whole batch."""
+    """The run's numbers, ready for JSON.
+
+    `tau` is the number of tokens committed per cycle, bonus included: the mean over prompts of each prompt's mean over
+    its cycles (arXiv 2602.06036). `acceptance` and the times are taken over all cycles of the run. Times are in
+    milliseconds per cycle of a whole batch.
+    """
     return {
         "prompts": len(decoded.completions),
         "tokens": sum(len(c.tokens) for c in decoded.completions),
@@ -22,7 +27,11 @@ def summarize(decoded: Decoded) -> dict:
 
 def table(results: dict[str, Decoded]) -> Table:
     """A table with one row per named run."""
-    view = Table()
+    view = Table(
+        caption="tau: tokens committed per cycle, bonus included, as the mean over prompts\n"
+        "accepted: the share of all cycles that accepted the drafted token",
+        caption_justify="left",
+    )
     view.add_column("")
     for column in ("prompts", "tau", "tokens/s", "draft ms", "verify ms", "accepted by position, %"):
         view.add_column(column, justify="right" if column != "accepted by position, %" else "left")

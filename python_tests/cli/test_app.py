@@ -30,6 +30,20 @@ def test_every_command_and_option_has_a_help_text_that_is_a_sentence(run):
             assert option.help.endswith(".") and option.help[0].isupper(), (name, option.name)
 
 
+def test_flags_take_no_value_in_the_help(run):
+    _, printed, _ = run("train", "--help")
+    assert "--resume" in printed and "bool" not in printed
+
+
+def test_commands_that_decode_have_the_same_options():
+    """generate and evaluate differ in what they decode and print alone."""
+    commands = get_command(app).commands
+    generate, evaluate = ({p.name: p for p in commands[name].params} for name in ("generate", "evaluate"))
+    assert set(generate) - set(evaluate) == {"prompt"} and set(evaluate) <= set(generate)
+    for name in set(evaluate) - {"drafter", "prompts", "output"}:
+        assert evaluate[name].help == generate[name].help, name
+
+
 def test_a_mistake_is_one_line_or_a_traceback_on_request(workspace, run):
     words = ["generate", "w003", "--target", workspace / "nowhere"]
     code, _, errors = run(*words)

@@ -20,6 +20,16 @@ def test_the_figures_of_a_set(workspace, run, evaluate):
     assert "tau" in printed
 
 
+@pytest.mark.parametrize("only_the_likeliest", [["--top-k", 1], ["--top-p", 1e-6], ["--min-p", 1]])
+def test_a_filter_that_leaves_one_token_is_greedy(workspace, run, evaluate, only_the_likeliest):
+    figures = []
+    for options in ([], ["--temperature", 2, *only_the_likeliest], ["--temperature", 2]):
+        assert run(*evaluate, *options, "--output", workspace / "figures.json")[0] == 0
+        row = json.loads((workspace / "figures.json").read_text())["prompts"]
+        figures.append([row[name] for name in ("tokens", "tau", "acceptance")])
+    assert figures[0] == figures[1] != figures[2]
+
+
 def test_a_prompt_that_is_too_long_is_left_out_and_counted(workspace, run, evaluate):
     texts = [" ".join(f"w{i:03}" for i in prompt) for prompt in random_prompts(5, 600, 7, 505)]
     (workspace / "long.jsonl").write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts))

@@ -22,7 +22,7 @@ def compared():
 
 def test_each_prompt_is_compared_and_the_mean_tau_returned():
     shown, tau, decoded = compared()
-    assert tau == decoded.tau and f"mean tau {tau:.2f}" in shown
+    assert tau == decoded.tau and f"tau {tau:.2f}; speculative" in shown
     for line, name, completion in zip(shown.splitlines(), ("one", "two"), decoded.completions, strict=False):
         assert line.split()[:5] == ["equal", "tau", f"{completion.tau:.2f}", "12", "tokens"]
         assert f"'{name}' -> 'w" in line

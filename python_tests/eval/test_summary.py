@@ -51,6 +51,7 @@ def test_the_table_has_a_row_for_each_run(decoded):
     plain = Decoded([Completion([1, 2, 3], "length", [1, 1], [0, 0], [0, 0])], 0, cycles=2, verify_seconds=0.5)
     out = io.StringIO()
     Console(file=out, width=120).print(table({"speculative": decoded, "plain": plain}))
+    assert "tau: tokens committed per cycle, bonus included, as the mean over prompts" in out.getvalue()
     rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in out.getvalue().splitlines() if "│" in line]
     assert rows == [
         ["speculative", "2", "2.25", "3.5", "125.0", "375.0", "67 67 67"],
