@@ -496,7 +496,8 @@ class IntervalMask:
         convention: the window of :meth:`anchor_blocks` of that name, "zlab" or "speculators", for drafting with sliding
             layers. The block's anchor stands at ``cache_lens``.
         kv_len: the capacity of the buffer. It is required when cache_lens is a tensor, and cache_lens + block_len
-            otherwise. Lengths in tensors are not checked against it: keys beyond it are not seen.
+            otherwise. The caller makes sure that ``cache_lens + q_lens`` does not exceed it. Lengths in tensors are not
+            checked, because that would wait for the device: keys from kv_len on are left out without an error.
 
         Raises ValueError for a length, window or convention out of range and for tensors that do not fit together, and
         TypeError for a length that is no integer.
