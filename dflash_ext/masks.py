@@ -1,8 +1,8 @@
-"""IntervalMask: who sees whom in block diffusion, as two key intervals per query row.
+"""IntervalMask: which keys each query row sees in block diffusion, as two intervals.
 
-Every attention pattern of block diffusion (prefix and block, block-causal, anchors, BD3-LM, decoding against
-a cache) lets a query row see at most two contiguous runs of keys. Writing the mask as four integers a row
-keeps it 16 bytes a row at any length, buildable on the device, and readable by one kernel.
+In every attention pattern of block diffusion (prefix and block, block-causal, anchors, BD3-LM, decoding against a
+cache), a query row sees at most two contiguous runs of keys. So four integers per row describe the mask. They take 16
+bytes per row at any length, are computed on the device, and are all that a kernel needs to read.
 """
 
 from __future__ import annotations
@@ -29,26 +29,28 @@ Device = torch.device | str | None
 
 load()
 _decode_mask = torch.ops.dflash_ext.decode_mask.default
-_DECODE_CONVENTIONS = (None, "zlab", "speculators")  # the operator knows them by their places
+_DECODE_CONVENTIONS = (None, "zlab", "speculators")  # the native operator takes an index into this
 
 
 @dataclass(frozen=True, eq=False)
 class IntervalMask:
     """Query row ``(b, i)`` sees the keys of ``[ctx_lo, ctx_hi)`` and of ``[blk_lo, blk_hi)``.
 
-    ctx_lo, ctx_hi, blk_lo, blk_hi: int32 ``[B, Lq]``; B = 1 serves every row of a batch. kv_len: Lk, static.
-    An interval with lo >= hi is empty, keys in both intervals count once, and neither order nor adjacency of
-    the two is assumed. The constructors keep every bound within ``[0, kv_len]``. Bounds that are not
-    contiguous are copied, because the kernels need contiguous ones.
+    ctx_lo, ctx_hi, blk_lo, blk_hi: int32 ``[B, Lq]``. With B = 1 the mask serves all entries of a batch.
+    kv_len: Lk, a number that is fixed when the mask is made.
 
-    In the constructors a length is an int, or an int32 or int64 tensor ``[B]``. Those of self-attention take
-    ``max_len``, the padded length: required when ``seq_len`` is a tensor; rows and keys from ``seq_len`` on
-    are padding, whose rows are empty. A window W means that a key is visible iff ``q_pos - k_pos < W``.
-    Nothing of size Lq x Lk is made and nothing is read back from the device; ``device`` matters only where no
-    tensor gives one.
+    An interval with lo >= hi is empty. A key in both intervals counts once. The two intervals may be in any order, and
+    need not be adjacent. The constructors keep every bound within ``[0, kv_len]``. Bounds that are not contiguous are
+    copied, because the kernels need contiguous ones.
 
-    tiles, planned_for: what :meth:`plan` adds. They are no arguments, so that a mask which is made from other bounds,
-    by ``dataclasses.replace`` too, has no plan.
+    In the constructors a length is an int, or an int32 or int64 tensor ``[B]``. The constructors of self-attention also
+    take ``max_len``, the padded length, which is required when ``seq_len`` is a tensor. Positions from ``seq_len`` on
+    are padding: their keys are hidden and their rows are empty. A window W means that a key is visible iff
+    ``q_pos - k_pos < W``. Nothing of size Lq x Lk is made, and nothing is read back from the device. ``device`` is used
+    only if no argument is a tensor.
+
+    tiles, planned_for: set by :meth:`plan` alone. They are no arguments of the constructor, so that
+    ``dataclasses.replace`` and everything else that makes a mask from other bounds gives a mask without a plan.
     """
 
     ctx_lo: Tensor
@@ -72,7 +74,7 @@ class IntervalMask:
 
     @property
     def batch(self) -> int:
-        """Rows of the batch that the mask tells apart (1: the same mask for all)."""
+        """The number of batch entries that have a mask of their own; 1 if all have the same."""
         return self.ctx_lo.shape[0]
 
     @property
@@ -95,19 +97,18 @@ class IntervalMask:
         return IntervalMask, (*self._bounds(), self.kv_len)
 
     def plan(self, heads: int, kv_heads: int, head_dim: int, *, decode: bool = False) -> IntervalMask:
-        """The same mask with the GPU kernels' tile lists, made once for all layers of these shapes.
+        """Returns the same mask with the GPU kernels' tile lists, which then serve all layers of these shapes.
 
-        decode: for ``block_attn_decode`` instead of ``block_attn``.
+        decode: whether the lists are for ``block_attn_decode`` instead of ``block_attn``.
 
-        The operators make the lists themselves, in every call, for a mask that has none, or has those of other
-        shapes. One kernel launch, nothing is read back. Calls in several streams may share a plan: no kernel writes to
-        it. On the CPU the mask itself: there the kernels read the bounds of a tile's rows as they reach it, once for
-        all of its keys.
+        If a mask has no lists for the shapes of a call, the operator makes them in that call. Making a plan is one
+        kernel launch, and nothing is read back. Calls in several streams may share a plan, because no kernel writes to
+        it. On the CPU this method returns the mask itself, because the CPU kernels need no lists.
 
         The planned mask has this mask's bounds, not copies of them. The kernels compare each row's bounds with the
-        plan. Where bounds have changed in place since, so that the plan would give a wrong result, the row's output
-        and its LSE are NaN. That holds under inference mode and in a replayed CUDA graph too. A graph that is to serve
-        other lengths makes the plan within the graph.
+        plan. If bounds were changed in place afterwards, so that the plan would give a wrong result, the row's output
+        and its LSE are NaN. This also holds under inference mode and in a replayed CUDA graph. A graph that serves
+        changing lengths should therefore make the plan within the graph.
 
         Raises ValueError for shapes that no attention has.
         """
@@ -121,7 +122,7 @@ class IntervalMask:
         return _from_leaves((*self._bounds(), tiles), (self.kv_len, self._plan_key(*shapes)))
 
     def tiles_for(self, heads: int, kv_heads: int, head_dim: int, *, decode: bool = False) -> Tensor | None:
-        """The tile lists, if they were made for these shapes and this very mask."""
+        """The tile lists, or None if they were made for other shapes."""
         return self.tiles if self.planned_for == self._plan_key(heads, kv_heads, head_dim, decode) else None
 
     def _plan_key(self, *shapes: int) -> tuple:
@@ -135,7 +136,8 @@ class IntervalMask:
     ) -> IntervalMask:
         """Every row sees the first ``kv_lens`` keys.
 
-        kv_len: Lk, ``kv_lens`` itself when that is an int. q_len: Lq, ``kv_len`` unless given.
+        kv_len: Lk. The default is ``kv_lens``, if that is an int.
+        q_len: Lq. The default is ``kv_len``.
         """
         device = _device("full", device, kv_lens=kv_lens)
         lens, kv_len = _padded(kv_lens, kv_len, device, "full", "kv_lens", "kv_len")
@@ -169,7 +171,7 @@ class IntervalMask:
         max_len: int | None = None,
         device: Device = None,
     ) -> IntervalMask:
-        """Prefix-LM: the prefix is bidirectional, what follows is causal."""
+        """Prefix-LM: the prefix is bidirectional, and what follows it is causal."""
         device = _device("prefix_lm", device, seq_len=seq_len, prefix_len=prefix_len)
         lens, max_len = _padded(seq_len, max_len, device, "prefix_lm")
         prefix = _column(prefix_len, device, "prefix_lm", "prefix_len")
@@ -236,8 +238,8 @@ class IntervalMask:
     ) -> IntervalMask:
         """BD3-LM's training mask (arXiv 2503.09573) over ``[x_t ; x_0]``, so Lq = Lk = 2 * max_len.
 
-        A noised block of x_t sees itself in both directions and the clean blocks of x_0 before it; a block of
-        x_0 sees the clean blocks up to its own.
+        A noised block of x_t sees itself in both directions, and the clean blocks of x_0 before it. A block of x_0 sees
+        the clean blocks up to its own.
         """
         block_size = _step("block_diffusion", "block_size", block_size)
         device = _device("block_diffusion", device, seq_len=seq_len)
@@ -266,13 +268,14 @@ class IntervalMask:
     ) -> IntervalMask:
         """Documents packed into one row, each under its own mask at its own positions.
 
-        cu_seqlens: n + 1 offsets, from 0; document d is ``[cu_seqlens[d], cu_seqlens[d + 1])``.
-        inner: called once as ``inner(lengths, max_len=max_len)``, lengths an int32 tensor ``[n]``, and
-        returns the batch of the documents' self-attention masks. ``IntervalMask.causal`` is one as it stands;
-        arguments are added with functools.partial, and may be tensors ``[n]``: one prefix length a document.
-        total_len: the length of the row; required with a tensor, else the last offset. What lies behind the
-        last document is padding. max_len: an upper bound of the document lengths, by default the longest one,
-        or total_len with a tensor.
+        cu_seqlens: n + 1 ascending offsets from 0. Document d is ``[cu_seqlens[d], cu_seqlens[d + 1])``.
+        inner: makes the documents' self-attention masks, as a batch. It is called once, as
+            ``inner(lengths, max_len=max_len)`` with int32 lengths ``[n]``. ``IntervalMask.causal`` can be passed as it
+            is. functools.partial adds arguments, which may be tensors ``[n]`` (a prefix length for each document).
+        total_len: the length of the row. It is required if cu_seqlens is a tensor, and the last offset otherwise.
+            Positions behind the last document are padding.
+        max_len: an upper bound of the documents' lengths. The default is the longest one, or total_len if cu_seqlens is
+            a tensor.
         """
         if isinstance(cu_seqlens, Tensor):
             total_len = _int("packed", "total_len", total_len)
@@ -316,12 +319,12 @@ class IntervalMask:
 
     @staticmethod
     def from_padding(attention_mask: Tensor) -> IntervalMask:
-        """Row i sees the tokens up to i, where a 2-D padding mask tells tokens from padding.
+        """Causal attention under a 2-D padding mask: row i sees the tokens up to i.
 
         attention_mask: bool, int32 or int64 ``[B, L]``, 1 for a token and 0 for padding, as tokenizers of transformers
-        make it. Padding stands on the left, on the right or on both sides, and its rows are empty. On the CPU a mask
-        with padding between tokens raises ValueError. On a GPU, where the check would have to wait for it, padding
-        between tokens is taken for tokens.
+        make it. Padding may be on the left, on the right or on both sides. Its rows are empty. On the CPU a mask with
+        padding between tokens raises ValueError. On a GPU this check would have to wait for the device, so padding
+        between tokens counts as tokens there.
 
         >>> mask = IntervalMask.from_padding(torch.tensor([[0, 1, 1], [1, 1, 0]]))
         >>> mask.to_bool().int().squeeze(1).tolist()
@@ -349,10 +352,11 @@ class IntervalMask:
 
     @staticmethod
     def from_position_ids(position_ids: Tensor) -> IntervalMask:
-        """Packed documents, each causal, as the positions of their tokens tell.
+        """Packed documents, each causal, which are told apart by the positions of their tokens.
 
-        position_ids: int32 or int64 ``[B, L]``. A position that is not its predecessor plus one starts a document, as
-        in transformers. Padding is not known here: it counts as documents of its own, which no other row sees.
+        position_ids: int32 or int64 ``[B, L]``. A document starts at each position that is not its predecessor plus
+        one, as in transformers. Padding cannot be recognised by its positions. It counts as documents of its own, which
+        no token of another document sees.
 
         >>> mask = IntervalMask.from_position_ids(torch.tensor([[0, 1, 0, 1, 2]]))
         >>> mask.ctx_lo.tolist(), mask.ctx_hi.tolist()
@@ -386,26 +390,28 @@ class IntervalMask:
     ) -> IntervalMask:
         """DFlash training (arXiv 2602.06036): one block per anchor, each over the context before its anchor.
 
-        The keys are ``[context (context_len) | N blocks of block_size]``. The queries are the N * block_size
-        slots, or with include_context the context's own causal rows before them (the target itself drafts,
-        through LoRA). Slot 0 of a block stands at its anchor, slot j at anchor + j. A block sees the context
-        strictly before its anchor and its own slots in both directions, never another block.
+        The keys are ``[context (context_len) | N blocks of block_size]``. The queries are the N * block_size slots.
+        With include_context, the context's own causal rows come before them (for a LoRA drafter, where the target
+        itself drafts). Slot 0 of a block is at the position of its anchor, and slot j at anchor + j. A block sees the
+        context strictly before its anchor, and its own slots in both directions. It never sees another block.
 
-        anchors: int32 or int64 ``[B, N]``, positions in the context, in any order. Others are an error on the CPU,
-        unless they are not kept; on a GPU, where the check would have to wait for it, nothing is checked.
-        keep: bool ``[B, N]``; the rows of an anchor that is not kept are empty.
-        context_start: int ``[B, N]``, where the anchor's document begins (packing); with include_context int
-        ``[B, context_len]``, where each token's document begins, from which the anchors' are read.
-        window: sliding layers, under one of three conventions, each as its code has it.
-            "specforge": a slot sees the context with ``q_pos - k_pos < window`` at its own position. The window
-            acts on the context alone, so a slot sees all slots up to itself, however small the window is.
+        anchors: int32 or int64 ``[B, N]``, positions in the context, in any order. On the CPU another position is an
+            error, unless its anchor is not kept. On a GPU, where this check would have to wait for the device, nothing
+            is checked.
+        keep: bool ``[B, N]``. The rows of an anchor that is not kept are empty.
+        context_start: where a document begins in packed rows, int32 or int64. Without include_context ``[B, N]``, the
+            beginning of each anchor's document. With include_context ``[B, context_len]``, the beginning of each
+            token's document.
+        window: the window of sliding layers, under one of three conventions, each as in the code of that name.
+            "specforge": a slot sees the context with ``q_pos - k_pos < window`` at its own position. The window acts on
+            the context alone, so a slot sees all slots up to itself, however small the window is.
             "zlab": the same rule holds inside the block as well. A block that is not causal looks ahead as far as
-            it looks back, ``k_pos - q_pos < window``. SpecForge's mask and z-lab's differ only where the window is
+            it looks back, ``k_pos - q_pos < window``. SpecForge's mask and z-lab's differ only if the window is
             smaller than the block.
-            "speculators": all slots see the same ``window`` tokens before the anchor, and the block up to
-            themselves or, if it is not causal, all of it.
-        causal: whether a slot sees only the slots up to itself. By default sliding layers are causal under
-            "specforge", where they must be, and "zlab"; everything else is bidirectional in the block.
+            "speculators": all slots see the same ``window`` tokens before the anchor. In the block they see the slots
+            up to themselves or, if it is not causal, all slots.
+        causal: whether a slot sees only the slots up to itself. By default, sliding layers are causal under "zlab" and
+            under "specforge" (where they must be). All other layers are bidirectional in the block.
         """
         context_len = _int("anchor_blocks", "context_len", context_len)
         block_size = _step("anchor_blocks", "block_size", block_size)
@@ -487,14 +493,14 @@ class IntervalMask:
     ) -> IntervalMask:
         """A block of ``block_len`` rows against a cache, for drafting, verification (``causal=True``) and canvases.
 
-        Row b of the key buffer holds cached tokens at ``[kv_start, cache_lens)`` and the block itself at
-        ``[cache_lens, cache_lens + q_lens)``; the index of a key is its position. Rows from ``q_lens`` on
-        (default: block_len) are empty. Every other row sees the cache and the whole block, or with causal the
-        block up to itself. A window hides keys behind a row, not those ahead of it in its block. One operator makes all
-        bounds, in one launch on a GPU. A captured CUDA graph reads the lengths in tensors anew in every replay.
+        Row b of the key buffer holds the cached tokens at ``[kv_start, cache_lens)`` and the block itself at
+        ``[cache_lens, cache_lens + q_lens)``. The index of a key in the buffer is its position. A row of the block sees
+        the cached tokens and the whole block, or with causal the block up to itself. Rows from ``q_lens`` on are empty;
+        by default there are none. A window hides keys before a row, but not those after it in its block. One operator
+        computes all bounds, in one launch on a GPU. A replay of a captured CUDA graph reads lengths in tensors again.
 
-        convention: the window of :meth:`anchor_blocks` of that name, "zlab" or "speculators", for drafting with sliding
-            layers. The block's anchor stands at ``cache_lens``.
+        convention: how a window acts in drafting with sliding layers, "zlab" or "speculators", as in
+            :meth:`anchor_blocks`. The block's anchor is at ``cache_lens``.
         kv_len: the capacity of the buffer. It is required when cache_lens is a tensor, and cache_lens + block_len
             otherwise. The caller makes sure that ``cache_lens + q_lens`` does not exceed it. Lengths in tensors are not
             checked, because that would wait for the device: keys from kv_len on are left out without an error.
@@ -540,12 +546,12 @@ class IntervalMask:
 
     @staticmethod
     def from_dense(mask: Tensor) -> IntervalMask:
-        """The intervals of a dense mask that was made elsewhere; waits for the device to check it.
+        """The intervals of a dense mask that was made elsewhere. The checks wait for the device.
 
         mask: bool (True: visible), or additive (0: visible, -1e4 or less: hidden), ``[B, 1, Lq, Lk]``,
         ``[B, Lq, Lk]`` or ``[Lq, Lk]``.
-        Raises ValueError for a row whose visible keys are more than two runs, for a mask that differs by
-        head, and for an additive value that is neither.
+        Raises ValueError for a row that sees more than two runs of keys, for a mask that differs by head, and for an
+        additive value between -1e4 and 0 or above 0.
         """
         visible = mask
         if mask.dtype != torch.bool:
@@ -564,7 +570,7 @@ class IntervalMask:
                 "[B, 1, Lq, Lk], [B, Lq, Lk] and [Lq, Lk] are supported"
             )
         batch, q_len, kv_len = visible.shape
-        # The columns where a row turns visible or hidden are, in order, the bounds of its intervals.
+        # The columns at which the keys of a row become visible or hidden are, in order, the bounds of its intervals.
         padded = torch.nn.functional.pad(visible, (1, 1))
         turns = padded[..., 1:] != padded[..., :-1]
         row, column = turns.reshape(batch * q_len, kv_len + 1).nonzero(as_tuple=True)
@@ -586,18 +592,18 @@ class IntervalMask:
         return self._sees(*(bound[:, None, :, None] for bound in self._bounds()), key)
 
     def to_dense(self, dtype: torch.dtype) -> Tensor:
-        """Additive ``[B, 1, Lq, Lk]``: 0 where visible, else the lowest finite number of ``dtype``.
+        """Additive ``[B, 1, Lq, Lk]``: 0 for visible keys, the lowest finite number of ``dtype`` for others.
 
-        This is what transformers models take; ``dtype`` must be the model's, since the lowest float32
-        overflows to -inf in half precision. Under it a row that sees nothing attends to all keys alike, where
-        ``block_attn`` gives 0: a softmax over equal scores is uniform.
+        transformers models take masks of this form. ``dtype`` must be the model's, because the lowest float32 overflows
+        to -inf in half precision. A row that sees no key attends to all keys equally under such a mask, because a
+        softmax over equal scores is uniform. ``block_attn`` gives 0 for such a row.
         """
         visible = self.to_bool()
         hidden = torch.full((), torch.finfo(dtype).min, dtype=dtype, device=self.device)
         return torch.where(visible, torch.zeros((), dtype=dtype, device=self.device), hidden)
 
     def to_flex(self):
-        """The same mask as a FlexAttention BlockMask, for its own batch size and any number of heads."""
+        """The same mask as a FlexAttention BlockMask, for this mask's batch size and any number of heads."""
         from torch.nn.attention.flex_attention import create_block_mask
 
         single = self.batch == 1
@@ -617,9 +623,9 @@ class IntervalMask:
 def block_window(
     slot: Tensor, block_size: int, causal: bool, window: int | None, convention: str | None
 ) -> tuple[Tensor | int | None, Tensor, Tensor]:
-    """What a slot of a block sees: how many tokens before the block (None: all), and which slots [first, last).
+    """What a slot of a block sees: the number of tokens before the block (None for all), and the slots [first, last).
 
-    convention: one of `anchor_blocks`, or None for a window that hides only what is behind a slot.
+    convention: one of `anchor_blocks`, or None for a window that hides only keys before a slot.
     """
     first = torch.zeros_like(slot)
     last = slot + 1 if causal else torch.full_like(slot, block_size)
@@ -641,10 +647,10 @@ def _check_convention(where: str, convention: str, supported: tuple[str, ...]) -
 
 
 def _device(where: str, device: Device, **lengths: Length | None) -> Device:
-    """The device of the lengths in tensors, or else ``device``.
+    """The device of the lengths that are tensors, or ``device`` if none is.
 
-    Raises ValueError unless the tensors are int32 or int64 ``[B]`` on one device and of one batch. A length that serves
-    the whole batch may have one entry.
+    Raises ValueError unless the tensors are int32 or int64 ``[B]``, on one device and for one batch. A tensor of one
+    entry serves the whole batch.
     """
     given = {name: x for name, x in lengths.items() if isinstance(x, Tensor)}
     for name, x in given.items():
@@ -665,18 +671,18 @@ def _arange(length: int, device: Device) -> Tensor:
 
 
 def check_head_dim(where: str, head_dim: int) -> None:
-    """What the attention kernels have tiles for."""
+    """Raises ValueError for a head_dim that the attention kernels do not support."""
     if head_dim % 8 or not 8 <= head_dim <= 512:
         raise ValueError(f"{where}: head_dim is {head_dim}; multiples of 8 up to 512 are supported")
 
 
 def _has_values(x: Tensor) -> bool:
-    """Whether a tensor has values to look at. Fake tensors and those of a function that is being traced have none."""
+    """Whether a tensor has values that can be read. Fake tensors have none, nor have those of a traced function."""
     return type(x) is Tensor and not (torch.compiler.is_compiling() or is_in_torch_dispatch_mode())
 
 
 def _int(where: str, name: str, value: int, least: int = 0, most: int | None = _LARGEST) -> int:
-    """An integer of any type, checked, as an int. A SymInt stays one, so that torch.compile need not fix its value."""
+    """Checks an integer of any type and returns it as an int. A SymInt stays one, so that a trace fixes no value."""
     if not is_int(value):
         raise TypeError(f"IntervalMask.{where}: {name} is {shown(value)}; an int is needed")
     value = value if isinstance(value, int | torch.SymInt) else int(value)
@@ -688,7 +694,7 @@ def _int(where: str, name: str, value: int, least: int = 0, most: int | None = _
 
 
 def _step(where: str, name: str, value: int) -> int:
-    """A window or a block of at least one token. Larger ones than any mask become a number that fits into int32."""
+    """A window or block size of at least 1. A size beyond any mask becomes a number that fits into int32."""
     return min(_int(where, name, value, least=1, most=None), _FAR)
 
 
@@ -701,7 +707,7 @@ def _column(length: Length, device: Device, where: str, name: str) -> Tensor:
 
 
 def _tensor_or_int(where: str, name: str, length: Length) -> tuple[Tensor | None, int]:
-    """A length as two arguments of a native operator: the tensor, or the number that holds where there is none."""
+    """A length as two arguments of a native operator: a tensor or None, and the number to use without a tensor."""
     return (length, 0) if isinstance(length, Tensor) else (None, _int(where, name, length))
 
 
@@ -713,7 +719,7 @@ def _padded(
     name: str = "seq_len",
     padded_name: str = "max_len",
 ) -> tuple[Tensor, int]:
-    """The true lengths [B, 1] and the static length that they are padded to, which an int is by itself."""
+    """The true lengths [B, 1], and the static length to which they are padded. The latter defaults to an int length."""
     if padded is None and not isinstance(lens, Tensor):
         padded = lens
     return _column(lens, device, where, name), _int(where, padded_name, padded)
@@ -727,7 +733,8 @@ def _intervals(
     rows: Tensor | None = None,
     batch: int = 1,
 ) -> IntervalMask:
-    """Bounds broadcast to int32 [B, q_len] and clamped to [0, kv_len]; empty where ``rows`` is False."""
+    """A mask of these bounds, broadcast to int32 [B, q_len] and clamped to [0, kv_len]. Where ``rows`` is False, a row
+    is empty."""
     given = [*context, *block] + ([] if rows is None else [rows])
     tensors = [x for x in given if isinstance(x, Tensor)]
     shape = torch.broadcast_shapes((batch, q_len), *(x.shape for x in tensors))
@@ -749,7 +756,7 @@ def _(cache_lens, q_lens, kv_starts, q_len, kv_start, block_len, *others):
 
 
 def _keyed_leaves(mask: IntervalMask) -> tuple[list[tuple[pytree.GetAttrKey, Tensor]], tuple]:
-    """kv_len and planned_for are structure, not leaves, so that they stay numbers under torch.compile and export."""
+    """The tensors are leaves. kv_len and planned_for are structure, so that compile and export keep the numbers."""
     names = _BOUNDS + (() if mask.tiles is None else ("tiles",))
     return [(pytree.GetAttrKey(name), getattr(mask, name)) for name in names], (mask.kv_len, mask.planned_for)
 
@@ -760,7 +767,7 @@ def _leaves(mask: IntervalMask) -> tuple[list[Tensor], tuple]:
 
 
 def _from_leaves(leaves: Iterable, structure: tuple) -> IntervalMask:
-    """Nothing is checked: a tree_map may put anything in the place of tensors."""
+    """Makes a mask without checks, because a tree_map may put anything in the place of the tensors."""
     mask = object.__new__(IntervalMask)
     kv_len, planned_for = structure
     named = zip((*_BOUNDS, "tiles"), leaves, strict=False)

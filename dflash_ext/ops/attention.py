@@ -41,18 +41,18 @@ def block_attn(
         q: ``[B, Hq, Lq, D]``, floating; D a multiple of 8, at most 512; last dimension contiguous.
         k, v: ``[B, Hkv, Lk, D]`` of q's dtype; Hkv divides Hq, and query head h reads key head h * Hkv // Hq.
         mask: Lq rows over Lk keys, for the B entries of the batch or for one that serves all, on q's device.
-        scale: D ** -0.5 unless given.
-        softcap: scores become ``softcap * tanh(scores / softcap)`` (Gemma 2); None for none.
-        deterministic: gradients that have the same bits in every run.
-        return_lse: also the natural log of each row's sum of exp(scores), which carries a gradient too.
+        scale: the factor of the scores; None is D ** -0.5.
+        softcap: turns scores into ``softcap * tanh(scores / softcap)`` (Gemma 2); None for none.
+        deterministic: whether gradients have the same bits in every run. This may take longer on a GPU.
+        return_lse: also return the natural log of each row's sum of exp(scores). It has a gradient, too.
 
     Returns:
         ``[B, Hq, Lq, D]`` in q's dtype; with return_lse also float32 (float64 for float64) ``[B, Hq, Lq]``.
-        A row that sees no key gives 0, an LSE of -inf, and zero gradients.
+        A row that sees no key has an output of 0, an LSE of -inf, and zero gradients.
 
-    k and v must be finite: the kernels work on tiles, and what is not finite in a value reaches other rows of its tile.
-    Sums are in float32, in float64 for float64. On the CPU the result does not depend on the number of threads,
-    and gradients are always deterministic. Under autocast q, k and v are cast to its dtype.
+    k and v must be finite. The kernels work on tiles, so a value that is not finite can also reach rows that do not see
+    it. Sums are computed in float32, and in float64 for float64 inputs. On the CPU the result does not depend on the
+    number of threads, and gradients are always deterministic. Under autocast q, k and v are cast to its dtype.
 
     Raises ValueError for arguments that do not fit together, TypeError for one of another type.
     """
@@ -87,21 +87,20 @@ def block_attn_decode(
     softcap: float | None = None,
     exact: bool = False,
 ) -> Tensor:
-    """``block_attn`` of a few rows against a key and value cache, for decoding; no gradient.
+    """``block_attn`` of a few rows against a key and value cache, for decoding. It has no gradient.
 
     Args:
         q: ``[B, Hq, Lq, D]`` as in ``block_attn``.
         k_cache, v_cache: contiguous ``[B, Hkv, S, D]``; or, with block_table, pages
-            ``[pages, page_size, Hkv, D]``. The block's own keys are in the cache already. What no
-            row of an entry sees is never used, NaN included.
+            ``[pages, page_size, Hkv, D]``. They already hold the block's own keys and values. Keys and values that no
+            row of an entry sees are never used, even if they are NaN.
         mask: ``IntervalMask.decode(...)`` with kv_len at most S, or at most max_pages * page_size.
         block_table: int32 ``[B, max_pages]``: entry j is the page of positions
-            ``[j * page_size, (j + 1) * page_size)``; entries beyond a row's length may hold -1.
+            ``[j * page_size, (j + 1) * page_size)``. Entries beyond a row's length may be -1. On a GPU, an entry that
+            is no page is read as a page of zeros.
         scale, softcap: as in ``block_attn``.
-        exact: a row's result depends, to the bit, on its own query and the keys that it sees, not on the rest of
-            the batch, the length or layout of the cache, or the bounds of others. On the CPU that is always so.
-
-    On a GPU entries of block_table that are no page are read as zeros.
+        exact: whether the bits of a row's result depend on its own query and the keys that it sees alone, and not on
+            the rest of the batch, the length or layout of the cache, or other rows' bounds. On the CPU they always do.
 
     Returns:
         ``[B, Hq, Lq, D]`` in q's dtype, 0 for rows that see no key.
@@ -157,10 +156,10 @@ def _without_kernel(
 def _scaled_dot_product(q: Tensor, k: Tensor, v: Tensor, mask: IntervalMask, scale: float | None) -> Tensor:
     group = q.shape[1] // k.shape[1]
     if q.is_cuda and group > 1:
-        # There enable_gqa together with a mask would leave only the slowest of PyTorch's kernels.
+        # On a GPU, only the slowest of PyTorch's kernels takes enable_gqa together with a mask.
         k, v = (x.repeat_interleave(group, dim=1) for x in (k, v))
     visible = mask.to_bool()
-    # An empty row attends to everything and is then overwritten, which keeps NaN out of its gradients.
+    # An empty row first attends to everything and is then overwritten. This keeps NaN out of its gradients.
     empty = ~visible.any(-1, keepdim=True)
     out = torch.nn.functional.scaled_dot_product_attention(
         q, k, v, attn_mask=visible | empty, scale=scale, enable_gqa=k.shape[1] != q.shape[1]
@@ -170,13 +169,14 @@ def _scaled_dot_product(q: Tensor, k: Tensor, v: Tensor, mask: IntervalMask, sca
 
 # ------------------------------------------------------------------------- checks
 
-# The native operators refuse on their own whatever does not fit, so that a call which succeeds pays for no check here.
-# `_check` runs after an operator has raised, to name the arguments as the public function has them. It also runs where
-# no native kernel does: for fake and meta tensors, and for dtypes that only plain PyTorch serves.
+# The native operators check their arguments themselves, so a call that succeeds pays for no check in Python. `_check`
+# runs after an operator has raised, to name the arguments as the public function does. It also runs for calls that
+# reach no native operator: those with fake or meta tensors, and dtypes that only plain PyTorch serves.
 
 
 def _check_kinds(op: str, mask: IntervalMask, scale: float | None, softcap: float | None) -> None:
-    """What the native operators cannot refuse: they would take the value of a tensor, and drop its gradient."""
+    """Checks what the native operators cannot. They would read the value of a tensor in the place of a number, and so
+    drop its gradient."""
     if not isinstance(mask, IntervalMask):
         raise TypeError(
             f"{op}: mask is {shown(mask)}; an IntervalMask is needed, which IntervalMask.full, causal, "
@@ -187,7 +187,7 @@ def _check_kinds(op: str, mask: IntervalMask, scale: float | None, softcap: floa
 
 
 def _explained(error: Exception, *arguments: object) -> Exception:
-    """What `_check` says of the arguments of a call that failed, or the error itself where they fit."""
+    """What `_check` finds in the arguments of a call that failed, or the error itself if it finds nothing."""
     try:
         _check(*arguments)
     except (TypeError, ValueError) as found:

@@ -12,14 +12,14 @@ _LIBRARY = torch.library.Library("dflash_ext", "IMPL")
 
 
 def has_no_gradient(op: str) -> None:
-    """Makes autograd pass ``dflash_ext::<op>`` by: its results require no gradient, whatever its arguments do."""
+    """Makes autograd ignore ``dflash_ext::<op>``: its results never require a gradient."""
     _LIBRARY.impl(op, torch.library.fallthrough_kernel, "Autograd")
 
 
 def refuse_second_derivative(op: str) -> None:
-    """Makes autograd raise where it would have to differentiate ``op``'s backward, ``dflash_ext::<op>_backward``.
+    """Makes autograd raise if it would have to differentiate ``op``'s backward, ``dflash_ext::<op>_backward``.
 
-    Without a formula autograd treats the gradient as a constant, and a gradient penalty would silently do nothing.
+    Without a formula, autograd would treat the gradient as a constant: a gradient penalty would silently do nothing.
     """
 
     def refuse(ctx, *grads) -> NoReturn:
@@ -29,7 +29,7 @@ def refuse_second_derivative(op: str) -> None:
 
 
 def refuse_forward_mode(op: str, *inputs: Tensor | None) -> None:
-    """Raises RuntimeError for an input with a tangent, which the dispatcher would drop: the result's would be 0."""
+    """Raises RuntimeError for an input with a tangent. The dispatcher would drop it, so the result's would be 0."""
     if forward_ad._current_level >= 0 and any(
         x is not None and forward_ad.unpack_dual(x).tangent is not None for x in inputs
     ):

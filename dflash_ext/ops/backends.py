@@ -28,8 +28,8 @@ SERVED_BY = {
 
 _LAYOUT = "an address or stride that is not a multiple of 16 bytes, or a stride of 0"
 
-# Calls that the portable kernel serves on a Hopper GPU, where a kernel for Hopper serves all others: the operator and
-# why. In the order of csrc/common/served.h's bits.
+# The calls that a portable kernel serves on a Hopper GPU, although the operator has a Hopper kernel: the operator, and
+# the reason. They are in the order of the bits of csrc/common/served.h.
 PORTABLE = (
     ("block_attn", _LAYOUT),
     ("block_attn_decode", _LAYOUT),
@@ -47,7 +47,7 @@ PORTABLE = (
 
 
 def warn_once(op: str, device: torch.device) -> None:
-    """Says, at the first call of an operator on a GPU, that no kernel of this package serves it."""
+    """Warns at the first call of an operator on a GPU that no kernel of this package serves it."""
     if device.type == "cuda" and not torch.compiler.is_compiling():
         _warn(op)
 
@@ -57,11 +57,11 @@ def _warn(op: str) -> None:
     warnings.warn(f"dflash_ext.{op} on cuda is served by {SERVED_BY[op]['cuda']}", stacklevel=4)
 
 
-_told = 0  # the bits of PORTABLE that a warning has named
+_told = 0  # the bits of PORTABLE of which a warning was given
 
 
 def warn_of_portable_kernels(device: torch.device) -> None:
-    """After a call on a GPU: says for each operator and reason once that a slower kernel has served a call."""
+    """Called after a call on a GPU. Warns once for each operator and reason that a slower kernel served a call."""
     global _told
     if device.type != "cuda" or torch.compiler.is_compiling():
         return

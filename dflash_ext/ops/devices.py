@@ -1,4 +1,4 @@
-"""What the operators need to know about devices before they start."""
+"""Autocast, as the operators apply it to their arguments."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from torch import Tensor
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
-    """What autocast casts to there; None where it is off, or unknown as on the meta device."""
+    """The dtype to which autocast casts on a device; None if it is off or the device has none (meta)."""
     if device.type == "meta" or not torch.is_autocast_enabled(device.type):
         return None
     return torch.get_autocast_dtype(device.type)
 
 
 def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    """The tensors of an operator, cast to autocast's dtype unless one is of a type that autocast leaves alone."""
-    # Asking for the kind of device in this way takes a tenth of the time that `device.type` takes.
+    """The tensors of an operator, cast to autocast's dtype. If autocast leaves the dtype of one alone, none is cast."""
+    # `is_cuda` takes a tenth of the time that `device.type` takes.
     if not torch.is_autocast_enabled("cuda" if tensors[0].is_cuda else "cpu"):
         return tensors
     dtype = autocast_dtype(tensors[0].device)

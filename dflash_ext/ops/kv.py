@@ -1,4 +1,4 @@
-"""Context features to keys and values, straight into the caches of all layers."""
+"""Turns context features into the keys and values of all layers, and writes them into the caches."""
 
 from __future__ import annotations
 
@@ -35,28 +35,31 @@ def kv_inject(
     slots: Tensor | None = None,
     block_table: Tensor | None = None,
 ) -> None:
-    """Writes the keys and values that every layer of a drafter makes of the context, in place; no gradient.
+    """Writes the keys and values of the context into the caches of a drafter's layers, in place. It has no gradient.
 
-    Per layer: one projection gives K and V (plus bias); K gets its RMS norm and its rotary embedding, V
-    optionally a norm without weight; both go to the cache, in the cache's dtype. One matrix product, in the
-    features' dtype, serves all layers; everything after it is in float32 (float64 for float64 features).
+    In each layer, a projection with an optional bias gives K and V. K gets its RMS norm and its rotary embedding, and V
+    optionally a norm without weight. Both are written in the cache's dtype. One matrix product in the features' dtype
+    serves all layers. Everything after it is computed in float32 (in float64 for float64 features).
 
     Args:
         features: ``[B, S, H]``, the context features, the same for all layers.
         weight: ``[L * 2 * Hkv * D, H]``, the layers' k_proj and v_proj one below the other: K of layer 0, V
-            of layer 0, K of layer 1, and so on. bias: ``[L * 2 * Hkv * D]``, likewise.
+            of layer 0, K of layer 1, and so on.
+        bias: ``[L * 2 * Hkv * D]`` in the same order, or None.
         k_caches, v_caches: L tensors each, or one with a leading dimension L: contiguous
             ``[B, Hkv, capacity, D]``, or, with block_table, pages ``[pages, page_size, Hkv, D]``.
         positions: int ``[B, S]``, the tokens' positions.
-        cos, sin: tables over positions, ``[P, R]``, or ``[L, P, R]`` where layers differ in theta; 2 * R <= D
-            dimensions are rotated and the rest left as they are.
-        k_norm: ``[L, D]``, the weights of the K norm, None for none; norm_eps is added to the mean square;
-            norm_plus_one multiplies by 1 + k_norm (Gemma); norm_after_rope normalises the rotated key.
-        v_norm: normalises V as well, without a weight (Gemma 4).
-        rope_interleaved: pairs dimensions 2 * i and 2 * i + 1 instead of i and i + R (neox).
-        slots: int ``[B, S]``, where in the row's cache each token goes: its position unless given. Tokens of
-            a negative slot are padding and not written. The slots of one row differ.
-        block_table: int32 ``[B, max_pages]``; slot s lies in page ``block_table[b, s // page_size]``.
+        cos, sin: tables over positions, ``[P, R]``, or ``[L, P, R]`` if layers differ in theta. The first 2 * R
+            dimensions are rotated, and the rest is left as it is.
+        k_norm: ``[L, D]``, the weights of K's norm; None for no norm.
+        norm_eps: the number that is added to the mean square.
+        norm_plus_one: multiply by 1 + k_norm instead of k_norm (Gemma).
+        norm_after_rope: normalise the rotated key instead of the one before the rotation.
+        v_norm: normalise V as well, without a weight (Gemma 4).
+        rope_interleaved: rotate the pairs of dimensions 2 * i and 2 * i + 1 instead of i and i + R (neox).
+        slots: int ``[B, S]``, the index in the row's cache to which each token is written; the default is its position.
+            Tokens with a negative slot are padding and are not written. The slots of a row must differ.
+        block_table: int32 ``[B, max_pages]``; slot s is in page ``block_table[b, s // page_size]``.
 
     Raises ValueError for arguments that do not fit together, and on the CPU RuntimeError for a slot, position or page
     that does not exist.
@@ -122,8 +125,8 @@ def kv_inject(
         if any((other.dtype == torch.float64) != (real == torch.float64) for other in (cache, v_caches[0])):
             raise ValueError(f"kv_inject: features are {dtype}, a cache {cache.dtype}; both or neither may be float64")
         with torch.no_grad(), torch.autocast("cpu", enabled=False):
-            # Contiguous: oneDNN's bfloat16 product reads between the rows too, and lets NaN from there through.
-            # A token without a slot may hold anything, which must not reach its neighbours through that product.
+            # oneDNN's bfloat16 product also reads the memory between rows, from which NaN could reach the result. So
+            # the rows are contiguous, and padding, which may hold anything, is set to 0.
             rows = features.masked_fill(((positions if slots is None else slots) < 0)[..., None], 0.0)
             projected = rows.reshape(-1, width).to(dtype).contiguous() @ weight.to(dtype).T
         _native.kv_write(
@@ -168,7 +171,7 @@ def kv_inject(
 
 
 def _count_writes(*caches: Tensor) -> None:
-    """Lets autograd know, so that a backward that saved a cache refuses instead of using what is there now."""
+    """Tells autograd of the writes, so that a backward that saved a cache raises instead of using the new contents."""
     if torch.compiler.is_compiling():
         return
     for cache in caches:

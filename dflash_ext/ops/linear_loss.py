@@ -15,7 +15,7 @@ from .loss import DTYPES, OPTIONS_SCHEMA, check_normaliser, check_rows, options_
 _native = torch.ops.dflash_ext
 _OP = "linear_cross_entropy"
 
-# Logits that exist at a time: on a GPU enough rows for the matrix products to run at full speed.
+# How many logits exist at a time. On a GPU these are enough rows for the matrix products to run at full speed.
 _LOGITS_AT_A_TIME = {"cuda": 160 << 20, "cpu": 16 << 20}
 
 
@@ -39,10 +39,10 @@ def linear_cross_entropy(
 ) -> CrossEntropy:
     """``masked_cross_entropy`` of ``hidden @ head.T``, a chunk of rows at a time, only for rows that count.
 
-    It is composed of matrix products and the native loss kernel, which turns a chunk of logits into its
-    gradient in place. The gradients are made in the forward, while the logits are there, and the backward only
-    scales them; with a trainable head (``head.requires_grad``) and reduction "none" alone, the backward computes
-    the logits again. The head's gradient accumulates in float32.
+    It is composed of matrix products and the native loss kernel, which turns a chunk of logits into its gradient in
+    place. The forward computes the gradients while the logits exist, and the backward only scales them. With a
+    trainable head (``head.requires_grad``) and reduction "none", the backward computes the logits again instead. The
+    head's gradient is summed in float32.
 
     Args:
         hidden: ``[..., H]`` float32, bfloat16 or float16, on the CPU also float64.
@@ -50,10 +50,10 @@ def linear_cross_entropy(
         target: ``[...]`` integer; see ``masked_cross_entropy``.
         weight: ``[...]``, or None for ones. Rows of weight 0, and rows whose target is ``ignore_index``, are left out
             of the matrix products.
-        max_rows: a bound on the number of rows that count. Without it their number is read back from the
-            device; with it nothing waits for the device, and ``max_rows`` rows are computed. If more rows
-            count, it is an error on the CPU, and on CUDA the loss is NaN. Nothing waits for the device either where
-            all rows count for sure, with weight None and ignore_index None.
+        max_rows: a bound on the number of rows that count. With it, nothing waits for the device, and ``max_rows`` rows
+            are computed. If more rows count, it is an error on the CPU, and on CUDA the loss is NaN. Without it, the
+            number of rows that count is read back from the device, unless weight and ignore_index are both None, so
+            that all rows count.
         chunk_rows: rows of logits that exist at a time; None chooses by the size of the vocabulary.
         ignore_index, reduction, normaliser, softcap, label_smoothing, z_loss, teacher, teacher_kind, teacher_mix: as
             in ``masked_cross_entropy``; ``teacher`` holds logits ``[..., V]``.
@@ -139,9 +139,10 @@ def _check(hidden, head, target, weight, teacher, max_rows, chunk_rows) -> None:
     "Tensor nll, Tensor correct, Tensor entropy, Tensor grad_hidden, Tensor grad_head)",
 )
 def _forward(hidden, head, target, weight, teacher, max_rows, chunk_rows, per_row, make_hidden, make_head, *options):
-    """The losses of hidden [T, H], per_row [T] or their sum []; the others [T]; only losses has a gradient.
+    """The losses of hidden [T, H] (with per_row [T], else their sum []), then nll, correct and entropy, each [T].
 
-    make_*: that gradient of the sum of losses is made here as well; empty if not.
+    Only the losses have a gradient. make_hidden and make_head ask for these gradients of the sum of losses as well;
+    without them the last two results are empty.
     """
     _check_targets(target, weight, len(head))
     rows, overflow = _rows_that_count(weight, max_rows)
@@ -176,7 +177,7 @@ def _gradients(
     train_head,
     *options,
 ):
-    """From what the forward made; if it made nothing, from the hidden states, with grad_losses per row."""
+    """Scales the gradients that the forward made. If it made none, computes them, with grad_losses per row."""
     if grad_hidden is None and grad_head is None:
         # Where a gradient overflowed, 0 * inf must not reach the rows that do not count.
         scale = grad_losses if weight is None else torch.where(weight == 0, 0.0, weight * grad_losses)
@@ -192,7 +193,8 @@ def _gradients(
 
 
 def _rows_that_count(weight: Tensor | None, max_rows: int | None) -> tuple[Tensor | None, Tensor | None]:
-    """Indices of the rows to compute (None: all), and which rows they miss (None: they cannot miss any)."""
+    """The indices of the rows to compute (None for all), and which rows that count are not among them (None if all
+    are)."""
     if weight is None:
         return None, None
     counts = weight != 0
@@ -209,7 +211,7 @@ def _rows_that_count(weight: Tensor | None, max_rows: int | None) -> tuple[Tenso
 
 
 def _check_targets(target: Tensor, weight: Tensor | None, vocab: int) -> None:
-    """On the CPU. The loss kernel would name the row within its chunk."""
+    """Raises RuntimeError on the CPU. (The loss kernel would give the number of the row within its chunk.)"""
     if not target.is_cpu:
         return
     outside = (target < 0) | (target >= vocab)
@@ -224,18 +226,18 @@ def _check_targets(target: Tensor, weight: Tensor | None, vocab: int) -> None:
 
 
 def _by_chunks(hidden, head, target, weight, teacher, rows, chunk_rows, make_hidden, make_head, options):
-    """(losses, nll, correct, entropy), each [T], then the gradients of the sum of losses; None for one not made."""
+    """(losses, nll, correct, entropy), each [T], and the gradients of the sum of losses (None for one not wanted)."""
     real = real_dtype(hidden)
     results = [hidden.new_zeros(target.shape, dtype=dtype) for dtype in (real, real, torch.bool, real)]
     grad_hidden = torch.zeros_like(hidden) if make_hidden else None
     grad_head = torch.zeros_like(head, dtype=real) if make_head else None
-    # In place it turns the logits into their gradient.
+    # The operator whose name ends in an underscore turns the logits into their gradient in place.
     loss_of = _native.masked_cross_entropy_ if make_hidden or make_head else _native.masked_cross_entropy
     with torch.autocast(hidden.device.type, enabled=False):
         for chunk in _chunks(len(hidden), rows, chunk_rows):
-            # Contiguous: oneDNN's bfloat16 product reads between the rows too, and lets NaN from there through.
+            # oneDNN's bfloat16 product also reads the memory between rows, from which NaN could reach the result.
             x = hidden[chunk].contiguous()
-            if weight is not None:  # zero times what a row that does not count may hold need not be zero
+            if weight is not None:  # rows that do not count may hold NaN, and zero times NaN is NaN
                 x = x.masked_fill((weight[chunk] == 0)[:, None], 0.0)
             logits = x @ head.T
             beside = (None if each is None else each[chunk][None] for each in (target, weight, teacher))
@@ -250,7 +252,7 @@ def _by_chunks(hidden, head, target, weight, teacher, rows, chunk_rows, make_hid
 
 
 def _chunks(total: int, rows: Tensor | None, size: int) -> Iterator[slice | Tensor]:
-    """What to index with, chunk after chunk: slices of all rows, or pieces of the given row numbers."""
+    """The index of each chunk: a slice of all rows, or a piece of the given row numbers."""
     count = total if rows is None else len(rows)
     for start in range(0, count, size):
         span = slice(start, min(start + size, count))

@@ -9,12 +9,12 @@ from torch import Tensor
 
 LOGITS_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
-# Of numbers that are not 0. Outside these bounds a temperature or its inverse leaves float32.
+# The bounds of numbers that are not 0. A temperature beyond them, or its inverse, does not fit into float32.
 _RANGES = {"temperature": (1e-30, 1e30), "top_k": (1, math.inf), "min_p": (0.0, 1.0)}
 
 
 def by_row(op: str, shape: torch.Size, **numbers: float | Tensor | None) -> dict[str, float | Tensor | None]:
-    """The numbers, checked; tensors, of no dimensions or of the rows' ``shape``, as ``[N]``."""
+    """Checks parameters that are one number or one per row. Tensors, [] or of the rows' ``shape``, become ``[N]``."""
     if "temperature" in numbers and numbers["temperature"] is None:
         raise TypeError(f"{op}: temperature is None; a number or a tensor is needed")
     for name, value in numbers.items():
@@ -44,7 +44,7 @@ def as_contiguous(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
 
 
 def number_and_tensor(value: float | Tensor | None, off: float, real: torch.dtype) -> tuple[float, Tensor | None]:
-    """A parameter is a number, or a tensor of one per row in its place."""
+    """A parameter as two arguments of a native operator: a number, and a tensor that replaces it or None."""
     if isinstance(value, Tensor):
         return off, as_contiguous(value, real)
     return (off if value is None else float(value)), None
@@ -57,7 +57,7 @@ def filter_arguments(
     top_p: float | Tensor | None,
     min_p: float | Tensor | None,
 ) -> tuple[float | Tensor | None, ...]:
-    """The four as numbers, then as tensors."""
+    """The temperature and the filters as arguments of a native operator: four numbers, then four tensors or None."""
     given = (temperature, 1.0), (top_k, 0.0), (top_p, 1.0), (min_p, 0.0)
     numbers, tensors = zip(*(number_and_tensor(value, off, real_dtype(logits)) for value, off in given), strict=True)
     return *numbers, *tensors

@@ -49,9 +49,10 @@ def masked_cross_entropy(
     teacher_kind: str = "kl",
     teacher_mix: float = 0.0,
 ) -> CrossEntropy:
-    """Weighted cross-entropy of each row of logits, with what training wants to know beside it.
+    """Weighted cross-entropy of each row of logits, and what training wants to know beside the loss.
 
-    With ``z = softcap * tanh(logits / softcap)`` or logits, ``p = softmax(z)`` and ``t = softmax(teacher)``::
+    With ``z = softcap * tanh(logits / softcap)`` (or ``z = logits`` without a softcap), ``p = softmax(z)`` and
+    ``t = softmax(teacher)``::
 
         row = (1 - teacher_mix) * ((1 - label_smoothing) * -log p[target] + label_smoothing * mean(-log p))
               + z_loss * logsumexp(z) ** 2
@@ -170,7 +171,7 @@ def options_of(
     teacher_kind: str,
     teacher_mix: float,
 ) -> _Options:
-    """Checks what both losses take and brings it into the operators' form."""
+    """Checks the options that both losses have, and converts them to the native operators' arguments."""
     check_numbers(op, softcap=softcap, label_smoothing=label_smoothing, z_loss=z_loss, teacher_mix=teacher_mix)
     if reduction not in REDUCTIONS:
         raise ValueError(f"{op}: reduction is {reduction!r}; 'mean', 'sum' and 'none' are supported")
@@ -188,6 +189,7 @@ def options_of(
 
 
 def check_normaliser(op: str, normaliser: float | Tensor | None, reduction: str) -> None:
+    """Raises ValueError for a normaliser that cannot be used, or that the reduction does not use."""
     if normaliser is None:
         return
     if reduction != "mean":
@@ -212,7 +214,7 @@ def _check(logits: Tensor, target: Tensor, weight: Tensor | None, teacher: Tenso
 
 
 def check_rows(op: str, what: str, shape: torch.Size, target: Tensor, weight: Tensor | None) -> None:
-    """target and weight have one entry per row of ``what``."""
+    """Raises ValueError unless target (integers) and weight (without a gradient) have one entry per row of ``what``."""
     for name, tensor in (("target", target), ("weight", weight)):
         if tensor is not None and tensor.shape != shape:
             raise ValueError(

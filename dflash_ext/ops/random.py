@@ -7,12 +7,13 @@ from torch import Tensor
 
 from ..checks import is_int, shown
 
-# With one seed the operators draw from different streams: a draft and its verification must be independent.
+# Each operator draws from a stream of its own, because a draft and its verification must be independent even if they
+# have the same seed.
 SAMPLE, VERIFY = 1, 2
 
 
 def seed_tensor(op: str, seed: int | Tensor | torch.Generator, shape: torch.Size, device: torch.device) -> Tensor:
-    """int64 ``[1]``, or ``[N]`` where each of the rows of ``shape`` has a seed of its own."""
+    """The seed as int64 ``[1]``, or ``[N]`` if each of the rows of ``shape`` has a seed of its own."""
     if isinstance(seed, torch.Generator):
         return torch.empty(1, dtype=torch.int64, device=seed.device).random_(generator=seed).to(device)
     if isinstance(seed, Tensor):
@@ -27,8 +28,8 @@ def seed_tensor(op: str, seed: int | Tensor | torch.Generator, shape: torch.Size
 def uniforms_of(seed: Tensor, stream: int, rows: int, count: int) -> Tensor:
     """float64 ``[rows, count]`` in [0, 1), a function of the seed, the stream, the row and the column.
 
-    SplitMix64's mixing function over counters, so nothing is read back and no state is kept. With one seed
-    per row, every row counts as the first of its own seed.
+    They are SplitMix64's mixing function of counters, so nothing is read back and no state is kept. If each row has a
+    seed, every row is the first one of its seed.
     """
     index = torch.arange(rows, device=seed.device) if seed.shape[0] == 1 else torch.zeros_like(seed)
     key = _mix(_mix(_mix(seed + _GOLDEN) + stream) + index * _GOLDEN)
@@ -47,5 +48,5 @@ def _mix(x: Tensor) -> Tensor:
 
 
 def _shifted(x: Tensor, bits: int) -> Tensor:
-    """x >> bits without the sign."""
+    """x >> bits, with zeros in the place of the sign."""
     return (x >> bits) & ((1 << (64 - bits)) - 1)

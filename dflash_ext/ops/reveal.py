@@ -14,7 +14,7 @@ from .logits import as_contiguous, by_row, number_and_tensor
 load()
 _native = torch.ops.dflash_ext
 
-# The native operator knows the rules by their places here.
+# The native operator takes an index into this.
 _RULES = ("count", "threshold", "factor", "entropy_bound", "at_least")
 
 
@@ -29,31 +29,32 @@ def reveal(
     entropy_bound: float | Tensor | None = None,
     entropy: Tensor | None = None,
 ) -> Tensor:
-    """Which masked positions of a canvas to commit in this step of diffusion: an order and one limit.
+    """Chooses which masked positions of a canvas to commit in this step of diffusion.
 
-    The masked positions are taken in falling order of score (left to right among equals), as far as the limit
-    goes. Scores may be the confidence (max p, or that of the drawn token, which ``sample`` returns on request), the
-    margin (p1 - p2), -H for the order of entropy, or None for left to right. A score that is NaN counts as -inf, the
-    last in the order; an entropy that is NaN exceeds any bound.
+    The masked positions are taken in falling order of score (left to right among equals) until the limit is reached.
+    Scores may be the confidence (max p, or the probability of the drawn token, which ``sample`` returns on request),
+    the margin (p1 - p2), or -H for the order of entropy. Without scores the order is left to right. A score that is NaN
+    counts as -inf, so that it comes last. An entropy that is NaN exceeds any bound.
 
     Args:
         scores: ``[B, L]``, or None.
         masked: bool ``[B, L]``: the positions that may be committed.
-        count: so many positions, or all that are left (linear and cosine schedules: ``reveal_count``).
-        threshold: all of score > threshold (SDAR); scores are confidences.
-        at_least: all of score >= at_least (Fast-dLLM); scores are confidences.
-        factor: the n-th while its confidence >= 1 - factor / (n + 1) (dInfer); scores are confidences.
-        entropy_bound: the longest prefix whose ``sum(H) - max(H)`` is at most the bound (arXiv 2505.24857).
-            In the order of -H and with every position masked this is also the acceptance rule of
-            uniform-state diffusion.
+        count: takes this number of positions, or all if fewer are left (``reveal_count`` has linear and cosine
+            schedules).
+        threshold: takes positions with score > threshold (SDAR); scores are confidences.
+        at_least: takes positions with score >= at_least (Fast-dLLM); scores are confidences.
+        factor: takes the n-th position while its confidence >= 1 - factor / (n + 1) (dInfer); scores are confidences.
+        entropy_bound: takes the longest prefix whose ``sum(H) - max(H)`` is at most the bound (arXiv 2505.24857). With
+            scores of -H and every position masked, this is also the acceptance rule of uniform-state diffusion.
         entropy: ``[B, L]``, H in nats, for entropy_bound.
 
-    A limit is a number, or a tensor of no dimensions or ``[B]``. All but count take at least one position of a row
-    that has any. A limit of NaN in a tensor admits no more than that.
+    A limit is a number, or a tensor of no dimensions or ``[B]``. All limits but count take at least one position of a
+    row that has any. A limit of NaN in a tensor takes no more than that.
 
     Returns:
-        bool ``[B, L]``, a part of masked. Raises ValueError unless exactly one limit is given, with what it
-        needs.
+        bool ``[B, L]``, the positions to commit, all of them masked.
+
+    Raises ValueError unless exactly one limit is given, with the scores or the entropy that it needs.
     """
     if masked.dim() != 2 or masked.dtype != torch.bool:
         raise ValueError(f"reveal: masked is {masked.dtype} {list(masked.shape)}; bool [B, L] is needed")
@@ -86,12 +87,17 @@ def reveal(
 
 
 def reveal_count(total: Tensor, step: int, steps: int, *, schedule: str = "linear") -> Tensor:
-    """How many positions to commit in step ``step`` (from 0) of ``steps``, for ``reveal``'s count.
+    """The number of positions to commit in step ``step`` (from 0) of ``steps``, for ``reveal``'s count.
 
-    total: int ``[B]``, the positions masked before the first step. schedule: "linear", equal shares, the
-    remainder going to the first steps; or "cosine", after which a fraction cos(pi s / 2 steps) is still
-    masked after s steps (MaskGIT, arXiv 2202.04200), rounded down. The counts of all steps add up to total.
-    Returns int ``[B]``.
+    Args:
+        total: int ``[B]``, the number of positions that were masked before the first step.
+        schedule: "linear" gives equal shares, and the remainder to the first steps. With "cosine", a fraction
+            cos(pi s / 2 steps) of the positions, rounded down, is still masked after s steps (MaskGIT, arXiv
+            2202.04200).
+
+    Returns:
+        int ``[B]``. The counts of all steps add up to total.
+
     Raises ValueError for a step out of range or an unknown schedule.
     """
     return reference.reveal_count(total, step, steps, schedule=schedule)

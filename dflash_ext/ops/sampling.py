@@ -28,46 +28,47 @@ def sample(
     return_filtered_entropy: bool = False,
     return_confidence: bool = False,
 ) -> Sample | tuple[Sample, Tensor] | tuple[Sample, Tensor, Tensor]:
-    """Draws one token per row of ``logits [..., V]``, and measures the distribution it came from; no gradient.
+    """Draws one token per row of ``logits [..., V]``, and measures the distribution of the draw. It has no gradient.
 
     Args:
-        logits: float32, bfloat16, float16 or float64, the last dimension contiguous; read once, without filters.
-        seed: an int, or an int64 tensor ``[]`` or ``[1]``, from which every row takes its own random number by its
-            index; an int64 tensor ``[...]``, one per row, so that a draw does not depend on where in the batch its
-            row stands; or a torch.Generator, from which an int is drawn (not under torch.compile, which cannot trace
-            one). The same seed gives the same tokens. A tensor is read on the device, so a captured graph draws anew
-            once it is updated; an int is a constant of the graph.
+        logits: float32, bfloat16, float16 or float64, the last dimension contiguous. They are read once if there are no
+            filters.
+        seed: the same seed gives the same tokens. It has one of three forms. An int, or an int64 tensor ``[]`` or
+            ``[1]``: every row derives a random number of its own from the seed and its index. An int64 tensor
+            ``[...]``, a seed for each row: a draw does not depend on the row's place in the batch. A torch.Generator,
+            from which an int is drawn (not under torch.compile, which cannot trace one). In a captured CUDA graph, an
+            int is a constant, and a tensor is read again in every replay.
         temperature: 0 takes the argmax (the lowest index among equals).
         top_k, top_p, min_p: filters, applied in this order after temperature. top_k None, 0 or -1, top_p None or
             >= 1, and min_p None or 0 are off. The most probable token is always kept.
-        return_filtered_entropy: also the entropy of the distribution after the filters, ``[...]``.
-        return_confidence: also the token's probability under softmax(logits), at temperature 1 and before the
+        return_filtered_entropy: also return the entropy of the distribution after the filters, ``[...]``.
+        return_confidence: also return the token's probability under softmax(logits), at temperature 1 and before the
             filters, ``[...]``. LLaDA and Fast-dLLM call it the confidence and reveal positions by it, whatever the
             temperature of the draw. At other temperatures than 0 and 1 it costs another read of the logits.
 
     temperature and the filters are numbers, or tensors of no dimensions or ``[...]``. Numbers out of range are
-    refused. Nothing waits for a tensor's values, so that each has a meaning there: a filter of NaN is off, a top_k
-    below 1 is off and a fraction of it is rounded down, a min_p above 1 counts as 1, a temperature that is NaN or
-    below 1e-30 counts as 0, and one above 1e30 as 1e30.
+    refused. The values of a tensor are not checked, because nothing waits for them. So every value has a meaning there:
+    a filter of NaN is off, a top_k below 1 is off and a fractional one is rounded down, a min_p above 1 counts as 1, a
+    temperature that is NaN or below 1e-30 counts as 0, and one above 1e30 as 1e30.
 
-    A logit that is NaN counts as -inf, so that it is never drawn; a row of nothing else gives token 0, whose ``prob``
-    is NaN, as are the measures. A row with a logit of +inf, for which softmax would give NaN, is a point mass at the
-    first such token: its ``prob`` is 1.
+    A logit that is NaN counts as -inf, so its token is never drawn. If all logits of a row are NaN, its token is 0, and
+    its ``prob`` and measures are NaN. A row with a logit of +inf, for which softmax would give NaN, is a point mass at
+    the first such token, whose ``prob`` is 1.
 
-    Tokens of equal logits are kept or dropped together, because a pivot and a normaliser then describe the filtered
-    distribution, and ``verify`` needs no second pass over the draft's logits. The filters of transformers sort, and
-    drop some of several equal tokens by their place in the sort. Between tokens that differ both agree. With bfloat16
-    logits, where ties are frequent, a top_p of 0.9 kept more tokens than theirs in 412 of 700 rows; the total
-    variation between the two distributions was 0.002 on average and 0.08 at most.
+    The filters keep or drop tokens of equal logits together. A pivot and a normaliser then describe the filtered
+    distribution, and ``verify`` needs no second pass over the draft's logits. The filters of transformers sort the
+    tokens, and may drop some of several equal tokens by their place in the sort. Tokens of different logits are treated
+    alike by both. With bfloat16 logits, where ties are frequent, a top_p of 0.9 kept more tokens than transformers' in
+    412 of 700 rows; the total variation between the two distributions was 0.002 on average and 0.08 at most.
 
     Returns:
-        Sample, each field ``[...]``; its reals are float32 (float64 for float64 logits). ``token`` (int64) with
-        ``prob`` and ``logprob``; ``entropy`` in nats, ``margin`` (p1 - p2), ``argmax`` and ``max_prob``, all
-        of the distribution after temperature and before the filters (of temperature 1 where it is 0);
-        ``pivot`` and ``normaliser``, the filtered distribution in the form that ``verify`` takes:
-        ``exp(z - normaliser)`` where ``z >= pivot``, else 0, for z = logits / temperature. A pivot may be -inf; one
-        of +inf marks a row with a logit of +inf. With return_filtered_entropy or return_confidence, a tuple of the
-        Sample and what they ask for, in this order.
+        Sample, whose fields are ``[...]``. Reals are float32 (float64 for float64 logits).
+        ``token`` (int64), and its ``prob`` and ``logprob``. ``entropy`` in nats, ``margin`` (p1 - p2), ``argmax`` and
+        ``max_prob`` describe the distribution. All of these are after temperature and before the filters, and at
+        temperature 1 for rows of temperature 0. ``pivot`` and ``normaliser`` are the filtered distribution in the form
+        that ``verify`` takes: ``exp(z - normaliser)`` where ``z >= pivot``, else 0, for z = logits / temperature. A
+        pivot may be -inf, and one of +inf marks a row with a logit of +inf.
+        With return_filtered_entropy or return_confidence, a tuple of the Sample and what they ask for, in this order.
 
     Raises ValueError for arguments that do not fit together, TypeError for a seed that is no integer.
     """

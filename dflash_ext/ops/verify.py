@@ -34,28 +34,30 @@ def verify(
 ) -> Verification:
     """The longest prefix of a draft that the target accepts, and the target's own token after it.
 
-    At temperature 0 a token is accepted while it is the target's argmax, and the next token is the target's
-    argmax. Above 0 token x is accepted with probability min(1, p(x) / q(x)); the token after the first
-    rejection is drawn from max(p - q, 0), normalised, and the bonus token after a draft that was accepted
-    whole from p. So the output is distributed as the target's own (arXiv 2211.17192, 2302.01318). p and q are
-    both under the temperature and the filters of ``sample``, whose rules for NaN, +inf and odd filters hold here too.
+    At temperature 0, drafted tokens are accepted as long as they are the target's argmax, and the next token is the
+    target's argmax. Above 0, token x is accepted with probability min(1, p(x) / q(x)), where p is the target's and q
+    the draft's distribution. After the first rejection, the next token is drawn from the residual max(p - q, 0),
+    normalised. If the whole draft is accepted, the next token is the bonus token, which is drawn from p. So the output
+    is distributed as the target's own (arXiv 2211.17192, 2302.01318). The temperature and the filters of ``sample``
+    apply to p and to q, with the same rules for NaN, +inf and odd filters.
 
     Args:
         draft_tokens: int64 ``[B, K]``.
-        target_logits: ``[B, K + 1, V]``; entry k is the target's prediction of draft token k, the last of the
-            bonus. dtypes as in ``sample``. On the CPU nothing after the first rejected token is read.
-        draft_logits: ``[B, K, V]``, those that the draft was drawn from. None for a draft that was not
-            sampled, or not left to right: a point mass, accepted with p(x), whose residual is p without x.
-        draft_pivot, draft_normaliser: ``[B, K]`` from the draft's ``Sample``, so that q is the one drawn
-            from; without them q is filtered again.
-        seed: as in ``sample``, one per row being ``[B]``; the same seed may serve both.
-        uniforms: ``[B, K + 1]`` in [0, 1) in place of a seed: one per acceptance, the last for the draw.
-        temperature, top_k, top_p, min_p: numbers, or tensors of no dimensions or ``[B]``; rows of temperature 0 and
-            above may mix.
-        draft_lens: int ``[B]``, how many tokens of a row were drafted; the rest are ignored. K unless given.
+        target_logits: ``[B, K + 1, V]``. Entry k is the target's prediction of draft token k, and the last one that of
+            the bonus token. dtypes as in ``sample``. On the CPU, entries after the first rejected token are not read.
+        draft_logits: ``[B, K, V]``, the logits from which the draft was drawn. None is for a draft that was not
+            sampled, or not from left to right. Its q is a point mass: token x is accepted with probability p(x), and
+            the residual is p without x.
+        draft_pivot, draft_normaliser: ``[B, K]`` from the draft's ``Sample``, so that q is exactly the distribution of
+            the draw. Without them, q is filtered again.
+        seed: as in ``sample``, with ``[B]`` for a seed per row. The draw of the draft may have the same seed.
+        uniforms: ``[B, K + 1]`` in [0, 1), in the place of a seed: one for each draft token, and the last for the draw.
+        temperature, top_k, top_p, min_p: numbers, or tensors of no dimensions or ``[B]``. Rows of temperature 0 and of
+            higher temperatures may be mixed.
+        draft_lens: int ``[B]``, the number of drafted tokens in each row. Later ones are ignored. The default is K.
 
     Returns:
-        Verification of ``accepted`` int64 ``[B]`` (0 to draft_lens) and ``next_token`` int64 ``[B]``.
+        Verification: ``accepted`` int64 ``[B]``, from 0 to draft_lens, and ``next_token`` int64 ``[B]``.
 
     Raises ValueError for arguments that do not fit together, TypeError for a seed that is no integer, and on the
     CPU RuntimeError for a draft token outside the vocabulary. On CUDA, where the check would have to wait for the GPU,

@@ -1,4 +1,4 @@
-"""Every operator in plain PyTorch, one file per file of ``ops/``: what the kernels are tested against.
+"""The definition of every operator in plain PyTorch, against which the kernels are tested: one file per file of ops/.
 
 The functions take any floating dtype and compute in float32, or in float64 for float64 inputs. They are written to
 be read, not to be fast.

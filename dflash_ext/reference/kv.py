@@ -1,4 +1,4 @@
-"""Context features into the caches of all layers, in plain PyTorch."""
+"""The keys and values of context features, written into the caches of all layers, in plain PyTorch."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def kv_inject(
     slots: Tensor | None = None,
     block_table: Tensor | None = None,
 ) -> None:
-    """Context features to the keys and values of every layer, in place; see ``dflash_ext.kv_inject``."""
+    """Writes the keys and values of the context into the caches, in place; see ``dflash_ext.kv_inject``."""
     layers = len(k_caches)
     kv_heads, head_dim = k_caches[0].shape[1 if block_table is None else 2], k_caches[0].shape[-1]
     slots = positions if slots is None else slots
@@ -66,7 +66,7 @@ def _rms_norm(x: Tensor, eps: float) -> Tensor:
 
 
 def _rope(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
-    """Rotates the first 2 * R of the last dimension, R being the angles of cos and sin [..., R]."""
+    """Rotates the first 2 * R entries of the last dimension by R angles, whose cos and sin are [..., R]."""
     rotary = 2 * cos.shape[-1]
     turned, rest = x[..., :rotary], x[..., rotary:]
     if interleaved:

@@ -12,9 +12,15 @@ from .numerics import entropy_of, widened
 
 
 class CrossEntropy(NamedTuple):
-    """loss: scalar, or per row with reduction "none"; the only field that carries a gradient.
-    nll, entropy: float32 (float64 for float64 logits), per row. correct: bool, per row: argmax is the target.
-    All three are 0 for rows of weight 0.
+    """The result of a cross-entropy.
+
+    Attributes:
+        loss: [], or per row with reduction "none". It alone has a gradient.
+        nll: the negative log-likelihood of each row's target, float32 (float64 for float64 logits).
+        correct: bool per row, whether the argmax is the target.
+        entropy: of each row's distribution in nats, with the dtype of nll.
+
+    nll, correct and entropy are 0 for rows of weight 0.
     """
 
     loss: Tensor

@@ -1,4 +1,4 @@
-"""How the definitions treat precision and numbers that are not finite."""
+"""What the definitions share: precision, NaN and entropies."""
 
 from __future__ import annotations
 
@@ -9,14 +9,15 @@ from torch import Tensor
 
 
 def widened(x: Tensor) -> Tensor:
+    """``x`` in float32, or in float64 if it has that dtype."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def without_nan(x: Tensor) -> Tensor:
-    """With -inf in the place of NaN."""
+    """``x`` with -inf in the place of NaN."""
     return x.masked_fill(x.isnan(), -math.inf)
 
 
 def entropy_of(logp: Tensor) -> Tensor:
-    """In nats, of log-probabilities over the last dimension, of which some may be -inf."""
+    """The entropy in nats of log-probabilities over the last dimension, some of which may be -inf."""
     return -(logp.exp() * logp.clamp(min=torch.finfo(logp.dtype).min)).sum(-1)

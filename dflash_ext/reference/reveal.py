@@ -36,7 +36,7 @@ def reveal(
         scores = torch.zeros(masked.shape, device=masked.device)
     limit = per_row(limit, masked)
 
-    # Every rule takes a prefix of the masked positions in falling order of score.
+    # Every limit takes a prefix of the masked positions in falling order of score.
     scores = without_nan(widened(scores))
     ranked = scores.clamp(min=torch.finfo(scores.dtype).min).masked_fill(~masked, -math.inf)
     confidence, order = ranked.sort(dim=-1, descending=True, stable=True)
@@ -58,7 +58,10 @@ def reveal(
 def reveal_limit(
     scores: Tensor | None, entropy: Tensor | None, **limits: float | Tensor | None
 ) -> tuple[str, float | Tensor]:
-    """The one limit of ``reveal`` that is given, by name. Raises ValueError unless it is one, with its needs."""
+    """The name and the value of the one limit that is given to ``reveal``.
+
+    Raises ValueError unless exactly one is given, with the scores or the entropy that it needs.
+    """
     given = [name for name, limit in limits.items() if limit is not None]
     if len(given) != 1:
         raise ValueError(
@@ -73,7 +76,7 @@ def reveal_limit(
 
 
 def reveal_count(total: Tensor, step: int, steps: int, *, schedule: str = "linear") -> Tensor:
-    """How many positions to commit in one step; see ``dflash_ext.reveal_count``."""
+    """The number of positions to commit in one step; see ``dflash_ext.reveal_count``."""
     if not 0 <= step < steps or step % 1:
         raise ValueError(f"reveal_count: step is {step}; 0 to {steps - 1} are the steps")
     if schedule == "linear":

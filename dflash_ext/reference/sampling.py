@@ -18,20 +18,20 @@ def filter_logits(
     top_p: float | Tensor | None = None,
     min_p: float | Tensor | None = None,
 ) -> Tensor:
-    """Logits ``[N, V]`` over temperature, with -inf where a filter drops the token.
+    """Logits ``[N, V]`` divided by the temperature, with -inf for tokens that a filter drops.
 
-    In this order, each over what the one before left:
+    The steps in their order, each on the result of the one before:
       temperature  z = logits / T; T = 0 keeps the argmax alone (the lowest index among equals), at scale 1.
       top-k        keeps z >= the k-th largest z; None, k < 1 and k >= V keep all; a fraction is rounded down.
       top-p        keeps a token iff the tokens that are more probable than it have a mass below p; None and
                    p >= 1 keep all.
       min-p        keeps p(x) >= min_p * max p; None and min_p <= 0 keep all; more than 1 counts as 1.
-    Tokens of equal logits share one fate, so that what is kept is what reaches a pivot; the most probable
-    token is always kept. Each parameter is a number, or a tensor of no dimensions or ``[N]``.
+    Tokens of equal logits are kept or dropped together, so that the kept tokens are those whose z is at least a pivot.
+    The most probable token is always kept. Each parameter is a number, or a tensor of no dimensions or ``[N]``.
 
-    No check sees a tensor's values, so that each has a meaning: a filter of NaN keeps all, a temperature that is NaN
-    or below 1e-30 counts as 0, and one above 1e30 as 1e30. A logit of NaN counts as -inf. A row with a logit of +inf
-    is a point mass at the first such token: 0 there and -inf elsewhere.
+    The values of tensors are not checked, so every value has a meaning: a filter of NaN keeps all, a temperature that
+    is NaN or below 1e-30 counts as 0, and one above 1e30 as 1e30. A logit of NaN counts as -inf. A row with a logit of
+    +inf is a point mass at the first such token: 0 there and -inf elsewhere.
     """
     temperature = plain_temperature(temperature, logits)
     greedy = temperature == 0
@@ -57,7 +57,7 @@ def filter_logits(
 
 
 def plain_temperature(temperature: float | Tensor, logits: Tensor) -> Tensor:
-    """As ``per_row``; 0 or a number by which float32 can divide: see ``filter_logits``."""
+    """The temperature as ``per_row`` returns it: 0, or a number by which float32 can divide (see ``filter_logits``)."""
     temperature = per_row(temperature, logits)
     return torch.where(temperature >= 1e-30, temperature.clamp(max=1e30), 0.0)
 
@@ -72,13 +72,19 @@ def plain_logits(logits: Tensor) -> Tensor:
 
 
 class Sample(NamedTuple):
-    """One draw per row of ``[..., V]`` logits; every field is ``[...]``, the real ones in the logits' widened dtype.
+    """One draw per row of ``[..., V]`` logits. Every field is ``[...]``; reals have the logits' widened dtype.
 
-    token: int64. prob, logprob: the token's; entropy (nats), margin (p1 - p2), max_prob, argmax (int64): the
-    distribution's. All these are after temperature and before the filters, at temperature 1 where it is 0.
-    pivot, normaliser: the filtered distribution is ``q(x) = exp(z_x - normaliser)`` for every ``z_x >=
-    pivot`` and 0 elsewhere, z being the logits over temperature. A pivot of +inf marks a row with a logit of +inf,
-    which is a point mass at its token.
+    Attributes:
+        token: int64.
+        prob, logprob: those of the token.
+        entropy, margin, argmax, max_prob: of the distribution; the entropy is in nats, the margin is p1 - p2, and
+            argmax is int64.
+        pivot, normaliser: the filtered distribution is ``q(x) = exp(z_x - normaliser)`` for tokens with
+            ``z_x >= pivot``, and 0 for others, where z is logits / temperature. A pivot of +inf marks a row with a
+            logit of +inf, which is a point mass at its token.
+
+    All but pivot and normaliser are after temperature and before the filters, and at temperature 1 for rows of
+    temperature 0.
     """
 
     token: Tensor
@@ -106,8 +112,8 @@ def sample(
     """Draws one token per row by inverse CDF in vocabulary order, from one number of [0, 1) per row.
 
     logits: ``[N, V]``. uniform: ``[N]``, any floating dtype. The filters are those of ``filter_logits``.
-    With return_filtered_entropy also the entropy of the filtered distribution, ``[N]``; with return_confidence also
-    the token's probability at temperature 1 and before the filters, ``[N]``.
+    return_filtered_entropy also returns the entropy of the filtered distribution, ``[N]``. return_confidence also
+    returns the token's probability at temperature 1 and before the filters, ``[N]``.
     """
     filtered = filter_logits(logits, temperature, top_k, top_p, min_p)
     token = inverse_cdf(torch.softmax(filtered, dim=-1), uniform)
@@ -139,7 +145,7 @@ def sample(
 
 
 def inverse_cdf(mass: Tensor, uniform: Tensor) -> Tensor:
-    """int64 [N]: where the running sum of ``mass [N, V]`` first passes ``uniform [N]`` times its total."""
+    """The index (int64 [N]) where the running sum of ``mass [N, V]`` first passes ``uniform [N]`` times its total."""
     cdf = mass.double().cumsum(-1)
     total = cdf[:, -1:]
     passed = (cdf > uniform.double()[:, None] * total) | (cdf == total)

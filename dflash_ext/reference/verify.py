@@ -13,8 +13,12 @@ from .sampling import filter_logits, inverse_cdf, plain_logits, plain_temperatur
 
 
 class Verification(NamedTuple):
-    """accepted: int64 ``[B]``, how many drafted tokens are kept. next_token: int64 ``[B]``, the target's token
-    after them: the correction of the first rejected one, or the bonus.
+    """The result of verifying a draft.
+
+    Attributes:
+        accepted: int64 ``[B]``, the number of drafted tokens that are kept.
+        next_token: int64 ``[B]``, the target's token after them: the bonus token. After a rejection it is drawn from
+            the residual.
     """
 
     accepted: Tensor
@@ -71,7 +75,7 @@ def verify(
     picked = draft_tokens[..., None]
     p_token = p[:, :drafted].gather(-1, picked)[..., 0]
     q_token = q.gather(-1, picked)[..., 0]
-    # A token that q could not have drawn (the draft's logits are NaN, say) is no draft: p decides alone.
+    # A token that cannot have been drawn from q (for example, if the draft's logits are NaN) is rejected.
     passed = (uniforms[:, :drafted] * q_token < p_token) & (q_token > 0) & real & known
     accepted = passed.cumprod(-1).sum(-1)
 
@@ -79,14 +83,14 @@ def verify(
     wanted = p[row, accepted]
     if drafted:
         residual = (wanted - q[row, accepted.clamp(max=drafted - 1)]).clamp(min=0)
-        # Where p = q the residual is nothing but rounding, and so was the rejection.
+        # If p = q, the rejection came from rounding, and the residual is empty. Then p itself is drawn from.
         rejected = (accepted < drafted_lens) & (residual.sum(-1) > 0)
         wanted = torch.where(rejected[:, None], residual, wanted)
     return Verification(accepted, inverse_cdf(wanted, uniforms[:, drafted]))
 
 
 def _filtered_probs(logits: Tensor, *filters: float | Tensor | None) -> Tensor:
-    """Of ``logits [B, K, V]``, under filters that are numbers or tensors, of no dimensions or [B]."""
+    """The probabilities of ``logits [B, K, V]`` under filters, which are numbers or tensors [] or [B]."""
     count = logits.shape[1]
     filters = (f.repeat_interleave(count) if isinstance(f, Tensor) and f.dim() else f for f in filters)
     return torch.softmax(filter_logits(logits.flatten(0, 1), *filters), dim=-1).view(logits.shape)
