@@ -19,11 +19,14 @@ from bench.cases import ANCHORS, TRAINING_CASES, Case, causal, exact, visible_pa
 from bench.timing import Call, gpu_turns
 
 FORWARD, BACKWARD, BOTH = "forward", "backward", "forward+backward"
-FLOPS = {FORWARD: 1.0, BACKWARD: 2.5, BOTH: 3.5}  # multiples of the forward's
+FLOPS = {FORWARD: 1.0, BACKWARD: 2.5, BOTH: 3.5}  # in multiples of the forward's operations
 
 
 def rows_of(case: Case) -> list[dict]:
-    """Three rows for every implementation that can compute the case; each is checked on the inputs that are timed."""
+    """Times a case: three rows (passes) for every implementation that can compute it.
+
+    Each implementation is checked on the inputs that are timed.
+    """
     pattern = case.pattern()
     mask = pattern.mask
     inputs = [x.requires_grad_() for x in case.inputs(mask)]
@@ -45,7 +48,7 @@ def rows_of(case: Case) -> list[dict]:
         except Exception as failure:  # A peer that cannot compute this case does not stop the bench.
             if impl == OURS:
                 raise
-            print(f"  {impl:28} not here: {str(failure).strip().splitlines()[0][:90]}")
+            print(f"  {impl:28} cannot compute it: {str(failure).strip().splitlines()[0][:90]}")
             continue
         forward_error, backward_error = wanted[impl in CAUSAL].errors(out.detach(), grads)
         functions[impl] = attend
@@ -85,8 +88,10 @@ def calls_of(
 
 
 def add_ratio(rows: list[dict], which: str, case: str, is_causal: bool) -> None:
-    """Adds the ratio to the best peer to this package's row. Causal kernels are peers where the mask is causal; dense
-    masks are never counted."""
+    """Adds the ratio to the best peer to this package's row.
+
+    Causal kernels count as peers if the mask is causal. Dense masks never count.
+    """
     mine = [row for row in rows if row["case"] == case and row["pass"] == which]
     ours = next(row for row in mine if row["impl"] == OURS)
     not_counted = {OURS, *DENSE} if is_causal else {OURS, *DENSE, *CAUSAL}
@@ -96,7 +101,7 @@ def add_ratio(rows: list[dict], which: str, case: str, is_causal: bool) -> None:
 
 
 def plan_rows() -> list[dict]:
-    """How long the plan of the training mask takes to make."""
+    """The time that it takes to make the plan of the training mask."""
     mask = ANCHORS.pattern().mask
     timing = gpu_turns({OURS: lambda: mask.plan(ANCHORS.heads, ANCHORS.kv_heads, ANCHORS.head_dim)})[OURS]
     print(f"plan of {ANCHORS.name}: {1e3 * timing.ms:.1f} us")

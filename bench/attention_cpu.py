@@ -31,7 +31,7 @@ def one_head(tensors: list[Tensor]) -> list[Tensor]:
 
 
 def largest_error(got: list[Tensor], want: list[Tensor]) -> float:
-    """Relative to the largest number that is wanted."""
+    """The largest error of all results, each relative to the largest number of the exact result."""
     pairs = zip(got, want, strict=True)
     return max(((a.double() - b).abs().max() / b.abs().max()).item() for a, b in pairs)
 
@@ -48,7 +48,7 @@ def measured(case: str, which: str, flops: float, functions: dict, errors: dict)
 
 
 def training_case(name: str, mask: IntervalMask, heads: int, kv_heads: int, dim: int, dtype: torch.dtype) -> list:
-    """Forward and backward; the errors are those of the first head, against float64."""
+    """Times forward and backward. The errors are those of the first head, compared with float64."""
     shapes = [(1, heads, mask.q_len, dim)] + [(1, kv_heads, mask.kv_len, dim)] * 2
     tensors = [torch.randn(shape).to(dtype) for shape in shapes]
     upstream = torch.randn(shapes[0]).to(dtype)

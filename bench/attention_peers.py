@@ -1,4 +1,4 @@
-"""Implementations of the same attention on the GPU. Each makes the function of q, k, v that is timed for a pattern."""
+"""Implementations of attention on the GPU. Each one makes the function of q, k, v that is timed for a pattern."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from dflash_ext import block_attn
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
-# Lets a compiled peer's backward run several times over one forward.
+# This lets a compiled peer's backward run several times after one forward.
 torch._functorch.config.donated_buffer = False
 
 
@@ -46,8 +46,10 @@ def flash_attention_4(case: Case, pattern: Pattern) -> Attend:
 
 
 def dense(backend: SDPBackend) -> Callable[[Case, Pattern], Attend]:
-    """PyTorch's attention with the dense mask. Heads are repeated inside the call: with a mask, enable_gqa would leave
-    only PyTorch's slowest backend."""
+    """PyTorch's attention with the dense mask.
+
+    Key heads are repeated inside the call, because only PyTorch's slowest backend takes enable_gqa with a mask.
+    """
 
     def make(case: Case, pattern: Pattern) -> Attend:
         visible = pattern.mask.to_bool()
@@ -64,7 +66,7 @@ def dense(backend: SDPBackend) -> Callable[[Case, Pattern], Attend]:
 
 
 def causal(backend: SDPBackend) -> Callable[[Case, Pattern], Attend]:
-    """PyTorch's causal attention: a peer where the mask is causal, elsewhere another problem and a reference speed."""
+    """PyTorch's causal attention. If the mask is not causal, it solves another problem and shows a reference speed."""
 
     def make(case: Case, pattern: Pattern) -> Attend:
         def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -81,7 +83,7 @@ PEERS = {OURS: dflash_ext, "flex": flex}
 if importlib.util.find_spec("flash_attn"):
     PEERS |= {"flex FLASH": flex_flash, "flash-attn-4": flash_attention_4}
 
-# A dense mask is what people use who do not know better; it does not take part in the ratio to the best peer.
+# Nobody who knows FlexAttention would choose a dense mask, so these do not count in the ratio to the best peer.
 DENSE = {
     "sdpa efficient, dense mask": dense(SDPBackend.EFFICIENT_ATTENTION),
     "sdpa cudnn, dense mask": dense(SDPBackend.CUDNN_ATTENTION),

@@ -14,11 +14,12 @@ from dflash_ext import IntervalMask, reference
 
 
 class Pattern(NamedTuple):
-    """A mask, as this package and as its peers write it.
+    """A mask in the forms of this package and of its peers.
 
+    mask: this package's.
     mask_mod: FlexAttention's function of (batch, head, query, key).
-    flash: the name of the function in ``bench.flash_attention_4`` that makes the same for FlashAttention-4.
-    arguments: what that function takes; ints, or tensors that the mask depends on.
+    flash: the name of the function in ``bench.flash_attention_4`` that makes FlashAttention-4's form.
+    arguments: the arguments of that function: ints, or tensors on which the mask depends.
     """
 
     mask: IntervalMask
@@ -79,7 +80,7 @@ class Case:
         return tuple(torch.randn(shape, device="cuda", dtype=torch.bfloat16) for shape in shapes)
 
     def flops(self, pairs: int) -> float:
-        """The floating-point operations of a forward over so many visible pairs of each head."""
+        """The floating-point operations of a forward in which each head has this number of visible pairs."""
         return 4.0 * self.heads * self.head_dim * pairs
 
 
@@ -100,13 +101,13 @@ TRAINING_CASES = [
 
 
 def visible_pairs(mask: IntervalMask, batch: int) -> int:
-    """Pairs of a query and a key that it sees, of one head, over a batch whose entries share the mask."""
+    """The number of pairs of a query and a key that it sees, in one head, for a batch whose entries share the mask."""
     rows = range(0, mask.q_len, 1024)
     return batch * sum(int(_rows(mask, slice(i, i + 1024)).to_bool().sum()) for i in rows)
 
 
 class Exact(NamedTuple):
-    """In float64: the first head's output and query gradient, and the key and value gradients of its key head."""
+    """Exact results (float64): the first head's output and query gradient, and the gradients of its key head."""
 
     out: Tensor
     grad_q: Tensor
@@ -149,5 +150,5 @@ def _rows(mask: IntervalMask, rows: slice) -> IntervalMask:
 
 
 def error(got: Tensor, want: Tensor) -> float:
-    """The root mean square of the difference, relative to that of what is wanted."""
+    """The root mean square of the difference, divided by that of the exact result."""
     return ((got.double() - want).square().mean() / want.square().mean()).sqrt().item()

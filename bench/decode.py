@@ -1,7 +1,7 @@
 """block_attn_decode on the GPU against PyTorch's kernels, all in one run: ``python -m bench.decode``.
 
-The rows of a block see the whole cache and each other, so that PyTorch needs no mask and its best way is open to it:
-the query heads of a key head folded into rows.
+The rows of a block see the whole cache and each other. So PyTorch needs no mask, and it is called in the way that is
+fastest for it: the query heads that share a key head are folded into rows.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Case:
 
     @property
     def bytes(self) -> int:
-        """Of the keys and values that are read."""
+        """The size of the keys and values that are read."""
         return 4 * self.batch * self.kv_heads * (self.cached + self.rows) * self.head_dim
 
     def inputs(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -89,7 +89,7 @@ def rows_of(case: Case) -> list[dict]:
         except RuntimeError as failure:  # A peer that cannot compute this case does not stop the bench.
             if impl in (OURS, EXACT):
                 raise
-            print(f"  {impl:20} not here: {str(failure).splitlines()[0][:90]}")
+            print(f"  {impl:20} cannot compute it: {str(failure).splitlines()[0][:90]}")
             continue
         turns = itertools.cycle(sets)
         calls[impl] = lambda attend=attend, turns=turns: attend(*next(turns))

@@ -16,7 +16,7 @@ Results = tuple[Tensor, ...]  # the loss, then the gradients of what is trained
 
 
 def data(rows: int, width: int, vocab: int, dtype: torch.dtype, train_head: bool) -> tuple[Tensor, ...]:
-    """hidden, head, target, weight; a quarter of the rows has a weight."""
+    """Makes hidden, head, target and weight. The weight is 1 for a quarter of the rows, and 0 for the others."""
     torch.manual_seed(0)
     hidden = torch.empty(rows, width, dtype=dtype).normal_().requires_grad_()
     head = torch.empty(vocab, width, dtype=dtype).normal_(std=3 * width**-0.5).requires_grad_(train_head)
@@ -43,7 +43,7 @@ IMPLEMENTATIONS: dict[str, Callable[..., Results]] = {"dflash_ext": ours, "torch
 
 
 def peak_mib(impl: str, threads: int, *case) -> float:
-    """How far a call, gradients included, raises the memory of a process that holds the inputs."""
+    """The memory that a call, gradients included, needs in addition to its inputs."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         return pool.apply(_rise_mib, (impl, threads, *case))
 
@@ -59,13 +59,13 @@ def _rise_mib(impl: str, threads: int, *case) -> float:
 
 
 def _peak_kib() -> int:
-    """Of this process so far; getrusage would count the parent's, from before exec."""
+    """The peak memory of this process. (getrusage would include the parent's memory at the time of the fork.)"""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
 
 
 def largest_error(got: Results, want: Results) -> float:
-    """Of all results, each relative to its largest number."""
+    """The largest error of all results, each relative to the largest number of the exact result."""
     return max(((a.double() - b).abs().max() / b.abs().max()).item() for a, b in zip(got, want, strict=True))
 
 

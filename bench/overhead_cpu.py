@@ -1,6 +1,4 @@
-"""What the Python around the native operators costs, on tensors so small that little else counts:
-``python -m bench.overhead_cpu``.
-"""
+"""The time of the Python code around the native operators, on small tensors: ``python -m bench.overhead_cpu``."""
 
 import torch
 

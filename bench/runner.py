@@ -1,4 +1,4 @@
-"""What the benches share: the machine's ceilings, the form in which results are written, and the plots."""
+"""What the benches share: the rates that the machine can reach, the form of the results, and the plots."""
 
 from __future__ import annotations
 
@@ -66,8 +66,8 @@ def plot(name: str, rows: list[dict], rate: str) -> Path:
 def write(name: str, rows: list[dict], ceilings: dict[str, float] | None = None) -> Path:
     """Writes ``results/<name>.json``: the machine, the versions, and one dict for each measurement.
 
-    A row has ``case``, ``impl``, ``pass``, ``ms`` (the median), ``quartiles_ms`` and ``max_err``, and a rate where one
-    means something.
+    A row has ``case``, ``impl``, ``pass``, ``ms`` (the median), ``quartiles_ms`` and ``max_err``. Some rows also have a
+    rate (``tflops`` or ``gbs``). ceilings: the rates that the machine reached in the same run.
     """
     commit = subprocess.run(
         ["git", "describe", "--always", "--dirty"], cwd=RESULTS.parent, capture_output=True, text=True

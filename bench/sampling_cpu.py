@@ -1,4 +1,4 @@
-"""sample and verify on the CPU against the same in plain PyTorch, in one run: ``python -m bench.sampling_cpu``."""
+"""sample and verify on the CPU against plain PyTorch: ``python -m bench.sampling_cpu``."""
 
 import torch
 from torch import Tensor
@@ -23,7 +23,7 @@ def torch_top_p(logits: Tensor, top_p: float) -> Tensor:
 
 
 def measured(case: str, functions: dict, error: float) -> list[dict]:
-    """Rows of the result, this package's function being the first of them and `error` its own."""
+    """Times the functions, the first of which is this package's, and returns rows. `error` is that of the first."""
     timings = cpu_turns(functions)
     ours, *others = timings
     ms = timings[ours].ms
@@ -44,7 +44,7 @@ def entropy_case(rows: int, vocab: int, dtype: torch.dtype) -> list[dict]:
 
 
 def filter_case(rows: int, vocab: int, spread: float, **filters: float) -> list[dict]:
-    """Against the sort that top-p takes in PyTorch; spread: the logits' standard deviation."""
+    """The peer of top-p is PyTorch code that sorts. spread is the logits' standard deviation."""
     logits = spread * torch.randn(rows, vocab)
     kept = reference.filter_logits(logits.double(), **filters)
     entropy = sample(logits, SEED, **filters, return_filtered_entropy=True)[1]

@@ -1,4 +1,4 @@
-"""Paired timing on the CPU and on the GPU: everybody who computes a case takes turns, under one method."""
+"""Timing on the CPU and on the GPU. All implementations of a case take turns and are timed by the same method."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ class Timing(NamedTuple):
 def cpu_turns(calls: dict[str, Call], *, seconds: float = 3.0) -> dict[str, Timing]:
     """Times each call on the CPU.
 
-    The calls take turns, so that other work on the machine meets all of them alike. The turns go on for ``seconds``,
-    and for at least five rounds. A call that takes less than a millisecond is repeated within its turn.
+    The calls take turns, so that other work on the machine affects all of them equally. The turns go on for
+    ``seconds``, and for at least five rounds. A call that takes less than a millisecond is repeated within its turn.
     """
     repeats = {}
     for name, call in calls.items():
@@ -63,7 +63,7 @@ LAUNCH_MS = 0.5  # a shorter call may spend its time waiting for its own launch
 
 
 def gpu_turns(calls: dict[str, Call], *, rounds: int = 15, graphs: bool = True) -> dict[str, Timing]:
-    """Times each call on the GPU; all of them under the method that suits the fastest.
+    """Times each call on the GPU. All of them are timed by the method that suits the fastest one.
 
     - Above 0.5 ms the call itself is timed, with the L2 cache flushed before it.
     - Above 50 us a CUDA graph of one call is replayed, with the L2 cache flushed before it.

@@ -1,4 +1,4 @@
-"""What the public functions share to say which argument does not fit, in one line."""
+"""Checks that the public functions share. Their errors are one line, which names the argument."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def check_tensors(where: str, **arguments: object) -> None:
 
 
 def check_one_device(where: str, **arguments: object) -> None:
-    """Raises ValueError, naming the first two, if those arguments that are tensors are on different devices."""
+    """Raises ValueError if the tensors among the arguments are on different devices. It names the first two."""
     given = [(name, x.device) for name, x in arguments.items() if isinstance(x, Tensor)]
     for name, other in given[1:]:
         first, device = given[0]
@@ -42,7 +42,7 @@ def check_numbers(where: str, **arguments: object) -> None:
 
 
 def is_int(value: Any) -> bool:
-    """Whether a value is one integer: Python's, numpy's or a tensor's without dimensions. A bool is none."""
+    """Whether a value is an integer: one of Python or numpy, or a tensor without dimensions. A bool is not."""
     if type(value) is int:
         return True
     if isinstance(value, Tensor):

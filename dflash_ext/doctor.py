@@ -1,4 +1,4 @@
-"""What is built, on what it runs, and what serves each operator."""
+"""The report of `dflash-ext doctor`: what is built, on what it runs, and what serves each operator."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The native library: where it is, loading it once, and what is known about its build."""
+"""The native library: its path, its loading, and the facts of its build."""
 
 import os
 from functools import cache
@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-# DFLASH_EXT_LIBRARY names another build of it, such as that of `make sanitize`.
+# DFLASH_EXT_LIBRARY is the path of another build, such as that of `make sanitize`.
 PATH = Path(os.environ.get("DFLASH_EXT_LIBRARY") or Path(__file__).with_name("libdflash_ext_ops.so")).absolute()
 
 
@@ -48,7 +48,7 @@ def build_info() -> dict[str, Any] | None:
 
 
 def summary() -> str:
-    """One line: for what the native library was built."""
+    """One line that says for what the native library was built."""
     info = build_info()
     if info is None:
         return f"native library {load()}; its build facts are of another Python"

@@ -1,4 +1,4 @@
-"""From a user's prompts to training samples: read them, encode them, let the target answer them, serve the answers."""
+"""From a user's prompts to training samples: reading, encoding, the target's answers, and the dataset of answers."""
 
 from .answers import answer_prompts
 from .dataset import AnswerDataset

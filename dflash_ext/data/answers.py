@@ -1,4 +1,4 @@
-"""The target's own answers: a drafter has to learn what this target says, not what a corpus says."""
+"""Lets the target answer prompts, because a drafter must learn what this target says and not what a corpus says."""
 
 from __future__ import annotations
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 
-NAMED = 8
+NAMED = 8  # the number of kinds that the line names; others are summed up
 
 
 class LeftOut(Counter):

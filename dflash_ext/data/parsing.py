@@ -24,8 +24,10 @@ def require_file(path: Path) -> None:
 
 
 def utf8_text(raw: bytes, where: str) -> str:
-    """The text of UTF-8 bytes, with or without a byte order mark; raises DataError with the line of a byte that is not
-    UTF-8."""
+    """The text of UTF-8 bytes, with or without a byte order mark.
+
+    Raises DataError, which names the line, for a byte that is not UTF-8.
+    """
     try:
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:

@@ -56,7 +56,7 @@ def read_conversations(
 
     A `.jsonl` or `.ndjson` file holds a JSON object in every line, a `.json` file an array of objects. Any other file
     is plain text. It is cut at blank lines (or else at line ends or spaces) into documents of about 2,000 characters.
-    In each object, the first of these keys that holds something is read:
+    In each object, the first of these keys that is not empty is read:
 
     - `messages` [{"role", "content" or "parts"}] or `conversations` [{"from", "value"}]: every user turn is a prompt,
       together with the turns before it. Assistant turns before the first user turn are left out.
@@ -84,7 +84,7 @@ def read_conversations(
     left_out = LeftOut() if left_out is None else left_out
     if reader := READERS.get(path.suffix.lower()):
         rows = reader(path)
-        asked = _asked(rows, field, left_out)
+        asked = _from_rows(rows, field, left_out)
     else:
         documents = _documents(utf8_text(path.read_bytes(), str(path)))
         asked = (Conversation(text=document) for document in documents)
@@ -133,7 +133,7 @@ def _documents(text: str) -> Iterator[str]:
         start = end
 
 
-def _asked(rows: Iterator[tuple[str, Any]], field: str | None, left_out: LeftOut) -> Iterator[Conversation]:
+def _from_rows(rows: Iterator[tuple[str, Any]], field: str | None, left_out: LeftOut) -> Iterator[Conversation]:
     for where, row in rows:
         try:
             yield from _conversations(row, field, left_out)
@@ -203,7 +203,7 @@ def _first_set(turn: dict, *keys: str) -> Any:
 
 
 def _content(content: Any, left_out: LeftOut) -> str:
-    """The text of a turn: the content itself, or the texts of its parts, one a line."""
+    """The text of a turn: the content itself, or the texts of its parts, joined with line ends."""
     if isinstance(content, str):
         return content
     texts = []

@@ -84,17 +84,17 @@ def interval_attention_mask(
     """The mask function of ``block_attn``; the arguments are those of ``transformers.masking_utils.sdpa_mask``.
 
     Functions that only compare rows with keys (causal, bidirectional, sliding windows, chunks, and intersections of
-    these) cost O(B * (Lq + Lk)) under any padding, and nothing waits for the device. Any other function (packed
-    documents, image blocks, a user's own) is evaluated for all pairs of row and key, as for SDPA, once for all batch
-    entries if it does not depend on the entry. Under torch.compile, windows and chunks are evaluated in this way, too,
-    because the trace cannot follow ``visible_run`` into a composed function.
+    these) take O(B * (Lq + Lk)) under any padding, and nothing waits for the device. Any other function (packed
+    documents, image blocks, a user's own) is evaluated for all pairs of row and key, as for SDPA. If it does not depend
+    on the batch entry, it is evaluated once for all entries. Under torch.compile, windows and chunks are evaluated in
+    this way, too, because the trace cannot follow ``visible_run`` into a composed function.
 
     Returns:
         int32 ``[B or 1, 1, Lq, 4]``, always: causality is never left to ``is_causal``.
 
-    Raises ValueError, naming the first row, for a mask that is not of interval form. The exception is padding with
-    holes on a GPU or under torch.compile: a row that sees more than two runs of keys fails an assertion on the device,
-    because an error would have to wait for it.
+    Raises ValueError, which names the first such row, for a mask that is not of interval form. Padding with holes is
+    checked on the device on a GPU and under torch.compile, because an error would have to wait for it: there a row that
+    sees more than two runs of keys fails an assertion.
     """
     row = torch.arange(q_length, device=device) + q_offset
     padding = None
@@ -146,14 +146,15 @@ def block_attention(
     Args:
         query: ``[B, Hq, Lq, D]``; key, value: ``[B, Hkv, Lk, D]``, heads not repeated.
         attention_mask: what ``interval_attention_mask`` or ``as_attention_mask`` made; or a mask of the user's own,
-            bool (True: visible) or additive, ``[B or 1, 1, Lq, Lk]``, of interval form; or None, which is causal where
-            ``is_causal`` (else ``module.is_causal``) says so, within ``sliding_window`` if given, and sees all
-            otherwise.
+            bool (True: visible) or additive, ``[B or 1, 1, Lq, Lk]``, of interval form. Without a mask, attention is
+            causal (within ``sliding_window``, if given) if ``is_causal`` is True; the default of the latter is
+            ``module.is_causal``. Otherwise all keys are visible.
         softcap: as in ``dflash_ext.block_attn`` (Gemma 2).
         s_aux: ``[Hq]``, a logit per head that takes part in the softmax and adds nothing (the sinks of gpt-oss).
-        interval_mask: given to the model's forward, replaces the mask that the model makes, padding included. A dict
-            goes by kind of layer ("full_attention", "sliding_attention", "chunked_attention"). One mask for all layers
-            must reach no further than the window of sliding layers or the chunk of chunked ones.
+        interval_mask: an argument of the model's forward. It replaces the mask that the model makes, so it must hide
+            the padding, too. A dict has a mask for each kind of layer ("full_attention", "sliding_attention",
+            "chunked_attention"). A single mask for all layers may have no more keys than the window of sliding layers
+            or the chunk of chunked ones.
 
     Returns:
         ``[B, Lq, Hq, D]``, and None for the weights.
@@ -198,7 +199,7 @@ def _call(model: PreTrainedModel, *args, **kwargs):
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, mask: IntervalMask, **scaling: float | None) -> Tensor:
-    """``block_attn``; where no gradient is wanted, few rows go to ``block_attn_decode``."""
+    """Calls ``block_attn``, or ``block_attn_decode`` for few rows that need no gradient."""
     differentiated = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
     if differentiated or query.shape[2] > DECODE_ROWS or query.shape[2] == key.shape[2]:
         return block_attn(query, key, value, mask, **scaling)
@@ -206,14 +207,14 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, mask: IntervalMask, **sca
 
 
 def _run(mask_function: Callable, batch_size: int, row: Tensor) -> tuple[Tensor, Tensor] | None:
-    """``visible_run``. Under torch.compile, only the plain functions are traced."""
+    """``visible_run``, which under torch.compile is called for the plain functions alone."""
     if torch.compiler.is_compiling() and mask_function not in (causal_mask_function, bidirectional_mask_function):
         return None
     return visible_run(mask_function, batch_size, row)
 
 
 def _under_padding(token: Tensor, first: Tensor, end: Tensor) -> IntervalMask | None:
-    """The mask of rows that see those keys in [first, end), int64 [B or 1, Lq], which are tokens.
+    """The mask of rows that see the tokens among the keys in [first, end). Both are int64 [B or 1, Lq].
 
     token: bool [B, Lk], False for padding. On the CPU, None is returned if a row sees more than two runs of keys.
     """
@@ -268,7 +269,7 @@ def _given(
 
 
 def _default(q_len: int, kv_len: int, causal: bool, window: int | None, device: torch.device) -> IntervalMask:
-    """The mask of a layer that was given none."""
+    """The mask of a layer to which none was given."""
     if not causal:
         return IntervalMask.full(kv_len, q_len=q_len, device=device)
     if q_len not in (1, kv_len):
@@ -324,5 +325,5 @@ def _(mask: Tensor) -> Tensor:
 
 
 def _is_tracked(tensor: Tensor) -> bool:
-    """Whether writes to the tensor can be seen: not under inference_mode, nor while a graph is traced."""
+    """Whether writes to the tensor can be noticed. They cannot under inference_mode, nor while a graph is traced."""
     return not (torch.compiler.is_compiling() or tensor.is_inference())

@@ -27,8 +27,10 @@ SMOLLM2_SPARE_TOKEN = "<empty_output>"  # id 16: reserved for notebooks, never p
 
 
 def cache_folder() -> Path:
-    """Where converted checkpoints are kept: $DFLASH_EXT_CACHE, else $XDG_CACHE_HOME/dflash_ext, else
-    ~/.cache/dflash_ext."""
+    """The folder for converted checkpoints.
+
+    It is $DFLASH_EXT_CACHE, or $XDG_CACHE_HOME/dflash_ext, or ~/.cache/dflash_ext.
+    """
     if chosen := os.environ.get("DFLASH_EXT_CACHE"):
         return Path(chosen).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "dflash_ext"

@@ -30,7 +30,7 @@ _TRAINING_ONLY = {"verifier_norm.weight", "verifier_lm_head.weight"}
 
 @contextmanager
 def _without_reports() -> Iterator[None]:
-    """Silences transformers' log, whose reports of what does not fit would stand beside the one line of an error."""
+    """Silences transformers' log. Its reports of what does not fit would only repeat the one line of the error."""
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
@@ -83,7 +83,7 @@ def load_drafter(
         raise ValueError(f"cannot read the drafter in '{name}': {first_line(error)}") from error
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if keys := sorted(key if isinstance(key, str) else key[0] for key in info.get(problem) or ()):
-            what = f"{len(keys)} {problem.replace('_', ' ')}, as {keys[0]}"
+            what = f"{len(keys)} {problem.replace('_', ' ')}, such as {keys[0]}"
             raise ValueError(f"the drafter in '{name}' does not fit its config: {what}")
     return drafter.to(device).eval()
 

@@ -56,7 +56,9 @@ def load_target(
     if missing := sorted(info.get("missing_keys") or ()):
         if hasattr(model.config, "dflash_config"):
             raise ValueError(f"'{name}' holds a drafter; a target is needed")
-        raise ValueError(f"the target in '{name}' is not whole: {len(missing)} tensors are missing, as {missing[0]}")
+        raise ValueError(
+            f"the target in '{name}' is not whole: {len(missing)} tensors are missing, such as {missing[0]}"
+        )
     if len(tok) <= len(tok.all_special_ids):  # transformers makes an empty tokenizer of a folder without its files
         raise ValueError(f"there is no tokenizer in '{tokenizer or name}': say with --tokenizer where one is")
     check_tokenizer(tok, model)

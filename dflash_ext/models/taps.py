@@ -10,7 +10,7 @@ from contextvars import ContextVar
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-# The reader in this thread (or task), and where its outputs go. Every thread has a value of its own.
+# The owner of the taps that are read in this thread (or task), and the dict for their outputs.
 _reader: ContextVar[tuple[object, dict[int, Tensor]] | None] = ContextVar("dflash_ext_taps", default=None)
 
 

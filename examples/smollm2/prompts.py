@@ -158,7 +158,7 @@ def docstring_prose(docstring: str) -> str:
     lines = docstring.splitlines()
     end = next((i for i, line in enumerate(lines) if SECTION.match(line)), len(lines))
     if end < len(lines) and re.match(r"\s*[-=~]{3,}", lines[end]):
-        end -= 1  # the heading that is underlined
+        end -= 1  # also drop the heading above its underline
     prose, *paragraphs = "\n".join(lines[:end]).strip().split("\n\n")
     for paragraph in paragraphs:
         if len(prose) + len(paragraph) > 500:
@@ -235,8 +235,8 @@ def word_grams(text: str, n: int = 8) -> set[tuple]:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Collect training prompts for the SmolLM2 drafter.")
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--gsm8k", type=Path, help="JSONL with a question a row")
-    parser.add_argument("--sharegpt", type=Path, help="JSON array of conversations")
+    parser.add_argument("--gsm8k", type=Path, help="JSONL file with a question in each row")
+    parser.add_argument("--sharegpt", type=Path, help="file with a JSON array of conversations")
     parser.add_argument("--code", type=Path, nargs="*", default=[], help="folders of Python source")
     parser.add_argument("--reasoning-gym", type=int, default=0, metavar="N", help="number of puzzles")
     parser.add_argument("--exclude", type=Path, nargs="*", default=[], help="JSONL evaluation sets")
@@ -253,7 +253,7 @@ def main() -> None:
         for text in texts:
             if limit is not None and len(kept) == limit:
                 break
-            opening = " ".join(re.findall(r"\w+", text.lower()))[:100]  # texts that open alike are the same
+            opening = " ".join(re.findall(r"\w+", text.lower()))[:100]  # a second text with this beginning is dropped
             if not text or len(text) > MAX_CHARS or opening in seen:
                 continue
             seen.add(opening)
@@ -261,7 +261,7 @@ def main() -> None:
                 near += 1
                 continue
             kept.append({"prompt": text, "source": source})
-        print(f"{source}: {len(kept)} prompts, {near} dropped as near an evaluation prompt")
+        print(f"{source}: {len(kept)} prompts, {near} dropped because an evaluation prompt is similar")
         return kept
 
     standard_library = Path(sysconfig.get_paths()["stdlib"])

@@ -163,7 +163,7 @@ def test_tables_that_do_not_fit_are_refused(folder, tables, message):
 
 def test_a_missing_tensor_is_named(folder):
     rewrite(folder, lambda tensors: {name: tensor for name, tensor in tensors.items() if name != "fc.weight"})
-    with pytest.raises(ValueError, match="does not fit its config: 1 missing keys, as fc.weight"):
+    with pytest.raises(ValueError, match="does not fit its config: 1 missing keys, such as fc.weight"):
         load(folder)
 
 
