@@ -157,6 +157,24 @@ DFLASH_INLINE void store(T* p, V v) {
   Memory<V, T>::store(p, v);
 }
 
+// Keeps a vector that has several uses in a register. Otherwise the compiler may load it again for each of them.
+template <class V>
+DFLASH_INLINE V in_register(V v) {
+#if defined(__x86_64__)
+  asm("" : "+v"(v));
+#endif
+  return v;
+}
+
+// Calls f(vector type, index) over [0, count), for full vectors and then for single elements.
+template <class Real, class F>
+DFLASH_INLINE void for_each_lanes(int64_t count, F&& f) {
+  constexpr int kLanes = kVectorBytes / sizeof(Real);
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) f(Vector<Real, kLanes>{}, i);
+  for (; i < count; ++i) f(Vector<Real, 1>{}, i);
+}
+
 // The result of a comparison of two vectors: -1 in the lanes where it holds, otherwise 0.
 template <class V>
 using MaskOf = decltype(V{} > V{});
@@ -247,6 +265,39 @@ DFLASH_INLINE auto reduce_lanes(V v, Combine&& combine) {
 template <class V>
 DFLASH_INLINE auto sum_lanes(V v) {
   return reduce_lanes(v, [](auto a, auto b) DFLASH_LAMBDA { return a + b; });
+}
+
+template <int... kLane>
+struct LaneList {};
+template <int kCount, int... kLane>
+struct LanesUpTo : LanesUpTo<kCount - 1, kCount - 1, kLane...> {};
+template <int... kLane>
+struct LanesUpTo<0, kLane...> {
+  using type = LaneList<kLane...>;
+};
+
+// Adds each even block of kBlock lanes of a, and then of b, to the odd block behind it.
+template <int kBlock, class V, int... kLane>
+DFLASH_INLINE V add_blocks(V a, V b, LaneList<kLane...>) {
+  return __builtin_shufflevector(a, b, (kLane / kBlock * 2 * kBlock + kLane % kBlock)...) +
+         __builtin_shufflevector(a, b, (kLane / kBlock * 2 * kBlock + kLane % kBlock + kBlock)...);
+}
+
+// sums[i] = sum_lanes(v[i]), to the bit, for a power of two of vectors; kBlock is half a vector's lanes. Every step
+// merges two vectors into one, so that all sums together take fewer steps than one by one.
+template <int kCount, int kBlock, class Real, class V>
+DFLASH_INLINE void sum_lanes_of(Real* sums, const V* v) {
+  using All = typename LanesUpTo<lanes_of<V>>::type;
+  constexpr int kLeft = kCount > 1 ? kCount / 2 : 1;
+  V merged[kLeft];
+#pragma GCC unroll 8
+  for (int i = 0; i < kLeft; ++i) merged[i] = add_blocks<kBlock>(v[2 * i], v[kCount > 1 ? 2 * i + 1 : 0], All{});
+  if constexpr (kBlock > 1) {
+    sum_lanes_of<kLeft, kBlock / 2>(sums, merged);
+  } else {
+#pragma GCC unroll 8
+    for (int i = 0; i < kLeft; ++i) store(sums + i * lanes_of<V>, merged[i]);
+  }
 }
 
 template <class V>

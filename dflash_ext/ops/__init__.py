@@ -3,6 +3,7 @@
 from ..reference import CrossEntropy, Sample, Verification
 from .attention import block_attn, block_attn_decode
 from .kv import kv_inject
+from .linear import linear
 from .linear_loss import linear_cross_entropy
 from .loss import masked_cross_entropy
 from .reveal import reveal, reveal_count
@@ -16,6 +17,7 @@ __all__ = [
     "block_attn",
     "block_attn_decode",
     "kv_inject",
+    "linear",
     "linear_cross_entropy",
     "masked_cross_entropy",
     "reveal",

@@ -22,6 +22,7 @@ SERVED_BY = {
     "sample": {"cpu": NATIVE, "cuda": _REFERENCE},
     "verify": {"cpu": NATIVE, "cuda": _REFERENCE},
     "reveal": {"cpu": NATIVE, "cuda": _REFERENCE},
+    "linear": {"cpu": NATIVE, "cuda": "PyTorch's operators"},
     "kv_inject": {"cpu": f"PyTorch GEMM and {NATIVE}", "cuda": _REFERENCE},
 }
 

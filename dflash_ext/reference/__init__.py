@@ -6,6 +6,7 @@ be read, not to be fast.
 
 from .attention import block_attn, block_attn_decode
 from .kv import kv_inject
+from .linear import linear
 from .linear_loss import linear_cross_entropy
 from .loss import CrossEntropy, masked_cross_entropy
 from .masks import decode_mask
@@ -22,6 +23,7 @@ __all__ = [
     "decode_mask",
     "filter_logits",
     "kv_inject",
+    "linear",
     "linear_cross_entropy",
     "masked_cross_entropy",
     "reveal",

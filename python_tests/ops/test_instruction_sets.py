@@ -1,4 +1,4 @@
-"""Every build of the sampling and injection kernels gives the same results."""
+"""Every build of the sampling, injection and product kernels gives the same results."""
 
 import functools
 import os
@@ -13,7 +13,7 @@ from dflash_ext import native
 
 MEASURE = """
 import torch
-from dflash_ext import kv_inject, sample, verify
+from dflash_ext import kv_inject, linear, sample, verify
 torch.manual_seed(0)
 for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
     logits = (3 * torch.randn(6, 7, 1100, dtype=torch.float64)).to(dtype)
@@ -34,6 +34,9 @@ for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
     slots = torch.arange(8).view(2, 4)
     kv_inject(x, w, cache[0], cache[1], slots, turn.cos(), turn.sin(), k_norm=torch.ones(1, 20), v_norm=True)
     print(*cache.flatten().tolist())
+    x, w, bias = torch.randn(13, 700).to(dtype), torch.randn(2 * 51, 700).div(26).to(dtype), torch.randn(102).to(dtype)
+    for gate in ("silu", "gelu_tanh"):
+        print(*linear(x, w, bias, norm=x[0], gate=gate).flatten().tolist())
 """
 
 

@@ -1,0 +1,137 @@
+"""Products of a few rows with large weights, with what a transformer has before and behind them."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..checks import check_numbers, check_one_device, check_tensors, shown
+from ..native import load
+from .autograd import has_no_gradient
+from .devices import autocast
+
+load()
+_linear = torch.ops.dflash_ext.linear.default
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+GATES = {None: 0, "silu": 1, "gelu_tanh": 2}
+
+
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    norm: Tensor | None = None,
+    norm_eps: float = 1e-6,
+    norm_plus_one: bool = False,
+    gate: str | None = None,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """``x @ weight.T`` for a few rows and a large weight, and what stands beside it in a transformer; no gradient.
+
+    In the order of the computation::
+
+        x = rms_norm(x, eps=norm_eps) * norm       # norm given; * (1 + norm) with norm_plus_one
+        y = x @ weight.T + bias
+        y = activation(y[..., :N]) * y[..., N:]    # gate given, N being half of the weight's rows
+        y = y + residual                           # residual given
+
+    Args:
+        x: ``[..., K]``, the rows.
+        weight: ``[N, K]`` as in nn.Linear; ``[2 * N, K]`` with a gate: gate_proj above up_proj.
+        bias: ``[N]``, with a gate ``[2 * N]``; None for none.
+        norm: ``[K]``, the weights of an RMS norm of x; None for none. norm_eps is added to the mean square.
+        norm_plus_one: multiplies by 1 + norm (Gemma).
+        gate: "silu" (Llama, Qwen) or "gelu_tanh" (Gemma); None for none.
+        residual: ``[..., N]``, added at the end.
+
+    All tensors are of one dtype, float32, bfloat16, float16 or float64; the weight is contiguous. Under autocast they
+    are cast to its dtype.
+
+    Returns ``[..., N]`` in x's dtype.
+
+    On the CPU sums, and everything between the inputs and the result, are in float32 (float64 for float64). A row of
+    the result depends, to the bit, on its own row of x and residual alone, whatever the number of rows, its place among
+    them and the number of threads. One to 32 rows take about the time of reading the weight once. More rows are
+    computed in groups of 32, which torch's own product of large matrices may outrun.
+
+    On a GPU PyTorch serves the call step by step, and rounds to the dtype in between.
+
+    Raises ValueError for arguments that do not fit together, TypeError for one of another type.
+    """
+    try:
+        x, weight, bias, norm, residual = autocast(x, weight, bias, norm, residual)
+        if x.is_cuda:
+            _check(x, weight, bias, norm, norm_eps, gate, residual)
+            with torch.no_grad():
+                return _by_steps(x, weight, bias, norm, norm_eps, norm_plus_one, gate, residual)
+        if residual is not None:
+            residual = residual.contiguous()
+        return _linear(x.contiguous(), weight, bias, norm, norm_eps, norm_plus_one, GATES[gate], residual)
+    except Exception:
+        # Checking costs as much as a small product, so it waits until something has gone wrong.
+        _check(x, weight, bias, norm, norm_eps, gate, residual)
+        raise
+
+
+def _by_steps(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    norm: Tensor | None,
+    norm_eps: float,
+    norm_plus_one: bool,
+    gate: str | None,
+    residual: Tensor | None,
+) -> Tensor:
+    """The same by PyTorch's own operators, for a GPU."""
+    if norm is not None:
+        x = F.rms_norm(x, x.shape[-1:], norm + 1 if norm_plus_one else norm, norm_eps)
+    with torch.autocast(x.device.type, enabled=False):
+        y = F.linear(x, weight, bias)
+    if gate is not None:
+        first, second = y.chunk(2, dim=-1)
+        y = (F.silu(first) if gate == "silu" else F.gelu(first, approximate="tanh")) * second
+    return y if residual is None else y + residual
+
+
+def _check(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    norm: Tensor | None,
+    norm_eps: float,
+    gate: str | None,
+    residual: Tensor | None,
+) -> None:
+    optional = {"bias": bias, "norm": norm, "residual": residual}
+    given = {name: tensor for name, tensor in optional.items() if tensor is not None}
+    check_tensors("linear", x=x, weight=weight, **given)
+    check_numbers("linear", norm_eps=norm_eps)
+    if gate not in GATES:
+        raise ValueError(f"linear: gate is {gate!r}; 'silu', 'gelu_tanh' and None are supported")
+    if x.dim() == 0 or x.dtype not in DTYPES or x.shape[-1] == 0:
+        raise ValueError(f"linear: x is {shown(x)}; float32, bfloat16, float16 or float64 [..., K], K > 0, is needed")
+    if weight.dim() != 2 or weight.shape[1] != x.shape[-1] or weight.dtype != x.dtype:
+        raise ValueError(f"linear: weight is {shown(weight)}; {x.dtype} [N, {x.shape[-1]}] is needed")
+    if not weight.is_contiguous():
+        raise ValueError(f"linear: weight has strides {weight.stride()}; it must be contiguous")
+    rows, width = weight.shape
+    if gate is not None and rows % 2:
+        raise ValueError(f"linear: weight is {shown(weight)}; with a gate an even number of rows is needed")
+    columns = rows if gate is None else rows // 2
+    shapes = {"bias": (rows,), "norm": (width,), "residual": (*x.shape[:-1], columns)}
+    for name, tensor in given.items():
+        if tuple(tensor.shape) != shapes[name] or tensor.dtype != x.dtype:
+            raise ValueError(f"linear: {name} is {shown(tensor)}; {x.dtype} {list(shapes[name])} is needed")
+
+
+@torch.library.register_fake("dflash_ext::linear")
+def _(x, weight, bias, norm, norm_eps, norm_plus_one, gate, residual):
+    check_one_device("linear", x=x, weight=weight, bias=bias, norm=norm, residual=residual)
+    return x.new_empty(*x.shape[:-1], weight.shape[0] // (2 if gate else 1))
+
+
+has_no_gradient("linear")
