@@ -151,8 +151,8 @@ def test_a_map_of_the_whole_vocabulary_says_nothing(folder):
         ({"d2t": torch.tensor([0, 96])}, "d2t does not name 2 different tokens of the target's 97"),
         ({"d2t": torch.tensor([1, 0])}, "d2t does not name 2 different tokens"),
         ({"d2t": torch.tensor([1, 1]), "t2d": torch.arange(97) < 2}, "d2t and t2d name different tokens"),
-        ({"mask_hidden": torch.zeros(64)}, "1 unexpected keys, as mask_hidden"),
-        ({"embed_tokens.weight": torch.zeros(97, 32)}, "1 mismatched keys, as embed_tokens.weight"),
+        ({"mask_hidden": torch.zeros(64)}, "1 unexpected keys, such as mask_hidden"),
+        ({"embed_tokens.weight": torch.zeros(97, 32)}, "1 mismatched keys, such as embed_tokens.weight"),
     ],
 )
 def test_tables_that_do_not_fit_are_refused(folder, tables, message):
