@@ -198,19 +198,23 @@ class DFlashDrafter(PreTrainedModel):
     def anchor_masks(
         self, context_len: int, anchors: Tensor, keep: Tensor | None = None, context_start: Tensor | None = None
     ) -> dict[str, IntervalMask]:
-        """Training masks by kind of layer, for blocks at `anchors` [B, N] over a context of `context_len` keys."""
+        """Training masks by kind of layer, for blocks at `anchors` [B, N] over a context of `context_len` keys.
+
+        They are planned for the drafter's heads, once for all layers.
+        """
+        config = self.config
         return {
             kind: IntervalMask.anchor_blocks(
                 context_len,
                 anchors,
-                self.config.block_size,
+                config.block_size,
                 keep=keep,
                 context_start=context_start,
                 window=window,
                 causal=causal,
-                convention=self.config.window_convention,
-            )
-            for kind, causal, window in self.config.attention_kinds()
+                convention=config.window_convention,
+            ).plan(config.num_attention_heads, config.num_key_value_heads, config.head_dim)
+            for kind, causal, window in config.attention_kinds()
         }
 
     def decode_masks(self, cache_lens: Tensor, block_len: int, kv_len: int) -> dict[str, IntervalMask]:

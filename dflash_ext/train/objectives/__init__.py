@@ -1,0 +1,3 @@
+from .dflash import BlockLosses, DFlashObjective
+
+__all__ = ["BlockLosses", "DFlashObjective"]
