@@ -8,10 +8,14 @@ embedding and the head are the target's, unless the checkpoint has tables of its
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 from transformers import PreTrainedModel, cache_utils
 from transformers.cache_utils import Cache
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP, Qwen3RMSNorm, Qwen3RotaryEmbedding, apply_rotary_pos_emb
 
@@ -45,10 +49,11 @@ class DFlashAttention(nn.Module):
         def heads(x: Tensor) -> Tensor:
             return x.unflatten(-1, (-1, self.head_dim))
 
-        source = torch.cat([context, block], dim=1)
+        # The products are concatenated, not their inputs, which autograd would otherwise keep as one more copy.
+        k, v = (torch.cat([project(context), project(block)], dim=1) for project in (self.k_proj, self.v_proj))
         q = self.q_norm(heads(self.q_proj(block))).transpose(1, 2)
-        k = self.k_norm(heads(self.k_proj(source))).transpose(1, 2)
-        v = heads(self.v_proj(source)).transpose(1, 2)
+        k = self.k_norm(heads(k)).transpose(1, 2)
+        v = heads(v).transpose(1, 2)
         cos, sin = rotary
         block_len = block.shape[1]
         q, _ = apply_rotary_pos_emb(q, q, cos[:, -block_len:], sin[:, -block_len:])
@@ -68,7 +73,7 @@ def _over_last_keys(mask: IntervalMask, count: int) -> IntervalMask:
     return IntervalMask(*((bound - gone).clamp(min=0) for bound in bounds), count)
 
 
-class DFlashLayer(nn.Module):
+class DFlashLayer(GradientCheckpointingLayer):
     def __init__(self, config: DFlashConfig, layer_idx: int):
         super().__init__()
         self.self_attn = DFlashAttention(config, layer_idx)
@@ -81,6 +86,20 @@ class DFlashLayer(nn.Module):
     ) -> Tensor:
         block = block + self.self_attn(self.input_layernorm(block), context, rotary, mask, cache)
         return block + self.mlp(self.post_attention_layernorm(block))
+
+
+_PRODUCTS = {
+    torch.ops.aten.mm.default,
+    torch.ops.aten.addmm.default,
+    torch.ops.dflash_ext.block_attn.default,
+}
+
+
+def _keep_products(ctx, op, *args, **kwargs) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if op in _PRODUCTS else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+_keeping_products = partial(create_selective_checkpoint_contexts, _keep_products)
 
 
 class FrozenTable(nn.Module):
@@ -99,6 +118,7 @@ class DFlashDrafter(PreTrainedModel):
     main_input_name = "noise_embeds"
     _no_split_modules = ["DFlashLayer"]
     _supports_sdpa = True
+    supports_gradient_checkpointing = True
 
     def __init__(self, config: DFlashConfig):
         super().__init__(config)
@@ -269,7 +289,11 @@ class DFlashDrafter(PreTrainedModel):
         rotary = self.rotary_emb(noise_embeds, position_ids)
         hidden = noise_embeds
         for layer, kind in zip(self.layers, self.config.layer_types, strict=True):
-            hidden = layer(hidden, context, rotary, attention_mask[kind], cache)
+            inputs = hidden, context, rotary, attention_mask[kind], cache
+            if torch.compiler.is_compiling() and torch.is_grad_enabled():
+                hidden = checkpoint(layer, *inputs, use_reentrant=False, context_fn=_keeping_products)
+            else:
+                hidden = layer(*inputs)
         return BaseModelOutputWithPast(
             self.norm(hidden), cache
         )  # positional: transformers 5.24 renamed the cache's field

@@ -32,12 +32,12 @@ def sample_anchors(loss_mask: Tensor, count: int, generator: torch.Generator | N
     return anchors.masked_fill(~keep, 0), keep
 
 
-def position_decay(block_size: int, gamma: float, first_slot: int = 1) -> Tensor:
+def position_decay(block_size: int, gamma: float, first_slot: int = 1, device: torch.device | None = None) -> Tensor:
     """Loss weights of slots k = 0..block_size-1: float32 [block_size].
 
     They are exp(-(k - first_slot) / gamma) from the first drafting slot on, and 0 before it.
     """
-    slots = torch.arange(block_size, dtype=torch.float32) - first_slot
+    slots = torch.arange(block_size, dtype=torch.float32, device=device) - first_slot
     return torch.exp(-slots / gamma).masked_fill(slots < 0, 0.0)
 
 

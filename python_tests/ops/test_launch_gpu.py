@@ -314,6 +314,26 @@ def test_attention_of_more_than_2_31_elements_of_queries(portable):
     assert distance(got, want.double()) < 5e-3
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_attention_gradients_of_more_than_2_31_elements(deterministic):
+    """Every tensor is that large. Rows see a window, so that the last of them are those of a short sequence."""
+    room_for(64)
+    rows, shown, checked = (1 << 31) // 4 // 128 + 1000, 1500, 1000
+    tensors = [torch.randn(1, 4, rows, 128, **HALF) for _ in range(4)]
+    assert all(x.numel() > 1 << 31 for x in tensors)
+
+    def gradients(q, k, v, upstream):
+        mask = IntervalMask.sliding_window(q.shape[2], 64, device="cuda")
+        leaves = [x.requires_grad_() for x in (q, k, v)]
+        out = block_attn(*leaves, mask, deterministic=deterministic)
+        return torch.autograd.grad(out, leaves, upstream)
+
+    wanted = [grad[:, :, -checked:].double() for grad in gradients(*(x[:, :, -shown:].clone() for x in tensors))]
+    for got, want in zip(gradients(*tensors), wanted, strict=True):
+        assert distance(got[:, :, -checked:], want) < 5e-3
+
+
 def test_losses_of_more_than_2_31_logits():
     room_for(16)
     vocab = 128_256

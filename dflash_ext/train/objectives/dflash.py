@@ -93,7 +93,7 @@ class DFlashObjective:
         """The weights of drafted slots [..., K] that are known before the forward pass."""
         if self.gamma is None:
             return counts.float()
-        return counts * position_decay(counts.shape[-1], self.gamma, first_slot=0).to(counts.device)
+        return counts * position_decay(counts.shape[-1], self.gamma, first_slot=0, device=counts.device)
 
     def divisor(self, batch: Mapping[str, Tensor]) -> Tensor:
         """What a batch adds to the loss's divisor: the sum of its weights, or with D-PACE the number of its blocks."""
