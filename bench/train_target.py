@@ -1,0 +1,144 @@
+"""Whole sequences of a target, forward and backward, under ``attn_implementation="block_attn"`` against FlexAttention's
+and SDPA's, all in one run: ``python -m bench.train_target [part of a case's name]``.
+
+A target has four layers of its real size, no head, and a prefix-block mask. Every implementation is compiled.
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import create_block_mask
+from transformers import Gemma3TextConfig, Gemma3TextModel, LlamaConfig, LlamaModel, PreTrainedModel
+
+import dflash_ext.integrations  # noqa: F401  (registers block_attn)
+from bench import runner
+from bench.attention import BOTH
+from bench.cases import error, visible_pairs
+from bench.timing import gpu_turns
+from dflash_ext import IntervalMask
+
+BATCH, LENGTH, PREFIX, WINDOW, LAYERS = 4, 2048, 1024, 1024, 4
+OURS = "block_attn"
+FULL, SLIDING = "full_attention", "sliding_attention"
+
+
+def llama() -> PreTrainedModel:
+    sizes = dict(hidden_size=4096, intermediate_size=14336, num_attention_heads=32, num_key_value_heads=8)
+    return LlamaModel(LlamaConfig(**sizes, head_dim=128, num_hidden_layers=LAYERS, vocab_size=256, pad_token_id=0))
+
+
+def gemma3() -> PreTrainedModel:
+    sizes = dict(hidden_size=2560, intermediate_size=10240, num_attention_heads=8, num_key_value_heads=4, head_dim=256)
+    kinds = dict(layer_types=[SLIDING] * (LAYERS - 1) + [FULL], sliding_window=WINDOW)
+    return Gemma3TextModel(Gemma3TextConfig(**sizes, **kinds, num_hidden_layers=LAYERS, vocab_size=256))
+
+
+CASES = {"Llama 3 8B": llama, "Gemma 3 4B": gemma3}
+MASKS = {
+    FULL: IntervalMask.prefix_block(LENGTH, PREFIX),
+    SLIDING: IntervalMask.sliding_window(LENGTH, WINDOW),
+}
+MASK_MODS = {
+    FULL: lambda b, h, q, k: (k <= q) | (q >= PREFIX),
+    SLIDING: lambda b, h, q, k: (k <= q) & (q - k < WINDOW),
+}
+
+
+def masks_of(implementation: str, kinds: list[str]) -> dict:
+    """The arguments that give a model its masks, by kind of layer, as each implementation's users write them."""
+    if implementation == OURS:
+        masks = {kind: MASKS[kind].to("cuda") for kind in kinds}
+        return {"interval_mask": masks}
+    if implementation == "flex_attention":
+        masks = {kind: create_block_mask(MASK_MODS[kind], None, None, LENGTH, LENGTH, device="cuda") for kind in kinds}
+    else:
+        masks = {kind: MASKS[kind].to("cuda").to_bool() for kind in kinds}
+    return {"attention_mask": masks if len(kinds) > 1 else masks[kinds[0]]}
+
+
+@dataclass
+class Step:
+    """A compiled model with an implementation of attention, its masks, and an input and an upstream gradient."""
+
+    model: PreTrainedModel
+    compiled: Callable
+    masks: dict
+    embeds: Tensor
+    upstream: Tensor
+
+    def __call__(self) -> Tensor:
+        self.model.zero_grad(set_to_none=True)
+        out = self.compiled(inputs_embeds=self.embeds, use_cache=False, **self.masks).last_hidden_state
+        out.backward(self.upstream)
+        return out.detach()
+
+
+def step_of(make: Callable[[], PreTrainedModel], implementation: str) -> Step:
+    """The step of an implementation. Weights, input and gradient are the same for all of them."""
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.bfloat16)
+    with torch.device("cuda"):
+        model = make().train()
+    torch.set_default_dtype(torch.float32)
+    model.set_attn_implementation(implementation)
+    kinds = list(dict.fromkeys(getattr(model.config, "layer_types", None) or [FULL]))
+    shape = BATCH, LENGTH, model.config.hidden_size
+    embeds, upstream = (torch.randn(shape, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    return Step(model, torch.compile(model, dynamic=False), masks_of(implementation, kinds), embeds, upstream)
+
+
+def flops(model: PreTrainedModel) -> float:
+    """The arithmetic of a step: 6 operations for a weight and token, and attention over visible pairs."""
+    config = model.config
+    weights = sum(weight.numel() for layer in model.layers for weight in layer.parameters() if weight.dim() > 1)
+    kinds = getattr(config, "layer_types", None) or [FULL] * LAYERS
+    pairs = sum(visible_pairs(MASKS[kind], BATCH) for kind in kinds)
+    return 6.0 * BATCH * LENGTH * weights + 3.5 * 4.0 * config.num_attention_heads * config.head_dim * pairs
+
+
+def rows_of(name: str, make: Callable[[], PreTrainedModel], matmul_tflops: float) -> list[dict]:
+    case = f"{name}, {LAYERS} layers, prefix {PREFIX} + block {LENGTH - PREFIX}, B{BATCH}"
+    print(case, flush=True)
+    steps, results = {}, {}
+    for implementation in (OURS, "flex_attention", "sdpa"):
+        steps[implementation] = step = step_of(make, implementation)
+        out = step()
+        grads = [weight.grad for weight in step.model.parameters() if weight.grad is not None]
+        results[implementation] = torch.cat([x.flatten() for x in (out, *grads)])
+    wanted = results["sdpa"].double()
+    wrong = {implementation: error(result, wanted) for implementation, result in results.items()}
+    del results, wanted
+    needed, rows = flops(steps[OURS].model), []
+    for implementation, timing in gpu_turns(steps, graphs=False).items():
+        rate, off = needed / timing.ms / 1e9, wrong[implementation]
+        row = {"case": case, "impl": implementation, "pass": BOTH, **timing.row(), "max_err": off}
+        rows.append(row | {"tflops": rate, "share_of_matmul_rate": rate / matmul_tflops})
+        print(
+            f"  {implementation:16} {timing.ms:6.1f} ms ({timing.low:.1f} to {timing.high:.1f}) {rate:4.0f} TFLOP/s ",
+            end="",
+        )
+        print(f"{rate / matmul_tflops:.0%} of the matmul rate, {off:.1e} from SDPA's", flush=True)
+    return rows
+
+
+def main() -> None:
+    warnings.simplefilter("ignore")
+    wanted = sys.argv[1] if len(sys.argv) > 1 else ""
+    name, ceilings = f"train_target_{runner.gpu_name()}", runner.gpu_ceilings()
+    rows = []
+    for case, make in CASES.items():
+        if wanted in case:
+            rows += rows_of(case, make, ceilings["matmul_8192_bf16_tflops"])
+            torch.cuda.empty_cache()
+    if not wanted:
+        print(runner.write(name, rows, ceilings))
+
+
+if __name__ == "__main__":
+    main()
