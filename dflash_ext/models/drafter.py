@@ -8,6 +8,7 @@ embedding and the head are the target's, unless the checkpoint has tables of its
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -44,7 +45,13 @@ class DFlashAttention(nn.Module):
         self.k_norm = Qwen3RMSNorm(self.head_dim, eps=config.rms_norm_eps)
 
     def forward(
-        self, block: Tensor, context: Tensor, rotary: tuple[Tensor, Tensor], mask: IntervalMask, cache: Cache | None
+        self,
+        block: Tensor,
+        context: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        mask: IntervalMask,
+        cache: Cache | None,
+        wanted: Callable[[Tensor], Tensor],
     ) -> Tensor:
         def heads(x: Tensor) -> Tensor:
             return x.unflatten(-1, (-1, self.head_dim))
@@ -61,7 +68,7 @@ class DFlashAttention(nn.Module):
         if cache is not None:
             k, v = cache.update(k, v, self.layer_idx)
         out = block_attn(q, k, v.to(q.dtype), _over_last_keys(mask, k.shape[2]))
-        return self.o_proj(out.transpose(1, 2).flatten(2))
+        return self.o_proj(wanted(out.transpose(1, 2).flatten(2)))
 
 
 def _over_last_keys(mask: IntervalMask, count: int) -> IntervalMask:
@@ -82,9 +89,17 @@ class DFlashLayer(GradientCheckpointingLayer):
         self.post_attention_layernorm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
     def forward(
-        self, block: Tensor, context: Tensor, rotary: tuple[Tensor, Tensor], mask: IntervalMask, cache: Cache | None
+        self,
+        block: Tensor,
+        context: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        mask: IntervalMask,
+        cache: Cache | None,
+        wanted: Callable[[Tensor], Tensor],
     ) -> Tensor:
-        block = block + self.self_attn(self.input_layernorm(block), context, rotary, mask, cache)
+        """`wanted` takes those slots of [B, Q, ...] that the result is needed for. The others are keys only."""
+        attended = self.self_attn(self.input_layernorm(block), context, rotary, mask, cache, wanted)
+        block = wanted(block) + attended
         return block + self.mlp(self.post_attention_layernorm(block))
 
 
@@ -253,6 +268,7 @@ class DFlashDrafter(PreTrainedModel):
         attention_mask: dict[str, IntervalMask] | Tensor | None = None,
         cache: Cache | None = None,
         past_key_values: Cache | None = None,
+        first_slot: int = 0,
     ) -> BaseModelOutputWithPast:
         """Denoises blocks in one pass.
 
@@ -264,6 +280,8 @@ class DFlashDrafter(PreTrainedModel):
                 padding mask [B, cached + S + Q] that is True (1) for tokens and False (0) for padding on the left.
             cache: a cache of the context's keys and values. The block's are appended, and the caller drops them again.
             past_key_values: another name of `cache`, which transformers' own DFlash loop uses from 5.15 to 5.23.
+            first_slot: slots before it are left out of every block of the result, and the last layer spends nothing
+                on them. It needs whole blocks.
 
         Returns:
             `last_hidden_state` [B, Q, H], to which the head is applied (`logits`). Slot k predicts the token at
@@ -289,7 +307,8 @@ class DFlashDrafter(PreTrainedModel):
         rotary = self.rotary_emb(noise_embeds, position_ids)
         hidden = noise_embeds
         for layer, kind in zip(self.layers, self.config.layer_types, strict=True):
-            inputs = hidden, context, rotary, attention_mask[kind], cache
+            wanted = self._slots_from(first_slot if layer is self.layers[-1] else 0)
+            inputs = hidden, context, rotary, attention_mask[kind], cache, wanted
             if torch.compiler.is_compiling() and torch.is_grad_enabled():
                 hidden = checkpoint(layer, *inputs, use_reentrant=False, context_fn=_keeping_products)
             else:
@@ -297,6 +316,12 @@ class DFlashDrafter(PreTrainedModel):
         return BaseModelOutputWithPast(
             self.norm(hidden), cache
         )  # positional: transformers 5.24 renamed the cache's field
+
+    def _slots_from(self, first: int) -> Callable[[Tensor], Tensor]:
+        """Takes the slots from `first` on of every block of [B, Q, ...]."""
+        if first == 0:
+            return lambda x: x
+        return lambda x: x.unflatten(1, (-1, self.config.block_size))[:, :, first:].flatten(1, 2)
 
     def _single_block_masks(self, padding: Tensor | None, noise_embeds: Tensor, kv_len: int) -> dict[str, IntervalMask]:
         batch, block_len = noise_embeds.shape[:2]

@@ -58,12 +58,12 @@ class DFlashObjective:
             context_hidden_states=features,
             position_ids=torch.cat([context_positions, batch["positions"].flatten(1)], dim=1),
             attention_mask=drafter.anchor_masks(length, batch["anchors"], batch["keep"]),
+            first_slot=self.first_slot,
         ).last_hidden_state
         labels, counts = self.labels(batch)
         head = drafter.head(self.target)
-        drafted = drafter.head_input(hidden).unflatten(1, batch["labels"].shape[1:])[:, :, self.first_slot :]
         result = linear_cross_entropy(
-            drafted.flatten(0, 2).to(head.dtype),
+            drafter.head_input(hidden).flatten(0, 1).to(head.dtype),
             head,
             labels.flatten(),
             self.slot_weights(counts).flatten(),

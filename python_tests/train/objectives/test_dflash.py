@@ -51,17 +51,21 @@ def test_gradients_are_as_exact_as_with_torchs_attention(device, monkeypatch):
     errors = []
     for seed in range(5):
         torch.manual_seed(seed)
-        drafter, objective, batch, features = a_step(device, torch.bfloat16)
-        target = copy.copy(objective.target)
-        target.model = copy.deepcopy(target.model).double()
-        exact = DFlashObjective(copy.deepcopy(drafter).double(), target, objective.gamma)
-        got = [gradients(drafter, objective, batch, features)]
+        drafter, objective, batch, features = a_step("cpu", torch.bfloat16)
+        exact = copy.deepcopy(objective)
+        for module in (exact.drafter, exact.target.model):
+            module.double()
         with monkeypatch.context() as patch:
-            patch.setattr(drafter_module, "block_attn", sdpa)
-            got.append(gradients(drafter, objective, batch, features))
             patch.setattr(drafter_module, "block_attn", reference.block_attn)
             want = gradients(exact.drafter, exact, batch, features.double())
-        errors.append([distance(grads, want) for grads in got])
+        for module in (drafter, objective.target.model):
+            module.to(device)
+        inputs = {name: x.to(device) for name, x in batch.items()}, features.to(device)
+        got = [gradients(drafter, objective, *inputs)]
+        with monkeypatch.context() as patch:
+            patch.setattr(drafter_module, "block_attn", sdpa)
+            got.append(gradients(drafter, objective, *inputs))
+        errors.append([distance(grads.cpu(), want) for grads in got])
     our_error, torchs_error = torch.tensor(errors).log().mean(0).exp().tolist()
     assert our_error <= allowed_error(torchs_error, torch.finfo(torch.bfloat16).eps / 4)
 
