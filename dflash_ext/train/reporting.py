@@ -59,9 +59,8 @@ def summary(log: list[dict]) -> str:
     trained = [entry for entry in log if "loss" in entry]
     if not trained:
         return "drafter: there was no step left to train"
-    last = trained[-1]
-    ends = [trained[0], last] if len(trained) > 1 else [last]
+    ends = [trained[0], trained[-1]] if len(trained) > 1 else trained
     figures = (f"{name} {' -> '.join(f'{entry[name]:.2f}' for entry in ends)}" for name in ("loss", "tau"))
-    line = f"drafter: {', '.join(figures)} on its training blocks in {last['step']} steps"
+    line = f"drafter: {', '.join(figures)} on its training blocks in {log[-1]['step']} steps"
     held_out = [entry["eval_loss"] for entry in log if "eval_loss" in entry]
     return f"{line}; loss {held_out[-1]:.2f} on held-out answers" if held_out else line

@@ -3,9 +3,12 @@ from importlib.machinery import ModuleSpec
 
 import pytest
 import torch
+from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dflash_ext.integrations import gguf
+from python_tests.data.words import word_tokenizer
+from python_tests.tiny import tiny_model
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +56,20 @@ def test_a_folder_that_is_there_is_not_converted_again(tmp_path, monkeypatch):
     folder = tmp_path / gguf.SMOLLM2_FOLDER
     folder.mkdir()
     assert gguf.smollm2_path(tmp_path) == folder
+
+
+def test_a_conversion_shows_no_bars_and_is_announced(tmp_path, monkeypatch, capsys):
+    def read(_):
+        for _ in tqdm(range(3), desc="Converting"):
+            model = tiny_model("llama")
+        return model, word_tokenizer()
+
+    (tmp_path / "model.gguf").touch()
+    monkeypatch.setattr(gguf, "_packaged_gguf", lambda _: tmp_path / "model.gguf")
+    monkeypatch.setattr(gguf, "_read", read)
+    folder = gguf.smollm2_path(tmp_path / "cache")
+    assert (folder / "model.safetensors").exists()
+    assert capsys.readouterr().err == f"SmolLM2 is converted once, to {folder}; this takes about a minute\n"
 
 
 def test_where_the_cache_is(tmp_path, monkeypatch):

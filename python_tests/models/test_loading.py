@@ -56,6 +56,14 @@ def test_another_end_token_is_a_warning(folder, tmp_path):
     assert stop_tokens(tokenizer, model) == (2, 5)
 
 
+def test_reading_and_writing_weights_shows_no_bars(folder, tmp_path, capsys):
+    load_target(folder)
+    _, drafter = tiny_pair("llama")
+    save_drafter(drafter, tmp_path / "drafter")
+    load_drafter(tmp_path / "drafter")
+    assert "%|" not in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("name", ["./nowhere", "../nowhere", "/nowhere", "nowhere/", "some/where/else", "~/nowhere"])
 def test_a_path_that_is_no_folder_is_not_asked_of_the_hub(name, monkeypatch):
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", None)

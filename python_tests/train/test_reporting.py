@@ -56,10 +56,10 @@ def test_the_summary_names_both_ends_and_the_held_out_loss():
     log = [
         {"step": 10, "loss": 4.0, "tau": 1.25},
         {"step": 20, "loss": 1.5, "tau": 2.0},
-        {"step": 20, "train_loss": 2.75},
+        {"step": 24, "train_loss": 2.75},
     ]
-    line = "drafter: loss 4.00 -> 1.50, tau 1.25 -> 2.00 on its training blocks in 20 steps"
+    line = "drafter: loss 4.00 -> 1.50, tau 1.25 -> 2.00 on its training blocks in 24 steps"
     assert summary(log) == line
-    assert summary([*log, {"step": 20, "eval_loss": 1.75}]) == line + "; loss 1.75 on held-out answers"
+    assert summary([*log, {"step": 24, "eval_loss": 1.75}]) == line + "; loss 1.75 on held-out answers"
     assert "no step left" in summary([])
     assert "->" not in summary(log[:1])
