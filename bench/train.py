@@ -26,7 +26,7 @@ from dflash_ext.train.objectives import DFlashObjective
 OURS, PEER, COMPILED = "dflash_ext", "SpecForge", ", compiled"
 GAMMA = 7.0  # the paper's decay for blocks of 16
 
-# Two training steps in bfloat16 that add up in different orders differ by this much at most, relative to the whole.
+# The largest difference, relative to the whole, between steps in bfloat16 that add up in different orders.
 MOST_ERROR = 0.03
 
 
@@ -51,10 +51,10 @@ class Shapes:
         return f"S{self.length}, {self.anchors} anchors x {self.block}, {self.layers} layers, H{self.hidden}"
 
     def flops(self, visible_pairs: int) -> float:
-        """The arithmetic that a step needs: of its matrix products, and of attention over visible pairs of a head.
+        """The operations of a step: its matrix products, and attention over the visible pairs of each head.
 
-        A backward counts twice its forward (2.5 times for attention), but for what needs no gradient: the features and
-        the frozen head's weight.
+        A backward counts as twice its forward (2.5 times for attention). The features and the frozen head's weight have
+        no gradient, so theirs is not counted.
         """
         rows, keys = self.anchors * self.block, self.length + self.anchors * self.block
         layer = 2 * rows * self.hidden * (2 * self.heads * self.head_dim + 3 * self.intermediate)
@@ -82,7 +82,7 @@ class Setting:
             rope_theta=1e6,
         )
         torch.set_default_dtype(torch.bfloat16)
-        with torch.device("meta"):  # of the target only the tables are used
+        with torch.device("meta"):  # only the target's embedding and head are used
             model = Qwen3ForCausalLM(config)
         with torch.device(device):
             embedding = nn.Embedding(shapes.vocab, shapes.hidden).requires_grad_(False)
@@ -182,9 +182,9 @@ def specforge_step(setting: Setting, module: nn.Module, parameters: dict[str, nn
 
 
 def steps_of(setting: Setting) -> tuple[dict[str, Step], dict[str, Tensor]]:
-    """The steps that take part, and the batch that ours run on.
+    """The steps that take part, and the batch of our own steps.
 
-    If SpecForge takes part, it draws the same anchors at the seed 1.
+    Our steps have the anchors that SpecForge's module draws with seed 1, if it takes part.
     """
     steps, drawn = {}, setting.draw()
     if importlib.util.find_spec("specforge"):
@@ -199,7 +199,7 @@ def steps_of(setting: Setting) -> tuple[dict[str, Step], dict[str, Tensor]]:
 
 
 def errors(steps: dict[str, Step]) -> dict[str, float]:
-    """How far each step's loss and gradients are from those of the eager peer (without it, of our eager step).
+    """The error of each step's loss and gradients, compared with the eager peer's (without it, with our eager step's).
 
     SpecForge's compiled step draws other anchors than its eager one at the same seed, so it is not compared.
 
@@ -226,7 +226,7 @@ def errors(steps: dict[str, Step]) -> dict[str, float]:
 
 
 def peak_memory(step: Step) -> int:
-    """Bytes at the peak of a step, above weights, inputs and gradients, which are all there before it begins."""
+    """The peak memory of a step in bytes, without the weights, inputs and gradients that exist before it."""
     step()
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()

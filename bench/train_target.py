@@ -1,5 +1,5 @@
-"""Whole sequences of a target, forward and backward, under ``attn_implementation="block_attn"`` against FlexAttention's
-and SDPA's, all in one run: ``python -m bench.train_target [part of a case's name]``.
+"""A target's forward and backward over whole sequences, with ``attn_implementation="block_attn"`` against
+FlexAttention and SDPA: ``python -m bench.train_target [part of a case's name]``.
 
 A target has four layers of its real size, no head, and a prefix-block mask. Every implementation is compiled.
 """
@@ -94,7 +94,7 @@ def step_of(make: Callable[[], PreTrainedModel], implementation: str) -> Step:
 
 
 def flops(model: PreTrainedModel) -> float:
-    """The arithmetic of a step: 6 operations for a weight and token, and attention over visible pairs."""
+    """The operations of a step: 6 for each weight and token, and attention over the visible pairs."""
     config = model.config
     weights = sum(weight.numel() for layer in model.layers for weight in layer.parameters() if weight.dim() > 1)
     kinds = getattr(config, "layer_types", None) or [FULL] * LAYERS

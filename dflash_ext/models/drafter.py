@@ -56,7 +56,7 @@ class DFlashAttention(nn.Module):
         def heads(x: Tensor) -> Tensor:
             return x.unflatten(-1, (-1, self.head_dim))
 
-        # The products are concatenated, not their inputs, which autograd would otherwise keep as one more copy.
+        # The products are concatenated instead of their inputs, of which autograd would keep one more copy.
         k, v = (torch.cat([project(context), project(block)], dim=1) for project in (self.k_proj, self.v_proj))
         q = self.q_norm(heads(self.q_proj(block))).transpose(1, 2)
         k = self.k_norm(heads(k)).transpose(1, 2)
@@ -97,12 +97,13 @@ class DFlashLayer(GradientCheckpointingLayer):
         cache: Cache | None,
         wanted: Callable[[Tensor], Tensor],
     ) -> Tensor:
-        """`wanted` takes those slots of [B, Q, ...] that the result is needed for. The others are keys only."""
+        """Returns the slots of `block` [B, Q, H] that `wanted` selects. The other slots serve as keys alone."""
         attended = self.self_attn(self.input_layernorm(block), context, rotary, mask, cache, wanted)
         block = wanted(block) + attended
         return block + self.mlp(self.post_attention_layernorm(block))
 
 
+# Under torch.compile, the backward keeps the results of these operators and computes all others again.
 _PRODUCTS = {
     torch.ops.aten.mm.default,
     torch.ops.aten.addmm.default,
@@ -226,7 +227,7 @@ class DFlashDrafter(PreTrainedModel):
 
     @property
     def softcap(self) -> float | None:
-        """The soft cap of the drafter's logits, if there is one. A value of 0 or less means none."""
+        """The softcap of the drafter's logits, if there is one. A value of 0 or less means none."""
         softcap = self.config.optional("final_logit_softcapping")
         return softcap if softcap is not None and softcap > 0 else None
 
@@ -280,8 +281,8 @@ class DFlashDrafter(PreTrainedModel):
                 padding mask [B, cached + S + Q] that is True (1) for tokens and False (0) for padding on the left.
             cache: a cache of the context's keys and values. The block's are appended, and the caller drops them again.
             past_key_values: another name of `cache`, which transformers' own DFlash loop uses from 5.15 to 5.23.
-            first_slot: slots before it are left out of every block of the result, and the last layer spends nothing
-                on them. It needs whole blocks.
+            first_slot: the result leaves out the slots before this one in every block, and the last layer does not
+                compute them. Above 0, `noise_embeds` must hold whole blocks.
 
         Returns:
             `last_hidden_state` [B, Q, H], to which the head is applied (`logits`). Slot k predicts the token at
@@ -313,12 +314,11 @@ class DFlashDrafter(PreTrainedModel):
                 hidden = checkpoint(layer, *inputs, use_reentrant=False, context_fn=_keeping_products)
             else:
                 hidden = layer(*inputs)
-        return BaseModelOutputWithPast(
-            self.norm(hidden), cache
-        )  # positional: transformers 5.24 renamed the cache's field
+        # The cache is passed by its position, because transformers 5.24 renamed its field.
+        return BaseModelOutputWithPast(self.norm(hidden), cache)
 
     def _slots_from(self, first: int) -> Callable[[Tensor], Tensor]:
-        """Takes the slots from `first` on of every block of [B, Q, ...]."""
+        """A function that selects the slots from `first` on in every block of [B, Q, ...]."""
         if first == 0:
             return lambda x: x
         return lambda x: x.unflatten(1, (-1, self.config.block_size))[:, :, first:].flatten(1, 2)

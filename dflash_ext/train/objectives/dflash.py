@@ -15,7 +15,7 @@ from ..anchors import dpace, position_decay
 
 
 class BlockLosses(NamedTuple):
-    """What the K drafted slots of a batch's blocks come to: ``[B, N, K]`` each.
+    """The results of the K drafted slots of a batch's blocks: ``[B, N, K]`` each.
 
     Attributes:
         losses: float32, the weighted negative log-likelihoods of the labels, 0 where a slot does not count.
@@ -32,12 +32,12 @@ class BlockLosses(NamedTuple):
 class DFlashObjective:
     """The losses of a drafter on a batch of ``AnchorCollator``.
 
-    Each drafted slot counts by the cross-entropy of its token under the target's frozen head, times its weight.
+    The loss of a drafted slot is the cross-entropy of its token under the target's frozen head, times its weight.
 
     Attributes:
         gamma: the decay of `position_decay` (7, 5, 4 for blocks of 16, 10, 8 in the paper); None weights by `dpace`.
-        max_rows: a bound on the number of slots that count. With it nothing waits for the device, so that a CUDA graph
-            can hold the step. See `linear_cross_entropy`.
+        max_rows: a bound on the number of slots that count (see `linear_cross_entropy`). With it nothing waits for the
+            device, so that the step can be captured in a CUDA graph.
     """
 
     drafter: DFlashDrafter
@@ -83,7 +83,7 @@ class DFlashObjective:
     def labels(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         """The drafted slots' labels as rows of the drafter's head, and which of them count: [B, N, K] each.
 
-        Slots from the first label on that the drafter cannot draft do not count.
+        Once the drafter cannot draft the label of a slot, this slot and all later ones of the block do not count.
         """
         labels = self.drafter.head_labels(batch["labels"][:, :, self.first_slot :])
         counts = batch["counts"][:, :, self.first_slot :] & (labels >= 0)
