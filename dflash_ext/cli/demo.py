@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from .app import console
-from .options import MaxNewTokensOfCycles
+from .options import AtLeastTwoNewTokens
 
 
 def demo(
@@ -15,7 +15,7 @@ def demo(
         bool, typer.Option("--quick", help="Run only the first part, the tiny model. It takes less than two minutes.")
     ] = False,
     prompts: Annotated[int, typer.Option(min=1, help="The number of prompts that SmolLM2 answers.")] = 6,
-    max_new_tokens: MaxNewTokensOfCycles = 128,
+    max_new_tokens: AtLeastTwoNewTokens = 128,
 ) -> None:
     """Train a tiny model and decode with it, then with SmolLM2."""
     from ..demo import real_model, tiny_model

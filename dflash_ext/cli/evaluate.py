@@ -11,6 +11,7 @@ import typer
 from .app import console
 from .loading import encode_for, load_pair, load_target
 from .options import (
+    AtLeastTwoNewTokens,
     BlockSize,
     ChatTemplateArgs,
     DecodeBatch,
@@ -18,7 +19,6 @@ from .options import (
     Dtype,
     Field,
     Limit,
-    MaxNewTokensOfCycles,
     MaxPromptTokens,
     MinP,
     Seed,
@@ -44,7 +44,7 @@ def evaluate(
     limit: Limit = 80,
     max_prompt_tokens: MaxPromptTokens = 2048,
     chat_template_args: ChatTemplateArgs = None,
-    max_new_tokens: MaxNewTokensOfCycles = 256,
+    max_new_tokens: AtLeastTwoNewTokens = 256,
     temperature: Temperature = 0.0,
     top_k: TopK = None,
     top_p: TopP = None,

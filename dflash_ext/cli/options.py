@@ -47,7 +47,7 @@ ChatTemplateArgs = Annotated[
 ]
 MaxNewTokens = Annotated[int, typer.Option(min=1, help="The largest number of tokens in an answer.")]
 # Prefill gives the first token, so that only an answer of two tokens has a cycle to measure or to learn from.
-MaxNewTokensOfCycles = Annotated[int, typer.Option(min=2, help="The largest number of tokens in an answer.")]
+AtLeastTwoNewTokens = Annotated[int, typer.Option(min=2, help="The largest number of tokens in an answer.")]
 Temperature = Annotated[float, typer.Option(min=0, help="The sampling temperature; 0 is greedy.")]
 TopK = Annotated[int | None, typer.Option(min=1, help="Sample only from this number of likeliest tokens.")]
 TopP = Annotated[

@@ -12,12 +12,12 @@ from rich.console import Console
 from .app import console
 from .loading import encode_for, load_target
 from .options import (
+    AtLeastTwoNewTokens,
     ChatTemplateArgs,
     Device,
     Dtype,
     Field,
     Limit,
-    MaxNewTokensOfCycles,
     MaxPromptTokens,
     Prompts,
     Seed,
@@ -37,7 +37,7 @@ def train(
     limit: Limit = None,
     max_prompt_tokens: MaxPromptTokens = 512,
     chat_template_args: ChatTemplateArgs = None,
-    max_new_tokens: MaxNewTokensOfCycles = 256,
+    max_new_tokens: AtLeastTwoNewTokens = 256,
     temperature: Annotated[
         list[float] | None,
         typer.Option(

@@ -103,7 +103,7 @@ class DFlashLayer(GradientCheckpointingLayer):
         return block + self.mlp(self.post_attention_layernorm(block))
 
 
-# Under torch.compile, the backward keeps the results of these operators and computes all others again.
+# Under torch.compile, the results of these operators are kept for the backward, which computes all others again.
 _PRODUCTS = {
     torch.ops.aten.mm.default,
     torch.ops.aten.addmm.default,
