@@ -103,6 +103,7 @@ def training_arguments(output: Path, recipe: Recipe, device: torch.device) -> On
         label_names=["labels"],
         prediction_loss_only=True,
         disable_tqdm=True,
+        ddp_find_unused_parameters=False,  # every parameter of a drafter is used in every step
     )
     if on_gpu and args.world_size == 1:
         args.pinned = device

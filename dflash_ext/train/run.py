@@ -105,7 +105,7 @@ def train_on_answers(
     log = train_drafter(drafter, target, trained, output, recipe, held_out=kept_out, resume=resume, console=console)
     if PartialState().is_main_process:
         plot_curve(log, Path(output) / "curve.png")
-    console.print(summary(log))
+    console.print(summary(log), soft_wrap=True)
     return log
 
 
