@@ -70,7 +70,7 @@ def rows_of(case: Case) -> list[dict]:
 def calls_of(
     functions: dict[str, Attend], inputs: list[Tensor], upstream: Tensor
 ) -> Iterator[tuple[str, dict[str, Call]]]:
-    """For each pass, the calls that are timed."""
+    """Yields each pass with the calls that are timed."""
 
     def forward(attend: Attend) -> Tensor:
         with torch.no_grad():

@@ -29,7 +29,7 @@ def products(multiply: Multiply, rows: dict[int, Tensor], weights: list[Tensor])
 def largest_error(
     multiply: Callable[[Tensor, Tensor], Tensor], rows: dict[int, Tensor], weights: list[Tensor]
 ) -> float:
-    """Over one layer's products, each relative to its largest number."""
+    """The largest error of one layer's products, each relative to its largest number."""
     errors = []
     for weight in weights[: len(LAYER)]:
         x = rows[weight.shape[1]]

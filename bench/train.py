@@ -112,7 +112,7 @@ class Setting:
         return tuple(x.to(self.device) for x in drawn)
 
     def batch(self, anchors: Tensor, keep: Tensor) -> dict[str, Tensor]:
-        """What the collator makes of the sequence and these anchors."""
+        """The batch that the collator makes of the sequence and these anchors."""
         sizes = {"block_size": self.shapes.block, "mask_token_id": self.mask_token}
         blocks = build_blocks(self.input_ids, self.loss_mask, anchors, keep, **sizes)
         return {"input_ids": self.input_ids, "anchors": anchors, "keep": keep, **vars(blocks)}

@@ -57,13 +57,13 @@ def report(console: Console) -> None:
 
 
 def _without_kernels(served_by: str) -> str:
-    """What serves an operator on a GPU where the CUDA kernels were not built: an error instead of the native kernel."""
+    """What serves an operator on a GPU if no CUDA kernels were built: an error in the place of the native kernel."""
     before, native_kernel, after = served_by.partition(NATIVE)
     return f"an error{after}" if native_kernel else before
 
 
 def _gpu_kernels() -> str:
-    """Which of the native kernels the first GPU uses."""
+    """The kind of native kernels that the first GPU uses."""
     if not torch.cuda.is_available():
         return "none used: there is no GPU"
     if torch.cuda.get_device_capability()[0] != 9:

@@ -1,4 +1,4 @@
-"""What every command shares: the application and its own options, the consoles, and how a mistake is reported."""
+"""What the commands share: the application and its options, the consoles, and the report of a mistake."""
 
 from __future__ import annotations
 

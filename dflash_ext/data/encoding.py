@@ -1,4 +1,4 @@
-"""From conversations to the token ids that the target continues."""
+"""Encodes conversations as the token ids that the target continues."""
 
 from __future__ import annotations
 

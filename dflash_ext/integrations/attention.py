@@ -275,7 +275,7 @@ def _default(q_len: int, kv_len: int, causal: bool, window: int | None, device: 
     if q_len not in (1, kv_len):
         raise ValueError(
             f"block_attn: causal attention of {q_len} rows over {kv_len} keys without a mask; "
-            "attention_mask or interval_mask is needed to say where the rows stand"
+            "attention_mask or interval_mask is needed to give the rows' positions"
         )
     return IntervalMask.decode(kv_len - q_len, q_len, causal=True, window=window, device=device)
 

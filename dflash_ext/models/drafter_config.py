@@ -68,8 +68,8 @@ def default_taps(num_target_layers: int, count: int) -> list[int]:
 class DFlashConfig(Qwen3Config):
     """Reads and writes `config.json` of published checkpoints, and reads `config.json` of speculators' checkpoints.
 
-    `mask_token_id` and `target_layer_ids` stand inside `dflash_config`, and `block_size` stands there or at the top
-    level. If a key stands in both places, the one inside counts, as for z-lab and SGLang. Optional keys:
+    `mask_token_id` and `target_layer_ids` are inside `dflash_config`, and `block_size` is there or at the top level. If
+    a key is in both places, the one inside counts, as for z-lab and SGLang. Optional keys:
 
     - `is_causal`, at the top level: whether a slot sees only the slots of its block up to itself, in all layers. By
       default sliding layers are causal and full ones are not. vLLM's `dflash_config.causal` is read if it is missing.
@@ -129,7 +129,7 @@ class DFlashConfig(Qwen3Config):
         if "layer_ids" in dflash and "target_layer_ids" not in dflash:
             raise ValueError("dflash_config has layer_ids: the taps are read from target_layer_ids")
         if "is_causal" in dflash:
-            raise ValueError("is_causal stands inside dflash_config: it is read at the top level only")
+            raise ValueError("is_causal is inside dflash_config: it is read at the top level only")
         if set(LAYER_KINDS) & set(self.rope_parameters or ()):
             raise ValueError("rope_parameters differ by kind of layer: one set of them for all layers is supported")
         kinds = self.layer_types
@@ -276,7 +276,7 @@ class DFlashConfig(Qwen3Config):
         return unread
 
     def unread_by_loop(self) -> str | None:
-        """What transformers' own DFlash loop would do wrong with this drafter; None if nothing."""
+        """The setting of this drafter with which transformers' own DFlash loop would go wrong, or None."""
         if self.sample_from_anchor:
             return "does not read sample_from_anchor"
         if self.shared_window:

@@ -133,7 +133,7 @@ def _folder(name: str | os.PathLike) -> Path:
 def _read_tensors(folder: Path) -> dict[str, Tensor]:
     """The checkpoint's tensors by their published names."""
     if (folder / MASK_EMBEDDING).exists():
-        raise ValueError(f"{MASK_EMBEDDING} lies beside the weights: a separate mask embedding is not supported")
+        raise ValueError(f"{MASK_EMBEDDING} is beside the weights: a separate mask embedding is not supported")
     files = {WEIGHTS}
     if not (folder / WEIGHTS).exists() and (folder / INDEX).exists():
         files = set(json.loads((folder / INDEX).read_text())["weight_map"].values())

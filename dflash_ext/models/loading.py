@@ -60,13 +60,13 @@ def load_target(
             f"the target in '{name}' is not whole: {len(missing)} tensors are missing, such as {missing[0]}"
         )
     if len(tok) <= len(tok.all_special_ids):  # transformers makes an empty tokenizer of a folder without its files
-        raise ValueError(f"there is no tokenizer in '{tokenizer or name}': say with --tokenizer where one is")
+        raise ValueError(f"there is no tokenizer in '{tokenizer or name}': name a place that has one with --tokenizer")
     check_tokenizer(tok, model)
     return model.to(device).eval().requires_grad_(False), tok
 
 
 def _read(what: str, name: str | os.PathLike, load: Callable, **options: Any) -> Any:
-    """What `load` returns for a folder or a name on the hub. If it fails, a ValueError says in one line why."""
+    """Calls `load` with a folder or a name on the hub. If it fails, a ValueError gives the reason in one line."""
     name = os.fspath(name)
     is_folder = Path(name).is_dir()
     if name == "smollm2" and not is_folder:

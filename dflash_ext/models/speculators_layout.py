@@ -24,8 +24,8 @@ _OWN_KEYS = {
 def published_layout(config: dict[str, Any]) -> dict[str, Any]:
     """Converts speculators' `config.json` to the published layout.
 
-    The layers' keys stand in `transformer_layer_config`. `aux_hidden_state_layer_ids` count the embedding as layer 0,
-    so that a tap is one less. Full layers are bidirectional in the block. Sliding layers are causal unless
+    The keys of the layers are in `transformer_layer_config`. `aux_hidden_state_layer_ids` counts the embedding as layer
+    0, so a tap is one less. Full layers are bidirectional in the block. Sliding layers are causal unless
     `sliding_window_non_causal` is set, and all slots of a block share the anchor's window.
 
     Raises:

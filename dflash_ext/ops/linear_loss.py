@@ -179,7 +179,7 @@ def _gradients(
 ):
     """Scales the gradients that the forward made. If it made none, computes them, with grad_losses per row."""
     if grad_hidden is None and grad_head is None:
-        # Where a gradient overflowed, 0 * inf must not reach the rows that do not count.
+        # If a gradient overflowed, 0 * inf would be NaN in the rows that do not count.
         scale = grad_losses if weight is None else torch.where(weight == 0, 0.0, weight * grad_losses)
         rows, _ = _rows_that_count(scale, max_rows)
         _, grad_hidden, grad_head = _by_chunks(

@@ -1,4 +1,4 @@
-"""Which positions of a canvas to commit, in plain PyTorch."""
+"""The choice of the positions of a canvas to commit, in plain PyTorch."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def reveal(
     entropy_bound: float | Tensor | None = None,
     entropy: Tensor | None = None,
 ) -> Tensor:
-    """Which masked positions of a canvas to commit; see ``dflash_ext.reveal`` for the rules."""
+    """Chooses which masked positions of a canvas to commit; see ``dflash_ext.reveal`` for the limits."""
     rule, limit = reveal_limit(
         scores,
         entropy,

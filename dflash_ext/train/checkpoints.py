@@ -37,7 +37,7 @@ def is_complete(checkpoint: Path) -> bool:
 
 
 def _is_whole(path: Path) -> bool:
-    """Whether a file is whole, as far as its format tells."""
+    """Whether a file is whole, as far as its format allows to check."""
     try:
         if path.suffix == ".safetensors":
             with safe_open(path, "pt"):

@@ -117,7 +117,7 @@ def test_a_key_that_changes_nothing_is_read_over(tmp_path):
         ({"architectures": ["DFlash2DraftModel"]}, "architecture DFlash2DraftModel is not supported"),
         ({"architectures": ["Qwen3DSparkModel"]}, "architecture Qwen3DSparkModel"),
         ({"target_hidden_size": 512}, "target_hidden_size is 512, hidden_size 4096"),
-        ({"dflash": {"is_causal": True}}, "is_causal stands inside dflash_config"),
+        ({"dflash": {"is_causal": True}}, "is_causal is inside dflash_config"),
         ({"layer_types": ["full_attention"]}, "layer_types has 1 entries, the drafter 2 layers"),
         ({"layer_types": ["full_attention", "chunked_attention"]}, "layer_types has 'chunked_attention'"),
         ({"layer_types": ["full_attention", "sliding_attention"], "sliding_window": 4}, "use_sliding_window and a"),

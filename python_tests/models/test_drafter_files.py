@@ -180,7 +180,7 @@ def test_what_does_not_fit_is_said_in_the_error_alone(folder, caplog):
 
 def test_a_mask_embedding_beside_the_weights_is_refused(folder):
     (folder / "mask_embedding.pt").write_bytes(b"never read")
-    with pytest.raises(ValueError, match="mask_embedding.pt lies beside the weights"):
+    with pytest.raises(ValueError, match="mask_embedding.pt is beside the weights"):
         load(folder)
 
 

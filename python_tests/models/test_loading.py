@@ -32,7 +32,7 @@ def test_smollm2_is_the_packaged_model(folder, monkeypatch):
 
 def test_a_folder_without_a_tokenizer_or_with_a_drafter(folder, tmp_path):
     tiny_model("qwen3").save_pretrained(tmp_path / "bare")
-    with pytest.raises(ValueError, match=f"there is no tokenizer in '{tmp_path / 'bare'}': say with --tokenizer"):
+    with pytest.raises(ValueError, match=f"there is no tokenizer in '{tmp_path / 'bare'}': name a place"):
         load_target(tmp_path / "bare")
     assert len(load_target(tmp_path / "bare", tokenizer=folder)[1]) == 97
     _, drafter = tiny_pair("llama")
