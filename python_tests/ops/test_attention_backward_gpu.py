@@ -255,6 +255,20 @@ def test_graph_of_forward_and_backward(head_dim, deterministic):
     assert all(is_same(a, b, deterministic) for a, b in zip(captured, step(), strict=True))
 
 
+@pytest.mark.parametrize("is_planned", [True, False])
+def test_a_call_without_a_plan_makes_it_once(is_planned):
+    """The backward writes its own table of tiles along with the first values that it computes."""
+    leaves, mask = leaves_and_mask()
+    mask = mask if is_planned else IntervalMask(mask.ctx_lo, mask.ctx_hi, mask.blk_lo, mask.blk_hi, mask.kv_len)
+    gradients(partial(block_attn, mask=mask), leaves)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        gradients(partial(block_attn, mask=mask), leaves)
+        torch.cuda.synchronize()
+    kernels = [event.name for event in profile.events()]
+    assert any("block_attn_backward" in name for name in kernels)
+    assert sum("block_attn_plan" in name for name in kernels) == (0 if is_planned else 1)
+
+
 def test_opcheck():
     leaves, mask = leaves_and_mask()
     q, k, v = (x.detach() for x in leaves)
