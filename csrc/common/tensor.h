@@ -54,13 +54,11 @@ inline void check_tensor(const char* op, const char* name, const Tensor& tensor,
                          std::initializer_list<int64_t> sizes) {
   bool fits = tensor.is_contiguous() && tensor.scalar_type() == dtype && tensor.dim() == int64_t(sizes.size()) &&
               same_device(tensor, beside);
-  std::ostringstream shape;
-  int64_t dim = 0;
-  for (const int64_t size : sizes) {
-    fits = fits && tensor.size(dim) == size;
-    shape << (dim++ ? ", " : "") << size;
-  }
-  check(fits, op, ": ", name, " must be contiguous [", shape.str(), "], of the right dtype and on the others' device");
+  for (int64_t dim = 0; fits && dim < tensor.dim(); ++dim) fits = tensor.size(dim) == sizes.begin()[dim];
+  if (fits) return;
+  std::string shape;
+  for (const int64_t size : sizes) shape += (shape.empty() ? "" : ", ") + to_text(size);
+  fail(op, ": ", name, " must be contiguous [", shape, "], of the right dtype and on the others' device");
 }
 
 // The strides of the rows of a [outer, inner, width] tensor.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Sequence
 
@@ -172,13 +173,36 @@ class Target:
         Padding must be on the right: under the causal mask it then changes nothing before it.
 
         Raises:
-            ValueError: the sequences are longer than `max_tokens`.
+            ValueError: the sequences are longer than `max_tokens`, or the decoder is not causal under its own masks.
         """
         self.check_length(input_ids.shape[1], f"sequences of {input_ids.shape[1]} tokens")
-        positions = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
+        if not self._is_causal_by_itself:
+            raise ValueError(
+                f"{type(self.model).__name__} gives no context features: with attn_implementation="
+                f"{self.config._attn_implementation!r}, this release of transformers lets its tokens see later ones; "
+                "'eager' or a newer release may be causal"
+            )
         with self._taps.reading() as outputs:
-            self.decoder(input_ids=input_ids, position_ids=positions, use_cache=False)
+            self._run_whole(input_ids)
         return self._concatenate(outputs)
+
+    def _run_whole(self, input_ids: Tensor) -> Tensor:
+        """Runs the decoder on whole sequences [B, S] under its own masks, and returns its hidden states [B, S, H]."""
+        positions = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
+        return self.decoder(input_ids=input_ids, position_ids=positions, use_cache=False)[0]
+
+    @functools.cached_property
+    def _is_causal_by_itself(self) -> bool:
+        """Whether another last token leaves the hidden states of all earlier ones as they are, but for rounding.
+
+        Doge is not causal in transformers 5.11: its attention adds to the causal mask, which the decoder does not make
+        where SDPA has a causal mode of its own.
+        """
+        tokens = torch.arange(4, device=self.device).repeat(2, 1)
+        tokens[1, -1] += 1
+        first, second = self._run_whole(tokens)[:, :-1].float()
+        rounding = torch.finfo(self.dtype).eps ** 0.5 * first.abs().max()
+        return bool((first - second).abs().max() <= rounding)
 
     @torch.no_grad()
     def step(self, input_ids: Tensor, positions: Tensor, cache, *, keep_logits: int) -> tuple[Tensor, Tensor | None]:

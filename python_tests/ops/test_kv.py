@@ -296,6 +296,30 @@ def test_a_page_that_does_not_exist_is_named():
         kv_inject(**given | {"positions": torch.tensor([[0, 1, 2, 3], [3, 5, 6, 7]])})
 
 
+def test_the_native_operator_names_the_shape_that_it_needs():
+    cache, table, places = torch.zeros(2, HEADS, 5, HEAD_DIM), torch.zeros(5, 2), torch.zeros(2, 3, dtype=torch.int64)
+    with pytest.raises(
+        RuntimeError, match=rf"projected must be contiguous \[6, {2 * HEADS * HEAD_DIM}\], of the right"
+    ):
+        torch.ops.dflash_ext.kv_write(
+            torch.zeros(8, 2 * HEADS * HEAD_DIM),
+            [cache],
+            [cache.clone()],
+            places,
+            places,
+            table,
+            table,
+            None,
+            None,
+            None,
+            1e-6,
+            False,
+            False,
+            False,
+            False,
+        )
+
+
 def test_neither_autocast_nor_gradients_reach_it():
     case, caches = random_case(torch.float32, torch.float32, 2, 16, 16, False, k_norm=True)
     again = [cache.clone() for cache in caches]

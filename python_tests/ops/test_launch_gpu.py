@@ -1,7 +1,9 @@
 """How kernels are launched: errors, streams, a share of the GPU, a second GPU, PTX alone, and tensors of any size."""
 
 import ctypes
+import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -63,6 +65,31 @@ def test_a_launch_returns_its_own_error_and_leaves_none(tmp_path):
     subprocess.run(["nvcc", *flags, "launches.cu", "-o", "launches"], cwd=tmp_path, check=True)
     done = subprocess.run(["./launches"], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
+
+
+def test_the_native_operators_name_the_numbers_that_do_not_fit():
+    """Python's own checks come first in ordinary calls. The CUDA build may bring a C++ library of its own."""
+    ops = torch.ops.dflash_ext
+    q, bounds = torch.zeros(1, 4, 3, 64, **HALF), torch.zeros(4, 1, 3, dtype=torch.int32, device="cuda").unbind()
+    lse, lens = torch.zeros(1, 4, 2, device="cuda"), torch.zeros(2, dtype=torch.int32, device="cuda")
+    target = torch.zeros(1, 3, dtype=torch.int64, device="cuda")
+    options = (None, None, 0, 0.0, 0.0, 0.0, 0.0)
+    for call, message in (
+        (partial(ops.block_attn, q, q, q, *bounds, 5, None, None, None, False), "over 5 keys, k has 3"),
+        (partial(ops.block_attn, q, q, q, *bounds, 3, None, 1e40, None, False), "scale is 1e+40"),
+        (partial(ops.block_attn, q, q, q[..., :32], *bounds, 3, None, None, None, False), "k and v is 32, of q 64"),
+        (partial(ops.block_attn_plan, *bounds, 3, 4, 3, 64, False), "4 query heads are no multiple of 3"),
+        (
+            partial(ops.block_attn_backward, q, None, q, q, q, *bounds, q, lse, None, None, False),
+            "must be contiguous [1, 4, 3]",
+        ),
+        (partial(ops.block_attn_decode, q, q, q, *bounds, 9, None, None, False, None, None), "9 keys, the cache has 3"),
+        (partial(ops.decode_mask, lens, lens[[0, 0, 0]], None, 0, 0, 3, 9, False, None, 0), "q_lens is for 3 rows"),
+        (partial(ops.masked_cross_entropy, q[0, 0], target, *options), "they have 2 dimensions"),
+        (partial(ops.masked_cross_entropy_, q[0].mT, target, *options), "its stride is 64"),
+    ):
+        with pytest.raises(RuntimeError, match=re.escape(message)):
+            call()
 
 
 # ----------------------------------------------------------------------------- what a launch depends on
@@ -218,6 +245,44 @@ def test_a_build_of_ptx_alone(tmp_path):
 
 
 # ------------------------------------------------------------------------------------- the portable kernels
+
+
+KERNELS = """
+import json, sys, torch
+sys.path[:0] = sys.argv[1:3]
+from test_launch_gpu import calls
+found = {}
+for name, call in calls().items():
+    with torch.profiler.profile() as profile:
+        call()
+        torch.cuda.synchronize()
+    found[name] = [event.key for event in profile.key_averages()]
+print(json.dumps(found))
+"""
+
+
+def kernels_of_calls(**environment):
+    """The names of this package's kernels that each of `calls` runs, in a process with these variables."""
+    others = {name: value for name, value in os.environ.items() if name != "DFLASH_EXT_GPU"}
+    done = subprocess.run(
+        [sys.executable, "-c", KERNELS, str(ROOT), str(Path(__file__).parent)],
+        env=others | environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    return {name: set(re.findall(r"\w+_sm[89]0\b", " ".join(keys))) for name, keys in found.items()}
+
+
+def test_the_variable_asks_every_family_for_its_portable_kernels():
+    sources = (path.read_text() for path in (ROOT / "csrc").glob("*/*_sm90.cu"))
+    hopper = {name for source in sources for name in re.findall(r"__global__[^;{]*?\b(\w+_sm90)\(", source)}
+    portable = kernels_of_calls(DFLASH_EXT_GPU="portable")
+    assert all(portable.values()) and not hopper & set().union(*portable.values()), portable
+    if torch.cuda.get_device_capability()[0] == 9:
+        usual = kernels_of_calls()
+        assert hopper <= set().union(*usual.values()), "`calls` needs a call of every Hopper kernel"
 
 
 def warned(call):
