@@ -509,7 +509,8 @@ class IntervalMask:
         TypeError for a length that is no integer.
         """
         if window is not None:
-            window = _step("decode", "window", window)
+            # Lengths in tensors may be any int32, so that a window of _FAR could end within them.
+            window = min(_int("decode", "window", window, least=1, most=None), 4 * _FAR)
         if convention is not None:
             _check_convention("decode", convention, _DECODE_CONVENTIONS[1:])
         block_len = _int("decode", "block_len", block_len)

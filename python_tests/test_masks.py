@@ -9,7 +9,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -309,9 +309,10 @@ LENGTHS = st.sampled_from([-3, 0, 1, 4, 9, 12, 2**31 - 1, -(2**31)])
     shared=st.sets(st.integers(0, 2)),
     dtype=st.sampled_from([torch.int32, torch.int64]),
     causal=st.booleans(),
-    window=st.none() | st.sampled_from([1, 2, 5, 2**31]),
+    window=st.none() | st.sampled_from([1, 2, 5, 2**31 - 2, 2**31, 2**33]),
     convention=st.none() | st.sampled_from(["zlab", "speculators"]),
 )
+@example([(2**31 - 1, 1, -3)], set(), torch.int32, False, 2**31, None)
 def test_the_operator_of_decode_gives_the_bounds_of_its_definition(on, rows, shared, dtype, causal, window, convention):
     """At any lengths, those outside the buffer included. A length that is shared serves the whole batch."""
     columns = [torch.tensor(column[:1] if i in shared else column) for i, column in enumerate(zip(*rows, strict=True))]

@@ -47,7 +47,7 @@ Tensor decode_mask(Tensor cache_lens, std::optional<Tensor> q_lens, std::optiona
   p.kv_len = kv_len;
   p.causal = causal;
   p.kind = window_of(window, convention);
-  p.window = std::min(window.value_or(1), kFarKey);
+  p.window = std::min(window.value_or(1), 2 * kFarKey);  // it then hides nothing, wherever the cache ends
   Tensor bounds = new_empty(cache_lens, {4, p.entries, block_len}, ScalarType::Int);
   if (p.entries == 0 || block_len == 0) return bounds;
   p.bounds = static_cast<int32_t*>(bounds.data_ptr());
