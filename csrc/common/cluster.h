@@ -19,8 +19,9 @@ DFLASH_INLINE int cluster_size() {
   return count;
 }
 
-// barrier.cluster: a barrier of all threads of the cluster that have not exited. The relaxed arrival publishes no
-// writes; it only says that the thread's reads are done.
+// barrier.cluster: a barrier of all threads of the cluster that have not exited. An arrival publishes the thread's
+// writes to those who wait. The relaxed arrival publishes no writes; it only says that the thread's reads are done.
+DFLASH_INLINE void cluster_arrive() { asm volatile("barrier.cluster.arrive.aligned;" ::: "memory"); }
 DFLASH_INLINE void cluster_arrive_relaxed() { asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory"); }
 DFLASH_INLINE void cluster_wait() { asm volatile("barrier.cluster.wait.aligned;" ::: "memory"); }
 
@@ -29,6 +30,16 @@ DFLASH_INLINE uint32_t map_to_rank(uint32_t shared, int rank) {
   uint32_t remote;
   asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(shared), "r"(rank));
   return remote;
+}
+
+// ld.shared::cluster of 16 bytes. `remote` comes from map_to_rank.
+DFLASH_INLINE float4 read_remote(uint32_t remote) {
+  float4 value;
+  asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];"
+               : "=f"(value.x), "=f"(value.y), "=f"(value.z), "=f"(value.w)
+               : "r"(remote)
+               : "memory");
+  return value;
 }
 
 // cp.async.bulk, shared to another block's shared memory: the bytes complete on an mbarrier of that block. `remote` and

@@ -64,6 +64,7 @@ enum Major { kMajorK = 0, kMajorMN = 1 };
 template <class T, int kN>
 struct Wgmma;
 
+#define DFLASH_LIST_16 "%0, %1, %2, %3, %4, %5, %6, %7"
 #define DFLASH_LIST_32 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
 #define DFLASH_LIST_64 \
   "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, " \
@@ -91,6 +92,7 @@ struct Wgmma;
 #define DFLASH_FLOATS_8(i) DFLASH_FLOATS_4(i), DFLASH_FLOATS_4((i) + 4)
 #define DFLASH_FLOATS_FROM(i) \
   DFLASH_FLOATS_8(i), DFLASH_FLOATS_8((i) + 8), DFLASH_FLOATS_8((i) + 16), DFLASH_FLOATS_8((i) + 24)
+#define DFLASH_FLOATS_16 DFLASH_FLOATS_8(0)
 #define DFLASH_FLOATS_32 DFLASH_FLOATS_8(0), DFLASH_FLOATS_8(8)
 #define DFLASH_FLOATS_64 DFLASH_FLOATS_FROM(0)
 #define DFLASH_FLOATS_80 DFLASH_FLOATS_FROM(0), DFLASH_FLOATS_8(32)
@@ -119,6 +121,8 @@ struct Wgmma;
     }                                                                                                                  \
   };
 
+DFLASH_WGMMA(__nv_bfloat16, 16, "bf16", "%8", "%9", "%10", "%11", "%12", "%13", "%14")
+DFLASH_WGMMA(__half, 16, "f16", "%8", "%9", "%10", "%11", "%12", "%13", "%14")
 DFLASH_WGMMA(__nv_bfloat16, 32, "bf16", "%16", "%17", "%18", "%19", "%20", "%21", "%22")
 DFLASH_WGMMA(__half, 32, "f16", "%16", "%17", "%18", "%19", "%20", "%21", "%22")
 DFLASH_WGMMA(__nv_bfloat16, 64, "bf16", "%32", "%33", "%34", "%35", "%36", "%37", "%38")

@@ -25,6 +25,7 @@ struct LinearParams {
   Gate gate;
   const void* residual;  // [rows, columns], or null
   void* out;             // [rows, columns]
+  bool weight_is_constant;  // a GPU may read it while the kernel before this one still runs
 };
 
 // The CPU kernel's unit of work: neighbouring columns of out.

@@ -1,6 +1,7 @@
 // Operators of the linear family. dflash_ext/ops/linear.py documents the semantics.
-#include "linear/params.h"
+#include "linear/kernels.h"
 
+#include <algorithm>
 #include <vector>
 
 #include "common/cpu.h"
@@ -27,8 +28,34 @@ const void* vector_of(const char* name, const std::optional<Tensor>& tensor, con
   return rows_of(name, *tensor, beside);
 }
 
-Tensor linear_cpu(Tensor x, Tensor weight, std::optional<Tensor> bias, std::optional<Tensor> norm, double norm_eps,
-                  bool norm_plus_one, int64_t gate, std::optional<Tensor> residual) {
+void run(LinearParams p, const Tensor& x) {
+  if (p.rows == 0 || p.columns == 0) return;
+  if (x.is_cpu()) {
+    // A thread gets at least 64 K products. With less, waking it costs more than it saves.
+    const int64_t panels = (p.columns + kLinearPanel - 1) / kLinearPanel;
+    return run_on_cpu(linear, p, panels, 1 + 65536 / (kLinearPanel * (p.inner + 1) * p.rows));
+  }
+#ifdef DFLASH_EXT_HOPPER
+  check(linear_sm90_serves(p), kOp,
+        ": on a GPU the kernel takes bfloat16 and float16 that are aligned to 16 bytes, K a multiple of 8, on Hopper");
+  check(!p.norm, kOp, ": on a GPU the norm is an operator of its own");
+  const CudaScope cuda(x);
+  const int64_t rows = p.rows, bytes = x.element_size();
+  for (int64_t row = 0; row < rows; row += kMaxLinearRows) {
+    LinearParams part = p;
+    part.rows = std::min(rows - row, kMaxLinearRows);
+    part.x = static_cast<const char*>(p.x) + row * p.inner * bytes;
+    part.out = static_cast<char*>(p.out) + row * p.columns * bytes;
+    if (p.residual) part.residual = static_cast<const char*>(p.residual) + row * p.columns * bytes;
+    check_launch(kOp, linear_sm90(part, cuda.stream()));
+  }
+#else
+  fail(kOp, ": this build has no CUDA kernel for it (`dflash-ext doctor` shows what was built)");
+#endif
+}
+
+Tensor multiply(Tensor x, Tensor weight, std::optional<Tensor> bias, std::optional<Tensor> norm, double norm_eps,
+                  bool norm_plus_one, int64_t gate, std::optional<Tensor> residual, bool constant_weight) {
   const int64_t dims = x.dim();
   check(dims > 0 && weight.dim() == 2 && x.size(dims - 1) == weight.size(1) && weight.size(1) > 0, kOp,
         ": x must be [..., K], and weight [N, K], with K > 0");
@@ -55,10 +82,8 @@ Tensor linear_cpu(Tensor x, Tensor weight, std::optional<Tensor> bias, std::opti
   }
   Tensor out = torch::stable::new_empty(x, shape);
   p.out = out.data_ptr();
-  if (p.rows == 0 || p.columns == 0) return out;
-  // A thread gets at least 64 K products. With less, waking it costs more than it saves.
-  const int64_t panels = (p.columns + kLinearPanel - 1) / kLinearPanel;
-  run_on_cpu(linear, p, panels, 1 + 65536 / (kLinearPanel * (p.inner + 1) * p.rows));
+  p.weight_is_constant = constant_weight;
+  run(p, x);
   return out;
 }
 
@@ -67,9 +92,11 @@ Tensor linear_cpu(Tensor x, Tensor weight, std::optional<Tensor> bias, std::opti
 STABLE_TORCH_LIBRARY_FRAGMENT(dflash_ext, m) {
   m.def(
       "linear(Tensor x, Tensor weight, Tensor? bias, Tensor? norm, float norm_eps, bool norm_plus_one, int gate, "
-      "Tensor? residual) -> Tensor");
+      "Tensor? residual, bool constant_weight) -> Tensor");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(dflash_ext, CPU, m) { m.impl("linear", TORCH_BOX(&linear_cpu)); }
+STABLE_TORCH_LIBRARY_IMPL(dflash_ext, CPU, m) { m.impl("linear", TORCH_BOX(&multiply)); }
+
+STABLE_TORCH_LIBRARY_IMPL(dflash_ext, CUDA, m) { m.impl("linear", TORCH_BOX(&multiply)); }
 
 }  // namespace dflash

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import os
 import warnings
 
 import torch
@@ -22,8 +23,8 @@ SERVED_BY = {
     "sample": {"cpu": NATIVE, "cuda": _REFERENCE},
     "verify": {"cpu": NATIVE, "cuda": _REFERENCE},
     "reveal": {"cpu": NATIVE, "cuda": _REFERENCE},
-    "linear": {"cpu": NATIVE, "cuda": "PyTorch's operators"},
-    "kv_inject": {"cpu": f"PyTorch GEMM and {NATIVE}", "cuda": _REFERENCE},
+    "linear": {"cpu": NATIVE, "cuda": f"{NATIVE} (bf16, fp16, on Hopper), else PyTorch's operators"},
+    "kv_inject": {"cpu": f"PyTorch GEMM and {NATIVE}", "cuda": f"PyTorch GEMM and {NATIVE}"},
 }
 
 
@@ -56,6 +57,12 @@ def warn_once(op: str, device: torch.device) -> None:
 @functools.cache
 def _warn(op: str) -> None:
     warnings.warn(f"dflash_ext.{op} on cuda is served by {SERVED_BY[op]['cuda']}", stacklevel=4)
+
+
+@functools.cache
+def hopper_kernels_serve(device: torch.device) -> bool:
+    """Whether kernels for Hopper run on the GPU: not on any other, nor if DFLASH_EXT_GPU asks for portable ones."""
+    return torch.cuda.get_device_capability(device)[0] == 9 and os.environ.get("DFLASH_EXT_GPU") != "portable"
 
 
 _told = 0  # the bits of PORTABLE of which a warning was given

@@ -15,6 +15,8 @@ from .backends import warn_once
 load()
 _native = torch.ops.dflash_ext
 
+_MOST_ON_GPU = 512  # the longest head of the CUDA kernel
+
 
 def kv_inject(
     features: Tensor,
@@ -60,6 +62,10 @@ def kv_inject(
         slots: int ``[B, S]``, the index in the row's cache to which each token is written; the default is its position.
             Tokens with a negative slot are padding and are not written. The slots of a row must differ.
         block_table: int32 ``[B, max_pages]``; slot s is in page ``block_table[b, s // page_size]``.
+
+    On a GPU nothing waits for the device, and the call can be captured in a CUDA graph. What a kernel cannot raise it
+    does this way: a token whose slot or page does not exist is not written, and a key whose position does not exist is
+    NaN. Float64 and a D above 512 are served there by plain PyTorch.
 
     Raises ValueError for arguments that do not fit together, and on the CPU RuntimeError for a slot, position or page
     that does not exist.
@@ -119,55 +125,59 @@ def kv_inject(
         block_table.dtype != torch.int32 or block_table.dim() != 2 or block_table.shape[0] != batch
     ):
         raise ValueError(f"kv_inject: block_table is {shown(block_table)}; int32 [{batch}, max_pages] is needed")
-    if not features.is_cuda:
-        dtype = torch.promote_types(features.dtype, weight.dtype)
-        real = torch.promote_types(dtype, torch.float32)
-        if any((other.dtype == torch.float64) != (real == torch.float64) for other in (cache, v_caches[0])):
-            raise ValueError(f"kv_inject: features are {dtype}, a cache {cache.dtype}; both or neither may be float64")
-        with torch.no_grad(), torch.autocast("cpu", enabled=False):
-            # oneDNN's bfloat16 product also reads the memory between rows, from which NaN could reach the result. So
-            # the rows are contiguous, and padding, which may hold anything, is set to 0.
-            rows = features.masked_fill(((positions if slots is None else slots) < 0)[..., None], 0.0)
-            projected = rows.reshape(-1, width).to(dtype).contiguous() @ weight.to(dtype).T
-        _native.kv_write(
-            projected,
-            k_caches,
-            v_caches,
-            _as(positions, torch.int64),
-            _as(positions if slots is None else slots, torch.int64),
-            _as(cos, real),
-            _as(sin, real),
-            _as(bias, real),
-            _as(k_norm, real),
-            _as(block_table, torch.int32),
-            norm_eps,
-            norm_plus_one,
-            norm_after_rope,
-            v_norm,
-            rope_interleaved,
-        )
-        _count_writes(*k_caches, *v_caches)
+    dtype = torch.promote_types(features.dtype, weight.dtype)
+    real = torch.promote_types(dtype, torch.float32)
+    if features.is_cuda and (torch.float64 in (dtype, cache.dtype, v_caches[0].dtype) or head_dim > _MOST_ON_GPU):
+        warn_once("kv_inject", features.device)
+        with torch.no_grad():
+            reference.kv_inject(
+                features,
+                weight,
+                k_caches,
+                v_caches,
+                positions,
+                cos,
+                sin,
+                bias=bias,
+                k_norm=k_norm,
+                norm_eps=norm_eps,
+                norm_plus_one=norm_plus_one,
+                norm_after_rope=norm_after_rope,
+                v_norm=v_norm,
+                rope_interleaved=rope_interleaved,
+                slots=slots,
+                block_table=block_table,
+            )
         return
-    warn_once("kv_inject", features.device)
-    with torch.no_grad():
-        reference.kv_inject(
-            features,
-            weight,
-            k_caches,
-            v_caches,
-            positions,
-            cos,
-            sin,
-            bias=bias,
-            k_norm=k_norm,
-            norm_eps=norm_eps,
-            norm_plus_one=norm_plus_one,
-            norm_after_rope=norm_after_rope,
-            v_norm=v_norm,
-            rope_interleaved=rope_interleaved,
-            slots=slots,
-            block_table=block_table,
-        )
+    if any((other.dtype == torch.float64) != (real == torch.float64) for other in (cache, v_caches[0])):
+        raise ValueError(f"kv_inject: features are {dtype}, a cache {cache.dtype}; both or neither may be float64")
+    positions = _as(positions, torch.int64)
+    slots = positions if slots is None else _as(slots, torch.int64)
+    with torch.no_grad(), torch.autocast("cuda" if features.is_cuda else "cpu", enabled=False):
+        if not features.is_cuda:
+            # A token without a slot may hold anything, which must not reach its neighbours through the product.
+            features = features.masked_fill((slots < 0)[..., None], 0.0)
+        # Contiguous: oneDNN's bfloat16 product reads between the rows too, and lets NaN from there through.
+        projected = features.reshape(-1, width).to(dtype).contiguous() @ weight.to(dtype).T
+    # The CUDA kernel reads the weights of norms and projections in their own dtype.
+    weights = [None if x is None else x.detach().contiguous() if x.is_cuda else _as(x, real) for x in (bias, k_norm)]
+    _native.kv_write(
+        projected,
+        k_caches,
+        v_caches,
+        positions,
+        slots,
+        _as(cos, real),
+        _as(sin, real),
+        *weights,
+        _as(block_table, torch.int32),
+        norm_eps,
+        norm_plus_one,
+        norm_after_rope,
+        v_norm,
+        rope_interleaved,
+    )
+    _count_writes(*k_caches, *v_caches)
 
 
 def _count_writes(*caches: Tensor) -> None:

@@ -9,12 +9,14 @@ from torch import Tensor
 from ..checks import check_numbers, check_one_device, check_tensors, shown
 from ..native import load
 from .autograd import has_no_gradient
+from .backends import hopper_kernels_serve
 from .devices import autocast
 
 load()
 _linear = torch.ops.dflash_ext.linear.default
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_MOST_ROWS = 128  # of one launch on a GPU
 GATES = {None: 0, "silu": 1, "gelu_tanh": 2}
 
 
@@ -28,6 +30,8 @@ def linear(
     norm_plus_one: bool = False,
     gate: str | None = None,
     residual: Tensor | None = None,
+    exact: bool = False,
+    constant_weight: bool = False,
 ) -> Tensor:
     """``x @ weight.T`` for a few rows and a large weight, and what stands beside it in a transformer; no gradient.
 
@@ -46,6 +50,10 @@ def linear(
         norm_plus_one: multiplies by 1 + norm (Gemma).
         gate: "silu" (Llama, Qwen) or "gelu_tanh" (Gemma); None for none.
         residual: ``[..., N]``, added at the end.
+        exact: on a GPU, a row has the same bits at any number of rows and at any place among them. On the CPU that is
+            always so.
+        constant_weight: the caller promises that no kernel before this one in the stream writes the weight, as is so
+            for a model's parameters in inference. The Hopper kernel then reads it before the one in front has ended.
 
     All tensors are of one dtype, float32, bfloat16, float16 or float64; the weight is contiguous. Under autocast they
     are cast to its dtype.
@@ -57,25 +65,48 @@ def linear(
     them and the number of threads. One to 32 rows take about the time of reading the weight once. More rows are
     computed in groups of 32, which torch's own product of large matrices may outrun.
 
-    On a GPU PyTorch serves the call step by step, and rounds to the dtype in between.
+    On a Hopper GPU a kernel of this package serves bfloat16 and float16 of up to 128 rows, K being a multiple of 8, and
+    any number of rows with exact. It sums in float32 and rounds once; a norm is a kernel of its own and rounds as well.
+    Other calls are served by PyTorch's operators, which round after every step, and whose bits depend on the number of
+    rows.
 
-    Raises ValueError for arguments that do not fit together, TypeError for one of another type.
+    Raises ValueError for arguments that do not fit together, or an exact product that no kernel serves; TypeError for
+    one of another type.
     """
     try:
         x, weight, bias, norm, residual = autocast(x, weight, bias, norm, residual)
         if x.is_cuda:
-            _check(x, weight, bias, norm, norm_eps, gate, residual)
-            with torch.no_grad():
+            if not _hopper_serves(x, exact):
+                _check(x, weight, bias, norm, norm_eps, gate, residual)
                 return _by_steps(x, weight, bias, norm, norm_eps, norm_plus_one, gate, residual)
+            if norm is not None:
+                x, norm = _normalised(x, norm, norm_eps, norm_plus_one), None
         if residual is not None:
             residual = residual.contiguous()
-        return _linear(x.contiguous(), weight, bias, norm, norm_eps, norm_plus_one, GATES[gate], residual)
+        arguments = x.contiguous(), weight, bias, norm, norm_eps, norm_plus_one, GATES[gate], residual, constant_weight
+        return _linear(*arguments)
     except Exception:
         # Checking costs as much as a small product, so it waits until something has gone wrong.
         _check(x, weight, bias, norm, norm_eps, gate, residual)
         raise
 
 
+def _hopper_serves(x: Tensor, exact: bool) -> bool:
+    """Whether the Hopper kernel serves the call. Raises ValueError if nothing else may, because of `exact`."""
+    served = x.dtype in (torch.bfloat16, torch.float16) and x.shape[-1] % 8 == 0 and hopper_kernels_serve(x.device)
+    if exact and not served:
+        raise ValueError(
+            f"linear: exact=True on a GPU needs Hopper, bfloat16 or float16, and K a multiple of 8; x is {shown(x)}"
+        )
+    return served and (exact or x.numel() <= _MOST_ROWS * x.shape[-1])
+
+
+@torch.no_grad()
+def _normalised(x: Tensor, norm: Tensor, eps: float, plus_one: bool) -> Tensor:
+    return F.rms_norm(x, x.shape[-1:], norm + 1 if plus_one else norm, eps)
+
+
+@torch.no_grad()
 def _by_steps(
     x: Tensor,
     weight: Tensor,
@@ -88,7 +119,7 @@ def _by_steps(
 ) -> Tensor:
     """The same by PyTorch's own operators, for a GPU."""
     if norm is not None:
-        x = F.rms_norm(x, x.shape[-1:], norm + 1 if norm_plus_one else norm, norm_eps)
+        x = _normalised(x, norm, norm_eps, norm_plus_one)
     with torch.autocast(x.device.type, enabled=False):
         y = F.linear(x, weight, bias)
     if gate is not None:
@@ -129,7 +160,7 @@ def _check(
 
 
 @torch.library.register_fake("dflash_ext::linear")
-def _(x, weight, bias, norm, norm_eps, norm_plus_one, gate, residual):
+def _(x, weight, bias, norm, norm_eps, norm_plus_one, gate, residual, constant_weight):
     check_one_device("linear", x=x, weight=weight, bias=bias, norm=norm, residual=residual)
     return x.new_empty(*x.shape[:-1], weight.shape[0] // (2 if gate else 1))
 

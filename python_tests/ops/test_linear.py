@@ -172,7 +172,7 @@ def test_registration():
         gate = {None: 0, "silu": 1, "gelu_tanh": 2}[options.get("gate")]
         vectors = options.get("bias"), options.get("norm")
         rest = options.get("norm_eps", 1e-6), options.get("norm_plus_one", False), gate, options.get("residual")
-        torch.library.opcheck(torch.ops.dflash_ext.linear, (x, weight, *vectors, *rest))
+        torch.library.opcheck(torch.ops.dflash_ext.linear, (x, weight, *vectors, *rest, False))
 
         @torch.compile(fullgraph=True, backend="aot_eager")
         def compiled(x, weight, options):

@@ -1,0 +1,266 @@
+// Products of up to 128 rows with a large weight on Hopper, at the speed at which memory delivers the weight.
+//
+// A block computes a tile of columns (rows of the weight) for all rows of x over one slice of the inner dimension. The
+// blocks of a cluster share a tile; each sums a part of it over all slices, in order, from the shared memory of the
+// others. How the inner dimension is cut depends on the weight's shape alone. So a row's bits depend neither on the
+// number of rows nor on its place among them.
+#include "common/cluster.h"
+#include "common/dependent_launch.h"
+#include "common/dispatch.h"
+#include "common/gpu.h"
+#include "common/mma.h"
+#include "common/named_barrier.h"
+#include "common/tensor_map.h"
+#include "common/tma.h"
+#include "common/wgmma.h"
+#include "linear/kernels.h"
+
+namespace dflash {
+namespace device {
+namespace {
+
+struct LinearLaunch {
+  CUtensorMap weight, x;
+  LinearParams params;
+  int blocks;  // of the inner dimension, kPanelColumns each
+};
+
+// kWarpgroups of 64 columns each; up to kTokens rows of x.
+template <int kWarpgroups, int kTokens>
+struct LinearTiling {
+  static constexpr int kColumns = 64 * kWarpgroups, kHalf = kColumns / 2;
+  static constexpr int kConsumers = 128 * kWarpgroups, kThreads = kConsumers + 32;
+  static constexpr int kWeightBytes = kColumns * kPanelRowBytes, kStageBytes = kWeightBytes + kTokens * kPanelRowBytes;
+  static constexpr int kStages = 98304 / kStageBytes < 8 ? 98304 / kStageBytes : 8;
+  // The sums of a row of x, in floats. This many banks further than a multiple of 32, no two lanes share a bank.
+  static constexpr int kSumsStride = kColumns + 4;
+  static_assert(kTokens * kSumsStride * 4 <= kStages * kStageBytes, "the sums take the place of the stages");
+  static constexpr int kSharedBytes = kStages * kStageBytes + 1024;
+};
+
+template <class T, int kWarpgroups, int kTokens>
+struct LinearTile {
+  using Tiling = LinearTiling<kWarpgroups, kTokens>;
+  static constexpr int kStages = Tiling::kStages;
+
+  const LinearLaunch& launch;
+  const LinearParams& p;
+  Ring<kStages>& ring;
+  const uint32_t stages;  // in shared memory
+  const int rank, slices, first, begin, count;
+
+  DFLASH_INLINE LinearTile(const LinearLaunch& launch, Ring<kStages>& ring, uint32_t stages)
+      : launch(launch), p(launch.params), ring(ring), stages(stages), rank(cluster_rank()), slices(cluster_size()),
+        first(blockIdx.x / slices * (p.gate == Gate::kNone ? Tiling::kColumns : Tiling::kHalf)),
+        begin(launch.blocks * rank / slices), count(launch.blocks * (rank + 1) / slices - begin) {}
+
+  DFLASH_INLINE uint32_t stage_address(int index) const { return stages + index * Tiling::kStageBytes; }
+
+  // A tile's second half are the columns behind the gate, if there is one.
+  DFLASH_INLINE void load_weight(int index, int block) const {
+    const int column = (begin + block) * kPanelColumns;
+    const int second = int(p.gate == Gate::kNone ? first + Tiling::kHalf : p.columns + first);
+    ring.full[index].arrive_and_expect_tx(Tiling::kStageBytes);
+    tma_load(stage_address(index), launch.weight, column, first, 0, 0, ring.full[index]);
+    tma_load(stage_address(index) + Tiling::kWeightBytes / 2, launch.weight, column, second, 0, 0, ring.full[index]);
+  }
+  DFLASH_INLINE void load_x(int index, int block) const {
+    tma_load(stage_address(index) + Tiling::kWeightBytes, launch.x, (begin + block) * kPanelColumns, 0, 0, 0,
+             ring.full[index]);
+  }
+
+  DFLASH_INLINE void produce() const {
+    const int ahead = count < kStages ? count : kStages;
+    if (!p.weight_is_constant) wait_for_previous_kernel();
+    for (int i = 0; i < ahead; ++i) load_weight(i, i);
+    wait_for_previous_kernel();
+    for (int i = 0; i < ahead; ++i) load_x(i, i);
+    Stage<kStages> stage;
+    for (int i = kStages; i < count; ++i) {
+      ring.empty[stage.index].wait(stage.parity);
+      load_weight(stage.index, i);
+      load_x(stage.index, i);
+      stage.advance();
+    }
+  }
+
+  // Multiplies the slice, and leaves the sums in the place of the stages: [kTokens, kSumsStride] floats.
+  DFLASH_INLINE void consume() const {
+    const int warpgroup = threadIdx.x / 128, lane = threadIdx.x % 32;
+    float sums[kTokens / 2];
+#pragma unroll
+    for (int i = 0; i < kTokens / 2; ++i) sums[i] = 0;
+    Stage<kStages> stage;
+    for (int i = 0; i < count; ++i) {
+      ring.full[stage.index].wait(stage.parity);
+      const uint32_t at = uniform(stage_address(stage.index));
+      const uint64_t weight = k_major_descriptor(at + warpgroup * 64 * kPanelRowBytes);
+      const uint64_t x = k_major_descriptor(at + Tiling::kWeightBytes);
+      fence_accumulator(sums);
+      wgmma_fence();
+#pragma unroll
+      for (int step = 0; step < kPanelColumns / 16; ++step) {
+        Wgmma<T, kTokens>::template ss<kMajorK, kMajorK>(sums, weight + 2 * step, x + 2 * step, true);
+      }
+      wgmma_commit_group();
+      wgmma_wait_group<0>();
+      fence_accumulator(sums);
+      if (lane == 0) ring.empty[stage.index].arrive();
+      stage.advance();
+    }
+    named_barrier_sync(1, Tiling::kConsumers);
+    const int row = threadIdx.x / 32 * 16 + lane / 4, token = lane % 4 * 2;
+#pragma unroll
+    for (int i = 0; i < kTokens / 2; ++i) {
+      const int place = (token + accumulator_column(i)) * Tiling::kSumsStride + row + 8 * accumulator_row(i);
+      asm volatile("st.shared.f32 [%0], %1;" ::"r"(stages + 4 * place), "f"(sums[i]) : "memory");
+    }
+  }
+
+  // The sums of eight neighbouring columns over all slices, in order.
+  DFLASH_INLINE void add_slices(float (&y)[8], int token, int column) const {
+    const uint32_t place = stages + 4 * (token * Tiling::kSumsStride + column);
+#pragma unroll
+    for (int k = 0; k < 8; ++k) y[k] = 0;
+    for (int slice = 0; slice < slices; ++slice) {
+      const uint32_t remote = map_to_rank(place, slice);
+      const float4 low = read_remote(remote), high = read_remote(remote + 16);
+      y[0] += low.x, y[1] += low.y, y[2] += low.z, y[3] += low.w;
+      y[4] += high.x, y[5] += high.y, y[6] += high.z, y[7] += high.w;
+    }
+  }
+
+  // activation(y) / y
+  DFLASH_INLINE float gate_of(float y) const {
+    if (p.gate == Gate::kSilu) return 1 / (1 + __expf(-y));
+    return 1 / (1 + __expf(-2 * 0.7978845608028654f * y * (1 + 0.044715f * y * y)));
+  }
+
+  // Bias, gate and residual of the block's part of the tile, and the store.
+  DFLASH_INLINE void finish() const {
+    const int columns = p.gate == Gate::kNone ? Tiling::kColumns : Tiling::kHalf;
+    const int chunks = int(p.rows) * (columns / 8);
+    const bool aligned = p.columns % 8 == 0;
+    const T *bias = static_cast<const T*>(p.bias), *residual = static_cast<const T*>(p.residual);
+    for (int i = rank * Tiling::kThreads + threadIdx.x; i < chunks; i += slices * Tiling::kThreads) {
+      const int token = i / (columns / 8), column = i % (columns / 8) * 8;
+      const int64_t left = p.columns - first - column;
+      if (left <= 0) continue;
+      float y[8];
+      add_slices(y, token, column);
+      if (bias != nullptr) add(y, bias + first + column, left, aligned);
+      if (p.gate != Gate::kNone) {
+        float up[8];
+        add_slices(up, token, column + Tiling::kHalf);
+        if (bias != nullptr) add(up, bias + p.columns + first + column, left, aligned);
+#pragma unroll
+        for (int k = 0; k < 8; ++k) y[k] = y[k] * gate_of(y[k]) * up[k];
+      }
+      const int64_t place = token * p.columns + first + column;
+      if (residual != nullptr) add(y, residual + place, left, aligned);
+      T* out = static_cast<T*>(p.out) + place;
+      if (left >= 8) {
+        store<8>(out, y, aligned && is_aligned(out));
+      } else {
+#pragma unroll
+        for (int k = 0; k < 8; ++k) {
+          if (k < left) out[k] = from_float<T>(y[k]);
+        }
+      }
+    }
+  }
+
+  // y += the first `left` of eight values
+  DFLASH_INLINE static void add(float (&y)[8], const T* values, int64_t left, bool aligned) {
+    float x[8];
+    if (left >= 8) {
+      load<8>(x, values, aligned && is_aligned(values));
+    } else {
+#pragma unroll
+      for (int k = 0; k < 8; ++k) x[k] = k < left ? to_float(values[k]) : 0.0f;
+    }
+#pragma unroll
+    for (int k = 0; k < 8; ++k) y[k] += x[k];
+  }
+};
+
+template <class T, int kWarpgroups, int kTokens>
+__global__ void __launch_bounds__(LinearTiling<kWarpgroups, kTokens>::kThreads)
+    linear_sm90(const __grid_constant__ LinearLaunch launch) {
+  using Tile = LinearTile<T, kWarpgroups, kTokens>;
+  extern __shared__ uint8_t dynamic[];
+  __shared__ Ring<Tile::kStages> ring;
+  const Tile tile(launch, ring, (shared_address(dynamic) + 1023) & ~1023u);
+  if (threadIdx.x == 0) {
+    ring.init(Tile::Tiling::kConsumers / 32);
+    fence_mbarrier_init();
+  }
+  __syncthreads();
+  launch_dependents();
+  if (threadIdx.x >= Tile::Tiling::kConsumers) {
+    if (threadIdx.x % 32 == 0) tile.produce();
+    __syncwarp();
+  } else {
+    tile.consume();
+  }
+  wait_for_previous_kernel();
+  cluster_arrive();
+  cluster_wait();
+  tile.finish();
+  // A block's shared memory must stay until the others have read it.
+  cluster_arrive_relaxed();
+  cluster_wait();
+}
+
+TensorBox rows_of(const void* data, int64_t rows, int64_t inner, int64_t box) {
+  return {data, {inner, rows, 1, 1}, {1, inner, inner, inner}, {kPanelColumns, box, 1, 1}};
+}
+
+template <class T, int kWarpgroups, int kTokens>
+cudaError_t launch_linear(const LinearParams& params, cudaStream_t stream) {
+  using Tiling = LinearTiling<kWarpgroups, kTokens>;
+  const int64_t weight_rows = params.gate == Gate::kNone ? params.columns : 2 * params.columns;
+  LinearLaunch launch{.params = params, .blocks = int((params.inner + kPanelColumns - 1) / kPanelColumns)};
+  const cudaError_t status =
+      make_tensor_maps(params.dtype, {{&launch.weight, rows_of(params.weight, weight_rows, params.inner, Tiling::kHalf)},
+                                      {&launch.x, rows_of(params.x, params.rows, params.inner, kTokens)}});
+  if (status != cudaSuccess) return status;
+  const int64_t tiles = (weight_rows + Tiling::kColumns - 1) / Tiling::kColumns;
+  // Enough blocks to keep the memory busy. This must not depend on the number of rows.
+  constexpr int64_t kBlocks = 128;
+  const int64_t slices = std::min<int64_t>({(kBlocks + tiles - 1) / tiles, launch.blocks, 8});
+  const LaunchShape shape{.blocks = tiles * slices,
+                          .threads = Tiling::kThreads,
+                          .shared_bytes = Tiling::kSharedBytes,
+                          .cluster_size = int(slices),
+                          .overlaps_previous = true};
+  return launch_kernel(linear_sm90<T, kWarpgroups, kTokens>, shape, stream, launch);
+}
+
+template <class T, int kWarpgroups>
+cudaError_t launch_by_rows(const LinearParams& params, cudaStream_t stream) {
+  if (params.rows <= 16) return launch_linear<T, kWarpgroups, 16>(params, stream);
+  if (params.rows <= 32) return launch_linear<T, kWarpgroups, 32>(params, stream);
+  if (params.rows <= 64) return launch_linear<T, kWarpgroups, 64>(params, stream);
+  return launch_linear<T, kWarpgroups, 128>(params, stream);
+}
+
+}  // namespace
+}  // namespace device
+
+bool linear_sm90_serves(const LinearParams& params) {
+  const bool is_half = params.dtype == DType::kBFloat16 || params.dtype == DType::kFloat16;
+  return hopper_kernels_serve() && is_half && params.inner % 8 == 0 &&
+         (reinterpret_cast<uintptr_t>(params.x) | reinterpret_cast<uintptr_t>(params.weight)) % 16 == 0;
+}
+
+const char* linear_sm90(const LinearParams& params, void* stream) {
+  return launch_by_dtype<__nv_bfloat16, __half>(params.dtype, stream, [&]<class T>(cudaStream_t stream) {
+    // Small weights are cut into more tiles.
+    const int64_t weight_rows = params.gate == Gate::kNone ? params.columns : 2 * params.columns;
+    return weight_rows >= 4096 ? device::launch_by_rows<T, 2>(params, stream)
+                               : device::launch_by_rows<T, 1>(params, stream);
+  });
+}
+
+}  // namespace dflash
