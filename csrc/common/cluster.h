@@ -32,8 +32,13 @@ DFLASH_INLINE uint32_t map_to_rank(uint32_t shared, int rank) {
   return remote;
 }
 
-// ld.shared::cluster of 16 bytes. `remote` comes from map_to_rank.
-DFLASH_INLINE float4 read_remote(uint32_t remote) {
+// ld.shared::cluster of a float, or of four. `remote` comes from map_to_rank.
+DFLASH_INLINE float read_remote(uint32_t remote) {
+  float value;
+  asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(value) : "r"(remote) : "memory");
+  return value;
+}
+DFLASH_INLINE float4 read_remote_v4(uint32_t remote) {
   float4 value;
   asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];"
                : "=f"(value.x), "=f"(value.y), "=f"(value.z), "=f"(value.w)

@@ -9,7 +9,7 @@ namespace dflash {
 constexpr int64_t kMaxLinearRows = 128;
 
 // Whether the kernel serves the call on the current device: bfloat16 or float16 on a Hopper GPU, inner a multiple of 8,
-// and x and weight aligned to 16 bytes.
+// and x, weight and norm aligned to 16 bytes.
 bool linear_sm90_serves(const LinearParams& params);
 const char* linear_sm90(const LinearParams& params, void* stream);
 

@@ -4,6 +4,9 @@
 // blocks of a cluster share a tile; each sums a part of it over all slices, in order, from the shared memory of the
 // others. How the inner dimension is cut depends on the weight's shape alone. So a row's bits depend neither on the
 // number of rows nor on its place among them.
+//
+// With an RMS norm, x is multiplied by the norm's weights before the product and by 1 / rms behind it. A slice's sum of
+// squares is added to the others' as its products are.
 #include "common/cluster.h"
 #include "common/dependent_launch.h"
 #include "common/dispatch.h"
@@ -46,11 +49,12 @@ struct LinearTile {
   const LinearLaunch& launch;
   const LinearParams& p;
   Ring<kStages>& ring;
+  float* const squares;   // [kTokens] in shared memory: the slice's sums, if there is a norm
   const uint32_t stages;  // in shared memory
   const int rank, slices, first, begin, count;
 
-  DFLASH_INLINE LinearTile(const LinearLaunch& launch, Ring<kStages>& ring, uint32_t stages)
-      : launch(launch), p(launch.params), ring(ring), stages(stages), rank(cluster_rank()), slices(cluster_size()),
+  DFLASH_INLINE LinearTile(const LinearLaunch& launch, Ring<kStages>& ring, float* squares, uint32_t stages)
+      : launch(launch), p(launch.params), ring(ring), squares(squares), stages(stages), rank(cluster_rank()), slices(cluster_size()),
         first(blockIdx.x / slices * (p.gate == Gate::kNone ? Tiling::kColumns : Tiling::kHalf)),
         begin(launch.blocks * rank / slices), count(launch.blocks * (rank + 1) / slices - begin) {}
 
@@ -90,9 +94,14 @@ struct LinearTile {
     float sums[kTokens / 2];
 #pragma unroll
     for (int i = 0; i < kTokens / 2; ++i) sums[i] = 0;
+    RowScaler scaler(*this);
     Stage<kStages> stage;
     for (int i = 0; i < count; ++i) {
       ring.full[stage.index].wait(stage.parity);
+      if (p.norm != nullptr) {
+        scaler.scale(stage_address(stage.index) + Tiling::kWeightBytes, i);
+        named_barrier_sync(1, Tiling::kConsumers);
+      }
       const uint32_t at = uniform(stage_address(stage.index));
       const uint64_t weight = k_major_descriptor(at + warpgroup * 64 * kPanelRowBytes);
       const uint64_t x = k_major_descriptor(at + Tiling::kWeightBytes);
@@ -108,6 +117,7 @@ struct LinearTile {
       if (lane == 0) ring.empty[stage.index].arrive();
       stage.advance();
     }
+    if (p.norm != nullptr) scaler.store_squares();
     named_barrier_sync(1, Tiling::kConsumers);
     const int row = threadIdx.x / 32 * 16 + lane / 4, token = lane % 4 * 2;
 #pragma unroll
@@ -117,17 +127,90 @@ struct LinearTile {
     }
   }
 
-  // The sums of eight neighbouring columns over all slices, in order.
-  DFLASH_INLINE void add_slices(float (&y)[8], int token, int column) const {
+  // Multiplies x by the norm's weights in shared memory. A thread takes chunk threadIdx.x % 8 of 8 columns of every
+  // panel, of the same few rows, and adds up their squares.
+  struct RowScaler {
+    static constexpr int kRows = (kTokens * 8 + Tiling::kConsumers - 1) / Tiling::kConsumers;
+    static constexpr int kRowStep = Tiling::kConsumers / 8;
+
+    const LinearTile& tile;
+    const int chunk, first_row;
+    float squares[kRows];
+    Chunk<T> gain;  // of the next panel, loaded early
+
+    DFLASH_INLINE explicit RowScaler(const LinearTile& tile)
+        : tile(tile), chunk(threadIdx.x % 8), first_row(threadIdx.x / 8) {
+#pragma unroll
+      for (int i = 0; i < kRows; ++i) squares[i] = 0;
+      load_gain(0);
+    }
+
+    DFLASH_INLINE void load_gain(int block) {
+      const int column = (tile.begin + block) * kPanelColumns + chunk * 8;
+      if (tile.p.norm == nullptr || block >= tile.count || column >= tile.p.inner) return;
+      gain = *reinterpret_cast<const Chunk<T>*>(static_cast<const T*>(tile.p.norm) + column);
+    }
+
+    DFLASH_INLINE void scale(uint32_t panel, int block) {
+      const float one = tile.p.norm_plus_one ? 1.0f : 0.0f;
+      float factors[8];
+#pragma unroll
+      for (int k = 0; k < 8; ++k) factors[k] = to_float(gain.values[k]) + one;
+      load_gain(block + 1);
+#pragma unroll
+      for (int i = 0; i < kRows; ++i) {
+        const int row = first_row + i * kRowStep;
+        if (kRows * Tiling::kConsumers > kTokens * 8 && row >= kTokens) break;
+        const uint32_t at = panel + row * kPanelRowBytes + ((chunk ^ (row % 8)) * 16);  // the 128-byte swizzle
+        uint4 packed = read_shared(at);
+        auto* pairs = reinterpret_cast<uint32_t*>(&packed);
+#pragma unroll
+        for (int k = 0; k < 8; k += 2) {
+          T two[2];
+          memcpy(two, &pairs[k / 2], 4);
+          const float low = to_float(two[0]), high = to_float(two[1]);
+          squares[i] += low * low;
+          squares[i] += high * high;
+          pairs[k / 2] = pack<T>(low * factors[k], high * factors[k + 1]);
+        }
+        write_shared(at, packed);
+      }
+      fence_proxy_async();
+    }
+
+    DFLASH_INLINE void store_squares() {
+#pragma unroll
+      for (int i = 0; i < kRows; ++i) {
+        const int row = first_row + i * kRowStep;
+#pragma unroll
+        for (int mask = 4; mask > 0; mask >>= 1) squares[i] += __shfl_xor_sync(~0u, squares[i], mask);
+        if (chunk == 0 && row < kTokens) tile.squares[row] = squares[i];
+      }
+    }
+  };
+
+  // 1 / rms of a row of x, or 1 without a norm.
+  DFLASH_INLINE float scale_of(int token) const {
+    if (p.norm == nullptr) return 1;
+    float sum = 0;
+    const uint32_t place = shared_address(squares + token);
+    for (int slice = 0; slice < slices; ++slice) sum += read_remote(map_to_rank(place, slice));
+    return rsqrtf(sum / float(p.inner) + float(p.norm_eps));
+  }
+
+  // The sums of eight neighbouring columns over all slices, in order, times `scale`.
+  DFLASH_INLINE void add_slices(float (&y)[8], int token, int column, float scale) const {
     const uint32_t place = stages + 4 * (token * Tiling::kSumsStride + column);
 #pragma unroll
     for (int k = 0; k < 8; ++k) y[k] = 0;
     for (int slice = 0; slice < slices; ++slice) {
       const uint32_t remote = map_to_rank(place, slice);
-      const float4 low = read_remote(remote), high = read_remote(remote + 16);
+      const float4 low = read_remote_v4(remote), high = read_remote_v4(remote + 16);
       y[0] += low.x, y[1] += low.y, y[2] += low.z, y[3] += low.w;
       y[4] += high.x, y[5] += high.y, y[6] += high.z, y[7] += high.w;
     }
+#pragma unroll
+    for (int k = 0; k < 8; ++k) y[k] *= scale;
   }
 
   // activation(y) / y
@@ -146,12 +229,13 @@ struct LinearTile {
       const int token = i / (columns / 8), column = i % (columns / 8) * 8;
       const int64_t left = p.columns - first - column;
       if (left <= 0) continue;
+      const float scale = scale_of(token);
       float y[8];
-      add_slices(y, token, column);
+      add_slices(y, token, column, scale);
       if (bias != nullptr) add(y, bias + first + column, left, aligned);
       if (p.gate != Gate::kNone) {
         float up[8];
-        add_slices(up, token, column + Tiling::kHalf);
+        add_slices(up, token, column + Tiling::kHalf, scale);
         if (bias != nullptr) add(up, bias + p.columns + first + column, left, aligned);
 #pragma unroll
         for (int k = 0; k < 8; ++k) y[k] = y[k] * gate_of(y[k]) * up[k];
@@ -190,7 +274,8 @@ __global__ void __launch_bounds__(LinearTiling<kWarpgroups, kTokens>::kThreads)
   using Tile = LinearTile<T, kWarpgroups, kTokens>;
   extern __shared__ uint8_t dynamic[];
   __shared__ Ring<Tile::kStages> ring;
-  const Tile tile(launch, ring, (shared_address(dynamic) + 1023) & ~1023u);
+  __shared__ float squares[kTokens];
+  const Tile tile(launch, ring, squares, (shared_address(dynamic) + 1023) & ~1023u);
   if (threadIdx.x == 0) {
     ring.init(Tile::Tiling::kConsumers / 32);
     fence_mbarrier_init();
@@ -251,7 +336,8 @@ cudaError_t launch_by_rows(const LinearParams& params, cudaStream_t stream) {
 bool linear_sm90_serves(const LinearParams& params) {
   const bool is_half = params.dtype == DType::kBFloat16 || params.dtype == DType::kFloat16;
   return hopper_kernels_serve() && is_half && params.inner % 8 == 0 &&
-         (reinterpret_cast<uintptr_t>(params.x) | reinterpret_cast<uintptr_t>(params.weight)) % 16 == 0;
+         (reinterpret_cast<uintptr_t>(params.x) | reinterpret_cast<uintptr_t>(params.weight) |
+          reinterpret_cast<uintptr_t>(params.norm)) % 16 == 0;
 }
 
 const char* linear_sm90(const LinearParams& params, void* stream) {

@@ -38,7 +38,6 @@ void run(LinearParams p, const Tensor& x) {
 #ifdef DFLASH_EXT_HOPPER
   check(linear_sm90_serves(p), kOp,
         ": on a GPU the kernel takes bfloat16 and float16 that are aligned to 16 bytes, K a multiple of 8, on Hopper");
-  check(!p.norm, kOp, ": on a GPU the norm is an operator of its own");
   const CudaScope cuda(x);
   const int64_t rows = p.rows, bytes = x.element_size();
   for (int64_t row = 0; row < rows; row += kMaxLinearRows) {

@@ -11,6 +11,7 @@ from .. import reference
 from ..checks import check_one_device, shown
 from ..native import load
 from .backends import warn_once
+from .linear import linear
 
 load()
 _native = torch.ops.dflash_ext
@@ -158,7 +159,9 @@ def kv_inject(
             # A token without a slot may hold anything, which must not reach its neighbours through the product.
             features = features.masked_fill((slots < 0)[..., None], 0.0)
         # Contiguous: oneDNN's bfloat16 product reads between the rows too, and lets NaN from there through.
-        projected = features.reshape(-1, width).to(dtype).contiguous() @ weight.to(dtype).T
+        features, weight = features.reshape(-1, width).to(dtype).contiguous(), weight.to(dtype)
+        few = features.is_cuda or len(features) <= 32
+        projected = linear(features, weight.contiguous()) if few else features @ weight.T
     # The CUDA kernel reads the weights of norms and projections in their own dtype.
     weights = [None if x is None else x.detach().contiguous() if x.is_cuda else _as(x, real) for x in (bias, k_norm)]
     _native.kv_write(

@@ -66,7 +66,7 @@ def linear(
     computed in groups of 32, which torch's own product of large matrices may outrun.
 
     On a Hopper GPU a kernel of this package serves bfloat16 and float16 of up to 128 rows, K being a multiple of 8, and
-    any number of rows with exact. It sums in float32 and rounds once; a norm is a kernel of its own and rounds as well.
+    any number of rows with exact. It sums in float32 and rounds x * norm and the result.
     Other calls are served by PyTorch's operators, which round after every step, and whose bits depend on the number of
     rows.
 
@@ -79,8 +79,6 @@ def linear(
             if not _hopper_serves(x, exact):
                 _check(x, weight, bias, norm, norm_eps, gate, residual)
                 return _by_steps(x, weight, bias, norm, norm_eps, norm_plus_one, gate, residual)
-            if norm is not None:
-                x, norm = _normalised(x, norm, norm_eps, norm_plus_one), None
         if residual is not None:
             residual = residual.contiguous()
         arguments = x.contiguous(), weight, bias, norm, norm_eps, norm_plus_one, GATES[gate], residual, constant_weight
@@ -102,11 +100,6 @@ def _hopper_serves(x: Tensor, exact: bool) -> bool:
 
 
 @torch.no_grad()
-def _normalised(x: Tensor, norm: Tensor, eps: float, plus_one: bool) -> Tensor:
-    return F.rms_norm(x, x.shape[-1:], norm + 1 if plus_one else norm, eps)
-
-
-@torch.no_grad()
 def _by_steps(
     x: Tensor,
     weight: Tensor,
@@ -119,7 +112,7 @@ def _by_steps(
 ) -> Tensor:
     """The same by PyTorch's own operators, for a GPU."""
     if norm is not None:
-        x = _normalised(x, norm, norm_eps, norm_plus_one)
+        x = F.rms_norm(x, x.shape[-1:], norm + 1 if norm_plus_one else norm, norm_eps)
     with torch.autocast(x.device.type, enabled=False):
         y = F.linear(x, weight, bias)
     if gate is not None:
