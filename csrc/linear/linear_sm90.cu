@@ -147,6 +147,7 @@ struct LinearTile {
 
     DFLASH_INLINE void load_gain(int block) {
       const int column = (tile.begin + block) * kPanelColumns + chunk * 8;
+      gain = {};
       if (tile.p.norm == nullptr || block >= tile.count || column >= tile.p.inner) return;
       gain = *reinterpret_cast<const Chunk<T>*>(static_cast<const T*>(tile.p.norm) + column);
     }
