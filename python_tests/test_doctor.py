@@ -87,7 +87,8 @@ def test_a_build_without_cuda(monkeypatch):
     assert ["masked_cross_entropy", "native kernel", "an error"] in rows
     assert ["linear_cross_entropy", "PyTorch GEMM and native kernel", "an error"] in rows
     assert ["block_attn_decode", "native kernel", "an error (bf16, fp16), else plain PyTorch (reference)"] in rows
-    assert ["kv_inject", "PyTorch GEMM and native kernel", SERVED_BY["kv_inject"]["cuda"]] in rows
+    assert ["kv_inject", "PyTorch GEMM and native kernel", "an error"] in rows
+    assert ["linear", "native kernel", "an error (bf16, fp16, on Hopper), else PyTorch's operators"] in rows
     assert not any(row[0] in ("GPU kernels", "what the portable kernels serve on a Hopper GPU") for row in rows)
     assert not any("variants" in row for row in rows)
 
