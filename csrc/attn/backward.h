@@ -48,7 +48,7 @@ struct BackwardParams : AttentionBackwardParams {
 
   // Hopper only. Key heads are taken in sections, and blocks take equal shares of a section's work, so that several
   // blocks may share a tile of keys.
-  int64_t tile_dim, key_tiles, blocks;
+  int64_t tile_dim, tile_keys, key_tiles, blocks;  // blocks: clusters if head_dim is above 128
   int64_t sections, section_heads;  // section_heads: the key heads of a section, over all batch entries
   int32_t* seen;         // [entries, key_tiles + 1]: how many tiles of rows see the key tiles before
   BackwardItem* items;   // [batch * kv_heads * key_tiles + sections * blocks]
@@ -56,7 +56,7 @@ struct BackwardParams : AttentionBackwardParams {
   int32_t* is_split;     // [batch * kv_heads * key_tiles]: whether several blocks share the tile of keys
   // Both in the order of registers. grad_key_sums holds dK, then dV, of split tiles only.
   float* grad_q_sums;    // [batch, heads / fold, row_tiles, tile_rows * tile_dim]
-  float* grad_key_sums;  // [batch * kv_heads * key_tiles, 2, kHopperBackwardKeys * tile_dim]
+  float* grad_key_sums;  // [batch * kv_heads * key_tiles, 2, tile_keys * tile_dim]
 };
 
 // A tile of rows holds at least one position.
@@ -70,8 +70,9 @@ constexpr int64_t backward_fold_of(int64_t heads, int64_t kv_heads) {
 // The rows of a tile in the table of the portable kernel, and of a tile that moves past its keys.
 constexpr int64_t backward_tile_rows(int64_t head_dim) { return head_dim <= 64 ? 64 : head_dim <= 256 ? 32 : 16; }
 
-// The rows of a tile of the Hopper kernel, and the keys of one.
-constexpr int64_t kHopperBackwardRows = 64, kHopperBackwardKeys = 128;
+// The rows of a tile of the Hopper kernels, and the keys of one.
+constexpr int64_t kHopperBackwardRows = 64;
+constexpr int64_t hopper_backward_keys(int64_t head_dim) { return head_dim <= 256 ? 128 : 64; }
 
 // What it costs the Hopper kernel to begin and end a tile of keys, in tiles of rows.
 constexpr int64_t kHopperBackwardOverhead = 2;

@@ -13,12 +13,11 @@ namespace device::sm90 {
 namespace {
 
 constexpr int kCountThreads = 1024, kDealThreads = 256;
-constexpr int kKeys = static_cast<int>(kHopperBackwardKeys);
 
 // Counts how many tiles of rows see the tiles of keys before each. A block takes one entry of the mask.
 __global__ void __launch_bounds__(kCountThreads)
     block_attn_backward_count_sm90(const __grid_constant__ BackwardParams p) {
-  const int key_tiles = static_cast<int>(p.key_tiles);
+  const int key_tiles = static_cast<int>(p.key_tiles), keys = static_cast<int>(p.tile_keys);
   if (blockIdx.x == 0) {
     for (int64_t i = threadIdx.x; i < p.sections * p.blocks; i += blockDim.x) p.first_items[i] = -1;
   }
@@ -32,8 +31,8 @@ __global__ void __launch_bounds__(kCountThreads)
   for (int64_t i = threadIdx.x; i < p.row_tiles; i += blockDim.x) {
     const RowTile tile = p.tiles[blockIdx.x * p.row_tiles + i];
     const bool has[2] = {tile.lo[0] < tile.hi[0], tile.lo[1] < tile.hi[1]};
-    const int first[2] = {tile.lo[0] / kKeys, tile.lo[1] / kKeys};
-    const int last[2] = {(tile.hi[0] - 1) / kKeys, (tile.hi[1] - 1) / kKeys};
+    const int first[2] = {tile.lo[0] / keys, tile.lo[1] / keys};
+    const int last[2] = {(tile.hi[0] - 1) / keys, (tile.hi[1] - 1) / keys};
     if (has[0] && has[1] && first[0] <= last[1] && first[1] <= last[0]) {
       add(min(first[0], first[1]), max(last[0], last[1]));
     } else {
@@ -86,8 +85,8 @@ __global__ void __launch_bounds__(kDealThreads)
   while (share(block + 1) <= begin) ++block;
   const bool is_whole = share(block + 1) >= end;
   if (!is_whole) {
-    auto* const sums = reinterpret_cast<float4*>(p.grad_key_sums + tile * 2 * kKeys * p.tile_dim);
-    for (int i = threadIdx.x; i < 2 * kKeys * p.tile_dim / 4; i += blockDim.x) sums[i] = make_float4(0, 0, 0, 0);
+    auto* const sums = reinterpret_cast<float4*>(p.grad_key_sums + tile * 2 * p.tile_keys * p.tile_dim);
+    for (int i = threadIdx.x; i < 2 * p.tile_keys * p.tile_dim / 4; i += blockDim.x) sums[i] = make_float4(0, 0, 0, 0);
   }
   if (threadIdx.x > 0) return;
   p.is_split[tile] = !is_whole;

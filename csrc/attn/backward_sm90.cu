@@ -18,7 +18,7 @@
 #include "attn/kernels.h"
 #include "attn/sm90/backward_consumer.h"
 #include "attn/sm90/backward_producer.h"
-#include "attn/sm90/boxes.h"
+#include "attn/sm90/backward_launch.h"
 #include "common/dispatch.h"
 
 namespace dflash {
@@ -55,28 +55,13 @@ template <class T, int kDim>
 cudaError_t launch_backward(const BackwardParams& p, cudaStream_t stream) {
   using Tiling = BackwardTiling<kDim>;
   BackwardLaunch launch;
-  launch.fold_bits = std::countr_zero(static_cast<unsigned>(p.fold));
-  launch.factor = static_cast<float>(p.scale) * kLog2E;
-  launch.groups = static_cast<int>(p.heads / p.fold);
-  launch.groups_per_head = static_cast<int>(p.heads / p.kv_heads / p.fold);
-  const auto rows = [&](const void* data, const HeadStrides& strides) { return query_box(p, data, strides, p.fold); };
-  const auto keys = [&](const void* data, const HeadStrides& strides, int64_t count) {
-    return key_box(p, data, strides, count);
-  };
-  constexpr int kOwn = Tiling::kConsumerKeys;
-  const cudaError_t status =
-      make_tensor_maps(p.dtype, {{&launch.q, rows(p.q, p.q_strides)},
-                                 {&launch.grad_out, rows(p.grad_out, p.grad_out_strides)},
-                                 {&launch.k, keys(p.k, p.k_strides, Tiling::kKeys)},
-                                 {&launch.v, keys(p.v, p.v_strides, Tiling::kKeys)},
-                                 {&launch.grad_k, keys(p.grad_k, p.grad_k_strides, kOwn)},
-                                 {&launch.grad_v, keys(p.grad_v, p.grad_v_strides, kOwn)}});
+  const cudaError_t status = make_backward_launch(&launch, p, Tiling::kKeys, Tiling::kConsumerKeys);
   if (status != cudaSuccess) return status;
   const LaunchShape shape{p.blocks, Tiling::kThreads, Tiling::kBytes};
   return launch_kernel(block_attn_backward_sm90<T, kDim>, shape, stream, p, launch);
 }
 
-const char* launch_backward(const BackwardParams& p, void* stream) {
+const char* launch_main(const BackwardParams& p, void* stream) {
   return launch_by_dtype<__nv_bfloat16, __half>(p.dtype, stream, [&]<class T>(cudaStream_t stream) {
     return p.head_dim <= 64 ? launch_backward<T, 64>(p, stream) : launch_backward<T, 128>(p, stream);
   });
@@ -98,16 +83,17 @@ uint32_t backward_sm90_misses(const BackwardParams& p, bool deterministic) {
                          reads_keys(p.v, p.v_strides) && reads_keys(p.grad_k, p.grad_k_strides) &&
                          reads_keys(p.grad_v, p.grad_v_strides);
   return (reads_all ? 0 : kBackwardLayout) | (deterministic ? kBackwardDeterministic : 0) |
-         (p.softcap != 0 ? kBackwardSoftcap : 0) | (p.head_dim > 128 ? kBackwardHeadDim : 0);
+         (p.softcap != 0 && p.head_dim <= 128 ? kBackwardSoftcap : 0);
 }
 
 void backward_sm90_layout(BackwardParams& p, void* stream) {
   // The L2 cache keeps about this much of queries, outputs' gradients and sums of dQ beside the data that streams
   // through it.
   constexpr int64_t kCachedBytes = 36 << 20;
-  p.tile_dim = p.head_dim <= 64 ? 64 : 128;
-  p.key_tiles = tiles_of(p.kv_len, kHopperBackwardKeys);
-  p.blocks = multiprocessors_of(static_cast<cudaStream_t>(stream));
+  p.tile_dim = std::max<int64_t>(64, std::bit_ceil(static_cast<uint64_t>(p.head_dim)));
+  p.tile_keys = hopper_backward_keys(p.head_dim);
+  p.key_tiles = tiles_of(p.kv_len, p.tile_keys);
+  p.blocks = multiprocessors_of(static_cast<cudaStream_t>(stream)) / (p.head_dim <= 128 ? 1 : 2);
   const int64_t heads = p.batch * p.kv_heads, groups = p.heads / p.kv_heads / p.fold;
   const int64_t head_bytes = groups * p.row_tiles * p.tile_rows * p.tile_dim * (2 + 2 + 4);
   p.section_heads = std::clamp<int64_t>(kCachedBytes / head_bytes, 1, heads);
@@ -115,7 +101,9 @@ void backward_sm90_layout(BackwardParams& p, void* stream) {
 }
 
 const char* backward_sm90(const BackwardParams& p, void* stream) {
-  for (const auto launch : {backward_deal_sm90, device::sm90::launch_backward, backward_finish_sm90}) {
+  using Launch = const char* (*)(const BackwardParams&, void*);
+  const Launch main = p.head_dim <= 128 ? device::sm90::launch_main : backward_wide_sm90;
+  for (const Launch launch : {backward_deal_sm90, main, backward_finish_sm90}) {
     if (const char* const error = launch(p, stream)) return error;
   }
   return nullptr;

@@ -27,6 +27,7 @@ const char* forward_sm90(const AttentionForwardParams& params, void* stream);
 uint32_t backward_sm90_misses(const BackwardParams& params, bool deterministic);
 void backward_sm90_layout(BackwardParams& params, void* stream);
 const char* backward_sm90(const BackwardParams& params, void* stream);
+const char* backward_wide_sm90(const BackwardParams& params, void* stream);
 const char* backward_deal_sm90(const BackwardParams& params, void* stream);
 const char* backward_finish_sm90(const BackwardParams& params, void* stream);
 #endif

@@ -20,6 +20,7 @@ struct Scores {
   float factor, inner, outer;
   bool is_plain;
 
+  Scores() = default;
   DFLASH_INLINE explicit Scores(const AttentionParams& p) {
     // The comparisons are of floats, because those of doubles share an issue port with the tensor cores and wait for
     // them.

@@ -23,6 +23,7 @@ DFLASH_INLINE int cluster_size() {
 // writes to those who wait. The relaxed arrival publishes no writes; it only says that the thread's reads are done.
 DFLASH_INLINE void cluster_arrive() { asm volatile("barrier.cluster.arrive.aligned;" ::: "memory"); }
 DFLASH_INLINE void cluster_arrive_relaxed() { asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory"); }
+DFLASH_INLINE void cluster_arrive() { asm volatile("barrier.cluster.arrive.aligned;" ::: "memory"); }
 DFLASH_INLINE void cluster_wait() { asm volatile("barrier.cluster.wait.aligned;" ::: "memory"); }
 
 // mapa: the same address in the shared memory of another block of the cluster.
@@ -54,6 +55,17 @@ DFLASH_INLINE void bulk_send(uint32_t remote, uint32_t shared, uint32_t bytes, u
                    remote),
                "r"(shared), "r"(bytes), "r"(remote_barrier)
                : "memory");
+}
+
+// st.shared::cluster: writes 16 bytes to another block's shared memory. `remote` comes from map_to_rank.
+DFLASH_INLINE void write_remotely(uint32_t remote, float a, float b, float c, float d) {
+  asm volatile("st.shared::cluster.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(remote), "f"(a), "f"(b), "f"(c), "f"(d)
+               : "memory");
+}
+
+// mbarrier.arrive on another block's barrier, whose address comes from map_to_rank.
+DFLASH_INLINE void arrive_remotely(uint32_t remote_barrier) {
+  asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(remote_barrier) : "memory");
 }
 
 }  // namespace dflash::DFLASH_ISA

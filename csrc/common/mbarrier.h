@@ -38,6 +38,19 @@ struct Mbarrier {
         "r"(parity)
         : "memory");
   }
+
+  // The same for what threads of another block have written: their writes are visible afterwards.
+  DFLASH_INLINE void wait_cluster(uint32_t parity) {
+    asm volatile(
+        "{\n"
+        ".reg .pred done;\n"
+        "again_%=:\n"
+        "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n"
+        "@!done bra again_%=;\n"
+        "}\n" ::"r"(shared_address(&state)),
+        "r"(parity)
+        : "memory");
+  }
 };
 
 // fence.mbarrier_init: makes initialised barriers visible to the copy engine and to the cluster.

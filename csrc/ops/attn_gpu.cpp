@@ -126,7 +126,7 @@ void run_backward_on_gpu(BackwardParams& p, const Tensor& q, bool deterministic)
                is_split = allocate(p.is_split, key_tiles, sizeof(int32_t)),
                grad_q_sums = allocate(p.grad_q_sums, groups * rows * p.tile_dim, sizeof(float)),
                grad_key_sums =
-                   allocate(p.grad_key_sums, key_tiles * 2 * kHopperBackwardKeys * p.tile_dim, sizeof(float));
+                   allocate(p.grad_key_sums, key_tiles * 2 * p.tile_keys * p.tile_dim, sizeof(float));
   check_launch(kOp, backward_prepare(p, scope.stream()));
   check_launch(kOp, backward_sm90(p, scope.stream()));
 }

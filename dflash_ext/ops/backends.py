@@ -44,7 +44,6 @@ PORTABLE = (
     ("block_attn", f"gradients, with {_LAYOUT}"),
     ("block_attn", "gradients with deterministic=True"),
     ("block_attn", "gradients with a softcap"),
-    ("block_attn", "gradients at a head_dim above 128"),
 )
 
 

@@ -76,13 +76,13 @@ def test_every_head_dim(head_dim):
 
 
 @pytest.mark.parametrize(("heads", "kv_heads"), [(1, 1), (6, 2), (5, 1), (8, 8), (12, 1), (32, 8), (64, 1), (128, 1)])
-@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("head_dim", [64, 128, 256, 512])
 def test_every_ratio_of_heads(heads, kv_heads, head_dim):
     mask = MASKS["anchors"]().to("cuda")
     check(mask, *inputs(mask, "cuda", torch.bfloat16, heads, kv_heads, head_dim=head_dim))
 
 
-@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("head_dim", [64, 128, 256, 512])
 @pytest.mark.parametrize(
     "options",
     [{"scale": -0.3}, {"scale": 0.0}, {"softcap": 2.0}, {"softcap": 5.0, "scale": -1.0}, {"softcap": 1e6}],
@@ -93,27 +93,29 @@ def test_options(options, head_dim):
     check(mask, *inputs(mask, "cuda", torch.bfloat16, head_dim=head_dim), **options)
 
 
-@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("head_dim", [64, 128, 256, 512])
 @pytest.mark.parametrize("name", ["causal", "anchors", "any int32"])
 def test_gradient_of_the_lse(name, head_dim):
     mask = MASKS[name]().to("cuda")
     check(mask, *inputs(mask, "cuda", torch.bfloat16, head_dim=head_dim), lse_weight=1.0)
 
 
-def test_large_scores():
+@pytest.mark.parametrize("head_dim", [128, 256])
+def test_large_scores(head_dim):
     mask = MASKS["prefix_block"]().to("cuda")
-    q, k, v = inputs(mask, "cuda", torch.bfloat16, head_dim=128)
+    q, k, v = inputs(mask, "cuda", torch.bfloat16, head_dim=head_dim)
     check(mask, 10 * q, 10 * k, v)
 
 
-def test_long_rows():
+@pytest.mark.parametrize("head_dim", [128, 256])
+def test_long_rows(head_dim):
     mask = IntervalMask.prefix_block(torch.tensor([5000, 4111], device="cuda"), 2500, max_len=5000)
-    check(mask, *inputs(mask, "cuda", torch.bfloat16, heads=2, kv_heads=1, head_dim=128))
+    check(mask, *inputs(mask, "cuda", torch.bfloat16, heads=2, kv_heads=1, head_dim=head_dim))
 
 
-@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("head_dim", [64, 128, 256, 512])
 def test_more_tiles_of_keys_than_blocks(head_dim):
-    """On Hopper most tiles of keys then belong to one block; at head_dim 128 the heads are taken in two sections."""
+    """On Hopper most tiles of keys then belong to one block; above head_dim 64 the heads are taken in sections."""
     mask = IntervalMask.causal(2048).to("cuda")
     check(mask, *inputs(mask, "cuda", torch.bfloat16, heads=8, kv_heads=8, head_dim=head_dim, batch=4))
 
@@ -129,12 +131,13 @@ def test_random_intervals():
         check(mask, *inputs(mask, "cuda", HALVES[case % 2], heads, kv_heads, head_dim))
 
 
-def test_dense_training_batch():
+@pytest.mark.parametrize("head_dim", [128, 256])
+def test_dense_training_batch(head_dim):
     """Anchors as in training: unsorted, some dropped; a context tile is seen by nearly all blocks."""
     torch.manual_seed(1)
     where, keep = torch.randint(0, 700, (2, 96), device="cuda"), torch.rand(2, 96, device="cuda") > 0.1
     mask = IntervalMask.anchor_blocks(700, where, 16, keep=keep)
-    check(mask, *inputs(mask, "cuda", torch.bfloat16, heads=8, kv_heads=2, head_dim=128))
+    check(mask, *inputs(mask, "cuda", torch.bfloat16, heads=8, kv_heads=2, head_dim=head_dim))
 
 
 @pytest.mark.parametrize("offset", [0, 1, 4, 8])
@@ -154,7 +157,7 @@ def test_strides(offset):
 
 
 @pytest.mark.parametrize("deterministic", [True, False])
-@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("head_dim", [64, 128, 256, 512])
 def test_what_no_row_sees_is_never_used(head_dim, deterministic):
     mask = IntervalMask.anchor_blocks(130, torch.tensor([[9, 70, 128], [4, 0, 55]]), 7, keep=torch.rand(2, 3) > 0.4)
     mask = mask.to("cuda")

@@ -12,7 +12,7 @@ namespace dflash::DFLASH_ISA::sm90 {
 template <int kDim_>
 struct BackwardTiling {
   static constexpr int kDim = kDim_;
-  static constexpr int kRows = static_cast<int>(kHopperBackwardRows), kKeys = static_cast<int>(kHopperBackwardKeys);
+  static constexpr int kRows = static_cast<int>(kHopperBackwardRows), kKeys = static_cast<int>(hopper_backward_keys(kDim));
   static constexpr int kStages = 2;
   static constexpr int kConsumers = 2, kConsumerKeys = kKeys / kConsumers;
   static constexpr int kPanels = kDim / kPanelColumns;

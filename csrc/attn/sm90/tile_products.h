@@ -11,9 +11,9 @@ namespace dflash::DFLASH_ISA::sm90 {
 
 constexpr int kQueryPanelBytes = 64 * kPanelRowBytes;  // the rows of one warpgroup
 
-// Starts d = a b^T with kDim columns, both K-major in shared memory. Panels of a and b begin kAPanelBytes and
-// kBPanelBytes after one another. A commit must follow.
-template <class T, int kN, int kDim, int kAPanelBytes, int kBPanelBytes>
+// Starts d = a b^T, or d += a b^T, with kDim columns, both K-major in shared memory. Panels of a and b begin
+// kAPanelBytes and kBPanelBytes after one another. A commit must follow.
+template <class T, int kN, int kDim, int kAPanelBytes, int kBPanelBytes, bool kAdds = false>
 DFLASH_INLINE void start_row_products(float (&d)[kN / 2], uint32_t a, uint32_t b) {
   fence_accumulator(d);
   wgmma_fence();
@@ -22,7 +22,7 @@ DFLASH_INLINE void start_row_products(float (&d)[kN / 2], uint32_t a, uint32_t b
   for (int step = 0; step < kDim / 16; ++step) {
     const int panel = step / 4, within = step % 4 * 32;
     Wgmma<T, kN>::template ss<kMajorK, kMajorK>(d, a_start + (panel * kAPanelBytes + within) / 16,
-                                                b_start + (panel * kBPanelBytes + within) / 16, step > 0);
+                                                b_start + (panel * kBPanelBytes + within) / 16, kAdds || step > 0);
   }
 }
 
@@ -89,10 +89,12 @@ struct TileProducts {
     round_weights(weights, s);
   }
 
-  // Writes the rows, times `inverse`, to shared memory in the swizzled panels that tma_store reads.
-  static DFLASH_INLINE void write_rows(uint32_t to, const Output& out, const float (&inverse)[2]) {
+  // Writes the rows, times `inverse`, to shared memory in the swizzled panels that tma_store reads. `thread` may be
+  // opaque, so that the compiler keeps no addresses in registers over the loop before.
+  static DFLASH_INLINE void write_rows(uint32_t to, const Output& out, const float (&inverse)[2],
+                                       uint32_t thread = threadIdx.x) {
     // Lanes 0 to 15 give stmatrix the addresses of rows 0 to 15 in one chunk of 8 columns, lanes 16 to 31 in the next.
-    const int row = threadIdx.x % 128 / 32 * 16 + threadIdx.x % 16, chunk = threadIdx.x % 32 / 16;
+    const int row = thread % 128 / 32 * 16 + thread % 16, chunk = thread % 32 / 16;
 #pragma unroll
     for (int pair = 0; pair < kColumns / 16; ++pair) {
       const float* const x = out + pair * 8;

@@ -1,0 +1,79 @@
+// block_attn's backward on Hopper for head dimensions from 129 to 256.
+//
+// The gradients of 64 keys and values in float32 take half of the registers of a multiprocessor. So the work of
+// backward_sm90.cu is shared out in another way: a cluster of two blocks holds a tile of keys and values, half of them
+// each, and each of a block's three consumers computes another gradient (sm90/backward_wide_consumers.h). The blocks
+// exchange dS, so that each computes half of the columns of dQ for all keys of the tile: the additions of dQ to float32
+// sums in global memory limit the speed, and are half as many then. They leave straight from registers.
+//
+// The table of row tiles, the deal to clusters and the last launch are those of backward_sm90.cu.
+#include "attn/kernels.h"
+#include "attn/sm90/backward_launch.h"
+#include "attn/sm90/backward_wide_consumers.h"
+#include "attn/sm90/backward_wide_producer.h"
+#include "common/dispatch.h"
+
+namespace dflash {
+namespace device::sm90 {
+namespace {
+
+template <class T, class Tiling, bool kIsCapped>
+__global__ void __launch_bounds__(Tiling::kThreads, 1)
+    block_attn_backward_wide_sm90(const __grid_constant__ BackwardParams p,
+                                  const __grid_constant__ BackwardLaunch launch) {
+  extern __shared__ unsigned char unaligned[];
+  __shared__ WideBackwardShared<Tiling> storage;
+  static_assert(Tiling::kBytes + sizeof(storage) <= kMaxSharedBytes);
+  auto& shared = *static_cast<WideBackwardShared<Tiling>*>(__cvta_shared_to_generic(uniform(shared_address(&storage))));
+  const uint32_t memory = uniform((shared_address(unaligned) + 1023) / 1024 * 1024);
+  if (threadIdx.x == 0) {
+    shared.init(p);
+    fence_mbarrier_init();
+  }
+  __syncthreads();
+  cluster_arrive();
+  cluster_wait();  // the other block's barriers are ready
+  switch (threadIdx.x / kWarpgroup) {
+    case 0:
+      setmaxnreg_dec<Tiling::kProducerRegisters>();
+      WideBackwardProducer<Tiling>(p, launch, shared, memory).run();
+      break;
+    case 1:
+      setmaxnreg_inc<Tiling::kKeyRegisters>();
+      WideKeyConsumer<T, Tiling, false, kIsCapped>(p, launch, shared, memory).run();
+      break;
+    case 2:
+      setmaxnreg_inc<Tiling::kKeyRegisters>();
+      WideKeyConsumer<T, Tiling, true, kIsCapped>(p, launch, shared, memory).run();
+      break;
+    default:
+      setmaxnreg_dec<Tiling::kQueryRegisters>();
+      WideQueryConsumer<T, Tiling>(p, shared, memory).run();
+  }
+  cluster_arrive();
+  cluster_wait();  // the other block may still send to this one's shared memory
+}
+
+template <class T, class Tiling>
+cudaError_t launch_wide_backward(const BackwardParams& p, cudaStream_t stream) {
+  BackwardLaunch launch;
+  const cudaError_t status = make_backward_launch(&launch, p, Tiling::kConsumerKeys, Tiling::kConsumerKeys);
+  if (status != cudaSuccess) return status;
+  const LaunchShape shape{p.blocks * Tiling::kBlocks, Tiling::kThreads, Tiling::kBytes, Tiling::kBlocks};
+  const auto kernel = p.softcap == 0 ? block_attn_backward_wide_sm90<T, Tiling, false>
+                                     : block_attn_backward_wide_sm90<T, Tiling, true>;
+  return launch_kernel(kernel, shape, stream, p, launch);
+}
+
+}  // namespace
+}  // namespace device::sm90
+
+const char* backward_wide_sm90(const BackwardParams& p, void* stream) {
+  return launch_by_dtype<__nv_bfloat16, __half>(p.dtype, stream, [&]<class T>(cudaStream_t stream) {
+    using namespace device::sm90;
+    return p.head_dim <= 256 ? launch_wide_backward<T, WideBackwardTiling<256>>(p, stream)
+                             : launch_wide_backward<T, WideBackwardTiling<512>>(p, stream);
+  });
+}
+
+}  // namespace dflash
