@@ -23,7 +23,6 @@ DFLASH_INLINE int cluster_size() {
 // writes to those who wait. The relaxed arrival publishes no writes; it only says that the thread's reads are done.
 DFLASH_INLINE void cluster_arrive() { asm volatile("barrier.cluster.arrive.aligned;" ::: "memory"); }
 DFLASH_INLINE void cluster_arrive_relaxed() { asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory"); }
-DFLASH_INLINE void cluster_arrive() { asm volatile("barrier.cluster.arrive.aligned;" ::: "memory"); }
 DFLASH_INLINE void cluster_wait() { asm volatile("barrier.cluster.wait.aligned;" ::: "memory"); }
 
 // mapa: the same address in the shared memory of another block of the cluster.
