@@ -68,10 +68,12 @@ struct KvWriter {
     token = blockIdx.x / launch.parts;
     slot = p.slots[token];
     if (slot < 0 || slot >= p.capacity) return false;
-    outer = token / p.length;
+    // Neither tokens nor slots exceed 31 bits.
+    outer = unsigned(token) / unsigned(p.length);
     if (p.block_table != nullptr) {
-      outer = p.block_table[outer * p.max_pages + slot / p.page_size];
-      slot %= p.page_size;
+      const unsigned page = unsigned(slot) / unsigned(p.page_size);
+      outer = p.block_table[outer * p.max_pages + page];
+      slot -= page * p.page_size;
       return outer >= 0 && outer < p.pages;
     }
     return true;

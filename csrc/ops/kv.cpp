@@ -62,6 +62,7 @@ void run(const KvWriteParams& p, const Tensor& projected) {
 #ifdef DFLASH_EXT_CUDA
   check(p.head_dim <= kMaxKvHeadDim, kOp, ": a head_dim of ", p.head_dim, " is not supported on a GPU, at most ",
         kMaxKvHeadDim, " is");
+  check(p.capacity < int64_t(1) << 31, kOp, ": a cache of ", p.capacity, " slots is not supported on a GPU");
   const CudaScope cuda(projected);
   check_launch(kOp, kv_write_sm80(p, cuda.stream()));
 #else
