@@ -25,7 +25,7 @@ namespace dflash {
 namespace device::sm90 {
 namespace {
 
-template <class T, int kDim>
+template <class T, int kDim, bool kIsCapped>
 __global__ void __launch_bounds__(BackwardTiling<kDim>::kThreads, 1)
     block_attn_backward_sm90(const __grid_constant__ BackwardParams p, const __grid_constant__ BackwardLaunch launch) {
   using Tiling = BackwardTiling<kDim>;
@@ -35,7 +35,7 @@ __global__ void __launch_bounds__(BackwardTiling<kDim>::kThreads, 1)
   auto& shared = *static_cast<BackwardShared<Tiling>*>(__cvta_shared_to_generic(uniform(shared_address(&storage))));
   const uint32_t memory = uniform((shared_address(unaligned) + 1023) / 1024 * 1024);
   if (threadIdx.x == 0) {
-    shared.init();
+    shared.init(p);
     fence_mbarrier_init();
   }
   __syncthreads();
@@ -47,7 +47,7 @@ __global__ void __launch_bounds__(BackwardTiling<kDim>::kThreads, 1)
     if (threadIdx.x == 64) producer.load_rows();
   } else {
     setmaxnreg_inc<Tiling::kConsumerRegisters>();
-    BackwardConsumer<T, Tiling>(p, launch, shared, memory).run();
+    BackwardConsumer<T, Tiling, kIsCapped>(p, launch, shared, memory).run();
   }
 }
 
@@ -58,7 +58,8 @@ cudaError_t launch_backward(const BackwardParams& p, cudaStream_t stream) {
   const cudaError_t status = make_backward_launch(&launch, p, Tiling::kKeys, Tiling::kConsumerKeys);
   if (status != cudaSuccess) return status;
   const LaunchShape shape{p.blocks, Tiling::kThreads, Tiling::kBytes};
-  return launch_kernel(block_attn_backward_sm90<T, kDim>, shape, stream, p, launch);
+  const auto kernel = p.softcap != 0 ? block_attn_backward_sm90<T, kDim, true> : block_attn_backward_sm90<T, kDim, false>;
+  return launch_kernel(kernel, shape, stream, p, launch);
 }
 
 const char* launch_main(const BackwardParams& p, void* stream) {
@@ -82,8 +83,7 @@ uint32_t backward_sm90_misses(const BackwardParams& p, bool deterministic) {
                          reads_rows(p.grad_q, p.grad_q_strides) && reads_keys(p.k, p.k_strides) &&
                          reads_keys(p.v, p.v_strides) && reads_keys(p.grad_k, p.grad_k_strides) &&
                          reads_keys(p.grad_v, p.grad_v_strides);
-  return (reads_all ? 0 : kBackwardLayout) | (deterministic ? kBackwardDeterministic : 0) |
-         (p.softcap != 0 && p.head_dim <= 128 ? kBackwardSoftcap : 0);
+  return (reads_all ? 0 : kBackwardLayout) | (deterministic ? kBackwardDeterministic : 0);
 }
 
 void backward_sm90_layout(BackwardParams& p, void* stream) {

@@ -19,7 +19,6 @@ enum PortableReason : uint32_t {
   kLossVocabulary = 1 << 7,
   kBackwardLayout = 1 << 8,
   kBackwardDeterministic = 1 << 9,
-  kBackwardSoftcap = 1 << 10,
   kNoSuchKernel = 1u << 31,  // no Hopper kernel exists for such calls, or the GPU is not a Hopper: nothing to warn of
 };
 

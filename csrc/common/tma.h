@@ -17,6 +17,13 @@ DFLASH_INLINE void tma_load(uint32_t shared, const CUtensorMap& map, int c0, int
       : "memory");
 }
 
+// cp.async.bulk.prefetch.tensor: starts loading a box into the L2 cache.
+DFLASH_INLINE void tma_prefetch(const CUtensorMap& map, int c0, int c1, int c2, int c3) {
+  asm volatile("cp.async.bulk.prefetch.tensor.4d.L2.global [%0, {%1, %2, %3, %4}];" ::"l"(&map), "r"(c0), "r"(c1),
+               "r"(c2), "r"(c3)
+               : "memory");
+}
+
 // cp.async.bulk.tensor, shared to global: starts storing a box; elements outside the tensor are dropped.
 DFLASH_INLINE void tma_store(const CUtensorMap& map, uint32_t shared, int c0, int c1, int c2, int c3) {
   asm volatile("cp.async.bulk.tensor.4d.global.shared::cta.bulk_group [%0, {%1, %2, %3, %4}], [%5];" ::"l"(&map),

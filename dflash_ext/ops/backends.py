@@ -43,7 +43,6 @@ PORTABLE = (
     ("linear_cross_entropy", "a vocabulary whose rows of logits are longer than 880 KiB"),
     ("block_attn", f"gradients, with {_LAYOUT}"),
     ("block_attn", "gradients with deterministic=True"),
-    ("block_attn", "gradients with a softcap"),
 )
 
 

@@ -8,7 +8,8 @@
 
 namespace dflash::DFLASH_ISA::sm90 {
 
-template <class T, class Tiling>
+// kIsCapped: the scores have a softcap.
+template <class T, class Tiling, bool kIsCapped>
 class BackwardConsumer {
   static constexpr int kRows = Tiling::kRows, kKeys = Tiling::kKeys, kDim = Tiling::kDim;
   static constexpr int kConsumers = Tiling::kConsumers, kConsumerKeys = Tiling::kConsumerKeys;
@@ -33,10 +34,11 @@ class BackwardConsumer {
 
   DFLASH_INLINE void run() {
     for (;;) {
+      shared_.item_slots.full[slot()].wait(turns_ / (kItemTurn * kItemSlots) & 1);
+      if (item().key_tile < 0) break;
       shared_.kv_full.wait(turns_ / kItemTurn & 1);
-      if (shared_.item.key_tile < 0) break;
-      turns_ ^= kItemTurn;
       work_on_item();
+      turns_ += kItemTurn;
     }
     if (thread_ == 0) bulk_wait_group_read<0>();
   }
@@ -44,12 +46,12 @@ class BackwardConsumer {
  private:
   DFLASH_INLINE void work_on_item() {
     Sums grad_k = {}, grad_v = {};
-    const int units = shared_.item.end - shared_.item.begin;
-    if (units > 0) {
+    int left = item().end - item().begin;
+    if (left > 0) {
       Scored s;
       wait_for_rows();
       start(s, k_, queries());
-      int left = units;
+      vacate_output();  // of the item before
       wgmma_wait_group<0>();
       fence_accumulator(s);
       do {
@@ -93,6 +95,9 @@ class BackwardConsumer {
     fence_accumulator(grad_k);
     fence_accumulator(grad_v);
   }
+
+  DFLASH_INLINE int slot() const { return turns_ / kItemTurn % kItemSlots; }
+  DFLASH_INLINE const BackwardItem& item() const { return shared_.items[slot()]; }
 
   // Where things lie: all at constant distances from the keys, because registers are scarce.
   DFLASH_INLINE uint32_t values() const { return k_ + Tiling::kValuesAt; }
@@ -164,16 +169,18 @@ class BackwardConsumer {
   // The thread's columns of the scores are rows 8j + 2t and 8j + 2t + 1.
   DFLASH_INLINE void take_exponentials(Scored& s) const {
     const float* const lse = shared_.stats[stage_.index][0] + thread_ % 4 * 2;
+    const float factor = kIsCapped ? 1.0f : launch_.factor;
+    if constexpr (kIsCapped) shared_.scores(s);
 #pragma unroll
     for (int j = 0; j < kRows / 8; ++j) {
       const float2 pair = *reinterpret_cast<const float2*>(lse + 8 * j);
-      s[4 * j] = exp2_of(fmaf(s[4 * j], launch_.factor, -pair.x));
-      s[4 * j + 1] = exp2_of(fmaf(s[4 * j + 1], launch_.factor, -pair.y));
-      s[4 * j + 2] = exp2_of(fmaf(s[4 * j + 2], launch_.factor, -pair.x));
-      s[4 * j + 3] = exp2_of(fmaf(s[4 * j + 3], launch_.factor, -pair.y));
+      s[4 * j] = exp2_of(fmaf(s[4 * j], factor, -pair.x));
+      s[4 * j + 1] = exp2_of(fmaf(s[4 * j + 1], factor, -pair.y));
+      s[4 * j + 2] = exp2_of(fmaf(s[4 * j + 2], factor, -pair.x));
+      s[4 * j + 3] = exp2_of(fmaf(s[4 * j + 3], factor, -pair.y));
     }
     if (shared_.units[stage_.index].is_full) return;
-    const int key = shared_.item.key_tile * kKeys + index_ * kConsumerKeys + thread_ / 32 * 16 + thread_ % 32 / 4;
+    const int key = item().key_tile * kKeys + index_ * kConsumerKeys + thread_ / 32 * 16 + thread_ % 32 / 4;
 #pragma unroll
     for (int j = 0; j < kRows / 8; ++j) {
 #pragma unroll
@@ -195,7 +202,19 @@ class BackwardConsumer {
       grad_p[4 * j + 1] = probabilities[4 * j + 1] * (grad_p[4 * j + 1] - pair.y);
       grad_p[4 * j + 2] = probabilities[4 * j + 2] * (grad_p[4 * j + 2] - pair.x);
       grad_p[4 * j + 3] = probabilities[4 * j + 3] * (grad_p[4 * j + 3] - pair.y);
+      if constexpr (kIsCapped) {
+        const float* const lse = shared_.stats[stage_.index][0] + thread_ % 4 * 2 + 8 * j;
+#pragma unroll
+        for (int i = 0; i < 4; ++i) grad_p[4 * j + i] *= slope_of_softcap(probabilities[4 * j + i], lse[i % 2]);
+      }
     }
+  }
+
+  // The derivative of cap * tanh(x / cap), which is 1 - tanh^2. There are no registers to keep the capped scores in, so
+  // they come from the probabilities again. A probability of zero gives a finite slope, here zero.
+  DFLASH_INLINE float slope_of_softcap(float probability, float lse) const {
+    const float tanh = fmaxf(__fdividef(__log2f(probability) + lse, shared_.scores.outer), -1.0f);
+    return 1 - tanh * tanh;
   }
 
   // Writes the gradients of the scores to shared memory, [keys, rows], where both consumers read them. Two buffers
@@ -210,66 +229,71 @@ class BackwardConsumer {
                   pack<T>(x[4], x[5]), pack<T>(x[6], x[7]));
     }
     fence_proxy_async();
-    if (thread_ == 0) bulk_wait_group_read<0>();  // after the barrier the previous dQ may be overwritten
+    vacate_output();
+  }
+
+  // Waits until both consumers are here, and the copy engine has read what they gave to it.
+  DFLASH_INLINE void vacate_output() const {
+    if (thread_ == 0) bulk_wait_group_read<0>();
     named_barrier_sync(kConsumersBarrier, kConsumers * kWarpgroup);
   }
 
-  // Adds the consumer's columns of dQ to the sums in global memory. The copy engine adds them: after additions by the
-  // threads, the next fence would wait until memory has them.
+  // Adds the consumer's columns of dQ to the sums in global memory.
   DFLASH_INLINE void add_grad_q(const GradQ& grad_q) const {
     constexpr int kFloats = kRows * kColumns;
-    const uint32_t from = k_ + Tiling::kGradQAt + index_ * (kFloats * 4);
+    add(grad_q, k_ + Tiling::kGradQAt + index_ * (kFloats * 4),
+        p_.grad_q_sums + (shared_.units[stage_.index].index * kConsumers + index_) * kFloats);
+  }
+
+  // Adds an accumulator to sums in global memory, by way of shared memory. The copy engine adds it: after additions by
+  // the threads, the next fence would wait until memory has them.
+  template <int kCount>
+  DFLASH_INLINE void add(const float (&x)[kCount], uint32_t from, float* to) const {
 #pragma unroll
-    for (int j = 0; j < kColumns / 8; ++j) {
+    for (int j = 0; j < kCount / 4; ++j) {
       write_shared(from + (j * kWarpgroup + thread_) * 16,
-                   make_uint4(__float_as_uint(grad_q[4 * j]), __float_as_uint(grad_q[4 * j + 1]),
-                              __float_as_uint(grad_q[4 * j + 2]), __float_as_uint(grad_q[4 * j + 3])));
+                   make_uint4(__float_as_uint(x[4 * j]), __float_as_uint(x[4 * j + 1]), __float_as_uint(x[4 * j + 2]),
+                              __float_as_uint(x[4 * j + 3])));
     }
     fence_proxy_async();
     named_barrier_sync(kConsumerBarrier + index_, kWarpgroup);
     if (thread_ == 0) {
-      float* const to = p_.grad_q_sums + (shared_.units[stage_.index].index * kConsumers + index_) * kFloats;
-      bulk_add(to, from, kFloats * 4);
+      bulk_add(to, from, kCount * kWarpgroup * 4);
       bulk_commit_group();
     }
   }
 
   // ---- the end of an item
 
+  // The next item's keys load meanwhile.
   DFLASH_INLINE void write(const Sums& grad_k, const Sums& grad_v) {
-    const BackwardItem& item = shared_.item;
-    const bool leads = thread_ == 0;
-    named_barrier_sync(kConsumersBarrier, kConsumers * kWarpgroup);  // both have read the keys
-    if (item.is_whole) {
+    if (threadIdx.x % 32 == 0) shared_.kv_empty.arrive();
+    vacate_output();
+    const uint32_t from = k_ + Tiling::kOutputAt + index_ * Tiling::kOutputBytes;
+    if (item().is_whole) {
       const float scale = static_cast<float>(p_.scale), scales[2] = {scale, scale}, ones[2] = {1, 1};
-      const int own = index_ * Tiling::kPanels * kQueryPanelBytes;
-      Writer::write_rows(k_ + own, grad_k, scales);
-      Writer::write_rows(values() + own, grad_v, ones);
+      constexpr int kValuesFrom = Tiling::kPanels * kQueryPanelBytes;
+      Writer::write_rows(from, grad_k, scales);
+      Writer::write_rows(from + kValuesFrom, grad_v, ones);
       named_barrier_sync(kConsumerBarrier + index_, kWarpgroup);
-      if (leads) {
-        const int key = item.key_tile * kKeys + index_ * kConsumerKeys;
+      if (thread_ == 0) {
+        const int key = item().key_tile * kKeys + index_ * kConsumerKeys;
         for (int panel = 0; panel < Tiling::kPanels; ++panel) {
-          const uint32_t from = own + panel * kQueryPanelBytes;
-          tma_store(launch_.grad_k, k_ + from, panel * kPanelColumns, key, item.kv_head, item.batch);
-          tma_store(launch_.grad_v, values() + from, panel * kPanelColumns, key, item.kv_head, item.batch);
+          const uint32_t at = from + panel * kQueryPanelBytes;
+          tma_store(launch_.grad_k, at, panel * kPanelColumns, key, item().kv_head, item().batch);
+          tma_store(launch_.grad_v, at + kValuesFrom, panel * kPanelColumns, key, item().kv_head, item().batch);
         }
         bulk_commit_group();
-        bulk_wait_group_read<0>();
       }
     } else {
-      const int64_t tile = (int64_t(item.batch) * p_.kv_heads + item.kv_head) * p_.key_tiles + item.key_tile;
-      float* to = p_.grad_key_sums + (tile * 2 * kKeys + index_ * kConsumerKeys) * kDim + thread_ * 4;
-      for (const Sums* sums : {&grad_k, &grad_v}) {
-#pragma unroll
-        for (int j = 0; j < kDim / 8; ++j) {
-          const float* const x = *sums + 4 * j;
-          red_add_v4(to + j * kWarpgroup * 4, x[0], x[1], x[2], x[3]);
-        }
-        to += kKeys * kDim;
-      }
+      const int64_t tile = (int64_t(item().batch) * p_.kv_heads + item().kv_head) * p_.key_tiles + item().key_tile;
+      float* const to = p_.grad_key_sums + (tile * 2 * kKeys + index_ * kConsumerKeys) * kDim;
+      add(grad_k, from, to);
+      if (thread_ == 0) bulk_wait_group_read<0>();
       named_barrier_sync(kConsumerBarrier + index_, kWarpgroup);
+      add(grad_v, from, to + kKeys * kDim);
     }
-    if (leads) shared_.kv_empty.arrive();
+    if (thread_ == 0) shared_.item_slots.empty[slot()].arrive();
   }
 
   const BackwardParams& p_;
@@ -278,7 +302,7 @@ class BackwardConsumer {
   const int index_, thread_;
   const uint32_t k_;
   RowStage stage_;
-  // Two bits in one register: which buffer of grad_s is next, and the parity of the item.
+  // Which buffer of grad_s is next, and above this bit the number of items so far.
   static constexpr uint32_t kItemTurn = 2;
   uint32_t turns_ = 0;
 };

@@ -13,19 +13,30 @@ class BackwardProducer {
                                  BackwardShared<Tiling>& shared, uint32_t memory)
       : p_(p), launch_(launch), shared_(shared), memory_(memory) {}
 
-  // One thread walks over the block's items, and starts the loads of their keys and values.
+  // One thread walks over the block's items, and starts the loads of their keys and values. The next item is known
+  // early, so that its rows arrive while the consumers finish the item before.
   DFLASH_INLINE void load_items() {
+    Stage<kItemSlots> slot;
+    slot.parity = 1;
     uint32_t parity = 1;
     for (int section = 0; section < static_cast<int>(p_.sections); ++section) {
       const int first = p_.first_items[section * static_cast<int>(p_.blocks) + blockIdx.x];
       if (first < 0) continue;
       const BackwardItem* next = p_.items + first;
       for (bool goes_on = true; goes_on; ++next) {
+        shared_.item_slots.empty[slot.index].wait(slot.parity);
+        const BackwardItem& item = shared_.items[slot.index] = *next;
+        goes_on = !item.is_last;
+        shared_.item_slots.full[slot.index].arrive();
+        slot.advance();
+#pragma unroll 1
+        for (int panel = 0; panel < Tiling::kPanels; ++panel) {
+          const int column = panel * kPanelColumns, key = item.key_tile * Tiling::kKeys;
+          tma_prefetch(launch_.k, column, key, item.kv_head, item.batch);
+          tma_prefetch(launch_.v, column, key, item.kv_head, item.batch);
+        }
         shared_.kv_empty.wait(parity);
         parity ^= 1;
-        const BackwardItem& item = shared_.item = *next;
-        goes_on = !item.is_last;
-        shared_.item_full.arrive();
         shared_.kv_full.arrive_and_expect_tx(2 * Tiling::kKeyBytes);
 #pragma unroll 1
         for (int panel = 0; panel < Tiling::kPanels; ++panel) {
@@ -36,22 +47,21 @@ class BackwardProducer {
         }
       }
     }
-    shared_.kv_empty.wait(parity);
-    shared_.item.key_tile = -1;
-    shared_.item_full.arrive();
-    shared_.kv_full.arrive();
+    shared_.item_slots.empty[slot.index].wait(slot.parity);
+    shared_.items[slot.index].key_tile = -1;
+    shared_.item_slots.full[slot.index].arrive();
   }
 
   // One warp finds the tiles of rows that see the keys of each item.
   DFLASH_INLINE void find_all_rows() {
     Stage<Tiling::kStages> stage;
     stage.parity = 1;
-    for (uint32_t parity = 0;; parity ^= 1) {
-      shared_.item_full.wait(parity);
-      if (shared_.item.key_tile < 0) break;
-      find_rows(stage);
+    for (Stage<kItemSlots> slot;; slot.advance()) {
+      shared_.item_slots.full[slot.index].wait(slot.parity);
+      if (shared_.items[slot.index].key_tile < 0) break;
+      find_rows(slot.index, stage);
       __syncwarp();
-      if (threadIdx.x % 32 == 0) shared_.kv_empty.arrive();  // the item has been read
+      if (threadIdx.x % 32 == 0) shared_.item_slots.empty[slot.index].arrive();
     }
     shared_.rows.empty[stage.index].wait(stage.parity);
     if (threadIdx.x % 32 == 0) {
@@ -66,7 +76,7 @@ class BackwardProducer {
       shared_.found[stage.index].wait(stage.parity);
       BackwardUnit& unit = shared_.units[stage.index];
       if (unit.tile < 0) return;
-      const BackwardItem& item = shared_.item;
+      const BackwardItem& item = shared_.items[unit.slot];
       const int group = item.kv_head * launch_.groups_per_head + unit.group;
       const int positions = Tiling::kRows >> launch_.fold_bits;
       Mbarrier& full = shared_.rows.full[stage.index];
@@ -91,9 +101,9 @@ class BackwardProducer {
 
  private:
   // Finds the tiles of rows of one item, head group by head group, in the order of rows.
-  DFLASH_INLINE void find_rows(Stage<Tiling::kStages>& stage) {
+  DFLASH_INLINE void find_rows(int slot, Stage<Tiling::kStages>& stage) {
     constexpr int kKeys = Tiling::kKeys;
-    const BackwardItem& item = shared_.item;
+    const BackwardItem& item = shared_.items[slot];
     if (item.begin == item.end) return;
     const int count = static_cast<int>(p_.row_tiles), lane = threadIdx.x % 32;
     int group = item.begin / item.per_group;
@@ -110,7 +120,7 @@ class BackwardProducer {
           shared_.rows.empty[stage.index].wait(stage.parity);
           // The lane that holds the tile's entry of the table publishes it.
           if (lane == __ffs(seen) - 1) {
-            shared_.units[stage.index] = {base + lane, group, sight.is_full, sight.has_empty};
+            shared_.units[stage.index] = {base + lane, group, slot, sight.is_full, sight.has_empty};
             shared_.found[stage.index].arrive();
           }
           __syncwarp();

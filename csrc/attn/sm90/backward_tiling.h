@@ -2,6 +2,7 @@
 #pragma once
 
 #include "attn/backward.h"
+#include "attn/scores.h"
 #include "attn/sm90/tile_products.h"
 #include "common/launch.h"
 #include "common/mbarrier.h"
@@ -30,6 +31,10 @@ struct BackwardTiling {
   static constexpr int kScoresAt = kRowsAt + kStages * 2 * kRowBytes;
   static constexpr int kGradQAt = kScoresAt + 2 * kScoreBytes;
   static constexpr int kBytes = kGradQAt + kRows * kDim * 4 + 1024;
+
+  // At the end of an item dK and dV leave by way of dS and dQ: 16-bit numbers of both, or float32 sums of one of them.
+  static constexpr int kOutputAt = kScoresAt, kOutputBytes = kConsumerKeys * kDim * 4;  // of a consumer
+  static_assert(kOutputAt + kConsumers * kOutputBytes <= kBytes - 1024);
 };
 
 // The named barriers of the kernel.
@@ -49,25 +54,32 @@ struct BackwardLaunch {
 // The tile of rows in a stage.
 struct BackwardUnit {
   int tile, group;  // tile is -1 when there are no more; the head group is counted from the key head's first
+  int slot;         // of its item
   bool is_full, has_empty;
   int64_t index;  // among the tiles of all head groups
 };
+
+constexpr int kItemSlots = 2;
 
 template <class Tiling>
 struct BackwardShared {
   alignas(128) float stats[Tiling::kStages][2][Tiling::kRows];  // LSEs, then deltas
   alignas(16) RowKeys keys[Tiling::kStages][Tiling::kRows];     // of positions
   BackwardUnit units[Tiling::kStages];
-  BackwardItem item;
-  Mbarrier item_full, kv_full, kv_empty, found[Tiling::kStages];
+  BackwardItem items[kItemSlots];  // what consumers work on, and the next one
+  Scores scores;                   // only under a softcap
+  Mbarrier kv_full, kv_empty, found[Tiling::kStages];
   Ring<Tiling::kStages> rows;
+  Ring<kItemSlots> item_slots;
 
-  DFLASH_INLINE void init() {
-    item_full.init();
+  DFLASH_INLINE void init(const BackwardParams& p) {
+    scores = Scores(p);
     kv_full.init();
     for (Mbarrier& unit : found) unit.init();
-    kv_empty.init(Tiling::kConsumers + 1);  // the consumers, and the warp that finds rows
+    // Warps of consumers release keys and rows. An item is released by the consumers and by the warp that finds rows.
+    kv_empty.init(Tiling::kConsumers * 4);
     rows.init(Tiling::kConsumers * 4);
+    item_slots.init(Tiling::kConsumers + 1);
   }
 };
 
