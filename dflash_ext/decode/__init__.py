@@ -1,5 +1,7 @@
-from .cache import RowCache
 from .completion import Completion, Decoded
+from .engine import Engine
+from .request import Request
+from .row_cache import RowCache
 from .speculative import decode
 
-__all__ = ["Completion", "Decoded", "RowCache", "decode"]
+__all__ = ["Completion", "Decoded", "Engine", "Request", "RowCache", "decode"]

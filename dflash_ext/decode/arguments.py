@@ -9,9 +9,9 @@ import numpy as np
 from torch import Tensor
 
 from ..checks import is_int, shown
+from ..models import DFlashDrafter, Target
 from ..ops.logits import by_row
-
-OFF = {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
+from .state import OFF
 
 
 def token_ids(index: int, prompt: Sequence[int]) -> list[int]:
@@ -67,3 +67,37 @@ def _number(name: str, number: object) -> float:
     if isinstance(number, bool | np.bool_) or not isinstance(number, Real):
         raise TypeError(f"decode: {name} is {shown(number)}; a number is needed")
     return float(number)
+
+
+def check_prompt(target: Target, prompt: Sequence[int], index: int = 0) -> list[int]:
+    """The tokens of prompt number `index`. Raises ValueError for one that is empty or outside of the vocabulary."""
+    tokens = token_ids(index, prompt)
+    if not tokens:
+        raise ValueError(f"prompt {index} has no tokens: a prompt needs at least one")
+    if outside := [token for token in tokens if not 0 <= token < target.vocab_size]:
+        raise ValueError(f"prompt {index} has token {outside[0]}; the target's vocabulary has {target.vocab_size}")
+    return tokens
+
+
+def draft_width(target: Target, drafter: DFlashDrafter | None, block_size: int | None) -> int:
+    """The number of drafted tokens in a cycle, 0 without a drafter.
+
+    Raises ValueError if the drafter cannot fill the block, or was made for another target or other taps.
+    """
+    if drafter is None:
+        if block_size is not None:
+            raise ValueError(f"block size {block_size} needs a drafter: plain decoding drafts nothing")
+        return 0
+    drafter.check_target(target)
+    if tuple(drafter.config.target_layer_ids) != target.tap_ids:
+        raise ValueError(
+            f"the drafter reads the target's layers {drafter.config.target_layer_ids}, "
+            f"the target is tapped at {list(target.tap_ids)}"
+        )
+    first, largest = drafter.config.first_draft_slot, drafter.config.block_size
+    block_size = largest if block_size is None else block_size
+    if not first + 1 <= block_size <= largest:
+        raise ValueError(
+            f"block size {block_size} is not supported: this drafter fills blocks of {first + 1} to {largest} slots"
+        )
+    return block_size - first

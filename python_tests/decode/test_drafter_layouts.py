@@ -59,13 +59,13 @@ def test_block_sizes_of_a_drafter_whose_slot_0_drafts():
 
 
 @torch.no_grad()
-def test_slot_k_drafts_from_the_forward_that_training_sees():
+def test_slot_k_drafts_from_the_forward_that_training_sees(monkeypatch):
     """With `sample_from_anchor` the first drafted token is slot 0's choice."""
     target, drafter = tiny_pair("llama")
     drafter.config.sample_from_anchor = True
     (prompt,) = random_prompts(9)
-    seen = []
-    drafter.register_forward_hook(lambda _m, _a, _k, out: seen.append(out.last_hidden_state), with_kwargs=True)
+    seen, logits = [], drafter.logits
+    monkeypatch.setattr(drafter, "logits", lambda target, hidden: [seen.append(hidden), logits(target, hidden)][1])
     tokens = own_output(target.model, prompt, 2)
     decode(target, drafter, [prompt], max_new_tokens=8)
     features = target.features(torch.tensor([prompt]))

@@ -1,0 +1,112 @@
+// Adds to the residual stream and normalises it, with one block a row. The row stays in shared memory between its two
+// reads.
+#include "common/dependent_launch.h"
+#include "common/dispatch.h"
+#include "layer/launch.h"
+#include "layer/params.h"
+
+namespace dflash {
+namespace device {
+namespace {
+
+constexpr int kThreads = 256;
+
+struct Sum {
+  float value = 0;
+  DFLASH_INLINE void merge(const Sum& other) { value += other.value; }
+};
+
+template <class T>
+struct NormedRow {
+  static constexpr int kSize = Chunk<T>::kSize;
+  const AddRmsNormParams& p;
+  float* row;  // shared memory
+  const bool aligned;
+
+  // Calls f(index, values) with this thread's chunks of the row in shared memory.
+  template <class F>
+  DFLASH_INLINE void for_each_chunk(F&& f) const {
+    for (int i = threadIdx.x * kSize; i < p.width; i += kThreads * kSize) f(i);
+  }
+
+  // The factor that the norm multiplies all values by.
+  DFLASH_INLINE float scale(float squares) const {
+    return rsqrtf(block_merge<kThreads>(Sum{squares}).value / p.width + float(p.eps));
+  }
+
+  DFLASH_INLINE void weight(float (&w)[kSize], const void* norm, int i) const {
+    load(w, static_cast<const T*>(norm) + i, aligned);
+    const float one = p.plus_one ? 1.f : 0.f;
+#pragma unroll
+    for (int k = 0; k < kSize; ++k) w[k] += one;
+  }
+
+  DFLASH_INLINE void run() const {
+    const int64_t start = int64_t(blockIdx.x) * p.width;
+    T* residual = static_cast<T*>(p.residual) + start;
+    float update_scale = 1;
+    if (p.update_norm) {
+      const T* update = static_cast<const T*>(p.update) + start;
+      float squares = 0;
+      for_each_chunk([&](int i) {
+        float x[kSize];
+        load(x, update + i, aligned);
+#pragma unroll
+        for (int k = 0; k < kSize; ++k) squares += x[k] * x[k];
+      });
+      update_scale = scale(squares);
+    }
+    float squares = 0;
+    for_each_chunk([&](int i) {
+      float x[kSize];
+      load(x, residual + i, aligned);
+      if (p.update) {
+        float u[kSize], w[kSize];
+        load(u, static_cast<const T*>(p.update) + start + i, aligned);
+        if (p.update_norm) weight(w, p.update_norm, i);
+#pragma unroll
+        for (int k = 0; k < kSize; ++k) {
+          // The sum is that of rounded numbers, as in the model's own modules.
+          const float added = p.update_norm ? to_float(from_float<T>(u[k] * update_scale * w[k])) : u[k];
+          x[k] = to_float(from_float<T>(x[k] + added));
+        }
+        store(residual + i, x, aligned);
+      }
+#pragma unroll
+      for (int k = 0; k < kSize; ++k) {
+        squares += x[k] * x[k];
+        row[i + k] = x[k];
+      }
+    });
+    const float row_scale = scale(squares);
+    for_each_chunk([&](int i) {
+      float x[kSize], w[kSize];
+      weight(w, p.norm, i);
+#pragma unroll
+      for (int k = 0; k < kSize; ++k) x[k] = row[i + k] * row_scale * w[k];
+      store(static_cast<T*>(p.out) + start + i, x, aligned);
+    });
+  }
+};
+
+template <class T>
+__global__ void __launch_bounds__(kThreads) add_rms_norm_sm80(const AddRmsNormParams params) {
+  extern __shared__ __align__(16) float row[];
+  overlap_with_neighbours();
+  const bool aligned = is_aligned(params.residual) && is_aligned(params.norm) && is_aligned(params.out) &&
+                       is_aligned(params.update) && is_aligned(params.update_norm);
+  NormedRow<T>{params, row, aligned}.run();
+}
+
+}  // namespace
+}  // namespace device
+
+const char* add_rms_norm_sm80(const AddRmsNormParams& params, void* stream) {
+  return launch_by_dtype<float, __nv_bfloat16, __half>(params.dtype, stream, [&]<class T>(cudaStream_t stream) {
+    LaunchShape shape{.blocks = params.rows, .threads = device::kThreads,
+                      .shared_bytes = static_cast<int>(params.width * sizeof(float))};
+    return launch_layer_kernel(device::add_rms_norm_sm80<T>, shape, stream, params);
+  });
+}
+
+}  // namespace dflash

@@ -1,0 +1,160 @@
+// The kernels between the products of a layer, on the CPU.
+#include "common/simd.h"
+#include "layer/activation.h"
+#include "layer/params.h"
+
+namespace dflash::DFLASH_ISA {
+
+namespace {
+
+// Calls f(vector type, index) over [0, count), for full vectors and then for single elements.
+template <class Real, class F>
+DFLASH_INLINE void for_each_lanes(int64_t count, F&& f) {
+  constexpr int kLanes = kVectorBytes / sizeof(Real);
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) f(Vector<Real, kLanes>{}, i);
+  for (; i < count; ++i) f(Vector<Real, 1>{}, i);
+}
+
+// The factor by which an RMS norm multiplies `count` numbers.
+template <class Real, class T>
+DFLASH_INLINE Real norm_scale(const T* x, int64_t count, double eps) {
+  constexpr int kLanes = kVectorBytes / sizeof(Real);
+  using X = Vector<Real, kLanes>;
+  X sums{};
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) {
+    const X v = load<X>(x + i);
+    sums += v * v;
+  }
+  Real squares = sum_lanes(sums);
+  for (; i < count; ++i) {
+    const Real v = load<Vector<Real, 1>>(x + i)[0];
+    squares += v * v;
+  }
+  return Real(1 / __builtin_sqrt(squares / count + eps));
+}
+
+template <class Real, class T, class Out>
+DFLASH_INLINE void normalise(Out* out, const T* x, const T* weight, int64_t count, double eps, bool plus_one) {
+  const Real scale = norm_scale<Real>(x, count, eps), one = plus_one ? 1 : 0;
+  for_each_lanes<Real>(count, [&](auto lanes, int64_t i) DFLASH_LAMBDA {
+    using X = decltype(lanes);
+    store(out + i, load<X>(x + i) * scale * (load<X>(weight + i) + one));
+  });
+}
+
+}  // namespace
+
+// The kernel runs over rows.
+void add_rms_norm(const AddRmsNormParams& p, int64_t begin, int64_t end) {
+  with_types(p.dtype, [&](auto element, auto real) {
+    using T = decltype(element);
+    using Real = decltype(real);
+    const Array<T> normed(p.update_norm ? p.width : 1);
+    const auto* norm = static_cast<const T*>(p.norm);
+    for (int64_t row = begin; row < end; ++row) {
+      T* residual = static_cast<T*>(p.residual) + row * p.width;
+      const T* update = p.update ? static_cast<const T*>(p.update) + row * p.width : nullptr;
+      if (p.update_norm) {
+        normalise<Real>(normed.data(), update, static_cast<const T*>(p.update_norm), p.width, p.eps, p.plus_one);
+        update = normed.data();
+      }
+      if (update) {
+        for_each_lanes<Real>(p.width, [&](auto lanes, int64_t i) DFLASH_LAMBDA {
+          using X = decltype(lanes);
+          store(residual + i, load<X>(residual + i) + load<X>(update + i));
+        });
+      }
+      normalise<Real>(static_cast<T*>(p.out) + row * p.width, residual, norm, p.width, p.eps, p.plus_one);
+    }
+  });
+}
+
+namespace {
+
+template <class T, class Real>
+class HeadRotation {
+ public:
+  explicit HeadRotation(const RotateToCacheParams& p) : p_(p), head_(p.head_dim) {}
+
+  void run(int64_t row_of_all) const {
+    const int64_t entry = row_of_all / p_.rows, row = row_of_all % p_.rows;
+    const int64_t place = p_.places[row_of_all], cache = p_.caches[entry];
+    const T* in = static_cast<const T*>(p_.projected) + row_of_all * (p_.heads + 2 * p_.kv_heads) * p_.head_dim;
+    for (int64_t head = 0; head < p_.heads; ++head, in += p_.head_dim) {
+      rotate(in, static_cast<const T*>(p_.q_norm), row_of_all);
+      write(p_.queries, entry, head, row, head_.data());
+    }
+    if (place < 0) return;
+    for (int64_t head = 0; head < p_.kv_heads; ++head, in += p_.head_dim) {
+      rotate(in, static_cast<const T*>(p_.k_norm), row_of_all);
+      write(p_.keys, cache, head, place, head_.data());
+    }
+    for (int64_t head = 0; head < p_.kv_heads; ++head, in += p_.head_dim) write(p_.values, cache, head, place, in);
+  }
+
+ private:
+  void rotate(const T* in, const T* gain, int64_t row_of_all) const {
+    Real* head = head_.data();
+    if (gain) {
+      normalise<Real>(head, in, gain, p_.head_dim, p_.eps, p_.plus_one);
+    } else {
+      for_each_lanes<Real>(p_.head_dim, [&](auto lanes, int64_t i) DFLASH_LAMBDA {
+        store(head + i, load<decltype(lanes)>(in + i));
+      });
+    }
+    const int64_t position = p_.positions[row_of_all] < 0 ? 0 : p_.positions[row_of_all];
+    const Real* cos = static_cast<const Real*>(p_.cos) + position * p_.angles;
+    const Real* sin = static_cast<const Real*>(p_.sin) + position * p_.angles;
+    for_each_lanes<Real>(p_.angles, [&](auto lanes, int64_t i) DFLASH_LAMBDA {
+      using X = decltype(lanes);
+      const X c = load<X>(cos + i), s = load<X>(sin + i);
+      const X first = load<X>(head + i), second = load<X>(head + p_.angles + i);
+      store(head + i, first * c - second * s);
+      store(head + p_.angles + i, second * c + first * s);
+    });
+  }
+
+  template <class From>
+  void write(const HeadRows& to, int64_t entry, int64_t head, int64_t row, const From* from) const {
+    T* out = static_cast<T*>(to.base) + entry * to.entry + head * to.head + row * to.row;
+    for_each_lanes<Real>(p_.head_dim, [&](auto lanes, int64_t i) DFLASH_LAMBDA {
+      store(out + i, load<decltype(lanes)>(from + i));
+    });
+  }
+
+  const RotateToCacheParams& p_;
+  const Array<Real> head_;
+};
+
+}  // namespace
+
+// The kernel runs over the rows of all entries.
+void rotate_to_cache(const RotateToCacheParams& p, int64_t begin, int64_t end) {
+  with_types(p.dtype, [&](auto element, auto real) {
+    const HeadRotation<decltype(element), decltype(real)> rotation(p);
+    for (int64_t row = begin; row < end; ++row) rotation.run(row);
+  });
+}
+
+// The kernel runs over the elements of the result.
+void gated(const GatedParams& p, int64_t begin, int64_t end) {
+  with_types(p.dtype, [&](auto element, auto real) {
+    using T = decltype(element);
+    using Real = decltype(real);
+    for (int64_t at = begin; at < end;) {
+      const int64_t row = at / p.width, column = at % p.width;
+      const int64_t left = p.width - column, count = left < end - at ? left : end - at;
+      const T* gate = static_cast<const T*>(p.gate_up) + row * 2 * p.width + column;
+      T* out = static_cast<T*>(p.out) + at;
+      for_each_lanes<Real>(count, [&](auto lanes, int64_t i) DFLASH_LAMBDA {
+        using X = decltype(lanes);
+        store(out + i, activated<Real>(p.activation, load<X>(gate + i)) * load<X>(gate + p.width + i));
+      });
+      at += count;
+    }
+  });
+}
+
+}  // namespace dflash::DFLASH_ISA

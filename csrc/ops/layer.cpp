@@ -1,0 +1,190 @@
+// Operators of the layer family. dflash_ext/ops/layer.py documents the semantics.
+#include "layer/params.h"
+
+#include "common/cpu.h"
+#include "common/tensor.h"
+
+namespace dflash {
+
+DFLASH_CPU_KERNEL(AddRmsNormParams, add_rms_norm)
+DFLASH_CPU_KERNEL(RotateToCacheParams, rotate_to_cache)
+DFLASH_CPU_KERNEL(GatedParams, gated)
+
+namespace {
+
+#ifdef DFLASH_EXT_CUDA
+template <class Params>
+void run_on_gpu(const char* op, const char* (*launch)(const Params&, void*), const Params& params,
+                const Tensor& tensor) {
+  const CudaScope cuda(tensor);
+  check_launch(op, launch(params, cuda.stream()));
+}
+#define DFLASH_RUN_ON_GPU(op, kernel, params, tensor) run_on_gpu(op, kernel, params, tensor)
+#else
+#define DFLASH_RUN_ON_GPU(op, kernel, params, tensor) fail(op, ": this build has no CUDA kernels")
+#endif
+
+Tensor add_rms_norm_op(Tensor residual, std::optional<Tensor> update, std::optional<Tensor> update_norm, Tensor norm,
+                       double eps, bool plus_one) {
+  constexpr const char* kOp = "add_rms_norm";
+  check(residual.dim() == 2, kOp, ": residual must be [T, H]");
+  AddRmsNormParams p{};
+  p.dtype = dtype_of(kOp, "residual", residual);
+  p.rows = residual.size(0);
+  p.width = residual.size(1);
+  const ScalarType dtype = residual.scalar_type();
+  check_tensor(kOp, "residual", residual, residual, dtype, {p.rows, p.width});
+  check_tensor(kOp, "norm", norm, residual, dtype, {p.width});
+  if (update) check_tensor(kOp, "update", *update, residual, dtype, {p.rows, p.width});
+  if (update_norm) check_tensor(kOp, "update_norm", *update_norm, residual, dtype, {p.width});
+  check(update || !update_norm, kOp, ": update_norm needs an update");
+  Tensor out = torch::stable::empty_like(residual);
+  if (p.rows == 0 || p.width == 0) return out;
+  p.residual = residual.data_ptr();
+  p.update = optional_data<void>(update);
+  p.update_norm = optional_data<void>(update_norm);
+  p.norm = norm.data_ptr();
+  p.out = out.data_ptr();
+  p.eps = eps;
+  p.plus_one = plus_one;
+  if (residual.is_cpu()) {
+    run_on_cpu(add_rms_norm, p, p.rows, 1 + 16384 / p.width);
+    return out;
+  }
+  check(p.width % (dtype == ScalarType::Float ? 4 : 8) == 0 && p.width <= 24576, kOp, ": a width of ", p.width,
+        " is not supported on a GPU; multiples of 16 bytes up to 24576 are");
+  DFLASH_RUN_ON_GPU(kOp, add_rms_norm_sm80, p, residual);
+  return out;
+}
+
+// The strides of a cache [N, heads, capacity, head_dim], or of queries.
+HeadRows head_rows(const char* name, const Tensor& heads) {
+  check(heads.dim() == 4 && heads.stride(3) == 1, "rotate_to_cache: the last dimension of ", name,
+        " must be contiguous");
+  return {heads.data_ptr(), heads.stride(0), heads.stride(1), heads.stride(2)};
+}
+
+void check_places(const RotateToCacheParams& p) {
+  for (int64_t i = 0; i < p.entries * p.rows; ++i) {
+    check(p.positions[i] < p.positions_count, "rotate_to_cache: position ", p.positions[i], " of row ", i / p.rows,
+          " is outside the tables of ", p.positions_count, " positions");
+    const int32_t cache = p.caches[i / p.rows];
+    check(p.places[i] < 0 || (p.places[i] < p.capacity && 0 <= cache && cache < p.cache_count),
+          "rotate_to_cache: place ", p.places[i], " of cache ", int64_t(cache), " does not exist: there are ",
+          p.cache_count, " caches of ", p.capacity, " places");
+  }
+}
+
+Tensor rotate_to_cache_op(Tensor projected, Tensor k_cache, Tensor v_cache, Tensor positions, Tensor places,
+                          Tensor caches, Tensor cos, Tensor sin, std::optional<Tensor> q_norm,
+                          std::optional<Tensor> k_norm, double eps, bool plus_one) {
+  constexpr const char* kOp = "rotate_to_cache";
+  RotateToCacheParams p{};
+  p.dtype = dtype_of(kOp, "projected", projected);
+  const ScalarType dtype = projected.scalar_type(), real = real_of(projected);
+  check(positions.dim() == 2 && cos.dim() == 2 && projected.dim() == 2, kOp,
+        ": projected, positions and cos must have two dimensions");
+  p.keys = head_rows("k_cache", k_cache);
+  p.values = head_rows("v_cache", v_cache);
+  p.entries = positions.size(0);
+  p.rows = positions.size(1);
+  p.cache_count = k_cache.size(0);
+  p.kv_heads = k_cache.size(1);
+  p.capacity = k_cache.size(2);
+  p.head_dim = k_cache.size(3);
+  for (int64_t dim = 0; dim < 4; ++dim) {
+    check(v_cache.size(dim) == k_cache.size(dim), kOp, ": k_cache and v_cache differ in shape");
+  }
+  check(k_cache.scalar_type() == dtype && v_cache.scalar_type() == dtype && same_device(k_cache, projected) &&
+            same_device(v_cache, projected),
+        kOp, ": the caches must be of the projection's dtype and on its device");
+  check(p.head_dim > 0 && p.head_dim <= 512 && projected.size(1) % p.head_dim == 0, kOp, ": a projection of ",
+        projected.size(1), " is made of no heads of ", p.head_dim);
+  p.heads = projected.size(1) / p.head_dim - 2 * p.kv_heads;
+  check(p.heads >= 0, kOp, ": projected has fewer heads than keys and values need");
+  check_tensor(kOp, "projected", projected, projected, dtype, {p.entries * p.rows, projected.size(1)});
+  check_tensor(kOp, "positions", positions, projected, ScalarType::Long, {p.entries, p.rows});
+  check_tensor(kOp, "places", places, projected, ScalarType::Long, {p.entries, p.rows});
+  check_tensor(kOp, "caches", caches, projected, ScalarType::Int, {p.entries});
+  p.positions_count = cos.size(0);
+  p.angles = cos.size(1);
+  check_tensor(kOp, "cos", cos, projected, real, {p.positions_count, p.angles});
+  check_tensor(kOp, "sin", sin, projected, real, {p.positions_count, p.angles});
+  check(p.positions_count > 0 && 2 * p.angles <= p.head_dim, kOp, ": ", p.angles, " angles do not fit a head of ",
+        p.head_dim);
+  for (const auto* norm : {&q_norm, &k_norm}) {
+    if (*norm) check_tensor(kOp, "q_norm or k_norm", **norm, projected, dtype, {p.head_dim});
+  }
+  // [B, R, Hq, D] in memory, so that the attention's output, which has the same layout, is the next product's input.
+  Tensor queries = new_empty(projected, {p.entries, p.rows, p.heads, p.head_dim}, dtype);
+  queries = torch::stable::transpose(queries, 1, 2);
+  if (p.entries * p.rows == 0) return queries;
+  p.queries = head_rows("queries", queries);
+  p.projected = projected.data_ptr();
+  p.q_norm = optional_data<void>(q_norm);
+  p.k_norm = optional_data<void>(k_norm);
+  p.eps = eps;
+  p.plus_one = plus_one;
+  p.cos = cos.data_ptr();
+  p.sin = sin.data_ptr();
+  p.positions = static_cast<const int64_t*>(positions.data_ptr());
+  p.places = static_cast<const int64_t*>(places.data_ptr());
+  p.caches = static_cast<const int32_t*>(caches.data_ptr());
+  if (projected.is_cpu()) {
+    check_places(p);
+    run_on_cpu(rotate_to_cache, p, p.entries * p.rows, 1 + 16384 / projected.size(1));
+  } else {
+    DFLASH_RUN_ON_GPU(kOp, rotate_to_cache_sm80, p, projected);
+  }
+  return queries;
+}
+
+Tensor gated_op(Tensor gate_up, int64_t activation) {
+  constexpr const char* kOp = "gated";
+  check(gate_up.dim() == 2 && gate_up.size(1) % 2 == 0, kOp, ": gate_up must be [T, 2 * I]");
+  check(activation == 0 || activation == 1, kOp, ": activation is ", activation);
+  GatedParams p{};
+  p.dtype = dtype_of(kOp, "gate_up", gate_up);
+  p.rows = gate_up.size(0);
+  p.width = gate_up.size(1) / 2;
+  p.activation = Activation(activation);
+  check_tensor(kOp, "gate_up", gate_up, gate_up, gate_up.scalar_type(), {p.rows, 2 * p.width});
+  Tensor out = new_empty(gate_up, {p.rows, p.width}, gate_up.scalar_type());
+  if (p.rows == 0 || p.width == 0) return out;
+  p.gate_up = gate_up.data_ptr();
+  p.out = out.data_ptr();
+  if (gate_up.is_cpu()) {
+    run_on_cpu(gated, p, p.rows * p.width, 4096);
+    return out;
+  }
+  check(p.width % (gate_up.scalar_type() == ScalarType::Float ? 4 : 8) == 0, kOp, ": a width of ", p.width,
+        " is not supported on a GPU; multiples of 16 bytes are");
+  DFLASH_RUN_ON_GPU(kOp, gated_sm80, p, gate_up);
+  return out;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(dflash_ext, m) {
+  m.def(
+      "add_rms_norm(Tensor(a!) residual, Tensor? update, Tensor? update_norm, Tensor norm, float eps, bool plus_one) "
+      "-> Tensor");
+  m.def(
+      "rotate_to_cache(Tensor projected, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor positions, Tensor places, "
+      "Tensor caches, Tensor cos, Tensor sin, Tensor? q_norm, Tensor? k_norm, float eps, bool plus_one) -> Tensor");
+  m.def("gated(Tensor gate_up, int activation) -> Tensor");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(dflash_ext, CPU, m) {
+  m.impl("add_rms_norm", TORCH_BOX(&add_rms_norm_op));
+  m.impl("rotate_to_cache", TORCH_BOX(&rotate_to_cache_op));
+  m.impl("gated", TORCH_BOX(&gated_op));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(dflash_ext, CUDA, m) {
+  m.impl("add_rms_norm", TORCH_BOX(&add_rms_norm_op));
+  m.impl("rotate_to_cache", TORCH_BOX(&rotate_to_cache_op));
+  m.impl("gated", TORCH_BOX(&gated_op));
+}
+
+}  // namespace dflash

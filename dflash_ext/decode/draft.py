@@ -1,0 +1,88 @@
+"""A DFlash drafter on the engine's cache: `inject` keeps new context, `denoise` fills a block."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..models import DFlashDrafter, Target
+from ..ops import kv_inject
+from ..ops.layer import add_rms_norm, rotate_to_cache
+from .forward.families import drafter_stack
+from .forward.layers import Rows, product
+from .kv_cache import KVCache, block_table
+from .state import RowState
+
+
+class BlockDraft:
+    """Drafts `width` tokens behind the anchors of rows.
+
+    The engine knows a drafter by its two methods: what it keeps of newly committed tokens (`inject`), and the logits
+    of the tokens that it drafts (`denoise`).
+
+    Args:
+        width: the number of drafted tokens in a cycle.
+        slots, tokens: the number of rows, and the largest number of tokens in a row, as in `KVCache`.
+    """
+
+    def __init__(self, drafter: DFlashDrafter, target: Target, *, width: int, slots: int, tokens: int):
+        self.drafter, self.target, self.width = drafter, target, width
+        config = drafter.config
+        layers, heads, head_dim = config.num_hidden_layers, config.num_key_value_heads, config.head_dim
+        weight = drafter.fc.weight
+        self.cache = KVCache(layers, slots, heads, head_dim, tokens, dtype=weight.dtype, device=weight.device)
+        self.stack = drafter_stack(drafter, self.cache.capacity)
+        self.rotary = next(iter(self.stack.rotary.values()))
+        # A copy of the layers' key and value projections, one below the other.
+        projections = [p for layer in drafter.layers for p in (layer.self_attn.k_proj, layer.self_attn.v_proj)]
+        self.weight = torch.cat([p.weight.detach() for p in projections])
+        self.bias = torch.cat([p.bias.detach() for p in projections]) if config.attention_bias else None
+        self.k_norm = torch.stack([layer.self_attn.k_norm.weight.detach() for layer in drafter.layers])
+
+    def inject(self, features: Tensor, positions: Tensor, slots: Tensor) -> None:
+        """Adds the features [B, R, taps * H] of tokens at `positions` (int64 [B, R], -1: none) to the context."""
+        fused = product(features.flatten(0, 1).to(self.weight.dtype), self.drafter.fc.weight.detach())
+        eps = self.drafter.config.rms_norm_eps
+        context = add_rms_norm(fused, self.drafter.hidden_norm.weight.detach(), eps=eps)
+        if context.is_cuda:
+            self._inject_by_layer(context, positions, slots)
+            return
+        kv_inject(
+            context.view(*positions.shape, -1),
+            self.weight,
+            *(cache.transpose(2, 3) for cache in (self.cache.keys, self.cache.values)),
+            positions,
+            *self.rotary,
+            bias=self.bias,
+            k_norm=self.k_norm,
+            norm_eps=eps,
+            block_table=block_table(slots),
+        )
+
+    def _inject_by_layer(self, context: Tensor, positions: Tensor, slots: Tensor) -> None:
+        count = len(self.cache.layers)
+        biases = [None] * count if self.bias is None else self.bias.chunk(count)
+        for index, (weight, bias) in enumerate(zip(self.weight.chunk(count), biases, strict=True)):
+            rotate_to_cache(
+                product(context, weight, bias),
+                *self.cache.layers[index],
+                positions,
+                positions,
+                slots,
+                *self.rotary,
+                k_norm=self.k_norm[index],
+                eps=self.stack.eps,
+            )
+
+    def denoise(self, rows: RowState, slots: Tensor) -> Tensor:
+        """The logits [B, width, V] of the tokens behind the anchors, in the target's vocabulary and dtype."""
+        drafter, first = self.drafter, self.drafter.config.first_draft_slot
+        count = self.width + first
+        block = torch.full((len(slots), count), drafter.config.mask_token_id, device=slots.device)
+        block[:, 0] = rows.anchor
+        positions = rows.start[:, None] + torch.arange(count, device=slots.device)
+        masks = drafter.decode_masks(rows.start, count, self.cache.capacity)
+        hidden = drafter.embed(self.target, block).flatten(0, 1)
+        places = positions.masked_fill(~rows.active[:, None], -1)
+        output, _ = self.stack.forward(hidden, Rows(positions, places, slots, masks), self.cache)
+        return drafter.logits(self.target, output.view(*block.shape, -1)[:, first:])

@@ -1,0 +1,244 @@
+"""The decode engine: a queue of requests, slots in which they are decoded, and the loop around the cycle."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..models import DFlashDrafter, Target
+from .arguments import check_prompt, draft_width, integer, per_prompt, stop_ids
+from .completion import Completion, Decoded
+from .cycle import Cycle, Drawing, TargetForward
+from .draft import BlockDraft
+from .forward.families import has_lean_forward
+from .graphs import runner
+from .prefill import prefill, wave
+from .request import Request
+from .state import State
+from .stopwatch import Stopwatch
+
+
+@dataclass
+class Record:
+    """What the device says of some requests. On a GPU the host reads it while the next cycle runs."""
+
+    requests: list[Request]
+    values: Tensor
+    is_prefill: bool
+    ready: torch.cuda.Event | None = None
+
+    @classmethod
+    def of(cls, requests: list[Request], values: Tensor, *, is_prefill: bool) -> Record:
+        if not values.is_cuda:
+            return cls(requests, values, is_prefill)
+        copy = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+        copy.copy_(values, non_blocking=True)
+        ready = torch.cuda.Event()
+        ready.record()
+        return cls(requests, copy, is_prefill, ready)
+
+    def read(self) -> list:
+        if self.ready is not None:
+            self.ready.synchronize()
+        return self.values.tolist()
+
+
+class Engine:
+    """Decodes requests that may come and go at any time.
+
+    Args:
+        target: the verifier; with a drafter, tapped at the drafter's `target_layer_ids`.
+        drafter: None decodes plainly, one token per pass.
+        slots: the number of requests that are decoded at a time. Others wait.
+        max_length: the largest number of tokens of a request, prompt and answer together. The caches have room for it
+            in every slot.
+        block_size: slots of a drafted block, anchor included. The drafter's own number is the default and the largest.
+
+    An engine is not thread-safe: one thread submits, steps and cancels.
+
+    Raises:
+        ValueError: the target is of a family that the engine has no forward for, a number is out of range, or the
+            drafter cannot fill the block or was made for another target.
+    """
+
+    def __init__(
+        self,
+        target: Target,
+        drafter: DFlashDrafter | None = None,
+        *,
+        slots: int = 8,
+        max_length: int = 4096,
+        block_size: int | None = None,
+    ):
+        slots, max_length = integer("slots", slots), integer("max_length", max_length)
+        if slots < 1:
+            raise ValueError(f"slots is {slots}: at least one row is decoded at a time")
+        if not has_lean_forward(target):
+            name = type(target.model).__name__
+            raise ValueError(f"the engine has no forward for this {name}: dflash_ext.decode.decode serves it")
+        target.check_length(max_length, f"rows of {max_length} tokens")
+        width = draft_width(target, drafter, block_size)
+        self.target, self.max_length = target, max_length
+        self.watch = Stopwatch(target.device)
+        self.state = State(slots, target.device)
+        sizes = {"slots": slots + 1, "tokens": max_length}
+        with torch.no_grad():
+            draft = BlockDraft(drafter, target, width=width, **sizes) if drafter else None
+            self.cycle = Cycle(self.state, TargetForward(target, **sizes), draft)
+        self.runner = runner(self.cycle, self.watch)
+        self.waiting: deque[Request] = deque()
+        self.rows: dict[int, Request] = {}  # by slot, in the order of admission
+        self.free = list(range(slots))
+        self.records: deque[Record] = deque()
+        self.cycles = 0
+
+    def submit(
+        self,
+        prompt: Sequence[int],
+        *,
+        max_new_tokens: int,
+        temperature: float = 0.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        min_p: float | None = None,
+        stop_token_ids: int | Iterable[int] | None = None,
+        seed: int = 0,
+        on_tokens: Callable[[list[int]], None] | None = None,
+        on_finish: Callable[[Completion], None] | None = None,
+    ) -> Request:
+        """Puts a prompt (token ids) into the queue. The options are those of `decode`.
+
+        Raises:
+            ValueError: the prompt is empty, too long or outside of the vocabulary, or a number is out of range.
+            TypeError: a number is of another type.
+        """
+        max_new_tokens = integer("max_new_tokens", max_new_tokens)
+        if max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens is {max_new_tokens}: at least one token is decoded")
+        prompt = check_prompt(self.target, prompt)
+        if len(prompt) + max_new_tokens > self.max_length:
+            raise ValueError(
+                f"a prompt of {len(prompt)} tokens and {max_new_tokens} new ones do not fit: "
+                f"the engine was made for {self.max_length} tokens"
+            )
+        given = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
+        options = {name: per_prompt(name, value, 1)[0] for name, value in given.items()}
+        stops = stop_ids(stop_token_ids)
+        request = Request(prompt, max_new_tokens, options, stops, integer("seed", seed), on_tokens, on_finish)
+        self.waiting.append(request)
+        return request
+
+    def cancel(self, request: Request) -> None:
+        """Ends a request with what it has. Its finish_reason is "cancelled"; nothing is called back."""
+        if request.done:
+            return
+        request.completion.finish_reason = "cancelled"
+        if request.slot is None:
+            self.waiting.remove(request)
+        else:
+            self._release(request)
+
+    def stream(self, request: Request) -> Iterator[list[int]]:
+        """Steps the engine until the request ends, and yields its new tokens as they are committed."""
+        seen = 0
+        while True:
+            tokens = request.completion.tokens
+            if len(tokens) > seen:
+                yield tokens[seen:]
+                seen += len(tokens[seen:])
+            elif request.done:
+                return
+            else:
+                self.step()
+
+    def run(self) -> None:
+        """Steps until every request has ended."""
+        while self.step():
+            pass
+
+    @torch.no_grad()
+    def step(self) -> bool:
+        """Admits waiting requests, runs a cycle, and reads what an earlier one has committed.
+
+        Returns whether there is more to do.
+
+        Raises what a callback raises, after its request has ended with it; the other requests go on at the next step.
+        """
+        if self.waiting and self.free:
+            self._admit(wave(self.waiting, len(self.free)))
+        if self.rows:
+            self._cycle()
+        # On a GPU the host reads one record behind, so that the device never waits for it.
+        behind = 1 if self.state.device.type == "cuda" and self.rows else 0
+        while len(self.records) > behind:
+            self._read(self.records.popleft())
+        return bool(self.waiting or self.rows or self.records)
+
+    def _admit(self, requests: list[Request]) -> None:
+        for request in requests:
+            self.waiting.popleft()
+            request.slot = self.free.pop(0)
+            self.rows[request.slot] = request
+        if self.state.widen_stops(max(len(request.stops) for request in requests)):
+            self.runner.reset()
+        slots = torch.tensor([request.slot for request in requests], device=self.state.device)
+        self.state.admit(
+            slots,
+            start=[len(request.prompt) for request in requests],
+            last=[len(request.prompt) + request.max_new_tokens - 2 for request in requests],
+            seed=[request.seed for request in requests],
+            options=[request.options for request in requests],
+            stops=[sorted(request.stops) for request in requests],
+        )
+        self.watch.start("prefill")
+        first = prefill(self.cycle, requests, Drawing.of([request.options for request in requests]))
+        self.watch.stop()
+        self.records.append(Record.of(requests, first, is_prefill=True))
+        if self.state.device.type == "cpu":
+            self._read(self.records.popleft())
+
+    def _cycle(self) -> None:
+        requests = list(self.rows.values())
+        drawing = Drawing.of([request.options for request in requests])
+        records = self.runner.run([request.slot for request in requests], drawing)
+        self.records.append(Record.of(requests, records, is_prefill=False))
+
+    def _read(self, record: Record) -> None:
+        values = record.read()
+        self.cycles += not record.is_prefill and any(row[0] for row in values)
+        faults = []
+        for request, row in zip(record.requests, values, strict=True):
+            if request.done:
+                continue
+            try:
+                if record.is_prefill:
+                    request.commit([row])
+                else:
+                    _, verified, accepted, token, *drafted = row
+                    request.commit_cycle(verified, [*drafted[:accepted], token])
+            except BaseException as fault:  # a callback's; the other requests must get their tokens first
+                request.completion.finish_reason = request.completion.finish_reason or "error"
+                faults.append(fault)
+            if request.done:
+                self._release(request)
+        if faults:
+            raise faults[0]
+
+    def _release(self, request: Request) -> None:
+        """Gives the slot of a request that has ended to others. Until then nothing writes to it."""
+        self.state.freeze(torch.tensor([request.slot], device=self.state.device))
+        del self.rows[request.slot]
+        self.free.append(request.slot)
+
+    def add_times(self, decoded: Decoded) -> None:
+        """Adds the cycles, and the seconds of each phase, since the last call."""
+        laps = self.watch.lap()
+        decoded.cycles += self.cycles
+        decoded.prefill_seconds += laps.get("prefill", 0.0)
+        decoded.draft_seconds += laps.get("draft", 0.0)
+        decoded.verify_seconds += laps.get("verify", 0.0) + laps.get("cycle", 0.0)
+        self.cycles = 0

@@ -1,0 +1,145 @@
+"""The forward of a stack of transformer layers over a cache, with few kernels between its matrix products."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ...masks import IntervalMask
+from ...ops import block_attn_decode
+from ...ops.layer import add_rms_norm, gated, rotate_to_cache
+from ..kv_cache import KVCache, block_table
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Where the rows of a forward stand. A row's position, its place in the cache and what it sees are independent.
+
+    positions: int64 [B, R], by which rows are rotated; -1 for padding.
+    places: int64 [B, R], where in the cache keys and values are kept; -1: nowhere.
+    slots: int32 [B], the slots of the cache.
+    masks: by kind of layer, over the cache's whole capacity.
+    """
+
+    positions: Tensor
+    places: Tensor
+    slots: Tensor
+    masks: dict[str, IntervalMask]
+
+
+@dataclass(frozen=True)
+class LayerWeights:
+    """The weights of one layer. Norms and biases that a model does not have are None.
+
+    qkv: [(Hq + 2 * Hkv) * D, H]; gate_up: [2 * I, H].
+    attention_norm, mlp_norm: before the sublayer. after_attention, after_mlp: after it, before it is added.
+    """
+
+    kind: str
+    attention_norm: Tensor
+    qkv: Tensor
+    qkv_bias: Tensor | None
+    q_norm: Tensor | None
+    k_norm: Tensor | None
+    out: Tensor
+    out_bias: Tensor | None
+    after_attention: Tensor | None
+    mlp_norm: Tensor
+    gate_up: Tensor
+    gate_up_bias: Tensor | None
+    down: Tensor
+    down_bias: Tensor | None
+    after_mlp: Tensor | None
+
+
+@dataclass(frozen=True)
+class Stack:
+    """Layers of one model, and what they share.
+
+    rotary: cos and sin [P, D / 2] by kind of layer, float32 (float64 for float64).
+    scale, softcap: of the attention's scores. plus_one: norms multiply by 1 + weight.
+    """
+
+    layers: Sequence[LayerWeights]
+    final_norm: Tensor
+    heads: int
+    kv_heads: int
+    head_dim: int
+    rotary: dict[str, tuple[Tensor, Tensor]]
+    scale: float
+    softcap: float | None
+    eps: float
+    plus_one: bool
+    activation: str
+
+    def planned(self, masks: dict[str, IntervalMask]) -> dict[str, IntervalMask]:
+        """The masks with the tile lists of the attention kernel, made once for all layers."""
+        shapes = self.heads, self.kv_heads, self.head_dim
+        return {kind: mask.plan(*shapes, decode=True) for kind, mask in masks.items()}
+
+    def forward(
+        self, hidden: Tensor, rows: Rows, cache: KVCache, taps: Sequence[int] = ()
+    ) -> tuple[Tensor, Tensor | None]:
+        """Runs rows through all layers and adds their keys and values to the cache.
+
+        Args:
+            hidden: [B * R, H], the embedded tokens, contiguous; overwritten.
+            taps: the layers whose outputs are wanted. The last layer's is the output of the final norm.
+
+        Returns:
+            The output of the final norm [B * R, H], and the tapped outputs side by side, [B * R, taps * H] (None
+            without taps).
+        """
+        masks, table = self.planned(rows.masks), block_table(rows.slots)
+        norms = {"eps": self.eps, "plus_one": self.plus_one}
+        features = hidden.new_empty(len(hidden), len(taps), hidden.shape[1]) if taps else None
+        normed = add_rms_norm(hidden, self.layers[0].attention_norm, **norms)
+        for index, layer in enumerate(self.layers):
+            queries = rotate_to_cache(
+                product(normed, layer.qkv, layer.qkv_bias),
+                *cache.layers[index],
+                rows.positions,
+                rows.places,
+                rows.slots,
+                *self.rotary[layer.kind],
+                q_norm=layer.q_norm,
+                k_norm=layer.k_norm,
+                **norms,
+            )
+            attended = block_attn_decode(
+                queries,
+                *cache.pages[index],
+                masks[layer.kind],
+                block_table=table,
+                scale=self.scale,
+                softcap=self.softcap,
+            )
+            attended = attended.transpose(1, 2).reshape(len(hidden), -1)
+            update = product(attended, layer.out, layer.out_bias)
+            normed = add_rms_norm(hidden, layer.mlp_norm, update=update, update_norm=layer.after_attention, **norms)
+            inner = gated(product(normed, layer.gate_up, layer.gate_up_bias), self.activation)
+            update = product(inner, layer.down, layer.down_bias)
+            last = index == len(self.layers) - 1
+            norm = self.final_norm if last else self.layers[index + 1].attention_norm
+            normed = add_rms_norm(hidden, norm, update=update, update_norm=layer.after_mlp, **norms)
+            for at, tap in enumerate(taps):
+                if tap == index:
+                    features[:, at] = normed if last else hidden
+        return normed, None if features is None else features.flatten(1)
+
+
+def product(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """rows [T, K] times weight [N, K]. All products of the engine are made here."""
+    return F.linear(rows, weight, bias)
+
+
+def rotary_tables(rotary: torch.nn.Module, like: Tensor, length: int, **kind: str) -> tuple[Tensor, Tensor]:
+    """cos and sin [length, angles] of a model's rotary module, in the precision in which rows are rotated."""
+    real = torch.promote_types(like.dtype, torch.float32)
+    positions = torch.arange(length, device=like.device)[None]
+    tables = rotary(torch.empty(0, dtype=real, device=like.device), positions, **kind)
+    return tuple(table[0, :, : table.shape[-1] // 2].contiguous() for table in tables)

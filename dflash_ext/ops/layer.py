@@ -1,0 +1,112 @@
+"""What stands between the matrix products of a transformer layer when a model decodes; no gradients."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..native import load
+
+load()
+_add_rms_norm = torch.ops.dflash_ext.add_rms_norm.default
+_rotate_to_cache = torch.ops.dflash_ext.rotate_to_cache.default
+_gated = torch.ops.dflash_ext.gated.default
+
+ACTIVATIONS = ("silu", "gelu_tanh")  # the operator knows them by their places
+
+
+def add_rms_norm(
+    residual: Tensor,
+    norm: Tensor,
+    *,
+    update: Tensor | None = None,
+    update_norm: Tensor | None = None,
+    eps: float = 1e-6,
+    plus_one: bool = False,
+) -> Tensor:
+    """Adds to the residual stream in place, and returns its RMS norm.
+
+    Args:
+        residual: ``[T, H]``, contiguous; float32, bfloat16 or float16, on the CPU also float64.
+        norm: ``[H]``, the weight of the norm.
+        update: ``[T, H]``, what a sublayer puts out. None: nothing is added.
+        update_norm: ``[H]``, the weight of a norm that the update passes first (Gemma 2 and 3).
+        eps: added to the mean square.
+        plus_one: both norms multiply by 1 + weight (Gemma).
+
+    All tensors have one dtype; sums are in float32 (float64 for float64). The residual is rounded to its dtype before
+    it is normalised, as in the model's own modules.
+
+    Returns:
+        ``[T, H]``, the norm of the new residual.
+
+    Raises RuntimeError for tensors that do not fit together.
+    """
+    return _add_rms_norm(residual, update, update_norm, norm, eps, plus_one)
+
+
+def rotate_to_cache(
+    projected: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    positions: Tensor,
+    places: Tensor,
+    caches: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    *,
+    q_norm: Tensor | None = None,
+    k_norm: Tensor | None = None,
+    eps: float = 1e-6,
+    plus_one: bool = False,
+) -> Tensor:
+    """Gives queries and keys their norms and their rotary embedding, and writes keys and values to a cache.
+
+    Args:
+        projected: ``[B * R, (Hq + 2 * Hkv) * D]``, the output of the packed projections: queries, keys, values.
+        k_cache, v_cache: ``[N, Hkv, S, D]`` of projected's dtype, the last dimension contiguous; written in place.
+        positions: int64 ``[B, R]``, by which a row is rotated. A padded row's is negative.
+        places: int64 ``[B, R]``, where in its cache a row's key and value go; negative: nowhere.
+        caches: int32 ``[B]``, which of the N caches the rows of an entry use.
+        cos, sin: ``[P, A]`` float32 (float64 for float64), tables over positions. The first 2 * A dimensions of a head
+            are rotated, i together with i + A.
+        q_norm, k_norm: ``[D]``, the weights of RMS norms over the heads, before the rotation. None for none.
+        eps, plus_one: as in ``add_rms_norm``.
+
+    Returns:
+        The queries ``[B, Hq, R, D]``, which lie in memory as ``[B, R, Hq, D]``.
+
+    Raises RuntimeError for tensors that do not fit together, and on the CPU for a position or place that does not
+    exist. On a GPU such a place is not written, and such a position is the last one.
+    """
+    return _rotate_to_cache(
+        projected, k_cache, v_cache, positions, places, caches, cos, sin, q_norm, k_norm, eps, plus_one
+    )
+
+
+def gated(gate_up: Tensor, activation: str = "silu") -> Tensor:
+    """``activation(gate) * up``, the middle of a gated MLP: ``[T, 2 * I]``, gate before up, to ``[T, I]``.
+
+    activation: "silu" (SwiGLU) or "gelu_tanh" (Gemma's GELU).
+
+    Raises ValueError for another activation and RuntimeError for a tensor of another form.
+    """
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"gated: activation is {activation!r}; {' and '.join(map(repr, ACTIVATIONS))} are supported")
+    return _gated(gate_up, ACTIVATIONS.index(activation))
+
+
+@torch.library.register_fake("dflash_ext::add_rms_norm")
+def _(residual, update, update_norm, norm, eps, plus_one):
+    return torch.empty_like(residual)
+
+
+@torch.library.register_fake("dflash_ext::rotate_to_cache")
+def _(projected, k_cache, v_cache, positions, *others):
+    heads = projected.shape[1] // k_cache.shape[3] - 2 * k_cache.shape[1]
+    return projected.new_empty(*positions.shape, heads, k_cache.shape[3]).transpose(1, 2)
+
+
+@torch.library.register_fake("dflash_ext::gated")
+def _(gate_up, activation):
+    return gate_up.new_empty(gate_up.shape[0], gate_up.shape[1] // 2)

@@ -1,0 +1,145 @@
+"""The engine: requests that come, go, wait and are cancelled get what they would get alone."""
+
+import random
+
+import pytest
+import torch
+
+from dflash_ext.decode import Engine
+from dflash_ext.models import DFlashDrafter, Target
+from python_tests.decode.oracle import own_output
+from python_tests.tiny import MASK_TOKEN, random_prompts, tiny_model, tiny_pair
+
+
+def engine_of(family: str, *, drafted: bool = True, **options) -> tuple[Engine, Target]:
+    target, drafter = tiny_pair(family)
+    return Engine(target, drafter if drafted else None, **{"slots": 3, "max_length": 200} | options), target
+
+
+@pytest.mark.parametrize("drafted", [True, False])
+def test_requests_join_leave_and_are_cancelled_at_random(drafted):
+    engine, target = engine_of("qwen3", drafted=drafted, slots=4)
+    chance = random.Random(0)
+    prompts = random_prompts(*(chance.randint(1, 60) for _ in range(60)))
+    expected = [own_output(target.model, prompt, 20) for prompt in prompts]
+    requests, cancelled, finished = [], [], []
+    while len(requests) < len(prompts) or engine.step():
+        while len(requests) < len(prompts) and chance.random() < 0.6:
+            index = len(requests)
+            request = engine.submit(
+                prompts[index],
+                max_new_tokens=chance.randint(1, 20),
+                stop_token_ids=expected[index][chance.randint(0, 19)] if chance.random() < 0.3 else None,
+                on_finish=finished.append,
+            )
+            requests.append(request)
+        running = [request for request in requests if not request.done]
+        if running and chance.random() < 0.1:
+            cancelled.append(chance.choice(running))
+            engine.cancel(cancelled[-1])
+    for request, tokens in zip(requests, expected, strict=True):
+        got = request.completion.tokens
+        wanted = tokens[: request.max_new_tokens]
+        stops = [i for i, token in enumerate(wanted) if token in request.stops]
+        wanted = wanted[: stops[0] + 1] if stops else wanted
+        if request in cancelled:
+            assert request.completion.finish_reason == "cancelled" and got == wanted[: len(got)]
+        else:
+            assert request.completion.finish_reason == ("stop" if stops else "length") and got == wanted
+    assert 0 < len(cancelled) < 30 and len(finished) == 60 - len(cancelled)
+    assert not engine.rows and not engine.waiting and sorted(engine.free) == [0, 1, 2, 3]
+
+
+def test_streams_of_several_requests():
+    engine, target = engine_of("llama")
+    prompts = random_prompts(4, 9, 17)
+    requests = [engine.submit(prompt, max_new_tokens=15) for prompt in prompts]
+    pieces = list(engine.stream(requests[1]))
+    assert len(pieces) > 1
+    assert sum(pieces, []) == requests[1].completion.tokens == own_output(target.model, prompts[1], 15)
+    for request, prompt in zip(requests, prompts, strict=True):
+        assert sum(engine.stream(request), []) == own_output(target.model, prompt, 15)
+
+
+def test_rows_of_other_temperatures_and_seeds_do_not_change_a_row():
+    engine, target = engine_of("llama")
+    prompts = random_prompts(4, 9, 17, 5)
+    options = dict(max_new_tokens=20)
+    alone = engine.submit(prompts[0], temperature=1.0, top_p=0.9, seed=3, **options)
+    engine.run()
+    mixed = [engine.submit(prompts[0], temperature=1.0, top_p=0.9, seed=3, **options)]
+    mixed += [engine.submit(p, temperature=t, seed=4, **options) for p, t in zip(prompts[1:], (0, 0.7, 0), strict=True)]
+    engine.run()
+    assert mixed[0].completion.tokens == alone.completion.tokens
+    for request, prompt in zip(mixed[1::2], prompts[1::2], strict=True):
+        assert request.completion.tokens == own_output(target.model, prompt, 20)
+
+
+def test_a_long_prompt_is_read_in_chunks_beside_short_ones():
+    model = tiny_model("gemma3", max_position_embeddings=1000)
+    drafter = DFlashDrafter.for_target(Target(model), mask_token_id=MASK_TOKEN, num_layers=1, taps=1, block_size=4)
+    target = Target(model, drafter.config.target_layer_ids)
+    engine = Engine(target, drafter.eval(), slots=2, max_length=800)
+    prompts = random_prompts(700, 3, 300)
+    requests = [engine.submit(prompt, max_new_tokens=6) for prompt in prompts]
+    engine.run()
+    for request, prompt in zip(requests, prompts, strict=True):
+        assert request.completion.tokens == own_output(target.model, prompt, 6)
+
+
+def test_a_finished_slot_writes_nothing_until_it_is_taken_again():
+    engine, _ = engine_of("llama", slots=2)
+    short, long = random_prompts(4, 9)
+    first = engine.submit(short, max_new_tokens=2)
+    engine.submit(long, max_new_tokens=30)
+    while not first.done:
+        engine.step()
+    before = engine.cycle.target.cache.keys[:, 0].clone()
+    engine.run()
+    assert torch.equal(engine.cycle.target.cache.keys[:, 0], before)
+
+
+def test_a_callback_that_raises_ends_its_request_alone():
+    engine, target = engine_of("llama")
+    prompts = random_prompts(4, 9, 17)
+
+    def fail(_tokens):
+        raise KeyError("a fault of the user's")
+
+    faulty = engine.submit(prompts[0], max_new_tokens=15, on_tokens=fail)
+    others = [engine.submit(prompt, max_new_tokens=15) for prompt in prompts[1:]]
+    with pytest.raises(KeyError, match="a fault of the user's"):
+        engine.run()
+    assert faulty.completion.finish_reason == "error"
+    engine.run()
+    for request, prompt in zip(others, prompts[1:], strict=True):
+        assert request.completion.tokens == own_output(target.model, prompt, 15)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (dict(prompt=[]), "prompt 0 has no tokens"),
+        (dict(prompt=[97]), "prompt 0 has token 97"),
+        (dict(max_new_tokens=0), "max_new_tokens is 0"),
+        (dict(max_new_tokens=198), "3 tokens and 198 new ones do not fit: the engine was made for 200 tokens"),
+        (dict(temperature=-1.0), "temperature is -1.0"),
+        (dict(seed=0.5), "seed is 0.5"),
+    ],
+)
+def test_refuses_a_request(options, message):
+    engine, _ = engine_of("llama")
+    with pytest.raises((ValueError, TypeError), match=message):
+        engine.submit(**{"prompt": [5, 6, 7], "max_new_tokens": 4} | options)
+    assert not engine.waiting
+
+
+def test_refuses_numbers_and_targets():
+    target, drafter = tiny_pair("llama")
+    with pytest.raises(ValueError, match="slots is 0"):
+        Engine(target, drafter, slots=0)
+    with pytest.raises(ValueError, match="rows of 513 tokens do not fit: the target has 512 positions"):
+        Engine(target, drafter, max_length=513)
+    target.layers[0].mlp.act_fn = torch.nn.ReLU()
+    with pytest.raises(ValueError, match="the engine has no forward for this LlamaForCausalLM"):
+        Engine(target, drafter)

@@ -1,0 +1,84 @@
+"""The decode engine on a GPU: graphs replayed over changing lengths and rows, in bfloat16."""
+
+import pytest
+import torch
+
+from dflash_ext.decode import Engine, decode
+from dflash_ext.decode.graphs import GraphRunner, PlainRunner
+from dflash_ext.models import DFlashDrafter, Target
+from python_tests.tiny import MASK_TOKEN, random_prompts, tiny_model
+
+pytestmark = pytest.mark.gpu
+
+SHAPES = {
+    "llama": dict(hidden_size=128, num_attention_heads=4, num_key_value_heads=2),
+    "qwen3": dict(hidden_size=128, head_dim=64),
+    "gemma3": dict(hidden_size=128, head_dim=64),
+}
+FAMILIES = list(SHAPES)
+
+
+def pair(family: str) -> tuple[Target, DFlashDrafter]:
+    model = tiny_model(family, **SHAPES[family]).to("cuda", torch.bfloat16)
+    options = dict(mask_token_id=MASK_TOKEN, num_layers=2, block_size=6, taps=3)
+    drafter = DFlashDrafter.for_target(Target(model), **options).to("cuda", torch.bfloat16).eval()
+    return Target(model, drafter.config.target_layer_ids), drafter
+
+
+def regret(model, prompt: list[int], tokens: list[int]) -> float:
+    """How much less likely than the best token a greedy token was at most, in nats, under the model in float64."""
+    exact = tiny_model_in_double(model)
+    logp = exact(torch.tensor([prompt + tokens])).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+    chosen = logp.gather(1, torch.tensor(tokens)[:, None])[:, 0]
+    return (logp.amax(-1) - chosen).max().item()
+
+
+def tiny_model_in_double(model):
+    double = type(model)(model.config).double().eval()
+    double.load_state_dict({name: x.double().cpu() for name, x in model.state_dict().items()})
+    return double
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_rows_that_join_and_leave_get_the_targets_tokens(family):
+    target, drafter = pair(family)
+    prompts = random_prompts(3, 300, 17, 40, 5, 1, 60, 9, 33, 12, 7, 90, 2)
+    for draft in (drafter, None):
+        decoded = decode(target, draft, prompts, max_new_tokens=24, batch_size=5, stop_token_ids=[7, 8])
+        for prompt, completion in zip(prompts, decoded.completions, strict=True):
+            assert completion.tokens[-1] in (7, 8) or len(completion.tokens) == 24
+            assert not {7, 8} & set(completion.tokens[:-1])
+            assert regret(target.model, prompt, completion.tokens) < 0.05
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_graph_does_what_the_cycle_does(temperature):
+    """The same shapes, so that the bits are the same: four rows, which end together."""
+    target, drafter = pair("qwen3")
+    texts = []
+    for kind in (GraphRunner, PlainRunner):
+        engine = Engine(target, drafter, slots=4, max_length=200)
+        engine.runner = kind(engine.cycle, engine.watch)
+        options = dict(max_new_tokens=40, temperature=temperature, top_p=0.9 if temperature else None)
+        requests = [engine.submit(p, seed=i, **options) for i, p in enumerate(random_prompts(4, 9, 70, 31))]
+        engine.run()
+        texts.append([request.completion.tokens for request in requests])
+        accepted = [request.completion.accepted for request in requests]
+    assert texts[0] == texts[1]
+    assert all(accepted)
+
+
+def test_nothing_waits_for_the_device_in_a_cycle():
+    target, drafter = pair("llama")
+    engine = Engine(target, drafter, slots=2, max_length=200)
+    for prompt in random_prompts(4, 9):
+        engine.submit(prompt, max_new_tokens=30)
+    for _ in range(3):
+        engine.step()
+    slots, drawing = list(engine.rows), next(iter(engine.runner.graphs))[1]
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        engine.runner.run(slots, drawing)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    engine.run()

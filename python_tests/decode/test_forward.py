@@ -1,0 +1,133 @@
+"""The engine's own forward of a target, layer by layer, against the model's modules."""
+
+import pytest
+import torch
+from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
+
+from dflash_ext.decode.cycle import TargetForward
+from dflash_ext.decode.forward.families import FAMILIES, has_lean_forward
+from dflash_ext.models import Target
+from python_tests.tiny import GEMMA, SHAPE, tiny_model
+
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 1e4,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+MODELS = {
+    "llama": lambda: tiny_model("llama"),
+    "llama, biases and scaled rotary factors": lambda: LlamaForCausalLM(
+        LlamaConfig(**SHAPE, attention_bias=True, mlp_bias=True, rope_parameters=LLAMA3)
+    ),
+    "mistral": lambda: MistralForCausalLM(MistralConfig(**SHAPE, head_dim=24, sliding_window=8)),
+    "mistral, no window": lambda: MistralForCausalLM(MistralConfig(**SHAPE, sliding_window=None)),
+    "qwen2": lambda: Qwen2ForCausalLM(
+        Qwen2Config(**SHAPE, use_sliding_window=True, sliding_window=8, max_window_layers=3)
+    ),
+    "qwen3": lambda: tiny_model("qwen3"),
+    "gemma2": lambda: Gemma2ForCausalLM(Gemma2Config(**SHAPE | GEMMA | {"query_pre_attn_scalar": 24})),
+    "gemma3": lambda: tiny_model("gemma3"),
+}
+TAPS = [0, 3, 5]
+DTYPES = [torch.float32, torch.float64, torch.bfloat16]
+
+
+def made(name: str, dtype: torch.dtype = torch.float32) -> Target:
+    torch.manual_seed(0)
+    model = MODELS[name]().to(dtype).eval().requires_grad_(False)
+    for parameter_name, parameter in model.named_parameters():
+        if "norm" in parameter_name or "bias" in parameter_name:
+            parameter.data.normal_(0.5, 0.2)
+    return Target(model, TAPS)
+
+
+def test_every_family_is_here():
+    assert {type(make()).__name__ for make in MODELS.values()} == set(FAMILIES)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", MODELS)
+def test_hidden_states_and_logits_are_the_models_own(name):
+    """In pieces of several sizes, of rows that have different lengths and stand in any slots."""
+    target = made(name)
+    assert has_lean_forward(target)
+    ids = torch.randint(3, 96, (2, 40))
+    own = target.model(ids, output_hidden_states=True)
+    want = torch.cat([own.hidden_states[tap + 1] for tap in TAPS], dim=-1)
+    forward = TargetForward(target, slots=4, tokens=100)
+    slots = torch.tensor([2, 0], dtype=torch.int32)
+    lengths = torch.tensor([0, 0])
+    for counts in ([11, 7], [1, 1], [0, 9], [16, 5], [1, 16], [11, 2]):
+        counts = torch.tensor(counts)
+        rows = torch.zeros(2, int(counts.max()), dtype=torch.int64)
+        for row, (start, count) in enumerate(zip(lengths, counts, strict=True)):
+            rows[row, :count] = ids[row, start : start + count]
+        hidden, features = forward.hidden(rows, lengths, counts, slots)
+        logits = forward.logits(hidden)
+        for row, (start, count) in enumerate(zip(lengths, counts, strict=True)):
+            there = slice(start, start + count)
+            torch.testing.assert_close(features[row, :count], want[row, there], atol=2e-5, rtol=2e-5)
+            torch.testing.assert_close(logits[row, :count], own.logits[row, there], atol=2e-5, rtol=2e-5)
+        lengths = lengths + counts
+    assert lengths.tolist() == [40, 40]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", MODELS)
+def test_rounding_in_bfloat16_is_no_worse_than_the_models_own(name):
+    exact, rounded = made(name, torch.float64), made(name, torch.bfloat16)
+    for parameter, other in zip(exact.model.parameters(), rounded.model.parameters(), strict=True):
+        parameter.data = other.data.double()
+    ids = torch.randint(3, 96, (4, 40))
+    want = exact.features(ids)
+    forward = TargetForward(rounded, slots=4, tokens=100)
+    start, counts = torch.zeros(4, dtype=torch.int64), torch.full((4,), 40)
+    got = forward.hidden(ids, start, counts, torch.arange(4, dtype=torch.int32))[1]
+    own = rounded.features(ids)
+    for tap in range(len(TAPS)):
+        there = slice(64 * tap, 64 * (tap + 1))
+        mine, theirs = ((x[..., there].double() - want[..., there]).square().mean() for x in (got, own))
+        assert mine <= 1.5**2 * theirs
+
+
+@torch.no_grad()
+def test_packed_weights_are_the_models_own_memory():
+    target = made("qwen2")
+    ids = torch.randint(3, 96, (1, 9))
+    before = target.model(ids).logits
+    size = sum(p.numel() for p in target.model.parameters())
+    first, second = TargetForward(target, slots=1, tokens=20), TargetForward(target, slots=1, tokens=20)
+    for layer, one, other in zip(target.layers, first.stack.layers, second.stack.layers, strict=True):
+        attention = layer.self_attn
+        assert one.qkv.data_ptr() == other.qkv.data_ptr() == attention.q_proj.weight.data_ptr()
+        assert one.gate_up.data_ptr() == other.gate_up.data_ptr() == layer.mlp.gate_proj.weight.data_ptr()
+        assert torch.equal(
+            one.qkv, torch.cat([attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight])
+        )
+        assert torch.equal(one.qkv_bias[-32:], attention.v_proj.bias)
+    assert sum(p.numel() for p in target.model.parameters()) == size
+    assert torch.equal(target.model(ids).logits, before)
+    target.layers[0].self_attn.k_proj.weight.mul_(2)
+    assert torch.equal(first.stack.layers[0].qkv[64:96], target.layers[0].self_attn.k_proj.weight)
+
+
+def test_what_has_no_forward_of_our_own():
+    target = made("llama")
+    mlp, own = target.layers[1].mlp, target.layers[1].mlp.up_proj
+    for other in (torch.nn.Sequential(own), torch.nn.Linear(64, 96, bias=False, dtype=torch.bfloat16)):
+        mlp.up_proj = other
+        assert not has_lean_forward(target)
+    mlp.up_proj = own
+    assert has_lean_forward(target)
