@@ -154,7 +154,7 @@ Tensor gated_op(Tensor gate_up, int64_t activation) {
   p.gate_up = gate_up.data_ptr();
   p.out = out.data_ptr();
   if (gate_up.is_cpu()) {
-    run_on_cpu(gated, p, p.rows * p.width, 4096);
+    run_on_cpu(gated, p, p.rows * p.width, 16384);
     return out;
   }
   check(p.width % (gate_up.scalar_type() == ScalarType::Float ? 4 : 8) == 0, kOp, ": a width of ", p.width,

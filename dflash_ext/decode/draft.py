@@ -85,4 +85,5 @@ class BlockDraft:
         hidden = drafter.embed(self.target, block).flatten(0, 1)
         places = positions.masked_fill(~rows.active[:, None], -1)
         output, _ = self.stack.forward(hidden, Rows(positions, places, slots, masks), self.cache)
-        return drafter.logits(self.target, output.view(*block.shape, -1)[:, first:])
+        # Contiguous, because a product of rows with gaps between them would be made batch by batch.
+        return drafter.logits(self.target, output.view(*block.shape, -1)[:, first:].contiguous())
