@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -17,8 +18,9 @@ SIZES = (1, 2, 4, 8, 16, 24, 32)
 class PlainRunner:
     """Calls the cycle."""
 
-    def __init__(self, cycle: Cycle, watch: Stopwatch):
-        self.cycle, self.watch = cycle, watch
+    def __init__(self, cycle: Cycle):
+        self.cycle = cycle
+        self.watch = Stopwatch(cycle.state.device)
 
     def run(self, slots: Sequence[int], drawing: Drawing) -> Tensor:
         """One cycle of the rows in these slots. Returns their records as `Cycle` does."""
@@ -27,51 +29,75 @@ class PlainRunner:
     def reset(self) -> None:
         """Forgets what depends on the tensors of the state."""
 
+    def seconds(self) -> dict[str, float]:
+        """The seconds of drafting ("draft") and of all else ("verify") since the last call."""
+        return self.watch.lap()
+
+
+@dataclass
+class Graph:
+    """A captured cycle, the slots that it reads, the records that it writes, and how often it was replayed."""
+
+    graph: torch.cuda.CUDAGraph
+    slots: Tensor
+    records: Tensor
+    watch: Stopwatch
+    shown: list[int]
+    replays: int = 0
+
 
 class GraphRunner(PlainRunner):
     """Replays a CUDA graph of the cycle, captured at its first use for each number of rows and way of drawing."""
 
-    def __init__(self, cycle: Cycle, watch: Stopwatch):
-        super().__init__(cycle, watch)
+    def __init__(self, cycle: Cycle):
+        super().__init__(cycle)
         self.pool = torch.cuda.graph_pool_handle()
-        self.reset()
+        self.graphs: dict[tuple[int, Drawing], Graph] = {}
 
     def reset(self) -> None:
-        self.graphs: dict[tuple[int, Drawing], tuple[torch.cuda.CUDAGraph, Tensor, Tensor]] = {}
-        self.shown: dict[int, list[int]] = {}
+        self.graphs.clear()
 
     def run(self, slots: Sequence[int], drawing: Drawing) -> Tensor:
         size = next((size for size in SIZES if size >= len(slots)), len(slots))
         if (size, drawing) not in self.graphs:
             self.graphs[size, drawing] = self._capture(size, drawing)
-        graph, rows, records = self.graphs[size, drawing]
+        captured = self.graphs[size, drawing]
         filled = [*slots, *[self.cycle.state.spare] * (size - len(slots))]
-        if self.shown.get(id(rows)) != filled:
-            rows.copy_(torch.tensor(filled), non_blocking=True)
-            self.shown[id(rows)] = filled
-        self.watch.start("cycle")
-        graph.replay()
-        self.watch.stop()
-        return records[: len(slots)]
+        if captured.shown != filled:
+            captured.slots.copy_(torch.tensor(filled), non_blocking=True)
+            captured.shown = filled
+        captured.graph.replay()
+        captured.replays += 1
+        return captured.records[: len(slots)]
 
-    def _capture(self, size: int, drawing: Drawing) -> tuple[torch.cuda.CUDAGraph, Tensor, Tensor]:
+    def seconds(self) -> dict[str, float]:
+        """All replays of a graph are taken to be as long as its last one."""
+        total = {"draft": 0.0, "verify": 0.0}
+        for captured in self.graphs.values():
+            if captured.replays:
+                for phase, seconds in captured.watch.lap().items():
+                    total[phase] += seconds * captured.replays
+                captured.replays = 0
+        return total
+
+    def _capture(self, size: int, drawing: Drawing) -> Graph:
         """Only the spare slot is decoded while a graph is made, so that no row changes."""
-        rows = torch.full((size,), self.cycle.state.spare, device=self.cycle.state.device)
-        silent = Stopwatch(torch.device("cpu"))
+        device = self.cycle.state.device
+        slots = torch.full((size,), self.cycle.state.spare, device=device)
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(2):
-                self.cycle(rows, drawing, silent)
+                self.cycle(slots, drawing, Stopwatch(device))
         torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
+        graph, watch = torch.cuda.CUDAGraph(), Stopwatch(device, captured=True)
         with torch.cuda.graph(graph, pool=self.pool):
-            records = self.cycle(rows, drawing, silent)
-        return graph, rows, records
+            records = self.cycle(slots, drawing, watch)
+        return Graph(graph, slots, records, watch, shown=[])
 
 
-def runner(cycle: Cycle, watch: Stopwatch) -> PlainRunner:
+def runner(cycle: Cycle) -> PlainRunner:
     """The runner for the device and dtype of the target."""
     cache = cycle.target.cache.keys
     captured = cache.is_cuda and cache.dtype in (torch.bfloat16, torch.float16)
-    return GraphRunner(cycle, watch) if captured else PlainRunner(cycle, watch)
+    return GraphRunner(cycle) if captured else PlainRunner(cycle)

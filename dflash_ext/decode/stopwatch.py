@@ -9,16 +9,21 @@ import torch
 
 
 class Stopwatch:
-    """Adds up the seconds of named phases: wall time on the CPU, CUDA events on a GPU, which wait for nothing."""
+    """Adds up the seconds of named phases: wall time on the CPU, CUDA events on a GPU, which wait for nothing.
 
-    def __init__(self, device: torch.device):
-        self.cuda = device.type == "cuda"
+    Args:
+        captured: the phases are those of a CUDA graph that is being captured. A replay then records the events anew,
+            so that `lap` gives the seconds of the last replay.
+    """
+
+    def __init__(self, device: torch.device, *, captured: bool = False):
+        self.cuda, self.captured = device.type == "cuda", captured
         self.marks: list[tuple[str, object, object]] = []
 
     def _now(self):
         if not self.cuda:
             return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
+        event = torch.cuda.Event(enable_timing=True, external=self.captured)
         event.record()
         return event
 
@@ -35,5 +40,6 @@ class Stopwatch:
         seconds: dict[str, float] = defaultdict(float)
         for phase, begin, end in self.marks:
             seconds[phase] += begin.elapsed_time(end) / 1e3 if self.cuda else end - begin
-        self.marks.clear()
+        if not self.captured:
+            self.marks.clear()
         return seconds

@@ -58,7 +58,7 @@ def test_a_graph_does_what_the_cycle_does(temperature):
     texts = []
     for kind in (GraphRunner, PlainRunner):
         engine = Engine(target, drafter, slots=4, max_length=200)
-        engine.runner = kind(engine.cycle, engine.watch)
+        engine.runner = kind(engine.cycle)
         options = dict(max_new_tokens=40, temperature=temperature, top_p=0.9 if temperature else None)
         requests = [engine.submit(p, seed=i, **options) for i, p in enumerate(random_prompts(4, 9, 70, 31))]
         engine.run()
