@@ -7,15 +7,6 @@ namespace dflash::DFLASH_ISA {
 
 namespace {
 
-// Calls f(vector type, index) over [0, count), for full vectors and then for single elements.
-template <class Real, class F>
-DFLASH_INLINE void for_each_lanes(int64_t count, F&& f) {
-  constexpr int kLanes = kVectorBytes / sizeof(Real);
-  int64_t i = 0;
-  for (; i + kLanes <= count; i += kLanes) f(Vector<Real, kLanes>{}, i);
-  for (; i < count; ++i) f(Vector<Real, 1>{}, i);
-}
-
 // The factor by which an RMS norm multiplies `count` numbers.
 template <class Real, class T>
 DFLASH_INLINE Real norm_scale(const T* x, int64_t count, double eps) {

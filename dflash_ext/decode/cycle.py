@@ -12,10 +12,10 @@ from torch import Tensor
 
 from ..masks import IntervalMask
 from ..models import Target
-from ..ops import sample, verify
+from ..ops import linear, sample, verify
 from .draft import BlockDraft
 from .forward.families import capped, embedding_of, head_softcap, target_stack
-from .forward.layers import Rows, product
+from .forward.layers import Rows
 from .kv_cache import KVCache
 from .state import OFF, RowState, State
 from .stopwatch import Stopwatch
@@ -84,8 +84,7 @@ class TargetForward:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., H] to [..., V]."""
-        logits = product(hidden.flatten(0, -2), self.target.head).view(*hidden.shape[:-1], -1)
-        return capped(logits, head_softcap(self.target))
+        return capped(linear(hidden, self.target.head), head_softcap(self.target))
 
 
 def draw(logits: Tensor, rows: RowState, positions: Tensor, drawing: Drawing) -> tuple[Tensor, dict[str, Tensor]]:

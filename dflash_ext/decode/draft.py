@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from ..models import DFlashDrafter, Target
-from ..ops import kv_inject
+from ..ops import kv_inject, linear
 from ..ops.layer import add_rms_norm, rotate_to_cache
 from .forward.families import drafter_stack
-from .forward.layers import Rows, product
+from .forward.layers import Rows
 from .kv_cache import KVCache, block_table
 from .state import RowState
 
@@ -41,7 +41,7 @@ class BlockDraft:
 
     def inject(self, features: Tensor, positions: Tensor, slots: Tensor) -> None:
         """Adds the features [B, R, taps * H] of tokens at `positions` (int64 [B, R], -1: none) to the context."""
-        fused = product(features.flatten(0, 1).to(self.weight.dtype), self.drafter.fc.weight.detach())
+        fused = linear(features.flatten(0, 1).to(self.weight.dtype), self.drafter.fc.weight.detach())
         eps = self.drafter.config.rms_norm_eps
         context = add_rms_norm(fused, self.drafter.hidden_norm.weight.detach(), eps=eps)
         if context.is_cuda:
@@ -64,7 +64,7 @@ class BlockDraft:
         biases = [None] * count if self.bias is None else self.bias.chunk(count)
         for index, (weight, bias) in enumerate(zip(self.weight.chunk(count), biases, strict=True)):
             rotate_to_cache(
-                product(context, weight, bias),
+                linear(context, weight, bias),
                 *self.cache.layers[index],
                 positions,
                 positions,

@@ -21,7 +21,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP, Qwen3RMSNorm, Qwen3RotaryEmbedding, apply_rotary_pos_emb
 
 from ..masks import IntervalMask
-from ..ops import block_attn
+from ..ops import block_attn, linear
 from .drafter_config import DFlashConfig
 from .target import Target
 
@@ -206,12 +206,12 @@ class DFlashDrafter(PreTrainedModel):
         return rows[tokens]
 
     def logits(self, target: Target, hidden: Tensor) -> Tensor:
-        """Applies the head to the drafter's output [..., H]: [..., V] in the target's dtype.
+        """Applies the head to the drafter's output [..., H], without a gradient: [..., V] in the target's dtype.
 
         V is the target's vocabulary; a token that the drafter cannot draft has -inf.
         """
         head = self.head(target)
-        logits = nn.functional.linear(self.head_input(hidden).to(head.dtype), head).to(target.dtype)
+        logits = linear(self.head_input(hidden).to(head.dtype), head).to(target.dtype)
         softcap = self.softcap
         logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
         if not self.config.draft_vocab_size:

@@ -78,8 +78,8 @@ def test_hidden_states_and_logits_are_the_models_own(name):
         logits = forward.logits(hidden)
         for row, (start, count) in enumerate(zip(lengths, counts, strict=True)):
             there = slice(start, start + count)
-            torch.testing.assert_close(features[row, :count], want[row, there], atol=2e-5, rtol=2e-5)
-            torch.testing.assert_close(logits[row, :count], own.logits[row, there], atol=2e-5, rtol=2e-5)
+            torch.testing.assert_close(features[row, :count], want[row, there], atol=1e-4, rtol=1e-4)
+            torch.testing.assert_close(logits[row, :count], own.logits[row, there], atol=1e-4, rtol=1e-4)
         lengths = lengths + counts
     assert lengths.tolist() == [40, 40]
 

@@ -6,11 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ...masks import IntervalMask
-from ...ops import block_attn_decode
+from ...ops import block_attn_decode, linear
 from ...ops.layer import add_rms_norm, gated, rotate_to_cache
 from ..kv_cache import KVCache, block_table
 
@@ -100,7 +99,7 @@ class Stack:
         normed = add_rms_norm(hidden, self.layers[0].attention_norm, **norms)
         for index, layer in enumerate(self.layers):
             queries = rotate_to_cache(
-                product(normed, layer.qkv, layer.qkv_bias),
+                linear(normed, layer.qkv, layer.qkv_bias),
                 *cache.layers[index],
                 rows.positions,
                 rows.places,
@@ -119,10 +118,10 @@ class Stack:
                 softcap=self.softcap,
             )
             attended = attended.transpose(1, 2).reshape(len(hidden), -1)
-            update = product(attended, layer.out, layer.out_bias)
+            update = linear(attended, layer.out, layer.out_bias)
             normed = add_rms_norm(hidden, layer.mlp_norm, update=update, update_norm=layer.after_attention, **norms)
-            inner = gated(product(normed, layer.gate_up, layer.gate_up_bias), self.activation)
-            update = product(inner, layer.down, layer.down_bias)
+            inner = gated_product(normed, layer.gate_up, layer.gate_up_bias, self.activation)
+            update = linear(inner, layer.down, layer.down_bias)
             last = index == len(self.layers) - 1
             norm = self.final_norm if last else self.layers[index + 1].attention_norm
             normed = add_rms_norm(hidden, norm, update=update, update_norm=layer.after_mlp, **norms)
@@ -132,9 +131,11 @@ class Stack:
         return normed, None if features is None else features.flatten(1)
 
 
-def product(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """rows [T, K] times weight [N, K]. All products of the engine are made here."""
-    return F.linear(rows, weight, bias)
+def gated_product(rows: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
+    """The first half of a gated MLP: rows [T, H] times weight [2 * I, H], and `gated`."""
+    if rows.is_cuda:
+        return gated(linear(rows, weight, bias), activation)
+    return linear(rows, weight, bias, gate=activation)
 
 
 def rotary_tables(rotary: torch.nn.Module, like: Tensor, length: int, **kind: str) -> tuple[Tensor, Tensor]:
