@@ -5,7 +5,7 @@ With a drafter: draft, verify, commit. Without one: the same without a draft, wh
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -42,10 +42,11 @@ class TargetForward:
 
     Args:
         slots, tokens: the number of rows, and the largest number of tokens in a row, as in `KVCache`.
+        exact: the bits of a row depend on that row alone in every forward of as many rows.
     """
 
-    def __init__(self, target: Target, *, slots: int, tokens: int):
-        self.target = target
+    def __init__(self, target: Target, *, slots: int, tokens: int, exact: bool = False):
+        self.target, self.exact = target, exact
         like = target.head
         config = target.config
         head_dim = target.layers[0].self_attn.head_dim
@@ -58,7 +59,7 @@ class TargetForward:
             dtype=like.dtype,
             device=like.device,
         )
-        self.stack = target_stack(target, self.cache.capacity)
+        self.stack = replace(target_stack(target, self.cache.capacity), exact=exact)
         self.embed = embedding_of(target)
         self.windows = {kind: config.sliding_window if kind == "sliding_attention" else None for kind in self.kinds}
 
@@ -104,14 +105,17 @@ class Cycle:
 
     Args:
         draft: None decodes plainly.
+        rows: the number of rows that the target reads for each slot. Those beyond the anchor and the drafted tokens are
+            padding.
     """
 
     # The columns of a record before the drafted tokens.
     COLUMNS = ("active", "verified", "accepted", "next")
 
-    def __init__(self, state: State, target: TargetForward, draft: BlockDraft | None):
+    def __init__(self, state: State, target: TargetForward, draft: BlockDraft | None, *, rows: int):
         self.state, self.target, self.draft = state, target, draft
         self.width = draft.width if draft else 0
+        self.padding = rows - self.width - 1
 
     def __call__(self, slots: Tensor, drawing: Drawing, watch: Stopwatch) -> Tensor:
         """Advances the rows in these slots (int64 [B]) by one cycle.
@@ -131,12 +135,14 @@ class Cycle:
             watch.stop()
         watch.start("verify")
         tokens = torch.cat([rows.anchor[:, None], drafted], dim=1)
+        tokens = torch.nn.functional.pad(tokens, (0, self.padding))
         hidden, features = self.target.hidden(tokens, rows.start, (room + 1) * rows.active, slot)
-        result = verify(drafted, self.target.logits(hidden), draft_lens=room, **self._options(rows, drawing), **drawn)
+        logits = self.target.logits(hidden)[:, : self.width + 1]
+        result = verify(drafted, logits, draft_lens=room, **self._options(rows, drawing), **drawn)
         committed = column <= result.accepted[:, None]
         if self.draft is not None:
             kept = committed & rows.active[:, None]
-            self.draft.inject(features, torch.where(kept, rows.start[:, None] + column, -1), slot)
+            self.draft.inject(features[:, : self.width + 1], torch.where(kept, rows.start[:, None] + column, -1), slot)
         record = [rows.active.long(), room, result.accepted, result.next_token]
         new = torch.cat([drafted, result.next_token[:, None]], dim=1)
         new = torch.where(column == result.accepted[:, None], result.next_token[:, None], new)

@@ -47,10 +47,15 @@ class Graph:
 
 
 class GraphRunner(PlainRunner):
-    """Replays a CUDA graph of the cycle, captured at its first use for each number of rows and way of drawing."""
+    """Replays a CUDA graph of the cycle, captured at its first use for each number of rows and way of drawing.
 
-    def __init__(self, cycle: Cycle):
+    Args:
+        sizes: the numbers of slots of a graph, ascending; the last one is that of all slots.
+    """
+
+    def __init__(self, cycle: Cycle, sizes: Sequence[int]):
         super().__init__(cycle)
+        self.sizes = sizes
         self.pool = torch.cuda.graph_pool_handle()
         self.graphs: dict[tuple[int, Drawing], Graph] = {}
 
@@ -58,7 +63,7 @@ class GraphRunner(PlainRunner):
         self.graphs.clear()
 
     def run(self, slots: Sequence[int], drawing: Drawing) -> Tensor:
-        size = next((size for size in SIZES if size >= len(slots)), len(slots))
+        size = next(size for size in self.sizes if size >= len(slots))
         if (size, drawing) not in self.graphs:
             self.graphs[size, drawing] = self._capture(size, drawing)
         captured = self.graphs[size, drawing]
@@ -97,7 +102,10 @@ class GraphRunner(PlainRunner):
 
 
 def runner(cycle: Cycle) -> PlainRunner:
-    """The runner for the device and dtype of the target."""
+    """The runner for the device and dtype of the target. In exact mode all graphs have one size."""
     cache = cycle.target.cache.keys
-    captured = cache.is_cuda and cache.dtype in (torch.bfloat16, torch.float16)
-    return GraphRunner(cycle) if captured else PlainRunner(cycle)
+    if not (cache.is_cuda and cache.dtype in (torch.bfloat16, torch.float16)):
+        return PlainRunner(cycle)
+    most = cycle.state.spare
+    smaller = () if cycle.target.exact else (size for size in SIZES if size < most)
+    return GraphRunner(cycle, [*smaller, most])

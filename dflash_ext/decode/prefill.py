@@ -14,8 +14,10 @@ CHUNK = 256  # tokens of a row that are read at a time
 TOKENS = 2048  # tokens of all rows that are read at a time
 
 
-def wave(waiting: Sequence[Request], free: int) -> list[Request]:
-    """The requests from the head of the queue that are read together."""
+def wave(waiting: Sequence[Request], free: int, *, exact: bool = False) -> list[Request]:
+    """The requests from the head of the queue that are read together; in exact mode one, whatever waits behind it."""
+    if exact:
+        return [waiting[0]]
     rows = [request for request, _ in zip(waiting, range(free), strict=False)]
     longest = 0
     for count, request in enumerate(rows):
@@ -35,13 +37,16 @@ def prefill(cycle: Cycle, requests: Sequence[Request], drawing: Drawing) -> Tens
     state = cycle.state
     slots = torch.tensor([request.slot for request in requests], device=state.device)
     lengths = [len(request.prompt) for request in requests]
-    chunk = min(CHUNK, max(lengths))
-    padded = [[*request.prompt, *[0] * (max(lengths) - n)] for request, n in zip(requests, lengths, strict=True)]
+    longest = max(lengths)
+    chunk = min(CHUNK, longest)
+    if cycle.target.exact:  # all chunks of all prompts have one size
+        chunk, longest = CHUNK, -(-longest // CHUNK) * CHUNK
+    padded = [[*request.prompt, *[0] * (longest - n)] for request, n in zip(requests, lengths, strict=True)]
     tokens = torch.tensor(padded).to(state.device, non_blocking=True)
     rows = state.of(slots)
     slot = slots.int()
     last = tokens.new_zeros(len(requests), cycle.target.target.hidden_size, dtype=cycle.target.cache.keys.dtype)
-    for first in range(0, max(lengths), chunk):
+    for first in range(0, longest, chunk):
         part = tokens[:, first : first + chunk]
         counts = (rows.start - first).clamp(0, part.shape[1])
         begins = torch.full_like(rows.start, first)

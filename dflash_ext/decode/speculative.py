@@ -40,6 +40,8 @@ def decode(
     block_size: int | None = None,
     batch_size: int = 32,
     seed: int = 0,
+    exact: bool = False,
+    rows: int | None = None,
     on_tokens: Callable[[int, list[int]], None] | None = None,
     on_finish: Callable[[int, Completion], None] | None = None,
 ) -> Decoded:
@@ -57,6 +59,8 @@ def decode(
         block_size: slots of a drafted block, anchor included. The drafter's own number is the default and the largest.
         batch_size: the number of rows that are decoded at a time. Prompts of similar length share a batch.
         seed: the seed of all draws. A prompt's draws do not depend on the other prompts of the batch.
+        exact, rows: as in `Engine`; the output is then equal to plain greedy decoding of the same batch_size and rows,
+            to the bit.
         on_tokens: called with a prompt's index and its newly committed tokens, cycle by cycle.
         on_finish: called with a prompt's index and its completion as soon as it ends.
 
@@ -99,10 +103,14 @@ def decode(
     decoded = Decoded([request.completion for request in requests], width)
     by_length = sorted(requests, key=lambda request: len(request.prompt))
     if not has_lean_forward(target):
+        if exact:
+            raise ValueError(
+                f"exact=True is not supported: the engine has no forward for {type(target.model).__name__}"
+            )
         decode_with_modules(target, drafter, by_length, decoded, batch_size=batch_size)
         return decoded
-    slots = min(batch_size, len(requests))
-    engine = Engine(target, drafter, slots=slots, max_length=longest + max_new_tokens, block_size=block_size)
+    sizes = {"slots": batch_size if exact else min(batch_size, len(requests)), "max_length": longest + max_new_tokens}
+    engine = Engine(target, drafter, **sizes, block_size=block_size, exact=exact, rows=rows)
     engine.waiting.extend(by_length)
     engine.run()
     engine.add_times(decoded)

@@ -134,8 +134,25 @@ def test_refuses_a_request(options, message):
     assert not engine.waiting
 
 
+def test_exact_mode_gives_the_same_bits_with_and_without_a_drafter():
+    target, drafter = tiny_pair("qwen3")
+    prompts, caches = random_prompts(4, 9, 300), []
+    for draft in (drafter, None):
+        engine = Engine(target, draft, slots=3, max_length=400, exact=True, rows=8)
+        requests = [engine.submit(prompt, max_new_tokens=20) for prompt in prompts]
+        engine.run()
+        assert [r.completion.tokens for r in requests] == [own_output(target.model, p, 20) for p in prompts]
+        cache = engine.cycle.target.cache
+        caches.append([x[:, i, :, : len(p) + 19] for x in (cache.keys, cache.values) for i, p in enumerate(prompts)])
+    assert all(torch.equal(one, other) for one, other in zip(*caches, strict=True))
+
+
 def test_refuses_numbers_and_targets():
     target, drafter = tiny_pair("llama")
+    with pytest.raises(ValueError, match="rows is 5: 6 are decoded, and only exact=True can add to them"):
+        Engine(target, drafter, exact=True, rows=5)
+    with pytest.raises(ValueError, match="rows is 7: 6 are decoded"):
+        Engine(target, drafter, rows=7)
     with pytest.raises(ValueError, match="slots is 0"):
         Engine(target, drafter, slots=0)
     with pytest.raises(ValueError, match="rows of 513 tokens do not fit: the target has 512 positions"):

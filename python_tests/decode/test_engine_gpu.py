@@ -68,6 +68,42 @@ def test_a_graph_does_what_the_cycle_does(temperature):
     assert all(accepted)
 
 
+class Scripted(DFlashDrafter):
+    """Drafts a known text, wrong at every fourth position. What it needs lies on the device, for a captured graph."""
+
+    def script(self, text: list[int]) -> None:
+        self.text = torch.tensor([*text, *[0] * 64], device="cuda")
+
+    def decode_masks(self, cache_lens, block_len, kv_len):
+        self.starts = cache_lens
+        return super().decode_masks(cache_lens, block_len, kv_len)
+
+    def logits(self, target, hidden):
+        at = self.starts[:, None] + torch.arange(1, hidden.shape[1] + 1, device="cuda")
+        tokens = torch.where(at % 4 == 0, 5, self.text[at.clamp(max=len(self.text) - 1)])
+        return torch.nn.functional.one_hot(tokens, target.vocab_size).to(target.dtype)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_exact_mode_gives_the_same_bits_whatever_is_drafted(family):
+    """Requests of one prompt and several lengths, so that rows of other lengths stand beside each."""
+    target, drafter = pair(family)
+    (prompt,) = random_prompts(300)
+    scripted = Scripted(drafter.config).to("cuda", torch.bfloat16).eval()
+    options, texts, caches = dict(slots=3, max_length=500, exact=True, rows=8), [], []
+    for draft in (None, drafter, scripted):
+        engine = Engine(target, draft, **options)
+        requests = [engine.submit(prompt, max_new_tokens=n) for n in (90, 30, 60, 90, 20, 10)]
+        engine.run()
+        texts.append([request.completion.tokens for request in requests])
+        slot = requests[3].slot
+        caches.append(engine.cycle.target.cache.keys[:, slot, :, : 300 + 30].clone())
+        scripted.script(prompt + texts[0][0])
+    assert texts[0] == texts[1] == texts[2]
+    assert sum(requests[0].completion.accepted) > 40
+    assert all(torch.equal(caches[0], other) for other in caches[1:])
+
+
 def test_nothing_waits_for_the_device_in_a_cycle():
     target, drafter = pair("llama")
     engine = Engine(target, drafter, slots=2, max_length=200)

@@ -61,6 +61,7 @@ class Stack:
 
     rotary: cos and sin [P, D / 2] by kind of layer, float32 (float64 for float64).
     scale, softcap: of the attention's scores. plus_one: norms multiply by 1 + weight.
+    exact: the bits of a row's attention depend on that row alone.
     """
 
     layers: Sequence[LayerWeights]
@@ -74,6 +75,7 @@ class Stack:
     eps: float
     plus_one: bool
     activation: str
+    exact: bool = False
 
     def planned(self, masks: dict[str, IntervalMask]) -> dict[str, IntervalMask]:
         """The masks with the tile lists of the attention kernel, made once for all layers."""
@@ -116,6 +118,7 @@ class Stack:
                 block_table=table,
                 scale=self.scale,
                 softcap=self.softcap,
+                exact=self.exact,
             )
             attended = attended.transpose(1, 2).reshape(len(hidden), -1)
             update = linear(attended, layer.out, layer.out_bias)
