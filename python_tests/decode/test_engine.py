@@ -150,13 +150,13 @@ def test_exact_mode_gives_the_same_bits_with_and_without_a_drafter():
 def test_refuses_numbers_and_targets():
     target, drafter = tiny_pair("llama")
     with pytest.raises(ValueError, match="rows is 5: 6 are decoded, and only exact=True can add to them"):
-        Engine(target, drafter, exact=True, rows=5)
+        Engine(target, drafter, max_length=100, exact=True, rows=5)
     with pytest.raises(ValueError, match="rows is 7: 6 are decoded"):
-        Engine(target, drafter, rows=7)
+        Engine(target, drafter, max_length=100, rows=7)
     with pytest.raises(ValueError, match="slots is 0"):
         Engine(target, drafter, slots=0)
     with pytest.raises(ValueError, match="rows of 513 tokens do not fit: the target has 512 positions"):
         Engine(target, drafter, max_length=513)
     target.layers[0].mlp.act_fn = torch.nn.ReLU()
     with pytest.raises(ValueError, match="the engine has no forward for this LlamaForCausalLM"):
-        Engine(target, drafter)
+        Engine(target, drafter, max_length=100)
