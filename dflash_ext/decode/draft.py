@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..models import DFlashDrafter, Target
 from ..ops import kv_inject, linear
-from ..ops.layer import add_rms_norm, rotate_to_cache
+from ..ops.layer import add_rms_norm
 from .forward.families import drafter_stack
 from .forward.layers import Rows
 from .kv_cache import KVCache, block_table
@@ -44,9 +44,6 @@ class BlockDraft:
         fused = linear(features.flatten(0, 1).to(self.weight.dtype), self.drafter.fc.weight.detach())
         eps = self.drafter.config.rms_norm_eps
         context = add_rms_norm(fused, self.drafter.hidden_norm.weight.detach(), eps=eps)
-        if context.is_cuda:
-            self._inject_by_layer(context, positions, slots)
-            return
         kv_inject(
             context.view(*positions.shape, -1),
             self.weight,
@@ -58,21 +55,6 @@ class BlockDraft:
             norm_eps=eps,
             block_table=block_table(slots),
         )
-
-    def _inject_by_layer(self, context: Tensor, positions: Tensor, slots: Tensor) -> None:
-        count = len(self.cache.layers)
-        biases = [None] * count if self.bias is None else self.bias.chunk(count)
-        for index, (weight, bias) in enumerate(zip(self.weight.chunk(count), biases, strict=True)):
-            rotate_to_cache(
-                linear(context, weight, bias),
-                *self.cache.layers[index],
-                positions,
-                positions,
-                slots,
-                *self.rotary,
-                k_norm=self.k_norm[index],
-                eps=self.stack.eps,
-            )
 
     def denoise(self, rows: RowState, slots: Tensor) -> Tensor:
         """The logits [B, width, V] of the tokens behind the anchors, in the target's vocabulary and dtype."""
