@@ -117,9 +117,12 @@ def test_nothing_to_do(shape):
 # ------------------------------------------------------------------------------------------------- plans
 
 
-def is_sorted(plan):
-    """The most keys first; in a plan of many tiles up to eighths of an octave."""
-    keys = plan[:, 2] if len(plan) <= 1024 else plan[:, 2].float().view(torch.int32) >> 20
+def is_sorted(plan, kv_len):
+    """The most keys first; in a plan of many tiles up to eighths of an octave, and down to kv_len / 256."""
+    keys = plan[:, 2]
+    if len(plan) > 1024:
+        steps = torch.cat((keys, keys.new_tensor([kv_len]))).float().view(torch.int32) >> 20
+        keys = steps[:-1].clamp(min=steps[-1] - 63)
     return (keys[:-1] >= keys[1:]).all()
 
 
@@ -134,7 +137,7 @@ def test_a_plan_tells_which_keys_a_tile_needs(mask):
     assert sorted(map(tuple, plan[:, :2].tolist())) == [
         (entry, tile * positions) for entry in range(mask.batch) for tile in range(per_entry)
     ]
-    assert is_sorted(plan)
+    assert is_sorted(plan, mask.kv_len)
     for entry, first, keys, lo0, lo1, hi0, hi1, full_lo0, full_lo1, full_hi0, full_hi1, _ in plan.tolist():
         rows = visible[entry, first : first + positions]
         needed = torch.zeros(mask.kv_len, dtype=torch.bool, device="cuda")
@@ -156,7 +159,8 @@ def test_a_plan_of_many_tiles_is_whole_and_sorted(batch, rows):
     mask = IntervalMask.block_causal(lens, 16, max_len=rows)
     plan, tiles = mask.plan(8, 2, 128).tiles, -(-rows // 32)
     found = plan[:, 0].long() * tiles + plan[:, 1] // 32
-    assert torch.equal(found.sort().values, torch.arange(batch * tiles, device="cuda")) and is_sorted(plan)
+    assert torch.equal(found.sort().values, torch.arange(batch * tiles, device="cuda"))
+    assert is_sorted(plan, rows)
     assert torch.equal(mask.plan(8, 2, 128).tiles, plan)
     entry = batch // 2
     alone = IntervalMask(*(bound[entry : entry + 1] for bound in mask._bounds()), rows).plan(8, 2, 128).tiles

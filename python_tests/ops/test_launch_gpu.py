@@ -117,7 +117,12 @@ def calls(device="cuda"):
     x, k_cache, v_cache = some(3, 8, 16, 128), some(3, 2, 1000, 128), some(3, 2, 1000, 128)
     logits, hidden, head, target = some(70, 1000), some(70, 64), some(1000, 64), torch.arange(70, device=device)
     hidden.requires_grad_()
-    leaf = q.clone().requires_grad_()
+    leaf, wide_leaf = q.clone().requires_grad_(), some(2, 8, 3000, 256).requires_grad_()
+    wide_k, wide_v = some(2, 2, 3000, 256), some(2, 2, 3000, 256)
+
+    def gradient(leaf, k, v):
+        return torch.autograd.grad(block_attn(leaf, k, v, train).float().square().sum(), leaf)[0]
+
     features, weight = some(2, 5, 64), some(512, 64)
     positions = torch.arange(5, device=device).repeat(2, 1)
     angles = torch.rand(5, 32, generator=torch.Generator().manual_seed(0)).to(device)
@@ -129,8 +134,10 @@ def calls(device="cuda"):
 
     return {
         "plan": lambda: train.plan(8, 2, 64).tiles,
+        "plan of many tiles": lambda: train.plan(32, 1, 512).tiles,
         "forward": lambda: block_attn(q, k, v, train),
-        "backward": lambda: torch.autograd.grad(block_attn(leaf, k, v, train).float().square().sum(), leaf)[0],
+        "backward": lambda: gradient(leaf, k, v),
+        "backward of wide heads": lambda: gradient(wide_leaf, wide_k, wide_v),
         "portable forward": lambda: block_attn(odd, k, v, train),
         "decode": lambda: block_attn_decode(x, k_cache, v_cache, step),
         "portable decode": lambda: block_attn_decode(x, k_cache, v_cache, step, exact=True),
