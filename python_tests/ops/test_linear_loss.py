@@ -4,9 +4,11 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from dflash_ext import linear_cross_entropy, reference
+from python_tests.exactness import allowed_error
 
 OPTIONS = {
     "softcap": 4.0,
@@ -46,10 +48,211 @@ def test_matches_the_definition(max_rows, reduction, train_head, device):
     options = OPTIONS | {"reduction": reduction, "teacher": torch.randn(30, 50, device=device)}
     grad = torch.randn(30, device=device) if reduction == "none" else None
     expected = run(reference.linear_cross_entropy, *data, torch.float64, train_head, grad, **options)
-    options |= {"max_rows": max_rows, "chunk_rows": 4}
-    actual = run(linear_cross_entropy, *data, torch.float32, train_head, grad, **options)
-    for ours, theirs in zip(actual, expected, strict=True):
-        torch.testing.assert_close(ours.to(theirs.dtype), theirs, rtol=1e-4, atol=2e-5)
+    for chunk_rows in (
+        None,
+        4,
+    ):  # with a trainable head: the gradient of the logits is kept; it is made in the backward
+        bounds = {"max_rows": max_rows, "chunk_rows": chunk_rows}
+        actual = run(linear_cross_entropy, *data, torch.float32, train_head, grad, **options, **bounds)
+        for ours, theirs in zip(actual, expected, strict=True):
+            torch.testing.assert_close(ours.to(theirs.dtype), theirs, rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("max_rows, chunk_rows", [(None, None), (24, None), (None, 7)])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_gradients_of_a_trainable_head_are_as_exact_as_those_of_torch(
+    dtype, reduction, max_rows, chunk_rows, weighted, device
+):
+    torch.manual_seed(11)
+    hidden, head, target, weight = inputs(96, 64, 3000, dtype, device, kept=24)
+    weight = weight if weighted else (weight != 0).float()
+    grad = (torch.rand(96, device=device) + 0.5) / 24 if reduction == "none" else None
+    data = hidden, head, target, weight
+    exact = run(reference.linear_cross_entropy, *data, torch.float64, True, grad, reduction=reduction)[4:]
+    bounds = {"max_rows": max_rows, "chunk_rows": chunk_rows}
+    ours = run(linear_cross_entropy, *data, dtype, True, grad, reduction=reduction, **bounds)[4:]
+
+    leaves = hidden.clone().requires_grad_(), head.clone().requires_grad_()
+    rows = weight.nonzero()[:, 0]
+    losses = F.cross_entropy(leaves[0][rows] @ leaves[1].T, target[rows], reduction="none") * weight[rows]
+    (losses.sum() / weight.sum() if grad is None else (losses * grad[rows]).sum()).backward()
+    for got, leaf, want in zip(ours, leaves, exact, strict=True):
+        largest = want.abs().max()
+        error, torchs = (((x.double() - want).abs().max() / largest).item() for x in (got, leaf.grad))
+        # Sums of float32 products are added in different orders.
+        assert error <= allowed_error(torchs, 2e-6 if dtype == torch.float32 else torch.finfo(dtype).eps / 2)
+
+
+def test_a_trainable_head_is_multiplied_three_times(device):
+    """The logits of all rows that count are computed once, and each gradient is one product."""
+    hidden, head, target, weight = inputs(64, 8, 500, kept=20, device=device)
+    with torch.profiler.profile(record_shapes=True) as profile:
+        run(linear_cross_entropy, hidden, head, target, weight, torch.float32, True)
+    products = [event.input_shapes[:2] for event in profile.events() if event.name == "aten::mm"]
+    assert products == [[[20, 8], [8, 500]], [[20, 500], [500, 8]], [[500, 20], [20, 8]]]
+
+
+@pytest.mark.gpu
+def test_memory_of_a_trainable_head_is_at_most_that_of_torch():
+    hidden, head, target, weight = inputs(1024, 64, 16384, torch.bfloat16, "cuda", kept=512)
+    hidden, head = hidden.requires_grad_(), head.requires_grad_()
+
+    def ours():
+        return linear_cross_entropy(hidden, head, target, (weight != 0).float()).loss
+
+    def torchs():
+        rows = weight.nonzero()[:, 0]
+        return F.cross_entropy(hidden[rows] @ head.T, target[rows])
+
+    peaks = []
+    for loss in (ours, torchs):
+        for _ in range(2):  # the first call also allocates what cuBLAS keeps
+            hidden.grad = head.grad = None
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            loss().backward()
+            peak = torch.cuda.max_memory_allocated() - before
+        peaks.append(peak)
+    assert peaks[0] <= peaks[1]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("with_teacher", [False, True])
+def test_a_captured_graph_with_max_rows(with_teacher, reduction):
+    """Replays see other rows, and another number of them."""
+    torch.manual_seed(12)
+    many = [inputs(64, 16, 200, torch.bfloat16, "cuda", kept=kept) for kept in (9, 20, 0, 17)]
+    teachers = teacher_inputs(64, 200, "cuda") | {"teacher_mix": 0.5} if with_teacher else {}
+    ones = torch.ones(64, device="cuda") if reduction == "none" else None
+    held = [x.clone() for x in many[0]]
+    leaves = held[0].requires_grad_(), held[1].requires_grad_()
+
+    def step():
+        loss = linear_cross_entropy(*held, max_rows=20, reduction=reduction, **teachers).loss
+        return loss, *torch.autograd.grad(loss.sum(), leaves)
+
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = step()
+    for data in many:
+        with torch.no_grad():
+            for old, new in zip(held, data, strict=True):
+                old.copy_(new)
+        graph.replay()
+        captured = [x.clone() for x in got]
+        assert all(torch.equal(a, b) for a, b in zip(captured, step(), strict=True))
+        exact = run(reference.linear_cross_entropy, *data, torch.float64, True, ones, reduction=reduction, **teachers)
+        for ours, theirs in zip(captured[1:], exact[4:], strict=True):
+            assert (ours.double() - theirs).abs().max() <= 2e-2 * theirs.abs().max()
+
+
+# ---- a teacher's hidden states ----------------------------------------------------------------------------
+
+
+def teacher_inputs(rows, vocab, device="cpu", states=11, width=6):
+    return {
+        "teacher_hidden": torch.randn(states, width, device=device),
+        "teacher_head": torch.randn(vocab, width, device=device),
+        "teacher_row": torch.randint(0, states, (rows,), device=device),
+        "teacher_softcap": 2.0,
+    }
+
+
+@pytest.mark.parametrize("kind", ["kl", "tv"])
+@pytest.mark.parametrize("max_rows, chunk_rows", [(None, None), (12, 4), (9, None), (None, 4)])
+@pytest.mark.parametrize("train_head", [False, True], ids=["frozen", "trainable"])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_hidden_states_of_a_teacher_are_its_logits(reduction, train_head, max_rows, chunk_rows, kind, device):
+    torch.manual_seed(13)
+    data = inputs(device=device)
+    states = teacher_inputs(30, 50, device)
+    states["teacher_row"][data[3] == 0] = -5  # rows that do not count may name any row
+    grad = torch.randn(30, device=device) if reduction == "none" else None
+    options = {"teacher_kind": kind, "teacher_mix": 0.6, "reduction": reduction, "softcap": 4.0}
+    logits = 2.0 * torch.tanh(states["teacher_hidden"] @ states["teacher_head"].T / 2.0)
+    logits = logits[states["teacher_row"].clamp(min=0)]
+    want = run(reference.linear_cross_entropy, *data, torch.float64, train_head, grad, teacher=logits, **options)
+    bounds = {"max_rows": max_rows, "chunk_rows": chunk_rows}
+    for got in (
+        run(linear_cross_entropy, *data, torch.float32, train_head, grad, **states, **options, **bounds),
+        run(reference.linear_cross_entropy, *data, torch.float64, train_head, grad, **states, **options),
+    ):
+        for ours, theirs in zip(got, want, strict=True):
+            torch.testing.assert_close(ours.to(theirs.dtype), theirs, rtol=1e-4, atol=2e-5)
+
+
+def test_a_teacher_that_is_the_student_has_no_divergence(device):
+    """KL to the model itself: the teacher's head is the head, its rows are named in any order."""
+    torch.manual_seed(14)
+    hidden, head, target, weight = inputs(device=device)
+    order = torch.randperm(30, device=device)
+    options = {"teacher_head": head, "teacher_row": order.argsort(), "teacher_mix": 1.0, "reduction": "none"}
+    for kind in ("kl", "tv"):
+        got = run(
+            linear_cross_entropy,
+            hidden,
+            head,
+            target,
+            weight,
+            torch.float32,
+            True,
+            torch.ones(30, device=device),
+            teacher_hidden=hidden[order],
+            teacher_kind=kind,
+            **options,
+        )
+        for each in (got[0], got[4], got[5]):
+            torch.testing.assert_close(each, torch.zeros_like(each), rtol=0, atol=2e-5)
+
+
+def test_a_teacher_gets_no_gradient_and_another_dtype_is_cast(device):
+    hidden, head, target, weight = inputs(dtype=torch.bfloat16, device=device)
+    states, teacher_head = (torch.randn(*shape, device=device, requires_grad=True) for shape in ((30, 6), (50, 6)))
+    options = {"teacher_hidden": states, "teacher_head": teacher_head, "teacher_mix": 0.5}
+    got = run(linear_cross_entropy, hidden, head, target, weight, torch.bfloat16, True, **options)
+    logits = (states @ teacher_head.T).detach()
+    want = run(
+        linear_cross_entropy, hidden, head, target, weight, torch.bfloat16, True, teacher=logits, teacher_mix=0.5
+    )
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+    assert states.grad is None and teacher_head.grad is None
+
+
+def test_a_distribution_of_a_teacher_is_never_stored(device):
+    hidden, head, target, _ = inputs(64, 8, 500, kept=64, device=device)
+    states = teacher_inputs(64, 500, device) | {"teacher_mix": 0.5}
+    with torch.profiler.profile(record_shapes=True) as profile:
+        run(linear_cross_entropy, hidden, head, target, None, torch.float32, False, chunk_rows=8, **states)
+    shapes = [shape for event in profile.events() for shape in event.input_shapes if all(shape)]
+    assert max(math.prod(shape) for shape in shapes) <= 8 * 500
+
+
+def test_a_row_of_a_teacher_that_does_not_exist():
+    states = teacher_inputs(30, 50) | {"teacher_mix": 0.5}
+    states["teacher_row"][4] = 11
+    hidden, head, target, _ = inputs(kept=30)
+    message = r"^linear_cross_entropy: teacher_row 11 of row 4 is outside the teacher's rows \[0, 11\)"
+    with pytest.raises(RuntimeError, match=message):
+        linear_cross_entropy(hidden, head, target, **states)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("chunk_rows", [None, 4])
+def test_a_row_of_a_teacher_that_does_not_exist_makes_its_row_nan_on_the_gpu(chunk_rows):
+    states = teacher_inputs(30, 50, "cuda") | {"teacher_mix": 0.5, "chunk_rows": chunk_rows}
+    states["teacher_row"][4], states["teacher_row"][7] = 11, -1
+    hidden, head, target, _ = inputs(kept=30, device="cuda")
+    out = linear_cross_entropy(hidden.requires_grad_(), head.requires_grad_(), target, reduction="none", **states)
+    out.loss.sum().backward()
+    assert out.loss.isnan().nonzero().flatten().tolist() == [4, 7]
+    assert hidden.grad.isnan().any(1).nonzero().flatten().tolist() == [4, 7]
 
 
 @pytest.mark.parametrize("train_head", [False, True], ids=["frozen", "trainable"])
@@ -192,16 +395,22 @@ def test_meta_tensors_give_meta_tensors(max_rows):
 def test_registrations(device):
     torch.manual_seed(6)
     hidden, head, target, weight = inputs(device=device)
-    teacher, per_row = torch.randn(30, 50, device=device), torch.rand(30, device=device)
-    data, bounds, options = (hidden, head, target, weight, teacher), (12, 4), (1, 0.3, 4.0, 0.1, 1e-3)
+    teacher, states, per_row = (torch.randn(*shape, device=device) for shape in ((30, 50), (7, 5), (30,)))
+    states_head, row = torch.randn(50, 5, device=device), torch.arange(30, device=device) % 7
+    data, bounds, options = (hidden, head, target, weight), (12, 4, 20), (3.0, 1, 0.3, 4.0, 0.1, 1e-3)
+    teachers = (teacher, None, None), (states, states_head, row)
     ops = torch.ops.dflash_ext
-    leaves = (hidden.clone().requires_grad_(), head.clone().requires_grad_())
-    for made in ((False, True, True), (True, False, False)):
-        torch.library.opcheck(ops.linear_cross_entropy, (*leaves, *data[2:], *bounds, *made, *options))
-    *_, grad_hidden, grad_head = ops.linear_cross_entropy(*data, *bounds, False, True, True, *options)
-    arguments = (*data, *bounds, True, True, *options)
-    torch.library.opcheck(ops.linear_cross_entropy_backward, (per_row, None, None, *arguments))
-    torch.library.opcheck(ops.linear_cross_entropy_backward, (per_row.sum(), grad_hidden, grad_head, *arguments))
+    for made in ((False, False, True), (True, True, False)):
+        leaves = (hidden.clone().requires_grad_(), head.clone().requires_grad_(made[2]))
+        for each in teachers:
+            torch.library.opcheck(ops.linear_cross_entropy, (*leaves, *data[2:], *each, *bounds, *made, *options))
+    for each in teachers:
+        arguments = (*data, *each, *bounds)
+        for made in ((False, False, True), (False, True, False), (False, False, False)):
+            *_, grad_hidden, grad_logits, rows = ops.linear_cross_entropy(*arguments, *made, *options)
+            trained = (True, not grad_hidden.numel())
+            saved = (per_row.sum(), grad_hidden, grad_logits, rows)
+            torch.library.opcheck(ops.linear_cross_entropy_backward, (*saved, *arguments, *trained, *options))
 
 
 @pytest.mark.parametrize(
@@ -218,6 +427,46 @@ def test_registrations(device):
         ({"head": torch.zeros(50, 16, device="meta")}, "hidden is on cpu, head on meta; one device is needed"),
         ({"target": torch.zeros(3, dtype=torch.long, device="meta")}, "hidden is on cpu, target on meta"),
         ({"teacher": torch.zeros(3, 50, device="meta"), "teacher_mix": 0.1}, "teacher on meta"),
+        ({"teacher_hidden": torch.zeros(3, 6)}, r"teacher_head is None; .* it must be torch.float32 \[50, 6\]"),
+        (
+            {"teacher_hidden": torch.zeros(3, 6), "teacher_head": torch.zeros(49, 6)},
+            r"teacher_head is torch.float32 \[49, 6\]; .* a vocabulary of 50 .* torch.float32 \[50, 6\]",
+        ),
+        (
+            {"teacher_hidden": torch.zeros(3, 6), "teacher_head": torch.zeros(50, 6).half()},
+            "teacher_head is torch.float16",
+        ),
+        (
+            {"teacher_hidden": torch.zeros(4, 6), "teacher_head": torch.zeros(50, 6)},
+            r"teacher_hidden is torch.float32 \[4, 6\]; without teacher_row .* \[3\]",
+        ),
+        (
+            {
+                "teacher_hidden": torch.zeros(4, 6),
+                "teacher_head": torch.zeros(50, 6),
+                "teacher_row": torch.zeros(4, dtype=torch.long),
+            },
+            r"teacher_row is torch.int64 \[4\]; integers \[3\]",
+        ),
+        (
+            {
+                "teacher": torch.zeros(3, 50),
+                "teacher_hidden": torch.zeros(3, 6),
+                "teacher_head": torch.zeros(50, 6),
+            },
+            "teacher and teacher_hidden are given",
+        ),
+        (
+            {
+                "teacher_hidden": torch.zeros(3, 6),
+                "teacher_head": torch.zeros(50, 6),
+                "teacher_softcap": -1.0,
+            },
+            "teacher_softcap is -1.0",
+        ),
+        ({"teacher_head": torch.zeros(50, 6)}, "teacher_head is given without teacher_hidden"),
+        ({"teacher_row": torch.zeros(3, dtype=torch.long)}, "teacher_row is given without teacher_hidden"),
+        ({"teacher_softcap": 3.0}, "teacher_softcap is given without teacher_hidden"),
         ({"weight": torch.ones(3, requires_grad=True)}, "weight requires a gradient"),
     ],
 )

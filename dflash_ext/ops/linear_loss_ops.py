@@ -1,0 +1,300 @@
+"""The operators behind ``linear_cross_entropy``: matrix products around the native loss kernel, and their autograd.
+
+They are opaque to torch.compile, which can neither follow a number of rows that is read back nor gain from a loop over
+chunks that it unrolls.
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .autograd import refuse_second_derivative
+from .loss import OPTIONS_SCHEMA, real_dtype
+
+_native = torch.ops.dflash_ext
+_OP = "linear_cross_entropy"
+
+_CALL_SCHEMA = (
+    "Tensor hidden, Tensor head, Tensor target, Tensor? weight, Tensor? teacher, Tensor? teacher_head, "
+    "Tensor? teacher_row, SymInt? max_rows, SymInt chunk_rows, SymInt kept_rows"
+)
+_OPTIONS_SCHEMA = f"float teacher_softcap, {OPTIONS_SCHEMA}"
+
+
+class _Call(NamedTuple):
+    """The arguments of an operator that say which loss of which rows it computes.
+
+    Attributes:
+        hidden, head, target, weight: ``[T, H]``, ``[V, H]``, ``[T]`` and ``[T]`` or None.
+        teacher: None, the teacher's logits ``[R, V]``, or, with ``teacher_head [V, G]``, its hidden states ``[R, G]``.
+        teacher_row: ``[T]``, the teacher's row for each row; None if R is T and the rows are the same.
+        max_rows: a bound on the rows that count, or None.
+        chunk_rows: how many rows the loss kernel handles at a time.
+        kept_rows: up to how many rows of logits exist at a time when the head is trained.
+        teacher_softcap: of the logits that are computed from the teacher's hidden states; 0 for none.
+        options: the loss kernel's options, in the order of its schema.
+    """
+
+    hidden: Tensor
+    head: Tensor
+    target: Tensor
+    weight: Tensor | None
+    teacher: Tensor | None
+    teacher_head: Tensor | None
+    teacher_row: Tensor | None
+    max_rows: int | None
+    chunk_rows: int
+    kept_rows: int
+    teacher_softcap: float
+    options: tuple
+
+    @classmethod
+    def of(cls, sized: tuple, options: tuple) -> "_Call":
+        """From the arguments of `_CALL_SCHEMA` and those of `_OPTIONS_SCHEMA`.
+
+        Raises RuntimeError on the CPU for a row that counts with a target outside the vocabulary or a teacher's row
+        that does not exist. On CUDA such a row becomes NaN.
+        """
+        teacher_softcap, *rest = options
+        call = cls(*sized, teacher_softcap, tuple(rest))
+        target = call._checked("target", call.target, len(call.head), "the vocabulary")
+        if call.teacher_row is not None:
+            target = call._checked("teacher_row", call.teacher_row, len(call.teacher), "the teacher's rows", target)
+        return call._replace(target=target)
+
+    def _checked(self, name: str, index: Tensor, size: int, what: str, target: Tensor | None = None) -> Tensor:
+        """The targets, with -1 where ``index`` is outside ``[0, size)``."""
+        outside = (index < 0) | (index >= size)
+        if self.weight is not None:
+            outside &= self.weight != 0
+        if index.is_cpu and outside.any():
+            row = int(outside.nonzero()[0])
+            raise RuntimeError(
+                f"{_OP}: {name} {int(index[row])} of row {row} is outside {what} [0, {size}); "
+                "rows that do not count have a weight of 0 or the target ignore_index"
+            )
+        return self.target.masked_fill(outside, -1)
+
+
+@torch.library.custom_op(
+    "dflash_ext::linear_cross_entropy",
+    mutates_args=(),
+    schema=f"({_CALL_SCHEMA}, bool per_row, bool make_hidden, bool keep, {_OPTIONS_SCHEMA}) -> (Tensor losses, "
+    "Tensor nll, Tensor correct, Tensor entropy, Tensor grad_hidden, Tensor grad_logits, Tensor rows)",
+)
+def _forward(*inputs):
+    """The losses of hidden [T, H] (with per_row [T], else their sum []), then nll, correct and entropy, each [T].
+
+    Only the losses have a gradient. make_hidden asks for the gradient of the sum of losses with respect to hidden. keep
+    asks for the gradient with respect to the logits, [K, V], and for the rows [K] that it belongs to; rows is empty if
+    these are all rows, and both are empty if K is more than kept_rows. What is not asked for is empty.
+    """
+    call, per_row, make_hidden, keep = _Call.of(inputs[:10], inputs[13:]), *inputs[10:13]
+    hidden, head, target = call.hidden, call.head, call.target
+    rows, overflow = _rows_that_count(call.weight, call.max_rows)
+    count = len(hidden) if rows is None else len(rows)
+    keep = keep and count <= call.kept_rows
+    real = real_dtype(hidden)
+    results = [hidden.new_zeros(target.shape, dtype=dtype) for dtype in (real, real, torch.bool, real)]
+    grad_hidden = torch.zeros_like(hidden) if make_hidden else hidden.new_empty(0)
+    kept = hidden.new_empty(count if keep else 0, len(head))
+    for span, chunk in _chunks(len(hidden), rows, call.chunk_rows):
+        logits = kept[span] if keep else hidden.new_empty(span.stop - span.start, len(head))
+        _loss_of(call, chunk, logits, results, make_gradient=keep or make_hidden)
+        if make_hidden:
+            grad_hidden[chunk] = logits @ head
+        del logits  # before the next chunk's
+    losses, *others = results
+    if overflow is not None:
+        losses.masked_fill_(overflow, torch.nan)
+    kept_rows = target.new_empty(0) if rows is None or not keep else rows
+    return losses if per_row else losses.sum(), *others, grad_hidden, kept, kept_rows
+
+
+@torch.library.custom_op(
+    "dflash_ext::linear_cross_entropy_backward",
+    mutates_args=(),
+    schema="(Tensor grad_losses, Tensor grad_hidden, Tensor grad_logits, Tensor rows, "
+    f"{_CALL_SCHEMA}, bool train_hidden, bool train_head, {_OPTIONS_SCHEMA}) -> (Tensor grad_hidden, Tensor grad_head)",
+)
+def _gradients(grad_losses, made_hidden, kept, rows, *inputs):
+    """The gradients of hidden and head from grad_losses ([] or [T]) and from what the forward made or kept.
+
+    If it did neither, the logits are computed again.
+    """
+    call, train_hidden, train_head = _Call.of(inputs[:10], inputs[12:]), *inputs[10:12]
+    hidden, head, weight = call.hidden, call.head, call.weight
+    empty = hidden.new_empty(0)
+    if made_hidden.numel():
+        return torch.mul(made_hidden, grad_losses[..., None], out=torch.empty_like(hidden)), empty
+    scale = grad_losses.expand(len(hidden))
+    if weight is not None:  # if a gradient overflowed, 0 * inf would be NaN in the rows that do not count
+        scale = scale.masked_fill(weight == 0, 0.0)
+    if len(kept):
+        rows = rows if len(kept) < len(hidden) else slice(None)
+        scale = scale[rows, None]
+        grad_hidden = grad_head = empty
+        if train_hidden:
+            grad_hidden = torch.zeros_like(hidden)
+            grad_hidden[rows] = (kept @ head).mul_(scale)
+        if train_head:
+            grad_head = kept.T @ _rows_of(call, rows).mul_(scale)
+        return grad_hidden, grad_head
+    scaled = call._replace(weight=scale.contiguous() if weight is None else weight * scale)
+    rows, _ = _rows_that_count(scaled.weight, call.max_rows)
+    return _recomputed(scaled, rows, train_hidden, train_head)
+
+
+def _recomputed(call: _Call, rows: Tensor | None, train_hidden: bool, train_head: bool) -> tuple[Tensor, Tensor]:
+    """The gradients of hidden and head, for which logits are computed again, kept_rows rows at a time."""
+    hidden, head = call.hidden, call.head
+    grad_hidden = torch.zeros_like(hidden) if train_hidden else hidden.new_empty(0)
+    grad_head = None
+    chunks = list(_chunks(len(hidden), rows, call.kept_rows))
+    for span, chunk in chunks:
+        logits = hidden.new_empty(span.stop - span.start, len(head))
+        for part, index in _chunks(len(hidden), chunk, call.chunk_rows):
+            _loss_of(call, index, logits[part], None, make_gradient=True)
+        if train_hidden:
+            grad_hidden[chunk] = logits @ head
+        if train_head:
+            x = _rows_of(call, chunk)
+            if len(chunks) == 1:
+                grad_head = logits.T @ x
+            else:
+                grad_head = _added(grad_head, logits.T, x)
+        del logits  # before the next chunk's
+    if not train_head:
+        return grad_hidden, hidden.new_empty(0)
+    return grad_hidden, torch.zeros_like(head) if grad_head is None else grad_head.to(head.dtype)
+
+
+def _loss_of(
+    call: _Call, rows: slice | Tensor, logits: Tensor, results: list[Tensor] | None, *, make_gradient: bool
+) -> None:
+    """Fills logits with those of some rows, or with their gradient, and the results' rows unless there are none."""
+    torch.mm(_rows_of(call, rows), call.head.T, out=logits)
+    beside = (None if each is None else each[rows][None] for each in (call.target, call.weight))
+    teacher = _teacher_logits(call, rows)
+    # The operator whose name ends in an underscore turns the logits into their gradient in place.
+    loss = _native.masked_cross_entropy_ if make_gradient else _native.masked_cross_entropy
+    parts = loss(logits[None], *beside, None if teacher is None else teacher[None], *call.options)
+    for result, part in zip(results or (), parts, strict=False):
+        result[rows] = part[0]
+
+
+def _rows_of(call: _Call, rows: slice | Tensor) -> Tensor:
+    """A copy of some rows of hidden, with zeros in the rows that do not count."""
+    # oneDNN's bfloat16 product also reads the memory between rows, from which NaN could reach the result.
+    x = call.hidden[rows].clone(memory_format=torch.contiguous_format)
+    if call.weight is not None:  # rows that do not count may hold NaN, and zero times NaN is NaN
+        x.masked_fill_((call.weight[rows] == 0)[:, None], 0.0)
+    return x
+
+
+def _teacher_logits(call: _Call, rows: slice | Tensor) -> Tensor | None:
+    """The teacher's logits for some rows, in the dtype of hidden."""
+    if call.teacher is None:
+        return None
+    if call.teacher_row is not None:
+        rows = call.teacher_row[rows]
+        rows = rows.where((rows >= 0) & (rows < len(call.teacher)), 0)
+    logits = call.teacher[rows]
+    if call.teacher_head is not None:
+        logits = logits.contiguous() @ call.teacher_head.T
+        if call.teacher_softcap:
+            logits = logits.div_(call.teacher_softcap).tanh_().mul_(call.teacher_softcap)
+    return logits.to(call.hidden.dtype)
+
+
+def _rows_that_count(weight: Tensor | None, max_rows: int | None) -> tuple[Tensor | None, Tensor | None]:
+    """The indices of the rows to compute (None for all), and which rows that count are not among them (None if all
+    are)."""
+    if weight is None:
+        return None, None
+    counts = weight != 0
+    if max_rows is None:
+        rows = counts.nonzero()[:, 0]
+        return (None if len(rows) == len(counts) else rows), None
+    if max_rows >= weight.numel():
+        return None, None
+    rank = counts.cumsum(0)
+    if weight.is_cpu and rank[-1] > max_rows:
+        raise ValueError(f"{_OP}: {int(rank[-1])} rows count, more than max_rows = {max_rows}")
+    # A stable sort puts the rows that count first; the kernel skips whatever follows them.
+    return torch.argsort(~counts, stable=True)[:max_rows], counts & (rank > max_rows)
+
+
+def _chunks(total: int, rows: slice | Tensor | None, size: int) -> Iterator[tuple[slice, slice | Tensor]]:
+    """For each chunk of the rows (None for all), its place among them, and an index of it among all rows."""
+    first, count = 0, total
+    if isinstance(rows, slice):
+        first, count = rows.start, rows.stop - rows.start
+    elif rows is not None:
+        count = len(rows)
+    for start in range(0, count, size):
+        span = slice(start, min(start + size, count))
+        if isinstance(rows, Tensor):
+            yield span, rows[span]
+        else:
+            yield span, slice(first + span.start, first + span.stop)
+
+
+def _added(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
+    """total + a @ b, summed in float32, or in float64 for float64; total may be overwritten, and None is 0."""
+    real = real_dtype(a)
+    if a.dtype == real or not a.is_cuda:
+        a, b = a.to(real), b.to(real)
+        return a @ b if total is None else total.addmm_(a, b)
+    if total is None:
+        return torch.mm(a, b, out_dtype=real)
+    return torch.addmm(total, a, b, out_dtype=real, out=total)
+
+
+# ------------------------------------------------------------------- registration
+
+
+@_forward.register_fake
+def _(*inputs):
+    hidden, head, target, weight, *_, max_rows, _, kept_rows, per_row, make_hidden, keep = inputs[:13]
+    real, total = real_dtype(hidden), hidden.shape[0]
+    is_all = weight is None or (max_rows is not None and max_rows >= total)
+    count = total if is_all else max_rows
+    keep = keep and count is not None and count <= kept_rows
+    return (
+        hidden.new_empty(target.shape if per_row else (), dtype=real),
+        *(hidden.new_empty(target.shape, dtype=dtype) for dtype in (real, torch.bool, real)),
+        torch.empty_like(hidden) if make_hidden else hidden.new_empty(0),
+        hidden.new_empty(count if keep else 0, head.shape[0]),
+        target.new_empty(count if keep and not is_all else 0),
+    )
+
+
+@_gradients.register_fake
+def _(grad_losses, made_hidden, kept, rows, *inputs):
+    return tuple(
+        torch.empty_like(x) if train else x.new_empty(0) for x, train in zip(inputs[:2], inputs[10:12], strict=True)
+    )
+
+
+def _keep(ctx, inputs, output):
+    ctx.sizes, ctx.options = inputs[7:10], inputs[13:]
+    _, *others, grad_hidden, grad_logits, rows = output
+    ctx.mark_non_differentiable(*others, grad_hidden, grad_logits, rows)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(grad_hidden, grad_logits, rows, *inputs[:7])
+
+
+def _backward(ctx, grad_losses, *_):
+    nothing = [None] * (13 + len(ctx.options))
+    if grad_losses is None:
+        return tuple(nothing)
+    trained = ctx.needs_input_grad[:2]
+    grads = _native.linear_cross_entropy_backward(grad_losses, *ctx.saved_tensors, *ctx.sizes, *trained, *ctx.options)
+    return *(grad if train else None for grad, train in zip(grads, trained, strict=True)), *nothing[2:]
+
+
+_forward.register_autograd(_backward, setup_context=_keep)
+refuse_second_derivative("linear_cross_entropy")
