@@ -65,6 +65,8 @@ gpu: .venv/ready
 	$(BIN)/python -m pytest -m gpu $(ARGS)
 	$(BIN)/python -m bench.attention
 	$(BIN)/python -m bench.decode
+	$(BIN)/python -m bench.train
+	$(BIN)/python -m bench.train_target
 
 lint: .venv/ready
 	$(BIN)/ruff check .

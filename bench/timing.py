@@ -99,7 +99,16 @@ def _graph(call: Call, repeats: int) -> torch.cuda.CUDAGraph:
     return graph
 
 
+def flushed_gpu_time(call: Call) -> float:
+    """Milliseconds of one call on the GPU, with the L2 cache flushed before it."""
+    return _flushed_times({"": call}, 1)[""][0]
+
+
 def _event_turns(calls: dict[str, Call], rounds: int) -> dict[str, Timing]:
+    return {name: Timing.of(samples) for name, samples in _flushed_times(calls, rounds).items()}
+
+
+def _flushed_times(calls: dict[str, Call], rounds: int) -> dict[str, list[float]]:
     # Reading leaves the cache full of clean lines. Dirty lines would have to be written back during the timed call.
     flush = torch.zeros(FLUSHED_BYTES // 4, device="cuda").sum
     events = {name: [] for name in calls}
@@ -112,4 +121,4 @@ def _event_turns(calls: dict[str, Call], rounds: int) -> dict[str, Timing]:
             end.record()
             events[name].append((start, end))
     torch.cuda.synchronize()
-    return {name: Timing.of([start.elapsed_time(end) for start, end in pairs]) for name, pairs in events.items()}
+    return {name: [start.elapsed_time(end) for start, end in pairs] for name, pairs in events.items()}

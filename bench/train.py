@@ -7,18 +7,23 @@ where it can be imported: ``pip install --no-deps specforge==0.2.0``.
 from __future__ import annotations
 
 import importlib.util
+import tempfile
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from bench import runner
 from bench.attention import BOTH
-from bench.cases import error, visible_pairs
-from bench.timing import gpu_turns
+from bench.cases import error
+from bench.processes import Remote, process_turns
+from bench.timing import flushed_gpu_time
 from dflash_ext.models import DFlashDrafter, Target
 from dflash_ext.train import build_blocks, sample_anchors
 from dflash_ext.train.objectives import DFlashObjective
@@ -50,18 +55,18 @@ class Shapes:
     def __str__(self) -> str:
         return f"S{self.length}, {self.anchors} anchors x {self.block}, {self.layers} layers, H{self.hidden}"
 
-    def flops(self, visible_pairs: int) -> float:
-        """The operations of a step: its matrix products, and attention over the visible pairs of each head.
+    def flops(self) -> float:
+        """The arithmetic that a step needs: of its matrix products, and of attention over pairs that are visible.
 
-        A backward counts as twice its forward (2.5 times for attention). The features and the frozen head's weight have
-        no gradient, so theirs is not counted.
+        A backward counts twice its forward, 2.5 times in attention. What needs no gradient, the features and the frozen
+        head's weight, is left out. On average an anchor stands in the middle of the sequence.
         """
         rows, keys = self.anchors * self.block, self.length + self.anchors * self.block
         layer = 2 * rows * self.hidden * (2 * self.heads * self.head_dim + 3 * self.intermediate)
         layer += 2 * keys * self.hidden * 2 * self.kv_heads * self.head_dim
         fuse = 2 * self.length * self.taps * self.hidden * self.hidden
         head = 2 * self.anchors * (self.block - 1) * self.hidden * self.vocab
-        attention = 4 * self.heads * self.head_dim * visible_pairs
+        attention = 4 * self.heads * self.head_dim * rows * (self.length / 2 + self.block)
         return 3 * self.layers * layer + 2 * fuse + 2 * head + 3.5 * self.layers * attention
 
 
@@ -106,11 +111,6 @@ class Setting:
         width = shapes.taps * shapes.hidden
         self.features = torch.randn(1, shapes.length, width, device=device, dtype=torch.bfloat16)
 
-    def draw(self) -> tuple[Tensor, Tensor]:
-        """Anchors, and which of them are kept, as the collator draws them."""
-        drawn = sample_anchors(self.loss_mask.cpu(), self.shapes.anchors)
-        return tuple(x.to(self.device) for x in drawn)
-
     def batch(self, anchors: Tensor, keep: Tensor) -> dict[str, Tensor]:
         """The batch that the collator makes of the sequence and these anchors."""
         sizes = {"block_size": self.shapes.block, "mask_token_id": self.mask_token}
@@ -138,10 +138,43 @@ class Step:
         loss.backward()
         return loss.detach()
 
+    def time(self) -> float:
+        return flushed_gpu_time(self)
 
-def ours(setting: Setting, batch: dict[str, Tensor], compiled: bool) -> Step:
+    def peak_memory(self) -> int:
+        """The peak memory of a step in bytes, without the weights, inputs and gradients that exist before it."""
+        self()
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        self.loss().backward()
+        return torch.cuda.max_memory_allocated() - before
+
+    def save(self, path: Path) -> None:
+        """Writes the loss and the gradients of a step. Its anchors are those that SpecForge draws at the seed 1."""
+        torch.manual_seed(1)
+        loss = self()
+        save_file({"loss": loss} | {name: p.grad for name, p in self.parameters.items()}, path)
+
+
+def anchors_of(setting: Setting) -> tuple[Tensor, Tensor]:
+    """Anchors, and which of them are kept: those that SpecForge draws at the seed 1, if it is installed."""
+    if not has_peer():
+        return tuple(x.to(setting.device) for x in sample_anchors(setting.loss_mask.cpu(), setting.shapes.anchors))
+    from specforge.algorithms.common.dflash_family_model import OnlineDFlashModel
+
+    torch.manual_seed(1)
+    sampler = SimpleNamespace(num_anchors=setting.shapes.anchors)
+    return OnlineDFlashModel._sample_anchor_positions(sampler, setting.shapes.length, setting.loss_mask, setting.device)
+
+
+def has_peer() -> bool:
+    return importlib.util.find_spec("specforge") is not None
+
+
+def ours(setting: Setting, compiled: bool) -> Step:
     """The step of `dflash_ext.train`, which draws its anchors in the data loader's workers."""
-    drafter = setting.drafter
+    drafter, batch = setting.drafter, setting.batch(*anchors_of(setting))
     objective = DFlashObjective(drafter, setting.target, GAMMA)
     model = torch.compile(drafter, fullgraph=True, dynamic=False) if compiled else drafter
 
@@ -151,8 +184,8 @@ def ours(setting: Setting, batch: dict[str, Tensor], compiled: bool) -> Step:
     return Step(loss, dict(drafter.named_parameters()))
 
 
-def specforge(setting: Setting) -> tuple[nn.Module, dict[str, nn.Parameter]]:
-    """SpecForge's own training module, with the weights of our drafter."""
+def specforge(setting: Setting, compiled: bool) -> Step:
+    """The step of SpecForge's own training module, which draws its anchors itself, with the weights of our drafter."""
     from specforge.algorithms.common.dflash_family_model import OnlineDFlashModel
     from specforge.modeling.draft.dflash import DFlashDraftModel
 
@@ -172,90 +205,77 @@ def specforge(setting: Setting) -> tuple[nn.Module, dict[str, nn.Parameter]]:
         num_anchors=setting.shapes.anchors,
         loss_decay_gamma=GAMMA,
     )
-    return module, dict(drafter.named_parameters())
-
-
-def specforge_step(setting: Setting, module: nn.Module, parameters: dict[str, nn.Parameter], compiled: bool) -> Step:
-    """A step of SpecForge's module, which draws its anchors itself."""
+    # The random numbers of a compiled step are then those of the eager one, at the same seed.
+    torch._inductor.config.fallback_random = True
     run = torch.compile(module, dynamic=False) if compiled else module
-    return Step(lambda: run(setting.input_ids, setting.features, setting.loss_mask)[0], parameters)
+    return Step(
+        lambda: run(setting.input_ids, setting.features, setting.loss_mask)[0], dict(drafter.named_parameters())
+    )
 
 
-def steps_of(setting: Setting) -> tuple[dict[str, Step], dict[str, Tensor]]:
-    """The steps that take part, and the batch of our own steps.
-
-    Our steps have the anchors that SpecForge's module draws with seed 1, if it takes part.
-    """
-    steps, drawn = {}, setting.draw()
-    if importlib.util.find_spec("specforge"):
-        module, parameters = specforge(setting)
-        torch.manual_seed(1)
-        drawn = module._sample_anchor_positions(setting.shapes.length, setting.loss_mask, setting.device)
-        steps |= {PEER + suffix: specforge_step(setting, module, parameters, bool(suffix)) for suffix in ("", COMPILED)}
-    else:
-        print("SpecForge is not installed: pip install --no-deps specforge==0.2.0")
-    batch = setting.batch(*drawn)
-    return {OURS + suffix: ours(setting, batch, bool(suffix)) for suffix in ("", COMPILED)} | steps, batch
+IMPLEMENTATIONS = {OURS: ours, PEER: specforge}
 
 
-def errors(steps: dict[str, Step]) -> dict[str, float]:
+def make(impl: str, shapes: Shapes, device: str) -> Step:
+    """The step of an implementation, which has run once. Weights and inputs are the same for all of them."""
+    warnings.simplefilter("ignore")
+    torch.manual_seed(0)
+    name = impl.removesuffix(COMPILED)
+    step = IMPLEMENTATIONS[name](Setting(shapes, device), compiled=impl != name)
+    step()
+    return step
+
+
+def errors(steps: dict[str, Remote]) -> dict[str, float]:
     """The error of each step's loss and gradients, compared with the eager peer's (without it, with our eager step's).
 
-    SpecForge's compiled step draws other anchors than its eager one at the same seed, so it is not compared.
-
-    Raises RuntimeError if ours differ by more than rounding.
+    Raises RuntimeError if a step differs by more than rounding.
     """
-    base = PEER if PEER in steps else OURS
-    found, wanted = {base: 0.0, PEER + COMPILED: 0.0}, None
-    for impl in (base, *(name for name in steps if name.startswith(OURS) and name != base)):
-        torch.manual_seed(1)
-        step = steps[impl]
-        loss = step()
-        results = {"loss": loss} | {name: p.grad for name, p in step.parameters.items()}
-        if wanted is None:
-            wanted = {name: x.double() for name, x in results.items()}
-            continue
-        apart = {name: error(x, wanted[name]) for name, x in results.items()}
-        worst = max(apart, key=apart.get)
-        found[impl] = apart[worst]
-        print(f"  {impl}: loss {loss.item():.4f}, off by {apart['loss']:.1e}; gradients by at most ", end="")
-        print(f"{apart[worst]:.1e} ({worst})", flush=True)
-        if apart[worst] > MOST_ERROR:
-            raise RuntimeError(f"{impl} differs from {base} by {apart[worst]:.1e} in {worst}")
+    base, found = PEER if PEER in steps else OURS, {}
+    with tempfile.TemporaryDirectory() as folder:
+        for impl, step in steps.items():
+            step.ask("save", Path(folder) / impl)
+        wanted = {name: x.double() for name, x in load_file(Path(folder) / base, device="cuda").items()}
+        for impl in steps:
+            got = load_file(Path(folder) / impl, device="cuda")
+            apart = {name: error(x, wanted[name]) for name, x in got.items()}
+            worst = max(apart, key=apart.get)
+            found[impl] = apart[worst]
+            print(
+                f"  {impl:22} loss {got['loss'].item():.4f}, off by {apart['loss']:.1e}; gradients by at most ", end=""
+            )
+            print(f"{apart[worst]:.1e} ({worst})", flush=True)
+            if apart[worst] > MOST_ERROR:
+                raise RuntimeError(f"{impl} differs from {base} by {apart[worst]:.1e} in {worst}")
     return found
-
-
-def peak_memory(step: Step) -> int:
-    """The peak memory of a step in bytes, without the weights, inputs and gradients that exist before it."""
-    step()
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    step.loss().backward()
-    return torch.cuda.max_memory_allocated() - before
 
 
 def main() -> None:
     warnings.simplefilter("ignore")
-    torch.manual_seed(0)
-    name, ceilings, shapes = f"train_{runner.gpu_name()}", runner.gpu_ceilings(), Shapes()
-    setting = Setting(shapes, "cuda")
-    steps, batch = steps_of(setting)
-    mask = setting.drafter.anchor_masks(shapes.length, batch["anchors"])["full_attention"]
-    flops = shapes.flops(visible_pairs(mask, 1))
+    name, shapes = f"train_{runner.gpu_name()}", Shapes()
+    ceilings = runner.gpu_ceilings()
+    if not has_peer():
+        print("SpecForge is not installed: pip install --no-deps specforge==0.2.0")
+    libraries = [OURS, PEER] if has_peer() else [OURS]
+    steps = {
+        library + suffix: Remote(make, library + suffix, shapes, "cuda")
+        for suffix in ("", COMPILED)
+        for library in libraries
+    }
+    timings = process_turns(steps)
+    flops = shapes.flops()
     print(f"{shapes}: {flops / 1e12:.1f} TFLOP a step")
     wrong = errors(steps)
     rows = []
-    for impl, timing in gpu_turns(steps, graphs=False).items():
-        rate = flops / timing.ms / 1e9
+    for impl, timing in timings.items():
+        rate, peak = flops / timing.ms / 1e9, steps[impl].ask("peak_memory") / 1e9
+        share = rate / ceilings["matmul_8192_bf16_tflops"]
         row = {"case": str(shapes), "impl": impl, "pass": BOTH, **timing.row(), "max_err": wrong[impl], "tflops": rate}
-        row["share_of_matmul_rate"] = rate / ceilings["matmul_8192_bf16_tflops"]
-        row["peak_gb"] = peak_memory(steps[impl]) / 1e9
-        rows.append(row)
+        rows.append(row | {"share_of_matmul_rate": share, "peak_gb": peak})
         print(f"  {impl:22} {timing.ms:7.1f} ms ({timing.low:.1f} to {timing.high:.1f}) {rate:5.0f} TFLOP/s ", end="")
-        print(f"{row['share_of_matmul_rate']:.0%} of the matmul rate, {row['peak_gb']:.2f} GB", flush=True)
+        print(f"{share:.0%} of the matmul rate, {peak:.2f} GB", flush=True)
     ms = {row["impl"]: row["ms"] for row in rows}
-    if PEER in ms:
+    if has_peer():
         print(f"  ours over SpecForge's: eager {ms[OURS] / ms[PEER]:.3f}, ", end="")
         print(f"compiled {ms[OURS + COMPILED] / ms[PEER + COMPILED]:.3f}")
     print(runner.write(name, rows, ceilings))

@@ -7,11 +7,14 @@ A target has four layers of its real size, no head, and a prefix-block mask. Eve
 from __future__ import annotations
 
 import sys
+import tempfile
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask
 from transformers import Gemma3TextConfig, Gemma3TextModel, LlamaConfig, LlamaModel, PreTrainedModel
@@ -20,11 +23,13 @@ import dflash_ext.integrations  # noqa: F401  (registers block_attn)
 from bench import runner
 from bench.attention import BOTH
 from bench.cases import error, visible_pairs
-from bench.timing import gpu_turns
+from bench.processes import Remote, process_turns
+from bench.timing import flushed_gpu_time
 from dflash_ext import IntervalMask
 
 BATCH, LENGTH, PREFIX, WINDOW, LAYERS = 4, 2048, 1024, 1024, 4
 OURS = "block_attn"
+IMPLEMENTATIONS = (OURS, "flex_attention", "sdpa")
 FULL, SLIDING = "full_attention", "sliding_attention"
 
 
@@ -78,52 +83,71 @@ class Step:
         out.backward(self.upstream)
         return out.detach()
 
+    def time(self) -> float:
+        return flushed_gpu_time(self)
 
-def step_of(make: Callable[[], PreTrainedModel], implementation: str) -> Step:
-    """The step of an implementation. Weights, input and gradient are the same for all of them."""
+    def save(self, path: Path) -> None:
+        """Writes the output and the gradients of a step."""
+        out = self()
+        grads = {name: weight.grad for name, weight in self.model.named_parameters() if weight.grad is not None}
+        save_file({"output": out} | grads, path)
+
+
+def make(case: str, implementation: str) -> Step:
+    """The step of an implementation, which has run once. Weights, input and gradient are the same for all of them."""
+    warnings.simplefilter("ignore")
     torch.manual_seed(0)
     torch.set_default_dtype(torch.bfloat16)
     with torch.device("cuda"):
-        model = make().train()
+        model = CASES[case]().train()
     torch.set_default_dtype(torch.float32)
     model.set_attn_implementation(implementation)
-    kinds = list(dict.fromkeys(getattr(model.config, "layer_types", None) or [FULL]))
+    kinds = list(dict.fromkeys(kinds_of(model)))
     shape = BATCH, LENGTH, model.config.hidden_size
     embeds, upstream = (torch.randn(shape, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-    return Step(model, torch.compile(model, dynamic=False), masks_of(implementation, kinds), embeds, upstream)
+    step = Step(model, torch.compile(model, dynamic=False), masks_of(implementation, kinds), embeds, upstream)
+    step()
+    return step
 
 
-def flops(model: PreTrainedModel) -> float:
-    """The operations of a step: 6 for each weight and token, and attention over the visible pairs."""
+def kinds_of(model: PreTrainedModel) -> list[str]:
+    return getattr(model.config, "layer_types", None) or [FULL] * LAYERS
+
+
+def flops(case: str) -> float:
+    """The arithmetic of a step: 6 operations for a weight and token, and attention over visible pairs."""
+    with torch.device("meta"):
+        model = CASES[case]()
     config = model.config
     weights = sum(weight.numel() for layer in model.layers for weight in layer.parameters() if weight.dim() > 1)
-    kinds = getattr(config, "layer_types", None) or [FULL] * LAYERS
-    pairs = sum(visible_pairs(MASKS[kind], BATCH) for kind in kinds)
+    pairs = sum(visible_pairs(MASKS[kind], BATCH) for kind in kinds_of(model))
     return 6.0 * BATCH * LENGTH * weights + 3.5 * 4.0 * config.num_attention_heads * config.head_dim * pairs
 
 
-def rows_of(name: str, make: Callable[[], PreTrainedModel], matmul_tflops: float) -> list[dict]:
-    case = f"{name}, {LAYERS} layers, prefix {PREFIX} + block {LENGTH - PREFIX}, B{BATCH}"
-    print(case, flush=True)
-    steps, results = {}, {}
-    for implementation in (OURS, "flex_attention", "sdpa"):
-        steps[implementation] = step = step_of(make, implementation)
-        out = step()
-        grads = [weight.grad for weight in step.model.parameters() if weight.grad is not None]
-        results[implementation] = torch.cat([x.flatten() for x in (out, *grads)])
-    wanted = results["sdpa"].double()
-    wrong = {implementation: error(result, wanted) for implementation, result in results.items()}
-    del results, wanted
-    needed, rows = flops(steps[OURS].model), []
-    for implementation, timing in gpu_turns(steps, graphs=False).items():
+def errors(steps: dict[str, Remote]) -> dict[str, float]:
+    """The largest error of each step's output and gradients, compared with SDPA's."""
+    found = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for implementation, step in steps.items():
+            step.ask("save", Path(folder) / implementation)
+        wanted = load_file(Path(folder) / "sdpa", device="cuda")
+        for implementation in steps:
+            got = load_file(Path(folder) / implementation, device="cuda")
+            found[implementation] = max(error(x, wanted[name].double()) for name, x in got.items())
+    return found
+
+
+def rows_of(case: str, matmul_tflops: float) -> list[dict]:
+    name = f"{case}, {LAYERS} layers, prefix {PREFIX} + block {LENGTH - PREFIX}, B{BATCH}"
+    print(name, flush=True)
+    steps = {implementation: Remote(make, case, implementation) for implementation in IMPLEMENTATIONS}
+    timings, wrong, needed, rows = process_turns(steps), errors(steps), flops(case), []
+    for implementation, timing in timings.items():
         rate, off = needed / timing.ms / 1e9, wrong[implementation]
-        row = {"case": case, "impl": implementation, "pass": BOTH, **timing.row(), "max_err": off}
+        row = {"case": name, "impl": implementation, "pass": BOTH, **timing.row(), "max_err": off}
         rows.append(row | {"tflops": rate, "share_of_matmul_rate": rate / matmul_tflops})
-        print(
-            f"  {implementation:16} {timing.ms:6.1f} ms ({timing.low:.1f} to {timing.high:.1f}) {rate:4.0f} TFLOP/s ",
-            end="",
-        )
-        print(f"{rate / matmul_tflops:.0%} of the matmul rate, {off:.1e} from SDPA's", flush=True)
+        print(f"  {implementation:16} {timing.ms:6.1f} ms ({timing.low:.1f} to {timing.high:.1f}) ", end="")
+        print(f"{rate:4.0f} TFLOP/s {rate / matmul_tflops:.0%} of the matmul rate, {off:.1e} from SDPA's", flush=True)
     return rows
 
 
@@ -132,10 +156,9 @@ def main() -> None:
     wanted = sys.argv[1] if len(sys.argv) > 1 else ""
     name, ceilings = f"train_target_{runner.gpu_name()}", runner.gpu_ceilings()
     rows = []
-    for case, make in CASES.items():
+    for case in CASES:
         if wanted in case:
-            rows += rows_of(case, make, ceilings["matmul_8192_bf16_tflops"])
-            torch.cuda.empty_cache()
+            rows += rows_of(case, ceilings["matmul_8192_bf16_tflops"])
     if not wanted:
         print(runner.write(name, rows, ceilings))
 

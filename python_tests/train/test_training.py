@@ -172,6 +172,21 @@ def test_an_interrupted_run_resumes(tmp_path):
     assert [entry["loss"] for entry in log if "loss" in entry] == pytest.approx(expected, rel=1e-3)
 
 
+@pytest.mark.gpu
+@pytest.mark.slow
+def test_compiled_training_has_the_same_losses(tmp_path):
+    """Sequences of several lengths, under bfloat16 autocast."""
+    losses = []
+    for is_compiled in (False, True):
+        target, drafter = tiny_pair("llama")
+        for module in (target.model, drafter):
+            module.to("cuda")
+        recipe = Recipe(steps=6, batch_size=4, anchors=40, log_every=1, compile=is_compiled)
+        log = train_drafter(drafter, target, Cycles(), tmp_path / str(is_compiled), recipe)
+        losses.append([entry["loss"] for entry in log if "loss" in entry])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-2)
+
+
 @pytest.mark.parametrize("change", [{"num_layers": 1}, {"intermediate_size": 32}, {"block_size": 4}, {"taps": 2}])
 def test_a_checkpoint_of_another_drafter_is_refused(tmp_path, change):
     recipe = Recipe(steps=1, batch_size=4, save_every=1)
