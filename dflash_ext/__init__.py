@@ -14,6 +14,7 @@ from .ops import (
     reveal,
     reveal_count,
     sample,
+    soft_embedding,
     verify,
 )
 
@@ -33,5 +34,6 @@ __all__ = [
     "reveal",
     "reveal_count",
     "sample",
+    "soft_embedding",
     "verify",
 ]

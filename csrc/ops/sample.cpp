@@ -1,7 +1,7 @@
 // Operators of the sampling family: draws, verification of drafts, and what to reveal of a canvas.
 // dflash_ext/ops/{sampling,verify,reveal}.py bring tensors into the form that is expected here and document the
 // semantics.
-#include "sample/params.h"
+#include "sample/kernels.h"
 
 #include <tuple>
 
@@ -53,9 +53,31 @@ SeedParams seed_params(const char* op, const Tensor& seed, const Tensor& logits)
   return {static_cast<const int64_t*>(seed.data_ptr()), per_row};
 }
 
+// The launchers of the kernels that serve a call on a GPU.
+#ifdef DFLASH_EXT_CUDA
+#ifndef DFLASH_EXT_HOPPER
+constexpr bool sample_sm90_serves(const SampleParams&, void*) { return false; }
+constexpr bool verify_sm90_serves(const VerifyParams&, void*) { return false; }
+constexpr const char* sample_sm90(const SampleParams&, void*) { return nullptr; }
+constexpr const char* verify_sm90(const VerifyParams&, void*) { return nullptr; }
+#endif
+const char* sample_on_gpu(const SampleParams& p, void* stream) {
+  return sample_sm90_serves(p, stream) ? sample_sm90(p, stream) : sample_sm80(p, stream);
+}
+const char* verify_on_gpu(const VerifyParams& p, void* stream) {
+  return verify_sm90_serves(p, stream) ? verify_sm90(p, stream) : verify_sm80(p, stream);
+}
+const char* reveal_on_gpu(const RevealParams& p, void* stream) { return reveal_sm80(p, stream); }
+#else
+constexpr const char* kNoKernel = "this build has no CUDA kernel for it (`dflash-ext doctor` shows what was built)";
+const char* sample_on_gpu(const SampleParams&, void*) { fail("sample: ", kNoKernel); }
+const char* verify_on_gpu(const VerifyParams&, void*) { fail("verify: ", kNoKernel); }
+const char* reveal_on_gpu(const RevealParams&, void*) { fail("reveal: ", kNoKernel); }
+#endif
+
 // ---------------------------------------------------------------------- sample
 
-std::tuple<Tensor, Tensor> sample_cpu(Tensor logits, Tensor seed, double temperature, double top_k, double top_p,
+std::tuple<Tensor, Tensor> run_sample(Tensor logits, Tensor seed, double temperature, double top_k, double top_p,
                                       double min_p, OptionalTensor temperatures, OptionalTensor top_ks,
                                       OptionalTensor top_ps, OptionalTensor min_ps, bool confidence) {
   constexpr const char* kOp = "sample";
@@ -80,7 +102,13 @@ std::tuple<Tensor, Tensor> sample_cpu(Tensor logits, Tensor seed, double tempera
   p.confidence = confidence;
   p.reals = reals.data_ptr();
   p.ids = static_cast<int64_t*>(ids.data_ptr());
-  if (rows > 0) run_on_cpu(sample, p, rows, grain_of(vocab));
+  if (rows == 0) return {ids, reals};
+  if (logits.is_cpu()) {
+    run_on_cpu(sample, p, rows, grain_of(vocab));
+  } else {
+    const CudaScope cuda(logits);
+    check_launch(kOp, sample_on_gpu(p, cuda.stream()));
+  }
   return {ids, reals};
 }
 
@@ -96,7 +124,7 @@ void check_drafted(const VerifyParams& p) {
   }
 }
 
-std::tuple<Tensor, Tensor> verify_cpu(Tensor draft_tokens, Tensor target_logits, OptionalTensor draft_logits,
+std::tuple<Tensor, Tensor> run_verify(Tensor draft_tokens, Tensor target_logits, OptionalTensor draft_logits,
                                       OptionalTensor draft_pivot, OptionalTensor draft_normaliser, OptionalTensor seed,
                                       OptionalTensor uniforms, OptionalTensor draft_lens, double temperature,
                                       double top_k, double top_p, double min_p, OptionalTensor temperatures,
@@ -108,10 +136,10 @@ std::tuple<Tensor, Tensor> verify_cpu(Tensor draft_tokens, Tensor target_logits,
   const ScalarType real = real_of(target_logits);
   check_vocab(kOp, vocab);
   check_tensor(kOp, "draft_tokens", draft_tokens, target_logits, ScalarType::Long, {rows, drafted});
-  check(target_logits.is_cpu() && target_logits.size(0) == rows && target_logits.size(1) == drafted + 1, kOp,
+  check(same_device(target_logits, draft_tokens) && target_logits.size(0) == rows && target_logits.size(1) == drafted + 1, kOp,
         ": target_logits must be [B, K + 1, V]");
   if (draft_logits) {
-    check(draft_logits->is_cpu() && draft_logits->dim() == 3 && draft_logits->size(0) == rows &&
+    check(same_device(*draft_logits, target_logits) && draft_logits->dim() == 3 && draft_logits->size(0) == rows &&
               draft_logits->size(1) == drafted && draft_logits->size(2) == vocab &&
               draft_logits->scalar_type() == target_logits.scalar_type(),
           kOp, ": draft_logits must be [B, K, V] and of the target's dtype");
@@ -148,14 +176,24 @@ std::tuple<Tensor, Tensor> verify_cpu(Tensor draft_tokens, Tensor target_logits,
   p.uniforms = optional_data<double>(uniforms);
   p.accepted = static_cast<int64_t*>(accepted.data_ptr());
   p.next_token = static_cast<int64_t*>(next_token.data_ptr());
-  check_drafted(p);
-  if (rows > 0) run_on_cpu(verify, p, rows, grain_of(vocab));
+  if (rows == 0) return {accepted, next_token};
+  if (target_logits.is_cpu()) {
+    check_drafted(p);
+    run_on_cpu(verify, p, rows, grain_of(vocab));
+    return {accepted, next_token};
+  }
+  const CudaScope cuda(target_logits);
+  const Tensor verdicts = new_empty(target_logits, {rows, drafted + 1}, ScalarType::Int);
+  p.verdicts = static_cast<int32_t*>(verdicts.data_ptr());
+  const Tensor described = new_empty(target_logits, {2, p.draft == Draft::kFiltered ? rows * drafted : 0}, real);
+  p.described_drafts = described.data_ptr();
+  check_launch(kOp, verify_on_gpu(p, cuda.stream()));
   return {accepted, next_token};
 }
 
 // ---------------------------------------------------------------------- reveal
 
-Tensor reveal_cpu(OptionalTensor scores, Tensor masked, OptionalTensor entropy, int64_t rule, double limit,
+Tensor run_reveal(OptionalTensor scores, Tensor masked, OptionalTensor entropy, int64_t rule, double limit,
                   OptionalTensor limits) {
   constexpr const char* kOp = "reveal";
   check(masked.dim() == 2, kOp, ": masked must be [B, L], it has ", masked.dim(), " dimensions");
@@ -182,7 +220,16 @@ Tensor reveal_cpu(OptionalTensor scores, Tensor masked, OptionalTensor entropy, 
   p.limit = per_row(kOp, "limit", masked, limits, limit, real, rows);
   Tensor revealed = new_empty(masked, {rows, length}, ScalarType::Bool);
   p.revealed = static_cast<bool*>(revealed.data_ptr());
-  if (rows > 0) run_on_cpu(reveal, p, rows, grain_of(16 * length));  // a position costs as much as several logits
+  if (rows == 0 || length == 0) return revealed;
+  if (masked.is_cpu()) {
+    run_on_cpu(reveal, p, rows, grain_of(16 * length));  // a position costs as much as several logits
+    return revealed;
+  }
+  const int64_t capacity = reveal_capacity(length);
+  const Tensor order = new_empty(masked, {capacity > kMaxSharedRevealCapacity ? rows * capacity : 0}, ScalarType::Int);
+  if (capacity > kMaxSharedRevealCapacity) p.order = static_cast<int32_t*>(order.data_ptr());
+  const CudaScope cuda(masked);
+  check_launch(kOp, reveal_on_gpu(p, cuda.stream()));
   return revealed;
 }
 
@@ -204,9 +251,15 @@ STABLE_TORCH_LIBRARY_FRAGMENT(dflash_ext, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(dflash_ext, CPU, m) {
-  m.impl("sample", TORCH_BOX(&sample_cpu));
-  m.impl("verify", TORCH_BOX(&verify_cpu));
-  m.impl("reveal", TORCH_BOX(&reveal_cpu));
+  m.impl("sample", TORCH_BOX(&run_sample));
+  m.impl("verify", TORCH_BOX(&run_verify));
+  m.impl("reveal", TORCH_BOX(&run_reveal));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(dflash_ext, CUDA, m) {
+  m.impl("sample", TORCH_BOX(&run_sample));
+  m.impl("verify", TORCH_BOX(&run_verify));
+  m.impl("reveal", TORCH_BOX(&run_reveal));
 }
 
 }  // namespace dflash

@@ -60,7 +60,12 @@ struct VerifyParams {
   const double* uniforms;  // [rows, drafted + 1]
   int64_t* accepted;       // [rows]
   int64_t* next_token;     // [rows]
+  // Scratch memory of the CUDA kernels.
+  int32_t* verdicts;       // [rows, drafted + 1]: kAccepted, or the token to commit in the draft's place
+  void* described_drafts;  // [2, rows, drafted] Real: pivots and normalisers that the kernels find, for kFiltered
 };
+
+constexpr int32_t kAccepted = -1;
 
 enum class Reveal { kCount, kThreshold, kFactor, kEntropyBound, kAtLeast };
 
@@ -73,6 +78,31 @@ struct RevealParams {
   const bool* masked;   // [rows, length]
   PerRow limit;
   bool* revealed;  // [rows, length]
+  int32_t* order;  // [rows, reveal_capacity(length)], scratch memory of the CUDA kernel; null for short rows
+};
+
+// The smallest power of 2 that is not less than the length of a row.
+inline int64_t reveal_capacity(int64_t length) {
+  int64_t capacity = 1;
+  while (capacity < length) capacity *= 2;
+  return capacity;
+}
+constexpr int64_t kMaxSharedRevealCapacity = 16384;  // 64 KiB of shared memory
+
+// One chunk of the vocabulary of `soft_embedding`. With z = softcap(logits) / temperature in units of log2, a row's
+// weights are 2^(z - origin). The origin is the largest z of the row's first chunk. It is raised, and what was summed is
+// scaled, when a later z is so much larger that weights could overflow.
+struct ScaledExpParams {
+  DType dtype, weight_dtype;
+  int64_t rows, begin, count, width;  // the chunk is logits[:, begin:begin + count]; width: of the embeddings
+  const void* logits;
+  int64_t stride;
+  PerRow temperature;
+  double softcap;   // 0: none
+  void* weights;    // [rows, count]
+  float* origins;   // [rows]
+  float* sums;      // [rows], of the weights as they are stored
+  float* embedded;  // [rows, width], the sum of weights times embeddings so far
 };
 
 }  // namespace dflash

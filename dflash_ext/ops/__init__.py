@@ -8,6 +8,7 @@ from .linear_loss import linear_cross_entropy
 from .loss import masked_cross_entropy
 from .reveal import reveal, reveal_count
 from .sampling import sample
+from .soft_embedding import soft_embedding
 from .verify import verify
 
 __all__ = [
@@ -23,5 +24,6 @@ __all__ = [
     "reveal",
     "reveal_count",
     "sample",
+    "soft_embedding",
     "verify",
 ]

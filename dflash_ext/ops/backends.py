@@ -20,9 +20,10 @@ SERVED_BY = {
     "block_attn_decode": {"cpu": NATIVE, "cuda": f"{NATIVE} (bf16, fp16), else {_REFERENCE}"},
     "masked_cross_entropy": {"cpu": NATIVE, "cuda": NATIVE},
     "linear_cross_entropy": {"cpu": f"PyTorch GEMM and {NATIVE}", "cuda": f"PyTorch GEMM and {NATIVE}"},
-    "sample": {"cpu": NATIVE, "cuda": _REFERENCE},
-    "verify": {"cpu": NATIVE, "cuda": _REFERENCE},
-    "reveal": {"cpu": NATIVE, "cuda": _REFERENCE},
+    "sample": {"cpu": NATIVE, "cuda": f"{NATIVE}, float64 by {_REFERENCE}"},
+    "verify": {"cpu": NATIVE, "cuda": f"{NATIVE}, float64 by {_REFERENCE}"},
+    "reveal": {"cpu": NATIVE, "cuda": NATIVE},
+    "soft_embedding": {"cpu": "PyTorch", "cuda": f"PyTorch GEMM and {NATIVE}, float64 by PyTorch"},
     "linear": {"cpu": NATIVE, "cuda": f"{NATIVE} (bf16, fp16, on Hopper), else PyTorch's operators"},
     "kv_inject": {"cpu": f"PyTorch GEMM and {NATIVE}", "cuda": f"PyTorch GEMM and {NATIVE}"},
 }

@@ -8,7 +8,6 @@ from torch import Tensor
 from .. import reference
 from ..checks import check_one_device
 from ..native import load
-from .backends import warn_once
 from .logits import as_contiguous, by_row, number_and_tensor
 
 load()
@@ -71,26 +70,25 @@ def reveal(
     check_one_device("reveal", masked=masked, scores=scores, entropy=entropy, **limits)
     limits = by_row("reveal", masked.shape[:1], **limits)
     rule, limit = reference.reveal_limit(scores, entropy, **limits)
-    if not masked.is_cuda:
-        real = torch.float32
-        for given in (scores, entropy):
-            real = real if given is None else torch.promote_types(real, given.dtype)
-        return _native.reveal(
-            as_contiguous(scores, real),
-            masked.contiguous(),
-            as_contiguous(entropy, real),
-            _RULES.index(rule),
-            *number_and_tensor(limit, 0.0, real),
-        )
-    warn_once("reveal", masked.device)
-    return reference.reveal(scores, masked, entropy=entropy, **{rule: limit})
+    real = torch.float32
+    for given in (scores, entropy):
+        real = real if given is None else torch.promote_types(real, given.dtype)
+    return _native.reveal(
+        as_contiguous(scores, real),
+        masked.contiguous(),
+        as_contiguous(entropy, real),
+        _RULES.index(rule),
+        *number_and_tensor(limit, 0.0, real),
+    )
 
 
-def reveal_count(total: Tensor, step: int, steps: int, *, schedule: str = "linear") -> Tensor:
+def reveal_count(total: Tensor, step: int | Tensor, steps: int, *, schedule: str = "linear") -> Tensor:
     """The number of positions to commit in step ``step`` (from 0) of ``steps``, for ``reveal``'s count.
 
     Args:
         total: int ``[B]``, the number of positions that were masked before the first step.
+        step: an int; or an int tensor ``[]`` or ``[B]`` on total's device, so that one captured graph serves all steps.
+            A tensor's values are not read on the host: a step out of range has the count 0.
         schedule: "linear" gives equal shares, and the remainder to the first steps. With "cosine", a fraction
             cos(pi s / 2 steps) of the positions, rounded down, is still masked after s steps (MaskGIT, arXiv
             2202.04200).
@@ -98,7 +96,7 @@ def reveal_count(total: Tensor, step: int, steps: int, *, schedule: str = "linea
     Returns:
         int ``[B]``. The counts of all steps add up to total.
 
-    Raises ValueError for a step out of range or an unknown schedule.
+    Raises ValueError for an int step out of range or an unknown schedule.
     """
     return reference.reveal_count(total, step, steps, schedule=schedule)
 

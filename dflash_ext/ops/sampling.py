@@ -82,7 +82,7 @@ def sample(
     seed = seed_tensor("sample", seed, shape, logits.device)
     logits = logits.detach().reshape(shape.numel(), logits.shape[-1])
     asked = {"return_filtered_entropy": return_filtered_entropy, "return_confidence": return_confidence}
-    if logits.is_cuda:
+    if logits.is_cuda and logits.dtype == torch.float64:
         warn_once("sample", logits.device)
         result = reference.sample(logits, uniforms_of(seed, SAMPLE, len(logits), 1)[:, 0], **filters, **asked)
         drawn, *more = result if any(asked.values()) else (result,)

@@ -112,10 +112,10 @@ def verify(
         seed = seed_tensor("verify", seed, rows, draft_tokens.device)
     elif uniforms is None and (isinstance(temperature, Tensor) or temperature != 0):
         raise ValueError("verify: temperature > 0 needs random numbers, and none were given")
-    if not target_logits.is_cuda:
-        if draft_logits is not None:
-            dtype = torch.promote_types(target_logits.dtype, draft_logits.dtype)
-            target_logits, draft_logits = target_logits.to(dtype), draft_logits.to(dtype)
+    if draft_logits is not None:
+        dtype = torch.promote_types(target_logits.dtype, draft_logits.dtype)
+        target_logits, draft_logits = target_logits.to(dtype), draft_logits.to(dtype)
+    if not target_logits.is_cuda or target_logits.dtype != torch.float64:
         real = real_dtype(target_logits)
         return Verification(
             *_native.verify(

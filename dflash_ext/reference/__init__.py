@@ -12,6 +12,7 @@ from .loss import CrossEntropy, masked_cross_entropy
 from .masks import decode_mask
 from .reveal import reveal, reveal_count, reveal_limit
 from .sampling import Sample, filter_logits, sample
+from .soft_embedding import soft_embedding
 from .verify import Verification, verify
 
 __all__ = [
@@ -30,5 +31,6 @@ __all__ = [
     "reveal_count",
     "reveal_limit",
     "sample",
+    "soft_embedding",
     "verify",
 ]

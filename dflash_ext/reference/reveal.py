@@ -75,13 +75,17 @@ def reveal_limit(
     return rule, limits[rule]
 
 
-def reveal_count(total: Tensor, step: int, steps: int, *, schedule: str = "linear") -> Tensor:
+def reveal_count(total: Tensor, step: int | Tensor, steps: int, *, schedule: str = "linear") -> Tensor:
     """The number of positions to commit in one step; see ``dflash_ext.reveal_count``."""
-    if not 0 <= step < steps or step % 1:
-        raise ValueError(f"reveal_count: step is {step}; 0 to {steps - 1} are the steps")
+    if schedule not in ("linear", "cosine"):
+        raise ValueError(f"reveal_count: schedule is {schedule!r}; 'linear' and 'cosine' are supported")
+    if not isinstance(step, Tensor):
+        if not 0 <= step < steps or step % 1:
+            raise ValueError(f"reveal_count: step is {step}; 0 to {steps - 1} are the steps")
+        step = torch.full((), step, device=total.device)
     if schedule == "linear":
-        return total // steps + (step < total % steps).to(total.dtype)
-    if schedule == "cosine":
-        before, after = ((total * math.cos(math.pi * s / (2 * steps))).floor() for s in (step, step + 1))
-        return (before - after).to(total.dtype)
-    raise ValueError(f"reveal_count: schedule is {schedule!r}; 'linear' and 'cosine' are supported")
+        count = total // steps + (step < total % steps)
+    else:
+        before, after = ((total * torch.cos(math.pi * s.double() / (2 * steps))).floor() for s in (step, step + 1))
+        count = before - after
+    return torch.where((step >= 0) & (step < steps), count, 0).to(total.dtype)

@@ -127,7 +127,7 @@ def test_refusals_name_the_value(call, message):
         (lambda: reveal(None, [[True]], count=1), "'list' object has no attribute"),
         (lambda: reveal(0.5, torch.zeros(2, 3) == 0, count=1), "'float' object has no attribute"),
         (lambda: reveal(None, torch.zeros(2, 3) == 0, count="1"), "not supported between .*'str'"),
-        (lambda: reveal_count(7, 0, 2), "'bool' object has no attribute"),
+        (lambda: reveal_count(7, 0, 2), "'int' object has no attribute"),
     ],
 )
 def test_what_is_no_tensor_or_number_is_refused(call, message):

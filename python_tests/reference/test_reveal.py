@@ -86,6 +86,12 @@ def test_reveal_counts_add_up(schedule, steps):
     total = torch.tensor([0, 1, 7, 8, 33])
     counts = torch.stack([reference.reveal_count(total, s, steps, schedule=schedule) for s in range(steps)])
     assert torch.equal(counts.sum(0), total) and (counts >= 0).all() and counts.dtype == total.dtype
+    for shape in ((), (5,)):
+        in_tensors = [
+            reference.reveal_count(total, torch.full(shape, s), steps, schedule=schedule) for s in range(-1, steps + 1)
+        ]
+        assert torch.equal(torch.stack(in_tensors[1:-1]), counts) and in_tensors[1].dtype == total.dtype
+        assert not in_tensors[0].any() and not in_tensors[-1].any()
     if schedule == "linear":
         assert (counts.amax(0) - counts.amin(0) <= 1).all() and (counts.diff(dim=0) <= 0).all()
     else:

@@ -1,0 +1,138 @@
+"""sample, verify and reveal on the GPU against PyTorch, torch.compile, a sorted top-p and FlashInfer, where it is
+installed: ``python -m bench.sampling``.
+"""
+
+import itertools
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from bench import runner
+from bench.sampling_cpu import torch_sample, torch_top_p
+from bench.timing import gpu_turns, graph_turns
+from dflash_ext import reference, reveal, sample, verify
+
+ROTATED_BYTES = 110 << 20  # more than the L2 cache holds
+
+
+def rotating(make: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    """Returns a function that hands out one of several inputs after another, which together do not fit in a cache."""
+    inputs = [make()]
+    while sum(x.numel() * x.element_size() for x in inputs) < ROTATED_BYTES:
+        inputs.append(make())
+    cycle = itertools.cycle(inputs)
+    return lambda: next(cycle)
+
+
+def flashinfer_functions(draw: Callable[[], Tensor], filters: dict[str, float]) -> dict[str, Callable]:
+    """FlashInfer's own sampling from logits, which draws without measuring the distribution."""
+    try:
+        from flashinfer import sampling
+    except ImportError:
+        return {}
+    if not filters:
+        return {"flashinfer": lambda: sampling.sampling_from_logits(draw())}
+    if set(filters) == {"top_p"}:
+        return {
+            "flashinfer": lambda: sampling.top_p_sampling_from_probs(
+                torch.softmax(draw().float(), -1), filters["top_p"]
+            )
+        }
+    if set(filters) == {"top_k"}:
+        return {
+            "flashinfer": lambda: sampling.top_k_sampling_from_probs(
+                torch.softmax(draw().float(), -1), filters["top_k"]
+            )
+        }
+    return {}
+
+
+def rows_of(case: str, timings: dict, bytes_read: int | None = None) -> list[dict]:
+    ours, *others = timings
+    ms = timings[ours].ms
+    rate = f" {bytes_read / ms / 1e9:5.2f} TB/s" if bytes_read else ""
+    print(f"{case:64} {1e3 * ms:9.1f} us{rate}", *(f"{o} {timings[o].ms / ms:.1f}x" for o in others), flush=True)
+    return [
+        {"case": case, "impl": impl, "pass": "forward", **timing.row()}
+        | ({"gbs": bytes_read / timing.ms / 1e6} if bytes_read else {})
+        for impl, timing in timings.items()
+    ]
+
+
+def sample_case(rows: int, vocab: int, spread: float, peers: bool = True, **filters: float) -> list[dict]:
+    """spread: the logits' standard deviation."""
+    seed = torch.tensor([1], device="cuda")
+    draw = rotating(lambda: spread * torch.randn(rows, vocab, device="cuda", dtype=torch.bfloat16))
+    functions = {"dflash_ext": lambda: sample(draw(), seed, **filters)}
+    if peers and not filters:
+        compiled = torch.compile(torch_sample)
+        functions |= {"torch": lambda: torch_sample(draw()), "torch.compile": lambda: compiled(draw())}
+    if peers and set(filters) == {"top_p"}:
+        functions["torch sort"] = lambda: torch_top_p(draw(), filters["top_p"])
+    if peers:
+        functions |= flashinfer_functions(draw, filters)
+    names = "".join(f", {name} {value}" for name, value in filters.items())
+    return rows_of(f"draw, N{rows} V{vocab} spread {spread:g}{names}", gpu_turns(functions), 2 * rows * vocab)
+
+
+def verify_case(drafted: int, vocab: int, form: str, peers: bool = False, **options: float) -> list[dict]:
+    """One row whose draft is close to the target."""
+    seed = torch.tensor([1], device="cuda")
+    inputs = []
+    for i in range(1 + ROTATED_BYTES // (4 * drafted * vocab)):
+        target = 3 * torch.randn(1, drafted + 1, vocab, device="cuda", dtype=torch.bfloat16)
+        drafter = target[:, :-1] + 0.3 * torch.randn_like(target[:, :-1])
+        drawn = sample(drafter[0], i, **options)
+        given = {} if form == "point mass" else {"draft_logits": drafter}
+        if form == "described":
+            given |= {"draft_pivot": drawn.pivot[None], "draft_normaliser": drawn.normaliser[None]}
+        inputs.append((drawn.token[None], target, given))
+    cycle = itertools.cycle(inputs)
+
+    def ours() -> None:
+        draft, target, given = next(cycle)
+        verify(draft, target, seed=seed, **given, **options)
+
+    def plain() -> None:
+        draft, target, given = next(cycle)
+        uniforms = torch.rand(1, drafted + 1, device="cuda")
+        reference.verify(draft, target, uniforms=uniforms, **given, **options)
+
+    functions = {"dflash_ext": ours} | ({"torch": plain} if peers else {})
+    names = "".join(f", {name} {value:g}" for name, value in options.items())
+    return rows_of(f"verify, B1 K{drafted} V{vocab}{names}, {form}", graph_turns(functions))
+
+
+def reveal_case(batch: int, length: int) -> list[dict]:
+    entropy = torch.rand(batch, length, device="cuda")
+    masked = torch.rand(batch, length, device="cuda") < 0.7
+    functions = {
+        "dflash_ext": lambda: reveal(-entropy, masked, entropy=entropy, entropy_bound=0.5),
+        "torch": lambda: reference.reveal(-entropy, masked, entropy=entropy, entropy_bound=0.5),
+    }
+    return rows_of(f"reveal, B{batch} L{length}, entropy-bounded", graph_turns(functions))
+
+
+def main() -> None:
+    torch.manual_seed(0)
+    rows = []
+    for count, vocab in ((1, 151_936), (15, 151_936), (256, 262_144), (4096, 151_936)):
+        rows += sample_case(count, vocab, 3.0)
+        for spread in (1.0, 3.0):
+            rows += sample_case(count, vocab, spread, top_p=0.9)
+        rows += sample_case(count, vocab, 3.0, top_k=50)
+        rows += sample_case(count, vocab, 3.0, peers=False, min_p=0.05)
+    rows += verify_case(15, 151_936, "point mass", peers=True, temperature=0.0)
+    for form in ("described", "logits", "point mass"):
+        for filters in ({}, {"top_p": 0.9}, {"top_k": 50}):
+            rows += verify_case(
+                15, 151_936, form, peers=form == "described" and not filters, temperature=1.0, **filters
+            )
+    for batch, length in ((1, 256), (32, 1024)):
+        rows += reveal_case(batch, length)
+    print(runner.write(f"sampling_{runner.gpu_name()}", rows, runner.gpu_ceilings()))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,89 @@
+// The kernel of `sample` on a GPU: a team of blocks per row.
+#pragma once
+
+#include <type_traits>
+
+#include "sample/pivot_gpu.h"
+#include "sample/random.h"
+
+namespace dflash::DFLASH_ISA {
+
+// Blocks of a multiprocessor, which bound the registers.
+template <class Team, bool kFilters>
+constexpr int kSampleBlocks = kFilters && !std::is_same_v<Team, BlockTeam> ? 1 : 2;
+
+template <class T, class Team>
+struct SampledRow {
+  const SampleParams& params;
+  const int64_t row;
+
+  DFLASH_INLINE void set(SampleReal which, float value) const {
+    static_cast<float*>(params.reals)[which * params.rows + row] = value;
+  }
+  DFLASH_INLINE void set(SampleId which, int64_t token) const { params.ids[which * params.rows + row] = token; }
+
+  // What is known of a row with a logit of +inf: it is a point mass.
+  DFLASH_INLINE void write_certain(int token) const {
+    for (int which = 0; which < kConfidence + params.confidence; ++which) {
+      const bool is_zero = which == kLogprob || which == kEntropy || which == kNormaliser || which == kFilteredEntropy;
+      set(SampleReal(which), which == kPivot ? kInfinity : is_zero ? 0.f : 1.f);
+    }
+    set(kToken, token);
+  }
+
+  DFLASH_INLINE void write(const Row<T, Team>& logits, bool is_greedy, int token, float sum_at_1) const {
+    const float sum = logits.sums().e, x = logits.logit(token);
+    const float d = (x - logits.max()) * logits.rate(), logprob = d * kLn2 - logf(sum);
+    const float second = exp2_of((logits.second() - logits.max()) * logits.rate());
+    set(kProb, exp2_of(d) / sum);
+    set(kLogprob, logprob);
+    set(kEntropy, logits.sums().entropy());
+    set(kMargin, (1 - second) / sum);
+    set(kMaxProb, (1 + (logits.max() - logits.max())) / sum);  // the difference is 0, or NaN
+    set(kPivot, is_greedy ? logits.max() : logits.pivot());
+    set(kNormaliser, is_greedy ? logits.max() : logits.normaliser());
+    set(kFilteredEntropy, is_greedy ? 0 : logits.kept().entropy());
+    if (params.confidence) set(kConfidence, exp2_of((x - logits.max()) * kLog2E) / sum_at_1);
+    set(kToken, token);
+  }
+};
+
+template <class T, class Team, bool kFilters>
+__global__ void __launch_bounds__(kThreads, (kSampleBlocks<Team, kFilters>)) sample_rows(const SampleParams params) {
+  __shared__ RowMemory memory;
+  const int64_t n = blockIdx.x / Team::size();
+  const Filters<float> filters(params.filters, n);
+  const bool is_greedy = filters.temperature == 0;
+  Row<T, Team> row(static_cast<const T*>(params.logits) + n * params.stride, params.vocab, filters.temperature, memory);
+  row.read(true);
+  float sum_at_1 = row.sums().e;
+  if constexpr (kFilters) {
+    __shared__ PivotMemory pivot_memory;
+    if (params.confidence && row.temperature() != 1) {
+      sum_at_1 = row.sum_tiles(pivot_memory.above, Masses<T>{-kInfinity, row.max(), kLog2E, 1}).e;
+    }
+    if (!is_greedy) filter(row, filters, pivot_memory);
+  }
+
+  if (Team::rank() != 0) return;
+  const SampledRow<T, Team> out{params, n};
+  if (warp_id() == 0) {
+    int token = is_greedy || row.is_certain()
+                    ? -1
+                    : row.draw(uniform_of(params.seed, kSampleStream, n, 0), memory.kept, row.masses());
+    if (token < 0) token = row.argmax();
+    if (lane_id() == 0) row.is_certain() ? out.write_certain(token) : out.write(row, is_greedy, token, sum_at_1);
+  } else if (warp_id() == 1) {
+    const int token = row.argmax();
+    if (lane_id() == 0) out.set(kArgmax, token);
+  }
+}
+
+// The instance with filters also serves calls that ask for the confidence, which takes another pass.
+template <class T, class Team>
+cudaError_t launch_sample(const SampleParams& p, int team_size, cudaStream_t stream) {
+  const auto kernel = p.filters.any || p.confidence ? sample_rows<T, Team, true> : sample_rows<T, Team, false>;
+  return launch_kernel(kernel, {p.rows * team_size, kThreads, 0, team_size == 1 ? 0 : team_size}, stream, p);
+}
+
+}  // namespace dflash::DFLASH_ISA

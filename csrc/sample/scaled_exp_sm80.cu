@@ -1,0 +1,112 @@
+// The weights of a chunk of the vocabulary for `soft_embedding`, on any GPU since Ampere: one block a row.
+#include "common/dispatch.h"
+#include "sample/kernels.h"
+#include "sample/logits_gpu.h"
+
+namespace dflash {
+namespace device {
+namespace {
+
+constexpr int kThreads = 512, kLoads = 4;
+
+struct Maximum {
+  float value;
+  DFLASH_INLINE void merge(const Maximum& other) { value = fmaxf(value, other.value); }
+};
+struct Total {
+  float value;
+  DFLASH_INLINE void merge(const Total& other) { value += other.value; }
+};
+
+// Returns softcap(x) * rate. NaN counts as -inf, and +inf as the largest number.
+DFLASH_INLINE float score(float x, float softcap, float rate) {
+  if (softcap > 0) x = softcap - __fdividef(2 * softcap, exp2_of(x * (2 * kLog2E / softcap)) + 1);
+  return fminf(fmaxf(x, -kInfinity) * rate, 3e38f);
+}
+
+// How far, in units of log2, weights may exceed 1 before the origin is raised.
+template <class Weight>
+constexpr float kHeadroom = 64;
+template <>
+inline constexpr float kHeadroom<__half> = 0;  // whose range is small
+
+template <class T, class Weight>
+__global__ void __launch_bounds__(kThreads, 2) scaled_exp(const ScaledExpParams p) {
+  constexpr int kSize = Chunk<T>::kSize, kStride = kThreads * kSize;
+  const int64_t row = blockIdx.x;
+  const T* const x = static_cast<const T*>(p.logits) + row * p.stride + p.begin;
+  Weight* const weights = static_cast<Weight*>(p.weights) + row * p.count;
+  const int count = p.count;
+  const bool aligned = is_aligned(x), stores_aligned = is_aligned(weights);
+  const float softcap = p.softcap;
+  // As in `sample`, temperatures that float32 cannot divide by count as the nearest that it can.
+  const float rate = kLog2E / fminf(fmaxf(value_of<float>(p.temperature, row), 1e-30f), 1e30f);
+
+  // Calls f(i, chunk) for this thread's chunks.
+  const auto for_each_chunk = [&](auto&& f) {
+    int begin = threadIdx.x * kSize;
+    for (; aligned && begin + (kLoads - 1) * kStride + kSize <= count; begin += kLoads * kStride) {
+      Chunk<T> chunks[kLoads];
+#pragma unroll
+      for (int c = 0; c < kLoads; ++c) chunks[c] = *reinterpret_cast<const Chunk<T>*>(x + begin + c * kStride);
+#pragma unroll
+      for (int c = 0; c < kLoads; ++c) f(begin + c * kStride, chunks[c]);
+    }
+    for (; begin < count; begin += kStride) f(begin, load_chunk(x, uint32_t(count), begin, aligned));
+  };
+  // Scores rise with the logit, so that the largest logit has the largest score.
+  Maximum largest{-kInfinity};
+  for_each_chunk([&](int, const Chunk<T>& chunk) {
+#pragma unroll
+    for (int k = 0; k < kSize; ++k) largest.value = fmaxf(largest.value, to_float(chunk.values[k]));
+  });
+  const float top = score(block_merge<kThreads>(largest).value, softcap, rate);
+
+  float origin = p.begin == 0 ? -kInfinity : p.origins[row];
+  float sum = p.begin == 0 ? 0 : p.sums[row];
+  if (top > origin + kHeadroom<Weight> || origin == -kInfinity) {
+    const float scale = origin == -kInfinity ? 0.f : exp2_of(origin - top);
+    if (p.begin > 0) {
+      for (int i = threadIdx.x; i < p.width; i += kThreads) p.embedded[row * p.width + i] *= scale;
+    }
+    sum *= scale;
+    origin = top;
+  }
+
+  Total own{0};
+  for_each_chunk([&](int i, const Chunk<T>& chunk) {
+    float w[kSize];
+#pragma unroll
+    for (int k = 0; k < kSize; ++k) {
+      w[k] = exp2_of(fmaxf(score(to_float(chunk.values[k]), softcap, rate) - origin, -1e4f));  // 0 if it is NaN
+      own.value += to_float(from_float<Weight>(w[k]));
+    }
+    if (i + kSize <= count && kSize == Chunk<Weight>::kSize) {
+      store(weights + i, w, stores_aligned);
+    } else {
+#pragma unroll
+      for (int k = 0; k < kSize; ++k) {
+        if (i + k < count) weights[i + k] = from_float<Weight>(w[k]);
+      }
+    }
+  });
+  own = block_merge<kThreads>(own);
+  if (threadIdx.x == 0) {
+    p.origins[row] = origin;
+    p.sums[row] = sum + own.value;
+  }
+}
+
+}  // namespace
+}  // namespace device
+
+const char* scaled_exp_sm80(const ScaledExpParams& p, void* stream) {
+  return launch_by_dtype<float, __nv_bfloat16, __half>(p.dtype, stream, [&]<class T>(cudaStream_t stream) {
+    const auto kernel = p.weight_dtype == DType::kBFloat16  ? device::scaled_exp<T, __nv_bfloat16>
+                        : p.weight_dtype == DType::kFloat16 ? device::scaled_exp<T, __half>
+                                                            : device::scaled_exp<T, float>;
+    return launch_kernel(kernel, {p.rows, device::kThreads}, stream, p);
+  });
+}
+
+}  // namespace dflash

@@ -1,0 +1,214 @@
+// The kernels of `verify` on a GPU. A team of blocks decides on one position of a draft as if all before it were
+// accepted, and finds the token that takes its place if it is not. A last, small kernel finds where each draft ends.
+#pragma once
+
+#include "sample/pivot_gpu.h"
+#include "sample/random.h"
+
+namespace dflash::DFLASH_ISA {
+
+// Blocks of a multiprocessor, which bound the registers.
+template <bool kFilters>
+constexpr int kVerifyBlocks = kFilters ? 1 : 2;
+
+DFLASH_INLINE int64_t drafted_of(const VerifyParams& p, int64_t row) {
+  return p.lens ? max(int64_t(0), min(p.lens[row], p.drafted)) : p.drafted;
+}
+
+template <class T>
+DFLASH_INLINE const T* logits_of(const void* logits, const RowStrides& strides, int64_t row, int64_t k) {
+  return static_cast<const T*>(logits) + row * strides.outer + k * strides.inner;
+}
+
+// Finds the pivots and normalisers of draft logits. The pivot of a point mass is +inf, and its "normaliser" is the
+// bits of its token.
+template <class T, class Team>
+__global__ void __launch_bounds__(kThreads, kVerifyBlocks<true>) describe_drafts(const VerifyParams params) {
+  __shared__ RowMemory memory;
+  __shared__ PivotMemory pivot_memory;
+  const int64_t n = blockIdx.x / Team::size(), row = n / params.drafted, k = n % params.drafted;
+  const Filters<float> filters(params.filters, row);
+  if (filters.temperature == 0 || k >= drafted_of(params, row)) return;
+  Row<T, Team> draft(logits_of<T>(params.draft_logits, params.draft_strides, row, k), params.vocab, filters.temperature,
+                     memory);
+  draft.read(true);
+  filter(draft, filters, pivot_memory);
+  if (Team::rank() != 0 || warp_id() != 0) return;
+  const int argmax = draft.argmax();
+  float* const pivots = static_cast<float*>(params.described_drafts);
+  if (lane_id() == 0) {
+    pivots[n] = draft.is_certain() ? kInfinity : draft.pivot();
+    pivots[params.rows * params.drafted + n] = draft.is_certain() ? __int_as_float(argmax) : draft.normaliser();
+  }
+}
+
+// The distribution q of one drafted token: a point mass, or masses of logits.
+template <class T>
+struct DraftRow {
+  static constexpr int kSize = Chunk<T>::kSize;
+  const T* x = nullptr;
+  uint32_t vocab = 0;
+  bool aligned = false;
+  int64_t point;  // -1 if q is no point mass
+  Masses<T> masses{};
+
+  DFLASH_INLINE DraftRow(const VerifyParams& p, int64_t row, int64_t k, int64_t token, float temperature)
+      : point(token) {
+    if (p.draft == Draft::kPoint) return;
+    const bool is_filtered = p.draft == Draft::kFiltered;
+    const int64_t n = row * p.drafted + k;
+    const float* const found = static_cast<const float*>(p.described_drafts);
+    const float pivot = is_filtered ? found[n] : static_cast<const float*>(p.pivots)[n];
+    const float normaliser =
+        is_filtered ? found[p.rows * p.drafted + n] : static_cast<const float*>(p.normalisers)[n];
+    if (pivot == kInfinity) {
+      if (is_filtered) point = __float_as_int(normaliser);
+      return;
+    }
+    point = -1;
+    x = logits_of<T>(p.draft_logits, p.draft_strides, row, k);
+    vocab = p.vocab;
+    aligned = is_aligned(x);
+    masses = {smallest_logit(pivot, temperature), normaliser * temperature, kLog2E / temperature, 1};
+  }
+
+  DFLASH_INLINE float of(int64_t token) const {
+    return point >= 0 || x == nullptr ? float(token == point) : masses(to_float(x[token]));
+  }
+  DFLASH_INLINE void operator()(float (&q)[kSize], uint32_t token) const {
+    if (x == nullptr) {
+#pragma unroll
+      for (int k = 0; k < kSize; ++k) q[k] = float(int64_t(token) + k == point);
+    } else {
+      masses(q, token, load_chunk(x, vocab, token, aligned));
+    }
+  }
+};
+
+template <class T, class Team>
+class Verifier {
+ public:
+  static constexpr int kSize = Chunk<T>::kSize;
+
+  DFLASH_INLINE Verifier(const VerifyParams& params, RowMemory& memory, Sums* residuals, int64_t row, int64_t k)
+      : p_(params), memory_(memory), residuals_(residuals), row_(row), k_(k),
+        token_(k < params.drafted ? params.tokens[row * params.drafted + k] : -1) {}
+
+  // Both return kAccepted, or the token to commit in the draft's place, to the team's first warp. The whole team calls
+  // them. `is_bonus`: there is no draft at this position.
+  DFLASH_INLINE int32_t verify_greedy(Row<T, Team>& target, bool is_bonus) const {
+    target.read(false);
+    if (!decides()) return kAccepted;
+    const int argmax = target.argmax();
+    return !is_bonus && token_ == argmax ? kAccepted : argmax;
+  }
+
+  DFLASH_INLINE int32_t verify_sampled(Row<T, Team>& target, const Filters<float>& filters, bool is_bonus,
+                                       PivotMemory* pivot_memory) const {
+    target.read(true);
+    if (pivot_memory != nullptr) filter(target, filters, *pivot_memory);
+    const double number = uniform(p_.drafted);
+    if (is_bonus) return drawn_from(target, number);
+
+    const bool is_known = token_ >= 0 && token_ < p_.vocab;
+    const DraftRow<T> q(p_, row_, k_, token_, target.temperature());
+    const Masses<T> p = target.probabilities();
+    const float p_token = !is_known ? 0.f : target.is_certain() ? float(target.argmax() == token_)
+                                                                : p(target.logit(token_));
+    // A token that q could not have drawn is rejected, for example if its logits are NaN.
+    const float q_token = is_known ? q.of(token_) : 0.f;
+    if (q_token > 0 && uniform(k_) * q_token < p_token) return kAccepted;
+    if (target.is_certain()) return target.argmax();
+    const auto residual = [&](float (&mass)[kSize], uint32_t token, const Chunk<T>& x) {
+      float minus[kSize];
+      p(mass, token, x);
+      q(minus, token);
+#pragma unroll
+      for (int i = 0; i < kSize; ++i) mass[i] = fmaxf(mass[i] - minus[i], 0.f);
+    };
+    target.sum_tiles(residuals_, residual);
+    if (!decides()) return kAccepted;
+    const int token = target.draw(number, residuals_, residual);
+    // If p = q, the residual is only rounding, and so was the rejection.
+    return token < 0 ? drawn_from(target, number) : token;
+  }
+
+ private:
+  DFLASH_INLINE static bool decides() { return Team::rank() == 0 && warp_id() == 0; }
+
+  DFLASH_INLINE int drawn_from(const Row<T, Team>& target, double number) const {
+    if (!decides()) return kAccepted;
+    const int token = target.is_certain() ? -1 : target.draw(number, memory_.kept, target.masses());
+    return token < 0 ? target.argmax() : token;
+  }
+
+  DFLASH_INLINE double uniform(int64_t column) const {
+    return p_.uniforms ? p_.uniforms[row_ * (p_.drafted + 1) + column]
+                       : uniform_of(p_.seed, kVerifyStream, row_, column);
+  }
+
+  const VerifyParams& p_;
+  RowMemory& memory_;
+  Sums* const residuals_;
+  const int64_t row_, k_, token_;
+};
+
+template <class T, class Team, bool kFilters>
+__global__ void __launch_bounds__(kThreads, kVerifyBlocks<kFilters>) verify_positions(const VerifyParams params) {
+  __shared__ RowMemory memory;
+  __shared__ Sums residuals[kMaxTiles];
+  const int64_t n = blockIdx.x / Team::size(), row = n / (params.drafted + 1), k = n % (params.drafted + 1);
+  const int64_t drafted = drafted_of(params, row);
+  if (k > drafted) return;
+  const Filters<float> filters(params.filters, row);
+  Row<T, Team> target(logits_of<T>(params.target, params.target_strides, row, k), params.vocab, filters.temperature,
+                      memory);
+  const Verifier<T, Team> verifier(params, memory, residuals, row, k);
+  PivotMemory* memory_of_pivots = nullptr;
+  if constexpr (kFilters) {
+    __shared__ PivotMemory pivot_memory;
+    memory_of_pivots = &pivot_memory;
+  }
+  const int32_t verdict = filters.temperature == 0
+                              ? verifier.verify_greedy(target, k == drafted)
+                              : verifier.verify_sampled(target, filters, k == drafted, memory_of_pivots);
+  if (Team::rank() == 0 && threadIdx.x == 0) params.verdicts[n] = verdict;
+}
+
+constexpr int kResolveWarps = 4;
+
+// A warp per draft finds the first position that was not accepted.
+__global__ void __launch_bounds__(32 * kResolveWarps) resolve_drafts(const VerifyParams params) {
+  const int64_t row = int64_t(blockIdx.x) * kResolveWarps + warp_id();
+  if (row >= params.rows) return;
+  const int32_t* verdicts = params.verdicts + row * (params.drafted + 1);
+  const int64_t drafted = drafted_of(params, row);
+  for (int64_t base = 0; base <= drafted; base += 32) {
+    const int64_t k = base + lane_id();
+    const int32_t verdict = k <= drafted ? verdicts[k] : kAccepted;
+    const unsigned ends = __ballot_sync(~0u, verdict != kAccepted);
+    if (ends == 0) continue;
+    if (lane_id() == __ffs(ends) - 1) {
+      params.accepted[row] = k;
+      params.next_token[row] = verdict;
+    }
+    return;
+  }
+}
+
+template <class T, class Team>
+cudaError_t launch_verify(const VerifyParams& p, int team_size, cudaStream_t stream) {
+  const int cluster_size = team_size == 1 ? 0 : team_size;
+  cudaError_t status = cudaSuccess;
+  if (p.draft == Draft::kFiltered && p.drafted > 0) {
+    status = launch_kernel(describe_drafts<T, Team>, {p.rows * p.drafted * team_size, kThreads, 0, cluster_size},
+                           stream, p);
+  }
+  if (status != cudaSuccess) return status;
+  const auto kernel = p.filters.any ? verify_positions<T, Team, true> : verify_positions<T, Team, false>;
+  status = launch_kernel(kernel, {p.rows * (p.drafted + 1) * team_size, kThreads, 0, cluster_size}, stream, p);
+  if (status != cudaSuccess) return status;
+  return launch_kernel(resolve_drafts, {(p.rows + kResolveWarps - 1) / kResolveWarps, 32 * kResolveWarps}, stream, p);
+}
+
+}  // namespace dflash::DFLASH_ISA

@@ -1,0 +1,103 @@
+"""soft_embedding against its definition in float64."""
+
+import math
+
+import pytest
+import torch
+
+from dflash_ext import reference, soft_embedding
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def inputs(rows, vocab, width, dtype, device="cpu", seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    logits = 3 * torch.randn(rows, vocab, generator=generator)
+    return logits.to(dtype).to(device), torch.randn(vocab, width, generator=generator).to(dtype).to(device)
+
+
+def exact(logits, embedding, **options):
+    options = {n: x.double() if isinstance(x, torch.Tensor) else x for n, x in options.items()}
+    return reference.soft_embedding(logits.double(), embedding.double(), **options)
+
+
+def error(got, want):
+    return ((got.double() - want).norm() / want.norm()).item()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"temperature": 0.4}, {"softcap": 5.0}, {"temperature": 2.5, "softcap": 30.0}], ids=str
+)
+def test_matches_the_definition(options, dtype, device):
+    for rows, vocab, width in ((1, 1, 8), (3, 7, 16), (5, 1000, 24), (4, 9001, 64), (300, 30_011, 8)):
+        logits, embedding = inputs(rows, vocab, width, dtype, device)
+        got, want = soft_embedding(logits, embedding, **options), exact(logits, embedding, **options)
+        p = torch.softmax(torch.zeros_like(logits), -1)  # what torch's own product of this dtype is off by
+        plain = error(p @ embedding, p.double() @ embedding.double())
+        assert got.shape == (rows, width) and got.dtype == dtype
+        assert error(got, want) < max(1.5 * plain, 2 * torch.finfo(dtype).eps + 1e-6)
+
+
+def test_a_temperature_per_row_and_leading_dimensions(device):
+    logits, embedding = inputs(6, 500, 16, torch.float32, device)
+    temperature = torch.tensor([[0.5, 1.0, 2.0], [0.7, 1.5, 1.0]], device=device)
+    got = soft_embedding(logits.view(2, 3, 500), embedding, temperature=temperature)
+    want = exact(logits, embedding, temperature=temperature.flatten())
+    assert got.shape == (2, 3, 16) and error(got.view(6, 16), want) < 1e-5
+    scalar = soft_embedding(logits, embedding, temperature=torch.tensor(0.7, device=device))
+    assert torch.equal(scalar, soft_embedding(logits, embedding, temperature=0.7))
+
+
+def test_logits_that_are_not_finite(device):
+    logits, embedding = inputs(5, 9000, 16, torch.float32, device)
+    logits[0, 5:8990], logits[1, ::2], logits[2], logits[3, 8999] = -math.inf, math.nan, math.nan, math.inf
+    logits[4] *= 1000
+    got, want = soft_embedding(logits, embedding), exact(logits, embedding)
+    assert got[2].isnan().all()
+    for row in (0, 1, 3, 4):
+        assert error(got[row], want[row]) < 1e-5
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_later_chunks_may_hold_much_larger_logits(dtype, device):
+    logits, embedding = inputs(2000, 13_000, 8, dtype, device)
+    logits[:, 5000:] += 60
+    logits[:, 10_000:] += 200
+    logits[1::2, :5000] = -math.inf
+    assert error(soft_embedding(logits, embedding), exact(logits, embedding)) < 4 * torch.finfo(dtype).eps + 1e-4  # float32 keeps 260 to 3e-5
+
+
+def test_strides_and_no_rows(device):
+    logits, embedding = inputs(6, 1000, 16, torch.bfloat16, device)
+    view = logits[::2, 3:900]
+    want = soft_embedding(view.contiguous(), embedding[3:900])
+    assert error(soft_embedding(view, embedding[3:900]), want.double()) < 1e-2
+    assert soft_embedding(logits[:0], embedding).shape == (0, 16)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((torch.zeros(3, 4).long(), torch.zeros(4, 2)), "logits is torch.int64"),
+        ((torch.zeros(3, 4), torch.zeros(5, 2)), r"embedding is torch.float32 \[5, 2\]; floating \[4, H\]"),
+        ((torch.zeros(3, 4), torch.zeros(4, 2), 0.0), "temperature is 0.0; a number above 0"),
+        ((torch.zeros(3, 4), torch.zeros(4, 2), torch.ones(2)), r"temperature is a tensor \[2\]"),
+    ],
+)
+def test_refusals_name_the_value(arguments, message):
+    logits, embedding, *temperature = arguments
+    with pytest.raises(ValueError, match=message):
+        soft_embedding(logits, embedding, **({"temperature": temperature[0]} if temperature else {}))
+
+
+def test_compiles_without_graph_breaks(device):
+    logits, embedding = inputs(4, 9001, 16, torch.float32, device)
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def compiled(logits, embedding, temperature):
+        return soft_embedding(logits, embedding, temperature=temperature, softcap=30.0)
+
+    temperature = torch.tensor([0.5, 1.0, 2.0, 0.7], device=device)
+    want = soft_embedding(logits, embedding, temperature=temperature, softcap=30.0)
+    torch.testing.assert_close(compiled(logits, embedding, temperature), want)
