@@ -61,7 +61,7 @@ class PivotSearch {
   struct Range {
     float high, scale;  // the position of a logit x is (high - x) * scale
     float first, lowest;
-    float last;  // the end of the positions of which the bounds are taken
+    float last;  // the end of the positions of which the bounds are taken; NaN: there is none
 
     DFLASH_INLINE float position(float x) const { return (high - x) * scale; }
   };
@@ -144,7 +144,7 @@ class PivotSearch {
     first = min(first, kBins - 1);
     last = max(min(last - 1, kBins - 1), first);
     range.first = first;
-    range.last = last == kBins - 1 ? kInfinity : last + 1.f;
+    range.last = last == kBins - 1 ? __int_as_float(0x7fffffff) : last + 1.f;
     range.lowest = margin_below(last == kBins - 1 ? lowest : fmaxf(lowest, high - range.last / scale), high);
     return range;
   }
@@ -171,7 +171,7 @@ class PivotSearch {
           }
           const int place = atomicAdd(&memory_.count, 1);
           if (place < kMaxCandidates) memory_.candidates[place] = x;
-          if (position < range.last) {
+          if (!(position >= range.last)) {
             smallest = fminf(smallest, x);
             largest = fmaxf(largest, x);
           }
