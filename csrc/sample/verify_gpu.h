@@ -7,9 +7,7 @@
 
 namespace dflash::DFLASH_ISA {
 
-// Blocks of a multiprocessor, which bound the registers.
-template <bool kFilters>
-constexpr int kVerifyBlocks = kFilters ? 1 : 2;
+constexpr int kVerifyBlocks = 1;  // of a multiprocessor; it bounds the registers
 
 DFLASH_INLINE int64_t drafted_of(const VerifyParams& p, int64_t row) {
   return p.lens ? max(int64_t(0), min(p.lens[row], p.drafted)) : p.drafted;
@@ -23,7 +21,7 @@ DFLASH_INLINE const T* logits_of(const void* logits, const RowStrides& strides, 
 // Finds the pivots and normalisers of draft logits. The pivot of a point mass is +inf, and its "normaliser" is the
 // bits of its token.
 template <class T, class Team>
-__global__ void __launch_bounds__(kThreads, kVerifyBlocks<true>) describe_drafts(const VerifyParams params) {
+__global__ void __launch_bounds__(kThreads, kVerifyBlocks) describe_drafts(const VerifyParams params) {
   __shared__ RowMemory memory;
   __shared__ PivotMemory pivot_memory;
   const int64_t n = blockIdx.x / Team::size(), row = n / params.drafted, k = n % params.drafted;
@@ -154,7 +152,7 @@ class Verifier {
 };
 
 template <class T, class Team, bool kFilters>
-__global__ void __launch_bounds__(kThreads, kVerifyBlocks<kFilters>) verify_positions(const VerifyParams params) {
+__global__ void __launch_bounds__(kThreads, kVerifyBlocks) verify_positions(const VerifyParams params) {
   __shared__ RowMemory memory;
   __shared__ Sums residuals[kMaxTiles];
   const int64_t n = blockIdx.x / Team::size(), row = n / (params.drafted + 1), k = n % (params.drafted + 1);
