@@ -176,7 +176,7 @@ __global__ void __launch_bounds__(kThreads, kVerifyBlocks) verify_positions(cons
 constexpr int kResolveWarps = 4;
 
 // A warp per draft finds the first position that was not accepted.
-__global__ void __launch_bounds__(32 * kResolveWarps) resolve_drafts(const VerifyParams params) {
+static __global__ void __launch_bounds__(32 * kResolveWarps) resolve_drafts(const VerifyParams params) {
   const int64_t row = int64_t(blockIdx.x) * kResolveWarps + warp_id();
   if (row >= params.rows) return;
   const int32_t* verdicts = params.verdicts + row * (params.drafted + 1);
