@@ -14,6 +14,7 @@ from .ops import (
     reveal,
     reveal_count,
     sample,
+    sharded_linear_cross_entropy,
     soft_embedding,
     verify,
 )
@@ -34,6 +35,7 @@ __all__ = [
     "reveal",
     "reveal_count",
     "sample",
+    "sharded_linear_cross_entropy",
     "soft_embedding",
     "verify",
 ]

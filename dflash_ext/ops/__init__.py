@@ -8,6 +8,7 @@ from .linear_loss import linear_cross_entropy
 from .loss import masked_cross_entropy
 from .reveal import reveal, reveal_count
 from .sampling import sample
+from .sharded_loss import sharded_linear_cross_entropy
 from .soft_embedding import soft_embedding
 from .verify import verify
 
@@ -24,6 +25,7 @@ __all__ = [
     "reveal",
     "reveal_count",
     "sample",
+    "sharded_linear_cross_entropy",
     "soft_embedding",
     "verify",
 ]

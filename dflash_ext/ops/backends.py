@@ -20,6 +20,7 @@ SERVED_BY = {
     "block_attn_decode": {"cpu": NATIVE, "cuda": f"{NATIVE} (bf16, fp16), else {_REFERENCE}"},
     "masked_cross_entropy": {"cpu": NATIVE, "cuda": NATIVE},
     "linear_cross_entropy": {"cpu": f"PyTorch GEMM and {NATIVE}", "cuda": f"PyTorch GEMM and {NATIVE}"},
+    "sharded_linear_cross_entropy": {"cpu": f"PyTorch GEMM and {NATIVE}", "cuda": f"PyTorch GEMM and {NATIVE}"},
     "sample": {"cpu": NATIVE, "cuda": f"{NATIVE}, float64 by {_REFERENCE}"},
     "verify": {"cpu": NATIVE, "cuda": f"{NATIVE}, float64 by {_REFERENCE}"},
     "reveal": {"cpu": NATIVE, "cuda": NATIVE},

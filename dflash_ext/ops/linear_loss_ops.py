@@ -93,7 +93,7 @@ def _forward(*inputs):
     """
     call, per_row, make_hidden, keep = _Call.of(inputs[:10], inputs[13:]), *inputs[10:13]
     hidden, head, target = call.hidden, call.head, call.target
-    rows, overflow = _rows_that_count(call.weight, call.max_rows)
+    rows, overflow = rows_that_count(call.weight, call.max_rows)
     count = len(hidden) if rows is None else len(rows)
     keep = keep and count <= call.kept_rows
     real = real_dtype(hidden)
@@ -140,10 +140,10 @@ def _gradients(grad_losses, made_hidden, kept, rows, *inputs):
             grad_hidden = torch.zeros_like(hidden)
             grad_hidden[rows] = (kept @ head).mul_(scale)
         if train_head:
-            grad_head = kept.T @ _rows_of(call, rows).mul_(scale)
+            grad_head = kept.T @ rows_of(call.hidden, call.weight, rows).mul_(scale)
         return grad_hidden, grad_head
     scaled = call._replace(weight=scale.contiguous() if weight is None else weight * scale)
-    rows, _ = _rows_that_count(scaled.weight, call.max_rows)
+    rows, _ = rows_that_count(scaled.weight, call.max_rows)
     return _recomputed(scaled, rows, train_hidden, train_head)
 
 
@@ -160,7 +160,7 @@ def _recomputed(call: _Call, rows: Tensor | None, train_hidden: bool, train_head
         if train_hidden:
             grad_hidden[chunk] = logits @ head
         if train_head:
-            x = _rows_of(call, chunk)
+            x = rows_of(hidden, call.weight, chunk)
             if len(chunks) == 1:
                 grad_head = logits.T @ x
             else:
@@ -175,7 +175,7 @@ def _loss_of(
     call: _Call, rows: slice | Tensor, logits: Tensor, results: list[Tensor] | None, *, make_gradient: bool
 ) -> None:
     """Fills logits with those of some rows, or with their gradient, and the results' rows unless there are none."""
-    torch.mm(_rows_of(call, rows), call.head.T, out=logits)
+    torch.mm(rows_of(call.hidden, call.weight, rows), call.head.T, out=logits)
     beside = (None if each is None else each[rows][None] for each in (call.target, call.weight))
     teacher = _teacher_logits(call, rows)
     # The operator whose name ends in an underscore turns the logits into their gradient in place.
@@ -185,12 +185,12 @@ def _loss_of(
         result[rows] = part[0]
 
 
-def _rows_of(call: _Call, rows: slice | Tensor) -> Tensor:
+def rows_of(hidden: Tensor, weight: Tensor | None, rows: slice | Tensor) -> Tensor:
     """A copy of some rows of hidden, with zeros in the rows that do not count."""
     # oneDNN's bfloat16 product also reads the memory between rows, from which NaN could reach the result.
-    x = call.hidden[rows].clone(memory_format=torch.contiguous_format)
-    if call.weight is not None:  # rows that do not count may hold NaN, and zero times NaN is NaN
-        x.masked_fill_((call.weight[rows] == 0)[:, None], 0.0)
+    x = hidden[rows].clone(memory_format=torch.contiguous_format)
+    if weight is not None:  # rows that do not count may hold NaN, and zero times NaN is NaN
+        x.masked_fill_((weight[rows] == 0)[:, None], 0.0)
     return x
 
 
@@ -209,7 +209,7 @@ def _teacher_logits(call: _Call, rows: slice | Tensor) -> Tensor | None:
     return logits.to(call.hidden.dtype)
 
 
-def _rows_that_count(weight: Tensor | None, max_rows: int | None) -> tuple[Tensor | None, Tensor | None]:
+def rows_that_count(weight: Tensor | None, max_rows: int | None) -> tuple[Tensor | None, Tensor | None]:
     """The indices of the rows to compute (None for all), and which rows that count are not among them (None if all
     are)."""
     if weight is None:

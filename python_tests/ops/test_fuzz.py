@@ -92,7 +92,8 @@ def loss_case(shape, vocab, dtype):
 
 def compare_losses(ours, definition, leaves, others, options, limit):
     wide = [x.detach().double().requires_grad_(x.requires_grad) for x in leaves]
-    exact = options | ({"teacher": options["teacher"].double()} if "teacher" in options else {})
+    teachers = ("teacher", "teacher_hidden", "teacher_head")
+    exact = options | {name: options[name].double() for name in teachers if name in options}
     exact.pop("max_rows", None), exact.pop("chunk_rows", None)
     target, weight = others
     got, want = ours(*leaves, target, weight, **options), definition(*wide, target.long(), weight, **exact)
@@ -127,6 +128,21 @@ def check_masked_cross_entropy():
     compare_losses(masked_cross_entropy, reference.masked_cross_entropy, [leaf], others, options, limit)
 
 
+def teacher_states(shape, vocab, dtype):
+    """Hidden states, from which the teacher's logits are computed."""
+    width, row = size(20), None
+    states = shape
+    if pick(True, False):
+        states = pick((3,), (2, 5))
+        row = torch.randint(0, math.prod(states), shape)
+    return {
+        "teacher_hidden": laid_out(torch.randn(*states, width).to(dtype)),
+        "teacher_head": laid_out((2 * torch.randn(vocab, width) / width**0.5).to(dtype)),
+        "teacher_row": row,
+        "teacher_softcap": pick(None, 3.0),
+    }
+
+
 def check_linear_cross_entropy():
     dtype, vocab, width = pick(*DTYPES), size(150), size(40)
     shape = tuple(count(9) for _ in range(pick(1, 1, 2, 3)))
@@ -137,6 +153,9 @@ def check_linear_cross_entropy():
     kept = kept.sum().item() if options["ignore_index"] is not None or weight is not None else target.numel()
     options["max_rows"] = pick(None, max(1, kept), kept + 3)
     options["chunk_rows"] = pick(None, 1, 4)
+    if "teacher" in options and pick(True, False):
+        del options["teacher"]
+        options |= teacher_states(shape, vocab, dtype)
     # Its logits are rounded to the dtype.
     limit = LOSS_LIMITS[dtype] * (1 if dtype.itemsize > 2 else 4)
     functions = linear_cross_entropy, reference.linear_cross_entropy
