@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..masks import IntervalMask
 from ..models import Target
-from ..ops import linear, sample, verify
+from ..ops import sample, verify
 from .draft import BlockDraft
 from .forward.families import capped, embedding_of, head_softcap, target_stack
 from .forward.layers import Rows
@@ -42,7 +42,7 @@ class TargetForward:
 
     Args:
         slots, tokens: the number of rows, and the largest number of tokens in a row, as in `KVCache`.
-        exact: the bits of a row depend on that row alone in every forward of as many rows.
+        exact: the bits of a row depend on that row alone, whatever is computed beside it.
     """
 
     def __init__(self, target: Target, *, slots: int, tokens: int, exact: bool = False):
@@ -70,7 +70,7 @@ class TargetForward:
     def hidden(self, tokens: Tensor, start: Tensor, counts: Tensor, slots: Tensor) -> tuple[Tensor, Tensor | None]:
         """Reads tokens [B, R] at positions from `start` [B] on, of which the first `counts` [B] of a row exist.
 
-        Returns the output of the final norm [B, R, H] and the features [B, R, taps * H], None without taps.
+        Returns the output of the last layer [B, R, H] and the features [B, R, taps * H], None without taps.
         """
         column = torch.arange(tokens.shape[1], device=tokens.device)
         positions = torch.where(column < counts[:, None], start[:, None] + column, -1)
@@ -84,8 +84,8 @@ class TargetForward:
         return hidden.view(*tokens.shape, -1), None if features is None else features.view(*tokens.shape, -1)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """[..., H] to [..., V]."""
-        return capped(linear(hidden, self.target.head), head_softcap(self.target))
+        """The output of the last layer [..., H] to logits [..., V]."""
+        return capped(self.stack.head(hidden, self.target.head), head_softcap(self.target))
 
 
 def draw(logits: Tensor, rows: RowState, positions: Tensor, drawing: Drawing) -> tuple[Tensor, dict[str, Tensor]]:
@@ -105,17 +105,14 @@ class Cycle:
 
     Args:
         draft: None decodes plainly.
-        rows: the number of rows that the target reads for each slot. Those beyond the anchor and the drafted tokens are
-            padding.
     """
 
     # The columns of a record before the drafted tokens.
     COLUMNS = ("active", "verified", "accepted", "next")
 
-    def __init__(self, state: State, target: TargetForward, draft: BlockDraft | None, *, rows: int):
+    def __init__(self, state: State, target: TargetForward, draft: BlockDraft | None):
         self.state, self.target, self.draft = state, target, draft
         self.width = draft.width if draft else 0
-        self.padding = rows - self.width - 1
 
     def __call__(self, slots: Tensor, drawing: Drawing, watch: Stopwatch) -> Tensor:
         """Advances the rows in these slots (int64 [B]) by one cycle.
@@ -135,14 +132,12 @@ class Cycle:
             watch.stop()
         watch.start("verify")
         tokens = torch.cat([rows.anchor[:, None], drafted], dim=1)
-        tokens = torch.nn.functional.pad(tokens, (0, self.padding))
         hidden, features = self.target.hidden(tokens, rows.start, (room + 1) * rows.active, slot)
-        logits = self.target.logits(hidden)[:, : self.width + 1]
-        result = verify(drafted, logits, draft_lens=room, **self._options(rows, drawing), **drawn)
+        result = verify(drafted, self.target.logits(hidden), draft_lens=room, **self._options(rows, drawing), **drawn)
         committed = column <= result.accepted[:, None]
         if self.draft is not None:
             kept = committed & rows.active[:, None]
-            self.draft.inject(features[:, : self.width + 1], torch.where(kept, rows.start[:, None] + column, -1), slot)
+            self.draft.inject(features, torch.where(kept, rows.start[:, None] + column, -1), slot)
         record = [rows.active.long(), room, result.accepted, result.next_token]
         new = torch.cat([drafted, result.next_token[:, None]], dim=1)
         new = torch.where(column == result.accepted[:, None], result.next_token[:, None], new)

@@ -67,5 +67,4 @@ class BlockDraft:
         hidden = drafter.embed(self.target, block).flatten(0, 1)
         places = positions.masked_fill(~rows.active[:, None], -1)
         output, _ = self.stack.forward(hidden, Rows(positions, places, slots, masks), self.cache)
-        # Contiguous, because a product of rows with gaps between them would be made batch by batch.
-        return drafter.logits(self.target, output.view(*block.shape, -1)[:, first:].contiguous())
+        return drafter.logits(self.target, self.stack.normed(output).view(*block.shape, -1)[:, first:])

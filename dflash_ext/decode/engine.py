@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..models import DFlashDrafter, Target
+from ..ops.backends import hopper_kernels_serve
 from .arguments import check_prompt, draft_width, integer, per_prompt, stop_ids
 from .completion import Completion, Decoded
 from .cycle import Cycle, Drawing, TargetForward
@@ -57,11 +58,8 @@ class Engine:
         max_length: the largest number of tokens of a request, prompt and answer together. The caches have room for it
             in every slot.
         block_size: slots of a drafted block, anchor included. The drafter's own number is the default and the largest.
-        exact: greedy tokens depend on the prompt alone, to the bit, also in bfloat16 on a GPU: not on the drafter, on
-            what it drafts, or on other requests. All forwards of cycles then have one shape. Engines of equal `slots`
-            and `rows` give equal tokens. On a CPU that is so without this option.
-        rows: in exact mode, the rows that the target reads for each slot in a cycle: at least the anchor and the
-            drafted tokens, which are the default. Plain decoding that is to equal speculative decoding needs its rows.
+        exact: greedy tokens depend on the prompt alone, to the bit, also in bfloat16 or float16 on a GPU (Hopper): not
+            on the drafter, on what it drafts, or on other requests. On a CPU that is so without this option.
 
     An engine is not thread-safe: one thread submits, steps and cancels.
 
@@ -79,7 +77,6 @@ class Engine:
         max_length: int = 4096,
         block_size: int | None = None,
         exact: bool = False,
-        rows: int | None = None,
     ):
         slots, max_length = integer("slots", slots), integer("max_length", max_length)
         if slots < 1:
@@ -88,19 +85,17 @@ class Engine:
             name = type(target.model).__name__
             raise ValueError(f"the engine has no forward for this {name}: dflash_ext.decode.decode serves it")
         target.check_length(max_length, f"rows of {max_length} tokens")
-        if exact and target.device.type == "cuda" and target.dtype not in (torch.bfloat16, torch.float16):
-            raise ValueError(f"exact=True is not supported in {target.dtype} on a GPU; bfloat16 and float16 are")
+        halves = target.dtype in (torch.bfloat16, torch.float16)
+        if exact and target.device.type == "cuda" and not (halves and hopper_kernels_serve(target.device)):
+            raise ValueError(f"exact=True on a GPU needs Hopper and bfloat16 or float16; the target is {target.dtype}")
         width = draft_width(target, drafter, block_size)
-        rows = width + 1 if rows is None else integer("rows", rows)
-        if rows < width + 1 or (rows > width + 1 and not exact):
-            raise ValueError(f"rows is {rows}: {width + 1} are decoded, and only exact=True can add to them")
         self.target, self.max_length = target, max_length
         self.watch = Stopwatch(target.device)
         self.state = State(slots, target.device)
         sizes = {"slots": slots + 1, "tokens": max_length}
         with torch.no_grad():
             draft = BlockDraft(drafter, target, width=width, **sizes) if drafter else None
-            self.cycle = Cycle(self.state, TargetForward(target, **sizes, exact=exact), draft, rows=rows)
+            self.cycle = Cycle(self.state, TargetForward(target, **sizes, exact=exact), draft)
         self.runner = runner(self.cycle)
         self.waiting: deque[Request] = deque()
         self.rows: dict[int, Request] = {}  # by slot, in the order of admission
@@ -181,7 +176,7 @@ class Engine:
         Raises what a callback raises, after its request has ended with it; the other requests go on at the next step.
         """
         if self.waiting and self.free:
-            self._admit(wave(self.waiting, len(self.free), exact=self.cycle.target.exact))
+            self._admit(wave(self.waiting, len(self.free)))
         if self.rows:
             self._cycle()
         # On a GPU the host reads one record behind, so that the device never waits for it.

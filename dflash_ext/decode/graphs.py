@@ -102,10 +102,9 @@ class GraphRunner(PlainRunner):
 
 
 def runner(cycle: Cycle) -> PlainRunner:
-    """The runner for the device and dtype of the target. In exact mode all graphs have one size."""
+    """The runner for the device and dtype of the target."""
     cache = cycle.target.cache.keys
     if not (cache.is_cuda and cache.dtype in (torch.bfloat16, torch.float16)):
         return PlainRunner(cycle)
     most = cycle.state.spare
-    smaller = () if cycle.target.exact else (size for size in SIZES if size < most)
-    return GraphRunner(cycle, [*smaller, most])
+    return GraphRunner(cycle, [*(size for size in SIZES if size < most), most])

@@ -14,10 +14,8 @@ CHUNK = 256  # tokens of a row that are read at a time
 TOKENS = 2048  # tokens of all rows that are read at a time
 
 
-def wave(waiting: Sequence[Request], free: int, *, exact: bool = False) -> list[Request]:
-    """The requests from the head of the queue that are read together; in exact mode one, whatever waits behind it."""
-    if exact:
-        return [waiting[0]]
+def wave(waiting: Sequence[Request], free: int) -> list[Request]:
+    """The requests from the head of the queue that are read together."""
     rows = [request for request, _ in zip(waiting, range(free), strict=False)]
     longest = 0
     for count, request in enumerate(rows):
@@ -39,8 +37,6 @@ def prefill(cycle: Cycle, requests: Sequence[Request], drawing: Drawing) -> Tens
     lengths = [len(request.prompt) for request in requests]
     longest = max(lengths)
     chunk = min(CHUNK, longest)
-    if cycle.target.exact:  # all chunks of all prompts have one size
-        chunk, longest = CHUNK, -(-longest // CHUNK) * CHUNK
     padded = [[*request.prompt, *[0] * (longest - n)] for request, n in zip(requests, lengths, strict=True)]
     tokens = torch.tensor(padded).to(state.device, non_blocking=True)
     rows = state.of(slots)

@@ -41,7 +41,6 @@ def decode(
     batch_size: int = 32,
     seed: int = 0,
     exact: bool = False,
-    rows: int | None = None,
     on_tokens: Callable[[int, list[int]], None] | None = None,
     on_finish: Callable[[int, Completion], None] | None = None,
 ) -> Decoded:
@@ -59,8 +58,7 @@ def decode(
         block_size: slots of a drafted block, anchor included. The drafter's own number is the default and the largest.
         batch_size: the number of rows that are decoded at a time. Prompts of similar length share a batch.
         seed: the seed of all draws. A prompt's draws do not depend on the other prompts of the batch.
-        exact, rows: as in `Engine`; the output is then equal to plain greedy decoding of the same batch_size and rows,
-            to the bit.
+        exact: as in `Engine`: output is then equal to plain greedy decoding to the bit.
         on_tokens: called with a prompt's index and its newly committed tokens, cycle by cycle.
         on_finish: called with a prompt's index and its completion as soon as it ends.
 
@@ -109,8 +107,8 @@ def decode(
             )
         decode_with_modules(target, drafter, by_length, decoded, batch_size=batch_size)
         return decoded
-    sizes = {"slots": batch_size if exact else min(batch_size, len(requests)), "max_length": longest + max_new_tokens}
-    engine = Engine(target, drafter, **sizes, block_size=block_size, exact=exact, rows=rows)
+    sizes = {"slots": min(batch_size, len(requests)), "max_length": longest + max_new_tokens}
+    engine = Engine(target, drafter, **sizes, block_size=block_size, exact=exact)
     engine.waiting.extend(by_length)
     engine.run()
     engine.add_times(decoded)

@@ -11,6 +11,7 @@ from ..native import load
 from .autograd import has_no_gradient
 from .backends import hopper_kernels_serve
 from .devices import autocast
+from .layer import gated
 
 load()
 _linear = torch.ops.dflash_ext.linear.default
@@ -115,7 +116,9 @@ def _by_steps(
         x = F.rms_norm(x, x.shape[-1:], norm + 1 if norm_plus_one else norm, norm_eps)
     with torch.autocast(x.device.type, enabled=False):
         y = F.linear(x, weight, bias)
-    if gate is not None:
+    if gate is not None and y.dtype != torch.float64 and y.shape[-1] % 16 == 0:
+        y = gated(y.flatten(0, -2), gate).view(*y.shape[:-1], -1)
+    elif gate is not None:
         first, second = y.chunk(2, dim=-1)
         y = (F.silu(first) if gate == "silu" else F.gelu(first, approximate="tanh")) * second
     return y if residual is None else y + residual

@@ -138,7 +138,7 @@ def test_exact_mode_gives_the_same_bits_with_and_without_a_drafter():
     target, drafter = tiny_pair("qwen3")
     prompts, caches = random_prompts(4, 9, 300), []
     for draft in (drafter, None):
-        engine = Engine(target, draft, slots=3, max_length=400, exact=True, rows=8)
+        engine = Engine(target, draft, slots=3, max_length=400, exact=True)
         requests = [engine.submit(prompt, max_new_tokens=20) for prompt in prompts]
         engine.run()
         assert [r.completion.tokens for r in requests] == [own_output(target.model, p, 20) for p in prompts]
@@ -149,10 +149,6 @@ def test_exact_mode_gives_the_same_bits_with_and_without_a_drafter():
 
 def test_refuses_numbers_and_targets():
     target, drafter = tiny_pair("llama")
-    with pytest.raises(ValueError, match="rows is 5: 6 are decoded, and only exact=True can add to them"):
-        Engine(target, drafter, max_length=100, exact=True, rows=5)
-    with pytest.raises(ValueError, match="rows is 7: 6 are decoded"):
-        Engine(target, drafter, max_length=100, rows=7)
     with pytest.raises(ValueError, match="slots is 0"):
         Engine(target, drafter, slots=0)
     with pytest.raises(ValueError, match="rows of 513 tokens do not fit: the target has 512 positions"):

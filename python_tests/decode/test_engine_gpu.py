@@ -90,7 +90,7 @@ def test_exact_mode_gives_the_same_bits_whatever_is_drafted(family):
     target, drafter = pair(family)
     (prompt,) = random_prompts(300)
     scripted = Scripted(drafter.config).to("cuda", torch.bfloat16).eval()
-    options, texts, caches = dict(slots=3, max_length=500, exact=True, rows=8), [], []
+    options, texts, caches = dict(slots=3, max_length=500, exact=True), [], []
     for draft in (None, drafter, scripted):
         engine = Engine(target, draft, **options)
         requests = [engine.submit(prompt, max_new_tokens=n) for n in (90, 30, 60, 90, 20, 10)]

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ...masks import IntervalMask
 from ...ops import block_attn_decode, linear
-from ...ops.layer import add_rms_norm, gated, rotate_to_cache
+from ...ops.layer import add_rms_norm, rotate_to_cache
 from ..kv_cache import KVCache, block_table
 
 
@@ -61,7 +61,7 @@ class Stack:
 
     rotary: cos and sin [P, D / 2] by kind of layer, float32 (float64 for float64).
     scale, softcap: of the attention's scores. plus_one: norms multiply by 1 + weight.
-    exact: the bits of a row's attention depend on that row alone.
+    exact: the bits of a row depend on that row alone.
     """
 
     layers: Sequence[LayerWeights]
@@ -88,20 +88,18 @@ class Stack:
         """Runs rows through all layers and adds their keys and values to the cache.
 
         Args:
-            hidden: [B * R, H], the embedded tokens, contiguous; overwritten.
+            hidden: [B * R, H], the embedded tokens, contiguous; may be overwritten.
             taps: the layers whose outputs are wanted. The last layer's is the output of the final norm.
 
         Returns:
-            The output of the final norm [B * R, H], and the tapped outputs side by side, [B * R, taps * H] (None
-            without taps).
+            The output of the last layer before the final norm [B * R, H], and the tapped outputs side by side,
+            [B * R, taps * H] (None without taps).
         """
         masks, table = self.planned(rows.masks), block_table(rows.slots)
-        norms = {"eps": self.eps, "plus_one": self.plus_one}
         features = hidden.new_empty(len(hidden), len(taps), hidden.shape[1]) if taps else None
-        normed = add_rms_norm(hidden, self.layers[0].attention_norm, **norms)
         for index, layer in enumerate(self.layers):
             queries = rotate_to_cache(
-                linear(normed, layer.qkv, layer.qkv_bias),
+                self._linear(hidden, layer.qkv, layer.qkv_bias, norm=layer.attention_norm),
                 *cache.layers[index],
                 rows.positions,
                 rows.places,
@@ -109,7 +107,8 @@ class Stack:
                 *self.rotary[layer.kind],
                 q_norm=layer.q_norm,
                 k_norm=layer.k_norm,
-                **norms,
+                eps=self.eps,
+                plus_one=self.plus_one,
             )
             attended = block_attn_decode(
                 queries,
@@ -121,24 +120,33 @@ class Stack:
                 exact=self.exact,
             )
             attended = attended.transpose(1, 2).reshape(len(hidden), -1)
-            update = linear(attended, layer.out, layer.out_bias)
-            normed = add_rms_norm(hidden, layer.mlp_norm, update=update, update_norm=layer.after_attention, **norms)
-            inner = gated_product(normed, layer.gate_up, layer.gate_up_bias, self.activation)
-            update = linear(inner, layer.down, layer.down_bias)
-            last = index == len(self.layers) - 1
-            norm = self.final_norm if last else self.layers[index + 1].attention_norm
-            normed = add_rms_norm(hidden, norm, update=update, update_norm=layer.after_mlp, **norms)
+            hidden = self._add(hidden, attended, layer.out, layer.out_bias, layer.after_attention)
+            inner = self._linear(hidden, layer.gate_up, layer.gate_up_bias, norm=layer.mlp_norm, gate=self.activation)
+            hidden = self._add(hidden, inner, layer.down, layer.down_bias, layer.after_mlp)
             for at, tap in enumerate(taps):
                 if tap == index:
-                    features[:, at] = normed if last else hidden
-        return normed, None if features is None else features.flatten(1)
+                    features[:, at] = self.normed(hidden) if index == len(self.layers) - 1 else hidden
+        return hidden, None if features is None else features.flatten(1)
 
+    def normed(self, hidden: Tensor) -> Tensor:
+        """The output of the final norm, [T, H]."""
+        return add_rms_norm(hidden, self.final_norm, eps=self.eps, plus_one=self.plus_one)
 
-def gated_product(rows: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
-    """The first half of a gated MLP: rows [T, H] times weight [2 * I, H], and `gated`."""
-    if rows.is_cuda:
-        return gated(linear(rows, weight, bias), activation)
-    return linear(rows, weight, bias, gate=activation)
+    def head(self, hidden: Tensor, weight: Tensor) -> Tensor:
+        """The final norm and a head [V, H]: [..., H] to [..., V]."""
+        return self._linear(hidden, weight, norm=self.final_norm)
+
+    def _add(self, hidden: Tensor, rows: Tensor, weight: Tensor, bias: Tensor | None, norm: Tensor | None) -> Tensor:
+        """The residual stream after a sublayer, whose output may pass a norm of its own."""
+        if norm is None:
+            return self._linear(rows, weight, bias, residual=hidden)
+        update = self._linear(rows, weight, bias)
+        add_rms_norm(hidden, norm, update=update, update_norm=norm, eps=self.eps, plus_one=self.plus_one)
+        return hidden
+
+    def _linear(self, rows: Tensor, weight: Tensor, bias: Tensor | None = None, **around: Tensor | str) -> Tensor:
+        options = {"norm_eps": self.eps, "norm_plus_one": self.plus_one, "exact": self.exact}
+        return linear(rows, weight, bias, constant_weight=True, **options, **around)
 
 
 def rotary_tables(rotary: torch.nn.Module, like: Tensor, length: int, **kind: str) -> tuple[Tensor, Tensor]:
