@@ -13,11 +13,12 @@ from torch import Tensor
 from ..masks import IntervalMask
 from ..models import Target
 from ..ops import sample, verify
+from ..ops.cycle import begin_cycle, end_cycle
 from .draft import BlockDraft
 from .forward.families import capped, embedding_of, head_softcap, target_stack
 from .forward.layers import Rows
 from .kv_cache import KVCache
-from .state import OFF, RowState, State
+from .state import OFF, State
 from .stopwatch import Stopwatch
 
 
@@ -31,10 +32,6 @@ class Drawing:
     def of(cls, options: list[dict[str, float]]) -> Drawing:
         used = tuple(name for name, off in OFF.items() if any(row[name] != off for row in options))
         return cls(used if "temperature" in used else ())
-
-    @property
-    def greedy(self) -> bool:
-        return not self.filters
 
 
 class TargetForward:
@@ -67,13 +64,17 @@ class TargetForward:
     def kinds(self) -> set[str]:
         return set(self.stack.rotary)
 
-    def hidden(self, tokens: Tensor, start: Tensor, counts: Tensor, slots: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Reads tokens [B, R] at positions from `start` [B] on, of which the first `counts` [B] of a row exist.
+    def hidden(
+        self, tokens: Tensor, positions: Tensor, start: Tensor, counts: Tensor, slots: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        """Reads tokens [B, R], of which the first `counts` [B] of a row exist.
+
+        Args:
+            positions: int64 [B, R], from `start` [B] on; -1 for tokens that do not exist.
+            slots: int32 [B].
 
         Returns the output of the last layer [B, R, H] and the features [B, R, taps * H], None without taps.
         """
-        column = torch.arange(tokens.shape[1], device=tokens.device)
-        positions = torch.where(column < counts[:, None], start[:, None] + column, -1)
         options = {"q_lens": counts, "causal": True, "kv_len": self.cache.capacity}
         masks = {
             kind: IntervalMask.decode(start, tokens.shape[1], window=window, **options)
@@ -88,13 +89,19 @@ class TargetForward:
         return capped(self.stack.head(hidden, self.target.head), head_softcap(self.target))
 
 
-def draw(logits: Tensor, rows: RowState, positions: Tensor, drawing: Drawing) -> tuple[Tensor, dict[str, Tensor]]:
-    """Draws the tokens [B, K] at `positions` from logits [B, K, V], and what `verify` must know of the draw."""
-    if drawing.greedy:
+def draw(logits: Tensor, seed: Tensor, first: Tensor, options: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+    """Draws the tokens [B, K] from logits [B, K, V], and what `verify` must know of the draw.
+
+    seed: int64 [B]. first: int64 [B], the position of the first of the tokens. A seed belongs to a row and a position,
+    so that a row's draws do not depend on the other rows. options: the temperature and filters that some row uses, [B]
+    each; none of them is greedy.
+    """
+    if not options:
         return logits.argmax(dim=-1), {}
     count = logits.shape[1]
-    options = {name: rows.options[name].repeat_interleave(count) for name in drawing.filters}
-    drawn = sample(logits.flatten(0, 1), (rows.seed[:, None] + positions).flatten(), **options)
+    positions = first[:, None] + torch.arange(count, device=first.device)
+    options = {name: values.repeat_interleave(count) for name, values in options.items()}
+    drawn = sample(logits.flatten(0, 1), (seed[:, None] + positions).flatten(), **options)
     pivot, normaliser = (x.view(positions.shape) for x in (drawn.pivot, drawn.normaliser))
     known = {"draft_logits": logits, "draft_pivot": pivot, "draft_normaliser": normaliser}
     return drawn.token.view(positions.shape), known
@@ -107,9 +114,6 @@ class Cycle:
         draft: None decodes plainly.
     """
 
-    # The columns of a record before the drafted tokens.
-    COLUMNS = ("active", "verified", "accepted", "next")
-
     def __init__(self, state: State, target: TargetForward, draft: BlockDraft | None):
         self.state, self.target, self.draft = state, target, draft
         self.width = draft.width if draft else 0
@@ -117,38 +121,27 @@ class Cycle:
     def __call__(self, slots: Tensor, drawing: Drawing, watch: Stopwatch) -> Tensor:
         """Advances the rows in these slots (int64 [B]) by one cycle.
 
-        Returns int64 [B, 4 + K], one record a row: whether it was active, how many drafted tokens were verified, how
-        many of them were accepted, the target's own token after them, and the drafted tokens.
+        Returns the records of `end_cycle`, int64 [B, 4 + K].
         """
-        rows, slot = self.state.of(slots), slots.int()
-        column = torch.arange(self.width + 1, device=slots.device)
-        # Drafted tokens for which the row has no room are padding for the target, and are not verified.
-        room = (rows.last - rows.start).clamp(0, self.width) * rows.active
-        drafted, drawn = rows.anchor[:, None][:, :0], {}
+        state, width = self.state, self.width
+        rows = begin_cycle(state.numbers, slots, width, self.draft.block_len if self.draft else 0)
+        options = state.options_of(slots, drawing.filters)
+        tokens = rows.anchor[:, None]
+        drafted, drawn = tokens[:, :0], {}
         if self.draft is not None:
             watch.start("draft")
-            logits = self.draft.denoise(rows, slot)
-            drafted, drawn = draw(logits, rows, rows.start[:, None] + column[1:], drawing)
+            logits = self.draft.denoise(rows)
+            drafted, drawn = draw(logits, rows.seed, rows.start + 1, options)
+            tokens = torch.cat([tokens, drafted], dim=1)
             watch.stop()
         watch.start("verify")
-        tokens = torch.cat([rows.anchor[:, None], drafted], dim=1)
-        hidden, features = self.target.hidden(tokens, rows.start, (room + 1) * rows.active, slot)
-        result = verify(drafted, self.target.logits(hidden), draft_lens=room, **self._options(rows, drawing), **drawn)
-        committed = column <= result.accepted[:, None]
+        hidden, features = self.target.hidden(tokens, rows.positions, rows.start, rows.q_len, rows.slots)
+        chance = options and {"seed": rows.seed + rows.start} | options
+        # Drafted tokens for which the row has no room are padding for the target, and are not verified.
+        result = verify(drafted, self.target.logits(hidden), draft_lens=rows.room, **chance, **drawn)
+        committed = drafted, result.accepted, result.next_token
+        records, kept = end_cycle(state.numbers, slots, state.stops, rows, *committed)
         if self.draft is not None:
-            kept = committed & rows.active[:, None]
-            self.draft.inject(features, torch.where(kept, rows.start[:, None] + column, -1), slot)
-        record = [rows.active.long(), room, result.accepted, result.next_token]
-        new = torch.cat([drafted, result.next_token[:, None]], dim=1)
-        new = torch.where(column == result.accepted[:, None], result.next_token[:, None], new)
-        stopped = ((new[:, :, None] == rows.stops[:, None]) & committed[:, :, None]).flatten(1).any(1)
-        start = rows.start + (result.accepted + 1) * rows.active
-        active = rows.active & ~stopped & (start <= rows.last)
-        self.state.advance(slots, rows, start, torch.where(rows.active, result.next_token, rows.anchor), active)
+            self.draft.inject(features, kept, rows.slots)
         watch.stop()
-        return torch.cat([torch.stack(record, dim=1), drafted], dim=1)
-
-    def _options(self, rows: RowState, drawing: Drawing) -> dict[str, Tensor]:
-        if drawing.greedy:
-            return {}
-        return {"seed": rows.seed + rows.start} | {name: rows.options[name] for name in drawing.filters}
+        return records

@@ -7,11 +7,11 @@ from torch import Tensor
 
 from ..models import DFlashDrafter, Target
 from ..ops import kv_inject, linear
+from ..ops.cycle import CycleRows
 from ..ops.layer import add_rms_norm
 from .forward.families import drafter_stack
 from .forward.layers import Rows
 from .kv_cache import KVCache, block_table
-from .state import RowState
 
 
 class BlockDraft:
@@ -56,15 +56,18 @@ class BlockDraft:
             block_table=block_table(slots),
         )
 
-    def denoise(self, rows: RowState, slots: Tensor) -> Tensor:
+    def denoise(self, rows: CycleRows) -> Tensor:
         """The logits [B, width, V] of the tokens behind the anchors, in the target's vocabulary and dtype."""
         drafter, first = self.drafter, self.drafter.config.first_draft_slot
-        count = self.width + first
-        block = torch.full((len(slots), count), drafter.config.mask_token_id, device=slots.device)
+        block = torch.full_like(rows.block_positions, drafter.config.mask_token_id)
         block[:, 0] = rows.anchor
-        positions = rows.start[:, None] + torch.arange(count, device=slots.device)
-        masks = drafter.decode_masks(rows.start, count, self.cache.capacity)
+        masks = drafter.decode_masks(rows.start, self.block_len, self.cache.capacity)
         hidden = drafter.embed(self.target, block).flatten(0, 1)
-        places = positions.masked_fill(~rows.active[:, None], -1)
-        output, _ = self.stack.forward(hidden, Rows(positions, places, slots, masks), self.cache)
+        where = Rows(rows.block_positions, rows.block_places, rows.slots, masks)
+        output, _ = self.stack.forward(hidden, where, self.cache)
         return drafter.logits(self.target, self.stack.normed(output).view(*block.shape, -1)[:, first:])
+
+    @property
+    def block_len(self) -> int:
+        """The slots of a block that are computed."""
+        return self.width + self.drafter.config.first_draft_slot

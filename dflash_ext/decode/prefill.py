@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..ops.cycle import begin_cycle
 from .cycle import Cycle, Drawing, draw
 from .request import Request
 
@@ -39,25 +40,24 @@ def prefill(cycle: Cycle, requests: Sequence[Request], drawing: Drawing) -> Tens
     chunk = min(CHUNK, longest)
     padded = [[*request.prompt, *[0] * (longest - n)] for request, n in zip(requests, lengths, strict=True)]
     tokens = torch.tensor(padded).to(state.device, non_blocking=True)
-    rows = state.of(slots)
-    slot = slots.int()
+    rows = begin_cycle(state.numbers, slots, 0, 0)
     last = tokens.new_zeros(len(requests), cycle.target.target.hidden_size, dtype=cycle.target.cache.keys.dtype)
     for first in range(0, longest, chunk):
         part = tokens[:, first : first + chunk]
         counts = (rows.start - first).clamp(0, part.shape[1])
-        begins = torch.full_like(rows.start, first)
-        hidden, features = cycle.target.hidden(part, begins, counts, slot)
+        column = torch.arange(part.shape[1], device=state.device)
+        positions = torch.where(column < counts[:, None], first + column, -1)
+        begin = torch.full_like(rows.start, first)
+        hidden, features = cycle.target.hidden(part, positions, begin, counts, rows.slots)
         if cycle.draft is not None:
-            column = torch.arange(part.shape[1], device=state.device)
-            positions = torch.where(column < counts[:, None], first + column, -1)
-            cycle.draft.inject(features, positions, slot)
+            cycle.draft.inject(features, positions, rows.slots)
         # The output of a row's last token, if it is in this chunk.
         at = rows.start - 1 - first
         here = (at >= 0) & (at < part.shape[1])
         ends = hidden.gather(1, at.clamp(0, part.shape[1] - 1)[:, None, None].expand(-1, 1, hidden.shape[2]))[:, 0]
         last = torch.where(here[:, None], ends, last)
-    logits = cycle.target.logits(last)[:, None]
-    anchor = draw(logits, rows, rows.start[:, None], drawing)[0][:, 0]
-    stopped = (anchor[:, None] == rows.stops).any(1)
-    state.advance(slots, rows, rows.start, anchor, ~stopped & (rows.start <= rows.last))
-    return anchor
+    options = state.options_of(slots, drawing.filters)
+    anchors = draw(cycle.target.logits(last)[:, None], rows.seed, rows.start, options)[0][:, 0]
+    stopped = (anchors[:, None] == state.stops.index_select(0, slots)).any(1)
+    state.set_anchors(slots, anchors, ~stopped & (rows.start <= rows.last))
+    return anchors

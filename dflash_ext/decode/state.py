@@ -3,40 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from ..ops.cycle import FIELDS
+
 OPTIONS = ("temperature", "top_k", "top_p", "min_p")
 OFF = {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
-FIELDS = ("start", "anchor", "last", "active", "seed")
-
-
-@dataclass(frozen=True)
-class RowState:
-    """The state of some rows, [B] each.
-
-    start: int64, the position of the anchor, which is also the number of tokens in the caches.
-    anchor: int64, the last committed token. No cache has it yet.
-    last: int64, the last position that the target reads. The row ends with the token after it.
-    active: bool. The caches of other rows are not written.
-    seed: int64.
-    options: temperature, top_k, top_p and min_p.
-    stops: int64 [B, n], the tokens that end a row, -1 for none.
-    """
-
-    start: Tensor
-    anchor: Tensor
-    last: Tensor
-    active: Tensor
-    seed: Tensor
-    options: dict[str, Tensor]
-    stops: Tensor
 
 
 class State:
-    """The rows of all slots. One more slot belongs to no row: it fills up what a graph decodes beyond the rows."""
+    """The rows of all slots.
+
+    numbers: int64 [slots + 1, 5], the columns being `ops.cycle.FIELDS`: the position of the anchor, which is also the
+        number of tokens in the caches; the anchor, which is the last committed token and in no cache yet; the last
+        position that the target reads, after which the row ends; whether the row is decoded; its seed.
+    options: float32 [slots + 1, 4], the columns being OPTIONS.
+    stops: int64 [slots + 1, n], the tokens that end a row, -1 for none.
+
+    One more slot belongs to no row: it fills up what a graph decodes beyond the rows.
+    """
 
     def __init__(self, slots: int, device: torch.device):
         self.spare = slots
@@ -45,17 +32,12 @@ class State:
         self.options = torch.zeros(slots + 1, len(OPTIONS), device=device)
         self.stops = torch.full((slots + 1, 1), -1, device=device)
 
-    def of(self, slots: Tensor) -> RowState:
-        """The rows in these slots (int64 [B])."""
-        fields = dict(zip(FIELDS, self.numbers.index_select(0, slots).unbind(1), strict=True))
-        options = dict(zip(OPTIONS, self.options.index_select(0, slots).unbind(1), strict=True))
-        fields["active"] = fields["active"].bool()
-        return RowState(**fields, options=options, stops=self.stops.index_select(0, slots))
-
-    def advance(self, slots: Tensor, rows: RowState, start: Tensor, anchor: Tensor, active: Tensor) -> None:
-        """Writes what a cycle changes."""
-        numbers = torch.stack([start, anchor, rows.last, active.long(), rows.seed], dim=1)
-        self.numbers.index_copy_(0, slots, numbers)
+    def options_of(self, slots: Tensor, names: Sequence[str]) -> dict[str, Tensor]:
+        """Some of the OPTIONS of the rows in these slots (int64 [B]), float32 [B] each."""
+        if not names:
+            return {}
+        values = self.options.index_select(0, slots)
+        return {name: values[:, OPTIONS.index(name)] for name in names}
 
     def admit(
         self,
@@ -82,6 +64,11 @@ class State:
         if missing > 0:
             self.stops = torch.nn.functional.pad(self.stops, (0, missing), value=-1)
         return missing > 0
+
+    def set_anchors(self, slots: Tensor, anchors: Tensor, active: Tensor) -> None:
+        """Gives admitted rows their first tokens, and says which of them go on."""
+        self.numbers[slots, FIELDS.index("anchor")] = anchors
+        self.numbers[slots, FIELDS.index("active")] = active.long()
 
     def freeze(self, slots: Tensor) -> None:
         """Ends rows from outside of a cycle."""

@@ -1,0 +1,93 @@
+"""The two ends of a decoding cycle: what its forwards need of the rows' state, and the commit."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..native import load
+
+load()
+_begin_cycle = torch.ops.dflash_ext.begin_cycle.default
+_end_cycle = torch.ops.dflash_ext.end_cycle.default
+
+FIELDS = ("start", "anchor", "last", "active", "seed")  # the columns of the state
+
+
+class CycleRows(NamedTuple):
+    """What `begin_cycle` reads of B rows, K drafted tokens each.
+
+    readings: int64 ``[7, B]``, whose rows are attributes: FIELDS, ``room`` and ``q_len``. ``room`` is how many drafted
+    tokens the row has room for, 0 to K; ``q_len`` is how many tokens the target reads: one more, or 0 for a row that is
+    not active.
+    slots: int32 ``[B]``.
+    positions: int64 ``[B, K + 1]``, of the anchor and of the drafted tokens that there is room for; -1 for others.
+    block_positions, block_places: int64 ``[B, block]``, from the anchor on; the places of rows that are not active
+    are -1.
+    """
+
+    readings: Tensor
+    slots: Tensor
+    positions: Tensor
+    block_positions: Tensor
+    block_places: Tensor
+
+    start = property(lambda self: self.readings[0])
+    anchor = property(lambda self: self.readings[1])
+    last = property(lambda self: self.readings[2])
+    active = property(lambda self: self.readings[3])
+    seed = property(lambda self: self.readings[4])
+    room = property(lambda self: self.readings[5])
+    q_len = property(lambda self: self.readings[6])
+
+
+def begin_cycle(state: Tensor, slots: Tensor, width: int, block: int) -> CycleRows:
+    """Reads the state of rows.
+
+    Args:
+        state: int64 ``[S, 5]``, one row a slot, whose columns are FIELDS: the anchor's position (``start``), the
+            ``anchor`` token, the ``last`` position that the target reads, whether the row is ``active``, a ``seed``.
+        slots: int64 ``[B]``, the slots of the rows.
+        width: K, the number of drafted tokens. block: the slots of a drafted block.
+
+    Raises RuntimeError for tensors that do not fit together, and on the CPU for a slot that does not exist.
+    """
+    return CycleRows(*_begin_cycle(state, slots, width, block))
+
+
+def end_cycle(
+    state: Tensor, slots: Tensor, stops: Tensor, rows: CycleRows, drafted: Tensor, accepted: Tensor, next_token: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Commits the accepted tokens of every active row and the token after them, in ``state``.
+
+    A row ends (it is active no more) if one of these tokens is among its stop tokens, or if the token after ``last`` is
+    one of them.
+
+    Args:
+        stops: int64 ``[S, n]``, the stop tokens of every slot, -1 for none.
+        drafted: int64 ``[B, K]``. accepted, next_token: int64 ``[B]``, as `verify` gives them.
+
+    Returns:
+        Records int64 ``[B, 4 + K]``: whether the row was active, how many drafted tokens were verified, how many were
+        accepted, the token after them, the drafted tokens. And the positions of the committed tokens that the target
+        has read, int64 ``[B, K + 1]``, -1 elsewhere.
+
+    Raises RuntimeError for tensors that do not fit together.
+    """
+    return _end_cycle(state, slots, stops, rows.readings, drafted, accepted, next_token)
+
+
+@torch.library.register_fake("dflash_ext::begin_cycle")
+def _(state, slots, width, block):
+    rows = slots.shape[0]
+    shapes = (rows, width + 1), (rows, block), (rows, block)
+    readings, slots32 = state.new_empty(len(FIELDS) + 2, rows), state.new_empty(rows, dtype=torch.int32)
+    return readings, slots32, *(state.new_empty(shape) for shape in shapes)
+
+
+@torch.library.register_fake("dflash_ext::end_cycle")
+def _(state, slots, stops, readings, drafted, accepted, next_token):
+    rows, width = drafted.shape
+    return state.new_empty(rows, 4 + width), state.new_empty(rows, width + 1)
