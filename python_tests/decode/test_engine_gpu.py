@@ -56,9 +56,11 @@ def test_a_graph_does_what_the_cycle_does(temperature):
     """The same shapes, so that the bits are the same: four rows, which end together."""
     target, drafter = pair("qwen3")
     texts = []
-    for kind in (GraphRunner, PlainRunner):
+    for captured in (True, False):
         engine = Engine(target, drafter, slots=4, max_length=200)
-        engine.runner = kind(engine.cycle)
+        assert isinstance(engine.runner, GraphRunner)
+        if not captured:
+            engine.runner = PlainRunner(engine.cycle)
         options = dict(max_new_tokens=40, temperature=temperature, top_p=0.9 if temperature else None)
         requests = [engine.submit(p, seed=i, **options) for i, p in enumerate(random_prompts(4, 9, 70, 31))]
         engine.run()
