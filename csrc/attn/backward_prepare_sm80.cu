@@ -15,12 +15,12 @@ namespace {
 constexpr int kThreads = 256;
 // Writes what the positions of a tile see. One warp calls this.
 DFLASH_INLINE void describe_tile(const BackwardParams& p, int64_t entry, int64_t tile) {
-  const auto warp = cg::tiled_partition<32>(cg::this_thread_block());
+  const int lane = threadIdx.x % 32;
   const int64_t positions = p.tile_rows / p.fold, first = tile * positions, tiles = p.row_tiles;
   const int kv_len = static_cast<int>(p.kv_len);
   Hulls hulls;
   bool has_empty = false;
-  for (int64_t i = warp.thread_rank(); i < positions; i += 32) {
+  for (int64_t i = lane; i < positions; i += 32) {
     const int64_t position = first + i;
     RowKeys keys{};
     if (position < p.q_len) {
@@ -32,9 +32,9 @@ DFLASH_INLINE void describe_tile(const BackwardParams& p, int64_t entry, int64_t
     }
     p.keys[entry * tiles * positions + position] = keys;
   }
-  hulls.merge(warp);
-  has_empty = warp.any(has_empty);
-  if (warp.thread_rank() == 0) {
+  hulls.merge(32);
+  has_empty = __any_sync(~0u, has_empty);
+  if (lane == 0) {
     RowTile described{};
     described.has_empty = has_empty;
     const Hull runs[2] = {hulls.ctx, hulls.blk};

@@ -12,7 +12,7 @@ struct TilePlan {
   int32_t keys;                    // how many keys the two runs hold
   int32_t lo[2], hi[2];            // two runs that hold every key that some row sees, in order; empty if lo == hi
   int32_t full_lo[2], full_hi[2];  // within each run, the keys that all rows see
-  int32_t reserved;
+  int32_t reserved;                // 0
 };
 constexpr int64_t kTilePlanInts = sizeof(TilePlan) / sizeof(int32_t);
 
@@ -27,9 +27,9 @@ struct PlanParams {
 constexpr int64_t tiles_of(int64_t q_len, int64_t positions) { return (q_len + positions - 1) / positions; }
 
 // A plan of few tiles is sorted by counting the tiles that come before each. A larger plan is sorted by size classes of
-// the number of keys: 8 classes an octave, class 0 for the most keys.
+// the number of keys: 8 classes an octave, class 0 for kv_len keys, the last class for less than 2^-8 of them.
 constexpr int64_t kFewTiles = 1024;
-constexpr int kSizeClasses = 128;
+constexpr int kSizeClasses = 64;
 constexpr int64_t kMaxPlanBlocks = 128;  // of a launch that sorts by size class
 
 // The scratch memory holds the plan before it is sorted, and how many tiles of each class every block has.

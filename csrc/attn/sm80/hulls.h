@@ -2,31 +2,11 @@
 // the backward.
 #pragma once
 
-#include <cooperative_groups.h>
-#include <cooperative_groups/reduce.h>
-
 #include "common/device.h"
 
 namespace dflash::DFLASH_ISA::sm80 {
 
-namespace cg = cooperative_groups;
-
 constexpr int kFar = 1 << 30;
-
-// Reduces over a whole warp by its own instruction. Parts of a warp would execute that one part after another, so they
-// use shuffles.
-template <class Lanes, class Op>
-DFLASH_INLINE int reduced(const Lanes& lanes, int value, Op op) {
-  if constexpr (Lanes::num_threads() == 32) {
-    return cg::reduce(lanes, value, op);
-  } else {
-#pragma unroll
-    for (int distance = Lanes::num_threads() / 2; distance > 0; distance /= 2) {
-      value = op(value, lanes.shfl_xor(value, distance));
-    }
-    return value;
-  }
-}
 
 // Intervals of one kind, one a row: [lo, hi) holds all of them, and every one of them holds [full_lo, full_hi).
 struct Hull {
@@ -40,13 +20,24 @@ struct Hull {
     full_hi = min(full_hi, sees ? row_hi : 0);
   }
 
-  // Merges the lanes' hulls. Empty intervals become [0, 0).
-  template <class Lanes>
-  DFLASH_INLINE void merge(const Lanes& lanes) {
-    lo = reduced(lanes, lo, cg::less<int>());
-    hi = reduced(lanes, hi, cg::greater<int>());
-    full_lo = reduced(lanes, full_lo, cg::greater<int>());
-    full_hi = reduced(lanes, full_hi, cg::less<int>());
+  // Merges the hull of the lane at this distance.
+  DFLASH_INLINE void merge_other(int distance) {
+    lo = min(lo, __shfl_xor_sync(~0u, lo, distance));
+    hi = max(hi, __shfl_xor_sync(~0u, hi, distance));
+    full_lo = max(full_lo, __shfl_xor_sync(~0u, full_lo, distance));
+    full_hi = min(full_hi, __shfl_xor_sync(~0u, full_hi, distance));
+  }
+
+  // Merges the hulls of all lanes of the warp.
+  DFLASH_INLINE void merge_warp() {
+    lo = __reduce_min_sync(~0u, lo);
+    hi = __reduce_max_sync(~0u, hi);
+    full_lo = __reduce_max_sync(~0u, full_lo);
+    full_hi = __reduce_min_sync(~0u, full_hi);
+  }
+
+  // Empty intervals become [0, 0).
+  DFLASH_INLINE void close() {
     if (lo >= hi) lo = hi = 0;
     if (full_lo >= full_hi) full_lo = full_hi = 0;
   }
@@ -68,10 +59,20 @@ struct Hulls {
     blk.add(blk_lo, blk_hi);
   }
 
-  template <class Lanes>
-  DFLASH_INLINE void merge(const Lanes& lanes) {
-    ctx.merge(lanes);
-    blk.merge(lanes);
+  // Merges the hulls of `lanes` lanes that lie side by side, and gives the result to each of them. `lanes` divides 32.
+  // All lanes of the warp call this.
+  DFLASH_INLINE void merge(int lanes) {
+    if (lanes == 32) {
+      ctx.merge_warp();
+      blk.merge_warp();
+    } else {
+      for (int distance = lanes / 2; distance > 0; distance /= 2) {
+        ctx.merge_other(distance);
+        blk.merge_other(distance);
+      }
+    }
+    ctx.close();
+    blk.close();
   }
 };
 
