@@ -26,13 +26,24 @@ struct alignas(16) RowKeys {
   uint32_t ctx_len, blk_len;
 };
 
+// Hopper only: what becomes of a block's dK and dV of a tile of keys. The parts of a split tile take turns: the first is
+// stored as float32, others are added to it, and the final part rounds the sum of all.
+enum class BackwardPart : int8_t { kWhole, kFirst, kMiddle, kFinal };
+
 // Hopper only: a block's work on one tile of keys.
 struct alignas(16) BackwardItem {
   int32_t batch, entry, kv_head, key_tile;  // key_tile is -1 when there is no more work
   int32_t begin, end;  // of the tiles of rows that see the keys, counted over the head groups
   int32_t per_group;   // how many such tiles one head group has
-  int16_t is_whole;    // no other block works on the tile of keys
-  int16_t is_last;     // the block has no more items in this section
+  int16_t turn;        // how many other parts must be there before this one
+  BackwardPart part;
+  int8_t is_last;      // the block has no more items in this section
+};
+
+// Hopper only: which of 32 consecutive tiles of rows see a tile of keys, and how many of the tiles before them do.
+struct alignas(8) SeenBy {
+  uint32_t bits;
+  int32_t before;
 };
 
 struct BackwardParams : AttentionBackwardParams {
@@ -46,17 +57,32 @@ struct BackwardParams : AttentionBackwardParams {
   // of a row that sees nothing is inf, so that its probabilities are zeros.
   float* stats;
 
+  // float32 sums of dQ that blocks add to, [batch, heads / fold, row_tiles, tile_rows * tile_dim], each tile in the order
+  // of a kernel's registers. Hopper only.
+  float* grad_q_sums;
+  int64_t tile_dim;
+  // Whether sums begin as zeros, to which blocks add in any order. Otherwise the first that comes stores its own.
+  bool adds_to_zeros;
+
   // Hopper only. Key heads are taken in sections, and blocks take equal shares of a section's work, so that several
   // blocks may share a tile of keys.
-  int64_t tile_dim, tile_keys, key_tiles, blocks;  // blocks: clusters if head_dim is above 128
+  int64_t tile_keys, key_tiles, blocks;  // blocks: clusters if head_dim is above 128
   int64_t sections, section_heads;  // section_heads: the key heads of a section, over all batch entries
   int32_t* seen;         // [entries, key_tiles + 1]: how many tiles of rows see the key tiles before
   BackwardItem* items;   // [batch * kv_heads * key_tiles + sections * blocks]
   int32_t* first_items;  // [sections, blocks]: -1 for none; a block's other items of the section follow its first
-  int32_t* is_split;     // [batch * kv_heads * key_tiles]: whether several blocks share the tile of keys
-  // Both in the order of registers. grad_key_sums holds dK, then dV, of split tiles only.
-  float* grad_q_sums;    // [batch, heads / fold, row_tiles, tile_rows * tile_dim]
+  // In the order of registers: dK, then dV, of split tiles only.
   float* grad_key_sums;  // [batch * kv_heads * key_tiles, 2, tile_keys * tile_dim]
+  int32_t* is_split;     // [batch * kv_heads * key_tiles], if sums begin as zeros: whether blocks share the tile
+
+  // If the first stores: how far the sums are (sm90/turns.h).
+  int32_t* rows_added;  // [batch, heads / fold, row_tiles]
+  int32_t* keys_added;  // [batch * kv_heads * key_tiles, 2], for the halves of a tile of keys
+
+  // Deterministic calls: the turns of additions to a tile of rows (backward_deal_sm90.cu).
+  bool is_deterministic;
+  SeenBy* seen_by;  // [entries, key_tiles, tiles_of(row_tiles, 32)]
+  uint16_t* turns;  // [batch, heads / fold, row_tiles, key_tiles]
 };
 
 // A tile of rows holds at least one position.
@@ -71,8 +97,11 @@ constexpr int64_t backward_fold_of(int64_t heads, int64_t kv_heads) {
 constexpr int64_t backward_tile_rows(int64_t head_dim) { return head_dim <= 64 ? 64 : head_dim <= 256 ? 32 : 16; }
 
 // The rows of a tile of the Hopper kernels, and the keys of one.
-constexpr int64_t kHopperBackwardRows = 64;
+constexpr int64_t hopper_backward_rows(int64_t head_dim) { return head_dim <= 64 ? 128 : 64; }
 constexpr int64_t hopper_backward_keys(int64_t head_dim) { return head_dim <= 256 ? 128 : 64; }
+
+// With more keys the turns of deterministic calls would take too much memory.
+constexpr int64_t kMaxDeterministicKeys = 1 << 18;
 
 // What it costs the Hopper kernel to begin and end a tile of keys, in tiles of rows.
 constexpr int64_t kHopperBackwardOverhead = 2;

@@ -1,6 +1,8 @@
-// The last launch of the Hopper backward: it rounds the float32 sums of dQ, and those of dK and dV of split tiles.
+// The last launch of the Hopper backward: it rounds the float32 sums of dQ and, where sums began as zeros, those of dK
+// and dV of split tiles.
 #include "attn/kernels.h"
 #include "attn/sm90/backward_wide_tiling.h"
+#include "common/dependent_launch.h"
 #include "common/dispatch.h"
 
 namespace dflash {
@@ -44,8 +46,11 @@ __global__ void __launch_bounds__(kThreads)
   constexpr int kWidth = sm90::kWidth<Tiling>, kChunks = Tiling::kDim / kWidth;
   __shared__ __align__(16) uint16_t shared[64 * (kWidth + 8)];
   const float scale = static_cast<float>(p.scale);
-  const int64_t block = blockIdx.x / kChunks;
-  const int first_column = blockIdx.x % kChunks * kWidth, columns = static_cast<int>(p.head_dim) - first_column;
+  wait_for_previous_kernel();
+  // The sums that were written last may still be in the L2 cache, so they come first.
+  const int64_t chunk = gridDim.x - 1 - blockIdx.x, block = chunk / kChunks;
+  const int first_column = static_cast<int>(chunk % kChunks) * kWidth;
+  const int columns = static_cast<int>(p.head_dim) - first_column;
   // 64 rows were written as fragments of 8 columns, in order. Each warpgroup takes half of the block's columns.
   const int half = threadIdx.x / kWarpgroup, thread = threadIdx.x % kWarpgroup;
   const int first_fragment = first_column / 8 + half * (kWidth / 16);
@@ -56,11 +61,17 @@ __global__ void __launch_bounds__(kThreads)
     for (int j = 0; j < kWidth / 16; ++j) sums[j] = from[j * kWarpgroup];
   };
   if (block < row_blocks) {
-    const int64_t tile = block % p.row_tiles, group = block / p.row_tiles % (p.heads / p.fold);
-    const int64_t batch = block / p.row_tiles / (p.heads / p.fold);
-    read(p.grad_q_sums + block * (Tiling::kRows * Tiling::kDim));
+    constexpr int kPieces = Tiling::kRows / 64;
+    const int64_t pieces = p.row_tiles * kPieces, piece = block % pieces, group = block / pieces % (p.heads / p.fold);
+    const int64_t batch = block / pieces / (p.heads / p.fold);
+    const RowTile& seen = p.tiles[(p.entries == 1 ? 0 : batch) * p.row_tiles + piece / kPieces];
+    if (seen.lo[0] < seen.hi[0] || seen.lo[1] < seen.hi[1]) {
+      read(p.grad_q_sums + block * (64 * Tiling::kDim));
+    } else {  // nobody has written these sums
+      for (float4& sum : sums) sum = make_float4(0, 0, 0, 0);
+    }
     write_tile<T, kWidth>(sums, scale, columns, shared, [&](int row) -> uint16_t* {
-      const int64_t folded = tile * Tiling::kRows + row, position = folded / p.fold;
+      const int64_t folded = piece * 64 + row, position = folded / p.fold;
       const int64_t head = group * p.fold + folded % p.fold;
       if (position >= p.q_len) return nullptr;
       return static_cast<uint16_t*>(p.grad_q) + batch * p.grad_q_strides.batch + head * p.grad_q_strides.head +
@@ -87,9 +98,11 @@ __global__ void __launch_bounds__(kThreads)
 
 template <class T, class Tiling>
 cudaError_t launch_finish(const BackwardParams& p, cudaStream_t stream) {
-  const int64_t row_tiles = p.batch * (p.heads / p.fold) * p.row_tiles, key_tiles = p.batch * p.kv_heads * p.key_tiles;
-  const int64_t blocks = (row_tiles + key_tiles) * (Tiling::kDim / kWidth<Tiling>);
-  return launch_kernel(block_attn_backward_finish_sm90<T, Tiling>, {blocks, kThreads}, stream, p, row_tiles);
+  const int64_t row_blocks = p.batch * (p.heads / p.fold) * p.row_tiles * (Tiling::kRows / 64);
+  const int64_t key_blocks = p.adds_to_zeros ? p.batch * p.kv_heads * p.key_tiles : 0;
+  LaunchShape shape{(row_blocks + key_blocks) * (Tiling::kDim / kWidth<Tiling>), kThreads};
+  shape.overlaps_previous = true;
+  return launch_kernel(block_attn_backward_finish_sm90<T, Tiling>, shape, stream, p, row_blocks);
 }
 
 }  // namespace

@@ -1,5 +1,5 @@
 // The first launch of a backward. A block takes a tile of rows of one head group. It computes the rows' deltas, sets
-// the tile's sums of dQ to zero if the kernel wants them, and, once for all head groups, writes what the tile's
+// the tile's sums of dQ to zero if the kernel wants that, and, once for all head groups, writes what the tile's
 // positions see.
 #include "attn/backward.h"
 #include "attn/kernels.h"
@@ -53,15 +53,14 @@ template <class T, int kLanes>
 __global__ void __launch_bounds__(kThreads)
     block_attn_backward_prepare_sm80(const __grid_constant__ BackwardParams p, const bool aligned) {
   const int64_t tiles = p.row_tiles, groups = p.heads / p.fold;
-  const int64_t tile = blockIdx.x % tiles, group = blockIdx.x / tiles % groups, batch = blockIdx.x / tiles / groups;
+  // What comes last may still be in the L2 cache when the next kernel begins with it.
+  const int64_t index = gridDim.x - 1 - blockIdx.x;
+  const int64_t tile = index % tiles, group = index / tiles % groups, batch = index / tiles / groups;
   if (group == 0 && batch < p.entries && threadIdx.x < 32) describe_tile(p, batch, tile);
-
-  const int64_t index = (batch * groups + group) * tiles + tile;
-  if (p.grad_q_sums != nullptr) {
+  if (p.adds_to_zeros) {
     auto* const sums = reinterpret_cast<float4*>(p.grad_q_sums + index * p.tile_rows * p.tile_dim);
     for (int i = threadIdx.x; i < p.tile_rows * p.tile_dim / 4; i += kThreads) sums[i] = make_float4(0, 0, 0, 0);
   }
-
   const int lane = threadIdx.x % kLanes;
   for (int row = threadIdx.x / kLanes; row < p.tile_rows; row += kThreads / kLanes) {
     const int64_t folded = tile * p.tile_rows + row, position = folded / p.fold;

@@ -19,6 +19,7 @@
 #include "attn/sm90/backward_consumer.h"
 #include "attn/sm90/backward_producer.h"
 #include "attn/sm90/backward_launch.h"
+#include "common/dependent_launch.h"
 #include "common/dispatch.h"
 
 namespace dflash {
@@ -29,6 +30,7 @@ template <class T, int kDim, bool kIsCapped>
 __global__ void __launch_bounds__(BackwardTiling<kDim>::kThreads, 1)
     block_attn_backward_sm90(const __grid_constant__ BackwardParams p, const __grid_constant__ BackwardLaunch launch) {
   using Tiling = BackwardTiling<kDim>;
+  launch_dependents();
   extern __shared__ unsigned char unaligned[];
   __shared__ BackwardShared<Tiling> storage;
   static_assert(Tiling::kBytes + sizeof(storage) <= kMaxSharedBytes);
@@ -45,6 +47,7 @@ __global__ void __launch_bounds__(BackwardTiling<kDim>::kThreads, 1)
     if (threadIdx.x == 0) producer.load_items();
     if (threadIdx.x / 32 == 1) producer.find_all_rows();
     if (threadIdx.x == 64) producer.load_rows();
+    if (threadIdx.x == 96) producer.add_grad_q();
   } else {
     setmaxnreg_inc<Tiling::kConsumerRegisters>();
     BackwardConsumer<T, Tiling, kIsCapped>(p, launch, shared, memory).run();
@@ -57,8 +60,10 @@ cudaError_t launch_backward(const BackwardParams& p, cudaStream_t stream) {
   BackwardLaunch launch;
   const cudaError_t status = make_backward_launch(&launch, p, Tiling::kKeys, Tiling::kConsumerKeys);
   if (status != cudaSuccess) return status;
-  const LaunchShape shape{p.blocks, Tiling::kThreads, Tiling::kBytes};
-  const auto kernel = p.softcap != 0 ? block_attn_backward_sm90<T, kDim, true> : block_attn_backward_sm90<T, kDim, false>;
+  LaunchShape shape{p.blocks, Tiling::kThreads, Tiling::kBytes};
+  shape.is_cooperative = true;  // blocks wait for each other
+  const auto kernel = p.softcap == 0 ? block_attn_backward_sm90<T, kDim, false>
+                                     : block_attn_backward_sm90<T, kDim, true>;
   return launch_kernel(kernel, shape, stream, p, launch);
 }
 
@@ -83,14 +88,15 @@ uint32_t backward_sm90_misses(const BackwardParams& p, bool deterministic) {
                          reads_rows(p.grad_q, p.grad_q_strides) && reads_keys(p.k, p.k_strides) &&
                          reads_keys(p.v, p.v_strides) && reads_keys(p.grad_k, p.grad_k_strides) &&
                          reads_keys(p.grad_v, p.grad_v_strides);
-  return (reads_all ? 0 : kBackwardLayout) | (deterministic ? kBackwardDeterministic : 0);
+  const bool has_turns = p.head_dim <= 128 && p.kv_len <= kMaxDeterministicKeys;
+  return (reads_all ? 0 : kBackwardLayout) | (deterministic && !has_turns ? kBackwardDeterministic : 0);
 }
 
 void backward_sm90_layout(BackwardParams& p, void* stream) {
   // The L2 cache keeps about this much of queries, outputs' gradients and sums of dQ beside the data that streams
   // through it.
   constexpr int64_t kCachedBytes = 36 << 20;
-  p.tile_dim = std::max<int64_t>(64, std::bit_ceil(static_cast<uint64_t>(p.head_dim)));
+  p.adds_to_zeros = p.head_dim > 128;
   p.tile_keys = hopper_backward_keys(p.head_dim);
   p.key_tiles = tiles_of(p.kv_len, p.tile_keys);
   p.blocks = multiprocessors_of(static_cast<cudaStream_t>(stream)) / (p.head_dim <= 128 ? 1 : 2);

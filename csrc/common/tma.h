@@ -17,6 +17,12 @@ DFLASH_INLINE void tma_load(uint32_t shared, const CUtensorMap& map, int c0, int
       : "memory");
 }
 
+// cp.async.bulk, shared to global: starts storing `bytes` of plain memory, a multiple of 16, at aligned addresses.
+DFLASH_INLINE void bulk_store(void* global, uint32_t shared, uint32_t bytes) {
+  asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(global), "r"(shared), "r"(bytes)
+               : "memory");
+}
+
 // cp.async.bulk.prefetch.tensor: starts loading a box into the L2 cache.
 DFLASH_INLINE void tma_prefetch(const CUtensorMap& map, int c0, int c1, int c2, int c3) {
   asm volatile("cp.async.bulk.prefetch.tensor.4d.L2.global [%0, {%1, %2, %3, %4}];" ::"l"(&map), "r"(c0), "r"(c1),
@@ -55,6 +61,12 @@ DFLASH_INLINE void bulk_commit_group() { asm volatile("cp.async.bulk.commit_grou
 template <int kPending>
 DFLASH_INLINE void bulk_wait_group_read() {
   asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(kPending) : "memory");
+}
+
+// cp.async.bulk.wait_group: waits until the writes of all but kPending of the thread's groups are visible to it.
+template <int kPending>
+DFLASH_INLINE void bulk_wait_group() {
+  asm volatile("cp.async.bulk.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
 // fence.proxy.async: makes the thread's writes to shared memory visible to bulk copies and to wgmma.

@@ -1,6 +1,9 @@
 // Attention on a GPU: plans, and which kernel serves a call.
 #include "ops/attn.h"
 
+#include <algorithm>
+#include <bit>
+
 #include "attn/kernels.h"
 
 namespace dflash {
@@ -108,25 +111,36 @@ void run_backward_on_gpu(BackwardParams& p, const Tensor& q, bool deterministic)
   };
   const bool hopper = hopper_serves(backward_sm90_misses(p, deterministic));
   p.fold = backward_fold_of(p.heads, p.kv_heads);
-  p.tile_rows = hopper ? kHopperBackwardRows : backward_tile_rows(p.head_dim);
+  p.tile_rows = hopper ? hopper_backward_rows(p.head_dim) : backward_tile_rows(p.head_dim);
   p.row_tiles = tiles_of(p.q_len, p.tile_rows / p.fold);
   const int64_t rows = p.row_tiles * p.tile_rows, groups = p.batch * p.heads / p.fold;
   const Tensor tiles = allocate(p.tiles, p.entries * p.row_tiles, sizeof(RowTile)),
                keys = allocate(p.keys, p.entries * rows / p.fold, sizeof(RowKeys)),
                stats = allocate(p.stats, groups * rows * 2, sizeof(float));
+  p.is_deterministic = deterministic;
+  p.tile_dim = std::max<int64_t>(64, std::bit_ceil(static_cast<uint64_t>(p.head_dim)));
   if (!hopper) {
     if (rows > 0) check_launch(kOp, backward_prepare(p, scope.stream()));
     return check_launch(kOp, backward_sm80(p, scope.stream()));
   }
+  const Tensor grad_q_sums = allocate(p.grad_q_sums, groups * rows * p.tile_dim, sizeof(float));
   backward_sm90_layout(p, scope.stream());
   const int64_t key_tiles = p.batch * p.kv_heads * p.key_tiles;
   const Tensor seen = allocate(p.seen, p.entries * (p.key_tiles + 1), sizeof(int32_t)),
                items = allocate(p.items, key_tiles + p.sections * p.blocks, sizeof(BackwardItem)),
                first_items = allocate(p.first_items, p.sections * p.blocks, sizeof(int32_t)),
-               is_split = allocate(p.is_split, key_tiles, sizeof(int32_t)),
-               grad_q_sums = allocate(p.grad_q_sums, groups * rows * p.tile_dim, sizeof(float)),
-               grad_key_sums =
-                   allocate(p.grad_key_sums, key_tiles * 2 * p.tile_keys * p.tile_dim, sizeof(float));
+               grad_key_sums = allocate(p.grad_key_sums, key_tiles * 2 * p.tile_keys * p.tile_dim, sizeof(float));
+  Tensor is_split, rows_added, keys_added, seen_by, turns;
+  if (p.adds_to_zeros) {
+    is_split = allocate(p.is_split, key_tiles, sizeof(int32_t));
+  } else {
+    rows_added = allocate(p.rows_added, groups * p.row_tiles, sizeof(int32_t));
+    keys_added = allocate(p.keys_added, key_tiles * 2, sizeof(int32_t));
+  }
+  if (deterministic) {
+    seen_by = allocate(p.seen_by, p.entries * p.key_tiles * tiles_of(p.row_tiles, 32), sizeof(SeenBy));
+    turns = allocate(p.turns, groups * p.row_tiles * p.key_tiles, sizeof(uint16_t));
+  }
   check_launch(kOp, backward_prepare(p, scope.stream()));
   check_launch(kOp, backward_sm90(p, scope.stream()));
 }

@@ -4,6 +4,7 @@
 #include "attn/masking.h"
 #include "attn/scores.h"
 #include "attn/sm90/backward_tiling.h"
+#include "attn/sm90/turns.h"
 #include "common/named_barrier.h"
 
 namespace dflash::DFLASH_ISA::sm90 {
@@ -13,10 +14,11 @@ template <class T, class Tiling, bool kIsCapped>
 class BackwardConsumer {
   static constexpr int kRows = Tiling::kRows, kKeys = Tiling::kKeys, kDim = Tiling::kDim;
   static constexpr int kConsumers = Tiling::kConsumers, kConsumerKeys = Tiling::kConsumerKeys;
-  static constexpr int kColumns = kDim / kConsumers;  // of dQ, the consumer's own
-  static_assert(kRows == 64);
-  using Scored = float[kRows / 2];
-  using Weights = uint32_t[kRows / 16][4];
+  static constexpr int kColumns = Tiling::kGradQColumns;
+  static constexpr int kHalves = Tiling::kHalves;
+  using Half = float[32];  // the consumer's keys with 64 rows
+  using Scored = Half[kHalves];
+  using Weights = uint32_t[4][4];  // the same, rounded
   using Sums = float[kDim / 2];
   using GradQ = float[kColumns / 2];
   using Writer = TileProducts<T, 64, kDim, kDim>;
@@ -50,10 +52,10 @@ class BackwardConsumer {
     if (left > 0) {
       Scored s;
       wait_for_rows();
-      start(s, k_, queries());
+      start_scores(s);
       vacate_output();  // of the item before
       wgmma_wait_group<0>();
-      fence_accumulator(s);
+      fence_scores(s);
       do {
         work_on_unit(s, grad_k, grad_v, --left > 0);
       } while (left > 0);
@@ -67,31 +69,45 @@ class BackwardConsumer {
   // whatever the next stage holds, and nobody uses them: a product that is skipped at times would make ptxas serialize
   // all products.
   DFLASH_INLINE void work_on_unit(Scored& s, Sums& grad_k, Sums& grad_v, bool has_next) {
-    Scored grad_p;
-    start(grad_p, values(), gradients());
-    Weights weights;
-    take_exponentials(s);
-    round_to_fragments<T>(weights, s);
-    start_grad_v(grad_v, weights);
-    wgmma_wait_group<1>();
-    fence_accumulator(grad_p);
-    differentiate(grad_p, s);
-    hand_over(grad_p);
+    Weights weights[kHalves], grad_s[kHalves];
+#pragma unroll
+    for (int half = 0; half < kHalves; ++half) {
+      Half grad_p;
+      start_grad_p(grad_p, half);
+      take_exponentials(s[half], half);
+      round_to_fragments<T>(weights[half], s[half]);
+      start_grad_v(grad_v, weights[half], half);
+      wgmma_wait_group<1>();
+      fence_accumulator(grad_p);
+      differentiate(grad_p, s[half], half);
+      round_to_fragments<T>(grad_s[half], grad_p);
+      hand_over(grad_s[half], half);
+      if constexpr (Tiling::kKeysFromRegisters) start_grad_k(grad_k, grad_s[half], half);
+    }
+    // Two buffers of dS take turns: when both consumers have come here again, both have used the other buffer.
+    fence_proxy_async();
+    named_barrier_sync(kConsumersBarrier, kConsumers * kWarpgroup);
     GradQ grad_q;
     start_grad_q(grad_q);
-    start_grad_k(grad_k);
-    wgmma_wait_group<1>();
-    fence_accumulator(grad_q);
-    add_grad_q(grad_q);
     const RowStage used = stage_;
+    if constexpr (!Tiling::kKeysFromRegisters) {
+      start_grad_k(grad_k);
+      wgmma_wait_group<1>();
+      fence_accumulator(grad_q);
+      hand_over_grad_q(grad_q);
+    }
     stage_.advance();
-    turns_ ^= 1;
     if (has_next) wait_for_rows();
-    start(s, k_, queries());
+    start_scores(s);
     wgmma_wait_group<1>();
     if (threadIdx.x % 32 == 0) shared_.rows.empty[used.index].arrive();
+    if constexpr (Tiling::kKeysFromRegisters) {
+      fence_accumulator(grad_q);
+      hand_over_grad_q(grad_q);
+    }
+    turns_ ^= 1;
     wgmma_wait_group<0>();
-    fence_accumulator(s);
+    fence_scores(s);
     fence_accumulator(grad_k);
     fence_accumulator(grad_v);
   }
@@ -103,7 +119,7 @@ class BackwardConsumer {
   DFLASH_INLINE uint32_t values() const { return k_ + Tiling::kValuesAt; }
   DFLASH_INLINE uint32_t queries() const { return k_ + Tiling::kRowsAt + stage_.index * 2 * Tiling::kRowBytes; }
   DFLASH_INLINE uint32_t gradients() const { return queries() + Tiling::kRowBytes; }
-  DFLASH_INLINE uint32_t grad_s() const { return k_ + Tiling::kScoresAt + (turns_ & 1) * Tiling::kScoreBytes; }
+  DFLASH_INLINE uint32_t scores_at() const { return k_ + Tiling::kScoresAt + (turns_ & 1) * Tiling::kScoreBytes; }
 
   DFLASH_INLINE void wait_for_rows() {
     shared_.rows.full[stage_.index].wait(stage_.parity);
@@ -122,24 +138,42 @@ class BackwardConsumer {
     named_barrier_sync(kConsumersBarrier, kConsumers * kWarpgroup);
   }
 
-  // Starts s = (the consumer's keys or values) rows^T.
-  DFLASH_INLINE void start(Scored& s, uint32_t keys, uint32_t rows) const {
+  // Starts s = k q^T.
+  DFLASH_INLINE void start_scores(Scored& s) const {
     start_row_products<T, kRows, kDim, kKeys * kPanelRowBytes, kRows * kPanelRowBytes>(
-        s, keys + index_ * kQueryPanelBytes, rows);
+        reinterpret_cast<float(&)[kRows / 2]>(s), k_ + index_ * kQueryPanelBytes, queries());
+    wgmma_commit_group();
+  }
+
+  static DFLASH_INLINE void fence_scores(Scored& s) { fence_accumulator(reinterpret_cast<float(&)[kRows / 2]>(s)); }
+
+  // Starts grad_p = v grad_out^T.
+  DFLASH_INLINE void start_grad_p(Half& grad_p, int half) const {
+    start_row_products<T, 64, kDim, kKeys * kPanelRowBytes, kRows * kPanelRowBytes>(
+        grad_p, values() + index_ * kQueryPanelBytes, gradients() + half * kQueryPanelBytes);
     wgmma_commit_group();
   }
 
   // Starts grad_v += probabilities^T grad_out.
-  DFLASH_INLINE void start_grad_v(Sums& sums, const Weights& weights) const {
-    start_register_products<T, kDim, kRows, kRows * kPanelRowBytes>(sums, weights, opaque(gradients()));
+  DFLASH_INLINE void start_grad_v(Sums& sums, const Weights& weights, int half) const {
+    start_register_products<T, kDim, 64, kRows * kPanelRowBytes>(sums, weights,
+                                                                 opaque(gradients() + half * kQueryPanelBytes));
     wgmma_commit_group();
   }
 
-  // Starts grad_k += grad_s q. There are too few registers to take grad_s from them, as start_grad_v does.
+  // Starts grad_k += grad_s q with grad_s in registers.
+  DFLASH_INLINE void start_grad_k(Sums& sums, const Weights& grad_s, int half) const {
+    start_register_products<T, kDim, 64, kRows * kPanelRowBytes>(sums, grad_s,
+                                                                 opaque(queries() + half * kQueryPanelBytes));
+    wgmma_commit_group();
+  }
+
+  // The same with grad_s in shared memory.
   DFLASH_INLINE void start_grad_k(Sums& sums) const {
+    static_assert(kRows == 64);
     fence_accumulator(sums);
     wgmma_fence();
-    const uint64_t a = k_major_descriptor(opaque(grad_s() + index_ * kConsumerKeys * kPanelRowBytes));
+    const uint64_t a = k_major_descriptor(opaque(scores_at() + index_ * kConsumerKeys * kPanelRowBytes));
     const uint64_t b = mn_major_descriptor(opaque(queries()), kRows * kPanelRowBytes);
 #pragma unroll
     for (int step = 0; step < kRows / 16; ++step) {
@@ -149,12 +183,13 @@ class BackwardConsumer {
     wgmma_commit_group();
   }
 
-  // Starts grad_q = grad_s^T k, for the consumer's columns.
+  // Starts grad_q = grad_s^T k, for the consumer's rows and columns.
   DFLASH_INLINE void start_grad_q(GradQ& grad_q) const {
     fence_accumulator(grad_q);
     wgmma_fence();
-    const int column = index_ * kColumns;
-    const uint64_t a = mn_major_descriptor(opaque(grad_s()), kKeys * kPanelRowBytes);
+    const int row = kRows == 64 ? 0 : index_ * 64, column = kRows == 64 ? index_ * kColumns : 0;
+    const uint64_t a =
+        mn_major_descriptor(opaque(scores_at() + row / 64 * kKeys * kPanelRowBytes), kKeys * kPanelRowBytes);
     const uint64_t b = mn_major_descriptor(
         opaque(k_ + column / kPanelColumns * kKeys * kPanelRowBytes + column % kPanelColumns * 2),
         kKeys * kPanelRowBytes);
@@ -167,12 +202,12 @@ class BackwardConsumer {
   }
 
   // The thread's columns of the scores are rows 8j + 2t and 8j + 2t + 1.
-  DFLASH_INLINE void take_exponentials(Scored& s) const {
-    const float* const lse = shared_.stats[stage_.index][0] + thread_ % 4 * 2;
+  DFLASH_INLINE void take_exponentials(Half& s, int half) const {
+    const float* const lse = shared_.stats[stage_.index][0] + half * 64 + thread_ % 4 * 2;
     const float factor = kIsCapped ? 1.0f : launch_.factor;
     if constexpr (kIsCapped) shared_.scores(s);
 #pragma unroll
-    for (int j = 0; j < kRows / 8; ++j) {
+    for (int j = 0; j < 8; ++j) {
       const float2 pair = *reinterpret_cast<const float2*>(lse + 8 * j);
       s[4 * j] = exp2_of(fmaf(s[4 * j], factor, -pair.x));
       s[4 * j + 1] = exp2_of(fmaf(s[4 * j + 1], factor, -pair.y));
@@ -182,10 +217,10 @@ class BackwardConsumer {
     if (shared_.units[stage_.index].is_full) return;
     const int key = item().key_tile * kKeys + index_ * kConsumerKeys + thread_ / 32 * 16 + thread_ % 32 / 4;
 #pragma unroll
-    for (int j = 0; j < kRows / 8; ++j) {
+    for (int j = 0; j < 8; ++j) {
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
-        const RowKeys row = shared_.keys[stage_.index][(8 * j + thread_ % 4 * 2 + e) >> launch_.fold_bits];
+        const RowKeys row = shared_.keys[stage_.index][(half * 64 + 8 * j + thread_ % 4 * 2 + e) >> launch_.fold_bits];
         if (!row_sees(row, key)) s[4 * j + e] = 0;
         if (!row_sees(row, key + 8)) s[4 * j + 2 + e] = 0;
       }
@@ -193,17 +228,17 @@ class BackwardConsumer {
   }
 
   // grad_p becomes the gradient of the scores, given the probabilities.
-  DFLASH_INLINE void differentiate(Scored& grad_p, const Scored& probabilities) const {
-    const float* const delta = shared_.stats[stage_.index][1] + thread_ % 4 * 2;
+  DFLASH_INLINE void differentiate(Half& grad_p, const Half& probabilities, int half) const {
+    const float* const delta = shared_.stats[stage_.index][1] + half * 64 + thread_ % 4 * 2;
 #pragma unroll
-    for (int j = 0; j < kRows / 8; ++j) {
+    for (int j = 0; j < 8; ++j) {
       const float2 pair = *reinterpret_cast<const float2*>(delta + 8 * j);
       grad_p[4 * j] = probabilities[4 * j] * (grad_p[4 * j] - pair.x);
       grad_p[4 * j + 1] = probabilities[4 * j + 1] * (grad_p[4 * j + 1] - pair.y);
       grad_p[4 * j + 2] = probabilities[4 * j + 2] * (grad_p[4 * j + 2] - pair.x);
       grad_p[4 * j + 3] = probabilities[4 * j + 3] * (grad_p[4 * j + 3] - pair.y);
       if constexpr (kIsCapped) {
-        const float* const lse = shared_.stats[stage_.index][0] + thread_ % 4 * 2 + 8 * j;
+        const float* const lse = shared_.stats[stage_.index][0] + half * 64 + thread_ % 4 * 2 + 8 * j;
 #pragma unroll
         for (int i = 0; i < 4; ++i) grad_p[4 * j + i] *= slope_of_softcap(probabilities[4 * j + i], lse[i % 2]);
       }
@@ -213,87 +248,119 @@ class BackwardConsumer {
   // The derivative of cap * tanh(x / cap), which is 1 - tanh^2. There are no registers to keep the capped scores in, so
   // they come from the probabilities again. A probability of zero gives a finite slope, here zero.
   DFLASH_INLINE float slope_of_softcap(float probability, float lse) const {
-    const float tanh = fmaxf(__fdividef(__log2f(probability) + lse, shared_.scores.outer), -1.0f);
+    const float tanh = fmaxf((__log2f(probability) + lse) * launch_.inverse_cap, -1.0f);
     return 1 - tanh * tanh;
   }
 
-  // Writes the gradients of the scores to shared memory, [keys, rows], where both consumers read them. Two buffers
-  // take turns: when both consumers have come here again, both have used the other buffer.
-  DFLASH_INLINE void hand_over(const Scored& s) const {
+  // Writes the gradients of the scores to shared memory, where both consumers read them: panels of 64 rows of the tile,
+  // and in each [keys, rows].
+  DFLASH_INLINE void hand_over(const Weights& grad_s, int half) const {
     const int key = index_ * kConsumerKeys + thread_ / 32 * 16 + thread_ % 16, chunk = thread_ % 32 / 16;
-    const uint32_t to = grad_s() + key * kPanelRowBytes;
+    const uint32_t to = scores_at() + (half * kKeys + key) * kPanelRowBytes;
 #pragma unroll
-    for (int pair = 0; pair < kRows / 16; ++pair) {
-      const float* const x = s + pair * 8;
-      stmatrix_x4(to + ((pair * 2 + chunk) ^ (key % 8)) * 16, pack<T>(x[0], x[1]), pack<T>(x[2], x[3]),
-                  pack<T>(x[4], x[5]), pack<T>(x[6], x[7]));
+    for (int pair = 0; pair < 4; ++pair) {
+      const uint32_t(&x)[4] = grad_s[pair];
+      stmatrix_x4(to + ((pair * 2 + chunk) ^ (key % 8)) * 16, x[0], x[1], x[2], x[3]);
     }
-    fence_proxy_async();
-    vacate_output();
   }
 
   // Waits until both consumers are here, and the copy engine has read what they gave to it.
   DFLASH_INLINE void vacate_output() const {
+    wait_for_grad_q();
     if (thread_ == 0) bulk_wait_group_read<0>();
     named_barrier_sync(kConsumersBarrier, kConsumers * kWarpgroup);
   }
 
-  // Adds the consumer's columns of dQ to the sums in global memory.
-  DFLASH_INLINE void add_grad_q(const GradQ& grad_q) const {
-    constexpr int kFloats = kRows * kColumns;
-    add(grad_q, k_ + Tiling::kGradQAt + index_ * (kFloats * 4),
-        p_.grad_q_sums + (shared_.units[stage_.index].index * kConsumers + index_) * kFloats);
+  // Hands the consumer's columns of dQ to the producer's thread that adds them to the sums in global memory.
+  DFLASH_INLINE void hand_over_grad_q(const GradQ& grad_q) const {
+    wait_for_grad_q();
+    write_floats(grad_q, k_ + Tiling::kGradQAt + index_ * (64 * kColumns * 4));
+    __syncwarp();
+    if (threadIdx.x % 32 == 0) shared_.grad_q_full.arrive();
   }
 
-  // Adds an accumulator to sums in global memory, by way of shared memory. The copy engine adds it: after additions by
-  // the threads, the next fence would wait until memory has them.
+  // Waits until the dQ of the tile of rows before has been read.
+  DFLASH_INLINE void wait_for_grad_q() const { shared_.grad_q_empty.wait(~turns_ & 1); }
+
+  // Writes an accumulator to shared memory, where the copy engine finds it.
   template <int kCount>
-  DFLASH_INLINE void add(const float (&x)[kCount], uint32_t from, float* to) const {
+  DFLASH_INLINE void write_floats(const float (&x)[kCount], uint32_t to) const {
 #pragma unroll
     for (int j = 0; j < kCount / 4; ++j) {
-      write_shared(from + (j * kWarpgroup + thread_) * 16,
+      write_shared(to + (j * kWarpgroup + thread_) * 16,
                    make_uint4(__float_as_uint(x[4 * j]), __float_as_uint(x[4 * j + 1]), __float_as_uint(x[4 * j + 2]),
                               __float_as_uint(x[4 * j + 3])));
     }
     fence_proxy_async();
-    named_barrier_sync(kConsumerBarrier + index_, kWarpgroup);
-    if (thread_ == 0) {
-      bulk_add(to, from, kCount * kWarpgroup * 4);
-      bulk_commit_group();
-    }
   }
 
   // ---- the end of an item
 
   // The next item's keys load meanwhile.
-  DFLASH_INLINE void write(const Sums& grad_k, const Sums& grad_v) {
+  DFLASH_INLINE void write(Sums& grad_k, Sums& grad_v) {
     if (threadIdx.x % 32 == 0) shared_.kv_empty.arrive();
     vacate_output();
-    const uint32_t from = k_ + Tiling::kOutputAt + index_ * Tiling::kOutputBytes;
-    if (item().is_whole) {
-      const float scale = static_cast<float>(p_.scale), scales[2] = {scale, scale}, ones[2] = {1, 1};
-      constexpr int kValuesFrom = Tiling::kPanels * kQueryPanelBytes;
-      Writer::write_rows(from, grad_k, scales);
-      Writer::write_rows(from + kValuesFrom, grad_v, ones);
+    const BackwardPart part = item().part;
+    if (part != BackwardPart::kWhole) exchange(grad_k, grad_v, part);
+    if (part == BackwardPart::kWhole || part == BackwardPart::kFinal) store(grad_k, grad_v);
+    if (thread_ == 0) shared_.item_slots.empty[slot()].arrive();
+  }
+
+  DFLASH_INLINE uint32_t output() const { return k_ + Tiling::kOutputAt + index_ * Tiling::kOutputBytes; }
+
+  // Adds dK and dV of a part of a tile of keys to the sums in global memory. Those of the final part become the sums.
+  DFLASH_INLINE void exchange(Sums& grad_k, Sums& grad_v, BackwardPart part) const {
+    const int64_t tile = (int64_t(item().batch) * p_.kv_heads + item().kv_head) * p_.key_tiles + item().key_tile;
+    float* const k_sums = p_.grad_key_sums + (tile * 2 * kKeys + index_ * kConsumerKeys) * kDim;
+    float* const v_sums = k_sums + kKeys * kDim;
+    int32_t* const added = p_.keys_added + tile * kConsumers + index_;
+    if (thread_ == 0) wait_for_turn(added, item().turn);
+    if (part == BackwardPart::kFinal) {
       named_barrier_sync(kConsumerBarrier + index_, kWarpgroup);
-      if (thread_ == 0) {
-        const int key = item().key_tile * kKeys + index_ * kConsumerKeys;
-        for (int panel = 0; panel < Tiling::kPanels; ++panel) {
-          const uint32_t at = from + panel * kQueryPanelBytes;
-          tma_store(launch_.grad_k, at, panel * kPanelColumns, key, item().kv_head, item().batch);
-          tma_store(launch_.grad_v, at + kValuesFrom, panel * kPanelColumns, key, item().kv_head, item().batch);
-        }
-        bulk_commit_group();
-      }
+      take_sums(grad_k, k_sums);
+      take_sums(grad_v, v_sums);
     } else {
-      const int64_t tile = (int64_t(item().batch) * p_.kv_heads + item().kv_head) * p_.key_tiles + item().key_tile;
-      float* const to = p_.grad_key_sums + (tile * 2 * kKeys + index_ * kConsumerKeys) * kDim;
-      add(grad_k, from, to);
+      put(grad_k, k_sums, part);
       if (thread_ == 0) bulk_wait_group_read<0>();
       named_barrier_sync(kConsumerBarrier + index_, kWarpgroup);
-      add(grad_v, from, to + kKeys * kDim);
+      put(grad_v, v_sums, part);
+      if (thread_ == 0) end_turn(added);
     }
-    if (thread_ == 0) shared_.item_slots.empty[slot()].arrive();
+  }
+
+  DFLASH_INLINE void put(const Sums& own, float* sums, BackwardPart part) const {
+    write_floats(own, output());
+    named_barrier_sync(kConsumerBarrier + index_, kWarpgroup);
+    if (thread_ == 0) put_sums<kConsumerKeys * kDim>(sums, output(), part == BackwardPart::kFirst);
+  }
+
+  DFLASH_INLINE void take_sums(Sums& own, const float* sums) const {
+    const auto* const from = reinterpret_cast<const float4*>(sums) + thread_;
+#pragma unroll
+    for (int j = 0; j < kDim / 8; ++j) {
+      const float4 x = __ldcg(from + j * kWarpgroup);
+      own[4 * j] += x.x;
+      own[4 * j + 1] += x.y;
+      own[4 * j + 2] += x.z;
+      own[4 * j + 3] += x.w;
+    }
+  }
+
+  // Rounds dK and dV, and stores them by TMA.
+  DFLASH_INLINE void store(const Sums& grad_k, const Sums& grad_v) const {
+    const float scale = static_cast<float>(p_.scale), scales[2] = {scale, scale}, ones[2] = {1, 1};
+    constexpr int kValuesFrom = Tiling::kPanels * kQueryPanelBytes;
+    Writer::write_rows(output(), grad_k, scales);
+    Writer::write_rows(output() + kValuesFrom, grad_v, ones);
+    named_barrier_sync(kConsumerBarrier + index_, kWarpgroup);
+    if (thread_ != 0) return;
+    const int key = item().key_tile * kKeys + index_ * kConsumerKeys;
+    for (int panel = 0; panel < Tiling::kPanels; ++panel) {
+      const uint32_t from = output() + panel * kQueryPanelBytes;
+      tma_store(launch_.grad_k, from, panel * kPanelColumns, key, item().kv_head, item().batch);
+      tma_store(launch_.grad_v, from + kValuesFrom, panel * kPanelColumns, key, item().kv_head, item().batch);
+    }
+    bulk_commit_group();
   }
 
   const BackwardParams& p_;

@@ -13,6 +13,7 @@ inline cudaError_t make_backward_launch(BackwardLaunch* launch, const BackwardPa
                                         int64_t stored_keys) {
   launch->fold_bits = std::countr_zero(static_cast<unsigned>(p.fold));
   launch->factor = static_cast<float>(p.scale) * kLog2E;
+  launch->inverse_cap = p.softcap == 0 ? 0.0f : 1 / (static_cast<float>(p.softcap) * kLog2E);
   launch->groups = static_cast<int>(p.heads / p.fold);
   launch->groups_per_head = static_cast<int>(p.heads / p.kv_heads / p.fold);
   const auto row_box = [&](const void* data, const HeadStrides& strides) {

@@ -1,7 +1,8 @@
-// The producer of the Hopper backward. Three of its warps share the work, because each thread has only 24 registers.
+// The producer of the Hopper backward. Its four warps share the work, because each thread has only 24 registers.
 #pragma once
 
 #include "attn/sm90/backward_tiling.h"
+#include "attn/sm90/turns.h"
 #include "attn/tile_sight.h"
 
 namespace dflash::DFLASH_ISA::sm90 {
@@ -74,14 +75,13 @@ class BackwardProducer {
   DFLASH_INLINE void load_rows() {
     for (Stage<Tiling::kStages> stage;; stage.advance()) {
       shared_.found[stage.index].wait(stage.parity);
-      BackwardUnit& unit = shared_.units[stage.index];
+      const BackwardUnit& unit = shared_.units[stage.index];
       if (unit.tile < 0) return;
       const BackwardItem& item = shared_.items[unit.slot];
       const int group = item.kv_head * launch_.groups_per_head + unit.group;
       const int positions = Tiling::kRows >> launch_.fold_bits;
       Mbarrier& full = shared_.rows.full[stage.index];
-      const int64_t index = (int64_t(item.batch) * launch_.groups + group) * p_.row_tiles + unit.tile;
-      unit.index = index;
+      const int64_t index = unit.index;
       constexpr uint32_t kStatsBytes = 2 * Tiling::kRows * sizeof(float);
       const uint32_t keys_bytes = positions * sizeof(RowKeys);
       full.arrive_and_expect_tx(2 * Tiling::kRowBytes + kStatsBytes + keys_bytes);
@@ -91,15 +91,42 @@ class BackwardProducer {
       const uint32_t rows = memory_ + Tiling::kRowsAt + stage.index * 2 * Tiling::kRowBytes;
 #pragma unroll 1
       for (int panel = 0; panel < Tiling::kPanels; ++panel) {
-        const uint32_t to = rows + panel * kQueryPanelBytes;
+        const uint32_t to = rows + panel * Tiling::kRows * kPanelRowBytes;
         const int column = panel * kPanelColumns, head = group << launch_.fold_bits, position = unit.tile * positions;
-        tma_load(to, launch_.q, column, head, position, item.batch, full);
-        tma_load(to + Tiling::kRowBytes, launch_.grad_out, column, head, position, item.batch, full);
+#pragma unroll
+        for (int row = 0; row < Tiling::kRows; row += 64) {
+          const int at = to + row * kPanelRowBytes, first = position + (row >> launch_.fold_bits);
+          tma_load(at, launch_.q, column, head, first, item.batch, full);
+          tma_load(at + Tiling::kRowBytes, launch_.grad_out, column, head, first, item.batch, full);
+        }
       }
     }
   }
 
- private:
+  // One thread adds the consumers' dQ of each tile of rows to the sums in global memory. The copy engine adds it: after
+  // additions by the consumers' own threads, their next fence would wait until memory has them.
+  DFLASH_INLINE void add_grad_q() {
+    constexpr int kFloats = Tiling::kRows * Tiling::kDim;
+    uint32_t parity = 0;
+    for (Stage<Tiling::kStages> stage;; stage.advance(), parity ^= 1) {
+      shared_.found[stage.index].wait(stage.parity);
+      const BackwardUnit& unit = shared_.units[stage.index];
+      if (unit.tile < 0) return;
+      const int64_t index = unit.index;
+      const int turn = unit.turn;
+      shared_.rows.empty[stage.index].arrive();  // the unit has been read
+      int32_t* const added = p_.rows_added + index;
+      if (p_.is_deterministic) wait_for_turn(added, turn);
+      shared_.grad_q_full.wait(parity);
+      const bool is_first = p_.is_deterministic ? turn == 0 : claims_first(added);
+      put_sums<kFloats>(p_.grad_q_sums + index * kFloats, memory_ + Tiling::kGradQAt, is_first);
+      bulk_wait_group_read<0>();
+      shared_.grad_q_empty.arrive();
+      if (p_.is_deterministic || is_first) end_turn(added);
+    }
+  }
+
+ protected:
   // Finds the tiles of rows of one item, head group by head group, in the order of rows.
   DFLASH_INLINE void find_rows(int slot, Stage<Tiling::kStages>& stage) {
     constexpr int kKeys = Tiling::kKeys;
@@ -117,10 +144,16 @@ class BackwardProducer {
 #pragma unroll 1
         for (uint32_t seen = __ballot_sync(~0u, sight.is_seen); seen != 0; seen &= seen - 1) {
           if (found++ < 0) continue;
-          shared_.rows.empty[stage.index].wait(stage.parity);
           // The lane that holds the tile's entry of the table publishes it.
-          if (lane == __ffs(seen) - 1) {
-            shared_.units[stage.index] = {base + lane, group, slot, sight.is_full, sight.has_empty};
+          const bool publishes = lane == __ffs(seen) - 1;
+          // All tiles of rows can be counted in 32 bits: there is no memory for more.
+          const int head_group = item.batch * launch_.groups + item.kv_head * launch_.groups_per_head + group;
+          const int index = head_group * count + base + lane;
+          const int turn = publishes && p_.is_deterministic ? p_.turns[index * p_.key_tiles + item.key_tile] : 0;
+          shared_.rows.empty[stage.index].wait(stage.parity);
+          if (publishes) {
+            shared_.units[stage.index] = BackwardUnit{base + lane,   group,           slot, turn,
+                                                      sight.is_full, sight.has_empty, index};
             shared_.found[stage.index].arrive();
           }
           __syncwarp();

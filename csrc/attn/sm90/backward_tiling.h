@@ -13,10 +13,18 @@ namespace dflash::DFLASH_ISA::sm90 {
 template <int kDim_>
 struct BackwardTiling {
   static constexpr int kDim = kDim_;
-  static constexpr int kRows = static_cast<int>(kHopperBackwardRows), kKeys = static_cast<int>(hopper_backward_keys(kDim));
+  static constexpr int kRows = static_cast<int>(hopper_backward_rows(kDim));
+  static constexpr int kKeys = static_cast<int>(hopper_backward_keys(kDim));
   static constexpr int kStages = 2;
   static constexpr int kConsumers = 2, kConsumerKeys = kKeys / kConsumers;
   static constexpr int kPanels = kDim / kPanelColumns;
+
+  // Consumers take the rows 64 at a time. At head_dim 64 there are registers to take dS from them for dK as well.
+  static constexpr int kHalves = kRows / 64;
+  static constexpr bool kKeysFromRegisters = kDim == 64;
+
+  // The part of dQ that a consumer computes: 64 rows of the tile, and half of the columns if the tile has no more rows.
+  static constexpr int kGradQColumns = kRows == 64 ? kDim / 2 : kDim;
   static constexpr int kThreads = (1 + kConsumers) * kWarpgroup;
   static constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;
   static_assert(registers_suffice(kConsumers, kProducerRegisters, kConsumerRegisters));
@@ -49,12 +57,14 @@ struct BackwardLaunch {
   int fold_bits;
   int groups, groups_per_head;  // head groups in all, and of a key head
   float factor;                 // scores times factor are exponents of 2
+  float inverse_cap;            // of exponents of 2
 };
 
 // The tile of rows in a stage.
 struct BackwardUnit {
   int tile, group;  // tile is -1 when there are no more; the head group is counted from the key head's first
   int slot;         // of its item
+  int turn;         // of the addition to its dQ
   bool is_full, has_empty;
   int64_t index;  // among the tiles of all head groups
 };
@@ -68,7 +78,7 @@ struct BackwardShared {
   BackwardUnit units[Tiling::kStages];
   BackwardItem items[kItemSlots];  // what consumers work on, and the next one
   Scores scores;                   // only under a softcap
-  Mbarrier kv_full, kv_empty, found[Tiling::kStages];
+  Mbarrier kv_full, kv_empty, grad_q_full, grad_q_empty, found[Tiling::kStages];
   Ring<Tiling::kStages> rows;
   Ring<kItemSlots> item_slots;
 
@@ -76,9 +86,12 @@ struct BackwardShared {
     scores = Scores(p);
     kv_full.init();
     for (Mbarrier& unit : found) unit.init();
-    // Warps of consumers release keys and rows. An item is released by the consumers and by the warp that finds rows.
+    grad_q_empty.init();
+    // Warps of consumers release keys and rows, and hand over dQ. The thread that adds dQ releases rows, too, and the
+    // warp that finds rows releases items.
     kv_empty.init(Tiling::kConsumers * 4);
-    rows.init(Tiling::kConsumers * 4);
+    grad_q_full.init(Tiling::kConsumers * 4);
+    rows.init(Tiling::kConsumers * 4 + 1);
     item_slots.init(Tiling::kConsumers + 1);
   }
 };

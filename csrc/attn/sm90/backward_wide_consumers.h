@@ -286,7 +286,7 @@ class WideKeyConsumer {
 
   DFLASH_INLINE void write(const Sums& sums) {
     named_barrier_sync(kKeysAreRead, 3 * kWarpgroup);
-    if (item().is_whole) {
+    if (item().part == BackwardPart::kWhole) {
       store(sums);
     } else {
       add(sums);

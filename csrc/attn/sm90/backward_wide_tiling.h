@@ -13,7 +13,7 @@ template <int kDim_>
 struct WideBackwardTiling {
   static constexpr int kDim = kDim_, kBlocks = 2, kConsumers = 3, kThreads = (1 + kConsumers) * kWarpgroup;
   static constexpr bool kSplitsColumns = kDim > 256;
-  static constexpr int kRows = static_cast<int>(kHopperBackwardRows), kConsumerKeys = 64;
+  static constexpr int kRows = static_cast<int>(hopper_backward_rows(kDim)), kConsumerKeys = 64;
   static constexpr int kKeys = static_cast<int>(hopper_backward_keys(kDim));
   static_assert(kKeys == (kSplitsColumns ? kConsumerKeys : kBlocks * kConsumerKeys));
   static constexpr int kColumns = 256;  // of keys, values and rows that a block holds
