@@ -7,6 +7,7 @@ import torch
 
 from dflash_ext import (
     kv_inject,
+    linear,
     linear_cross_entropy,
     masked_cross_entropy,
     reference,
@@ -338,6 +339,32 @@ def check_kv_inject():
         assert torch.equal(cache == 7.0, want == 7.0)
 
 
+# ---- linear ----------------------------------------------------------------------------------------------
+
+
+def check_linear():
+    dtype, gate = pick(*DTYPES), pick(None, "silu", "gelu_tanh")
+    shape = [(count(70),), (pick(1, 2, 3), count(9)), ()][pick(0, 0, 1, 2)]
+    inner, columns = size(LARGEST), count(150)
+    in_weight = 2 * columns if gate else columns
+
+    def randn(*sizes):
+        return torch.randn(sizes).to(dtype)
+
+    case = {
+        "x": laid_out(randn(*shape, inner)),
+        "weight": randn(in_weight, inner) / inner**0.5,
+        "bias": pick(None, randn(in_weight)),
+        "norm": pick(None, randn(inner)),
+        "norm_eps": pick(1e-6, 1e-2),
+        "norm_plus_one": pick(True, False),
+        "gate": gate,
+        "residual": pick(None, laid_out(randn(*shape, columns))),
+    }
+    exact = {name: value.double() if isinstance(value, torch.Tensor) else value for name, value in case.items()}
+    near(linear(**case), reference.linear(**exact), 8 * max(torch.finfo(dtype).eps, 1e-14))
+
+
 CHECKS = (
     check_masked_cross_entropy,
     check_linear_cross_entropy,
@@ -345,6 +372,7 @@ CHECKS = (
     check_verify,
     check_reveal,
     check_kv_inject,
+    check_linear,
 )
 
 
