@@ -1,8 +1,10 @@
 // Writes projections to the caches as keys and values, on any GPU since Ampere: bias, norms and rotary embedding. A
-// warp takes a few heads of one token and loads all of them before it works on the first.
+// warp takes heads of one token in batches, and loads the next batch before it works on one.
 //
 // Element i of a head becomes x[i] * cosine[i] + x[partner[i]] * sine[i]. A lane's elements are the same in every head,
 // so it keeps these three in registers; they change with the layer at most.
+#include <type_traits>
+
 #include "common/dependent_launch.h"
 #include "common/dispatch.h"
 #include "common/gpu.h"
@@ -15,10 +17,11 @@ namespace {
 constexpr int kWarps = 4, kThreads = 32 * kWarps;
 // Layers that one launch serves: their caches' addresses are parameters of the kernel.
 constexpr int kLayersAtOnce = 24;
+constexpr int64_t kEnoughBlocks = 2048;
 
 struct KvWriteLaunch {
   KvWriteParams params;
-  int first_layer, layers, parts;  // parts: blocks of one token
+  int first_layer, layers, parts, batches;  // blocks of one token; batches of a warp
   bool aligned_stores;
   KvCache k[kLayersAtOnce], v[kLayersAtOnce];
 };
@@ -41,7 +44,7 @@ template <class T, int kVector, int kSteps, int kHeads>
 struct KvWriter {
   static constexpr int kElements = kVector * kSteps;
   static constexpr bool kWide = kVector == 4;
-  static constexpr int kHeadsOfBlock = kWarps * kHeads;
+  using Part = std::conditional_t<kVector == 4, Four<T>, T>;
   static_assert(kVector == 4 || kVector == 1);
 
   const KvWriteLaunch& launch;
@@ -49,7 +52,7 @@ struct KvWriter {
   float* const stage;  // [kElements, 32], of this warp
   const int lane;
   int64_t token, slot, outer;
-  int layer_of_tables = -1;
+  int layer_of_tables = -1, layer_of_gain = -1;
   float cosine[kElements], sine[kElements], gain[kElements];
   int partner[kElements];  // its place in `stage`
 
@@ -65,7 +68,6 @@ struct KvWriter {
 
   // Whether the token is written, and where.
   DFLASH_INLINE bool find_place() {
-    token = blockIdx.x / launch.parts;
     slot = p.slots[token];
     if (slot < 0 || slot >= p.capacity) return false;
     // Neither tokens nor slots exceed 31 bits.
@@ -80,8 +82,7 @@ struct KvWriter {
   }
 
   DFLASH_INLINE void load_tables(int layer) {
-    const bool is_same = layer_of_tables >= 0 && p.by_layer == 0 && p.k_norm == nullptr;
-    if (layer == layer_of_tables || is_same) return;
+    if (layer == layer_of_tables || (layer_of_tables >= 0 && p.by_layer == 0)) return;
     layer_of_tables = layer;
     const int64_t position = p.positions[token];
     const bool exists = position >= 0 && position < p.table_length;
@@ -91,22 +92,26 @@ struct KvWriter {
 #pragma unroll
     for (int i = 0; i < kElements; ++i) {
       const int index = index_of(i);
-      cosine[i] = exists ? 1.0f : __int_as_float(0x7fffffff);  // NaN
-      sine[i] = 0;
-      gain[i] = 1;
-      partner[i] = place_of(index);
-      if (index < 2 * angles) {
-        const int angle = p.rope_interleaved ? index / 2 : index < angles ? index : index - angles;
-        const bool is_first = p.rope_interleaved ? index % 2 == 0 : index < angles;
-        partner[i] = place_of(p.rope_interleaved ? index ^ 1 : is_first ? index + angles : index - angles);
-        if (exists) {
-          cosine[i] = cos[angle];
-          sine[i] = is_first ? -sin[angle] : sin[angle];
-        }
-      }
-      if (p.k_norm != nullptr && index < p.head_dim) {
-        gain[i] = element(p.k_norm, p.k_norm_dtype, layer * p.head_dim + index) + (p.norm_plus_one ? 1.0f : 0.0f);
-      }
+      const bool is_rotated = index < 2 * angles;
+      const bool is_first = p.rope_interleaved ? index % 2 == 0 : index < angles;
+      const int angle = p.rope_interleaved ? index / 2 : is_first ? index : index - angles;
+      const int other = p.rope_interleaved ? index ^ 1 : is_first ? index + angles : index - angles;
+      partner[i] = place_of(is_rotated ? other : index);
+      const bool is_read = is_rotated && exists;
+      const float c = is_read ? cos[angle] : 1.0f, s = is_read ? sin[angle] : 0.0f;
+      cosine[i] = exists ? c : __int_as_float(0x7fffffff);  // NaN
+      sine[i] = is_first ? -s : s;
+    }
+  }
+
+  DFLASH_INLINE void load_gain(int layer) {
+    if (layer == layer_of_gain) return;
+    layer_of_gain = layer;
+    const float one = p.norm_plus_one ? 1.0f : 0.0f;
+#pragma unroll
+    for (int i = 0; i < kElements; ++i) {
+      const int index = index_of(i);
+      gain[i] = index < p.head_dim ? element(p.k_norm, p.k_norm_dtype, layer * p.head_dim + index) + one : 0.0f;
     }
   }
 
@@ -150,37 +155,55 @@ struct KvWriter {
     }
   }
 
-  DFLASH_INLINE void load(float (&x)[kElements], const T* head) const {
+  // Loads the heads from `first` on, of which there are `units`.
+  DFLASH_INLINE void load(Part (&batch)[kHeads][kSteps], const T* projected, int first, int units) const {
+#pragma unroll
+    for (int h = 0; h < kHeads; ++h) {
+#pragma unroll
+      for (int step = 0; step < kSteps; ++step) {
+        const int index = index_of(step * kVector);
+        batch[h][step] = Part{};
+        if (first + h < units && index < p.head_dim) {
+          batch[h][step] = *reinterpret_cast<const Part*>(projected + int64_t(first + h) * p.head_dim + index);
+        }
+      }
+    }
+  }
+
+  DFLASH_INLINE static void widen(float (&x)[kElements], const Part (&head)[kSteps]) {
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) {
-      const int index = index_of(step * kVector);
       if constexpr (kWide) {
-        Four<T> four{};
-        if (index < p.head_dim) four = *reinterpret_cast<const Four<T>*>(head + index);
 #pragma unroll
-        for (int k = 0; k < kVector; ++k) x[step * kVector + k] = to_float(four.values[k]);
+        for (int k = 0; k < kVector; ++k) x[step * kVector + k] = to_float(head[step].values[k]);
       } else {
-        x[step] = index < p.head_dim ? to_float(head[index]) : 0.0f;
+        x[step] = to_float(head[step]);
       }
     }
   }
 
   DFLASH_INLINE void run() {
     const int heads = int(p.heads), units = launch.layers * 2 * heads;
-    const int first = blockIdx.x % launch.parts * kHeadsOfBlock + threadIdx.x / 32 * kHeads;
-    if (first >= units || !find_place()) return;
+    const int warp = blockIdx.x % launch.parts * kWarps + threadIdx.x / 32;
+    const int begin = warp * launch.batches * kHeads, end = min(units, begin + launch.batches * kHeads);
+    if (begin >= units) return;
+    token = blockIdx.x / launch.parts;
     const int64_t start = (token * p.layers + launch.first_layer) * 2 * heads * p.head_dim;
     const T* projected = static_cast<const T*>(p.projected) + start;
-    float x[kHeads][kElements];
+    Part batch[kHeads][kSteps], next[kHeads][kSteps];
+    load(next, projected, begin, end);
+    if (!find_place()) return;
+    for (int first = begin; first < end; first += kHeads) {
+      memcpy(&batch, &next, sizeof(batch));
+      load(next, projected, first + kHeads, end);
 #pragma unroll
-    for (int h = 0; h < kHeads; ++h) {
-      if (first + h < units) load(x[h], projected + int64_t(first + h) * p.head_dim);
-    }
-#pragma unroll
-    for (int h = 0; h < kHeads; ++h) {
-      const int unit = first + h;
-      if (unit >= units) break;
-      finish(x[h], unit / heads / 2, unit / heads % 2 == 0, unit % heads);
+      for (int h = 0; h < kHeads; ++h) {
+        const int unit = first + h;
+        if (unit >= end) break;
+        float x[kElements];
+        widen(x, batch[h]);
+        finish(x, unit / heads / 2, unit / heads % 2 == 0, unit % heads);
+      }
     }
   }
 
@@ -195,6 +218,7 @@ struct KvWriter {
     }
     if (is_key) {
       load_tables(int(in_all));
+      if (p.k_norm != nullptr) load_gain(int(in_all));
       if (p.k_norm != nullptr && !p.norm_after_rope) normalise(x, true);
       rotate(x);
       if (p.k_norm != nullptr && p.norm_after_rope) normalise(x, true);
@@ -236,8 +260,10 @@ cudaError_t launch_all(const KvWriteParams& params, cudaStream_t stream) {
   for (int64_t first = 0; first < params.layers && status == cudaSuccess; first += kLayersAtOnce) {
     KvWriteLaunch launch{.params = params, .first_layer = int(first)};
     launch.layers = int(std::min<int64_t>(params.layers - first, kLayersAtOnce));
-    const int64_t heads = launch.layers * 2 * params.heads, of_block = KvWriter<T, kVector, kSteps, kHeads>::kHeadsOfBlock;
-    launch.parts = int((heads + of_block - 1) / of_block);
+    // Many tokens give enough blocks, so that a warp takes more heads of one.
+    const int64_t batches = (launch.layers * 2 * params.heads + kHeads * kWarps - 1) / (kHeads * kWarps);
+    launch.batches = int(std::clamp<int64_t>(params.tokens * batches / kEnoughBlocks, 1, batches));
+    launch.parts = int((batches + launch.batches - 1) / launch.batches);
     std::copy_n(params.k_caches + first, launch.layers, launch.k);
     std::copy_n(params.v_caches + first, launch.layers, launch.v);
     launch.aligned_stores = stores_are_aligned(launch.k, launch.layers, bytes) &&

@@ -22,28 +22,30 @@ namespace dflash {
 namespace device {
 namespace {
 
+constexpr int kMostSlices = 8;
+
 struct LinearLaunch {
   CUtensorMap weight, x;
   LinearParams params;
   int blocks;  // of the inner dimension, kPanelColumns each
 };
 
-// kWarpgroups of 64 columns each; up to kTokens rows of x.
-template <int kWarpgroups, int kTokens>
+// A tile of 64 columns and up to kTokens rows of x. Three blocks fit on a multiprocessor.
+template <int kTokens>
 struct LinearTiling {
-  static constexpr int kColumns = 64 * kWarpgroups, kHalf = kColumns / 2;
-  static constexpr int kConsumers = 128 * kWarpgroups, kThreads = kConsumers + 32;
+  static constexpr int kColumns = 64, kHalf = kColumns / 2;
+  static constexpr int kConsumers = 128, kThreads = kConsumers + 32, kBlocksAtOnce = 3;
   static constexpr int kWeightBytes = kColumns * kPanelRowBytes, kStageBytes = kWeightBytes + kTokens * kPanelRowBytes;
-  static constexpr int kStages = 98304 / kStageBytes < 8 ? 98304 / kStageBytes : 8;
-  // The sums of a row of x, in floats. This many banks further than a multiple of 32, no two lanes share a bank.
+  static constexpr int kStages = 73728 / kStageBytes;
+  // The sums of a row of x, in floats. Four more than 64, so that no two lanes share a bank.
   static constexpr int kSumsStride = kColumns + 4;
   static_assert(kTokens * kSumsStride * 4 <= kStages * kStageBytes, "the sums take the place of the stages");
   static constexpr int kSharedBytes = kStages * kStageBytes + 1024;
 };
 
-template <class T, int kWarpgroups, int kTokens>
+template <class T, int kTokens>
 struct LinearTile {
-  using Tiling = LinearTiling<kWarpgroups, kTokens>;
+  using Tiling = LinearTiling<kTokens>;
   static constexpr int kStages = Tiling::kStages;
 
   const LinearLaunch& launch;
@@ -90,7 +92,7 @@ struct LinearTile {
 
   // Multiplies the slice, and leaves the sums in the place of the stages: [kTokens, kSumsStride] floats.
   DFLASH_INLINE void consume() const {
-    const int warpgroup = threadIdx.x / 128, lane = threadIdx.x % 32;
+    const int lane = threadIdx.x % 32;
     float sums[kTokens / 2];
 #pragma unroll
     for (int i = 0; i < kTokens / 2; ++i) sums[i] = 0;
@@ -103,7 +105,7 @@ struct LinearTile {
         named_barrier_sync(1, Tiling::kConsumers);
       }
       const uint32_t at = uniform(stage_address(stage.index));
-      const uint64_t weight = k_major_descriptor(at + warpgroup * 64 * kPanelRowBytes);
+      const uint64_t weight = k_major_descriptor(at);
       const uint64_t x = k_major_descriptor(at + Tiling::kWeightBytes);
       fence_accumulator(sums);
       wgmma_fence();
@@ -202,13 +204,25 @@ struct LinearTile {
   // The sums of eight neighbouring columns over all slices, in order, times `scale`.
   DFLASH_INLINE void add_slices(float (&y)[8], int token, int column, float scale) const {
     const uint32_t place = stages + 4 * (token * Tiling::kSumsStride + column);
+    float4 parts[2][kMostSlices];
+#pragma unroll
+    for (int slice = 0; slice < kMostSlices; ++slice) {
+      if (slice >= slices) break;
+      const uint32_t remote = map_to_rank(place, slice);
+      parts[0][slice] = read_remote_v4(remote);
+      parts[1][slice] = read_remote_v4(remote + 16);
+    }
 #pragma unroll
     for (int k = 0; k < 8; ++k) y[k] = 0;
-    for (int slice = 0; slice < slices; ++slice) {
-      const uint32_t remote = map_to_rank(place, slice);
-      const float4 low = read_remote_v4(remote), high = read_remote_v4(remote + 16);
-      y[0] += low.x, y[1] += low.y, y[2] += low.z, y[3] += low.w;
-      y[4] += high.x, y[5] += high.y, y[6] += high.z, y[7] += high.w;
+#pragma unroll
+    for (int slice = 0; slice < kMostSlices; ++slice) {
+      if (slice >= slices) break;
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const float4 part = parts[half][slice];
+        float* sums = y + 4 * half;
+        sums[0] += part.x, sums[1] += part.y, sums[2] += part.z, sums[3] += part.w;
+      }
     }
 #pragma unroll
     for (int k = 0; k < 8; ++k) y[k] *= scale;
@@ -223,11 +237,13 @@ struct LinearTile {
   // Bias, gate and residual of the block's part of the tile, and the store.
   DFLASH_INLINE void finish() const {
     const int columns = p.gate == Gate::kNone ? Tiling::kColumns : Tiling::kHalf;
-    const int chunks = int(p.rows) * (columns / 8);
+    const int chunks_of_row = columns / 8;
     const bool aligned = p.columns % 8 == 0;
     const T *bias = static_cast<const T*>(p.bias), *residual = static_cast<const T*>(p.residual);
-    for (int i = rank * Tiling::kThreads + threadIdx.x; i < chunks; i += slices * Tiling::kThreads) {
-      const int token = i / (columns / 8), column = i % (columns / 8) * 8;
+    // The rows of x go round the blocks of the cluster.
+    for (int i = threadIdx.x;; i += Tiling::kThreads) {
+      const int token = i / chunks_of_row * slices + rank, column = i % chunks_of_row * 8;
+      if (token >= p.rows) break;
       const int64_t left = p.columns - first - column;
       if (left <= 0) continue;
       const float scale = scale_of(token);
@@ -269,10 +285,10 @@ struct LinearTile {
   }
 };
 
-template <class T, int kWarpgroups, int kTokens>
-__global__ void __launch_bounds__(LinearTiling<kWarpgroups, kTokens>::kThreads)
+template <class T, int kTokens>
+__global__ void __launch_bounds__(LinearTiling<kTokens>::kThreads, LinearTiling<kTokens>::kBlocksAtOnce)
     linear_sm90(const __grid_constant__ LinearLaunch launch) {
-  using Tile = LinearTile<T, kWarpgroups, kTokens>;
+  using Tile = LinearTile<T, kTokens>;
   extern __shared__ uint8_t dynamic[];
   __shared__ Ring<Tile::kStages> ring;
   __shared__ float squares[kTokens];
@@ -302,9 +318,27 @@ TensorBox rows_of(const void* data, int64_t rows, int64_t inner, int64_t box) {
   return {data, {inner, rows, 1, 1}, {1, inner, inner, inner}, {kPanelColumns, box, 1, 1}};
 }
 
-template <class T, int kWarpgroups, int kTokens>
+// Into how many slices the inner dimension is cut, which depends on the shape of the weight alone: the fewest that
+// spread the blocks evenly over an H100's 132 multiprocessors, three on each at most. A small weight takes little time
+// to read, and is cut into 64 blocks or more.
+int64_t slices_of(int64_t tiles, int64_t blocks) {
+  constexpr int64_t kMultiprocessors = 132, kSmall = 1024;  // panels of 64 x 64 elements, 8 MB in all
+  const int64_t most = std::min<int64_t>(blocks, kMostSlices);
+  if (tiles * blocks < kSmall) return std::min(most, (63 + tiles) / tiles);
+  int64_t best = 1;
+  double best_share = 0;
+  for (int64_t slices = 1; slices <= most; ++slices) {
+    const int64_t turns = (tiles * slices + kMultiprocessors - 1) / kMultiprocessors;
+    if (slices > 1 && turns > 3) break;
+    const double share = double(tiles * slices) / double(turns * kMultiprocessors);
+    if (share > best_share + 0.05) best = slices, best_share = share;
+  }
+  return best;
+}
+
+template <class T, int kTokens>
 cudaError_t launch_linear(const LinearParams& params, cudaStream_t stream) {
-  using Tiling = LinearTiling<kWarpgroups, kTokens>;
+  using Tiling = LinearTiling<kTokens>;
   const int64_t weight_rows = params.gate == Gate::kNone ? params.columns : 2 * params.columns;
   LinearLaunch launch{.params = params, .blocks = int((params.inner + kPanelColumns - 1) / kPanelColumns)};
   const cudaError_t status =
@@ -312,23 +346,13 @@ cudaError_t launch_linear(const LinearParams& params, cudaStream_t stream) {
                                       {&launch.x, rows_of(params.x, params.rows, params.inner, kTokens)}});
   if (status != cudaSuccess) return status;
   const int64_t tiles = (weight_rows + Tiling::kColumns - 1) / Tiling::kColumns;
-  // Enough blocks to keep the memory busy. This must not depend on the number of rows.
-  constexpr int64_t kBlocks = 128;
-  const int64_t slices = std::min<int64_t>({(kBlocks + tiles - 1) / tiles, launch.blocks, 8});
+  const int64_t slices = slices_of(tiles, launch.blocks);
   const LaunchShape shape{.blocks = tiles * slices,
                           .threads = Tiling::kThreads,
                           .shared_bytes = Tiling::kSharedBytes,
                           .cluster_size = int(slices),
                           .overlaps_previous = true};
-  return launch_kernel(linear_sm90<T, kWarpgroups, kTokens>, shape, stream, launch);
-}
-
-template <class T, int kWarpgroups>
-cudaError_t launch_by_rows(const LinearParams& params, cudaStream_t stream) {
-  if (params.rows <= 16) return launch_linear<T, kWarpgroups, 16>(params, stream);
-  if (params.rows <= 32) return launch_linear<T, kWarpgroups, 32>(params, stream);
-  if (params.rows <= 64) return launch_linear<T, kWarpgroups, 64>(params, stream);
-  return launch_linear<T, kWarpgroups, 128>(params, stream);
+  return launch_kernel(linear_sm90<T, kTokens>, shape, stream, launch);
 }
 
 }  // namespace
@@ -343,10 +367,10 @@ bool linear_sm90_serves(const LinearParams& params) {
 
 const char* linear_sm90(const LinearParams& params, void* stream) {
   return launch_by_dtype<__nv_bfloat16, __half>(params.dtype, stream, [&]<class T>(cudaStream_t stream) {
-    // Small weights are cut into more tiles.
-    const int64_t weight_rows = params.gate == Gate::kNone ? params.columns : 2 * params.columns;
-    return weight_rows >= 4096 ? device::launch_by_rows<T, 2>(params, stream)
-                               : device::launch_by_rows<T, 1>(params, stream);
+    if (params.rows <= 16) return device::launch_linear<T, 16>(params, stream);
+    if (params.rows <= 32) return device::launch_linear<T, 32>(params, stream);
+    if (params.rows <= 64) return device::launch_linear<T, 64>(params, stream);
+    return device::launch_linear<T, 128>(params, stream);
   });
 }
 
