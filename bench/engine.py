@@ -158,21 +158,21 @@ def transformers_step(target: Target, batch: int, context: int, *, compiled: boo
     return Timing.of(samples).row()
 
 
-def rows_of(shape: Shape, batches: list[int], context: int, peers: bool) -> list[dict]:
-    target, drafter = pair(shape)
+def rows_of(shape: Shape, pair: tuple, batches: list[int], context: int, peers: list[str]) -> list[dict]:
+    target, drafter = pair
     rows = []
     for batch in batches:
         case = f"{shape.name}, batch {batch}, ctx {context}"
         for name, draft in (("plain step", None), ("cycle", drafter)):
             rows.append({"case": case, "impl": "dflash_ext", "pass": name} | ours(target, draft, batch, context))
             torch.cuda.empty_cache()
-        if peers:
-            for impl, compiled in (("transformers, static", False), ("transformers, static, compiled", True)):
-                row = transformers_step(target, batch, context, compiled=compiled)
-                rows.append({"case": case, "impl": impl, "pass": "plain step"} | row)
-        for row in rows[-4:]:
-            bound = f"{row['bound_ms']:7.3f} ms by bytes" if "bound_ms" in row else ""
-            print(f"  {row['case']:36} {row['impl']:32} {row['pass']:12} {row['ms']:8.3f} ms {bound}", flush=True)
+        for peer in peers if batch == batches[0] else ():
+            row = transformers_step(target, batch, context, compiled=peer == "compiled")
+            rows.append({"case": case, "impl": f"transformers, static cache, {peer}", "pass": "plain step"} | row)
+        for row in rows:
+            if row["case"] == case:
+                bound = f"{row['bound_ms']:7.3f} ms by bytes" if "bound_ms" in row else ""
+                print(f"  {case:34} {row['impl']:36} {row['pass']:11} {row['ms']:8.3f} ms {bound}", flush=True)
     return rows
 
 
@@ -192,25 +192,30 @@ def check(target: Target, drafter: DFlashDrafter) -> float:
     return worst
 
 
+def copy_rate() -> float:
+    """Terabytes a second that a large copy reads and writes."""
+    source = torch.empty(1 << 30, dtype=torch.int8, device="cuda")
+    copy = torch.empty_like(source)
+    return 2 * source.numel() / timed(lambda: copy.copy_(source), 5).ms / 1e9
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--shapes", nargs="*", default=list(SHAPES))
     parser.add_argument("--batches", nargs="*", type=int, default=[1, 8, 32])
     parser.add_argument("--context", type=int, default=2048)
-    parser.add_argument("--peers", action="store_true", help="time transformers' generate as well")
+    parser.add_argument("--peers", nargs="*", default=["eager", "compiled"], choices=["eager", "compiled"])
     given = parser.parse_args()
-    rows = []
-    for name in given.shapes:
-        target, drafter = pair(SHAPES[name])
-        regret = check(target, drafter)
-        print(f"{name}: largest regret {regret:.4f} nats", flush=True)
+    name, rows = f"engine_{runner.gpu_name()}", []
+    for shape in given.shapes:
+        models = pair(SHAPES[shape])
+        regret = check(*models)
+        print(f"{shape}: largest regret {regret:.4f} nats", flush=True)
         assert math.isfinite(regret) and regret < 0.2, regret
-        del target, drafter
+        rows += rows_of(SHAPES[shape], models, given.batches, given.context, given.peers)
+        print(runner.write(name, rows, {"copy_tbs": copy_rate()}), flush=True)
+        del models
         torch.cuda.empty_cache()
-        rows += rows_of(SHAPES[name], given.batches, given.context, given.peers)
-        torch.cuda.empty_cache()
-    name = f"engine_{runner.gpu_name()}"
-    print(runner.write(name, rows, runner.gpu_ceilings()))
 
 
 if __name__ == "__main__":
