@@ -15,7 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen3Co
 
 from bench import runner
 from bench.timing import Timing
-from dflash_ext.decode import Engine
+from dflash_ext.decode import Engine, decode
 from dflash_ext.decode.cycle import Drawing
 from dflash_ext.models import DFlashDrafter, Target
 
@@ -178,8 +178,6 @@ def rows_of(shape: Shape, pair: tuple, batches: list[int], context: int, peers: 
 
 def check(target: Target, drafter: DFlashDrafter) -> float:
     """The largest regret in nats of greedy tokens under the model's own logits: near 0 if decoding is right."""
-    from dflash_ext.decode import decode
-
     prompts = [torch.randint(3, 1000, (n,)).tolist() for n in (5, 40, 17)]
     worst = 0.0
     for draft in (drafter, None):

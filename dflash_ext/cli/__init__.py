@@ -4,13 +4,14 @@ The commands import the library when they run, so that `--help` is quick.
 """
 
 from .app import app
+from .check_lossless import check_lossless
 from .demo import demo
 from .doctor import doctor
 from .evaluate import evaluate
 from .generate import generate
 from .train import train
 
-for command in (demo, train, generate, evaluate, doctor):  # in the order of the help
+for command in (demo, train, generate, evaluate, check_lossless, doctor):  # in the order of the help
     app.command()(command)
 
 

@@ -1,0 +1,27 @@
+import pytest
+
+from dflash_ext.decode import cycle
+from python_tests.eval.test_lossless import believing
+
+
+def checked(workspace, run, *options):
+    files = ["--target", workspace / "target", "--drafter", workspace / "drafter"]
+    return run("check-lossless", *files, "--prompts", workspace / "prompts.jsonl", "--max-new-tokens", 8, *options)
+
+
+@pytest.mark.parametrize("draws", [0, 50])
+def test_a_lossless_drafter_passes(workspace, run, draws):
+    code, printed, _ = checked(workspace, run, "--draws", draws)
+    assert code == 0
+    assert "greedy: 3 of 3 answers are equal token by token" in printed
+    assert ("the second token of 50 answers fits the target's distribution" in printed) == bool(draws)
+
+
+def test_a_divergence_is_named_with_its_regret(workspace, run, monkeypatch):
+    monkeypatch.setattr(cycle, "verify", believing)
+    code, printed, told = checked(workspace, run, "--draws", 0)
+    assert code == 1 and "the output is not the target's own" in told
+    assert "greedy: 0 of 3 answers are equal" in printed
+    assert "prompt 1, token 2:" in printed and "nats: wrong" in printed
+    code, printed, _ = checked(workspace, run, "--draws", 0, "--tolerance", 100)
+    assert code == 0 and printed.count("a tie of rounding") == 3
