@@ -16,6 +16,7 @@ from .options import (
     DecodeBatch,
     Device,
     Dtype,
+    Exact,
     Field,
     Limit,
     MaxPromptTokens,
@@ -47,6 +48,7 @@ def check_lossless(
     block_size: BlockSize = None,
     batch_size: DecodeBatch = 8,
     seed: Seed = 0,
+    exact: Exact = False,
     tokenizer: Tokenizer = None,
     dtype: Dtype = None,
     device: Device = None,
@@ -71,7 +73,7 @@ def check_lossless(
         chat_template_args=chat_template_args,
     )
     numbers, asked = list(encoded), list(encoded.values())
-    options = {"block_size": block_size, "batch_size": batch_size}
+    options = {"block_size": block_size, "batch_size": batch_size, "exact": exact}
     stops = stop_tokens(tok, model)
     found = greedy_divergences(tapped, draft, asked, max_new_tokens=max_new_tokens, stop_token_ids=stops, **options)
     wrong = [each for each in found if each.regret > tolerance]

@@ -17,6 +17,7 @@ from .options import (
     DecodeBatch,
     Device,
     Dtype,
+    Exact,
     Field,
     Limit,
     MaxPromptTokens,
@@ -52,6 +53,7 @@ def evaluate(
     block_size: BlockSize = None,
     batch_size: DecodeBatch = 8,
     seed: Seed = 0,
+    exact: Exact = False,
     output: Annotated[Path | None, typer.Option(help="Write the figures to this JSON file.")] = None,
     tokenizer: Tokenizer = None,
     dtype: Dtype = None,
@@ -103,6 +105,7 @@ def evaluate(
                     block_size=block_size,
                     batch_size=batch_size,
                     seed=seed,
+                    exact=exact,
                     on_finish=lambda *_: advance(1),
                 )
     finally:  # an interrupt loses only the set that it interrupts

@@ -18,6 +18,7 @@ from .options import (
     DecodeBatch,
     Device,
     Dtype,
+    Exact,
     Field,
     Limit,
     MaxNewTokens,
@@ -55,6 +56,7 @@ def generate(
     block_size: BlockSize = None,
     batch_size: DecodeBatch = 8,
     seed: Seed = 0,
+    exact: Exact = False,
     output: Annotated[Path | None, typer.Option(help="Write the answers to this JSONL file.")] = None,
     tokenizer: Tokenizer = None,
     dtype: Dtype = None,
@@ -123,6 +125,7 @@ def generate(
             block_size=block_size,
             batch_size=batch_size,
             seed=seed,
+            exact=exact,
             on_tokens=stream if streaming else None,
             on_finish=finish,
         )

@@ -74,3 +74,9 @@ Dtype = Annotated[
 Device = Annotated[
     str | None, typer.Option(help="The device to run on: cpu, cuda or cuda:N. The default is a GPU if there is one.")
 ]
+Exact = Annotated[
+    bool,
+    typer.Option(
+        "--exact", help="Compute every row with the same bits whatever is beside it, also in half precision on a GPU."
+    ),
+]

@@ -62,6 +62,7 @@ def sampling_z(
     batch_size: int,
     seed: int = 0,
     block_size: int | None = None,
+    exact: bool = False,
 ) -> float:
     """How far the second tokens of many sampled answers are from the target's own distribution.
 
@@ -72,7 +73,7 @@ def sampling_z(
         A chi-square statistic as standard deviations (Wilson and Hilferty's approximation): fair draws stay below
         LARGEST_Z, but for one prompt in about 10^5. It is 0 if there is nothing to compare.
     """
-    options = dict(temperature=temperature, batch_size=batch_size, seed=seed, block_size=block_size)
+    options = dict(temperature=temperature, batch_size=batch_size, seed=seed, block_size=block_size, exact=exact)
     decoded = decode(target, drafter, [prompt] * draws, max_new_tokens=3, **options)
     pairs = Counter(tuple(completion.tokens[:2]) for completion in decoded.completions)
     firsts = Counter(first for first, _ in pairs.elements())
