@@ -101,14 +101,17 @@ def test_every_kernel_is_launched_by_the_one_helper():
 
 
 def test_every_kernel_has_a_name_of_its_own():
-    """A profile shows names alone, so a name says what the kernel computes and for which architecture."""
+    """A profile shows names alone, so a name says what the kernel computes and for which architecture.
+
+    A kernel that several architectures share is a template in a header, and an argument says which of them it is.
+    """
     names = []
     for source in sorted((ROOT / "csrc").rglob("*.*")):
         if source.suffix not in (".cu", ".h"):
             continue
         kernels = re.findall(r"__global__ void\s+(?:__launch_bounds__\([^{;]*?\)\s+)?(\w+)\(const", source.read_text())
         if source.suffix == ".cu":
-            assert kernels, source
+            assert kernels or "_gpu.h" in source.read_text(), source
             assert all(name.endswith(source.stem[-5:]) for name in kernels), source
         names += kernels
     assert len(names) == len(set(names)), names

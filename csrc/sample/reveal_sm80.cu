@@ -158,7 +158,7 @@ class CanvasRow {
 };
 
 template <class Real>
-__global__ void __launch_bounds__(kThreads, 1) reveal_rows(const RevealParams params, const int capacity) {
+__global__ void __launch_bounds__(kThreads, 1) reveal_rows_sm80(const RevealParams params, const int capacity) {
   extern __shared__ int shared_order[];
   int* const order = params.order ? params.order + int64_t(blockIdx.x) * capacity : shared_order;
   CanvasRow<Real>(params, blockIdx.x, order).reveal(capacity);
@@ -170,7 +170,7 @@ __global__ void __launch_bounds__(kThreads, 1) reveal_rows(const RevealParams pa
 const char* reveal_sm80(const RevealParams& p, void* stream) {
   return checked_launch([&] {
     const int64_t capacity = reveal_capacity(p.length);
-    const auto kernel = p.is_double ? device::reveal_rows<double> : device::reveal_rows<float>;
+    const auto kernel = p.is_double ? device::reveal_rows_sm80<double> : device::reveal_rows_sm80<float>;
     const int shared_bytes = p.order ? 0 : static_cast<int>(capacity * sizeof(int));
     return launch_kernel(kernel, {p.rows, device::kThreads, shared_bytes}, static_cast<cudaStream_t>(stream), p,
                          static_cast<int>(capacity));

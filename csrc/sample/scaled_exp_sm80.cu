@@ -31,7 +31,7 @@ template <>
 inline constexpr float kHeadroom<__half> = 0;  // whose range is small
 
 template <class T, class Weight>
-__global__ void __launch_bounds__(kThreads, 2) scaled_exp(const ScaledExpParams p) {
+__global__ void __launch_bounds__(kThreads, 2) scaled_exp_sm80(const ScaledExpParams p) {
   constexpr int kSize = Chunk<T>::kSize, kStride = kThreads * kSize;
   const int64_t row = blockIdx.x;
   const T* const x = static_cast<const T*>(p.logits) + row * p.stride + p.begin;
@@ -102,9 +102,9 @@ __global__ void __launch_bounds__(kThreads, 2) scaled_exp(const ScaledExpParams 
 
 const char* scaled_exp_sm80(const ScaledExpParams& p, void* stream) {
   return launch_by_dtype<float, __nv_bfloat16, __half>(p.dtype, stream, [&]<class T>(cudaStream_t stream) {
-    const auto kernel = p.weight_dtype == DType::kBFloat16  ? device::scaled_exp<T, __nv_bfloat16>
-                        : p.weight_dtype == DType::kFloat16 ? device::scaled_exp<T, __half>
-                                                            : device::scaled_exp<T, float>;
+    const auto kernel = p.weight_dtype == DType::kBFloat16  ? device::scaled_exp_sm80<T, __nv_bfloat16>
+                        : p.weight_dtype == DType::kFloat16 ? device::scaled_exp_sm80<T, __half>
+                                                            : device::scaled_exp_sm80<T, float>;
     return launch_kernel(kernel, {p.rows, device::kThreads}, stream, p);
   });
 }

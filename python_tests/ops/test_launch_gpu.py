@@ -23,6 +23,10 @@ from dflash_ext import (
     linear,
     linear_cross_entropy,
     masked_cross_entropy,
+    reveal,
+    sample,
+    soft_embedding,
+    verify,
 )
 from dflash_ext.ops import backends
 
@@ -124,7 +128,7 @@ def calls(device="cuda"):
         return torch.autograd.grad(block_attn(leaf, k, v, train).float().square().sum(), leaf)[0]
 
     features, weight = some(2, 5, 64), some(512, 64)
-    positions = torch.arange(5, device=device).repeat(2, 1)
+    positions, vocabulary = torch.arange(5, device=device).repeat(2, 1), some(2, 3, 151_936)
     angles = torch.rand(5, 32, generator=torch.Generator().manual_seed(0)).to(device)
 
     def injected():
@@ -145,6 +149,10 @@ def calls(device="cuda"):
         "linear": lambda: linear(features, weight),
         "loss": lambda: masked_cross_entropy(logits, target).nll,
         "loss in place": lambda: torch.autograd.grad(linear_cross_entropy(hidden, head, target).loss, hidden)[0],
+        "sample": lambda: sample(vocabulary, 3, top_p=0.9).entropy,
+        "verify": lambda: verify(target[:4].view(2, 2), vocabulary).next_token,
+        "reveal": lambda: reveal(logits, logits > 0, count=5),
+        "soft_embedding": lambda: soft_embedding(logits, head),
     }
 
 
@@ -288,7 +296,10 @@ print(json.dumps(found))
 
 
 def kernels_of_calls(**environment):
-    """The names of this package's kernels that each of `calls` runs, in a process with these variables."""
+    """The names of this package's kernels that each of `calls` runs, in a process with these variables.
+
+    Kernels that several architectures share are templates. They are named by the team of blocks that takes a row.
+    """
     others = {name: value for name, value in os.environ.items() if name != "DFLASH_EXT_GPU"}
     done = subprocess.run(
         [sys.executable, "-c", KERNELS, str(ROOT), str(Path(__file__).parent)],
@@ -298,12 +309,13 @@ def kernels_of_calls(**environment):
     )
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(done.stdout.splitlines()[-1])
-    return {name: set(re.findall(r"\w+_sm[89]0\b", " ".join(keys))) for name, keys in found.items()}
+    return {name: set(re.findall(r"\w+_sm[89]0\b|\w+Team\b", " ".join(keys))) for name, keys in found.items()}
 
 
 def test_the_variable_asks_every_family_for_its_portable_kernels():
     sources = (path.read_text() for path in (ROOT / "csrc").glob("*/*_sm90.cu"))
     hopper = {name for source in sources for name in re.findall(r"__global__[^;{]*?\b(\w+_sm90)\(", source)}
+    hopper.add("ClusterTeam")
     portable = kernels_of_calls(DFLASH_EXT_GPU="portable")
     assert not hopper & set().union(*portable.values()), portable
     assert {name for name, kernels in portable.items() if not kernels} == {"linear"}, "PyTorch serves it elsewhere"
