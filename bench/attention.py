@@ -15,10 +15,9 @@ from torch import Tensor
 
 from bench import runner
 from bench.attention_peers import CAUSAL, DENSE, OURS, PEERS, Attend
-from bench.cases import ANCHORS, TRAINING_CASES, Case, causal, exact, visible_pairs
+from bench.cases import ANCHORS, BACKWARD, BOTH, FORWARD, TRAINING_CASES, Case, causal, exact, visible_pairs
 from bench.timing import Call, gpu_turns
 
-FORWARD, BACKWARD, BOTH = "forward", "backward", "forward+backward"
 FLOPS = {FORWARD: 1.0, BACKWARD: 2.5, BOTH: 3.5}  # in multiples of the forward's operations
 
 

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from dflash_ext import IntervalMask, reference
 
+FORWARD, BACKWARD, BOTH = "forward", "backward", "forward+backward"  # the passes of a results row
+
 
 class Pattern(NamedTuple):
     """A mask in the forms of this package and of its peers.

@@ -20,10 +20,9 @@ from torch import Tensor, nn
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from bench import runner
-from bench.attention import BOTH
-from bench.cases import error
+from bench.cases import BOTH, error
 from bench.processes import Remote, process_turns
-from bench.timing import flushed_gpu_time
+from bench.timing import gpu_time_in_a_row
 from dflash_ext.models import DFlashDrafter, Target
 from dflash_ext.train import build_blocks, sample_anchors
 from dflash_ext.train.objectives import DFlashObjective
@@ -139,7 +138,7 @@ class Step:
         return loss.detach()
 
     def time(self) -> float:
-        return flushed_gpu_time(self)
+        return gpu_time_in_a_row(self)
 
     def peak_memory(self) -> int:
         """The peak memory of a step in bytes, without the weights, inputs and gradients that exist before it."""

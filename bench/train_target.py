@@ -21,10 +21,9 @@ from transformers import Gemma3TextConfig, Gemma3TextModel, LlamaConfig, LlamaMo
 
 import dflash_ext.integrations  # noqa: F401  (registers block_attn)
 from bench import runner
-from bench.attention import BOTH
-from bench.cases import error, visible_pairs
+from bench.cases import BOTH, error, visible_pairs
 from bench.processes import Remote, process_turns
-from bench.timing import flushed_gpu_time
+from bench.timing import gpu_time_in_a_row
 from dflash_ext import IntervalMask
 
 BATCH, LENGTH, PREFIX, WINDOW, LAYERS = 4, 2048, 1024, 1024, 4
@@ -84,7 +83,7 @@ class Step:
         return out.detach()
 
     def time(self) -> float:
-        return flushed_gpu_time(self)
+        return gpu_time_in_a_row(self)
 
     def save(self, path: Path) -> None:
         """Writes the output and the gradients of a step."""

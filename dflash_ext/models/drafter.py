@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +28,18 @@ from .target import Target
 
 # The cache of transformers' own DFlash loop, which exists from 5.15 on.
 _LOOP_CACHE = getattr(cache_utils, "DFlashCache", ())
+
+
+class Slots(NamedTuple):
+    """What a layer takes for a block's slots, and which of them it computes. By default every slot is a row of its own.
+
+    Attributes:
+        spread: makes the slots [B, Q, ...] of rows [B, R, ...]. Equal slots share a row, which is projected once.
+        wanted: selects the slots of [B, Q, ...] that the result is needed for. The others serve as keys alone.
+    """
+
+    spread: Callable[[Tensor], Tensor] = lambda x: x
+    wanted: Callable[[Tensor], Tensor] = lambda x: x
 
 
 class DFlashAttention(nn.Module):
@@ -51,24 +64,26 @@ class DFlashAttention(nn.Module):
         rotary: tuple[Tensor, Tensor],
         mask: IntervalMask,
         cache: Cache | None,
-        wanted: Callable[[Tensor], Tensor],
+        slots: Slots,
     ) -> Tensor:
         def heads(x: Tensor) -> Tensor:
             return x.unflatten(-1, (-1, self.head_dim))
 
         # The products are concatenated instead of their inputs, of which autograd would keep one more copy.
-        k, v = (torch.cat([project(context), project(block)], dim=1) for project in (self.k_proj, self.v_proj))
-        q = self.q_norm(heads(self.q_proj(block))).transpose(1, 2)
+        k, v = (
+            torch.cat([project(context), slots.spread(project(block))], dim=1) for project in (self.k_proj, self.v_proj)
+        )
+        q = slots.spread(self.q_norm(heads(self.q_proj(block)))).transpose(1, 2)
         k = self.k_norm(heads(k)).transpose(1, 2)
         v = heads(v).transpose(1, 2)
         cos, sin = rotary
-        block_len = block.shape[1]
+        block_len = q.shape[2]
         q, _ = apply_rotary_pos_emb(q, q, cos[:, -block_len:], sin[:, -block_len:])
         k, _ = apply_rotary_pos_emb(k, k, cos, sin)
         if cache is not None:
             k, v = cache.update(k, v, self.layer_idx)
         out = block_attn(q, k, v.to(q.dtype), _over_last_keys(mask, k.shape[2]))
-        return self.o_proj(wanted(out.transpose(1, 2).flatten(2)))
+        return self.o_proj(slots.wanted(out.transpose(1, 2).flatten(2)))
 
 
 def _over_last_keys(mask: IntervalMask, count: int) -> IntervalMask:
@@ -95,11 +110,11 @@ class DFlashLayer(GradientCheckpointingLayer):
         rotary: tuple[Tensor, Tensor],
         mask: IntervalMask,
         cache: Cache | None,
-        wanted: Callable[[Tensor], Tensor],
+        slots: Slots,
     ) -> Tensor:
-        """Returns the slots of `block` [B, Q, H] that `wanted` selects. The other slots serve as keys alone."""
-        attended = self.self_attn(self.input_layernorm(block), context, rotary, mask, cache, wanted)
-        block = wanted(block) + attended
+        """`block` has the rows [B, R, H] that `slots` spreads. The result has the slots that it selects."""
+        attended = self.self_attn(self.input_layernorm(block), context, rotary, mask, cache, slots)
+        block = slots.wanted(slots.spread(block)) + attended
         return block + self.mlp(self.post_attention_layernorm(block))
 
 
@@ -270,6 +285,7 @@ class DFlashDrafter(PreTrainedModel):
         cache: Cache | None = None,
         past_key_values: Cache | None = None,
         first_slot: int = 0,
+        mask_embed: Tensor | None = None,
     ) -> BaseModelOutputWithPast:
         """Denoises blocks in one pass.
 
@@ -282,7 +298,10 @@ class DFlashDrafter(PreTrainedModel):
             cache: a cache of the context's keys and values. The block's are appended, and the caller drops them again.
             past_key_values: another name of `cache`, which transformers' own DFlash loop uses from 5.15 to 5.23.
             first_slot: the result leaves out the slots before this one in every block, and the last layer does not
-                compute them. Above 0, `noise_embeds` must hold whole blocks.
+                compute them. Above 0, there must be whole blocks.
+            mask_embed: [H], the embedded mask token. `noise_embeds` then holds the anchors alone, [B, N, H], and all
+                other slots of their blocks hold this one. The first layer projects it once for all of them. The masks
+                must be given by kind of layer.
 
         Returns:
             `last_hidden_state` [B, Q, H], to which the head is applied (`logits`). Slot k predicts the token at
@@ -299,29 +318,37 @@ class DFlashDrafter(PreTrainedModel):
             cache = past_key_values
         if isinstance(cache, _LOOP_CACHE) and (unread := self.config.unread_by_loop()):
             raise ValueError(f"transformers' own DFlash loop {unread}: decode with dflash_ext.decode")
-        block_len = noise_embeds.shape[1]
+        hidden, slots = noise_embeds, Slots()
+        if mask_embed is not None:
+            hidden = torch.cat([noise_embeds, mask_embed.expand(len(noise_embeds), 1, -1)], dim=1)
+            slots = Slots(spread=self._blocks_of)
         if not isinstance(attention_mask, dict):
             cached = cache.get_seq_length() if cache is not None else 0
-            kv_len = cached + context_hidden_states.shape[1] + block_len
+            kv_len = cached + context_hidden_states.shape[1] + noise_embeds.shape[1]
             attention_mask = self._single_block_masks(attention_mask, noise_embeds, kv_len)
         context = self.hidden_norm(self.fc(context_hidden_states.to(self.fc.weight.dtype)))
         rotary = self.rotary_emb(noise_embeds, position_ids)
-        hidden = noise_embeds
         for layer, kind in zip(self.layers, self.config.layer_types, strict=True):
-            wanted = self._slots_from(first_slot if layer is self.layers[-1] else 0)
-            inputs = hidden, context, rotary, attention_mask[kind], cache, wanted
+            if layer is self.layers[-1] and first_slot > 0:
+                slots = slots._replace(wanted=partial(self._slots_from, first_slot))
+            inputs = hidden, context, rotary, attention_mask[kind], cache, slots
             if torch.compiler.is_compiling() and torch.is_grad_enabled():
                 hidden = checkpoint(layer, *inputs, use_reentrant=False, context_fn=_keeping_products)
             else:
                 hidden = layer(*inputs)
+            slots = Slots()
         # The cache is passed by its position, because transformers 5.24 renamed its field.
         return BaseModelOutputWithPast(self.norm(hidden), cache)
 
-    def _slots_from(self, first: int) -> Callable[[Tensor], Tensor]:
-        """A function that selects the slots from `first` on in every block of [B, Q, ...]."""
-        if first == 0:
-            return lambda x: x
-        return lambda x: x.unflatten(1, (-1, self.config.block_size))[:, :, first:].flatten(1, 2)
+    def _blocks_of(self, rows: Tensor) -> Tensor:
+        """The slots [B, N * block_size, ...] of N anchors and the mask token, which are the rows [B, N + 1, ...]."""
+        anchors, mask = rows[:, :-1, None], rows[:, -1:, None]
+        masks = mask.expand(-1, anchors.shape[1], self.config.block_size - 1, *rows.shape[2:])
+        return torch.cat([anchors, masks], dim=2).flatten(1, 2)
+
+    def _slots_from(self, first: int, slots: Tensor) -> Tensor:
+        """The slots from `first` on in every block of [B, N * block_size, ...]."""
+        return slots.unflatten(1, (-1, self.config.block_size))[:, :, first:].flatten(1, 2)
 
     def _single_block_masks(self, padding: Tensor | None, noise_embeds: Tensor, kv_len: int) -> dict[str, IntervalMask]:
         batch, block_len = noise_embeds.shape[:2]

@@ -53,8 +53,10 @@ class DFlashObjective:
         """
         drafter, length = self.drafter, batch["input_ids"].shape[1]
         context_positions = torch.arange(length, device=features.device).expand(len(features), -1)
+        noise = batch["noise_ids"]
         hidden = model(
-            noise_embeds=drafter.embed(self.target, batch["noise_ids"].flatten(1)),
+            noise_embeds=drafter.embed(self.target, noise[:, :, 0]),
+            mask_embed=drafter.embed(self.target, noise[0, 0, -1]),
             context_hidden_states=features,
             position_ids=torch.cat([context_positions, batch["positions"].flatten(1)], dim=1),
             attention_mask=drafter.anchor_masks(length, batch["anchors"], batch["keep"]),
