@@ -771,8 +771,9 @@ def _from_leaves(leaves: Iterable, structure: tuple) -> IntervalMask:
     """Makes a mask without checks, because a tree_map may put anything in the place of the tensors."""
     mask = object.__new__(IntervalMask)
     kv_len, planned_for = structure
-    named = zip((*_BOUNDS, "tiles"), leaves, strict=False)
-    mask.__dict__.update(named, kv_len=kv_len, planned_for=planned_for)
+    named = dict(zip((*_BOUNDS, "tiles"), leaves, strict=False), kv_len=kv_len, planned_for=planned_for)
+    for name, value in named.items():
+        object.__setattr__(mask, name, value)  # not `__dict__.update`, which torch.compile cannot trace in torch 2.11
     return mask
 
 

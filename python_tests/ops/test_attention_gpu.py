@@ -246,6 +246,16 @@ def test_compiles_whole_with_a_planned_mask():
     assert torch.equal(compiled(*tensors, mask), block_attn(*tensors, mask))
 
 
+def test_compiles_whole_with_a_plan_made_inside():
+    def attend(q, k, v, prefix):
+        return block_attn(q, k, v, IntervalMask.prefix_block(150, prefix).plan(4, 2, 64))
+
+    prefix = torch.tensor([60, 7], device="cuda")
+    tensors = inputs(IntervalMask.prefix_block(150, 60), "cuda", torch.bfloat16, head_dim=64)
+    compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(*tensors, prefix), attend(*tensors, prefix))
+
+
 def test_opcheck():
     mask = MASKS["block_causal"]().to("cuda")
     tensors = inputs(mask, "cuda", torch.bfloat16, head_dim=64)
