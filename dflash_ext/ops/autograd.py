@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NoReturn
 
 import torch
@@ -26,6 +27,24 @@ def refuse_second_derivative(op: str) -> None:
         raise RuntimeError(f"{op}: its gradient has no derivative; first derivatives are supported")
 
     torch.library.register_autograd(f"dflash_ext::{op}_backward", refuse)
+
+
+def first_derivatives(op: str, grads: Sequence[Tensor | None], inputs: Sequence[Tensor | None]) -> tuple:
+    """The gradients that a backward in Python made of ``inputs``. Autograd raises if it has to differentiate them."""
+    if not torch.is_grad_enabled():
+        return tuple(grads)
+    return tuple(None if grad is None else _FirstDerivative.apply(op, grad, *inputs) for grad in grads)
+
+
+class _FirstDerivative(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, op, grad, *inputs):
+        ctx.op = op
+        return grad.view_as(grad)
+
+    @staticmethod
+    def backward(ctx, *_) -> NoReturn:
+        raise RuntimeError(f"{ctx.op}: its gradient has no derivative; first derivatives are supported")
 
 
 def refuse_forward_mode(op: str, *inputs: Tensor | None) -> None:

@@ -3,12 +3,12 @@
 import torch
 from torch import Tensor
 
-from ..checks import check_numbers, check_one_device, shown
+from ..checks import check_numbers, check_one_device, is_int, shown
 from ..reference import CrossEntropy
-from . import linear_loss_ops  # noqa: F401  registers the operators
 from .autograd import refuse_forward_mode
 from .backends import warn_of_portable_kernels
 from .devices import autocast
+from .linear_loss_ops import loss_of_rows
 from .loss import DTYPES, check_normaliser, check_rows, options_of, real_dtype, reduced, weight_of
 
 _native = torch.ops.dflash_ext
@@ -120,9 +120,7 @@ def linear_cross_entropy(
     per_row = reduction == "none"
     train_hidden, train_head = (x.requires_grad and torch.is_grad_enabled() for x in (hidden, head))
     kind = "cuda" if hidden.is_cuda else "cpu"
-    # torch.compile needs to know the size of what is kept.
-    is_known = weight is None or max_rows is not None or not torch.compiler.is_compiling()
-    losses, nll, correct, entropy, *_ = _native.linear_cross_entropy(
+    sized = (
         hidden.reshape(-1, hidden.shape[-1]),
         head,
         target,
@@ -133,15 +131,28 @@ def linear_cross_entropy(
         max_rows,
         chunk_rows or _rows_of(_LOGITS_AT_A_TIME[kind], vocab),
         chunk_rows or _rows_of(_LOGITS_OF_A_TRAINED_HEAD[kind], vocab),
-        per_row,
-        train_hidden and not train_head,
-        train_head and is_known,
-        teacher_softcap or 0.0,
-        *options,
     )
+    numbers = (teacher_softcap or 0.0, *options)
+    if _is_traced(hidden):
+        # The size of what is kept has to be known.
+        keep = train_head and (weight is None or max_rows is not None)
+        made = per_row, train_hidden and not train_head, keep
+        losses, nll, correct, entropy, *_ = _native.linear_cross_entropy(*sized, *made, *numbers)
+    else:
+        losses, nll, correct, entropy = loss_of_rows(sized, numbers, per_row, train_hidden, train_head)
     warn_of_portable_kernels(hidden.device)
     loss = losses.view(shape) if per_row else reduced(losses, target, weight, reduction, normaliser)
     return CrossEntropy(loss, nll.view(shape), correct.view(shape), entropy.view(shape))
+
+
+def _is_traced(x: Tensor) -> bool:
+    """Whether torch.compile, torch.func or a tensor without numbers needs an operator that it can look through."""
+    return (
+        torch.compiler.is_compiling()
+        or x.is_meta
+        or type(x) not in (Tensor, torch.nn.Parameter)
+        or torch._C._are_functorch_transforms_active()
+    )
 
 
 def _rows_of(logits: int, vocab: int) -> int:
@@ -164,6 +175,8 @@ def _check(hidden, head, target, weight, teacher, max_rows, chunk_rows) -> None:
     if teacher is not None and (teacher.shape, teacher.dtype) != ((*shape, len(head)), hidden.dtype):
         raise ValueError(f"{_OP}: teacher is {shown(teacher)}; it must be {hidden.dtype} {[*shape, len(head)]}")
     for name, bound in (("max_rows", max_rows), ("chunk_rows", chunk_rows)):
+        if isinstance(bound, Tensor) or not (bound is None or is_int(bound)):
+            raise TypeError(f"{_OP}: {name} is {shown(bound)}; an integer or None is needed")
         if bound is not None and bound < 1:
             raise ValueError(f"{_OP}: {name} is {bound}; it must be at least 1")
 

@@ -1,7 +1,7 @@
-"""The operators behind ``linear_cross_entropy``: matrix products around the native loss kernel, and their autograd.
+"""What ``linear_cross_entropy`` consists of: matrix products around the native loss kernel, and their autograd.
 
-They are opaque to torch.compile, which can neither follow a number of rows that is read back nor gain from a loop over
-chunks that it unrolls.
+Under torch.compile it is an opaque operator, since torch.compile can neither follow a number of rows that is read back
+nor gain from a loop over chunks that it unrolls. Otherwise it is an autograd function, which takes less time to call.
 """
 
 from collections.abc import Iterator
@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .autograd import refuse_second_derivative
+from .autograd import first_derivatives, refuse_second_derivative
 from .loss import OPTIONS_SCHEMA, real_dtype
 
 _native = torch.ops.dflash_ext
@@ -78,104 +78,101 @@ class _Call(NamedTuple):
         return self.target.masked_fill(outside, -1)
 
 
-@torch.library.custom_op(
-    "dflash_ext::linear_cross_entropy",
-    mutates_args=(),
-    schema=f"({_CALL_SCHEMA}, bool per_row, bool make_hidden, bool keep, {_OPTIONS_SCHEMA}) -> (Tensor losses, "
-    "Tensor nll, Tensor correct, Tensor entropy, Tensor grad_hidden, Tensor grad_logits, Tensor rows)",
-)
-def _forward(*inputs):
-    """The losses of hidden [T, H] (with per_row [T], else their sum []), then nll, correct and entropy, each [T].
+# ------------------------------------------------------------------- what is computed
 
-    Only the losses have a gradient. make_hidden asks for the gradient of the sum of losses with respect to hidden. keep
-    asks for the gradient with respect to the logits, [K, V], and for the rows [K] that it belongs to; rows is empty if
-    these are all rows, and both are empty if K is more than kept_rows. What is not asked for is empty.
+
+def _losses(
+    call: _Call, rows: Tensor | None, x: Tensor | None, make_hidden: bool, keep: bool
+) -> tuple[list[Tensor], Tensor, Tensor]:
+    """losses, nll, correct and entropy, [T] each, of which the K given rows (None for all) are computed.
+
+    x: hidden[rows] [K, H] with zeros in the rows that do not count; None if it is not made yet.
+    Then the gradients of the sum of losses with respect to hidden[rows] [K, H] and to their logits [K, V]. make_hidden
+    and keep ask for them; they are empty otherwise, and the latter also if K is more than kept_rows.
     """
-    call, per_row, make_hidden, keep = _Call.of(inputs[:10], inputs[13:]), *inputs[10:13]
-    hidden, head, target = call.hidden, call.head, call.target
-    rows, overflow = rows_that_count(call.weight, call.max_rows)
+    hidden, head = call.hidden, call.head
     count = len(hidden) if rows is None else len(rows)
     keep = keep and count <= call.kept_rows
     real = real_dtype(hidden)
-    results = [hidden.new_zeros(target.shape, dtype=dtype) for dtype in (real, real, torch.bool, real)]
-    grad_hidden = torch.zeros_like(hidden) if make_hidden else hidden.new_empty(0)
+    results = [hidden.new_zeros(len(hidden), dtype=dtype) for dtype in (real, real, torch.bool, real)]
+    grad_rows = hidden.new_empty(count if make_hidden else 0, hidden.shape[1])
     kept = hidden.new_empty(count if keep else 0, len(head))
-    for span, chunk in _chunks(len(hidden), rows, call.chunk_rows):
+    # What is kept exists in full anyway, unlike a teacher's distributions.
+    size = max(count, 1) if keep and call.teacher is None else call.chunk_rows
+    for span, chunk in _chunks(len(hidden), rows, size):
         logits = kept[span] if keep else hidden.new_empty(span.stop - span.start, len(head))
-        _loss_of(call, chunk, logits, results, make_gradient=keep or make_hidden)
+        part = rows_of(hidden, call.weight, chunk) if x is None else x[span].contiguous()
+        _loss_of(call, chunk, part, logits, results, make_gradient=keep or make_hidden)
         if make_hidden:
-            grad_hidden[chunk] = logits @ head
+            torch.mm(logits, head, out=grad_rows[span])
         del logits  # before the next chunk's
-    losses, *others = results
-    if overflow is not None:
-        losses.masked_fill_(overflow, torch.nan)
-    kept_rows = target.new_empty(0) if rows is None or not keep else rows
-    return losses if per_row else losses.sum(), *others, grad_hidden, kept, kept_rows
+    return results, grad_rows, kept
 
 
-@torch.library.custom_op(
-    "dflash_ext::linear_cross_entropy_backward",
-    mutates_args=(),
-    schema="(Tensor grad_losses, Tensor grad_hidden, Tensor grad_logits, Tensor rows, "
-    f"{_CALL_SCHEMA}, bool train_hidden, bool train_head, {_OPTIONS_SCHEMA}) -> (Tensor grad_hidden, Tensor grad_head)",
-)
-def _gradients(grad_losses, made_hidden, kept, rows, *inputs):
-    """The gradients of hidden and head from grad_losses ([] or [T]) and from what the forward made or kept.
+def _gradients(
+    call: _Call,
+    rows: Tensor | None,
+    grad_losses: Tensor,
+    made: Tensor,
+    kept: Tensor,
+    train_hidden: bool,
+    train_head: bool,
+) -> tuple[Tensor | None, Tensor | None]:
+    """The gradients of hidden[rows] [K, H] and of head, from grad_losses ([] or [T]) and what the forward made.
 
-    If it did neither, the logits are computed again.
+    If it made nothing, the logits are computed again.
     """
-    call, train_hidden, train_head = _Call.of(inputs[:10], inputs[12:]), *inputs[10:12]
-    hidden, head, weight = call.hidden, call.head, call.weight
-    empty = hidden.new_empty(0)
-    if made_hidden.numel():
-        return torch.mul(made_hidden, grad_losses[..., None], out=torch.empty_like(hidden)), empty
-    scale = grad_losses.expand(len(hidden))
-    if weight is not None:  # if a gradient overflowed, 0 * inf would be NaN in the rows that do not count
-        scale = scale.masked_fill(weight == 0, 0.0)
-    if len(kept):
-        rows = rows if len(kept) < len(hidden) else slice(None)
-        scale = scale[rows, None]
-        grad_hidden = grad_head = empty
-        if train_hidden:
-            grad_hidden = torch.zeros_like(hidden)
-            grad_hidden[rows] = (kept @ head).mul_(scale)
-        if train_head:
-            grad_head = kept.T @ rows_of(call.hidden, call.weight, rows).mul_(scale)
-        return grad_hidden, grad_head
-    scaled = call._replace(weight=scale.contiguous() if weight is None else weight * scale)
-    rows, _ = rows_that_count(scaled.weight, call.max_rows)
-    return _recomputed(scaled, rows, train_hidden, train_head)
+    scale = grad_losses.expand(len(call.hidden))
+    if call.weight is not None:  # if a gradient overflowed, 0 * inf would be NaN in the rows that do not count
+        scale = scale.masked_fill(call.weight == 0, 0.0)
+    index = slice(None) if rows is None else rows
+    if not (len(made) or len(kept)):
+        weight = scale.contiguous() if call.weight is None else call.weight * scale
+        return _recomputed(call._replace(weight=weight), rows, train_hidden, train_head)
+    scale = scale[index, None]
+    grad_rows = grad_head = None
+    if train_head:
+        grad_head = kept.T @ rows_of(call.hidden, call.weight, index).mul_(scale)
+    if train_hidden:
+        grad_rows = torch.mul(made, scale, out=torch.empty_like(made)) if len(made) else (kept @ call.head).mul_(scale)
+    return grad_rows, grad_head
 
 
-def _recomputed(call: _Call, rows: Tensor | None, train_hidden: bool, train_head: bool) -> tuple[Tensor, Tensor]:
-    """The gradients of hidden and head, for which logits are computed again, kept_rows rows at a time."""
+def _recomputed(
+    call: _Call, rows: Tensor | None, train_hidden: bool, train_head: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """The gradients of hidden[rows] and head, for which logits are computed again, kept_rows rows at a time."""
     hidden, head = call.hidden, call.head
-    grad_hidden = torch.zeros_like(hidden) if train_hidden else hidden.new_empty(0)
+    count = len(hidden) if rows is None else len(rows)
+    grad_rows = hidden.new_empty(count, hidden.shape[1]) if train_hidden else None
     grad_head = None
-    chunks = list(_chunks(len(hidden), rows, call.kept_rows))
-    for span, chunk in chunks:
+    for span, chunk in _chunks(len(hidden), rows, call.kept_rows):
         logits = hidden.new_empty(span.stop - span.start, len(head))
         for part, index in _chunks(len(hidden), chunk, call.chunk_rows):
-            _loss_of(call, index, logits[part], None, make_gradient=True)
+            _loss_of(call, index, rows_of(hidden, call.weight, index), logits[part], None, make_gradient=True)
         if train_hidden:
-            grad_hidden[chunk] = logits @ head
+            torch.mm(logits, head, out=grad_rows[span])
         if train_head:
             x = rows_of(hidden, call.weight, chunk)
-            if len(chunks) == 1:
-                grad_head = logits.T @ x
-            else:
-                grad_head = _added(grad_head, logits.T, x)
+            grad_head = logits.T @ x if count <= call.kept_rows else _added(grad_head, logits.T, x)
         del logits  # before the next chunk's
-    if not train_head:
-        return grad_hidden, hidden.new_empty(0)
-    return grad_hidden, torch.zeros_like(head) if grad_head is None else grad_head.to(head.dtype)
+    if train_head:
+        grad_head = torch.zeros_like(head) if grad_head is None else grad_head.to(head.dtype)
+    return grad_rows, grad_head
 
 
 def _loss_of(
-    call: _Call, rows: slice | Tensor, logits: Tensor, results: list[Tensor] | None, *, make_gradient: bool
+    call: _Call,
+    rows: slice | Tensor,
+    x: Tensor,
+    logits: Tensor,
+    results: list[Tensor] | None,
+    *,
+    make_gradient: bool,
 ) -> None:
-    """Fills logits with those of some rows, or with their gradient, and the results' rows unless there are none."""
-    torch.mm(rows_of(call.hidden, call.weight, rows), call.head.T, out=logits)
+    """Fills logits with those of some rows, whose hidden states are x, or with their gradient, and the rows of results
+    unless there are none."""
+    torch.mm(x, call.head.T, out=logits)
     beside = (None if each is None else each[rows][None] for each in (call.target, call.weight))
     teacher = _teacher_logits(call, rows)
     # The operator whose name ends in an underscore turns the logits into their gradient in place.
@@ -187,11 +184,22 @@ def _loss_of(
 
 def rows_of(hidden: Tensor, weight: Tensor | None, rows: slice | Tensor) -> Tensor:
     """A copy of some rows of hidden, with zeros in the rows that do not count."""
-    # oneDNN's bfloat16 product also reads the memory between rows, from which NaN could reach the result.
-    x = hidden[rows].clone(memory_format=torch.contiguous_format)
+    x = hidden[rows]
+    if isinstance(rows, slice):
+        # oneDNN's bfloat16 product also reads the memory between rows, from which NaN could reach the result.
+        x = x.clone(memory_format=torch.contiguous_format)
     if weight is not None:  # rows that do not count may hold NaN, and zero times NaN is NaN
         x.masked_fill_((weight[rows] == 0)[:, None], 0.0)
     return x
+
+
+def _in_place_of(rows: Tensor | None, part: Tensor, hidden: Tensor) -> Tensor:
+    """Zeros like hidden, with the given rows at their places; all rows if rows is None."""
+    if rows is None:
+        return part
+    full = torch.zeros_like(hidden)
+    full[rows] = part
+    return full
 
 
 def _teacher_logits(call: _Call, rows: slice | Tensor) -> Tensor | None:
@@ -253,7 +261,107 @@ def _added(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
     return torch.addmm(total, a, b, out_dtype=real, out=total)
 
 
-# ------------------------------------------------------------------- registration
+# ------------------------------------------------------------------- without torch.compile
+
+# Here the number of rows may be read back. The rows that count are selected in a node of their own, so that the
+# gradient of all rows is allocated when the logits are freed.
+
+
+def loss_of_rows(sized: tuple, options: tuple, per_row: bool, train_hidden: bool, train_head: bool) -> tuple:
+    """What the operator below returns first: losses, nll, correct and entropy."""
+    call = _Call.of(sized, options)
+    rows, overflow = rows_that_count(call.weight, call.max_rows)
+    x = call.hidden
+    if rows is not None or call.max_rows is not None and call.weight is not None:
+        x = _Selected.apply(x, call.weight, rows)
+    call = call._replace(hidden=call.hidden.detach())
+    return _Loss.apply(x, call.head, call, rows, overflow, per_row, train_hidden and not train_head, train_head)
+
+
+class _Selected(torch.autograd.Function):
+    """The given rows of hidden (None for all), with zeros in the rows that do not count."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, rows):
+        ctx.save_for_backward(hidden, rows)
+        return rows_of(hidden, weight, slice(None) if rows is None else rows)
+
+    @staticmethod
+    def backward(ctx, grad):
+        hidden, rows = ctx.saved_tensors
+        if rows is None:
+            return grad, None, None
+        return torch.zeros_like(hidden).index_put((rows,), grad), None, None
+
+
+class _Loss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, head, call, rows, overflow, per_row, make_hidden, keep):
+        (losses, *others), made, kept = _losses(call, rows, x, make_hidden, keep)
+        if overflow is not None:
+            losses.masked_fill_(overflow, torch.nan)
+        ctx.mark_non_differentiable(*others)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x if make_hidden or keep else None, head, *call[2:7], call.hidden, rows, made, kept)
+        ctx.numbers = call[7:]
+        return losses if per_row else losses.sum(), *others
+
+    @staticmethod
+    def backward(ctx, grad_losses, *_):
+        if grad_losses is None:
+            return (None,) * 8
+        leaf, head, *between, hidden, rows, made, kept = ctx.saved_tensors
+        call, trained = _Call(hidden, head, *between, *ctx.numbers), ctx.needs_input_grad[:2]
+        with torch.no_grad():
+            grads = _gradients(call, rows, grad_losses, made, kept, *trained)
+        return *first_derivatives(_OP, grads, (leaf, head)), *[None] * 6
+
+
+# ------------------------------------------------------------------- the operators of torch.compile
+
+
+@torch.library.custom_op(
+    "dflash_ext::linear_cross_entropy",
+    mutates_args=(),
+    schema=f"({_CALL_SCHEMA}, bool per_row, bool make_hidden, bool keep, {_OPTIONS_SCHEMA}) -> (Tensor losses, "
+    "Tensor nll, Tensor correct, Tensor entropy, Tensor grad_hidden, Tensor grad_logits, Tensor rows)",
+)
+def _forward(*inputs):
+    """The losses of hidden [T, H] (with per_row [T], else their sum []), then nll, correct and entropy, each [T].
+
+    Only the losses have a gradient. make_hidden asks for the gradient of the sum of losses with respect to hidden. keep
+    asks for the gradient with respect to the logits, [K, V], and for the rows [K] that it belongs to; rows is empty if
+    these are all rows, and both are empty if K is more than kept_rows. What is not asked for is empty.
+    """
+    call, per_row, make_hidden, keep = _Call.of(inputs[:10], inputs[13:]), *inputs[10:13]
+    rows, overflow = rows_that_count(call.weight, call.max_rows)
+    (losses, *others), made, kept = _losses(call, rows, None, make_hidden, keep)
+    if overflow is not None:
+        losses.masked_fill_(overflow, torch.nan)
+    grad_hidden = _in_place_of(rows, made, call.hidden) if make_hidden else call.hidden.new_empty(0)
+    kept_rows = rows if len(kept) and rows is not None else call.target.new_empty(0)
+    return losses if per_row else losses.sum(), *others, grad_hidden, kept, kept_rows
+
+
+@torch.library.custom_op(
+    "dflash_ext::linear_cross_entropy_backward",
+    mutates_args=(),
+    schema="(Tensor grad_losses, Tensor grad_hidden, Tensor grad_logits, Tensor rows, "
+    f"{_CALL_SCHEMA}, bool train_hidden, bool train_head, {_OPTIONS_SCHEMA}) -> (Tensor grad_hidden, Tensor grad_head)",
+)
+def _backward_of(grad_losses, made, kept, rows, *inputs):
+    """The gradients of hidden and head from grad_losses ([] or [T]) and from what the forward made or kept."""
+    call, trained = _Call.of(inputs[:10], inputs[12:]), inputs[10:12]
+    if len(made):
+        rows = None
+    elif len(kept):
+        rows = rows if len(rows) else None
+    else:
+        rows, _ = rows_that_count(call.weight, call.max_rows)
+    grad_rows, grad_head = _gradients(call, rows, grad_losses, made, kept, *trained)
+    empty = call.hidden.new_empty(0)
+    grad_hidden = empty if grad_rows is None else _in_place_of(rows, grad_rows, call.hidden)
+    return grad_hidden, empty if grad_head is None else grad_head
 
 
 @_forward.register_fake
@@ -272,7 +380,7 @@ def _(*inputs):
     )
 
 
-@_gradients.register_fake
+@_backward_of.register_fake
 def _(grad_losses, made_hidden, kept, rows, *inputs):
     return tuple(
         torch.empty_like(x) if train else x.new_empty(0) for x, train in zip(inputs[:2], inputs[10:12], strict=True)

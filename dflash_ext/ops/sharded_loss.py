@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..checks import check_one_device, shown
 from ..reference import CrossEntropy
-from .autograd import refuse_forward_mode
+from .autograd import first_derivatives, refuse_forward_mode
 from .devices import autocast
 from .linear_loss_ops import rows_of, rows_that_count
 from .loss import DTYPES, check_normaliser, check_rows, options_of, real_dtype, reduced, weight_of
@@ -129,31 +129,20 @@ class _ShardedLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_losses, *_):
-        saved = *ctx.saved_tensors, ctx.rows, ctx.group, ctx.needs_input_grad[:2]
-        return *_Gradients.apply(grad_losses, *saved), None, None, None, None, None
-
-
-class _Gradients(torch.autograd.Function):
-    """The gradients of hidden and head. A function of its own, so that autograd asks it for a second derivative."""
-
-    @staticmethod
-    def forward(ctx, grad_losses, hidden, head, weight, grad, rows, group, trained):
-        if weight is not None:  # if a gradient overflowed, 0 * inf would be NaN in the rows that do not count
-            grad_losses = grad_losses.masked_fill(weight == 0, 0.0)
-        scale = grad_losses[rows, None]
+        hidden, head, weight, grad = ctx.saved_tensors
         grad_hidden = grad_head = None
-        if trained[0]:
-            part = (grad @ head).to(scale.dtype)
-            dist.all_reduce(part, group=group)
-            grad_hidden = torch.zeros_like(hidden)
-            grad_hidden[rows] = part.mul_(scale).to(hidden.dtype)
-        if trained[1]:
-            grad_head = grad.T @ rows_of(hidden, weight, rows).mul_(scale)
-        return grad_hidden, grad_head
-
-    @staticmethod
-    def backward(ctx, *grads):
-        raise RuntimeError(f"{_OP}: its gradient has no derivative; first derivatives are supported")
+        with torch.no_grad():
+            if weight is not None:  # if a gradient overflowed, 0 * inf would be NaN in the rows that do not count
+                grad_losses = grad_losses.masked_fill(weight == 0, 0.0)
+            scale = grad_losses[ctx.rows, None]
+            if ctx.needs_input_grad[0]:
+                part = (grad @ head).to(scale.dtype)
+                dist.all_reduce(part, group=ctx.group)
+                grad_hidden = torch.zeros_like(hidden)
+                grad_hidden[ctx.rows] = part.mul_(scale).to(hidden.dtype)
+            if ctx.needs_input_grad[1]:
+                grad_head = grad.T @ rows_of(hidden, weight, ctx.rows).mul_(scale)
+        return *first_derivatives(_OP, (grad_hidden, grad_head), (hidden, head)), *[None] * 5
 
 
 def _checked(target: Tensor, weight: Tensor | None, vocab: int) -> Tensor:

@@ -91,7 +91,7 @@ def test_a_trainable_head_is_multiplied_three_times(device):
     with torch.profiler.profile(record_shapes=True) as profile:
         run(linear_cross_entropy, hidden, head, target, weight, torch.float32, True)
     products = [event.input_shapes[:2] for event in profile.events() if event.name == "aten::mm"]
-    assert products == [[[20, 8], [8, 500]], [[20, 500], [500, 8]], [[500, 20], [20, 8]]]
+    assert products == [[[20, 8], [8, 500]], [[500, 20], [20, 8]], [[20, 500], [500, 8]]]
 
 
 @pytest.mark.gpu
@@ -486,7 +486,8 @@ def test_wrong_arguments(change, message):
         ({"hidden": [[0.0]]}, "'list' object has no attribute"),
         ({"head": None}, "'NoneType' object has no attribute"),
         ({"target": 0}, "'int' object has no attribute"),
-        ({"max_rows": 2.0}, "'max_rows' but instead found type 'float'"),
+        ({"max_rows": 2.0}, r"max_rows is 2.0 \(float\); an integer or None is needed"),
+        ({"chunk_rows": torch.tensor(3)}, r"chunk_rows is torch.int64 \[\]; an integer or None is needed"),
         ({"softcap": torch.tensor(3.0)}, r"linear_cross_entropy: softcap is torch.float32 \[\]; a number or None"),
     ],
 )
