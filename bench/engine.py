@@ -125,7 +125,7 @@ def ours(target: Target, drafter: DFlashDrafter | None, batch: int, context: int
     engine = loaded(target, drafter, batch, context)
     slots, drawing = list(range(batch)), Drawing()
     before = torch.cuda.memory_allocated()
-    timing = timed(lambda: engine.runner.run(slots, drawing), repeats)
+    timing = timed(lambda: engine.runner.run(slots, drawing, engine.cycle.width), repeats)
     total = weight_bytes(target, drafter) + cache_bytes(engine, batch, context)
     return timing.row() | {
         "gbs": total / timing.ms / 1e6,

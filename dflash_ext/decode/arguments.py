@@ -13,6 +13,8 @@ from ..models import DFlashDrafter, Target
 from ..ops.logits import by_row
 from .state import OFF
 
+AUTO = "auto"  # a block size that is chosen before each cycle
+
 
 def token_ids(index: int, prompt: Sequence[int]) -> list[int]:
     """The tokens of prompt number `index`. Raises TypeError unless it is a sequence of token ids."""

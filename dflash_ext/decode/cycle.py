@@ -118,17 +118,17 @@ class Cycle:
         self.state, self.target, self.draft = state, target, draft
         self.width = draft.width if draft else 0
 
-    def __call__(self, slots: Tensor, drawing: Drawing, watch: Stopwatch) -> Tensor:
-        """Advances the rows in these slots (int64 [B]) by one cycle.
+    def __call__(self, slots: Tensor, drawing: Drawing, width: int, watch: Stopwatch) -> Tensor:
+        """Advances the rows in these slots (int64 [B]) by one cycle that drafts `width` tokens.
 
         Returns the records of `end_cycle`, int64 [B, 4 + K].
         """
-        state, width = self.state, self.width
-        rows = begin_cycle(state.numbers, slots, width, self.draft.block_len if self.draft else 0)
+        state = self.state
+        rows = begin_cycle(state.numbers, slots, width, self.draft.block_len(width) if self.draft else 0)
         options = state.options_of(slots, drawing.filters)
         tokens = rows.anchor[:, None]
         drafted, drawn = tokens[:, :0], {}
-        if self.draft is not None:
+        if width:
             watch.start("draft")
             logits = self.draft.denoise(rows)
             drafted, drawn = draw(logits, rows.seed, rows.start + 1, options)

@@ -15,13 +15,13 @@ from .kv_cache import KVCache, block_table
 
 
 class BlockDraft:
-    """Drafts `width` tokens behind the anchors of rows.
+    """Drafts up to `width` tokens behind the anchors of rows.
 
     The engine knows a drafter by its two methods: what it keeps of newly committed tokens (`inject`), and the logits
     of the tokens that it drafts (`denoise`).
 
     Args:
-        width: the number of drafted tokens in a cycle.
+        width: the largest number of drafted tokens in a cycle.
         slots, tokens: the number of rows, and the largest number of tokens in a row, as in `KVCache`.
     """
 
@@ -57,17 +57,19 @@ class BlockDraft:
         )
 
     def denoise(self, rows: CycleRows) -> Tensor:
-        """The logits [B, width, V] of the tokens behind the anchors, in the target's vocabulary and dtype."""
+        """The logits [B, K, V] of the tokens behind the anchors, in the target's vocabulary and dtype.
+
+        `rows` says how many slots there are, which `block_len` gives for K drafted tokens.
+        """
         drafter, first = self.drafter, self.drafter.config.first_draft_slot
         block = torch.full_like(rows.block_positions, drafter.config.mask_token_id)
         block[:, 0] = rows.anchor
-        masks = drafter.decode_masks(rows.start, self.block_len, self.cache.capacity)
+        masks = drafter.decode_masks(rows.start, block.shape[1], self.cache.capacity)
         hidden = drafter.embed(self.target, block).flatten(0, 1)
         where = Rows(rows.block_positions, rows.block_places, rows.slots, masks)
         output, _ = self.stack.forward(hidden, where, self.cache)
         return drafter.logits(self.target, self.stack.normed(output).view(*block.shape, -1)[:, first:])
 
-    @property
-    def block_len(self) -> int:
-        """The slots of a block that are computed."""
-        return self.width + self.drafter.config.first_draft_slot
+    def block_len(self, width: int) -> int:
+        """The slots of a block that drafts `width` tokens."""
+        return width + self.drafter.config.first_draft_slot if width else 0

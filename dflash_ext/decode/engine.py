@@ -11,12 +11,13 @@ from torch import Tensor
 
 from ..models import DFlashDrafter, Target
 from ..ops.backends import hopper_kernels_serve
-from .arguments import check_prompt, draft_width, integer, per_prompt, stop_ids
+from .arguments import AUTO, check_prompt, draft_width, integer, per_prompt, stop_ids
 from .completion import Completion, Decoded
 from .cycle import Cycle, Drawing, TargetForward
 from .draft import BlockDraft
 from .forward.families import has_lean_forward
 from .graphs import runner
+from .pace import Pace, draft_widths
 from .prefill import prefill, wave
 from .request import Request
 from .state import State
@@ -58,6 +59,8 @@ class Engine:
         max_length: the largest number of tokens of a request, prompt and answer together. The caches have room for it
             in every slot.
         block_size: slots of a drafted block, anchor included. The drafter's own number is the default and the largest.
+            "auto" chooses anew before each cycle, from what was accepted so far and from what cycles cost here
+            (`decode.pace`). It may also choose to draft nothing.
         exact: greedy tokens depend on the prompt alone, to the bit, also in bfloat16 or float16 on a GPU (Hopper): not
             on the drafter, on what it drafts, or on other requests. On a CPU that is so without this option.
 
@@ -75,7 +78,7 @@ class Engine:
         *,
         slots: int = 8,
         max_length: int = 4096,
-        block_size: int | None = None,
+        block_size: int | str | None = None,
         exact: bool = False,
     ):
         slots, max_length = integer("slots", slots), integer("max_length", max_length)
@@ -88,7 +91,7 @@ class Engine:
         halves = target.dtype in (torch.bfloat16, torch.float16)
         if exact and target.device.type == "cuda" and not (halves and hopper_kernels_serve(target.device)):
             raise ValueError(f"exact=True on a GPU needs Hopper and bfloat16 or float16; the target is {target.dtype}")
-        width = draft_width(target, drafter, block_size)
+        width = draft_width(target, drafter, None if block_size == AUTO else block_size)
         self.target, self.max_length = target, max_length
         self.watch = Stopwatch(target.device)
         self.state = State(slots, target.device)
@@ -97,6 +100,8 @@ class Engine:
             draft = BlockDraft(drafter, target, width=width, **sizes) if drafter else None
             self.cycle = Cycle(self.state, TargetForward(target, **sizes, exact=exact), draft)
         self.runner = runner(self.cycle)
+        self.pace = Pace(draft_widths(width)) if block_size == AUTO and width else None
+        self.costs: dict[tuple[int, Drawing], dict[int, float]] = {}  # seconds of a cycle by its width
         self.waiting: deque[Request] = deque()
         self.rows: dict[int, Request] = {}  # by slot, in the order of admission
         self.free = list(range(slots))
@@ -211,8 +216,18 @@ class Engine:
     def _cycle(self) -> None:
         requests = list(self.rows.values())
         drawing = Drawing.of([request.options for request in requests])
-        records = self.runner.run([request.slot for request in requests], drawing)
+        width = self._width(len(requests), drawing)
+        records = self.runner.run([request.slot for request in requests], drawing, width)
         self.records.append(Record.of(requests, records, is_prefill=False))
+
+    def _width(self, rows: int, drawing: Drawing) -> int:
+        """How many tokens the next cycle drafts."""
+        if self.pace is None:
+            return self.cycle.width
+        key = self.runner.size(rows), drawing
+        if key not in self.costs:
+            self.costs[key] = {width: self.runner.cost(*key, width) for width in self.pace.widths}
+        return self.pace.choose(self.costs[key])
 
     def _read(self, record: Record) -> None:
         values = record.read()
@@ -226,6 +241,8 @@ class Engine:
                     request.commit([row])
                 else:
                     _, verified, accepted, token, *drafted = row
+                    if self.pace is not None:
+                        self.pace.observe(verified, accepted)
                     request.commit_cycle(verified, [*drafted[:accepted], token])
             except BaseException as fault:  # a callback's; the other requests must get their tokens first
                 request.completion.finish_reason = request.completion.finish_reason or "error"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -20,11 +21,27 @@ class PlainRunner:
 
     def __init__(self, cycle: Cycle):
         self.cycle = cycle
-        self.watch = Stopwatch(cycle.state.device)
+        self.device = cycle.state.device
+        self.watch = Stopwatch(self.device)
 
-    def run(self, slots: Sequence[int], drawing: Drawing) -> Tensor:
-        """One cycle of the rows in these slots. Returns their records as `Cycle` does."""
-        return self.cycle(torch.tensor(slots, device=self.cycle.state.device), drawing, self.watch)
+    def run(self, slots: Sequence[int], drawing: Drawing, width: int) -> Tensor:
+        """One cycle of the rows in these slots, which drafts `width` tokens. Returns their records as `Cycle` does."""
+        return self._call(slots, drawing, width, self.watch)
+
+    def size(self, rows: int) -> int:
+        """The number of slots that a cycle of so many rows computes."""
+        return rows
+
+    def cost(self, size: int, drawing: Drawing, width: int) -> float:
+        """The seconds of a cycle of `size` slots: of the spare slot, so that no row changes."""
+        seconds = []
+        for _ in range(3):
+            self._wait()
+            start = time.perf_counter()
+            self._call([self.cycle.state.spare] * size, drawing, width, Stopwatch(self.device))
+            self._wait()
+            seconds.append(time.perf_counter() - start)
+        return min(seconds[1:])
 
     def reset(self) -> None:
         """Forgets what depends on the tensors of the state."""
@@ -32,6 +49,13 @@ class PlainRunner:
     def seconds(self) -> dict[str, float]:
         """The seconds of drafting ("draft") and of all else ("verify") since the last call."""
         return self.watch.lap()
+
+    def _call(self, slots: Sequence[int], drawing: Drawing, width: int, watch: Stopwatch) -> Tensor:
+        return self.cycle(torch.tensor(slots, device=self.device), drawing, width, watch)
+
+    def _wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
 
 
 @dataclass
@@ -47,7 +71,7 @@ class Graph:
 
 
 class GraphRunner(PlainRunner):
-    """Replays a CUDA graph of the cycle, captured at its first use for each number of rows and way of drawing.
+    """Replays a CUDA graph of the cycle, captured at its first use for each number of rows, width and way of drawing.
 
     Args:
         sizes: the numbers of slots of a graph, ascending; the last one is that of all slots.
@@ -57,23 +81,17 @@ class GraphRunner(PlainRunner):
         super().__init__(cycle)
         self.sizes = sizes
         self.pool = torch.cuda.graph_pool_handle()
-        self.graphs: dict[tuple[int, Drawing], Graph] = {}
+        self.graphs: dict[tuple[int, Drawing, int], Graph] = {}
+
+    def run(self, slots: Sequence[int], drawing: Drawing, width: int) -> Tensor:
+        self._graph(len(slots), drawing, width).replays += 1
+        return self._call(slots, drawing, width, self.watch)
+
+    def size(self, rows: int) -> int:
+        return next(size for size in self.sizes if size >= rows)
 
     def reset(self) -> None:
         self.graphs.clear()
-
-    def run(self, slots: Sequence[int], drawing: Drawing) -> Tensor:
-        size = next(size for size in self.sizes if size >= len(slots))
-        if (size, drawing) not in self.graphs:
-            self.graphs[size, drawing] = self._capture(size, drawing)
-        captured = self.graphs[size, drawing]
-        filled = [*slots, *[self.cycle.state.spare] * (size - len(slots))]
-        if captured.shown != filled:
-            captured.slots.copy_(torch.tensor(filled), non_blocking=True)
-            captured.shown = filled
-        captured.graph.replay()
-        captured.replays += 1
-        return captured.records[: len(slots)]
 
     def seconds(self) -> dict[str, float]:
         """All replays of a graph are taken to be as long as its last one."""
@@ -85,19 +103,33 @@ class GraphRunner(PlainRunner):
                 captured.replays = 0
         return total
 
-    def _capture(self, size: int, drawing: Drawing) -> Graph:
+    def _call(self, slots: Sequence[int], drawing: Drawing, width: int, watch: Stopwatch) -> Tensor:
+        captured = self._graph(len(slots), drawing, width)
+        filled = [*slots, *[self.cycle.state.spare] * (len(captured.slots) - len(slots))]
+        if captured.shown != filled:
+            captured.slots.copy_(torch.tensor(filled), non_blocking=True)
+            captured.shown = filled
+        captured.graph.replay()
+        return captured.records[: len(slots)]
+
+    def _graph(self, rows: int, drawing: Drawing, width: int) -> Graph:
+        key = self.size(rows), drawing, width
+        if key not in self.graphs:
+            self.graphs[key] = self._capture(*key)
+        return self.graphs[key]
+
+    def _capture(self, size: int, drawing: Drawing, width: int) -> Graph:
         """Only the spare slot is decoded while a graph is made, so that no row changes."""
-        device = self.cycle.state.device
-        slots = torch.full((size,), self.cycle.state.spare, device=device)
+        slots = torch.full((size,), self.cycle.state.spare, device=self.device)
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(2):
-                self.cycle(slots, drawing, Stopwatch(device))
+                self.cycle(slots, drawing, width, Stopwatch(self.device))
         torch.cuda.current_stream().wait_stream(stream)
-        graph, watch = torch.cuda.CUDAGraph(), Stopwatch(device, captured=True)
+        graph, watch = torch.cuda.CUDAGraph(), Stopwatch(self.device, captured=True)
         with torch.cuda.graph(graph, pool=self.pool):
-            records = self.cycle(slots, drawing, watch)
+            records = self.cycle(slots, drawing, width, watch)
         return Graph(graph, slots, records, watch, shown=[])
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..checks import shown
 from ..models import DFlashDrafter, Target
-from .arguments import check_prompt, draft_width, integer, per_prompt, stop_ids
+from .arguments import AUTO, check_prompt, draft_width, integer, per_prompt, stop_ids
 from .completion import Completion, Decoded
 from .engine import Engine
 from .forward.families import has_lean_forward
@@ -37,7 +37,7 @@ def decode(
     top_p: float | Sequence[float | None] | Tensor | None = None,
     min_p: float | Sequence[float | None] | Tensor | None = None,
     stop_token_ids: int | Iterable[int] | None = None,
-    block_size: int | None = None,
+    block_size: int | str | None = None,
     batch_size: int = 32,
     seed: int = 0,
     exact: bool = False,
@@ -56,6 +56,8 @@ def decode(
             is off. The temperature and each filter are one number for all prompts, or a sequence with one per prompt.
         stop_token_ids: one or several tokens that end a row. They are kept in its output.
         block_size: slots of a drafted block, anchor included. The drafter's own number is the default and the largest.
+            "auto" chooses before each cycle, as in `Engine`; for families that the engine does not serve it is the
+            default.
         batch_size: the number of rows that are decoded at a time. Prompts of similar length share a batch.
         seed: the seed of all draws. A prompt's draws do not depend on the other prompts of the batch.
         exact: as in `Engine`: output is then equal to plain greedy decoding to the bit.
@@ -74,7 +76,8 @@ def decode(
         raise ValueError("there is no prompt to decode")
     max_new_tokens = integer("max_new_tokens", max_new_tokens)
     batch_size, seed = integer("batch_size", batch_size), integer("seed", seed)
-    block_size = None if block_size is None else integer("block_size", block_size)
+    if block_size is not None and block_size != AUTO:
+        block_size = integer("block_size", block_size)
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens is {max_new_tokens}: at least one token is decoded")
     if batch_size < 1:
@@ -84,7 +87,7 @@ def decode(
     stops_at = stop_ids(stop_token_ids)
     longest = max(map(len, prompts))
     target.check_length(longest + max_new_tokens, f"a prompt of {longest} tokens and {max_new_tokens} new ones")
-    width = draft_width(target, drafter, block_size)
+    width = draft_width(target, drafter, None if block_size == AUTO else block_size)
 
     def request_of(index: int) -> Request:
         return Request(

@@ -113,10 +113,10 @@ def test_nothing_waits_for_the_device_in_a_cycle():
         engine.submit(prompt, max_new_tokens=30)
     for _ in range(3):
         engine.step()
-    slots, drawing = list(engine.rows), next(iter(engine.runner.graphs))[1]
+    slots, (_, drawing, width) = list(engine.rows), next(iter(engine.runner.graphs))
     torch.cuda.set_sync_debug_mode("error")
     try:
-        engine.runner.run(slots, drawing)
+        engine.runner.run(slots, drawing, width)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     engine.run()
