@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -58,9 +58,25 @@ MinP = Annotated[
     float | None,
     typer.Option(min=0, max=1, help="Sample only from tokens at least this fraction as likely as the likeliest."),
 ]
+
+
+def _block_size(text: str | int) -> int | str:
+    if text == "auto":
+        return text
+    try:
+        return int(text)
+    except ValueError:
+        raise typer.BadParameter(f"'{text}' is no number of slots and not 'auto'") from None
+
+
 BlockSize = Annotated[
-    int | None,
-    typer.Option(help="Slots of a drafted block. The drafter's own number is the default and the largest."),
+    Any,
+    typer.Option(
+        parser=_block_size,
+        metavar="<n>|auto",
+        help="Slots of a drafted block. The drafter's own number is the default and the largest. With 'auto' each "
+        "cycle drafts as many tokens as pay, by what was accepted before and what cycles cost here.",
+    ),
 ]
 DecodeBatch = Annotated[int, typer.Option("--batch-size", min=1, help="The number of prompts decoded at a time.")]
 Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="The seed of all random draws.")]

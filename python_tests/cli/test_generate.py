@@ -102,3 +102,11 @@ def test_a_variable_that_the_chat_template_does_not_have_is_said(workspace, run)
     assert code == 0 and "the tokenizer's chat template has no variable 'enable_thinking'" in told
     for wrong in ("enable_thinking", "[1]"):
         assert run(*words, wrong)[0] == 2
+
+
+def test_the_block_size_may_be_chosen_by_cycle(workspace, run):
+    files = ["--target", workspace / "target", "--drafter", workspace / "drafter", "--max-new-tokens", 8]
+    printed = [run("generate", "w005 w006 w007", *files, *size)[1] for size in ([], ["--block-size", "auto"])]
+    assert printed[0] == printed[1]
+    code, _, told = run("generate", "w005", *files, "--block-size", "wide")
+    assert code == 2 and "'wide' is no number of slots" in " ".join(told.split())
