@@ -58,6 +58,12 @@ def generate(
     seed: Seed = 0,
     exact: Exact = False,
     output: Annotated[Path | None, typer.Option(help="Write the answers to this JSONL file.")] = None,
+    trace: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="<path>", help="Write an HTML page that shows what each cycle drafted, accepted and rejected."
+        ),
+    ] = None,
     tokenizer: Tokenizer = None,
     dtype: Dtype = None,
     device: Device = None,
@@ -66,6 +72,7 @@ def generate(
     from ..data import Conversation, LeftOut, read_conversations
     from ..decode import decode
     from ..eval import table
+    from ..eval.trace import trace_page
     from ..models import stop_tokens
 
     if bool(prompt) == (prompts is not None):
@@ -76,6 +83,7 @@ def generate(
     else:
         conversations = read_conversations(prompts, field=field, limit=limit, left_out=left_out)
     check_output(output)
+    check_output(trace)
     model, tok = load_target(target, tokenizer, dtype, device)
     tapped, draft = load_pair(model, drafter)
     encoded = encode_for(
@@ -131,4 +139,11 @@ def generate(
         )
     if streaming:
         print(flush=True)
+    if trace:
+        answers = [
+            (f"prompt {number + 1}", tok.decode(ids), completion)
+            for (number, ids), completion in zip(encoded.items(), decoded.completions, strict=True)
+        ]
+        with replacing(trace) as page:
+            page.write(trace_page(answers, tok.decode, title=f"{target}, cycle by cycle"))
     errors.print(table({"all prompts": decoded}))  # standard output has the answers alone

@@ -17,6 +17,7 @@ class Completion:
         verified: the number of drafted tokens that each cycle verified. It is less than the drafted number where the
             row's end is near.
         accepted: the number of verified tokens that each cycle accepted.
+        drafted: the verified tokens of each cycle.
     """
 
     tokens: list[int] = field(default_factory=list)
@@ -24,6 +25,7 @@ class Completion:
     committed: list[int] = field(default_factory=list)
     verified: list[int] = field(default_factory=list)
     accepted: list[int] = field(default_factory=list)
+    drafted: list[list[int]] = field(default_factory=list)
 
     @property
     def tau(self) -> float:

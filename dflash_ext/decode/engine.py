@@ -243,7 +243,7 @@ class Engine:
                     _, verified, accepted, token, *drafted = row
                     if self.pace is not None:
                         self.pace.observe(verified, accepted)
-                    request.commit_cycle(verified, [*drafted[:accepted], token])
+                    request.commit_cycle(drafted[:verified], accepted, token)
             except BaseException as fault:  # a callback's; the other requests must get their tokens first
                 request.completion.finish_reason = request.completion.finish_reason or "error"
                 faults.append(fault)

@@ -52,9 +52,9 @@ def decode_with_modules(
                 batch.select([row for row, done in enumerate(ended) if not done])
                 rows = [request for request in rows if not request.done]
                 ended = [False] * len(rows)
-            for request, (verified, tokens) in zip(rows, batch.cycle(ended), strict=True):
+            for request, committed in zip(rows, batch.cycle(ended), strict=True):
                 if not request.done:
-                    request.commit_cycle(verified, tokens)
+                    request.commit_cycle(*committed)
             decoded.cycles += 1
         laps = batch.watch.lap()
         decoded.draft_seconds += laps.get("draft", 0.0)
@@ -106,11 +106,12 @@ class _Batch:
         self.watch.stop()
         return anchors
 
-    def cycle(self, ended: list[bool]) -> list[tuple[int, list[int]]]:
+    def cycle(self, ended: list[bool]) -> list[tuple[list[int], int, int]]:
         """Drafts, verifies and commits once.
 
-        Returns for every row the number of drafted tokens that were verified, and its new tokens. Rows that have
-        `ended` take part as padding, without a position, and what is returned for them has no meaning.
+        Returns for every row the drafted tokens that were verified, how many of them were accepted, and the bonus
+        token. Rows that have `ended` take part as padding, without a position, and what is returned for them has no
+        meaning.
         """
         frozen = torch.tensor(ended, device=self.start.device)
         self.start = self.start.masked_fill(frozen, 0)
@@ -135,7 +136,7 @@ class _Batch:
         self.new_features = taps
         self.new_positions = verified.masked_fill(self.slots > result.accepted[:, None], -1)
         self.lengths = [length + row[1] + 1 for length, row in zip(self.lengths, tokens, strict=True)]
-        return [(room, [*drafted[:accepted], bonus]) for room, accepted, bonus, *drafted in tokens]
+        return [(drafted[:room], accepted, bonus) for room, accepted, bonus, *drafted in tokens]
 
     def _draft(self, positions: Tensor, end: int) -> tuple[Tensor, dict[str, Tensor]]:
         """The drafted tokens [B, K], and what `verify` must know of their draw."""

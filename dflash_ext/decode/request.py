@@ -32,11 +32,12 @@ class Request:
     def done(self) -> bool:
         return self.completion.finish_reason is not None
 
-    def commit_cycle(self, verified: int, tokens: list[int]) -> None:
-        """Adds what a cycle has committed: the accepted tokens of `verified` drafted ones, and the bonus token."""
-        self.completion.verified.append(verified)
-        self.completion.accepted.append(len(tokens) - 1)
-        self.commit(tokens, in_cycle=True)
+    def commit_cycle(self, drafted: list[int], accepted: int, bonus: int) -> None:
+        """Adds what a cycle has committed: the first `accepted` of the `drafted` tokens, and the bonus token."""
+        self.completion.verified.append(len(drafted))
+        self.completion.accepted.append(accepted)
+        self.completion.drafted.append(drafted)
+        self.commit([*drafted[:accepted], bonus], in_cycle=True)
 
     def commit(self, tokens: list[int], *, in_cycle: bool = False) -> None:
         """Adds tokens up to a stop token, and ends the request there or at its largest length."""

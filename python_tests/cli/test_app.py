@@ -39,7 +39,7 @@ def test_commands_that_decode_have_the_same_options():
     """generate and evaluate differ in what they decode and print alone."""
     commands = get_command(app).commands
     generate, evaluate = ({p.name: p for p in commands[name].params} for name in ("generate", "evaluate"))
-    assert set(generate) - set(evaluate) == {"prompt"} and set(evaluate) <= set(generate)
+    assert set(generate) - set(evaluate) == {"prompt", "trace"} and set(evaluate) <= set(generate)
     for name in set(evaluate) - {"drafter", "prompts", "output"}:
         assert evaluate[name].help == generate[name].help, name
 

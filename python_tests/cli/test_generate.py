@@ -110,3 +110,18 @@ def test_the_block_size_may_be_chosen_by_cycle(workspace, run):
     assert printed[0] == printed[1]
     code, _, told = run("generate", "w005", *files, "--block-size", "wide")
     assert code == 2 and "'wide' is no number of slots" in " ".join(told.split())
+
+
+def test_a_trace_shows_every_cycle(workspace, run):
+    page = workspace / "trace.html"
+    files = [
+        "--target",
+        workspace / "target",
+        "--drafter",
+        workspace / "drafter",
+        "--prompts",
+        workspace / "prompts.jsonl",
+    ]
+    assert run("generate", *files, "--max-new-tokens", 8, "--trace", page)[0] == 0
+    text = page.read_text()
+    assert text.count('class="answer"') == 3 and "cycle 1: " in text and text.startswith("<!doctype html>")
