@@ -116,9 +116,9 @@ def _by_steps(
         x = F.rms_norm(x, x.shape[-1:], norm + 1 if norm_plus_one else norm, norm_eps)
     with torch.autocast(x.device.type, enabled=False):
         # As two dimensions: torch would make a product of rows with gaps between them batch by batch.
-        y = F.linear(x.reshape(-1, x.shape[-1]), weight, bias).view(*x.shape[:-1], -1)
-    if gate is not None and y.dtype != torch.float64 and y.shape[-1] % 16 == 0:
-        y = gated(y.flatten(0, -2), gate).view(*y.shape[:-1], -1)
+        y = F.linear(x.reshape(-1, x.shape[-1]), weight, bias).view(*x.shape[:-1], weight.shape[0])
+    if gate is not None and y.numel() > 0 and y.dtype != torch.float64 and y.shape[-1] % 16 == 0:
+        y = gated(y.reshape(-1, y.shape[-1]), gate).view(*y.shape[:-1], y.shape[-1] // 2)
     elif gate is not None:
         first, second = y.chunk(2, dim=-1)
         y = (F.silu(first) if gate == "silu" else F.gelu(first, approximate="tanh")) * second
