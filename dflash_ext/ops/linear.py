@@ -17,7 +17,7 @@ load()
 _linear = torch.ops.dflash_ext.linear.default
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-_MOST_ROWS = 64  # PyTorch's products of more rows are faster on a Hopper GPU, unless exact ones are asked for
+_LARGE_WEIGHT = 1 << 23  # elements
 GATES = {None: 0, "silu": 1, "gelu_tanh": 2}
 
 
@@ -66,10 +66,10 @@ def linear(
     them and the number of threads. One to 32 rows take about the time of reading the weight once. More rows are
     computed in groups of 32, which torch's own product of large matrices may outrun.
 
-    On a Hopper GPU a kernel of this package serves bfloat16 and float16 of up to 64 rows, K being a multiple of 8, and
-    any number of rows with exact. It sums in float32 and rounds x * norm and the result.
-    Other calls are served by PyTorch's operators, which round after every step, and whose bits depend on the number of
-    rows.
+    On a Hopper GPU a kernel of this package serves bfloat16 and float16 where it is the faster one: up to 32 rows, and
+    64 with a small weight or a gate, K being a multiple of 8; with exact, any number of rows. It sums in float32 and
+    rounds x * norm and the result. The norm before a large weight is a kernel of its own. Other calls are served by
+    PyTorch's operators, which round after every step, and whose bits depend on the number of rows.
 
     Raises ValueError for arguments that do not fit together, or an exact product that no kernel serves; TypeError for
     one of another type.
@@ -77,9 +77,14 @@ def linear(
     try:
         x, weight, bias, norm, residual = autocast(x, weight, bias, norm, residual)
         if x.is_cuda:
-            if not _hopper_serves(x, exact):
+            is_large = weight.numel() >= _LARGE_WEIGHT
+            serves = _hopper_serves(x, exact, 64 if gate is not None or not is_large else 32)
+            if norm is not None and (is_large or not serves):
+                # A block that has much of x to normalise would keep the weight waiting.
+                x, norm = _normalised(x, norm, norm_eps, norm_plus_one), None
+            if not serves:
                 _check(x, weight, bias, norm, norm_eps, gate, residual)
-                return _by_steps(x, weight, bias, norm, norm_eps, norm_plus_one, gate, residual)
+                return _by_steps(x, weight, bias, gate, residual)
         if residual is not None:
             residual = residual.contiguous()
         arguments = x.contiguous(), weight, bias, norm, norm_eps, norm_plus_one, GATES[gate], residual, constant_weight
@@ -90,30 +95,24 @@ def linear(
         raise
 
 
-def _hopper_serves(x: Tensor, exact: bool) -> bool:
+def _hopper_serves(x: Tensor, exact: bool, most_rows: int) -> bool:
     """Whether the Hopper kernel serves the call. Raises ValueError if nothing else may, because of `exact`."""
     served = x.dtype in (torch.bfloat16, torch.float16) and x.shape[-1] % 8 == 0 and hopper_kernels_serve(x.device)
     if exact and not served:
         raise ValueError(
             f"linear: exact=True on a GPU needs Hopper, bfloat16 or float16, and K a multiple of 8; x is {shown(x)}"
         )
-    return served and (exact or x.numel() <= _MOST_ROWS * x.shape[-1])
+    return served and (exact or x.numel() <= most_rows * x.shape[-1])
 
 
 @torch.no_grad()
-def _by_steps(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    norm: Tensor | None,
-    norm_eps: float,
-    norm_plus_one: bool,
-    gate: str | None,
-    residual: Tensor | None,
-) -> Tensor:
-    """The same by PyTorch's own operators, for a GPU."""
-    if norm is not None:
-        x = F.rms_norm(x, x.shape[-1:], norm + 1 if norm_plus_one else norm, norm_eps)
+def _normalised(x: Tensor, norm: Tensor, eps: float, plus_one: bool) -> Tensor:
+    return F.rms_norm(x, x.shape[-1:], norm + 1 if plus_one else norm, eps)
+
+
+@torch.no_grad()
+def _by_steps(x: Tensor, weight: Tensor, bias: Tensor | None, gate: str | None, residual: Tensor | None) -> Tensor:
+    """The same without a norm by PyTorch's own operators, for a GPU."""
     with torch.autocast(x.device.type, enabled=False):
         # As two dimensions: torch would make a product of rows with gaps between them batch by batch.
         y = F.linear(x.reshape(-1, x.shape[-1]), weight, bias).view(*x.shape[:-1], weight.shape[0])
