@@ -64,6 +64,11 @@ class _Call(NamedTuple):
             target = call._checked("teacher_row", call.teacher_row, len(call.teacher), "the teacher's rows", target)
         return call._replace(target=target)
 
+    @property
+    def padding(self) -> Tensor | None:
+        """The weights if rows that do not count may be among those that are computed, otherwise None."""
+        return None if self.max_rows is None else self.weight
+
     def _checked(self, name: str, index: Tensor, size: int, what: str, target: Tensor | None = None) -> Tensor:
         """The targets, with -1 where ``index`` is outside ``[0, size)``."""
         outside = (index < 0) | (index >= size)
@@ -101,7 +106,7 @@ def _losses(
     size = max(count, 1) if keep and call.teacher is None else call.chunk_rows
     for span, chunk in _chunks(len(hidden), rows, size):
         logits = kept[span] if keep else hidden.new_empty(span.stop - span.start, len(head))
-        part = rows_of(hidden, call.weight, chunk) if x is None else x[span].contiguous()
+        part = rows_of(hidden, call.padding, chunk) if x is None else x[span].contiguous()
         _loss_of(call, chunk, part, logits, results, make_gradient=keep or make_hidden)
         if make_hidden:
             torch.mm(logits, head, out=grad_rows[span])
@@ -132,7 +137,7 @@ def _gradients(
     scale = scale[index, None]
     grad_rows = grad_head = None
     if train_head:
-        grad_head = kept.T @ rows_of(call.hidden, call.weight, index).mul_(scale)
+        grad_head = kept.T @ rows_of(call.hidden, call.padding, index).mul_(scale)
     if train_hidden:
         grad_rows = torch.mul(made, scale, out=torch.empty_like(made)) if len(made) else (kept @ call.head).mul_(scale)
     return grad_rows, grad_head
@@ -149,11 +154,11 @@ def _recomputed(
     for span, chunk in _chunks(len(hidden), rows, call.kept_rows):
         logits = hidden.new_empty(span.stop - span.start, len(head))
         for part, index in _chunks(len(hidden), chunk, call.chunk_rows):
-            _loss_of(call, index, rows_of(hidden, call.weight, index), logits[part], None, make_gradient=True)
+            _loss_of(call, index, rows_of(hidden, call.padding, index), logits[part], None, make_gradient=True)
         if train_hidden:
             torch.mm(logits, head, out=grad_rows[span])
         if train_head:
-            x = rows_of(hidden, call.weight, chunk)
+            x = rows_of(hidden, call.padding, chunk)
             grad_head = logits.T @ x if count <= call.kept_rows else _added(grad_head, logits.T, x)
         del logits  # before the next chunk's
     if train_head:
@@ -272,9 +277,8 @@ def loss_of_rows(sized: tuple, options: tuple, per_row: bool, train_hidden: bool
     call = _Call.of(sized, options)
     rows, overflow = rows_that_count(call.weight, call.max_rows)
     x = call.hidden
-    if rows is not None or call.max_rows is not None and call.weight is not None:
-        x = _Selected.apply(x, call.weight, rows)
-    call = call._replace(hidden=call.hidden.detach())
+    if rows is not None or call.padding is not None:
+        x = _Selected.apply(x, call.padding, rows)
     return _Loss.apply(x, call.head, call, rows, overflow, per_row, train_hidden and not train_head, train_head)
 
 
@@ -302,7 +306,8 @@ class _Loss(torch.autograd.Function):
             losses.masked_fill_(overflow, torch.nan)
         ctx.mark_non_differentiable(*others)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x if make_hidden or keep else None, head, *call[2:7], call.hidden, rows, made, kept)
+        # Not x: while the gradients are made, it would take memory that the rows of hidden can be read from again.
+        ctx.save_for_backward(*call[:7], rows, made, kept)
         ctx.numbers = call[7:]
         return losses if per_row else losses.sum(), *others
 
@@ -310,11 +315,11 @@ class _Loss(torch.autograd.Function):
     def backward(ctx, grad_losses, *_):
         if grad_losses is None:
             return (None,) * 8
-        leaf, head, *between, hidden, rows, made, kept = ctx.saved_tensors
-        call, trained = _Call(hidden, head, *between, *ctx.numbers), ctx.needs_input_grad[:2]
+        *tensors, rows, made, kept = ctx.saved_tensors
+        call, trained = _Call(*tensors, *ctx.numbers), ctx.needs_input_grad[:2]
         with torch.no_grad():
             grads = _gradients(call, rows, grad_losses, made, kept, *trained)
-        return *first_derivatives(_OP, grads, (leaf, head)), *[None] * 6
+        return *first_derivatives(_OP, grads, (call.hidden, call.head)), *[None] * 6
 
 
 # ------------------------------------------------------------------- the operators of torch.compile

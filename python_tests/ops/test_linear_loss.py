@@ -96,7 +96,7 @@ def test_a_trainable_head_is_multiplied_three_times(device):
 
 @pytest.mark.gpu
 def test_memory_of_a_trainable_head_is_at_most_that_of_torch():
-    hidden, head, target, weight = inputs(1024, 64, 16384, torch.bfloat16, "cuda", kept=512)
+    hidden, head, target, weight = inputs(2048, 1024, 4096, torch.bfloat16, "cuda", kept=512)
     hidden, head = hidden.requires_grad_(), head.requires_grad_()
 
     def ours():
