@@ -44,8 +44,9 @@ DFLASH_INLINE Number warp_scan(Number x) {
 
 // The two largest logits.
 struct Best {
-  float first = -kInfinity, second = -kInfinity;
+  float first, second;
 
+  DFLASH_INLINE static Best none() { return {-kInfinity, -kInfinity}; }
   DFLASH_INLINE void merge(const Best& other) {
     second = fmaxf(fmaxf(second, other.second), fminf(first, other.first));
     first = fmaxf(first, other.first);
@@ -87,7 +88,7 @@ struct BestOfChunks {
 
 template <>
 struct BestOfChunks<float> {
-  Best value;
+  Best value = Best::none();
 
   DFLASH_INLINE void add(const Chunk<float>& chunk) {
 #pragma unroll
@@ -116,9 +117,14 @@ struct Masses {
   // The exponent of a NaN, and of -inf - -inf, is that of -inf, whose mass is 0. 0 * -inf would be NaN.
   DFLASH_INLINE float exponent(float x) const { return fmaxf((x - origin) * rate, -1e4f); }
   DFLASH_INLINE float operator()(float x) const { return x >= lowest ? exp2_of(exponent(x)) * scale : 0.f; }
-  DFLASH_INLINE void operator()(float (&mass)[kSize], uint32_t, const Chunk<T>& x) const {
+  DFLASH_INLINE void operator()(float (&mass)[kSize], const Chunk<T>& x) const {
 #pragma unroll
     for (int k = 0; k < kSize; ++k) mass[k] = (*this)(to_float(x.values[k]));
+  }
+  // Any masses have this: what computes the masses of the chunks of a batch (row_gpu.h).
+  template <class Batch>
+  DFLASH_INLINE auto of(const Batch&) const {
+    return [mass = *this](float(&own)[kSize], int, uint32_t, const Chunk<T>& x) { mass(own, x); };
   }
 };
 

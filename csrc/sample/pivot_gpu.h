@@ -21,6 +21,7 @@ struct PivotMemory {
   double warp_totals[kWarps];
   int count, smallest, largest;  // the block's candidates; the last two as ordered_bits
   float lowest;                  // no candidate is below it
+  float above_sum;               // of `above`
 };
 
 // Integers in the order of floats.
@@ -85,7 +86,7 @@ class PivotSearch {
       if (fits) return select(weight, limit);
       low = smallest_;
       high = largest_;
-      above = above_;
+      above = memory_.above_sum;
       lowest = low;
       if (low == high) return low;
     }
@@ -104,8 +105,8 @@ class PivotSearch {
 
     for (int b = threadIdx.x; b < kBins; b += kThreads) memory_.bins[b] = 0;
     __syncthreads();
-    for (int t = row_.own_begin() + warp_id(); t < row_.own_end(); t += kWarps) {
-      if (row_.tile(t).best.first < lowest) continue;
+    row_.for_each_own_tile([&](int t) {
+      if (row_.tile(t).best.first < lowest) return;
       row_.for_each_logit(t, [&](float x) {
         if (!(x >= lowest && x <= high)) return;
         const float position = range.position(x);
@@ -115,15 +116,23 @@ class PivotSearch {
             weight == Weight::kOne ? 1 : __float2uint_rn(exp2_of((bin - position) * bin_exponent) * unit);
         atomicAdd(&memory_.bins[bin], own);
       });
-    }
+    });
     Team::sync();
     constexpr int kPerThread = kBins / kThreads;
+    uint32_t by_block[Team::kLargest][kPerThread];  // loaded at once
+#pragma unroll
+    for (int r = 0; r < Team::kLargest; ++r) {
+      const uint32_t* const bins = Team::of(memory_.bins, min(r, Team::size() - 1)) + threadIdx.x * kPerThread;
+#pragma unroll
+      for (int i = 0; i < kPerThread; ++i) by_block[r][i] = bins[i];
+    }
     double weights[kPerThread], own = 0;
 #pragma unroll
     for (int i = 0; i < kPerThread; ++i) {
       const int bin = threadIdx.x * kPerThread + i;
       uint32_t count = 0;
-      for (int r = 0; r < Team::size(); ++r) count += Team::of(memory_.bins, r)[bin];
+#pragma unroll
+      for (int r = 0; r < Team::kLargest; ++r) count += r < Team::size() ? by_block[r][i] : 0;
       weights[i] = weight == Weight::kOne ? double(count)
                                           : double(float(count) / unit * exp2_of(high_exponent - bin * bin_exponent));
       own += weights[i];
@@ -159,7 +168,7 @@ class PivotSearch {
     }
     __syncthreads();
     float smallest = kInfinity, largest = -kInfinity;
-    for (int t = row_.own_begin() + warp_id(); t < row_.own_end(); t += kWarps) {
+    row_.for_each_own_tile([&](int t) {
       float above = 0;
       if (row_.tile(t).best.first >= range.lowest) {
         row_.for_each_logit(t, [&](float x) {
@@ -177,31 +186,38 @@ class PivotSearch {
           }
         });
       }
-      above = warp_sum(above);
-      if (lane_id() == 0) memory_.above[t] = {above, 0};
-    }
+      row_.publish(memory_.above, t, {warp_sum(above), 0});
+    });
     const int bits[2] = {__reduce_min_sync(~0u, ordered_bits(smallest)), __reduce_max_sync(~0u, ordered_bits(largest))};
     if (lane_id() == 0) {
       atomicMin(&memory_.smallest, bits[0]);
       atomicMax(&memory_.largest, bits[1]);
     }
-    row_.exchange(memory_.above);  // it synchronises the team
-    above_ = row_.total(memory_.above).e;
-    int low = ordered_bits(kInfinity), high = ordered_bits(-kInfinity);
-    count_ = 0;
-    for (int r = 0; r < Team::size(); ++r) {
-      const int count = *Team::of(&memory_.count, r);
-      low = min(low, *Team::of(&memory_.smallest, r));
-      high = max(high, *Team::of(&memory_.largest, r));
-      const float* candidates = Team::of(memory_.candidates, r);
-      for (int i = threadIdx.x; i < count && count_ + i < kMaxCandidates; i += kThreads) {
-        memory_.sorted[count_ + i] = candidates[i];
+    Team::sync();
+    const float above = row_.total(memory_.above).e;
+    // Lane r of every warp asks block r.
+    const int rank = min(lane_id(), Team::size() - 1);
+    const bool is_block = lane_id() < Team::size();
+    const int count = is_block ? *Team::of(&memory_.count, rank) : 0;
+    const int end = warp_scan(count);  // of the block's candidates among those of the team
+    smallest_ = from_ordered_bits(__reduce_min_sync(~0u, *Team::of(&memory_.smallest, rank)));
+    largest_ = from_ordered_bits(__reduce_max_sync(~0u, *Team::of(&memory_.largest, rank)));
+    count_ = __shfl_sync(~0u, end, 31);
+    if (count_ <= kMaxCandidates) {
+      for (int first = warp_id() * 32; first < count_; first += kThreads) {
+        const int place = first + lane_id();
+        int owner = 0;
+#pragma unroll
+        for (int r = 0; r < Team::kLargest; ++r) owner += __shfl_sync(~0u, end, r) <= place;
+        owner = min(owner, Team::size() - 1);
+        const int begin = __shfl_sync(~0u, end - count, owner);
+        if (place < count_) memory_.sorted[place] = Team::of(memory_.candidates, owner)[place - begin];
       }
-      count_ += count;
     }
-    smallest_ = from_ordered_bits(low);
-    largest_ = from_ordered_bits(high);
-    if (threadIdx.x == 0) memory_.lowest = range.lowest;
+    if (threadIdx.x == 0) {
+      memory_.lowest = range.lowest;
+      memory_.above_sum = above;
+    }
     Team::sync();  // the other blocks' memory is read
     return count_ <= kMaxCandidates;
   }
@@ -210,12 +226,12 @@ class PivotSearch {
   DFLASH_INLINE float select(Weight weight, double limit) {
     if (count_ == 0) return memory_.lowest;
     sort();
-    if (weight == Weight::kOne) return memory_.sorted[min(max(int(limit - above_), 1), count_) - 1];
+    if (weight == Weight::kOne) return memory_.sorted[min(max(int(limit - memory_.above_sum), 1), count_) - 1];
     constexpr int kPerThread = kMaxCandidates / kThreads;
     double own = 0;
     const int begin = threadIdx.x * kPerThread;
     for (int i = begin; i < min(count_, begin + kPerThread); ++i) own += exp2_of(mass_.exponent(memory_.sorted[i]));
-    double passed = above_ + block_scan(own) - own;
+    double passed = memory_.above_sum + block_scan(own) - own;
     int place = -1;
 #pragma unroll
     for (int i = begin; i < begin + kPerThread; ++i) {
@@ -294,7 +310,6 @@ class PivotSearch {
 
   int count_;
   float smallest_, largest_;
-  double above_;
 };
 
 // Applies the filters. It must follow row.read. The whole team calls this.

@@ -26,11 +26,13 @@ struct Tile {
   float e, e_exponent;  // as Sums, but relative to the tile's own maximum
 };
 
-// Shared memory of every block of a team. A block writes what belongs to its own tiles, and copies the rest.
+// Shared memory of every block of a team. What belongs to a tile is written into that of all blocks by the warp that
+// reads the tile.
 struct RowMemory {
   Tile tiles[kMaxTiles];
-  Sums kept[kMaxTiles];  // the sums after the filters
-  float second;          // of the row, as the totals
+  Sums sums[kMaxTiles];  // of the tiles, before and after the filters
+  Sums kept[kMaxTiles];
+  float second;          // of the row, as are the totals
   Sums sum, kept_sum;
 };
 
@@ -43,27 +45,30 @@ class Row {
       : x_(x), vocab_(vocab), aligned_(is_aligned(x)), memory_(memory), temperature_(temperature == 0 ? 1 : temperature),
         rate_(kLog2E / temperature_),
         tile_size_((vocab_ + kStep<T> * kMaxTiles - 1) / (kStep<T> * kMaxTiles) * kStep<T>),
-        tiles_((vocab_ + tile_size_ - 1) / tile_size_), share_((tiles_ + Team::size() - 1) / Team::size()) {}
+        tiles_((vocab_ + tile_size_ - 1) / tile_size_), share_((tiles_ + Team::size() - 1) / Team::size()) {
+    Team::arrive_at_start();
+    if (own_begin() + warp_id() < own_end()) prefetch_tile(own_begin() + warp_id());
+  }
 
-  // Reads the maxima of the row, and its sums if `with_sums`. This is the one read that goes to memory.
+  // Reads the maxima of the row, and its sums if `with_sums`. This is the one read that goes to memory. The whole team
+  // calls this once.
   DFLASH_INLINE void read(bool with_sums) {
-    for (int t = own_begin() + warp_id(); t < own_end(); t += kWarps) read_tile(t, with_sums);
-    exchange(memory_.tiles);
-    Best best;
+    Team::wait_for_start();
+    for_each_own_tile([&](int t) { read_tile(t, with_sums); });
+    Team::sync();
+    Best best = Best::none();
     for (int t = lane_id(); t < tiles_; t += 32) best.merge(memory_.tiles[t].best);
     best.merge_warp();
     max_ = best.first;
+    if (threadIdx.x == 0) memory_.second = best.second;
     for (int t = threadIdx.x; t < tiles_; t += kThreads) {
       const Tile& tile = memory_.tiles[t];
       const float shift = masses().exponent(tile.best.first), scale = exp2_of(shift);
-      memory_.kept[t] = {scale * tile.e, scale * (tile.e_exponent + shift * tile.e)};
+      memory_.sums[t] = {scale * tile.e, scale * (tile.e_exponent + shift * tile.e)};
     }
     __syncthreads();
-    const Sums sum = total(memory_.kept);
-    if (threadIdx.x == 0) {
-      memory_.second = best.second;
-      memory_.sum = memory_.kept_sum = sum;
-    }
+    const Sums sum = total(memory_.sums);
+    if (threadIdx.x == 0) memory_.sum = memory_.kept_sum = sum;
     __syncthreads();
   }
 
@@ -87,12 +92,14 @@ class Row {
   DFLASH_INLINE Masses<T> masses() const { return {lowest_, max(), rate_, 1}; }
   DFLASH_INLINE Masses<T> probabilities() const { return {lowest_, max(), rate_, 1 / kept().e}; }
 
-  // Drops what is below the pivot. The whole team calls this.
+  DFLASH_INLINE const Sums* kept_by_tile() const { return pivot_ > -kInfinity ? memory_.kept : memory_.sums; }
+
+  // Drops what is below the pivot. The whole team calls this. Between two calls the team must have synchronised.
   DFLASH_INLINE void keep_from(float pivot) {
     pivot_ = pivot;
     lowest_ = smallest_logit(pivot, temperature_);
     const Masses<T> mass = masses();
-    for (int t = own_begin() + warp_id(); t < own_end(); t += kWarps) {
+    for_each_own_tile([&](int t) {
       float e = 0, e_exponent = 0;
       if (memory_.tiles[t].best.first >= lowest_) {
         for_each_logit(t, [&](float x) {
@@ -102,33 +109,33 @@ class Row {
           e_exponent += own * exponent;
         });
       }
-      e = warp_sum(e);
-      e_exponent = warp_sum(e_exponent);
-      if (lane_id() == 0) memory_.kept[t] = {e, e_exponent};
-    }
-    exchange(memory_.kept);
+      publish(memory_.kept, t, {warp_sum(e), warp_sum(e_exponent)});
+    });
+    Team::sync();
     const Sums sum = total(memory_.kept);
     if (threadIdx.x == 0) memory_.kept_sum = sum;
     __syncthreads();
   }
 
-  // Sums any masses by tile, into sums.e. The whole team calls this.
+  // Sums any masses by tile, into sums.e. The whole team calls this. No block may still read `sums`.
   template <class Mass>
-  DFLASH_INLINE Sums sum_tiles(Sums* sums, Mass&& mass) const {
-    for (int t = own_begin() + warp_id(); t < own_end(); t += kWarps) {
+  DFLASH_INLINE Sums sum_tiles(Sums* sums, const Mass& mass) const {
+    for_each_own_tile([&](int t) {
       float sum = 0;
       if (memory_.tiles[t].best.first >= lowest_) {
-        for_each_chunk(t, [&](uint32_t token, const Chunk<T>& chunk) {
-          float own[kSize];
-          mass(own, token, chunk);
+        for_each_batch<kLoads / 2>(t, [&](const auto& batch) {
+          const auto of_chunk = mass.of(batch);
+          batch.for_each([&](int c, uint32_t token, const Chunk<T>& x) {
+            float own[kSize];
+            of_chunk(own, c, token, x);
 #pragma unroll
-          for (int k = 0; k < kSize; ++k) sum += own[k];
+            for (int k = 0; k < kSize; ++k) sum += own[k];
+          });
         });
       }
-      sum = warp_sum(sum);
-      if (lane_id() == 0) sums[t] = {sum, 0};
-    }
-    exchange(sums);
+      publish(sums, t, {warp_sum(sum), 0});
+    });
+    Team::sync();
     return total(sums);
   }
 
@@ -143,16 +150,21 @@ class Row {
     return 0;
   }
 
-  // Inverts the CDF in the order of the vocabulary, with one number of [0, 1). The masses' sums by tile must be those
-  // of sum_tiles, or memory.kept for the filtered distribution. Returns -1 if there is no mass. A whole warp calls this.
+  struct Token {
+    int id;  // -1 if there is none
+    float logit;
+  };
+
+  // Inverts the CDF in the order of the vocabulary, with one number of [0, 1). The masses' sums by tile are those of
+  // sum_tiles, or kept_by_tile for the filtered distribution. A whole warp calls this.
   template <class Mass>
-  DFLASH_INLINE int draw(double uniform, const Sums* sums, Mass&& mass) const {
+  DFLASH_INLINE Token draw(double uniform, const Sums* sums, const Mass& mass) const {
     const int lanes_share = (tiles_ + 31) / 32;
     const int begin = min(tiles_, lane_id() * lanes_share), end = min(tiles_, begin + lanes_share);
     double own = 0;
     for (int t = begin; t < end; ++t) own += sums[t].e;
     const double passed = warp_scan(own), all = __shfl_sync(~0u, passed, 31);
-    if (!(all > 0)) return -1;
+    if (!(all > 0)) return {-1, 0};
     const double target = uniform * all;
     const int lane = first_or_last(own > 0 && passed > target, own > 0);
     double before = __shfl_up_sync(~0u, passed, 1);
@@ -169,33 +181,27 @@ class Row {
     return token_in_tile(tile_of_target, target - before, mass);
   }
 
-  DFLASH_INLINE int own_begin() const { return min(tiles_, Team::rank() * share_); }
-  DFLASH_INLINE int own_end() const { return min(tiles_, (Team::rank() + 1) * share_); }
-
-  // Calls f(token, chunk) for all chunks of a tile: the logits of tokens [token, token + kSize), -inf past the end.
+  // Calls f(tile) for the tiles of this warp.
   template <class F>
-  DFLASH_INLINE void for_each_chunk(int t, F&& f) const {
-    for_each_batch<kLoads / 2>(t, [&](auto&& for_each) { for_each(f); });
+  DFLASH_INLINE void for_each_own_tile(F&& f) const {
+    for (int t = own_begin() + warp_id(); t < own_end(); t += kWarps) f(t);
   }
 
+  // Calls f(x) for this lane's logits in a tile; -inf past the end of the row.
   template <class F>
   DFLASH_INLINE void for_each_logit(int t, F&& f) const {
-    for_each_chunk(t, [&](uint32_t, const Chunk<T>& chunk) {
+    for_each_batch<kLoads / 2>(t, [&](const auto& batch) {
+      batch.for_each([&](int, uint32_t, const Chunk<T>& chunk) {
 #pragma unroll
-      for (int k = 0; k < kSize; ++k) f(to_float(chunk.values[k]));
+        for (int k = 0; k < kSize; ++k) f(to_float(chunk.values[k]));
+      });
     });
   }
 
-  // Gives all blocks of the team what each has written for its own tiles.
+  // Writes what belongs to a tile into the memory of all blocks. A whole warp calls this; it is there after Team::sync.
   template <class S>
-  DFLASH_INLINE void exchange(S* by_tile) const {
-    Team::sync();
-    if (Team::size() == 1) return;
-    for (int t = threadIdx.x; t < tiles_; t += kThreads) {
-      const int owner = t / share_;
-      if (owner != Team::rank()) by_tile[t] = Team::of(by_tile, owner)[t];
-    }
-    Team::sync();
+  DFLASH_INLINE void publish(S* by_tile, int t, const S& value) const {
+    if (lane_id() < Team::size()) *Team::of(by_tile + t, lane_id()) = value;
   }
 
   // Every warp computes the same.
@@ -209,48 +215,84 @@ class Row {
   }
 
  private:
-  // For every kCount chunks of this lane in a tile, calls f(for_each), by which f can call g(token, chunk) for these
-  // chunks, several times.
+  // A batch of this lane's chunks. Chunk c holds the logits of the tokens from first + c * 32 * kSize on; past the end
+  // of the row they are -inf. These were loaded at once, and lie within the row.
+  template <int kChunks>
+  struct LoadedBatch {
+    static constexpr int kCount = kChunks;
+    static constexpr bool kIsLoaded = true;
+    uint32_t first;
+    Chunk<T> chunks[kCount];
+
+    template <class F>
+    DFLASH_INLINE void for_each(F&& f) const {
+#pragma unroll
+      for (int c = 0; c < kCount; ++c) f(c, first + c * 32 * kSize, chunks[c]);
+    }
+  };
+
+  // These are loaded one by one: in the last tile, and in rows that are not aligned.
+  template <int kChunks>
+  struct Batch {
+    static constexpr int kCount = kChunks;
+    static constexpr bool kIsLoaded = false;
+    uint32_t first;
+    const T* x;
+    uint32_t vocab;
+    bool aligned;
+
+    template <class F>
+    DFLASH_INLINE void for_each(F&& f) const {
+#pragma unroll 1
+      for (int c = 0; c < kCount; ++c) {
+        const uint32_t token = first + c * 32 * kSize;
+        f(c, token, load_chunk(x, vocab, token, aligned));
+      }
+    }
+  };
+
+  // Calls f(batch) for the batches of this lane's chunks in a tile.
   template <int kCount, class F>
   DFLASH_INLINE void for_each_batch(int t, F&& f) const {
-    constexpr int kBatch = 32 * kCount * kSize;
+    constexpr int kTokens = 32 * kCount * kSize;
     const uint32_t tile_begin = t * tile_size_, tile_end = min(vocab_, tile_begin + tile_size_);
-    for (uint32_t begin = tile_begin; begin < tile_end; begin += kBatch) {
+    for (uint32_t begin = tile_begin; begin < tile_end; begin += kTokens) {
       const uint32_t first = begin + lane_id() * kSize;
-      if (aligned_ && begin + kBatch <= vocab_) {
-        Chunk<T> chunks[kCount];
+      if (aligned_ && begin + kTokens <= vocab_) {
+        LoadedBatch<kCount> batch{first};
 #pragma unroll
-        for (int c = 0; c < kCount; ++c) chunks[c] = *reinterpret_cast<const Chunk<T>*>(x_ + first + c * 32 * kSize);
-        f([&](auto&& g) {
-#pragma unroll
-          for (int c = 0; c < kCount; ++c) g(first + c * 32 * kSize, chunks[c]);
-        });
+        for (int c = 0; c < kCount; ++c) {
+          batch.chunks[c] = *reinterpret_cast<const Chunk<T>*>(x_ + first + c * 32 * kSize);
+        }
+        f(batch);
       } else {
-        f([&](auto&& g) {
-#pragma unroll 1
-          for (int c = 0; c < kCount; ++c) {
-            const uint32_t token = first + c * 32 * kSize;
-            g(token, load_chunk(x_, vocab_, token, aligned_));
-          }
-        });
+        f(Batch<kCount>{first, x_, vocab_, aligned_});
       }
     }
   }
 
+  DFLASH_INLINE void prefetch_tile(int t) const {
+    const uint32_t first = t * tile_size_ + lane_id() * kSize;
+#pragma unroll
+    for (int c = 0; c < kLoads; ++c) {
+      if (first + c * 32 * kSize < vocab_) prefetch_l2(x_ + first + c * 32 * kSize);
+    }
+  }
+
   DFLASH_INLINE void read_tile(int t, bool with_sums) {
-    Best best;
+    Best best = Best::none();
     float e = 0, e_exponent = 0;
-    for_each_batch<kLoads>(t, [&](auto&& for_each) {
+    for_each_batch<kLoads>(t, [&](const auto& batch) {
       const float before = best.first;
       BestOfChunks<T> maxima;
-      for_each([&](uint32_t, const Chunk<T>& chunk) { maxima.add(chunk); });
+      batch.for_each([&](int, uint32_t, const Chunk<T>& chunk) { maxima.add(chunk); });
       best.merge(maxima.best());
       if (!with_sums) return;
       const Masses<T> mass{-kInfinity, best.first, rate_, 1};
       const float shift = mass.exponent(before), scale = exp2_of(shift);
       e_exponent = scale * (e_exponent + shift * e);
       e *= scale;
-      for_each([&](uint32_t, const Chunk<T>& chunk) {
+      batch.for_each([&](int, uint32_t, const Chunk<T>& chunk) {
 #pragma unroll
         for (int k = 0; k < kSize; ++k) {
           const float exponent = mass.exponent(to_float(chunk.values[k])), own = exp2_of(exponent);
@@ -266,7 +308,7 @@ class Row {
       e_exponent = warp_sum(scale * (e_exponent + shift * e));
       e = warp_sum(scale * e);
     }
-    if (lane_id() == 0) memory_.tiles[t] = {best, e, e_exponent};
+    publish(memory_.tiles, t, {best, e, e_exponent});
   }
 
   // Returns the first lane of which the first holds, or else the last of which the second holds.
@@ -277,11 +319,13 @@ class Row {
 
   DFLASH_INLINE int first_equal(int t) const {
     unsigned found = ~0u;
-    for_each_chunk(t, [&](uint32_t token, const Chunk<T>& chunk) {
+    for_each_batch<kLoads / 2>(t, [&](const auto& batch) {
+      batch.for_each([&](int, uint32_t token, const Chunk<T>& chunk) {
 #pragma unroll
-      for (int k = 0; k < kSize; ++k) {
-        if (to_float(chunk.values[k]) == max()) found = min(found, token + k);
-      }
+        for (int k = 0; k < kSize; ++k) {
+          if (to_float(chunk.values[k]) == max()) found = min(found, token + k);
+        }
+      });
     });
     return __reduce_min_sync(~0u, found);
   }
@@ -289,55 +333,59 @@ class Row {
   // Returns the token of a tile at which the running sum of masses exceeds the target; the last with a mass if the sum
   // stays below it because of rounding.
   template <class Mass>
-  DFLASH_INLINE int token_in_tile(int t, double target, Mass&& mass) const {
+  DFLASH_INLINE Token token_in_tile(int t, double target, const Mass& mass) const {
     double passed = 0;
-    uint32_t last = 0;
-    const uint32_t tile_begin = t * tile_size_, tile_end = min(vocab_, tile_begin + tile_size_);
-    for (uint32_t begin = tile_begin; begin < tile_end; begin += kStep<T>) {
-      float sums[kLoads];
-#pragma unroll
-      for (int c = 0; c < kLoads; ++c) {
-        const uint32_t token = begin + (c * 32 + lane_id()) * kSize;
+    float rest = kInfinity;
+    uint32_t place = 0;  // of the 32 chunks that hold the token
+    constexpr int kCount = kLoads / 2;
+    for_each_batch<kCount>(t, [&](const auto& batch) {
+      const auto of_chunk = mass.of(batch);
+      float sums[kCount];
+      batch.for_each([&](int c, uint32_t token, const Chunk<T>& x) {
         float own[kSize];
-        mass(own, token, load_chunk(x_, vocab_, token, aligned_));
+        of_chunk(own, c, token, x);
         sums[c] = 0;
 #pragma unroll
         for (int k = 0; k < kSize; ++k) sums[c] += own[k];
-      }
+      });
 #pragma unroll
-      for (int c = 0; c < kLoads; ++c) sums[c] = warp_sum(sums[c]);
+      for (int c = 0; c < kCount; ++c) sums[c] = warp_sum(sums[c]);
 #pragma unroll
-      for (int c = 0; c < kLoads; ++c) {
-        const uint32_t first = begin + c * 32 * kSize;
-        if (sums[c] > 0 && passed + sums[c] > target) return token_in_chunks(first, float(target - passed), mass);
+      for (int c = 0; c < kCount; ++c) {
+        if (rest < kInfinity || !(sums[c] > 0)) continue;
+        place = batch.first - lane_id() * kSize + c * 32 * kSize;
+        if (passed + sums[c] > target) rest = target - passed;
         passed += sums[c];
-        if (sums[c] > 0) last = first;
       }
-    }
-    return token_in_chunks(last, kInfinity, mass);
+    });
+    return token_in_chunks(place, rest, mass);
   }
 
   // The same among 32 chunks.
   template <class Mass>
-  DFLASH_INLINE int token_in_chunks(uint32_t first, float target, Mass&& mass) const {
-    const uint32_t begin = first + lane_id() * kSize;
+  DFLASH_INLINE Token token_in_chunks(uint32_t place, float target, const Mass& mass) const {
+    const Batch<1> batch{place + lane_id() * kSize, x_, vocab_, aligned_};
+    const Chunk<T> x = load_chunk(x_, vocab_, batch.first, aligned_);
     float own[kSize], sum = 0;
-    mass(own, begin, load_chunk(x_, vocab_, begin, aligned_));
+    mass.of(batch)(own, 0, batch.first, x);
 #pragma unroll
     for (int k = 0; k < kSize; ++k) sum += own[k];
     const float passed = warp_scan(sum);
     const int lane = first_or_last(sum > 0 && passed > target, sum > 0);
     float running = passed - sum;
-    int token = -1;
+    Token token{-1, 0};
     bool is_found = false;
 #pragma unroll
     for (int k = 0; k < kSize; ++k) {
       running += own[k];
-      if (!is_found && own[k] > 0) token = begin + k;
+      if (!is_found && own[k] > 0) token = {int(batch.first + k), to_float(x.values[k])};
       is_found = is_found || running > target;
     }
-    return __shfl_sync(~0u, token, lane);
+    return {__shfl_sync(~0u, token.id, lane), __shfl_sync(~0u, token.logit, lane)};
   }
+
+  DFLASH_INLINE int own_begin() const { return min(tiles_, Team::rank() * share_); }
+  DFLASH_INLINE int own_end() const { return min(tiles_, (Team::rank() + 1) * share_); }
 
   const T* const x_;
   const uint32_t vocab_;

@@ -31,8 +31,9 @@ struct SampledRow {
     set(kToken, token);
   }
 
-  DFLASH_INLINE void write(const Row<T, Team>& logits, bool is_greedy, int token, float sum_at_1) const {
-    const float sum = logits.sums().e, x = logits.logit(token);
+  DFLASH_INLINE void write(const Row<T, Team>& logits, bool is_greedy, const typename Row<T, Team>::Token& token,
+                           float sum_at_1) const {
+    const float sum = logits.sums().e, x = token.logit;
     const float d = (x - logits.max()) * logits.rate(), logprob = d * kLn2 - logf(sum);
     const float second = exp2_of((logits.second() - logits.max()) * logits.rate());
     set(kProb, exp2_of(d) / sum);
@@ -44,7 +45,7 @@ struct SampledRow {
     set(kNormaliser, is_greedy ? logits.max() : logits.normaliser());
     set(kFilteredEntropy, is_greedy ? 0 : logits.kept().entropy());
     if (params.confidence) set(kConfidence, exp2_of((x - logits.max()) * kLog2E) / sum_at_1);
-    set(kToken, token);
+    set(kToken, token.id);
   }
 };
 
@@ -55,12 +56,18 @@ __global__ void __launch_bounds__(kThreads, (kSampleBlocks<Team, kFilters>)) sam
   const Filters<float> filters(params.filters, n);
   const bool is_greedy = filters.temperature == 0;
   Row<T, Team> row(static_cast<const T*>(params.logits) + n * params.stride, params.vocab, filters.temperature, memory);
+  // Without filters, whose search needs the registers, the number is there before it is needed.
+  const auto uniform = [&] { return uniform_of(params.seed, kSampleStream, n, 0); };
+  const double early = kFilters || is_greedy ? 0 : uniform();
   row.read(true);
-  float sum_at_1 = row.sums().e;
+  __shared__ float sum_at_1;  // the first thread writes and reads it
+  if (threadIdx.x == 0) sum_at_1 = row.sums().e;
   if constexpr (kFilters) {
     __shared__ PivotMemory pivot_memory;
+    __shared__ Sums at_1[kMaxTiles];
     if (params.confidence && row.temperature() != 1) {
-      sum_at_1 = row.sum_tiles(pivot_memory.above, Masses<T>{-kInfinity, row.max(), kLog2E, 1}).e;
+      const Sums sum = row.sum_tiles(at_1, Masses<T>{-kInfinity, row.max(), kLog2E, 1});
+      if (threadIdx.x == 0) sum_at_1 = sum.e;
     }
     if (!is_greedy) filter(row, filters, pivot_memory);
   }
@@ -68,11 +75,13 @@ __global__ void __launch_bounds__(kThreads, (kSampleBlocks<Team, kFilters>)) sam
   if (Team::rank() != 0) return;
   const SampledRow<T, Team> out{params, n};
   if (warp_id() == 0) {
-    int token = is_greedy || row.is_certain()
-                    ? -1
-                    : row.draw(uniform_of(params.seed, kSampleStream, n, 0), memory.kept, row.masses());
-    if (token < 0) token = row.argmax();
-    if (lane_id() == 0) row.is_certain() ? out.write_certain(token) : out.write(row, is_greedy, token, sum_at_1);
+    typename Row<T, Team>::Token token{-1, 0};
+    if (!is_greedy && !row.is_certain()) token = row.draw(kFilters ? uniform() : early, row.kept_by_tile(), row.masses());
+    if (token.id < 0) {
+      token.id = row.argmax();
+      token.logit = row.logit(token.id);
+    }
+    if (lane_id() == 0) row.is_certain() ? out.write_certain(token.id) : out.write(row, is_greedy, token, sum_at_1);
   } else if (warp_id() == 1) {
     const int token = row.argmax();
     if (lane_id() == 0) out.set(kArgmax, token);

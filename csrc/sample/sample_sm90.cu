@@ -1,4 +1,4 @@
-// One draw per row on Hopper, with a cluster of blocks a row. It serves few rows, and filters of many.
+// One draw per row on Hopper, with a cluster of blocks a row. It serves few rows.
 #include "sample/kernels.h"
 #include "sample/sample_gpu.h"
 #include "sample/team_size.h"
@@ -7,7 +7,7 @@ namespace dflash {
 namespace {
 
 int team_size_for(const SampleParams& p, void* stream) {
-  return team_size(p.rows, p.vocab, p.dtype, p.filters.any, static_cast<cudaStream_t>(stream));
+  return team_size(p.rows, p.vocab, static_cast<cudaStream_t>(stream));
 }
 
 }  // namespace

@@ -79,7 +79,7 @@ __global__ void __launch_bounds__(kThreads, 2) scaled_exp_sm80(const ScaledExpPa
 #pragma unroll
     for (int k = 0; k < kSize; ++k) {
       w[k] = exp2_of(fmaxf(score(to_float(chunk.values[k]), softcap, rate) - origin, -1e4f));  // 0 if it is NaN
-      own.value += to_float(from_float<Weight>(w[k]));
+      if (i + k < count) own.value += to_float(from_float<Weight>(w[k]));
     }
     if (i + kSize <= count && kSize == Chunk<Weight>::kSize) {
       store(weights + i, w, stores_aligned);

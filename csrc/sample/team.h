@@ -4,30 +4,40 @@
 
 #include <cooperative_groups.h>
 
+#include "common/cluster.h"
+#include "common/dependent_launch.h"
 #include "common/device.h"
 
 namespace dflash::DFLASH_ISA {
 
 struct BlockTeam {
+  static constexpr int kLargest = 1;
+  static constexpr bool kOverlapsLaunches = false;
   DFLASH_INLINE static int rank() { return 0; }
   DFLASH_INLINE static int size() { return 1; }
+  DFLASH_INLINE static void arrive_at_start() {}
+  DFLASH_INLINE static void wait_for_start() {}
   DFLASH_INLINE static void sync() { __syncthreads(); }
   template <class S>
-  DFLASH_INLINE static const S* of(const S* shared, int) {
+  DFLASH_INLINE static S* of(S* shared, int) {
     return shared;
   }
 };
 
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
 struct ClusterTeam {
-  DFLASH_INLINE static auto cluster() { return cooperative_groups::this_cluster(); }
-  DFLASH_INLINE static int rank() { return cluster().block_rank(); }
-  DFLASH_INLINE static int size() { return cluster().num_blocks(); }
-  DFLASH_INLINE static void sync() { cluster().sync(); }
+  static constexpr int kLargest = 8;
+  static constexpr bool kOverlapsLaunches = true;
+  DFLASH_INLINE static int rank() { return cluster_rank(); }
+  DFLASH_INLINE static int size() { return cluster_size(); }
+  // Before a block writes to another's shared memory, both must have started. All threads call both, once.
+  DFLASH_INLINE static void arrive_at_start() { cluster_arrive_relaxed(); }
+  DFLASH_INLINE static void wait_for_start() { cluster_wait(); }
+  DFLASH_INLINE static void sync() { cooperative_groups::this_cluster().sync(); }
   // Returns the same shared memory of another block of the team.
   template <class S>
-  DFLASH_INLINE static const S* of(const S* shared, int rank) {
-    return cluster().map_shared_rank(const_cast<S*>(shared), rank);
+  DFLASH_INLINE static S* of(S* shared, int rank) {
+    return cooperative_groups::this_cluster().map_shared_rank(shared, rank);
   }
 };
 #endif

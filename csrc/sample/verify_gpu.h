@@ -44,15 +44,15 @@ __global__ void __launch_bounds__(kThreads, kVerifyBlocks) describe_drafts(const
 template <class T>
 struct DraftRow {
   static constexpr int kSize = Chunk<T>::kSize;
-  const T* x = nullptr;
+  const T* x = nullptr;  // null for a point mass
   uint32_t vocab = 0;
   bool aligned = false;
-  int64_t point;  // -1 if q is no point mass
+  int64_t point;  // the token of a point mass, if x is null
   Masses<T> masses{};
 
-  DFLASH_INLINE DraftRow(const VerifyParams& p, int64_t row, int64_t k, int64_t token, float temperature)
+  DFLASH_INLINE DraftRow(const VerifyParams& p, int64_t row, int64_t k, int64_t token, float temperature, bool is_bonus)
       : point(token) {
-    if (p.draft == Draft::kPoint) return;
+    if (p.draft == Draft::kPoint || is_bonus) return;
     const bool is_filtered = p.draft == Draft::kFiltered;
     const int64_t n = row * p.drafted + k;
     const float* const found = static_cast<const float*>(p.described_drafts);
@@ -63,24 +63,67 @@ struct DraftRow {
       if (is_filtered) point = __float_as_int(normaliser);
       return;
     }
-    point = -1;
     x = logits_of<T>(p.draft_logits, p.draft_strides, row, k);
     vocab = p.vocab;
     aligned = is_aligned(x);
     masses = {smallest_logit(pivot, temperature), normaliser * temperature, kLog2E / temperature, 1};
   }
 
-  DFLASH_INLINE float of(int64_t token) const {
-    return point >= 0 || x == nullptr ? float(token == point) : masses(to_float(x[token]));
+  DFLASH_INLINE float probability(int64_t token) const {
+    return x == nullptr ? float(token == point) : masses(to_float(x[token]));
   }
-  DFLASH_INLINE void operator()(float (&q)[kSize], uint32_t token) const {
+  // The masses of tokens [token, token + kSize).
+  DFLASH_INLINE void operator()(float (&q)[kSize], uint32_t token, const Chunk<T>& chunk) const {
     if (x == nullptr) {
 #pragma unroll
       for (int k = 0; k < kSize; ++k) q[k] = float(int64_t(token) + k == point);
     } else {
-      masses(q, token, load_chunk(x, vocab, token, aligned));
+      masses(q, chunk);
     }
   }
+  DFLASH_INLINE Chunk<T> load(uint32_t token) const {
+    return x == nullptr ? Chunk<T>{} : load_chunk(x, vocab, token, aligned);
+  }
+};
+
+// max(p - q, 0).
+template <class T>
+struct Residual {
+  static constexpr int kSize = Chunk<T>::kSize;
+  const Masses<T> p;
+  const DraftRow<T>& q;
+
+  template <class Batch>
+  DFLASH_INLINE auto of(const Batch& batch) const {
+    const auto minus = [this](float(&own)[kSize], uint32_t token, const Chunk<T>& x, const Chunk<T>& drafted) {
+      float of_draft[kSize];
+      p(own, x);
+      q(of_draft, token, drafted);
+#pragma unroll
+      for (int k = 0; k < kSize; ++k) own[k] = fmaxf(own[k] - of_draft[k], 0.f);
+    };
+    if constexpr (Batch::kIsLoaded) {
+      LoadedChunks<Batch::kCount> drafted;
+      if (q.x != nullptr && q.aligned) {  // the batch lies within the row, and so in the draft's
+#pragma unroll
+        for (int c = 0; c < Batch::kCount; ++c) {
+          drafted.chunks[c] = *reinterpret_cast<const Chunk<T>*>(q.x + batch.first + c * 32 * kSize);
+        }
+      } else {
+#pragma unroll
+        for (int c = 0; c < Batch::kCount; ++c) drafted.chunks[c] = q.load(batch.first + c * 32 * kSize);
+      }
+      return [=](float(&own)[kSize], int c, uint32_t token, const Chunk<T>& x) { minus(own, token, x, drafted.chunks[c]); };
+    } else {
+      return [this, minus](float(&own)[kSize], int, uint32_t token, const Chunk<T>& x) { minus(own, token, x, q.load(token)); };
+    }
+  }
+
+ private:
+  template <int kCount>
+  struct LoadedChunks {
+    Chunk<T> chunks[kCount];
+  };
 };
 
 template <class T, class Team>
@@ -88,8 +131,8 @@ class Verifier {
  public:
   static constexpr int kSize = Chunk<T>::kSize;
 
-  DFLASH_INLINE Verifier(const VerifyParams& params, RowMemory& memory, Sums* residuals, int64_t row, int64_t k)
-      : p_(params), memory_(memory), residuals_(residuals), row_(row), k_(k),
+  DFLASH_INLINE Verifier(const VerifyParams& params, Sums* residuals, int64_t row, int64_t k)
+      : p_(params), residuals_(residuals), row_(row), k_(k),
         token_(k < params.drafted ? params.tokens[row * params.drafted + k] : -1) {}
 
   // Both return kAccepted, or the token to commit in the draft's place, to the team's first warp. The whole team calls
@@ -103,40 +146,34 @@ class Verifier {
 
   DFLASH_INLINE int32_t verify_sampled(Row<T, Team>& target, const Filters<float>& filters, bool is_bonus,
                                        PivotMemory* pivot_memory) const {
+    // What needs nothing of the target's sums is loaded before the row.
+    const double accepting_number = is_bonus ? 0 : uniform(k_);
+    const bool is_known = !is_bonus && token_ >= 0 && token_ < p_.vocab;
+    const DraftRow<T> q(p_, row_, k_, token_, target.temperature(), is_bonus);
+    const float logit = is_known ? target.logit(token_) : 0.f, q_token = is_known ? q.probability(token_) : 0.f;
     target.read(true);
     if (pivot_memory != nullptr) filter(target, filters, *pivot_memory);
-    const double number = uniform(p_.drafted);
-    if (is_bonus) return drawn_from(target, number);
+    if (is_bonus) return drawn_from(target);
 
-    const bool is_known = token_ >= 0 && token_ < p_.vocab;
-    const DraftRow<T> q(p_, row_, k_, token_, target.temperature());
     const Masses<T> p = target.probabilities();
-    const float p_token = !is_known ? 0.f : target.is_certain() ? float(target.argmax() == token_)
-                                                                : p(target.logit(token_));
+    const float p_token = !is_known ? 0.f : target.is_certain() ? float(target.argmax() == token_) : p(logit);
     // A token that q could not have drawn is rejected, for example if its logits are NaN.
-    const float q_token = is_known ? q.of(token_) : 0.f;
-    if (q_token > 0 && uniform(k_) * q_token < p_token) return kAccepted;
+    if (q_token > 0 && accepting_number * q_token < p_token) return kAccepted;
     if (target.is_certain()) return target.argmax();
-    const auto residual = [&](float (&mass)[kSize], uint32_t token, const Chunk<T>& x) {
-      float minus[kSize];
-      p(mass, token, x);
-      q(minus, token);
-#pragma unroll
-      for (int i = 0; i < kSize; ++i) mass[i] = fmaxf(mass[i] - minus[i], 0.f);
-    };
+    const Residual<T> residual{p, q};
     target.sum_tiles(residuals_, residual);
     if (!decides()) return kAccepted;
-    const int token = target.draw(number, residuals_, residual);
+    const int token = target.draw(uniform(p_.drafted), residuals_, residual).id;
     // If p = q, the residual is only rounding, and so was the rejection.
-    return token < 0 ? drawn_from(target, number) : token;
+    return token < 0 ? drawn_from(target) : token;
   }
 
  private:
   DFLASH_INLINE static bool decides() { return Team::rank() == 0 && warp_id() == 0; }
 
-  DFLASH_INLINE int drawn_from(const Row<T, Team>& target, double number) const {
+  DFLASH_INLINE int drawn_from(const Row<T, Team>& target) const {
     if (!decides()) return kAccepted;
-    const int token = target.is_certain() ? -1 : target.draw(number, memory_.kept, target.masses());
+    const int token = target.is_certain() ? -1 : target.draw(uniform(p_.drafted), target.kept_by_tile(), target.masses()).id;
     return token < 0 ? target.argmax() : token;
   }
 
@@ -146,7 +183,6 @@ class Verifier {
   }
 
   const VerifyParams& p_;
-  RowMemory& memory_;
   Sums* const residuals_;
   const int64_t row_, k_, token_;
 };
@@ -156,12 +192,13 @@ __global__ void __launch_bounds__(kThreads, kVerifyBlocks) verify_positions(cons
   __shared__ RowMemory memory;
   __shared__ Sums residuals[kMaxTiles];
   const int64_t n = blockIdx.x / Team::size(), row = n / (params.drafted + 1), k = n % (params.drafted + 1);
+  if constexpr (Team::kOverlapsLaunches) launch_dependents();
   const int64_t drafted = drafted_of(params, row);
   if (k > drafted) return;
   const Filters<float> filters(params.filters, row);
   Row<T, Team> target(logits_of<T>(params.target, params.target_strides, row, k), params.vocab, filters.temperature,
                       memory);
-  const Verifier<T, Team> verifier(params, memory, residuals, row, k);
+  const Verifier<T, Team> verifier(params, residuals, row, k);
   PivotMemory* memory_of_pivots = nullptr;
   if constexpr (kFilters) {
     __shared__ PivotMemory pivot_memory;
@@ -176,8 +213,10 @@ __global__ void __launch_bounds__(kThreads, kVerifyBlocks) verify_positions(cons
 constexpr int kResolveWarps = 4;
 
 // A warp per draft finds the first position that was not accepted.
-static __global__ void __launch_bounds__(32 * kResolveWarps) resolve_drafts(const VerifyParams params) {
+template <class Team>
+__global__ void __launch_bounds__(32 * kResolveWarps) resolve_drafts(const VerifyParams params) {
   const int64_t row = int64_t(blockIdx.x) * kResolveWarps + warp_id();
+  if constexpr (Team::kOverlapsLaunches) wait_for_previous_kernel();
   if (row >= params.rows) return;
   const int32_t* verdicts = params.verdicts + row * (params.drafted + 1);
   const int64_t drafted = drafted_of(params, row);
@@ -206,7 +245,9 @@ cudaError_t launch_verify(const VerifyParams& p, int team_size, cudaStream_t str
   const auto kernel = p.filters.any ? verify_positions<T, Team, true> : verify_positions<T, Team, false>;
   status = launch_kernel(kernel, {p.rows * (p.drafted + 1) * team_size, kThreads, 0, cluster_size}, stream, p);
   if (status != cudaSuccess) return status;
-  return launch_kernel(resolve_drafts, {(p.rows + kResolveWarps - 1) / kResolveWarps, 32 * kResolveWarps}, stream, p);
+  LaunchShape shape{(p.rows + kResolveWarps - 1) / kResolveWarps, 32 * kResolveWarps};
+  shape.overlaps_previous = Team::kOverlapsLaunches;
+  return launch_kernel(resolve_drafts<Team>, shape, stream, p);
 }
 
 }  // namespace dflash::DFLASH_ISA

@@ -12,7 +12,7 @@ from dflash_ext.ops.random import SAMPLE, uniforms_of
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("poisoned_memory")]
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-LARGE = [8191, 49152, 151_936, 262_144]
+LARGE = [8191, 151_936]
 
 
 def on_cpu(result):
@@ -41,7 +41,7 @@ def test_large_vocabularies_match_the_definition(options, dtype):
         kept = (z >= drawn.pivot[:, None]) & (z > -math.inf)
         if options.get("temperature") == 0:
             kept &= torch.arange(vocab) == drawn.argmax[:, None]
-        differs = kept != (q > 0)
+        differs = kept != (reference.filter_logits(logits.double(), **options) > -math.inf)
         assert p.masked_fill(~differs, 0).amax(-1).le(1e-4).all() and differs.sum(-1).le(64).all()
         close(drawn.normaliser, z.double().masked_fill(~kept, -math.inf).logsumexp(-1), rtol=1e-6)
 
@@ -151,7 +151,7 @@ def test_pivots_of_any_spread(spread, options):
         drawn = sample(logits.cuda(), SEED.cuda(), **options)
         p, q = exact(logits, **options)
         kept = (logits.float() >= drawn.pivot.cpu()[:, None]) & (logits > -math.inf)
-        differs = kept != (q > 0)
+        differs = kept != (reference.filter_logits(logits.double(), **options) > -math.inf)
         assert p.masked_fill(~differs, 0).sum(-1).le(2e-5).all()
         assert (q.gather(1, drawn.token.cpu()[:, None]) > 0).all() or differs.any()
 
