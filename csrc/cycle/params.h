@@ -61,8 +61,9 @@ DFLASH_HOST_DEVICE inline void begin_cycle_row(const BeginCycleParams& p, int64_
 DFLASH_HOST_DEVICE inline bool finds_stop(const EndCycleParams& p, int64_t row, int lane, int lanes) {
   const int64_t* stops = p.stops + p.slots[row] * p.stop_count;
   const int64_t accepted = p.accepted[row];
+  const int64_t last = accepted < p.width ? accepted : p.width;
   bool found = false;
-  for (int64_t i = lane; i <= accepted && i <= p.width; i += lanes) {
+  for (int64_t i = lane; i <= last; i += lanes) {
     const int64_t token = i == accepted ? p.next[row] : p.drafted[row * p.width + i];
     for (int64_t s = 0; s < p.stop_count; ++s) found |= stops[s] == token;
   }
