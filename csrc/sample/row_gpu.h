@@ -340,13 +340,15 @@ class Row {
     constexpr int kCount = kLoads / 2;
     for_each_batch<kCount>(t, [&](const auto& batch) {
       const auto of_chunk = mass.of(batch);
-      float sums[kCount];
+      float sums[kCount] = {};
       batch.for_each([&](int c, uint32_t token, const Chunk<T>& x) {
-        float own[kSize];
+        float own[kSize], sum = 0;
         of_chunk(own, c, token, x);
-        sums[c] = 0;
 #pragma unroll
-        for (int k = 0; k < kSize; ++k) sums[c] += own[k];
+        for (int k = 0; k < kSize; ++k) sum += own[k];
+        // An index that the compiler does not know would put the sums into local memory.
+#pragma unroll
+        for (int i = 0; i < kCount; ++i) sums[i] = i == c ? sum : sums[i];
       });
 #pragma unroll
       for (int c = 0; c < kCount; ++c) sums[c] = warp_sum(sums[c]);
