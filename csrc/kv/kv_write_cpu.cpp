@@ -1,5 +1,6 @@
 // Writes projections to the caches as keys and values, on the CPU: bias, norms and rotary embedding, one head after
 // another in a buffer that fits in the L1 cache.
+#include "common/rope_cpu.h"
 #include "common/simd.h"
 #include "kv/params.h"
 
@@ -71,13 +72,7 @@ class KvWriter {
       }
       return;
     }
-    for_each_lanes<Real>(p_.angles, [&](auto lanes, int64_t i) DFLASH_LAMBDA {
-      using X = decltype(lanes);
-      const X c = load<X>(cos + i), s = load<X>(sin + i);
-      const X first = load<X>(head + i), second = load<X>(head + p_.angles + i);
-      store(head + i, first * c - second * s);
-      store(head + p_.angles + i, second * c + first * s);
-    });
+    rotate_halves(head, cos, sin, p_.angles);
   }
 
   void store_head(const KvCache& cache, int64_t token, int64_t head, int64_t slot) const {

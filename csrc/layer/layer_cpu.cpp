@@ -1,4 +1,5 @@
 // The kernels between the products of a layer, on the CPU.
+#include "common/rope_cpu.h"
 #include "common/simd.h"
 #include "layer/activation.h"
 #include "layer/params.h"
@@ -98,13 +99,7 @@ class HeadRotation {
     const int64_t position = p_.positions[row_of_all] < 0 ? 0 : p_.positions[row_of_all];
     const Real* cos = static_cast<const Real*>(p_.cos) + position * p_.angles;
     const Real* sin = static_cast<const Real*>(p_.sin) + position * p_.angles;
-    for_each_lanes<Real>(p_.angles, [&](auto lanes, int64_t i) DFLASH_LAMBDA {
-      using X = decltype(lanes);
-      const X c = load<X>(cos + i), s = load<X>(sin + i);
-      const X first = load<X>(head + i), second = load<X>(head + p_.angles + i);
-      store(head + i, first * c - second * s);
-      store(head + p_.angles + i, second * c + first * s);
-    });
+    rotate_halves(head, cos, sin, p_.angles);
   }
 
   template <class From>

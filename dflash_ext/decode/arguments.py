@@ -31,6 +31,14 @@ def integer(name: str, number: object) -> int:
     return int(number)
 
 
+def positive(name: str, number: object, what: str) -> int:
+    """`integer` of a number of which at least 1 is needed; `what` says of what. Raises ValueError for a smaller one."""
+    number = integer(name, number)
+    if number < 1:
+        raise ValueError(f"{name} is {number}: at least one {what}")
+    return number
+
+
 def stop_ids(tokens: int | Iterable[int] | None) -> frozenset[int]:
     """The tokens that end a row, given as one id, several ids or None. Raises TypeError for anything else."""
     each = [] if tokens is None else [tokens] if is_int(tokens) else tokens

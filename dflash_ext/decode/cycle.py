@@ -14,8 +14,9 @@ from ..masks import IntervalMask
 from ..models import Target
 from ..ops import sample, verify
 from ..ops.cycle import begin_cycle, end_cycle
+from ..reference.numerics import softcapped
 from .draft import BlockDraft
-from .forward.families import capped, embedding_of, head_softcap, target_stack
+from .forward.families import embedding_of, head_softcap, target_stack
 from .forward.layers import Rows
 from .kv_cache import KVCache
 from .state import OFF, State
@@ -86,7 +87,7 @@ class TargetForward:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """The output of the last layer [..., H] to logits [..., V]."""
-        return capped(self.stack.head(hidden, self.target.head), head_softcap(self.target))
+        return softcapped(self.stack.head(hidden, self.target.head), head_softcap(self.target))
 
 
 def draw(logits: Tensor, seed: Tensor, first: Tensor, options: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:

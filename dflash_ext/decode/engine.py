@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..models import DFlashDrafter, Target
 from ..ops.backends import hopper_kernels_serve
-from .arguments import AUTO, check_prompt, draft_width, integer, per_prompt, stop_ids
+from .arguments import AUTO, check_prompt, draft_width, integer, per_prompt, positive, stop_ids
 from .completion import Completion, Decoded
 from .cycle import Cycle, Drawing, TargetForward
 from .draft import BlockDraft
@@ -81,9 +81,7 @@ class Engine:
         block_size: int | str | None = None,
         exact: bool = False,
     ):
-        slots, max_length = integer("slots", slots), integer("max_length", max_length)
-        if slots < 1:
-            raise ValueError(f"slots is {slots}: at least one row is decoded at a time")
+        slots, max_length = positive("slots", slots, "row is decoded at a time"), integer("max_length", max_length)
         if not has_lean_forward(target):
             name = type(target.model).__name__
             raise ValueError(f"the engine has no forward for this {name}: dflash_ext.decode.decode serves it")
@@ -128,9 +126,7 @@ class Engine:
             ValueError: the prompt is empty, too long or outside of the vocabulary, or a number is out of range.
             TypeError: a number is of another type.
         """
-        max_new_tokens = integer("max_new_tokens", max_new_tokens)
-        if max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens is {max_new_tokens}: at least one token is decoded")
+        max_new_tokens = positive("max_new_tokens", max_new_tokens, "token is decoded")
         prompt = check_prompt(self.target, prompt)
         if len(prompt) + max_new_tokens > self.max_length:
             raise ValueError(

@@ -12,12 +12,11 @@ import torch
 from torch import Tensor
 
 from ..models import DFlashDrafter, Target
-from ..ops import sample, verify
-from ..reference import Verification
+from ..ops import verify
 from .completion import Decoded
+from .cycle import Drawing, draw
 from .request import Request
 from .row_cache import RowCache
-from .state import OFF
 from .stopwatch import Stopwatch
 
 
@@ -38,7 +37,7 @@ def decode_with_modules(
             [request.prompt for request in rows],
             draft_width=decoded.draft_width,
             max_new_tokens=rows[0].max_new_tokens,
-            options={name: [request.options[name] for request in rows] for name in OFF},
+            options=[request.options for request in rows],
             seeds=[request.seed for request in rows],
         )
         anchors = batch.prefill()
@@ -66,15 +65,11 @@ class _Batch:
 
     def __init__(self, target, drafter, prompts, *, draft_width, max_new_tokens, options, seeds):
         self.target, self.drafter, self.draft_width = target, drafter, draft_width
-        self.greedy = max(options["temperature"]) == 0
         self.watch = Stopwatch(target.device)
         device = target.device
-        # The temperature and every filter that some row uses, each [B].
-        self.options = {
-            name: torch.tensor(numbers, device=device)
-            for name, numbers in options.items()
-            if name == "temperature" or set(numbers) != {OFF[name]}
-        }
+        # Of the temperature and the filters those that some row uses, each [B]; none of them is greedy decoding.
+        filters = Drawing.of(options).filters
+        self.options = {name: torch.tensor([row[name] for row in options], device=device) for name in filters}
         # A seed belongs to a prompt and a position, so that a row's draws do not depend on the other rows.
         self.seeds = torch.tensor(seeds, device=device)
         # Prompts are aligned at their ends, so that the last column is every row's last token.
@@ -101,7 +96,7 @@ class _Batch:
             logits, taps = self.target.step(ids, positions, self.target_cache, keep_logits=1)
             features.append(taps)
         self.new_features = torch.cat(features, dim=1) if self.drafter else None
-        self.anchor = self._draw(logits, self.start[:, None])[0][:, 0]
+        self.anchor = draw(logits, self.seeds, self.start, self.options)[0][:, 0]
         anchors = self.anchor.tolist()
         self.watch.stop()
         return anchors
@@ -125,7 +120,8 @@ class _Batch:
         verified = positions.masked_fill(self.slots > room[:, None], -1)
         self.target_cache.place(verified, min(end, self.target_cache.capacity))
         logits, taps = self.target.step(block, verified, self.target_cache, keep_logits=self.draft_width + 1)
-        result = self._verify(draft, drawn, logits, room)
+        chance = self.options and {"seed": self.seeds + self.start} | self.options
+        result = verify(draft, logits, draft_lens=room, **chance, **drawn)
         # One transfer carries what the host needs: how many were verified and accepted, and the tokens.
         counts = torch.stack([room, result.accepted, result.next_token], dim=1)
         tokens = torch.cat([counts, draft], dim=1).tolist()
@@ -156,30 +152,10 @@ class _Batch:
             attention_mask=self.drafter.decode_masks(self.start.int(), slots.shape[1], end),
             cache=self.draft_cache,
         ).last_hidden_state
-        drawn = self._draw(self.drafter.logits(self.target, hidden[:, first:]), positions[:, 1:])
+        logits = self.drafter.logits(self.target, hidden[:, first:])
+        drawn = draw(logits, self.seeds, self.start + 1, self.options)
         self.watch.stop()
         return drawn
-
-    def _draw(self, logits: Tensor, positions: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Draws the tokens [B, K] at `positions` from logits [B, K, V], and what `verify` must know of the draw."""
-        if self.greedy:
-            return logits.argmax(dim=-1), {}
-        drawn = sample(
-            logits.flatten(0, 1),
-            (self.seeds[:, None] + positions).flatten(),
-            **{name: numbers.repeat_interleave(logits.shape[1]) for name, numbers in self.options.items()},
-        )
-        pivot, normaliser = (x.view(positions.shape) for x in (drawn.pivot, drawn.normaliser))
-        return drawn.token.view(positions.shape), {
-            "draft_logits": logits,
-            "draft_pivot": pivot,
-            "draft_normaliser": normaliser,
-        }
-
-    def _verify(self, draft: Tensor, drawn: dict[str, Tensor], logits: Tensor, draft_lens: Tensor) -> Verification:
-        if self.greedy:
-            return verify(draft, logits, draft_lens=draft_lens)
-        return verify(draft, logits, seed=self.seeds + self.start, draft_lens=draft_lens, **self.options, **drawn)
 
     def select(self, rows: list[int]) -> None:
         """Keeps only these rows."""

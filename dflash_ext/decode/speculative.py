@@ -3,8 +3,7 @@
 In a cycle, the drafter fills a block after the anchor in one pass, and the target verifies the whole block in one pass.
 The longest accepted prefix and one token of the target's own (the bonus token) are committed, and the bonus token is
 the next anchor. Greedy output is the target's own greedy output. At temperatures above 0, rejection sampling keeps the
-target's distribution (Leviathan et al., arXiv 2211.17192). The rows of a batch accept different lengths, and each row
-keeps its own positions in `RowCache`.
+target's distribution (Leviathan et al., arXiv 2211.17192). The rows of a batch accept different lengths.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from torch import Tensor
 
 from ..checks import shown
 from ..models import DFlashDrafter, Target
-from .arguments import AUTO, check_prompt, draft_width, integer, per_prompt, stop_ids
+from .arguments import AUTO, check_prompt, draft_width, integer, per_prompt, positive, stop_ids
 from .completion import Completion, Decoded
 from .engine import Engine
 from .forward.families import has_lean_forward
@@ -74,14 +73,10 @@ def decode(
     prompts = [check_prompt(target, prompt, index) for index, prompt in enumerate(prompts)]
     if not prompts:
         raise ValueError("there is no prompt to decode")
-    max_new_tokens = integer("max_new_tokens", max_new_tokens)
-    batch_size, seed = integer("batch_size", batch_size), integer("seed", seed)
+    max_new_tokens = positive("max_new_tokens", max_new_tokens, "token is decoded")
+    batch_size, seed = positive("batch_size", batch_size, "row is decoded at a time"), integer("seed", seed)
     if block_size is not None and block_size != AUTO:
         block_size = integer("block_size", block_size)
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens is {max_new_tokens}: at least one token is decoded")
-    if batch_size < 1:
-        raise ValueError(f"batch_size is {batch_size}: at least one row is decoded at a time")
     options = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
     options = {name: per_prompt(name, given, len(prompts)) for name, given in options.items()}
     stops_at = stop_ids(stop_token_ids)

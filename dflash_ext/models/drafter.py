@@ -23,6 +23,7 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP, Qwen3RMSNorm, Qwe
 
 from ..masks import IntervalMask
 from ..ops import block_attn, linear
+from ..reference.numerics import softcapped
 from .drafter_config import DFlashConfig
 from .target import Target
 
@@ -227,8 +228,7 @@ class DFlashDrafter(PreTrainedModel):
         """
         head = self.head(target)
         logits = linear(self.head_input(hidden).to(head.dtype), head).to(target.dtype)
-        softcap = self.softcap
-        logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
+        logits = softcapped(logits, self.softcap)
         if not self.config.draft_vocab_size:
             return logits
         full = logits.new_full((*logits.shape[:-1], self.config.vocab_size), float("-inf"))

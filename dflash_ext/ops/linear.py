@@ -1,4 +1,4 @@
-"""Products of a few rows with large weights, with what a transformer has before and behind them."""
+"""Products of a few rows with large weights, together with the norm before them and the gate or residual after them."""
 
 from __future__ import annotations
 
@@ -34,7 +34,9 @@ def linear(
     exact: bool = False,
     constant_weight: bool = False,
 ) -> Tensor:
-    """``x @ weight.T`` for a few rows and a large weight, and what stands beside it in a transformer; no gradient.
+    """``x @ weight.T`` for a few rows and a large weight, with the operations around it in a transformer.
+
+    It has no gradient.
 
     In the order of the computation::
 
@@ -51,25 +53,26 @@ def linear(
         norm_plus_one: multiplies by 1 + norm (Gemma).
         gate: "silu" (Llama, Qwen) or "gelu_tanh" (Gemma); None for none.
         residual: ``[..., N]``, added at the end.
-        exact: on a GPU, a row has the same bits at any number of rows and at any place among them. On the CPU that is
-            always so.
-        constant_weight: the caller promises that no kernel before this one in the stream writes the weight, as is so
-            for a model's parameters in inference. The Hopper kernel then reads it before the one in front has ended.
+        exact: on a GPU, a row gets the same bits at any number of rows and at any place among them. On the CPU a row
+            always does.
+        constant_weight: the caller promises that no earlier kernel in the stream writes the weight. This holds for a
+            model's parameters in inference. The Hopper kernel then reads the weight before the kernel in front of it
+            has ended.
 
     All tensors are of one dtype, float32, bfloat16, float16 or float64; the weight is contiguous. Under autocast they
     are cast to its dtype.
 
     Returns ``[..., N]`` in x's dtype.
 
-    On the CPU sums, and everything between the inputs and the result, are in float32 (float64 for float64). A row of
-    the result depends, to the bit, on its own row of x and residual alone, whatever the number of rows, its place among
-    them and the number of threads. One to 32 rows take about the time of reading the weight once. More rows are
-    computed in groups of 32, which torch's own product of large matrices may outrun.
+    On the CPU all intermediate results are in float32 (float64 for float64). The bits of a row of the result depend
+    only on its own row of x and residual. They do not depend on the number of rows, on its place among them, or on the
+    number of threads. A few rows take about the time of reading the weight once. More than 32 rows are computed in
+    groups of 32; torch's own product of large matrices may be faster then.
 
     On a Hopper GPU a kernel of this package serves bfloat16 and float16 where it is the faster one: up to 32 rows, and
-    64 with a small weight or a gate, K being a multiple of 8; with exact, any number of rows. It sums in float32 and
-    rounds x * norm and the result. The norm before a large weight is a kernel of its own. Other calls are served by
-    PyTorch's operators, which round after every step, and whose bits depend on the number of rows.
+    64 with a small weight or a gate, if K is a multiple of 8. With exact it serves any number of rows. It sums in
+    float32 and rounds x * norm and the result. The norm before a large weight is a separate kernel. Other calls are
+    served by PyTorch's operators, which round after every step. Their bits depend on the number of rows.
 
     Raises ValueError for arguments that do not fit together, or an exact product that no kernel serves; TypeError for
     one of another type.

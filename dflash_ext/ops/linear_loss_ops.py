@@ -59,28 +59,17 @@ class _Call(NamedTuple):
         """
         teacher_softcap, *rest = options
         call = cls(*sized, teacher_softcap, tuple(rest))
-        target = call._checked("target", call.target, len(call.head), "the vocabulary")
+        outside = rows_outside(_OP, call.weight, call.target, len(call.head))
         if call.teacher_row is not None:
-            target = call._checked("teacher_row", call.teacher_row, len(call.teacher), "the teacher's rows", target)
-        return call._replace(target=target)
+            outside |= rows_outside(
+                _OP, call.weight, call.teacher_row, len(call.teacher), "teacher_row", "the teacher's rows"
+            )
+        return call._replace(target=call.target.masked_fill(outside, -1))
 
     @property
     def padding(self) -> Tensor | None:
         """The weights if rows that do not count may be among those that are computed, otherwise None."""
         return None if self.max_rows is None else self.weight
-
-    def _checked(self, name: str, index: Tensor, size: int, what: str, target: Tensor | None = None) -> Tensor:
-        """The targets, with -1 where ``index`` is outside ``[0, size)``."""
-        outside = (index < 0) | (index >= size)
-        if self.weight is not None:
-            outside &= self.weight != 0
-        if index.is_cpu and outside.any():
-            row = int(outside.nonzero()[0])
-            raise RuntimeError(
-                f"{_OP}: {name} {int(index[row])} of row {row} is outside {what} [0, {size}); "
-                "rows that do not count have a weight of 0 or the target ignore_index"
-            )
-        return self.target.masked_fill(outside, -1)
 
 
 # ------------------------------------------------------------------- what is computed
@@ -185,6 +174,22 @@ def _loss_of(
     parts = loss(logits[None], *beside, None if teacher is None else teacher[None], *call.options)
     for result, part in zip(results or (), parts, strict=False):
         result[rows] = part[0]
+
+
+def rows_outside(
+    op: str, weight: Tensor | None, index: Tensor, size: int, name: str = "target", what: str = "the vocabulary"
+) -> Tensor:
+    """Which rows count and have an index outside ``[0, size)``. On the CPU the first one raises RuntimeError."""
+    outside = (index < 0) | (index >= size)
+    if weight is not None:
+        outside &= weight != 0
+    if index.is_cpu and outside.any():
+        row = int(outside.nonzero()[0])
+        raise RuntimeError(
+            f"{op}: {name} {int(index[row])} of row {row} is outside {what} [0, {size}); "
+            "rows that do not count have a weight of 0 or the target ignore_index"
+        )
+    return outside
 
 
 def rows_of(hidden: Tensor, weight: Tensor | None, rows: slice | Tensor) -> Tensor:

@@ -8,9 +8,10 @@ from torch import Tensor
 
 from ..checks import check_one_device, shown
 from ..reference import CrossEntropy
+from ..reference.numerics import softcapped
 from .autograd import first_derivatives, refuse_forward_mode
 from .devices import autocast
-from .linear_loss_ops import rows_of, rows_that_count
+from .linear_loss_ops import rows_of, rows_outside, rows_that_count
 from .loss import DTYPES, check_normaliser, check_rows, options_of, real_dtype, reduced, weight_of
 
 _native = torch.ops.dflash_ext
@@ -88,7 +89,8 @@ class _ShardedLoss(torch.autograd.Function):
     def forward(ctx, hidden, head, target, weight, max_rows, group, options):
         rank, size = dist.get_rank(group), dist.get_world_size(group)
         vocab = size * len(head)
-        target = _checked(target, weight, vocab)
+        # On CUDA, a target outside the vocabulary becomes one that no process holds, so that its row is NaN.
+        target = target.masked_fill(rows_outside(_OP, weight, target, vocab), vocab)
         rows, overflow = rows_that_count(weight, max_rows)
         rows = slice(None) if rows is None else rows
         x, target = rows_of(hidden, weight, rows), target[rows]
@@ -100,7 +102,7 @@ class _ShardedLoss(torch.autograd.Function):
         holds = (local >= 0) & (local < len(head))
         place = local.where(holds, 0)[:, None]
         raw = logits.gather(1, place)[:, 0].to(scale.dtype)
-        z = options.softcap * torch.tanh(raw / options.softcap) if options.softcap else raw
+        z = softcapped(raw, options.softcap)
         parts = _exchanged(_local_parts(logits, place[:, 0], z, holds, options), group)
         sums = _Sums(parts, target, len(head))
         losses = scale * sums.loss(options)
@@ -143,20 +145,6 @@ class _ShardedLoss(torch.autograd.Function):
             if ctx.needs_input_grad[1]:
                 grad_head = grad.T @ rows_of(hidden, weight, ctx.rows).mul_(scale)
         return *first_derivatives(_OP, (grad_hidden, grad_head), (hidden, head)), *[None] * 5
-
-
-def _checked(target: Tensor, weight: Tensor | None, vocab: int) -> Tensor:
-    """The targets. One outside the vocabulary raises on the CPU; on CUDA it is ``vocab``, which makes its row NaN."""
-    outside = (target < 0) | (target >= vocab)
-    if weight is not None:
-        outside &= weight != 0
-    if target.is_cpu and outside.any():
-        row = int(outside.nonzero()[0])
-        raise RuntimeError(
-            f"{_OP}: target {int(target[row])} of row {row} is outside the vocabulary [0, {vocab}); "
-            "rows that do not count have a weight of 0 or the target ignore_index"
-        )
-    return target.masked_fill(outside, vocab)
 
 
 def _local_parts(logits: Tensor, place: Tensor, z: Tensor, holds: Tensor, options) -> Tensor:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..checks import check_one_device, shown
 from ..native import load
+from ..reference.numerics import softcapped
 from .backends import warn_once
 from .logits import LOGITS_DTYPES, by_row, check_last_dim, number_and_tensor
 
@@ -96,7 +97,7 @@ def _in_pytorch(logits: Tensor, embedding: Tensor, temperature: float | Tensor, 
     def scores(begin: int, end: int) -> Tensor:
         z = logits[:, begin:end].to(real)
         z = z.masked_fill(z.isnan(), -math.inf).clamp(max=largest)
-        z = softcap * torch.tanh(z / softcap) if softcap else z
+        z = softcapped(z, softcap)
         return (z / temperature).clamp(max=largest)
 
     normaliser = torch.stack([scores(*chunk).logsumexp(-1) for chunk in chunks]).logsumexp(0)[:, None]

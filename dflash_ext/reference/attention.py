@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..masks import IntervalMask
-from .numerics import widened
+from .numerics import softcapped, widened
 
 
 def block_attn(
@@ -30,8 +30,7 @@ def block_attn(
         # All query heads of one key head are rows of the same product.
         grouped = widened(q).unflatten(1, (kv_heads, heads // kv_heads)).flatten(2, 3)
         scores = (grouped @ widened(k).mT * scale).unflatten(2, (heads // kv_heads, -1)).flatten(1, 2)
-        if softcap is not None:
-            scores = softcap * torch.tanh(scores / softcap)
+        scores = softcapped(scores, softcap)
         # An empty row is computed from zeros and then overwritten, which keeps NaN out of its gradients.
         scores = scores.masked_fill(~visible, -math.inf).masked_fill(empty, 0.0)
         probs = torch.softmax(scores, dim=-1).masked_fill(empty, 0.0)

@@ -1,4 +1,4 @@
-"""Linear layers with what stands before and behind them, in plain PyTorch."""
+"""Linear layers with the norm before them and the gate or residual after them, in plain PyTorch."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def linear(
     gate: str | None = None,
     residual: Tensor | None = None,
 ) -> Tensor:
-    """``x @ weight.T`` with an RMS norm before and a gate and a residual behind it; see ``dflash_ext.linear``."""
+    """``x @ weight.T`` with an RMS norm before it and a gate and a residual after it; see ``dflash_ext.linear``."""
     wide = widened(x)
     if norm is not None:
         gain = widened(norm) + 1 if norm_plus_one else widened(norm)

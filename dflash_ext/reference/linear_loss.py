@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .loss import CrossEntropy, masked_cross_entropy, weight_of
-from .numerics import widened
+from .numerics import softcapped, widened
 
 
 def linear_cross_entropy(
@@ -35,6 +35,5 @@ def linear_cross_entropy(
             if teacher_row is not None:
                 teacher_hidden = teacher_hidden.flatten(0, -2)[teacher_row.long().where(counts, 0)]
             teacher = (widened(teacher_hidden) @ widened(teacher_head).T).detach()
-            if teacher_softcap is not None:
-                teacher = teacher_softcap * torch.tanh(teacher / teacher_softcap)
+            teacher = softcapped(teacher, teacher_softcap)
     return masked_cross_entropy(logits, target, weight, ignore_index=ignore_index, teacher=teacher, **options)

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .numerics import entropy_of, widened
+from .numerics import entropy_of, softcapped, widened
 
 
 class CrossEntropy(NamedTuple):
@@ -53,8 +53,7 @@ def masked_cross_entropy(
     keep = weight != 0
     outside = (target < 0) | (target >= logits.shape[-1])
     z = widened(logits).masked_fill(~keep[..., None], 0.0)
-    if softcap is not None:
-        z = softcap * torch.tanh(z / softcap)
+    z = softcapped(z, softcap)
     logp = torch.log_softmax(z, dim=-1)
     nll = -logp.gather(-1, target.masked_fill(outside, 0)[..., None])[..., 0]
     nll = nll * torch.where(outside & keep, math.nan, 1.0)

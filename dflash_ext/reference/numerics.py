@@ -1,4 +1,4 @@
-"""What the definitions share: precision, NaN and entropies."""
+"""What the definitions share: precision, NaN, softcaps and entropies."""
 
 from __future__ import annotations
 
@@ -16,6 +16,11 @@ def widened(x: Tensor) -> Tensor:
 def without_nan(x: Tensor) -> Tensor:
     """``x`` with -inf in the place of NaN."""
     return x.masked_fill(x.isnan(), -math.inf)
+
+
+def softcapped(x: Tensor, softcap: float | None) -> Tensor:
+    """``softcap * tanh(x / softcap)``, or ``x`` if the softcap is None or 0."""
+    return softcap * torch.tanh(x / softcap) if softcap else x
 
 
 def entropy_of(logp: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .numerics import without_nan
+from .numerics import softcapped, without_nan
 from .sampling import per_row
 
 
@@ -15,7 +15,6 @@ def soft_embedding(
     """``softmax(softcap(logits) / temperature) @ embedding``; see ``dflash_ext.soft_embedding`` for the rules."""
     real = torch.promote_types(torch.promote_types(logits.dtype, embedding.dtype), torch.float32)
     z = without_nan(logits.to(real)).clamp(max=torch.finfo(real).max)
-    if softcap is not None and softcap > 0:
-        z = softcap * torch.tanh(z / softcap)
+    z = softcapped(z, softcap if softcap is not None and softcap > 0 else None)
     z = z / per_row(temperature, z).clamp(1e-30, 1e30).to(real)
     return (torch.softmax(z.clamp(max=torch.finfo(real).max), dim=-1) @ embedding.to(real)).to(embedding.dtype)

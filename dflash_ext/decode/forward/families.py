@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
@@ -161,7 +160,3 @@ def embedding_of(target: Target) -> Callable[[Tensor], Tensor]:
 
 def head_softcap(target: Target) -> float | None:
     return getattr(target.config, "final_logit_softcapping", None)
-
-
-def capped(logits: Tensor, softcap: float | None) -> Tensor:
-    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
