@@ -47,6 +47,47 @@ struct FilterArguments {
   }
 };
 
+struct PenaltyArguments {
+  const OptionalTensor &counts, &bias, &tables;
+  double repetition, presence, frequency;
+  const OptionalTensor &repetitions, &presences, &frequencies;
+
+  PenaltyParams params(const char* op, const Tensor& logits, int64_t vocab) const {
+    const ScalarType real = real_of(logits);
+    const int64_t rows = logits.size(0);
+    const auto check_table = [&](const char* name, const Tensor& table, ScalarType dtype) {
+      check(table.dim() == 2 && (tables || table.size(0) == rows), op, ": ", name, " must have a row for each row of logits");
+      check_tensor(op, name, table, logits, dtype, {table.size(0), vocab});
+    };
+    if (counts) check_table("token_counts", *counts, ScalarType::Int);
+    const bool is_shared = bias && bias->dim() == 1;
+    if (is_shared) check_tensor(op, "logit_bias", *bias, logits, real, {vocab});
+    if (bias && !is_shared) check_table("logit_bias", *bias, real);
+    if (tables) {
+      check_tensor(op, "table_rows", *tables, logits, ScalarType::Long, {rows});
+      if (logits.is_cpu()) check_table_rows(op);
+    }
+    return {optional_data<int32_t>(counts),
+            optional_data<void>(bias),
+            is_shared ? 0 : vocab,
+            optional_data<int64_t>(tables),
+            per_row(op, "repetition_penalty", logits, repetitions, repetition, real, rows),
+            per_row(op, "presence_penalty", logits, presences, presence, real, rows),
+            per_row(op, "frequency_penalty", logits, frequencies, frequency, real, rows)};
+  }
+
+ private:
+  void check_table_rows(const char* op) const {
+    for (int64_t row = 0; row < tables->size(0); ++row) {
+      const int64_t table = static_cast<const int64_t*>(tables->data_ptr())[row];
+      for (const auto* given : {&counts, &bias}) {
+        check(!*given || (*given)->dim() == 1 || (table >= 0 && table < (*given)->size(0)), op, ": table_rows is ", table,
+              " for row ", row, ", and there is no such row of token_counts or logit_bias");
+      }
+    }
+  }
+};
+
 SeedParams seed_params(const char* op, const Tensor& seed, const Tensor& logits) {
   const bool per_row = seed.dim() == 1 && seed.size(0) != 1;
   check_tensor(op, "seed", seed, logits, ScalarType::Long, {per_row ? logits.size(0) : 1});
@@ -62,9 +103,11 @@ constexpr const char* sample_sm90(const SampleParams&, void*) { return nullptr; 
 constexpr const char* verify_sm90(const VerifyParams&, void*) { return nullptr; }
 #endif
 const char* sample_on_gpu(const SampleParams& p, void* stream) {
+  check(!p.penalties.any(), "sample: penalties and a bias are computed on the CPU only");
   return sample_sm90_serves(p, stream) ? sample_sm90(p, stream) : sample_sm80(p, stream);
 }
 const char* verify_on_gpu(const VerifyParams& p, void* stream) {
+  check(!p.penalties.any(), "verify: penalties and a bias are computed on the CPU only");
   return verify_sm90_serves(p, stream) ? verify_sm90(p, stream) : verify_sm80(p, stream);
 }
 const char* reveal_on_gpu(const RevealParams& p, void* stream) { return reveal_sm80(p, stream); }
@@ -79,7 +122,10 @@ const char* reveal_on_gpu(const RevealParams&, void*) { fail("reveal: ", kNoKern
 
 std::tuple<Tensor, Tensor> run_sample(Tensor logits, Tensor seed, double temperature, double top_k, double top_p,
                                       double min_p, OptionalTensor temperatures, OptionalTensor top_ks,
-                                      OptionalTensor top_ps, OptionalTensor min_ps, bool confidence) {
+                                      OptionalTensor top_ps, OptionalTensor min_ps, OptionalTensor counts,
+                                      OptionalTensor bias, OptionalTensor tables, double repetition, double presence,
+                                      double frequency, OptionalTensor repetitions, OptionalTensor presences,
+                                      OptionalTensor frequencies, bool confidence) {
   constexpr const char* kOp = "sample";
   check(logits.dim() == 2, kOp, ": logits must be [N, V], they have ", logits.dim(), " dimensions");
   const int64_t rows = logits.size(0), vocab = logits.size(1);
@@ -96,6 +142,9 @@ std::tuple<Tensor, Tensor> run_sample(Tensor logits, Tensor seed, double tempera
   p.vocab = vocab;
   p.logits = logits.data_ptr();
   p.stride = logits.stride(0);
+  p.penalties = PenaltyArguments{counts,    bias,        tables,    repetition, presence,
+                                 frequency, repetitions, presences, frequencies}
+                    .params(kOp, logits, vocab);
   p.filters = FilterArguments{temperature, top_k, top_p, min_p, temperatures, top_ks, top_ps, min_ps}
                   .params(kOp, logits);
   p.seed = seed_params(kOp, seed, logits);
@@ -128,7 +177,10 @@ std::tuple<Tensor, Tensor> run_verify(Tensor draft_tokens, Tensor target_logits,
                                       OptionalTensor draft_pivot, OptionalTensor draft_normaliser, OptionalTensor seed,
                                       OptionalTensor uniforms, OptionalTensor draft_lens, double temperature,
                                       double top_k, double top_p, double min_p, OptionalTensor temperatures,
-                                      OptionalTensor top_ks, OptionalTensor top_ps, OptionalTensor min_ps) {
+                                      OptionalTensor top_ks, OptionalTensor top_ps, OptionalTensor min_ps,
+                                      OptionalTensor counts, OptionalTensor bias, OptionalTensor tables,
+                                      double repetition, double presence, double frequency, OptionalTensor repetitions,
+                                      OptionalTensor presences, OptionalTensor frequencies) {
   constexpr const char* kOp = "verify";
   check(draft_tokens.dim() == 2 && target_logits.dim() == 3, kOp, ": draft_tokens must be [B, K], target_logits "
         "[B, K + 1, V]");
@@ -170,6 +222,9 @@ std::tuple<Tensor, Tensor> run_verify(Tensor draft_tokens, Tensor target_logits,
   if (draft_logits) p.draft_strides = row_strides(kOp, "draft_logits", *draft_logits);
   p.pivots = optional_data<void>(draft_pivot);
   p.normalisers = optional_data<void>(draft_normaliser);
+  p.penalties = PenaltyArguments{counts,    bias,        tables,    repetition, presence,
+                                 frequency, repetitions, presences, frequencies}
+                    .params(kOp, target_logits, vocab);
   p.filters = FilterArguments{temperature, top_k, top_p, min_p, temperatures, top_ks, top_ps, min_ps}
                   .params(kOp, target_logits);
   if (seed) p.seed = seed_params(kOp, *seed, target_logits);
@@ -238,12 +293,17 @@ Tensor run_reveal(OptionalTensor scores, Tensor masked, OptionalTensor entropy, 
 STABLE_TORCH_LIBRARY_FRAGMENT(dflash_ext, m) {
   m.def(
       "sample(Tensor logits, Tensor seed, float temperature, float top_k, float top_p, float min_p, "
-      "Tensor? temperatures, Tensor? top_ks, Tensor? top_ps, Tensor? min_ps, bool confidence) "
+      "Tensor? temperatures, Tensor? top_ks, Tensor? top_ps, Tensor? min_ps, Tensor? token_counts, Tensor? logit_bias, "
+      "Tensor? table_rows, float repetition_penalty, float presence_penalty, float frequency_penalty, "
+      "Tensor? repetition_penalties, Tensor? presence_penalties, Tensor? frequency_penalties, bool confidence) "
       "-> (Tensor ids, Tensor reals)");
   m.def(
       "verify(Tensor draft_tokens, Tensor target_logits, Tensor? draft_logits, Tensor? draft_pivot, "
       "Tensor? draft_normaliser, Tensor? seed, Tensor? uniforms, Tensor? draft_lens, float temperature, float top_k, "
-      "float top_p, float min_p, Tensor? temperatures, Tensor? top_ks, Tensor? top_ps, Tensor? min_ps) "
+      "float top_p, float min_p, Tensor? temperatures, Tensor? top_ks, Tensor? top_ps, Tensor? min_ps, "
+      "Tensor? token_counts, Tensor? logit_bias, Tensor? table_rows, float repetition_penalty, "
+      "float presence_penalty, float frequency_penalty, "
+      "Tensor? repetition_penalties, Tensor? presence_penalties, Tensor? frequency_penalties) "
       "-> (Tensor accepted, Tensor next_token)");
   m.def(
       "reveal(Tensor? scores, Tensor masked, Tensor? entropy, int rule, float limit, Tensor? limits) "

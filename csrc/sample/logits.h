@@ -2,7 +2,7 @@
 #pragma once
 
 #include "common/simd.h"
-#include "sample/filters.h"
+#include "sample/penalties.h"
 
 namespace dflash::DFLASH_ISA {
 
@@ -22,6 +22,37 @@ struct Logits {
     return v;
   }
   DFLASH_MEMBER Real operator[](int64_t token) const { return load<Vector<Real, 1>>(x + token)[0]; }
+};
+
+// A row of logits after its bias and its penalties. It is scratch memory, which a thread's rows use one after another.
+template <class Real>
+class PenalisedLogits {
+ public:
+  explicit PenalisedLogits(int64_t vocab) : logits_(vocab + Logits<Real, Real>::kLanes), vocab_(vocab) {}
+
+  template <class T>
+  const Real* of(const T* x, const Penalties<Real>& penalties) const {
+    using Wide = typename Logits<Real, Real>::Wide;
+    constexpr int kLanes = lanes_of<Wide>;
+    const Logits<T, Real> from{x, vocab_};
+    const Logits<Real, Real> bias{penalties.bias, vocab_};
+    for (int64_t i = 0; i < vocab_; i += kLanes) {
+      store(logits_.data() + i, penalties.bias ? from.at(i) + bias.at(i) : from.at(i));
+    }
+    if (penalties.counts == nullptr) return logits_.data();
+    for (int64_t i = 0; i < vocab_; ++i) {
+      if (penalties.counts[i] != 0) logits_.data()[i] = penalties(from[i], i);
+    }
+    for (int j = 0; j < penalties.drafted; ++j) {
+      const int64_t token = penalties.drafts[j];
+      logits_.data()[token] = penalties(from[token], token);
+    }
+    return logits_.data();
+  }
+
+ private:
+  const Array<Real> logits_;
+  const int64_t vocab_;
 };
 
 // Masses: exp((x - origin) / temperature) * scale for tokens whose logit x is at least `lowest`, 0 for the others.

@@ -21,6 +21,18 @@ struct FilterParams {
   bool any;                                 // top_k, top_p or min_p is given
 };
 
+// What changes logits before the temperature: a bias, and penalties for the tokens that a row has already. Both are in
+// tables of [tables, vocab]; row n has the table tables[n].
+struct PenaltyParams {
+  const int32_t* counts;  // how often the row has each token, -1 if in its prompt alone; null: no penalties
+  const void* bias;       // Real; null: none
+  int64_t bias_stride;    // vocab, or 0 where all rows have one bias
+  const int64_t* tables;  // [rows]; null: row n has table n
+  PerRow repetition, presence, frequency;
+
+  bool any() const { return counts != nullptr || bias != nullptr; }
+};
+
 struct SeedParams {
   const int64_t* values;
   bool per_row;  // values [rows]; otherwise [1]
@@ -35,6 +47,7 @@ struct SampleParams {
   int64_t rows, vocab;
   const void* logits;  // [rows, vocab]
   int64_t stride;
+  PenaltyParams penalties;
   FilterParams filters;
   SeedParams seed;
   bool confidence;
@@ -55,6 +68,7 @@ struct VerifyParams {
   const void* pivots;          // [rows, drafted] Real, and normalisers likewise, for kDescribed
   const void* normalisers;
   RowStrides target_strides, draft_strides;
+  PenaltyParams penalties;  // of the target's logits; the drafts before a position count as tokens that the row has
   FilterParams filters;
   SeedParams seed;         // where `uniforms` is null
   const double* uniforms;  // [rows, drafted + 1]

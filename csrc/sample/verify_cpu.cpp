@@ -8,14 +8,25 @@ struct Verdict {
   int64_t accepted, next_token;
 };
 
+// The type of the target's logits as they are used: as they lie in memory, or as the penalties leave them.
+template <class T, class Real, bool kPenalised>
+struct TargetType {
+  using type = T;
+};
 template <class T, class Real>
+struct TargetType<T, Real, true> {
+  using type = Real;
+};
+
+template <class T, class Real, bool kPenalised>
 class Verifier {
+  using X = typename TargetType<T, Real, kPenalised>::type;
   using Wide = typename Logits<T, Real>::Wide;
-  using Workspace = typename Row<T, Real>::Workspace;
 
  public:
   explicit Verifier(const VerifyParams& p)
-      : p_(p), target_(p.vocab, p.filters.any), draft_(p.draft == Draft::kFiltered ? p.vocab : 0, p.filters.any) {}
+      : p_(p), penalised_(kPenalised ? p.vocab : 0), target_(p.vocab, p.filters.any),
+        draft_(p.draft == Draft::kFiltered ? p.vocab : 0, p.filters.any) {}
 
   Verdict verify(int64_t row) const {
     const Filters<Real> filters(p_.filters, row);
@@ -28,7 +39,7 @@ class Verifier {
  private:
   Verdict verify_greedy(int64_t row, const int64_t* tokens, int64_t drafted) const {
     for (int64_t k = 0;; ++k) {
-      Row<T, Real> target(logits(p_.target, p_.target_strides, row, k), p_.vocab, 1, target_);
+      Row<X, Real> target(target_logits(row, k), p_.vocab, 1, target_);
       target.read_maxima();
       if (k == drafted || tokens[k] != target.argmax()) return {k, target.argmax()};
     }
@@ -37,10 +48,10 @@ class Verifier {
   Verdict verify_sampled(int64_t row, const int64_t* tokens, int64_t drafted, const Filters<Real>& filters) const {
     const double draw = uniform(row, p_.drafted);
     for (int64_t k = 0;; ++k) {
-      Row<T, Real> target = filtered(logits(p_.target, p_.target_strides, row, k), filters, target_);
+      Row<X, Real> target = filtered<X>(target_logits(row, k), filters, target_);
       if (k == drafted) return {k, target.draw(draw)};
 
-      const Masses<T, Real> p = target.probabilities();
+      const Masses<X, Real> p = target.probabilities();
       const int64_t drafted_token = tokens[k];
       int64_t token;
       if (is_point_mass(row, k)) {
@@ -71,17 +82,28 @@ class Verifier {
 
   Masses<T, Real> draft_probabilities(int64_t row, int64_t k, const Filters<Real>& filters) const {
     const T* x = logits(p_.draft_logits, p_.draft_strides, row, k);
-    if (p_.draft == Draft::kFiltered) return filtered(x, filters, draft_).probabilities();
+    if (p_.draft == Draft::kFiltered) return filtered<T>(x, filters, draft_).probabilities();
     const Real pivot = static_cast<const Real*>(p_.pivots)[row * p_.drafted + k];
     const Real normaliser = static_cast<const Real*>(p_.normalisers)[row * p_.drafted + k];
     const Real t = filters.temperature;
     return {{x, p_.vocab}, smallest_logit(pivot, t), normaliser * t, 1 / t, 1};
   }
 
-  Row<T, Real> filtered(const T* x, const Filters<Real>& filters, const Workspace& workspace) const {
-    auto row = Row<T, Real>::read(x, p_.vocab, filters.temperature, workspace);
+  template <class Y>
+  Row<Y, Real> filtered(const Y* x, const Filters<Real>& filters,
+                        const typename Row<Y, Real>::Workspace& workspace) const {
+    auto row = Row<Y, Real>::read(x, p_.vocab, filters.temperature, workspace);
     if (p_.filters.any) row.filter(filters);
     return row;
+  }
+
+  const X* target_logits(int64_t row, int64_t k) const {
+    const T* x = logits(p_.target, p_.target_strides, row, k);
+    if constexpr (kPenalised) {
+      return penalised_.of(x, Penalties<Real>(p_.penalties, row, p_.vocab, p_.tokens + row * p_.drafted, k));
+    } else {
+      return x;
+    }
   }
 
   static const T* logits(const void* tensor, const RowStrides& strides, int64_t row, int64_t k) {
@@ -94,17 +116,27 @@ class Verifier {
   }
 
   const VerifyParams& p_;
-  const Workspace target_, draft_;
+  const PenalisedLogits<Real> penalised_;
+  const typename Row<X, Real>::Workspace target_;
+  const typename Row<T, Real>::Workspace draft_;
 };
+
+template <class T, class Real, bool kPenalised>
+static void verify_rows(const VerifyParams& params, int64_t begin, int64_t end) {
+  const Verifier<T, Real, kPenalised> verifier(params);
+  for (int64_t row = begin; row < end; ++row) {
+    const Verdict verdict = verifier.verify(row);
+    params.accepted[row] = verdict.accepted;
+    params.next_token[row] = verdict.next_token;
+  }
+}
 
 void verify(const VerifyParams& params, int64_t begin, int64_t end) {
   with_types(params.dtype, [&](auto logit, auto real) {
-    const Verifier<decltype(logit), decltype(real)> verifier(params);
-    for (int64_t row = begin; row < end; ++row) {
-      const Verdict verdict = verifier.verify(row);
-      params.accepted[row] = verdict.accepted;
-      params.next_token[row] = verdict.next_token;
-    }
+    using T = decltype(logit);
+    using Real = decltype(real);
+    params.penalties.any() ? verify_rows<T, Real, true>(params, begin, end)
+                           : verify_rows<T, Real, false>(params, begin, end);
   });
 }
 

@@ -6,6 +6,7 @@ from .kv import kv_inject
 from .linear import linear
 from .linear_loss import linear_cross_entropy
 from .loss import masked_cross_entropy
+from .penalties import count_tokens_
 from .reveal import reveal, reveal_count
 from .sampling import sample
 from .sharded_loss import sharded_linear_cross_entropy
@@ -18,6 +19,7 @@ __all__ = [
     "Verification",
     "block_attn",
     "block_attn_decode",
+    "count_tokens_",
     "kv_inject",
     "linear",
     "linear_cross_entropy",

@@ -10,7 +10,13 @@ from torch import Tensor
 LOGITS_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 # The bounds of numbers that are not 0. A temperature beyond them, or its inverse, does not fit into float32.
-_RANGES = {"temperature": (1e-30, 1e30), "top_k": (1, math.inf), "min_p": (0.0, 1.0)}
+_RANGES = {
+    "temperature": (1e-30, 1e30),
+    "top_k": (1, math.inf),
+    "min_p": (0.0, 1.0),
+    "presence_penalty": (-1e30, 1e30),
+    "frequency_penalty": (-1e30, 1e30),
+}
 
 
 def by_row(op: str, shape: torch.Size, **numbers: float | Tensor | None) -> dict[str, float | Tensor | None]:

@@ -11,6 +11,7 @@ from ..native import load
 from ..reference import Sample
 from .backends import warn_once
 from .logits import LOGITS_DTYPES, by_row, check_last_dim, filter_arguments, real_dtype
+from .penalties import penalties, penalty_arguments
 from .random import SAMPLE, seed_tensor, uniforms_of
 
 load()
@@ -25,6 +26,12 @@ def sample(
     top_k: int | Tensor | None = None,
     top_p: float | Tensor | None = None,
     min_p: float | Tensor | None = None,
+    repetition_penalty: float | Tensor | None = None,
+    presence_penalty: float | Tensor | None = None,
+    frequency_penalty: float | Tensor | None = None,
+    token_counts: Tensor | None = None,
+    logit_bias: Tensor | None = None,
+    table_rows: Tensor | None = None,
     return_filtered_entropy: bool = False,
     return_confidence: bool = False,
 ) -> Sample | tuple[Sample, Tensor] | tuple[Sample, Tensor, Tensor]:
@@ -41,19 +48,32 @@ def sample(
         temperature: 0 takes the argmax (the lowest index among equals).
         top_k, top_p, min_p: filters, applied in this order after temperature. top_k None, 0 or -1, top_p None or
             >= 1, and min_p None or 0 are off. The most probable token is always kept.
+        repetition_penalty, presence_penalty, frequency_penalty: as in vLLM. They change the logits of the tokens that a
+            row has already, before the temperature, and so at temperature 0 too. The logit x of a token of the prompt
+            or of the output becomes x / repetition_penalty where x > 0, and x * repetition_penalty elsewhere. That of a
+            token of the output is then lowered by presence_penalty, and by frequency_penalty for each time that the
+            token is there. None is off, as are 1 for the first and 0 for the others.
+        token_counts: int32 ``[N, V]``, contiguous: how often each token is in a row's output, and -1 for a token that
+            is in its prompt alone. ``count_tokens_`` keeps such a table. Penalties need it. N is the number of rows.
+        logit_bias: floating ``[V]``, or ``[N, V]`` for one in each row. It is added to the logits before the
+            penalties; -inf bans a token.
+        table_rows: int ``[...]``, the rows of the tables token_counts ``[R, V]`` and logit_bias ``[R, V]`` that belong
+            to the rows of logits, if the tables have other rows than these.
         return_filtered_entropy: also return the entropy of the distribution after the filters, ``[...]``.
         return_confidence: also return the token's probability under softmax(logits), at temperature 1 and before the
             filters, ``[...]``. LLaDA and Fast-dLLM call it the confidence and reveal positions by it, whatever the
             temperature of the draw. At other temperatures than 0 and 1 it costs another read of the logits.
 
-    temperature and the filters are numbers, or tensors of no dimensions or ``[...]``. Numbers out of range are
+    temperature, filters and penalties are numbers, or tensors of no dimensions or ``[...]``. Numbers out of range are
     refused. The values of a tensor are not checked, because nothing waits for them. So every value has a meaning there:
     a filter of NaN is off, a top_k below 1 is off and a fractional one is rounded down, a min_p above 1 counts as 1, a
-    temperature that is NaN or below 1e-30 counts as 0, and one above 1e30 as 1e30.
+    temperature that is NaN or below 1e-30 counts as 0, and one above 1e30 as 1e30. A repetition_penalty that is NaN or
+    not above 0 is off, and so are other penalties of NaN. On CUDA, a table row that does not exist is not noticed.
 
-    A logit that is NaN counts as -inf, so its token is never drawn. If all logits of a row are NaN, its token is 0, and
-    its ``prob`` and measures are NaN. A row with a logit of +inf, for which softmax would give NaN, is a point mass at
-    the first such token, whose ``prob`` is 1.
+    What follows is meant of the logits after the bias and the penalties. A logit that is NaN counts as -inf, so its
+    token is never drawn. If all logits of a row are NaN, its token is 0, and its ``prob`` and measures are NaN. A row
+    with a logit of +inf, for which softmax would give NaN, is a point mass at the first such token, whose ``prob`` is
+    1.
 
     The filters keep or drop tokens of equal logits together. A pivot and a normaliser then describe the filtered
     distribution, and ``verify`` needs no second pass over the draft's logits. The filters of transformers sort the
@@ -76,18 +96,28 @@ def sample(
         raise ValueError(f"sample: logits is {shown(logits)}; floating [..., V], V > 0, is needed")
     shape = logits.shape[:-1]
     filters = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
-    check_one_device("sample", logits=logits, seed=seed, **filters)
+    tables = {"token_counts": token_counts, "logit_bias": logit_bias, "table_rows": table_rows}
+    numbers = {
+        "repetition_penalty": repetition_penalty,
+        "presence_penalty": presence_penalty,
+        "frequency_penalty": frequency_penalty,
+    }
+    check_one_device("sample", logits=logits, seed=seed, **filters, **tables, **numbers)
     check_last_dim("sample", "logits", logits)
     filters = by_row("sample", shape, **filters)
+    changes = penalties("sample", logits, shape, **tables, **numbers)
     seed = seed_tensor("sample", seed, shape, logits.device)
     logits = logits.detach().reshape(shape.numel(), logits.shape[-1])
     asked = {"return_filtered_entropy": return_filtered_entropy, "return_confidence": return_confidence}
     if logits.is_cuda and logits.dtype == torch.float64:
         warn_once("sample", logits.device)
-        result = reference.sample(logits, uniforms_of(seed, SAMPLE, len(logits), 1)[:, 0], **filters, **asked)
+        result = reference.sample(
+            logits, uniforms_of(seed, SAMPLE, len(logits), 1)[:, 0], **filters, **changes, **asked
+        )
         drawn, *more = result if any(asked.values()) else (result,)
     else:
-        ids, reals = _native.sample(logits, seed, *filter_arguments(logits, **filters), return_confidence)
+        arguments = *filter_arguments(logits, **filters), *penalty_arguments(logits, changes)
+        ids, reals = _native.sample(logits, seed, *arguments, return_confidence)
         token, argmax = ids.unbind()
         prob, logprob, entropy, margin, max_prob, pivot, normaliser, filtered_entropy, *confidence = reals.unbind()
         drawn = Sample(token, prob, logprob, entropy, margin, argmax, max_prob, pivot, normaliser)

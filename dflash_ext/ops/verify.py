@@ -11,6 +11,7 @@ from ..native import load
 from ..reference import Verification
 from .backends import warn_once
 from .logits import LOGITS_DTYPES, as_contiguous, by_row, check_last_dim, filter_arguments, real_dtype
+from .penalties import penalties, penalty_arguments
 from .random import VERIFY, seed_tensor, uniforms_of
 
 load()
@@ -30,6 +31,12 @@ def verify(
     top_k: int | Tensor | None = None,
     top_p: float | Tensor | None = None,
     min_p: float | Tensor | None = None,
+    repetition_penalty: float | Tensor | None = None,
+    presence_penalty: float | Tensor | None = None,
+    frequency_penalty: float | Tensor | None = None,
+    token_counts: Tensor | None = None,
+    logit_bias: Tensor | None = None,
+    table_rows: Tensor | None = None,
     draft_lens: Tensor | None = None,
 ) -> Verification:
     """The longest prefix of a draft that the target accepts, and the target's own token after it.
@@ -54,6 +61,10 @@ def verify(
         uniforms: ``[B, K + 1]`` in [0, 1), in the place of a seed: one for each draft token, and the last for the draw.
         temperature, top_k, top_p, min_p: numbers, or tensors of no dimensions or ``[B]``. Rows of temperature 0 and of
             higher temperatures may be mixed.
+        repetition_penalty, presence_penalty, frequency_penalty, token_counts, logit_bias, table_rows: as in ``sample``,
+            with B for N. They apply to the target. Its entry k counts, beside ``token_counts``, the drafted tokens
+            before k. The draft need not have had them, because any q is lawful; but q is what it was drawn from, so
+            that ``draft_logits`` are those after the draft's own penalties and bias.
         draft_lens: int ``[B]``, the number of drafted tokens in each row. Later ones are ignored. The default is K.
 
     Returns:
@@ -74,6 +85,12 @@ def verify(
             f"[{batch}, {drafted + 1}, V] is needed"
         )
     filters = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
+    tables = {"token_counts": token_counts, "logit_bias": logit_bias, "table_rows": table_rows}
+    numbers = {
+        "repetition_penalty": repetition_penalty,
+        "presence_penalty": presence_penalty,
+        "frequency_penalty": frequency_penalty,
+    }
     check_one_device(
         "verify",
         draft_tokens=draft_tokens,
@@ -85,6 +102,8 @@ def verify(
         uniforms=uniforms,
         draft_lens=draft_lens,
         **filters,
+        **tables,
+        **numbers,
     )
     vocab = target_logits.shape[2]
     for name, given, shape in (
@@ -105,6 +124,7 @@ def verify(
         if given is not None:
             check_last_dim("verify", name, given)
     filters = by_row("verify", draft_tokens.shape[:1], **filters)
+    changes = penalties("verify", target_logits, draft_tokens.shape[:1], **tables, **numbers)
     if seed is not None and uniforms is not None:
         raise ValueError("verify: seed and uniforms are both given; one of them is needed")
     rows = draft_tokens.shape[:1]
@@ -128,6 +148,7 @@ def verify(
                 as_contiguous(uniforms, torch.float64),
                 as_contiguous(draft_lens, torch.int64),
                 *filter_arguments(target_logits, **filters),
+                *penalty_arguments(target_logits, changes),
             )
         )
     if seed is not None:
@@ -142,6 +163,7 @@ def verify(
         uniforms=uniforms,
         draft_lens=draft_lens,
         **filters,
+        **changes,
     )
 
 

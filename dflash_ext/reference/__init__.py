@@ -10,6 +10,7 @@ from .linear import linear
 from .linear_loss import linear_cross_entropy
 from .loss import CrossEntropy, masked_cross_entropy
 from .masks import decode_mask
+from .penalties import penalised_logits
 from .reveal import reveal, reveal_count, reveal_limit
 from .sampling import Sample, filter_logits, sample
 from .soft_embedding import soft_embedding
@@ -27,6 +28,7 @@ __all__ = [
     "linear",
     "linear_cross_entropy",
     "masked_cross_entropy",
+    "penalised_logits",
     "reveal",
     "reveal_count",
     "reveal_limit",

@@ -26,3 +26,13 @@ def softcapped(x: Tensor, softcap: float | None) -> Tensor:
 def entropy_of(logp: Tensor) -> Tensor:
     """The entropy in nats of log-probabilities over the last dimension, some of which may be -inf."""
     return -(logp.exp() * logp.clamp(min=torch.finfo(logp.dtype).min)).sum(-1)
+
+
+def per_row(value: float | Tensor | None, rows: Tensor) -> Tensor | None:
+    """A number, or one number per row, as something that broadcasts against ``rows [N, V]``."""
+    if value is None:
+        return None
+    dtype = torch.promote_types(rows.dtype, torch.float32)
+    if isinstance(value, Tensor):
+        return value.to(dtype).reshape(-1, 1)
+    return torch.full((1, 1), value, dtype=dtype, device=rows.device)

@@ -8,7 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .numerics import entropy_of, widened, without_nan
+from .numerics import entropy_of, per_row, widened, without_nan
+from .penalties import penalised_logits
 
 
 def filter_logits(
@@ -108,13 +109,17 @@ def sample(
     min_p: float | Tensor | None = None,
     return_filtered_entropy: bool = False,
     return_confidence: bool = False,
+    **penalties: float | Tensor | None,
 ) -> Sample | tuple[Sample, Tensor] | tuple[Sample, Tensor, Tensor]:
     """Draws one token per row by inverse CDF in vocabulary order, from one number of [0, 1) per row.
 
     logits: ``[N, V]``. uniform: ``[N]``, any floating dtype. The filters are those of ``filter_logits``.
     return_filtered_entropy also returns the entropy of the filtered distribution, ``[N]``. return_confidence also
-    returns the token's probability at temperature 1 and before the filters, ``[N]``.
+    returns the token's probability at temperature 1 and before the filters, ``[N]``. penalties: the arguments of
+    ``penalised_logits``.
     """
+    if penalties:
+        logits = penalised_logits(logits, **penalties)
     filtered = filter_logits(logits, temperature, top_k, top_p, min_p)
     token = inverse_cdf(torch.softmax(filtered, dim=-1), uniform)
 
@@ -150,13 +155,3 @@ def inverse_cdf(mass: Tensor, uniform: Tensor) -> Tensor:
     total = cdf[:, -1:]
     passed = (cdf > uniform.double()[:, None] * total) | (cdf == total)
     return (passed & (mass > 0)).to(torch.uint8).argmax(-1)
-
-
-def per_row(value: float | Tensor | None, rows: Tensor) -> Tensor | None:
-    """A number, or one number per row, as something that broadcasts against ``rows [N, V]``."""
-    if value is None:
-        return None
-    dtype = torch.promote_types(rows.dtype, torch.float32)
-    if isinstance(value, Tensor):
-        return value.to(dtype).reshape(-1, 1)
-    return torch.full((1, 1), value, dtype=dtype, device=rows.device)

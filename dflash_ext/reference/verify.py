@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .numerics import without_nan
+from .penalties import counts_before, of_rows, penalised_logits
 from .sampling import filter_logits, inverse_cdf, plain_logits, plain_temperature
 
 
@@ -38,12 +39,16 @@ def verify(
     top_p: float | Tensor | None = None,
     min_p: float | Tensor | None = None,
     draft_lens: Tensor | None = None,
+    **penalties: float | Tensor | None,
 ) -> Verification:
     """Speculative sampling (arXiv 2211.17192, 2302.01318); see ``dflash_ext.verify`` for shapes and rules.
 
-    A draft token outside the vocabulary is rejected: no distribution has it.
+    A draft token outside the vocabulary is rejected: no distribution has it. penalties: the arguments of
+    ``penalised_logits``, of the target's logits.
     """
     batch, drafted = draft_tokens.shape
+    if penalties:
+        target_logits = _penalised(draft_tokens, target_logits, **penalties)
     device = draft_tokens.device
     drafted_lens = torch.full((batch,), drafted, device=device) if draft_lens is None else draft_lens.clamp(0, drafted)
     real = torch.arange(drafted, device=device) < drafted_lens[:, None]
@@ -94,3 +99,21 @@ def _filtered_probs(logits: Tensor, *filters: float | Tensor | None) -> Tensor:
     count = logits.shape[1]
     filters = (f.repeat_interleave(count) if isinstance(f, Tensor) and f.dim() else f for f in filters)
     return torch.softmax(filter_logits(logits.flatten(0, 1), *filters), dim=-1).view(logits.shape)
+
+
+def _penalised(
+    drafts: Tensor, logits: Tensor, token_counts: Tensor | None = None, table_rows: Tensor | None = None, **others
+) -> Tensor:
+    """The target's logits ``[B, K + 1, V]``, where slot k has the committed tokens and the drafts before k."""
+    count = logits.shape[1]
+    others = {
+        n: x.repeat_interleave(count) if n != "logit_bias" and isinstance(x, Tensor) and x.dim() else x
+        for n, x in others.items()
+    }
+    bias = others.pop("logit_bias", None)
+    if bias is not None and bias.dim() == 2:
+        bias = of_rows(bias, table_rows).repeat_interleave(count, 0)
+    if token_counts is not None:
+        token_counts = counts_before(of_rows(token_counts, table_rows), drafts).flatten(0, 1)
+    x = penalised_logits(logits.flatten(0, 1), token_counts=token_counts, logit_bias=bias, **others)
+    return x.view(logits.shape)

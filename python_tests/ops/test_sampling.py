@@ -203,9 +203,11 @@ def test_threads_and_batches_change_nothing():
 def test_registration():
     logits, numbers = rows(4, 50), torch.tensor([0.5, 0.9, 1.0, 0.1])
     seeds = torch.arange(4)
+    counts, bias = torch.ones(9, 50, dtype=torch.int32), torch.zeros(50, dtype=torch.float64)
+    tables = (counts, bias, seeds, 1.2, 0.0, 0.3, None, numbers.double(), None)
     for arguments in (
-        (logits, SEED, 1.0, 0.0, 1.0, 0.0, None, None, None, None, False),
-        (logits.double(), seeds, 1.0, 5.0, 1.0, 0.0, numbers.double(), None, numbers.double(), None, True),
+        (logits, SEED, 1.0, 0.0, 1.0, 0.0, *[None] * 7, 1.0, 0.0, 0.0, *[None] * 3, False),
+        (logits.double(), seeds, 1.0, 5.0, 1.0, 0.0, numbers.double(), None, numbers.double(), None, *tables, True),
     ):
         torch.library.opcheck(torch.ops.dflash_ext.sample, arguments)
 

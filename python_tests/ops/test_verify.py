@@ -205,7 +205,10 @@ def test_registration():
     draft, target, given = case(30, torch.float32, "described", OPTIONS["plain"], 5)
     names = ("draft_logits", "draft_pivot", "draft_normaliser")
     arguments = (draft, target, *(given[name] for name in names), SEED, None, None, 0.9, 5.0, 1.0, 0.0, *[None] * 4)
-    torch.library.opcheck(torch.ops.dflash_ext.verify, arguments)
+    counts, bias = torch.ones(BATCH, 30, dtype=torch.int32), torch.zeros(BATCH, 30)
+    for tables in ([None] * 3, (counts, bias, None)):
+        penalties = (*tables, 1.2, 0.0, 0.3, *[None] * 3)
+        torch.library.opcheck(torch.ops.dflash_ext.verify, arguments + penalties)
 
     @torch.compile(fullgraph=True, backend="aot_eager")
     def compiled(draft, target, seed, lens):
