@@ -7,6 +7,8 @@
 // every block adds up the columns that fall to it (sm90/cluster_sums.h). Clusters start in the plan's order, longest
 // first.
 //
+// Where the context is constant, the producer fills the stages with it while the previous kernel still runs.
+//
 // The grid depends on shapes alone, and the work on the plan, so that one captured graph serves all lengths. Tiles of
 // keys begin at multiples of their length, so that a page is made of whole boxes.
 #include <algorithm>
@@ -41,21 +43,24 @@ __global__ void __launch_bounds__(Tiling::kThreads, Tiling::kBlocks)
     for (const CUtensorMap* map : {&maps.q, &maps.k, &maps.v}) prefetch_tensormap(*map);
     shared.init();
     fence_mbarrier_init();
-    wait_for_previous_kernel();
+    if (!p.context_is_constant) wait_for_previous_kernel();
     shared.slice = {*plan, p.plan_entries > 1 ? plan->entry : static_cast<int>(entry),
                     static_cast<int>(item - outer * layout.kv_heads), block.rank, block.ranks};
   }
   __syncthreads();
-  wait_for_previous_kernel();
   const bool has_keys = shared.slice.begin < shared.slice.end;
   if (threadIdx.x >= Tiling::kConsumerThreads) {
     if constexpr (Tiling::kMovesRegisters) setmaxnreg_dec<Tiling::kProducerRegisters>();
     const bool is_producer = threadIdx.x < Tiling::kConsumerThreads + 32;
-    if (is_producer && has_keys) DecodeProducer<Tiling>{block}.run();
+    DecodeProducer<Tiling> producer{block};
+    if (is_producer && has_keys && p.context_is_constant) producer.load_context();
+    wait_for_previous_kernel();
+    if (is_producer && has_keys) producer.load_the_rest();
     launch_dependents();
     if (is_producer && block.ranks > 1) block.sums().send_all();
   } else {
     if constexpr (Tiling::kMovesRegisters) setmaxnreg_inc<Tiling::kConsumerRegisters>();
+    wait_for_previous_kernel();
     DecodeConsumer<T, Tiling> rows{block};
     // A block without keys reads its rows only if no block of the item has keys.
     if (has_keys || shared.slice.tiles.count == 0) rows.read_rows();

@@ -1,4 +1,4 @@
-// The two ends of a decoding cycle, with one warp a row.
+// The two ends of a decoding cycle, with one warp a row, and the clock.
 #include "common/launch.h"
 #include "cycle/params.h"
 
@@ -21,6 +21,12 @@ __global__ void __launch_bounds__(kThreads) end_cycle_sm80(const EndCycleParams 
   end_cycle_row(params, row, stopped, lane, 32);
 }
 
+__global__ void mark_time_sm80(int64_t* nanoseconds) {
+  uint64_t now;
+  asm volatile("mov.u64 %0, %globaltimer;" : "=l"(now));
+  *nanoseconds = static_cast<int64_t>(now);
+}
+
 LaunchShape shape_of(int64_t rows) { return {.blocks = (rows + kWarps - 1) / kWarps, .threads = kThreads}; }
 
 }  // namespace
@@ -29,6 +35,13 @@ LaunchShape shape_of(int64_t rows) { return {.blocks = (rows + kWarps - 1) / kWa
 const char* begin_cycle_sm80(const BeginCycleParams& params, void* stream) {
   return checked_launch([&] {
     return launch_kernel(device::begin_cycle_sm80, device::shape_of(params.rows), static_cast<cudaStream_t>(stream), params);
+  });
+}
+
+const char* mark_time_sm80(int64_t* nanoseconds, void* stream) {
+  return checked_launch([&] {
+    return launch_kernel(device::mark_time_sm80, {.blocks = 1, .threads = 1}, static_cast<cudaStream_t>(stream),
+                         nanoseconds);
   });
 }
 

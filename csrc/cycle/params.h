@@ -95,5 +95,6 @@ DFLASH_HOST_DEVICE inline void end_cycle_row(const EndCycleParams& p, int64_t ro
 
 const char* begin_cycle_sm80(const BeginCycleParams& params, void* stream);
 const char* end_cycle_sm80(const EndCycleParams& params, void* stream);
+const char* mark_time_sm80(int64_t* nanoseconds, void* stream);
 
 }  // namespace dflash

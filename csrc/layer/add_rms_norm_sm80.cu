@@ -1,5 +1,5 @@
-// Adds to the residual stream and normalises it, with one block a row. The row stays in shared memory between its two
-// reads.
+// Adds to the residual stream and normalises it, with one block a row, or one warp a row where rows are short. The row
+// stays in shared memory between its two reads.
 #include "common/dependent_launch.h"
 #include "common/dispatch.h"
 #include "layer/launch.h"
@@ -9,29 +9,36 @@ namespace dflash {
 namespace device {
 namespace {
 
-constexpr int kThreads = 256;
+constexpr int kThreads = 256, kWarpWidth = 1024;  // a warp takes rows of this width and less
 
 struct Sum {
   float value = 0;
   DFLASH_INLINE void merge(const Sum& other) { value += other.value; }
 };
 
-template <class T>
+// kRowThreads is 32, or all threads of the block.
+template <class T, int kRowThreads>
 struct NormedRow {
   static constexpr int kSize = Chunk<T>::kSize;
   const AddRmsNormParams& p;
   float* row;  // shared memory
   const bool aligned;
 
-  // Calls f(index, values) with this thread's chunks of the row in shared memory.
+  // Calls f(index) with the places of this thread's chunks in the row.
   template <class F>
   DFLASH_INLINE void for_each_chunk(F&& f) const {
-    for (int i = threadIdx.x * kSize; i < p.width; i += kThreads * kSize) f(i);
+    for (int i = threadIdx.x % kRowThreads * kSize; i < p.width; i += kRowThreads * kSize) f(i);
   }
 
   // The factor that the norm multiplies all values by.
   DFLASH_INLINE float scale(float squares) const {
-    return rsqrtf(block_merge<kThreads>(Sum{squares}).value / p.width + float(p.eps));
+    if constexpr (kRowThreads == 32) {
+#pragma unroll
+      for (int mask = 16; mask > 0; mask >>= 1) squares += __shfl_xor_sync(~0u, squares, mask);
+    } else {
+      squares = block_merge<kThreads>(Sum{squares}).value;
+    }
+    return rsqrtf(squares / p.width + float(p.eps));
   }
 
   DFLASH_INLINE void weight(float (&w)[kSize], const void* norm, int i) const {
@@ -41,8 +48,8 @@ struct NormedRow {
     for (int k = 0; k < kSize; ++k) w[k] += one;
   }
 
-  DFLASH_INLINE void run() const {
-    const int64_t start = int64_t(blockIdx.x) * p.width;
+  DFLASH_INLINE void run(int64_t which) const {
+    const int64_t start = which * p.width;
     T* residual = static_cast<T*>(p.residual) + start;
     float update_scale = 1;
     if (p.update_norm) {
@@ -89,13 +96,24 @@ struct NormedRow {
   }
 };
 
-template <class T>
+template <class T, int kRowThreads>
 __global__ void __launch_bounds__(kThreads) add_rms_norm_sm80(const AddRmsNormParams params) {
-  extern __shared__ __align__(16) float row[];
+  extern __shared__ __align__(16) float rows[];
   overlap_with_neighbours();
+  const int of_block = threadIdx.x / kRowThreads;
+  const int64_t row = int64_t(blockIdx.x) * (kThreads / kRowThreads) + of_block;
+  if (row >= params.rows) return;
   const bool aligned = is_aligned(params.residual) && is_aligned(params.norm) && is_aligned(params.out) &&
                        is_aligned(params.update) && is_aligned(params.update_norm);
-  NormedRow<T>{params, row, aligned}.run();
+  NormedRow<T, kRowThreads>{params, rows + of_block * params.width, aligned}.run(row);
+}
+
+template <class T, int kRowThreads>
+cudaError_t launch_add_rms_norm(const AddRmsNormParams& params, cudaStream_t stream) {
+  constexpr int kRows = kThreads / kRowThreads;
+  LaunchShape shape{.blocks = (params.rows + kRows - 1) / kRows, .threads = kThreads,
+                    .shared_bytes = static_cast<int>(kRows * params.width * sizeof(float))};
+  return launch_layer_kernel(add_rms_norm_sm80<T, kRowThreads>, shape, stream, params);
 }
 
 }  // namespace
@@ -103,9 +121,8 @@ __global__ void __launch_bounds__(kThreads) add_rms_norm_sm80(const AddRmsNormPa
 
 const char* add_rms_norm_sm80(const AddRmsNormParams& params, void* stream) {
   return launch_by_dtype<float, __nv_bfloat16, __half>(params.dtype, stream, [&]<class T>(cudaStream_t stream) {
-    LaunchShape shape{.blocks = params.rows, .threads = device::kThreads,
-                      .shared_bytes = static_cast<int>(params.width * sizeof(float))};
-    return launch_layer_kernel(device::add_rms_norm_sm80<T>, shape, stream, params);
+    if (params.width <= device::kWarpWidth) return device::launch_add_rms_norm<T, 32>(params, stream);
+    return device::launch_add_rms_norm<T, device::kThreads>(params, stream);
   });
 }
 

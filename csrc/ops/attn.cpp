@@ -226,7 +226,7 @@ void run_decode_on_cpu(AttentionForwardParams& p, const Tensor& q) {
 
 Tensor decode(Tensor q, Tensor k_cache, Tensor v_cache, Tensor ctx_lo, Tensor ctx_hi, Tensor blk_lo, Tensor blk_hi,
               int64_t kv_len, std::optional<Tensor> block_table, std::optional<Tensor> plan, bool exact,
-              std::optional<double> scale, std::optional<double> softcap) {
+              bool constant_context, std::optional<double> scale, std::optional<double> softcap) {
   constexpr const char* kOp = "block_attn_decode";
   const Mask mask{ctx_lo, ctx_hi, blk_lo, blk_hi};
   Tensor out = torch::stable::empty_like(q);
@@ -242,6 +242,7 @@ Tensor decode(Tensor q, Tensor k_cache, Tensor v_cache, Tensor ctx_lo, Tensor ct
   } else {
     run(DecodeParams{}, [&](DecodeParams& p) {
       p.exact = exact;
+      p.context_is_constant = constant_context;
       run_decode_on_gpu(p, q, mask, plan);
     });
   }
@@ -263,8 +264,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(dflash_ext, m) {
       "bool deterministic) -> (Tensor grad_q, Tensor grad_k, Tensor grad_v)");
   m.def(
       "block_attn_decode(Tensor q, Tensor k_cache, Tensor v_cache, Tensor ctx_lo, Tensor ctx_hi, Tensor blk_lo, "
-      "Tensor blk_hi, SymInt kv_len, Tensor? block_table, Tensor? plan, bool exact, float? scale, float? softcap) "
-      "-> Tensor");
+      "Tensor blk_hi, SymInt kv_len, Tensor? block_table, Tensor? plan, bool exact, bool constant_context, "
+      "float? scale, float? softcap) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(dflash_ext, CPU, m) {

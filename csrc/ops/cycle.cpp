@@ -96,6 +96,19 @@ std::tuple<Tensor, Tensor> end_cycle(Tensor state, Tensor slots, Tensor stops, T
   return {records, kept};
 }
 
+Tensor mark_time(Tensor like) {
+  constexpr const char* kOp = "mark_time";
+  check(!like.is_cpu(), kOp, ": it reads a GPU's clock");
+  Tensor time = new_empty(like, {}, ScalarType::Long);
+#ifdef DFLASH_EXT_CUDA
+  const CudaScope cuda(like);
+  check_launch(kOp, mark_time_sm80(numbers(time), cuda.stream()));
+#else
+  fail(kOp, ": this build has no CUDA kernels");
+#endif
+  return time;
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(dflash_ext, m) {
@@ -105,14 +118,17 @@ STABLE_TORCH_LIBRARY_FRAGMENT(dflash_ext, m) {
   m.def(
       "end_cycle(Tensor(a!) state, Tensor slots, Tensor stops, Tensor readings, Tensor drafted, Tensor accepted, "
       "Tensor next) -> (Tensor records, Tensor kept)");
+  m.def("mark_time(Tensor like) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(dflash_ext, CPU, m) {
   m.impl("begin_cycle", TORCH_BOX(&begin_cycle));
   m.impl("end_cycle", TORCH_BOX(&end_cycle));
+  m.impl("mark_time", TORCH_BOX(&mark_time));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(dflash_ext, CUDA, m) {
+  m.impl("mark_time", TORCH_BOX(&mark_time));
   m.impl("begin_cycle", TORCH_BOX(&begin_cycle));
   m.impl("end_cycle", TORCH_BOX(&end_cycle));
 }

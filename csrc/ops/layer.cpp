@@ -134,6 +134,8 @@ Tensor rotate_to_cache_op(Tensor projected, Tensor k_cache, Tensor v_cache, Tens
     check_places(p);
     run_on_cpu(rotate_to_cache, p, p.entries * p.rows, 1 + 16384 / projected.size(1));
   } else {
+    check(p.head_dim % (dtype == ScalarType::Float ? 4 : 8) == 0, kOp, ": a head_dim of ", p.head_dim,
+          " is not supported on a GPU; multiples of 16 bytes are");
     DFLASH_RUN_ON_GPU(kOp, rotate_to_cache_sm80, p, projected);
   }
   return queries;

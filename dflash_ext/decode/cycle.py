@@ -5,6 +5,7 @@ With a drafter: draft, verify, commit. Without one: the same without a draft, wh
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -66,13 +67,20 @@ class TargetForward:
         return set(self.stack.rotary)
 
     def hidden(
-        self, tokens: Tensor, positions: Tensor, start: Tensor, counts: Tensor, slots: Tensor
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        start: Tensor,
+        counts: Tensor,
+        slots: Tensor,
+        taps: Sequence[int] = (),
     ) -> tuple[Tensor, Tensor | None]:
         """Reads tokens [B, R], of which the first `counts` [B] of a row exist.
 
         Args:
             positions: int64 [B, R], from `start` [B] on; -1 for tokens that do not exist.
             slots: int32 [B].
+            taps: the layers whose outputs are the features.
 
         Returns the output of the last layer [B, R, H] and the features [B, R, taps * H], None without taps.
         """
@@ -82,7 +90,7 @@ class TargetForward:
             for kind, window in self.windows.items()
         }
         rows = Rows(positions, positions, slots, masks)
-        hidden, features = self.stack.forward(self.embed(tokens).flatten(0, 1), rows, self.cache, self.target.tap_ids)
+        hidden, features = self.stack.forward(self.embed(tokens).flatten(0, 1), rows, self.cache, taps)
         return hidden.view(*tokens.shape, -1), None if features is None else features.view(*tokens.shape, -1)
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -118,6 +126,7 @@ class Cycle:
     def __init__(self, state: State, target: TargetForward, draft: BlockDraft | None):
         self.state, self.target, self.draft = state, target, draft
         self.width = draft.width if draft else 0
+        self.taps = target.target.tap_ids if draft else ()
 
     def __call__(self, slots: Tensor, drawing: Drawing, width: int, watch: Stopwatch) -> Tensor:
         """Advances the rows in these slots (int64 [B]) by one cycle that drafts `width` tokens.
@@ -134,9 +143,9 @@ class Cycle:
             logits = self.draft.denoise(rows)
             drafted, drawn = draw(logits, rows.seed, rows.start + 1, options)
             tokens = torch.cat([tokens, drafted], dim=1)
-            watch.stop()
         watch.start("verify")
-        hidden, features = self.target.hidden(tokens, rows.positions, rows.start, rows.q_len, rows.slots)
+        placed = rows.positions, rows.start, rows.q_len, rows.slots
+        hidden, features = self.target.hidden(tokens, *placed, self.taps)
         chance = options and {"seed": rows.seed + rows.start} | options
         # Drafted tokens for which the row has no room are padding for the target, and are not verified.
         result = verify(drafted, self.target.logits(hidden), draft_lens=rows.room, **chance, **drawn)

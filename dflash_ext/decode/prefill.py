@@ -48,7 +48,7 @@ def prefill(cycle: Cycle, requests: Sequence[Request], drawing: Drawing) -> Tens
         column = torch.arange(part.shape[1], device=state.device)
         positions = torch.where(column < counts[:, None], first + column, -1)
         begin = torch.full_like(rows.start, first)
-        hidden, features = cycle.target.hidden(part, positions, begin, counts, rows.slots)
+        hidden, features = cycle.target.hidden(part, positions, begin, counts, rows.slots, cycle.taps)
         if cycle.draft is not None:
             cycle.draft.inject(features, positions, rows.slots)
         # The output of a row's last token, if it is in this chunk.

@@ -6,32 +6,47 @@ import time
 from collections import defaultdict
 
 import torch
+from torch import Tensor
+
+from ..ops.cycle import mark_time
 
 
 class Stopwatch:
     """Adds up the seconds of named phases: wall time on the CPU, CUDA events on a GPU, which wait for nothing.
 
     Args:
-        captured: the phases are those of a CUDA graph that is being captured. A replay then records the events anew,
+        captured: the phases are those of a CUDA graph that is being captured. A replay then reads the GPU's clock anew,
             so that `lap` gives the seconds of the last replay.
     """
 
     def __init__(self, device: torch.device, *, captured: bool = False):
-        self.cuda, self.captured = device.type == "cuda", captured
+        self.device, self.cuda, self.captured = device, device.type == "cuda", captured
         self.marks: list[tuple[str, object, object]] = []
+        self.running: tuple[str, object] | None = None
 
     def _now(self):
         if not self.cuda:
             return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True, external=self.captured)
+        if self.captured:
+            return mark_time(torch.empty(0, device=self.device))
+        event = torch.cuda.Event(enable_timing=True)
         event.record()
         return event
 
     def start(self, phase: str) -> None:
-        self.phase, self.begin = phase, self._now()
+        """Begins a phase, and ends the one that is running."""
+        now = self._now()
+        self._end(now)
+        self.running = phase, now
 
     def stop(self) -> None:
-        self.marks.append((self.phase, self.begin, self._now()))
+        """Ends the phase that is running."""
+        self._end(self._now())
+
+    def _end(self, now) -> None:
+        if self.running is not None:
+            self.marks.append((*self.running, now))
+            self.running = None
 
     def lap(self) -> dict[str, float]:
         """Seconds by phase since the last lap."""
@@ -39,7 +54,13 @@ class Stopwatch:
             torch.cuda.synchronize()
         seconds: dict[str, float] = defaultdict(float)
         for phase, begin, end in self.marks:
-            seconds[phase] += begin.elapsed_time(end) / 1e3 if self.cuda else end - begin
+            seconds[phase] += _seconds(begin, end)
         if not self.captured:
             self.marks.clear()
         return seconds
+
+
+def _seconds(begin, end) -> float:
+    if isinstance(begin, float):
+        return end - begin
+    return (end - begin).item() / 1e9 if isinstance(begin, Tensor) else begin.elapsed_time(end) / 1e3

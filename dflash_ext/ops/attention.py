@@ -86,6 +86,7 @@ def block_attn_decode(
     scale: float | None = None,
     softcap: float | None = None,
     exact: bool = False,
+    constant_context: bool = False,
 ) -> Tensor:
     """``block_attn`` of a few rows against a key and value cache, for decoding. It has no gradient.
 
@@ -101,6 +102,10 @@ def block_attn_decode(
         scale, softcap: as in ``block_attn``.
         exact: whether the bits of a row's result depend on its own query and the keys that it sees alone, and not on
             the rest of the batch, the length or layout of the cache, or other rows' bounds. On the CPU they always do.
+        constant_context: the caller promises that the kernel in front of this one in the stream, which may write q and
+            the block's own keys and values, writes neither mask nor block_table, nor keys and values before the later
+            one of the rows' two intervals. This holds for a decoding step, in which the cached tokens are older than
+            the block. The Hopper kernel then loads cached keys before the kernel in front of it has ended.
 
     Returns:
         ``[B, Hq, Lq, D]`` in q's dtype, 0 for rows that see no key.
@@ -124,7 +129,8 @@ def block_attn_decode(
         if tiles is not None:
             kv_heads = k_cache.shape[1 if block_table is None else 2]
             tiles = mask.tiles_for(q.shape[1], kv_heads, q.shape[3], decode=True)
-        out = _block_attn_decode(q, k_cache, v_cache, *keys[0], keys[1], block_table, tiles, exact, scale, softcap)
+        options = exact, constant_context, scale, softcap
+        out = _block_attn_decode(q, k_cache, v_cache, *keys[0], keys[1], block_table, tiles, *options)
         if q.is_cuda:
             warn_of_portable_kernels(q.device)
         return out
@@ -280,7 +286,7 @@ def _(grad_out, grad_lse, q, k, v, *rest):
 
 
 @torch.library.register_fake("dflash_ext::block_attn_decode")
-def _(q, k, v, ctx_lo, ctx_hi, blk_lo, blk_hi, kv_len, block_table, plan, exact, scale, softcap):
+def _(q, k, v, ctx_lo, ctx_hi, blk_lo, blk_hi, kv_len, block_table, plan, exact, constant_context, scale, softcap):
     caches, bounds = {"k_cache": k, "v_cache": v}, (ctx_lo, ctx_hi, blk_lo, blk_hi)
     _check("block_attn_decode", q, caches, bounds, kv_len, scale, softcap, block_table)
     return torch.empty_like(q)

@@ -11,7 +11,7 @@ from ..native import load
 from .autograd import has_no_gradient
 from .backends import hopper_kernels_serve
 from .devices import autocast
-from .layer import gated
+from .layer import add_rms_norm, gated
 
 load()
 _linear = torch.ops.dflash_ext.linear.default
@@ -31,6 +31,7 @@ def linear(
     norm_plus_one: bool = False,
     gate: str | None = None,
     residual: Tensor | None = None,
+    overwrites_residual: bool = False,
     exact: bool = False,
     constant_weight: bool = False,
 ) -> Tensor:
@@ -53,6 +54,8 @@ def linear(
         norm_plus_one: multiplies by 1 + norm (Gemma).
         gate: "silu" (Llama, Qwen) or "gelu_tanh" (Gemma); None for none.
         residual: ``[..., N]``, added at the end.
+        overwrites_residual: residual may be overwritten, and the result may take its place. PyTorch's product then adds
+            to it without a kernel of its own.
         exact: on a GPU, a row gets the same bits at any number of rows and at any place among them. On the CPU a row
             always does.
         constant_weight: the caller promises that no earlier kernel in the stream writes the weight. This holds for a
@@ -87,7 +90,7 @@ def linear(
                 x, norm = _normalised(x, norm, norm_eps, norm_plus_one), None
             if not serves:
                 _check(x, weight, bias, norm, norm_eps, gate, residual)
-                return _by_steps(x, weight, bias, gate, residual)
+                return _by_steps(x, weight, bias, gate, residual, overwrites_residual)
         if residual is not None:
             residual = residual.contiguous()
         arguments = x.contiguous(), weight, bias, norm, norm_eps, norm_plus_one, GATES[gate], residual, constant_weight
@@ -110,13 +113,22 @@ def _hopper_serves(x: Tensor, exact: bool, most_rows: int) -> bool:
 
 @torch.no_grad()
 def _normalised(x: Tensor, norm: Tensor, eps: float, plus_one: bool) -> Tensor:
-    return F.rms_norm(x, x.shape[-1:], norm + 1 if plus_one else norm, eps)
+    width = x.shape[-1]
+    if x.dtype == torch.float64 or width % 8 or width > 24576:
+        return F.rms_norm(x, (width,), norm + 1 if plus_one else norm, eps)
+    return add_rms_norm(x.reshape(-1, width).contiguous(), norm, eps=eps, plus_one=plus_one).view(x.shape)
 
 
 @torch.no_grad()
-def _by_steps(x: Tensor, weight: Tensor, bias: Tensor | None, gate: str | None, residual: Tensor | None) -> Tensor:
+def _by_steps(
+    x: Tensor, weight: Tensor, bias: Tensor | None, gate: str | None, residual: Tensor | None, overwrites_residual: bool
+) -> Tensor:
     """The same without a norm by PyTorch's own operators, for a GPU."""
     with torch.autocast(x.device.type, enabled=False):
+        if overwrites_residual and residual is not None and gate is None and bias is None:
+            if residual.is_contiguous():
+                rows = residual.view(-1, weight.shape[0])
+                return rows.addmm_(x.reshape(-1, x.shape[-1]), weight.t()).view(residual.shape)
         # As two dimensions: torch would make a product of rows with gaps between them batch by batch.
         y = F.linear(x.reshape(-1, x.shape[-1]), weight, bias).view(*x.shape[:-1], weight.shape[0])
     if gate is not None and y.numel() > 0 and y.dtype != torch.float64 and y.shape[-1] % 16 == 0:

@@ -76,7 +76,7 @@ def test_hidden_states_and_logits_are_the_models_own(name):
             rows[row, :count] = ids[row, start : start + count]
         column = torch.arange(rows.shape[1])
         positions = torch.where(column < counts[:, None], lengths[:, None] + column, -1)
-        hidden, features = forward.hidden(rows, positions, lengths, counts, slots)
+        hidden, features = forward.hidden(rows, positions, lengths, counts, slots, TAPS)
         logits = forward.logits(hidden)
         for row, (start, count) in enumerate(zip(lengths, counts, strict=True)):
             there = slice(start, start + count)
@@ -97,7 +97,7 @@ def test_rounding_in_bfloat16_is_no_worse_than_the_models_own(name):
     forward = TargetForward(rounded, slots=4, tokens=100)
     positions = torch.arange(40).expand(4, -1).contiguous()
     start, counts = torch.zeros(4, dtype=torch.int64), torch.full((4,), 40)
-    got = forward.hidden(ids, positions, start, counts, torch.arange(4, dtype=torch.int32))[1]
+    got = forward.hidden(ids, positions, start, counts, torch.arange(4, dtype=torch.int32), TAPS)[1]
     own = rounded.features(ids)
     for tap in range(len(TAPS)):
         there = slice(64 * tap, 64 * (tap + 1))

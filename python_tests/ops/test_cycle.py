@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dflash_ext.ops.cycle import FIELDS, begin_cycle, end_cycle
+from dflash_ext.ops.cycle import FIELDS, begin_cycle, end_cycle, mark_time
 
 START, ANCHOR, LAST, ACTIVE = range(4)
 
@@ -65,6 +65,23 @@ def test_slots_that_do_not_exist_are_refused_on_the_cpu():
     state, _ = made(3, "cpu")
     with pytest.raises(RuntimeError, match="begin_cycle: slot 3 is outside the state of 3"):
         begin_cycle(state, torch.tensor([0, 3]), 1, 1)
+
+
+def test_a_replayed_graph_reads_the_clock_anew(device):
+    if device == "cpu":
+        with pytest.raises(RuntimeError, match="mark_time: it reads a GPU's clock"):
+            mark_time(torch.empty(0))
+        return
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        begin = mark_time(torch.empty(0, device=device))
+        torch.cuda._sleep(2_000_000)  # about a millisecond
+        end = mark_time(torch.empty(0, device=device))
+    times = []
+    for _ in range(2):
+        graph.replay()
+        times += [begin.item(), end.item()]
+    assert times == sorted(times) and 3e5 < times[1] - times[0] < 1e7
 
 
 def test_opcheck(device):

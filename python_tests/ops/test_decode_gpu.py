@@ -7,6 +7,7 @@ import torch
 from test_attention import any_int32, distance
 
 from dflash_ext import IntervalMask, block_attn_decode, reference
+from dflash_ext.ops.layer import rotate_to_cache
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("poisoned_memory")]
 
@@ -67,6 +68,37 @@ def test_any_lengths_in_a_dirty_cache(case, head_dim, dtype):
     q, k, v = filled(mask.batch, 8, 2, mask.q_len, mask.kv_len + 37, head_dim, dtype)
     for exact in (False, True):
         check(block_attn_decode(q, *dirty(mask, k, v), mask, exact=exact), q, k, v, mask)
+
+
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("case", ["draft", "verify", "one token", "fewer rows", "window", "long"])
+def test_a_constant_context_changes_no_bits(case, head_dim):
+    """The kernel in front of the attention writes the queries and the block's own keys, and ends late."""
+    long = IntervalMask.decode(lengths(1990, 2000, 0), 16, kv_len=2048, causal=True)
+    mask = long if case == "long" else CASES[case]()
+    mask = mask.plan(8, 2, head_dim, decode=True)
+    size = -(-mask.kv_len // 64) * 64
+    q, k, v = filled(mask.batch, 8, 2, mask.q_len, size, head_dim)
+    pages = [cache.transpose(1, 2) for cache in (k, v)]
+    table = torch.arange(mask.batch, dtype=torch.int32, device="cuda")[:, None]
+    want = block_attn_decode(q, *pages, mask, block_table=table)
+    of_block = torch.zeros(mask.batch, size, dtype=torch.bool, device="cuda")
+    for entry, (low, high) in enumerate(zip(mask.blk_lo.tolist(), mask.blk_hi.tolist(), strict=True)):
+        of_block[entry, min(low) : max(high)] = True
+    positions = torch.where(of_block, torch.arange(size, device="cuda"), -1)
+    projected = torch.cat(
+        [
+            x.transpose(1, 2).flatten(2)
+            for x in (torch.zeros(mask.batch, 8, size, head_dim, device="cuda", dtype=q.dtype), k, v)
+        ],
+        dim=2,
+    )
+    angles = torch.ones(size, 1, device="cuda"), torch.zeros(size, 1, device="cuda")
+    for cache in (k, v):
+        cache.masked_fill_(of_block[:, None, :, None], 0)
+    rotate_to_cache(projected.flatten(0, 1), k, v, positions, positions, table[:, 0], *angles)
+    got = block_attn_decode(q, *pages, mask, block_table=table, constant_context=True)
+    assert torch.equal(got, want)
 
 
 @pytest.mark.parametrize("head_dim", [64, 128])
@@ -222,6 +254,6 @@ def test_opcheck(exact):
     """The schema says that a call writes to none of its arguments, the plan included."""
     mask = CASES["verify"]().plan(8, 2, 64, decode=True)
     bounds = mask.ctx_lo, mask.ctx_hi, mask.blk_lo, mask.blk_hi
-    call = *filled(3, 8, 2, 16, 400, 64), *bounds, mask.kv_len, None, mask.tiles, exact, 0.1, None
+    call = *filled(3, 8, 2, 16, 400, 64), *bounds, mask.kv_len, None, mask.tiles, exact, False, 0.1, None
     tests = ("test_schema", "test_faketensor")
     torch.library.opcheck(torch.ops.dflash_ext.block_attn_decode, call, test_utils=tests)

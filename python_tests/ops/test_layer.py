@@ -26,7 +26,7 @@ def rounding(dtype, steps=1):
 
 
 @pytest.mark.parametrize("plus_one", [False, True])
-@pytest.mark.parametrize("width", [8, 64, 576, 1000])
+@pytest.mark.parametrize("width", [8, 64, 576, 1000, 1032, 4096])
 def test_add_rms_norm(device, width, plus_one):
     for dtype in dtypes_on(device):
         residual, update = (torch.randn(5, width, dtype=torch.float64).to(dtype).to(device) for _ in range(2))
@@ -52,7 +52,7 @@ def rotated(x, position, cos, sin):
     return torch.cat([first * c - second * s, second * c + first * s, rest], dim=-1)
 
 
-@pytest.mark.parametrize("head_dim, angles", [(64, 32), (16, 8), (128, 32), (24, 12)])
+@pytest.mark.parametrize("head_dim, angles", [(64, 32), (16, 8), (128, 32), (24, 12), (256, 128), (512, 96)])
 @pytest.mark.parametrize("normed", [False, True])
 def test_rotate_to_cache(device, head_dim, angles, normed):
     heads, kv_heads, batch, rows, slots, capacity = 6, 2, 3, 4, 5, 20

@@ -54,6 +54,21 @@ def test_matches_the_definition(dtype, shape, options, device, poisoned_memory):
     assert error(got) <= allowed_error(error(torchs), steps * torch.finfo(dtype).eps)
 
 
+@pytest.mark.parametrize("options", [OPTIONS["norm, residual"], OPTIONS["everything"]], ids=["plain", "gate and bias"])
+@pytest.mark.parametrize("rows", [3, 200])
+def test_a_residual_that_may_be_overwritten(rows, options, device):
+    x, weight, options = random_case(rows, 576, 192, torch.float32, device, **options)
+    want = linear(x, weight, **options)
+    residual = options.pop("residual")
+    got = linear(x, weight, **options, residual=residual.clone(), overwrites_residual=True)
+    torch.testing.assert_close(got, want)
+    with_gaps = torch.cat([residual, residual], dim=1)[:, :192]
+    torch.testing.assert_close(linear(x, weight, **options, residual=with_gaps, overwrites_residual=True), want)
+    if device == "cuda" and "gate" not in options:
+        assert linear(x, weight, **options, residual=residual, overwrites_residual=True) is not None
+        torch.testing.assert_close(residual, want)  # the product was added in place
+
+
 def test_the_definition_is_what_modules_compute():
     x, weight, options = random_case(3, 16, 8, torch.float64, **OPTIONS["everything"])
     normed = F.rms_norm(x, (16,), options["norm"], 0.1)

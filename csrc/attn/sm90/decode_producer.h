@@ -14,20 +14,33 @@ struct DecodeProducer {
   const int key = lane / Tiling::kPanels * block.layout.box_keys;  // the box's first, counted from the tile's
   const bool has_box = key < Tiling::kKeys;
   Stage<Tiling::kStages> stage{0, 1};
+  int visit = slice.begin;
+  int2 next{};  // where the lane's box of this visit lies: the block table is read one tile ahead
 
-  DFLASH_INLINE void run() {
+  // Loads tiles that lie before the second run of the plan's tile, as many as there are stages for.
+  DFLASH_INLINE void load_context() {
+    const int end = slice.plan.lo[1] < slice.plan.hi[1] ? slice.plan.lo[1] : 0;
+    const int last = min(slice.end, slice.begin + Tiling::kStages);
+    next = locate(visit);
+    while (visit < last && slice.key(visit) + Tiling::kKeys <= end) load_tile();
+  }
+
+  // Loads the queries, and all tiles that are not loaded yet.
+  DFLASH_INLINE void load_the_rest() {
     load_queries();
-    int2 next = locate(slice.begin);
-    for (int i = slice.begin; i < slice.end; ++i, stage.advance()) {
-      // The block table is read one tile ahead.
-      const int2 from = next;
-      next = locate(i + 1);
-      load(block.shared.k, block.maps.k, block.keys_at(stage.index), from);
-      load(block.shared.v, block.maps.v, block.values_at(stage.index), from);
-    }
+    next = locate(visit);
+    while (visit < slice.end) load_tile();
   }
 
  private:
+  DFLASH_INLINE void load_tile() {
+    const int2 from = next;
+    next = locate(++visit);
+    load(block.shared.k, block.maps.k, block.keys_at(stage.index), from);
+    load(block.shared.v, block.maps.v, block.values_at(stage.index), from);
+    stage.advance();
+  }
+
   DFLASH_INLINE void load_queries() {
     const DecodeLayout& layout = block.layout;
     Mbarrier& full = block.shared.q_full;

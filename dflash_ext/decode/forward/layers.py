@@ -88,7 +88,7 @@ class Stack:
         """Runs rows through all layers and adds their keys and values to the cache.
 
         Args:
-            hidden: [B * R, H], the embedded tokens, contiguous; may be overwritten.
+            hidden: [B * R, H], the embedded tokens, contiguous; is overwritten.
             taps: the layers whose outputs are wanted. The last layer's is the output of the final norm.
 
         Returns:
@@ -96,7 +96,7 @@ class Stack:
             [B * R, taps * H] (None without taps).
         """
         masks, table = self.planned(rows.masks), block_table(rows.slots)
-        features = hidden.new_empty(len(hidden), len(taps), hidden.shape[1]) if taps else None
+        tapped, is_kept = {}, False
         for index, layer in enumerate(self.layers):
             queries = rotate_to_cache(
                 self._linear(hidden, layer.qkv, layer.qkv_bias, norm=layer.attention_norm),
@@ -118,15 +118,16 @@ class Stack:
                 scale=self.scale,
                 softcap=self.softcap,
                 exact=self.exact,
+                constant_context=True,  # cached tokens are older than this forward
             )
             attended = attended.transpose(1, 2).reshape(len(hidden), -1)
-            hidden = self._add(hidden, attended, layer.out, layer.out_bias, layer.after_attention)
+            hidden = self._add(hidden, attended, layer.out, layer.out_bias, layer.after_attention, is_kept)
             inner = self._linear(hidden, layer.gate_up, layer.gate_up_bias, norm=layer.mlp_norm, gate=self.activation)
             hidden = self._add(hidden, inner, layer.down, layer.down_bias, layer.after_mlp)
-            for at, tap in enumerate(taps):
-                if tap == index:
-                    features[:, at] = self.normed(hidden) if index == len(self.layers) - 1 else hidden
-        return hidden, None if features is None else features.flatten(1)
+            is_kept = index in taps
+            if is_kept:
+                tapped[index] = self.normed(hidden) if index == len(self.layers) - 1 else hidden
+        return hidden, torch.cat([tapped[tap] for tap in taps], dim=1) if taps else None
 
     def normed(self, hidden: Tensor) -> Tensor:
         """The output of the final norm, [T, H]."""
@@ -136,11 +137,24 @@ class Stack:
         """The final norm and a head [V, H]: [..., H] to [..., V]."""
         return self._linear(hidden, weight, norm=self.final_norm)
 
-    def _add(self, hidden: Tensor, rows: Tensor, weight: Tensor, bias: Tensor | None, norm: Tensor | None) -> Tensor:
-        """The residual stream after a sublayer, whose output may pass a norm of its own."""
+    def _add(
+        self,
+        hidden: Tensor,
+        rows: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        norm: Tensor | None,
+        is_kept: bool = False,
+    ) -> Tensor:
+        """The residual stream after a sublayer, whose output may pass a norm of its own.
+
+        It may take the place of `hidden`, unless that is_kept.
+        """
         if norm is None:
-            return self._linear(rows, weight, bias, residual=hidden)
+            return self._linear(rows, weight, bias, residual=hidden, overwrites_residual=not is_kept)
         update = self._linear(rows, weight, bias)
+        if is_kept:
+            hidden = hidden.clone()
         add_rms_norm(hidden, norm, update=update, update_norm=norm, eps=self.eps, plus_one=self.plus_one)
         return hidden
 
