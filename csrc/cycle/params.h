@@ -29,10 +29,13 @@ struct BeginCycleParams {
 
 struct EndCycleParams {
   int64_t rows, width, stop_count;
-  int64_t state_rows;
+  int64_t state_rows, vocabulary;
   int64_t* state;                             // [state_rows, kFields]
   const int64_t *slots, *stops, *readings;    // [rows], [state_rows, stop_count], [kReadings, rows]
   const int64_t *drafted, *accepted, *next;   // [rows, width], [rows], [rows]
+  const void* logits;                         // [rows, width + 1, vocabulary], of `logit_bytes` each
+  int64_t logit_bytes;
+  uint64_t exponent;                          // the exponent bits of a logit; all of them are set in inf and NaN
   int64_t* records;                           // [rows, 4 + width]
   int64_t* kept;                              // [rows, width + 1]: the positions of committed tokens, or -1
 };
@@ -70,6 +73,15 @@ DFLASH_HOST_DEVICE inline bool finds_stop(const EndCycleParams& p, int64_t row, 
   return found;
 }
 
+// Whether the logit by which the row's next token was chosen is a finite number.
+DFLASH_HOST_DEVICE inline bool is_finite(const EndCycleParams& p, int64_t row) {
+  const int64_t at = (row * (p.width + 1) + p.accepted[row]) * p.vocabulary + p.next[row];
+  const uint64_t bits = p.logit_bytes == 2   ? static_cast<const uint16_t*>(p.logits)[at]
+                        : p.logit_bytes == 4 ? static_cast<const uint32_t*>(p.logits)[at]
+                                             : static_cast<const uint64_t*>(p.logits)[at];
+  return (bits & p.exponent) != p.exponent;
+}
+
 DFLASH_HOST_DEVICE inline void end_cycle_row(const EndCycleParams& p, int64_t row, bool stopped, int lane, int lanes) {
   const auto reading = [&](int64_t which) { return p.readings[which * p.rows + row]; };
   const bool active = reading(kActive) != 0;
@@ -79,12 +91,13 @@ DFLASH_HOST_DEVICE inline void end_cycle_row(const EndCycleParams& p, int64_t ro
     record[0] = active;
     record[1] = reading(kRoom);
     record[2] = accepted;
-    record[3] = p.next[row];
+    const bool finite = is_finite(p, row);
+    record[3] = finite ? p.next[row] : -1;
     if (active) {
       int64_t* state = p.state + p.slots[row] * kFields;
       state[kStart] = start + accepted + 1;
       state[kAnchor] = p.next[row];
-      state[kActive] = !stopped && start + accepted + 1 <= reading(kLast);
+      state[kActive] = finite && !stopped && start + accepted + 1 <= reading(kLast);
     }
   }
   for (int64_t i = lane; i < p.width; i += lanes) p.records[row * (4 + p.width) + 4 + i] = p.drafted[row * p.width + i];

@@ -57,21 +57,37 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> begin_cycle(Tensor state, Ten
   return {readings, slots32, positions, block_positions, block_places};
 }
 
+uint64_t exponent_bits(ScalarType dtype) {
+  if (dtype == ScalarType::BFloat16) return 0x7f80;
+  if (dtype == ScalarType::Half) return 0x7c00;
+  return dtype == ScalarType::Float ? 0x7f800000 : 0x7ff0000000000000;
+}
+
 std::tuple<Tensor, Tensor> end_cycle(Tensor state, Tensor slots, Tensor stops, Tensor readings, Tensor drafted,
-                                     Tensor accepted, Tensor next) {
+                                     Tensor accepted, Tensor next, Tensor logits) {
   constexpr const char* kOp = "end_cycle";
   check_state(kOp, state, slots);
-  check(drafted.dim() == 2 && stops.dim() == 2, kOp, ": drafted must be [B, K], stops [slots, n]");
+  check(drafted.dim() == 2 && stops.dim() == 2 && logits.dim() == 3, kOp,
+        ": drafted must be [B, K], stops [slots, n], logits [B, K + 1, V]");
   EndCycleParams p{};
   p.rows = slots.size(0);
   p.width = drafted.size(1);
   p.stop_count = stops.size(1);
   p.state_rows = state.size(0);
+  p.vocabulary = logits.size(2);
   check_tensor(kOp, "stops", stops, state, ScalarType::Long, {p.state_rows, p.stop_count});
   check_tensor(kOp, "readings", readings, state, ScalarType::Long, {kReadings, p.rows});
   check_tensor(kOp, "drafted", drafted, state, ScalarType::Long, {p.rows, p.width});
   check_tensor(kOp, "accepted", accepted, state, ScalarType::Long, {p.rows});
   check_tensor(kOp, "next", next, state, ScalarType::Long, {p.rows});
+  const ScalarType dtype = logits.scalar_type();
+  check(dtype == ScalarType::Float || dtype == ScalarType::BFloat16 || dtype == ScalarType::Half ||
+            dtype == ScalarType::Double,
+        kOp, ": logits must be floating");
+  check_tensor(kOp, "logits", logits, state, dtype, {p.rows, p.width + 1, p.vocabulary});
+  p.logits = logits.data_ptr();
+  p.logit_bytes = dtype == ScalarType::Double ? 8 : dtype == ScalarType::Float ? 4 : 2;
+  p.exponent = exponent_bits(dtype);
   Tensor records = new_empty(state, {p.rows, 4 + p.width}, ScalarType::Long);
   Tensor kept = new_empty(state, {p.rows, p.width + 1}, ScalarType::Long);
   p.state = numbers(state);
@@ -117,7 +133,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(dflash_ext, m) {
       "Tensor positions, Tensor block_positions, Tensor block_places)");
   m.def(
       "end_cycle(Tensor(a!) state, Tensor slots, Tensor stops, Tensor readings, Tensor drafted, Tensor accepted, "
-      "Tensor next) -> (Tensor records, Tensor kept)");
+      "Tensor next, Tensor logits) -> (Tensor records, Tensor kept)");
   m.def("mark_time(Tensor like) -> Tensor");
 }
 

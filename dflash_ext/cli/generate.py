@@ -26,6 +26,7 @@ from .options import (
     MinP,
     Prompts,
     Seed,
+    StopStrings,
     TargetName,
     Temperature,
     Tokenizer,
@@ -53,6 +54,7 @@ def generate(
     top_k: TopK = None,
     top_p: TopP = None,
     min_p: MinP = None,
+    stop: StopStrings = None,
     block_size: BlockSize = None,
     batch_size: DecodeBatch = 8,
     seed: Seed = 0,
@@ -98,26 +100,25 @@ def generate(
     )
     numbers = list(encoded)
     streaming = len(conversations) == 1
-    answer: list[int] = []
 
-    def stream(_index: int, tokens: list[int]) -> None:
-        # A token may be half a character, or lose its space when it is decoded alone. So the whole answer is decoded,
-        # and what is new in it is printed.
-        shown = tok.decode(answer, skip_special_tokens=True).rstrip("\ufffd")
-        answer.extend(tokens)
-        sys.stdout.write(tok.decode(answer, skip_special_tokens=True).rstrip("\ufffd")[len(shown) :])
+    def stream(_index: int, text: str) -> None:
+        sys.stdout.write(text)
         sys.stdout.flush()
 
     def finish(index: int, completion) -> None:
-        text = tok.decode(completion.tokens, skip_special_tokens=True)
         number = numbers[index]
         if file:
-            row = {"index": number, "text": text, "finish_reason": completion.finish_reason, "tau": completion.tau}
+            row = {
+                "index": number,
+                "text": completion.text,
+                "finish_reason": completion.finish_reason,
+                "tau": completion.tau,
+            }
             file.write(json.dumps(row) + "\n")
             file.flush()
         elif not streaming:
             console.rule(f"prompt {number + 1}")
-            console.print(text, markup=False, highlight=False)
+            console.print(completion.text, markup=False, highlight=False)
 
     with replacing(output) if output else nullcontext() as file:
         decoded = decode(
@@ -130,11 +131,13 @@ def generate(
             top_p=top_p,
             min_p=min_p,
             stop_token_ids=stop_tokens(tok, model),
+            stop_strings=stop,
+            tokenizer=tok,
             block_size=block_size,
             batch_size=batch_size,
             seed=seed,
             exact=exact,
-            on_tokens=stream if streaming else None,
+            on_text=stream if streaming else None,
             on_finish=finish,
         )
     if streaming:

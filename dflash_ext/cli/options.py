@@ -58,6 +58,10 @@ MinP = Annotated[
     float | None,
     typer.Option(min=0, max=1, help="Sample only from tokens at least this fraction as likely as the likeliest."),
 ]
+StopStrings = Annotated[
+    list[str] | None,
+    typer.Option("--stop", metavar="<text>", help="End an answer before this text. May be given several times."),
+]
 
 
 def _block_size(text: str | int) -> int | str:

@@ -48,6 +48,30 @@ def stop_ids(tokens: int | Iterable[int] | None) -> frozenset[int]:
     return frozenset(int(token) for token in each)
 
 
+def stop_texts(strings: str | Iterable[str] | None, tokenizer) -> tuple[str, ...]:
+    """The strings that end a row, given as one, several or None.
+
+    Raises TypeError for anything else, and ValueError for an empty string, for one with a special token, which is no
+    text, or if there is no tokenizer.
+    """
+    each = [] if strings is None else [strings] if isinstance(strings, str) else strings
+    each = tuple(each) if isinstance(each, Iterable) else (each,)
+    if not all(isinstance(string, str) for string in each):
+        raise TypeError(f"decode: stop_strings is {shown(strings)}; a string, a sequence of them or None is needed")
+    if "" in each:
+        raise ValueError("decode: stop_strings has an empty string, which would end every answer at once")
+    if each and tokenizer is None:
+        raise ValueError("decode: stop_strings need a tokenizer, by which tokens become text")
+    for string in each:
+        for special in getattr(tokenizer, "all_special_tokens", ()):
+            if special in string:
+                raise ValueError(
+                    f"decode: the stop string {string!r} has the special token {special!r}, which is no part of the "
+                    "text: stop_token_ids takes special tokens"
+                )
+    return each
+
+
 def per_prompt(name: str, given: object, count: int) -> list[float]:
     """The temperature or a filter for each of `count` prompts, given as one number for all or one number for each.
 

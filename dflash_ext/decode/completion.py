@@ -10,8 +10,11 @@ class Completion:
     """The answer to one prompt.
 
     Attributes:
-        tokens: the new tokens, including the stop token if one ended the row.
-        finish_reason: "stop" or "length".
+        tokens: the new tokens, including the stop token if one ended the row. A stop string is left out, and so is a
+            token that holds any part of it.
+        text: the text of the answer, up to a stop string. It is None unless the engine has a tokenizer.
+        finish_reason: "stop", "length", "cancelled" or "error".
+        error: what ended the request if it failed.
         committed: the number of tokens that each cycle added to the row, bonus token included. The first token of the
             row comes from prefill and is not counted here.
         verified: the number of drafted tokens that each cycle verified. It is less than the drafted number where the
@@ -21,7 +24,9 @@ class Completion:
     """
 
     tokens: list[int] = field(default_factory=list)
+    text: str | None = None
     finish_reason: str | None = None
+    error: BaseException | None = None
     committed: list[int] = field(default_factory=list)
     verified: list[int] = field(default_factory=list)
     accepted: list[int] = field(default_factory=list)

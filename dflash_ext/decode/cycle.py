@@ -148,9 +148,11 @@ class Cycle:
         hidden, features = self.target.hidden(tokens, *placed, self.taps)
         chance = options and {"seed": rows.seed + rows.start} | options
         # Drafted tokens for which the row has no room are padding for the target, and are not verified.
-        result = verify(drafted, self.target.logits(hidden), draft_lens=rows.room, **chance, **drawn)
-        committed = drafted, result.accepted, result.next_token
-        records, kept = end_cycle(state.numbers, slots, state.stops, rows, *committed)
+        logits = self.target.logits(hidden)
+        result = verify(drafted, logits, draft_lens=rows.room, **chance, **drawn)
+        records, kept = end_cycle(
+            state.numbers, slots, state.stops, rows, drafted, result.accepted, result.next_token, logits
+        )
         if self.draft is not None:
             self.draft.inject(features, kept, rows.slots)
         watch.stop()

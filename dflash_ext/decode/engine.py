@@ -11,10 +11,11 @@ from torch import Tensor
 
 from ..models import DFlashDrafter, Target
 from ..ops.backends import hopper_kernels_serve
-from .arguments import AUTO, check_prompt, draft_width, integer, per_prompt, positive, stop_ids
+from .arguments import AUTO, check_prompt, draft_width, integer, per_prompt, positive, stop_ids, stop_texts
 from .completion import Completion, Decoded
 from .cycle import Cycle, Drawing, TargetForward
 from .draft import BlockDraft
+from .faults import detached
 from .forward.families import has_lean_forward
 from .graphs import runner
 from .pace import Pace, draft_widths
@@ -22,6 +23,7 @@ from .prefill import prefill, wave
 from .request import Request
 from .state import State
 from .stopwatch import Stopwatch
+from .text import Text
 
 
 @dataclass
@@ -63,6 +65,10 @@ class Engine:
             (`decode.pace`). It may also choose to draft nothing.
         exact: greedy tokens depend on the prompt alone, to the bit, also in bfloat16 or float16 on a GPU (Hopper): not
             on the drafter, on what it drafts, or on other requests. On a CPU that is so without this option.
+        tokenizer: a tokenizer of transformers, from which completions get their text. Stop strings need it.
+
+    A fault stays with its request: what a callback or the tokenizer raises, memory that does not suffice for this
+    request alone, or logits that are not finite. Its completion then has the finish_reason "error" and the `error`.
 
     An engine is not thread-safe: one thread submits, steps and cancels.
 
@@ -80,6 +86,7 @@ class Engine:
         max_length: int = 4096,
         block_size: int | str | None = None,
         exact: bool = False,
+        tokenizer=None,
     ):
         slots, max_length = positive("slots", slots, "row is decoded at a time"), integer("max_length", max_length)
         if not has_lean_forward(target):
@@ -90,7 +97,7 @@ class Engine:
         if exact and target.device.type == "cuda" and not (halves and hopper_kernels_serve(target.device)):
             raise ValueError(f"exact=True on a GPU needs Hopper and bfloat16 or float16; the target is {target.dtype}")
         width = draft_width(target, drafter, None if block_size == AUTO else block_size)
-        self.target, self.max_length = target, max_length
+        self.target, self.max_length, self.tokenizer = target, max_length, tokenizer
         self.watch = Stopwatch(target.device)
         self.state = State(slots, target.device)
         sizes = {"slots": slots + 1, "tokens": max_length}
@@ -104,6 +111,7 @@ class Engine:
         self.rows: dict[int, Request] = {}  # by slot, in the order of admission
         self.free = list(range(slots))
         self.records: deque[Record] = deque()
+        self.fault: BaseException | None = None  # the first one since `run` began
         self.cycles = 0
 
     def submit(
@@ -116,11 +124,15 @@ class Engine:
         top_p: float | None = None,
         min_p: float | None = None,
         stop_token_ids: int | Iterable[int] | None = None,
+        stop_strings: str | Iterable[str] | None = None,
         seed: int = 0,
         on_tokens: Callable[[list[int]], None] | None = None,
+        on_text: Callable[[str], None] | None = None,
         on_finish: Callable[[Completion], None] | None = None,
     ) -> Request:
         """Puts a prompt (token ids) into the queue. The options are those of `decode`.
+
+        A callback may submit and cancel requests. `on_finish` is called for requests that failed, too.
 
         Raises:
             ValueError: the prompt is empty, too long or outside of the vocabulary, or a number is out of range.
@@ -136,7 +148,10 @@ class Engine:
         given = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
         options = {name: per_prompt(name, value, 1)[0] for name, value in given.items()}
         stops = stop_ids(stop_token_ids)
-        request = Request(prompt, max_new_tokens, options, stops, integer("seed", seed), on_tokens, on_finish)
+        strings = stop_texts(stop_strings, self.tokenizer)
+        text = None if self.tokenizer is None else Text(self.tokenizer, strings)
+        seed = integer("seed", seed)
+        request = Request(prompt, max_new_tokens, options, stops, seed, text, on_tokens, on_text, on_finish)
         self.waiting.append(request)
         return request
 
@@ -144,29 +159,37 @@ class Engine:
         """Ends a request with what it has. Its finish_reason is "cancelled"; nothing is called back."""
         if request.done:
             return
-        request.completion.finish_reason = "cancelled"
+        request.end("cancelled")
         if request.slot is None:
             self.waiting.remove(request)
         else:
             self._release(request)
 
     def stream(self, request: Request) -> Iterator[list[int]]:
-        """Steps the engine until the request ends, and yields its new tokens as they are committed."""
+        """Steps the engine until the request ends, and yields its new tokens as they are committed.
+
+        Raises the error of a request that failed.
+        """
         seen = 0
         while True:
             tokens = request.completion.tokens
             if len(tokens) > seen:
                 yield tokens[seen:]
                 seen += len(tokens[seen:])
+            elif request.completion.error is not None:
+                raise request.completion.error
             elif request.done:
                 return
             else:
                 self.step()
 
     def run(self) -> None:
-        """Steps until every request has ended."""
+        """Steps until every request has ended. Then raises the first fault of a request, if there was one."""
+        self.fault = None
         while self.step():
             pass
+        if self.fault is not None:
+            raise self.fault
 
     @torch.no_grad()
     def step(self) -> bool:
@@ -174,23 +197,48 @@ class Engine:
 
         Returns whether there is more to do.
 
-        Raises what a callback raises, after its request has ended with it; the other requests go on at the next step.
+        Raises no fault of a request. An interrupt (such as Ctrl-C) in a callback is raised after all tokens have been
+        handed out.
         """
+        on_gpu = self.state.device.type == "cuda"
         if self.waiting and self.free:
             self._admit(wave(self.waiting, len(self.free)))
+        if not on_gpu:
+            self._read_but(0)
         if self.rows:
-            self._cycle()
+            self._together(list(self.rows.values()), self._cycle, is_prefill=False)
         # On a GPU the host reads one record behind, so that the device never waits for it.
-        behind = 1 if self.state.device.type == "cuda" and self.rows else 0
-        while len(self.records) > behind:
-            self._read(self.records.popleft())
+        self._read_but(1 if on_gpu and self.rows else 0)
         return bool(self.waiting or self.rows or self.records)
+
+    def _together(self, requests: list[Request], work: Callable[[list[Request]], Tensor], *, is_prefill: bool) -> None:
+        """Does `work` for these requests and keeps its record.
+
+        If it fails, it is done for each half of them, which takes less memory. So a request ends only by what it raises
+        alone.
+        """
+        try:
+            values = work(requests)
+        except Exception as error:
+            fault = detached(error)
+        else:
+            self.records.append(Record.of(requests, values, is_prefill=is_prefill))
+            return
+        if len(requests) == 1:
+            self._fail(requests[0], fault)
+            return
+        half = len(requests) // 2
+        for part in requests[:half], requests[half:]:
+            self._together(part, work, is_prefill=is_prefill)
 
     def _admit(self, requests: list[Request]) -> None:
         for request in requests:
             self.waiting.popleft()
             request.slot = self.free.pop(0)
             self.rows[request.slot] = request
+        self._together(requests, self._prefill, is_prefill=True)
+
+    def _prefill(self, requests: list[Request]) -> Tensor:
         if self.state.widen_stops(max(len(request.stops) for request in requests)):
             self.runner.reset()
         slots = torch.tensor([request.slot for request in requests], device=self.state.device)
@@ -205,16 +253,12 @@ class Engine:
         self.watch.start("prefill")
         first = prefill(self.cycle, requests, Drawing.of([request.options for request in requests]))
         self.watch.stop()
-        self.records.append(Record.of(requests, first, is_prefill=True))
-        if self.state.device.type == "cpu":
-            self._read(self.records.popleft())
+        return first
 
-    def _cycle(self) -> None:
-        requests = list(self.rows.values())
+    def _cycle(self, requests: list[Request]) -> Tensor:
         drawing = Drawing.of([request.options for request in requests])
         width = self._width(len(requests), drawing)
-        records = self.runner.run([request.slot for request in requests], drawing, width)
-        self.records.append(Record.of(requests, records, is_prefill=False))
+        return self.runner.run([request.slot for request in requests], drawing, width)
 
     def _width(self, rows: int, drawing: Drawing) -> int:
         """How many tokens the next cycle drafts."""
@@ -225,34 +269,57 @@ class Engine:
             self.costs[key] = {width: self.runner.cost(*key, width) for width in self.pace.widths}
         return self.pace.choose(self.costs[key])
 
+    def _read_but(self, count: int) -> None:
+        """Reads all records but the last `count`."""
+        while len(self.records) > count:
+            self._read(self.records.popleft())
+
     def _read(self, record: Record) -> None:
         values = record.read()
         self.cycles += not record.is_prefill and any(row[0] for row in values)
-        faults = []
+        interrupt = None
         for request, row in zip(record.requests, values, strict=True):
             if request.done:
                 continue
             try:
-                if record.is_prefill:
-                    request.commit([row])
-                else:
-                    _, verified, accepted, token, *drafted = row
-                    if self.pace is not None:
-                        self.pace.observe(verified, accepted)
-                    request.commit_cycle(drafted[:verified], accepted, token)
-            except BaseException as fault:  # a callback's; the other requests must get their tokens first
-                request.completion.finish_reason = request.completion.finish_reason or "error"
-                faults.append(fault)
+                self._commit(request, row, record.is_prefill)
+            except BaseException as fault:
+                self._fail(request, detached(fault))
+                interrupt = interrupt if isinstance(fault, Exception) else fault
             if request.done:
                 self._release(request)
-        if faults:
-            raise faults[0]
+        if interrupt is not None:
+            raise interrupt
+
+    def _commit(self, request: Request, row, is_prefill: bool) -> None:
+        _, verified, accepted, token, *drafted = (True, 0, 0, row) if is_prefill else row
+        if token < 0:
+            raise FloatingPointError(f"the target's logits are not finite after {request.decoded} decoded tokens")
+        if is_prefill:
+            request.commit([token])
+            return
+        if self.pace is not None:
+            self.pace.observe(verified, accepted)
+        request.commit_cycle(drafted[:verified], accepted, token)
+
+    def _fail(self, request: Request, fault: BaseException) -> None:
+        """Ends a request that has raised."""
+        self.fault = self.fault or fault
+        request.end("error", fault)
+        self._release(request)
+        try:
+            request.finish()
+        except Exception as another:
+            another.__context__ = fault
+            request.completion.error = detached(another)
 
     def _release(self, request: Request) -> None:
         """Gives the slot of a request that has ended to others. Until then nothing writes to it."""
-        self.state.freeze(torch.tensor([request.slot], device=self.state.device))
+        if self.rows.get(request.slot) is not request:
+            return
         del self.rows[request.slot]
         self.free.append(request.slot)
+        self.state.freeze(torch.tensor([request.slot], device=self.state.device))
 
     def add_times(self, decoded: Decoded) -> None:
         """Adds the cycles, and the seconds of each phase, since the last call."""

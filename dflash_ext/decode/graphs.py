@@ -25,8 +25,17 @@ class PlainRunner:
         self.watch = Stopwatch(self.device)
 
     def run(self, slots: Sequence[int], drawing: Drawing, width: int) -> Tensor:
-        """One cycle of the rows in these slots, which drafts `width` tokens. Returns their records as `Cycle` does."""
-        return self._call(slots, drawing, width, self.watch)
+        """One cycle of the rows in these slots, which drafts `width` tokens. Returns their records as `Cycle` does.
+
+        If the cycle raises, the state is what it was before.
+        """
+        numbers = self.cycle.state.numbers
+        before = numbers.clone()
+        try:
+            return self._call(slots, drawing, width, self.watch)
+        except BaseException:
+            numbers.copy_(before)
+            raise
 
     def size(self, rows: int) -> int:
         """The number of slots that a cycle of so many rows computes."""

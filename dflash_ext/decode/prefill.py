@@ -31,7 +31,7 @@ def prefill(cycle: Cycle, requests: Sequence[Request], drawing: Drawing) -> Tens
 
     A chunk's features go into the drafter's context at once, so that those of a whole prompt never exist together.
 
-    Returns int64 [B], the first token of each.
+    Returns int64 [B], the first token of each, -1 if its logit is not finite.
     """
     state = cycle.state
     slots = torch.tensor([request.slot for request in requests], device=state.device)
@@ -57,7 +57,9 @@ def prefill(cycle: Cycle, requests: Sequence[Request], drawing: Drawing) -> Tens
         ends = hidden.gather(1, at.clamp(0, part.shape[1] - 1)[:, None, None].expand(-1, 1, hidden.shape[2]))[:, 0]
         last = torch.where(here[:, None], ends, last)
     options = state.options_of(slots, drawing.filters)
-    anchors = draw(cycle.target.logits(last)[:, None], rows.seed, rows.start, options)[0][:, 0]
+    logits = cycle.target.logits(last)
+    anchors = draw(logits[:, None], rows.seed, rows.start, options)[0][:, 0]
+    finite = logits.gather(1, anchors[:, None])[:, 0].isfinite()
     stopped = (anchors[:, None] == state.stops.index_select(0, slots)).any(1)
-    state.set_anchors(slots, anchors, ~stopped & (rows.start <= rows.last))
-    return anchors
+    state.set_anchors(slots, anchors, finite & ~stopped & (rows.start <= rows.last))
+    return anchors.where(finite, -1)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from .completion import Completion
+from .text import Text
 
 
 @dataclass(eq=False)
@@ -14,8 +15,11 @@ class Request:
 
     Attributes:
         completion: the answer so far; complete when `done`.
-        on_tokens: called with newly committed tokens, cycle by cycle.
+        text: makes the answer's text, if the engine has a tokenizer.
+        on_tokens, on_text: called with newly committed tokens and with the text that they add, cycle by cycle.
         on_finish: called with the completion when the request ends.
+        decoded: the number of tokens that were decoded. The completion may have fewer, if a stop string ended it, or if
+            the last ones may be the beginning of one.
     """
 
     prompt: Sequence[int]
@@ -23,10 +27,13 @@ class Request:
     options: dict[str, float]
     stops: frozenset[int]
     seed: int
+    text: Text | None = None
     on_tokens: Callable[[list[int]], None] | None = None
+    on_text: Callable[[str], None] | None = None
     on_finish: Callable[[Completion], None] | None = None
     completion: Completion = field(default_factory=Completion)
     slot: int | None = None
+    decoded: int = 0
 
     @property
     def done(self) -> bool:
@@ -40,18 +47,45 @@ class Request:
         self.commit([*drafted[:accepted], bonus], in_cycle=True)
 
     def commit(self, tokens: list[int], *, in_cycle: bool = False) -> None:
-        """Adds tokens up to a stop token, and ends the request there or at its largest length."""
-        completion = self.completion
+        """Adds tokens up to a stop token or stop string, and ends the request there or at its largest length."""
         stop = next((i for i, token in enumerate(tokens) if token in self.stops), None)
         tokens = tokens if stop is None else tokens[: stop + 1]
-        completion.tokens += tokens
+        if self.text is not None:
+            tokens = tokens[: self.text.add(tokens)]
+        self.decoded += len(tokens)
         if in_cycle:
-            completion.committed.append(len(tokens))
-        if stop is not None:
-            completion.finish_reason = "stop"
-        elif len(completion.tokens) == self.max_new_tokens:
-            completion.finish_reason = "length"
-        if self.on_tokens:
+            self.completion.committed.append(len(tokens))
+        if stop is not None or (self.text is not None and self.text.stopped):
+            self.completion.finish_reason = "stop"
+        elif self.decoded == self.max_new_tokens:
+            self.completion.finish_reason = "length"
+        if self.done and self.text is not None:
+            self.text.finish()
+        ended = self.done  # a callback may cancel the request, and then it is not called back again
+        tokens, text = self._add(tokens)
+        if tokens and self.on_tokens:
             self.on_tokens(tokens)
-        if self.done and self.on_finish:
-            self.on_finish(completion)
+        if text and self.on_text:
+            self.on_text(text)
+        if ended:
+            self.finish()
+
+    def end(self, reason: str, error: BaseException | None = None) -> None:
+        """Ends the request from outside, with what it has."""
+        self.completion.finish_reason, self.completion.error = reason, error
+        self._add([])
+
+    def finish(self) -> None:
+        """Calls `on_finish`, unless that was done before."""
+        on_finish, self.on_finish = self.on_finish, None
+        if on_finish:
+            on_finish(self.completion)
+
+    def _add(self, tokens: list[int]) -> tuple[list[int], str]:
+        """Adds to the completion what is certain of the tokens and of those that were held back, and returns it."""
+        text = ""
+        if self.text is not None:
+            tokens, text = self.text.take(ended=self.done)
+            self.completion.text = self.text.text[: self.text.shown_text]
+        self.completion.tokens += tokens
+        return tokens, text

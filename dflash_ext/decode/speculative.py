@@ -16,12 +16,13 @@ from torch import Tensor
 
 from ..checks import shown
 from ..models import DFlashDrafter, Target
-from .arguments import AUTO, check_prompt, draft_width, integer, per_prompt, positive, stop_ids
+from .arguments import AUTO, check_prompt, draft_width, integer, per_prompt, positive, stop_ids, stop_texts
 from .completion import Completion, Decoded
 from .engine import Engine
 from .forward.families import has_lean_forward
 from .module_loop import decode_with_modules
 from .request import Request
+from .text import Text
 
 
 @torch.no_grad()
@@ -36,11 +37,14 @@ def decode(
     top_p: float | Sequence[float | None] | Tensor | None = None,
     min_p: float | Sequence[float | None] | Tensor | None = None,
     stop_token_ids: int | Iterable[int] | None = None,
+    stop_strings: str | Iterable[str] | None = None,
+    tokenizer=None,
     block_size: int | str | None = None,
     batch_size: int = 32,
     seed: int = 0,
     exact: bool = False,
     on_tokens: Callable[[int, list[int]], None] | None = None,
+    on_text: Callable[[int, str], None] | None = None,
     on_finish: Callable[[int, Completion], None] | None = None,
 ) -> Decoded:
     """Completes prompts with the target's own output, drafted by `drafter`.
@@ -54,14 +58,21 @@ def decode(
         top_k, top_p, min_p: filters of the target's and of the drafter's distribution, as in `dflash_ext.sample`. None
             is off. The temperature and each filter are one number for all prompts, or a sequence with one per prompt.
         stop_token_ids: one or several tokens that end a row. They are kept in its output.
+        stop_strings: one or several strings that end a row, wherever they are in its text. The text ends before them,
+            and the tokens before the one with which they begin (`Completion`).
+        tokenizer: a tokenizer of transformers, from which completions get their text. Stop strings need it.
         block_size: slots of a drafted block, anchor included. The drafter's own number is the default and the largest.
             "auto" chooses before each cycle, as in `Engine`; for families that the engine does not serve it is the
             default.
         batch_size: the number of rows that are decoded at a time. Prompts of similar length share a batch.
         seed: the seed of all draws. A prompt's draws do not depend on the other prompts of the batch.
         exact: as in `Engine`: output is then equal to plain greedy decoding to the bit.
-        on_tokens: called with a prompt's index and its newly committed tokens, cycle by cycle.
-        on_finish: called with a prompt's index and its completion as soon as it ends.
+        on_tokens, on_text: called with a prompt's index and its newly committed tokens, or the text that they add,
+            cycle by cycle. What may yet belong to a stop string is held back.
+        on_finish: called with a prompt's index and its completion as soon as it ends, unless it failed.
+
+    A fault (what a callback raises, or memory that does not suffice for one prompt alone) ends its prompt. It is raised
+    when all other prompts have ended.
 
     Raises:
         ValueError: a prompt is empty, too long for the target or outside its vocabulary; a number is out of range; a
@@ -79,7 +90,7 @@ def decode(
         block_size = integer("block_size", block_size)
     options = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
     options = {name: per_prompt(name, given, len(prompts)) for name, given in options.items()}
-    stops_at = stop_ids(stop_token_ids)
+    stops_at, strings = stop_ids(stop_token_ids), stop_texts(stop_strings, tokenizer)
     longest = max(map(len, prompts))
     target.check_length(longest + max_new_tokens, f"a prompt of {longest} tokens and {max_new_tokens} new ones")
     width = draft_width(target, drafter, None if block_size == AUTO else block_size)
@@ -91,8 +102,10 @@ def decode(
             {name: numbers[index] for name, numbers in options.items()},
             stops_at,
             _row_seed(seed, index),
+            None if tokenizer is None else Text(tokenizer, strings),
             on_tokens and partial(on_tokens, index),
-            on_finish and partial(on_finish, index),
+            on_text and partial(on_text, index),
+            on_finish and (lambda completion: completion.error is None and on_finish(index, completion)),
         )
 
     requests = [request_of(index) for index in range(len(prompts))]
@@ -106,7 +119,7 @@ def decode(
         decode_with_modules(target, drafter, by_length, decoded, batch_size=batch_size)
         return decoded
     sizes = {"slots": min(batch_size, len(requests)), "max_length": longest + max_new_tokens}
-    engine = Engine(target, drafter, **sizes, block_size=block_size, exact=exact)
+    engine = Engine(target, drafter, **sizes, block_size=block_size, exact=exact, tokenizer=tokenizer)
     engine.waiting.extend(by_length)
     engine.run()
     engine.add_times(decoded)

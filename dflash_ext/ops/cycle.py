@@ -59,25 +59,33 @@ def begin_cycle(state: Tensor, slots: Tensor, width: int, block: int) -> CycleRo
 
 
 def end_cycle(
-    state: Tensor, slots: Tensor, stops: Tensor, rows: CycleRows, drafted: Tensor, accepted: Tensor, next_token: Tensor
+    state: Tensor,
+    slots: Tensor,
+    stops: Tensor,
+    rows: CycleRows,
+    drafted: Tensor,
+    accepted: Tensor,
+    next_token: Tensor,
+    logits: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """Commits the accepted tokens of every active row and the token after them, in ``state``.
 
-    A row ends (it is active no more) if one of these tokens is among its stop tokens, or if the token after ``last`` is
-    one of them.
+    A row ends (it is active no more) if one of these tokens is among its stop tokens, if the token after ``last`` is
+    one of them, or if the logit of its next token is not finite.
 
     Args:
         stops: int64 ``[S, n]``, the stop tokens of every slot, -1 for none.
         drafted: int64 ``[B, K]``. accepted, next_token: int64 ``[B]``, as `verify` gives them.
+        logits: the target's, floating ``[B, K + 1, V]``, contiguous.
 
     Returns:
         Records int64 ``[B, 4 + K]``: whether the row was active, how many drafted tokens were verified, how many were
-        accepted, the token after them, the drafted tokens. And the positions of the committed tokens that the target
-        has read, int64 ``[B, K + 1]``, -1 elsewhere.
+        accepted, the token after them (-1 if its logit is not finite), the drafted tokens. And the positions of the
+        committed tokens that the target has read, int64 ``[B, K + 1]``, -1 elsewhere.
 
     Raises RuntimeError for tensors that do not fit together.
     """
-    return _end_cycle(state, slots, stops, rows.readings, drafted, accepted, next_token)
+    return _end_cycle(state, slots, stops, rows.readings, drafted, accepted, next_token, logits)
 
 
 def mark_time(like: Tensor) -> Tensor:
@@ -104,6 +112,6 @@ def _(like):
 
 
 @torch.library.register_fake("dflash_ext::end_cycle")
-def _(state, slots, stops, readings, drafted, accepted, next_token):
+def _(state, slots, stops, readings, drafted, accepted, next_token, logits):
     rows, width = drafted.shape
     return state.new_empty(rows, 4 + width), state.new_empty(rows, width + 1)

@@ -34,6 +34,23 @@ def test_a_filter_that_leaves_one_token_is_greedy(workspace, run, only_the_likel
     assert texts[0] == texts[1]
 
 
+def test_stop_ends_answers_before_a_text(workspace, run):
+    target = ["--target", workspace / "target", "--max-new-tokens", 12]
+    whole, cut = ([], [])
+    for texts, stop in ((whole, []), (cut, ["--stop", "never", "--stop", " w"])):
+        out = workspace / "out.jsonl"
+        assert run("generate", *target, "--prompts", workspace / "prompts.jsonl", "--output", out, *stop)[0] == 0
+        texts += sorted(map(json.loads, out.read_text().splitlines()), key=lambda row: row["index"])
+    assert [row["text"] for row in cut] == [row["text"].split(" w")[0] for row in whole]
+    assert [row["finish_reason"] for row in cut] == ["stop"] * 3
+    _, printed, _ = run("generate", "w005 w006 w007", *target, "--stop", " w")
+    assert printed.strip() == whole_answer(run, target).split(" w")[0]
+
+
+def whole_answer(run, target) -> str:
+    return run("generate", "w005 w006 w007", *target)[1].strip()
+
+
 def test_generate_streams_one_prompt(workspace, run):
     code, printed, told = run("generate", "w005 w006 w007", "--target", workspace / "target", "--max-new-tokens", 4)
     assert code == 0 and "w" in printed and "tau" not in printed and "tau" in told

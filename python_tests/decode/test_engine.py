@@ -99,23 +99,6 @@ def test_a_finished_slot_writes_nothing_until_it_is_taken_again():
     assert torch.equal(engine.cycle.target.cache.keys[:, 0], before)
 
 
-def test_a_callback_that_raises_ends_its_request_alone():
-    engine, target = engine_of("llama")
-    prompts = random_prompts(4, 9, 17)
-
-    def fail(_tokens):
-        raise KeyError("a fault of the user's")
-
-    faulty = engine.submit(prompts[0], max_new_tokens=15, on_tokens=fail)
-    others = [engine.submit(prompt, max_new_tokens=15) for prompt in prompts[1:]]
-    with pytest.raises(KeyError, match="a fault of the user's"):
-        engine.run()
-    assert faulty.completion.finish_reason == "error"
-    engine.run()
-    for request, prompt in zip(others, prompts[1:], strict=True):
-        assert request.completion.tokens == own_output(target.model, prompt, 15)
-
-
 @pytest.mark.parametrize(
     "options, message",
     [

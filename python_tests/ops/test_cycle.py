@@ -5,6 +5,7 @@ import torch
 
 from dflash_ext.ops.cycle import FIELDS, begin_cycle, end_cycle, mark_time
 
+DTYPES = torch.float32, torch.bfloat16, torch.float16, torch.float64
 START, ANCHOR, LAST, ACTIVE = range(4)
 
 
@@ -37,7 +38,7 @@ def test_begin_cycle(device, width, block):
 
 @pytest.mark.parametrize("width", [0, 1, 7, 40])
 def test_end_cycle(device, width):
-    ended = 0
+    ended, bad = 0, 0
     for seed in range(8):
         state, stops = made(9, device, seed)
         slots = torch.tensor([4, 0, 8, 3, 5], device=device)
@@ -45,20 +46,28 @@ def test_end_cycle(device, width):
         drafted = torch.randint(3, 12, (5, width)).to(device)
         accepted = (torch.rand(5, device=device) * (rows.room + 1)).long()
         next_token = torch.randint(3, 12, (5,)).to(device)
-        records, kept = end_cycle(state, slots, stops, rows, drafted, accepted, next_token)
+        logits = torch.zeros(5, width + 1, 12, dtype=DTYPES[seed % len(DTYPES)], device=device)
+        # One logit of each row is not finite. It counts where it belongs to the row's next token alone.
+        numbers = torch.tensor([float("nan"), float("inf"), -float("inf")], device=device)
+        columns = torch.where(torch.rand(5) < 0.3, accepted.cpu(), torch.randint(width + 1, (5,))).to(device)
+        logits[torch.arange(5, device=device), columns, next_token] = numbers[seed % 3].to(logits.dtype)
+        records, kept = end_cycle(state, slots, stops, rows, drafted, accepted, next_token, logits)
         want = before.clone()
         for i, slot in enumerate(slots.tolist()):
             start, _, last, active, _ = before[slot].tolist()
             count, token = int(accepted[i]), int(next_token[i])
-            assert records[i].tolist() == [active, int(rows.room[i]), count, token, *drafted[i].tolist()]
+            finite = bool(logits[i, count, token].isfinite())
+            shown = token if finite else -1
+            assert records[i].tolist() == [active, int(rows.room[i]), count, shown, *drafted[i].tolist()]
             assert kept[i].tolist() == [start + j if active and j <= count else -1 for j in range(width + 1)]
             if active:
                 new = [*drafted[i, :count].tolist(), token]
-                goes_on = not set(new) & set(stops[slot].tolist()) and start + count + 1 <= last
+                goes_on = finite and not set(new) & set(stops[slot].tolist()) and start + count + 1 <= last
                 want[slot, [START, ANCHOR, ACTIVE]] = torch.tensor([start + count + 1, token, goes_on], device=device)
                 ended += not goes_on
+                bad += not finite
         assert torch.equal(state, want)
-    assert 0 < ended < 40
+    assert 0 < ended < 40 and bad > 0
 
 
 def test_slots_that_do_not_exist_are_refused_on_the_cpu():
@@ -91,5 +100,6 @@ def test_opcheck(device):
     torch.library.opcheck(ops.begin_cycle.default, (state, slots, 3, 4))
     rows = begin_cycle(state, slots, 3, 4)
     tokens = torch.zeros(2, 3, dtype=torch.int64, device=device)
-    torch.library.opcheck(ops.end_cycle.default, (state, slots, stops, rows.readings, tokens, tokens[:, 0] * 1, slots))
+    committed = tokens, tokens[:, 0] * 1, slots, torch.zeros(2, 4, 5, device=device)
+    torch.library.opcheck(ops.end_cycle.default, (state, slots, stops, rows.readings, *committed))
     assert len(FIELDS) == state.shape[1]
