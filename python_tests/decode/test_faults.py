@@ -174,9 +174,9 @@ def draw_bad_tokens(engine: Engine, bias: torch.Tensor) -> None:
     """Adds a bias to the target's logits of rows of temperature 1, by the slots that a forward reads."""
     target, read, slots_of = engine.cycle.target, engine.cycle.target.hidden, []
 
-    def hidden(tokens, positions, start, counts, slots):
+    def hidden(tokens, positions, start, counts, slots, taps):
         slots_of[:] = [slots]
-        return read(tokens, positions, start, counts, slots)
+        return read(tokens, positions, start, counts, slots, taps)
 
     def logits(given):
         warm = engine.state.options[slots_of[0].long(), 0] == 1
