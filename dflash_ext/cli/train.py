@@ -78,8 +78,27 @@ def train(
         typer.Option(help="The decay of the loss weights over a block's slots. Without it, D-PACE weights are used."),
     ] = None,
     held_out: Annotated[
-        float, typer.Option(min=0, max=0.5, help="The share of the prompts that is kept for evaluation.")
+        float,
+        typer.Option(min=0, max=0.5, help="The share of the conversations that is kept for evaluation."),
     ] = 0.02,
+    evaluate_every: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            help="The number of steps between evaluations, which decode held-out prompts; with 0 there is one, at the "
+            "end. The drafter with the best tau is kept.",
+        ),
+    ] = 0,
+    evaluate_prompts: Annotated[
+        int, typer.Option(min=1, help="The largest number of held-out prompts that an evaluation decodes.")
+    ] = 32,
+    report_to: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="<name>",
+            help="Send the log to tensorboard, wandb or another integration of transformers. Its package is needed.",
+        ),
+    ] = None,
     compile: Annotated[bool, typer.Option("--compile", help="Train the drafter under torch.compile.")] = False,
     resume: Annotated[
         bool,
@@ -98,12 +117,10 @@ def train(
     device: Device = None,
 ) -> None:
     """Train a drafter on a target's own answers to your prompts."""
-    import torch
-
-    from ..data import LeftOut, read_conversations
+    from ..data import LeftOut, conversation_numbers, read_conversations
     from ..data.parsing import require_file
-    from ..models import DFlashDrafter, Target, stop_tokens
-    from ..train import Recipe, train_on_answers, train_on_prompts
+    from ..models import Target, stop_tokens
+    from ..train import Recipe, new_drafter, train_on_answers, train_on_prompts
 
     if (prompts is None) == (answers is None):
         raise ValueError("train needs either --prompts, which the target answers first, or --answers")
@@ -128,18 +145,21 @@ def train(
         gamma=gamma,
         seed=seed,
         save_every=save_every,
+        evaluate_every=evaluate_every,
+        evaluate_prompts=evaluate_prompts,
+        report_to=tuple(report_to or ()),
         compile=compile,
     )
     model, tok = load_target(target, tokenizer, dtype, device)
-    torch.manual_seed(seed)  # the drafter's first weights are random
-    drafter = DFlashDrafter.for_target(
+    drafter = new_drafter(
         Target(model),
+        seed,
         mask_token_id=_mask_token(tok, mask_token),
         num_layers=layers,
         block_size=block_size,
         taps=tap_choice,
         intermediate_size=intermediate_size,
-    ).to(model.device)
+    )
     parameters = sum(p.numel() for p in drafter.parameters())
     shown.print(
         f"drafter: {layers} layers, {parameters / 1e6:.1f} M parameters, taps {drafter.config.target_layer_ids}"
@@ -170,6 +190,7 @@ def train(
             decode_batch=decode_batch,
             stop_token_ids=stop_tokens(tok, model),
             chat_template_args=chat_template_args,
+            conversations=conversation_numbers(conversations),
             **options,
         )
     shown.print(f"the drafter is in {output}")

@@ -1,6 +1,6 @@
 """From a user's prompts to training samples: reading, encoding, the target's answers, and the dataset of answers."""
 
-from .answers import answer_prompts
+from .answers import answer_prompts, conversation_numbers
 from .dataset import AnswerDataset
 from .encoding import encode, encode_all, unused_template_args
 from .errors import DataError, PromptError, PromptTooLong
@@ -16,6 +16,7 @@ __all__ = [
     "PromptError",
     "PromptTooLong",
     "answer_prompts",
+    "conversation_numbers",
     "encode",
     "encode_all",
     "read_conversations",

@@ -1,19 +1,23 @@
 """The file of answers: a JSONL file with a header in the first line and one answer in every other line.
 
 {"format": "dflash_ext.responses", "target": ..., "vocab_size": ..., "max_new_tokens": ..., ...}
-{"index": 17, "temperature": 0.0, "prompt_ids": [...], "response_ids": [...]}
+{"index": 17, "temperature": 0.0, "sample": 0, "conversation": 9, "prompt_ids": [...], "response_ids": [...]}
+
+"sample" tells answers to one prompt at one temperature apart, and is 0 where it is missing. Prompts of one conversation
+have the same number in "conversation", which is optional.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections import Counter
 from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from ..models import Target
+from . import fingerprints
 from .errors import DataError
 from .parsing import excerpt, json_value, utf8_text
 
@@ -59,13 +63,25 @@ def _what_is_wrong(row: Any, vocab_size: int) -> str | None:
     return None
 
 
-def resume(path: Path, header: dict) -> Counter:
+def check_target(path: Path, header: dict, target: Target) -> None:
+    """Raises DataError if the answers under `header` are of another target. A file may come without a fingerprint."""
+    if header["vocab_size"] != target.vocab_size:
+        raise DataError(
+            f"{path}: the answers are of a target with a vocabulary of {header['vocab_size']}; "
+            f"this one has {target.vocab_size}"
+        )
+    if header.get("weights") not in (None, fingerprints.of_weights(target.model)):
+        raise DataError(f"{path}: the answers are of another target, {header.get('target')}: its weights differ")
+
+
+def resume(path: Path, header: dict) -> set[tuple[int, float, int]]:
     """Prepares the file at `path` for more answers: makes it if there is none, and drops a last line that was cut off.
 
     A file that holds no answer yet gets the new header.
 
     Returns:
-        The number of answers in the file by (index, temperature).
+        The answers in the file: the index of the prompt, the temperature, and which of the answers to this prompt at
+        this temperature it is, from 0.
 
     Raises:
         DataError: `path` holds something else, or answers under another header.
@@ -80,17 +96,22 @@ def resume(path: Path, header: dict) -> Counter:
     if first_row is None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(first_line)
-        return Counter()
+        return set()
     for key, value in header.items():
         if found.get(key) != value:
             raise DataError(
                 f"{path}: holds answers made with other {key.replace('_', ' ')} ({found.get(key)}, "
                 f"this run has {value}); choose another output folder, or remove this file"
             )
-    answered = Counter()
+    answered = set()
     end = 0
     for row_end, answer in chain([first_row], lines):
-        answered[answer["index"], answer["temperature"]] += 1
+        answered.add(sample_key(answer))
         end = row_end
     os.truncate(path, end)
     return answered
+
+
+def sample_key(row: dict) -> tuple[int, float, int]:
+    """What tells the answer in a row from all others of the file."""
+    return row["index"], row["temperature"], row.get("sample", 0)

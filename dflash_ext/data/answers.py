@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import random
-from array import array
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ..decode import Completion, decode
 from ..models import Target
+from . import fingerprints
 from .answer_file import resume
+from .prompts import Conversation
 
 
 def answer_prompts(
@@ -29,12 +27,14 @@ def answer_prompts(
     seed: int = 0,
     stop_token_ids: Sequence[int] = (),
     chat_template_args: Mapping[str, Any] | None = None,
+    conversations: Mapping[int, int] | None = None,
     on_progress: Callable[[int], None] | None = None,
 ) -> None:
     """Lets `target` answer every prompt once per entry of `temperatures`, and writes the answers to the JSONL `path`.
 
     Each answer is written as soon as it ends. An existing file is continued: its answers are kept, and a last line that
-    was cut off is replaced.
+    was cut off is replaced. The random draws of an answer follow from the seed, its prompt's index, its temperature and
+    which of the answers at this temperature it is, so that a continued file gets the answers of an uninterrupted one.
 
     Args:
         prompts: token ids by the index that the answers carry, as `encode_all` returns them.
@@ -44,6 +44,8 @@ def answer_prompts(
         seed: the seed of sampled answers.
         stop_token_ids: tokens that end an answer.
         chat_template_args: the variables that the prompts were encoded with. They are kept in the file's header.
+        conversations: the number of the conversation that a prompt belongs to, by its index (`conversation_numbers`). A
+            dataset of answers keeps a conversation on one side of a split. By default each prompt is one of its own.
         on_progress: called with the number of answers that have been added. Answers that are already in the file count,
             so that the numbers add up to `len(prompts) * len(temperatures)`.
 
@@ -55,58 +57,56 @@ def answer_prompts(
     header = {
         "target": Path(target.model.config.name_or_path).name,
         "vocab_size": target.vocab_size,
-        "weights": _weights_fingerprint(target.model),
+        "weights": fingerprints.of_weights(target.model),
         "max_new_tokens": max_new_tokens,
         "stop_token_ids": sorted(stop_token_ids),
         "chat_template_args": dict(chat_template_args) if chat_template_args else None,
-        "prompts": _prompts_fingerprint(prompts),
+        "prompts": fingerprints.of_prompts(prompts),
     }
     answered = resume(path, header)
-    # A continued run uses other seeds: the same seeds could give a prompt the sample that it already has.
-    draws = random.Random(f"{seed}/{answered.total()}")
+    wanted = [(index, *sample) for sample in _numbered(temperatures) for index in prompts]
+    missing = [one for one in wanted if one not in answered]
+    if answered:
+        progress(len(wanted) - len(missing))
+    if not missing:
+        return
 
-    def write(asked: list[int], temperature: float, position: int, completion: Completion) -> None:
-        index = asked[position]
-        row = {"index": index, "temperature": temperature, "prompt_ids": list(prompts[index])}
-        row["response_ids"] = completion.tokens
+    def write(position: int, completion: Completion) -> None:
+        index, temperature, sample = missing[position]
+        row = {"index": index, "temperature": temperature, "sample": sample}
+        if conversations is not None:
+            row["conversation"] = conversations[index]
+        row |= {"prompt_ids": list(prompts[index]), "response_ids": completion.tokens}
         file.write(json.dumps(row, separators=(",", ":")) + "\n")
         file.flush()
         progress(1)
 
     with path.open("a", encoding="utf-8") as file:
-        for temperature in temperatures:
-            asked = []
-            for index in prompts:
-                if answered[index, temperature]:
-                    answered[index, temperature] -= 1
-                    progress(1)
-                else:
-                    asked.append(index)
-            if asked:
-                decode(
-                    target,
-                    None,
-                    [prompts[index] for index in asked],
-                    max_new_tokens=max_new_tokens,
-                    temperature=temperature,
-                    stop_token_ids=tuple(stop_token_ids),
-                    batch_size=batch_size,
-                    seed=draws.getrandbits(20),
-                    on_finish=partial(write, asked, temperature),
-                )
+        decode(
+            target,
+            None,
+            [prompts[index] for index, _, _ in missing],
+            max_new_tokens=max_new_tokens,
+            temperature=[temperature for _, temperature, _ in missing],
+            stop_token_ids=tuple(stop_token_ids),
+            batch_size=batch_size,
+            seed=[fingerprints.seed_of(seed, *one) for one in missing],
+            on_finish=write,
+        )
 
 
-def _prompts_fingerprint(prompts: Mapping[int, Sequence[int]]) -> str:
-    digest = hashlib.sha256()
-    for index, ids in prompts.items():
-        digest.update(array("q", [index, len(ids), *ids]).tobytes())
-    return digest.hexdigest()[:16]
+def conversation_numbers(conversations: Sequence[Conversation]) -> dict[int, int]:
+    """The number of the conversation that each prompt belongs to, by its index as in `encode_all`."""
+    rows = [conversation.row for conversation in conversations]
+    alone = count(max((row for row in rows if row is not None), default=-1) + 1)
+    return {index: next(alone) if row is None else row for index, row in enumerate(rows)}
 
 
-def _weights_fingerprint(model: torch.nn.Module) -> str:
-    """A hash of the first numbers of every tensor, in bf16, so that the dtype of loading does not matter."""
-    digest = hashlib.sha256()
-    for parameter in model.parameters():
-        start = parameter.detach().flatten()[:16].to(torch.bfloat16)
-        digest.update(start.view(torch.int16).cpu().numpy().tobytes())
-    return digest.hexdigest()[:16]
+def _numbered(temperatures: Sequence[float]) -> list[tuple[float, int]]:
+    """Each temperature with the number of times that it came before."""
+    seen = Counter()
+    numbered = []
+    for temperature in temperatures:
+        numbered.append((temperature, seen[temperature]))
+        seen[temperature] += 1
+    return numbered

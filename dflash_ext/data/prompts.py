@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -39,10 +39,14 @@ class Message(NamedTuple):
 
 @dataclass(frozen=True)
 class Conversation:
-    """A prompt before it is encoded: `messages` up to a turn of the user, or plain `text` that the target continues."""
+    """A prompt before it is encoded: `messages` up to a turn of the user, or plain `text` that the target continues.
+
+    `row` is the number of the row that it was read from, from 0: prompts of one row are turns of one conversation.
+    """
 
     messages: tuple[Message, ...] = ()
     text: str = ""
+    row: int | None = field(default=None, compare=False)
 
     @classmethod
     def user(cls, content: str) -> Conversation:
@@ -134,9 +138,10 @@ def _documents(text: str) -> Iterator[str]:
 
 
 def _from_rows(rows: Iterator[tuple[str, Any]], field: str | None, left_out: LeftOut) -> Iterator[Conversation]:
-    for where, row in rows:
+    for number, (where, row) in enumerate(rows):
         try:
-            yield from _conversations(row, field, left_out)
+            for conversation in _conversations(row, field, left_out):
+                yield replace(conversation, row=number)
         except DataError as error:
             raise DataError(f"{where}: {error}") from None
 

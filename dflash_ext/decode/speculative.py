@@ -41,7 +41,7 @@ def decode(
     tokenizer=None,
     block_size: int | str | None = None,
     batch_size: int = 32,
-    seed: int = 0,
+    seed: int | Sequence[int] = 0,
     exact: bool = False,
     on_tokens: Callable[[int, list[int]], None] | None = None,
     on_text: Callable[[int, str], None] | None = None,
@@ -65,7 +65,8 @@ def decode(
             "auto" chooses before each cycle, as in `Engine`; for families that the engine does not serve it is the
             default.
         batch_size: the number of rows that are decoded at a time. Prompts of similar length share a batch.
-        seed: the seed of all draws. A prompt's draws do not depend on the other prompts of the batch.
+        seed: the seed of all draws, or one for each prompt, below 2**62. A prompt's draws do not depend on the other
+            prompts of the batch.
         exact: as in `Engine`: output is then equal to plain greedy decoding to the bit.
         on_tokens, on_text: called with a prompt's index and its newly committed tokens, or the text that they add,
             cycle by cycle. What may yet belong to a stop string is held back.
@@ -85,7 +86,7 @@ def decode(
     if not prompts:
         raise ValueError("there is no prompt to decode")
     max_new_tokens = positive("max_new_tokens", max_new_tokens, "token is decoded")
-    batch_size, seed = positive("batch_size", batch_size, "row is decoded at a time"), integer("seed", seed)
+    batch_size, seeds = positive("batch_size", batch_size, "row is decoded at a time"), _seeds(seed, len(prompts))
     if block_size is not None and block_size != AUTO:
         block_size = integer("block_size", block_size)
     options = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
@@ -101,7 +102,7 @@ def decode(
             max_new_tokens,
             {name: numbers[index] for name, numbers in options.items()},
             stops_at,
-            _row_seed(seed, index),
+            seeds[index],
             None if tokenizer is None else Text(tokenizer, strings),
             on_tokens and partial(on_tokens, index),
             on_text and partial(on_text, index),
@@ -126,6 +127,11 @@ def decode(
     return decoded
 
 
-def _row_seed(seed: int, index: int) -> int:
-    """A seed of 62 bits for a prompt. Positions are added to it."""
-    return (seed * 0x9E3779B97F4A7C15 + (index << 24)) % 2**62
+def _seeds(seed: int | Sequence[int], count: int) -> list[int]:
+    """A seed of 62 bits for each prompt. Positions are added to it."""
+    if not isinstance(seed, Sequence):
+        seed = integer("seed", seed)
+        return [(seed * 0x9E3779B97F4A7C15 + (index << 24)) % 2**62 for index in range(count)]
+    if len(seed) != count:
+        raise ValueError(f"decode: seed has {len(seed)} entries; one number, or one for each prompt, is needed")
+    return [integer("seed", each) for each in seed]

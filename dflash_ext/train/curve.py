@@ -7,7 +7,11 @@ from statistics import fmean
 
 
 def plot_curve(log: list[dict], path: str | Path) -> None:
-    """Draws loss and teacher-forced tau over steps, from the log that `train_drafter` returns, into a PNG."""
+    """Draws loss, teacher-forced tau and the tau of evaluations over steps into a PNG.
+
+    Args:
+        log: as `train_drafter` returns it.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -20,6 +24,9 @@ def plot_curve(log: list[dict], path: str | Path) -> None:
         x, y = ([point[i] for point in points] for i in (0, 1))
         axes.plot(x, y, color=colour, alpha=0.25, linewidth=0.8)
         axes.plot(x, _running_mean(y, window=10), color=colour)
+    if decoded := [(entry["step"], entry["eval_tau"]) for entry in log if "eval_tau" in entry]:
+        right.plot(*zip(*decoded, strict=True), "o-", color="tab:green", label="tau of decoding held-out prompts")
+        right.legend(loc="lower right")
     left.set_xlabel("step")
     left.set_ylabel("loss", color="tab:blue")
     right.set_ylabel("tau on training blocks (teacher-forced)", color="tab:orange")

@@ -22,9 +22,13 @@ class Recipe:
         learning_rate: the peak, which a cosine decay to 0 follows.
         gamma: decay of the position weights; None for D-PACE weights.
         warmup: share of the steps over which the learning rate rises.
+        seed: decides the order of the samples and their anchors, together with the step and the sample's index in it.
         save_every: steps between the checkpoints that an interrupted run resumes from; 0 for none.
+        evaluate_every: steps between evaluations; 0 for one at the end.
+        evaluate_prompts: the largest number of held-out prompts that an evaluation decodes.
         log_every: steps between entries of the log.
         compile: run the drafter under torch.compile.
+        report_to: where Trainer sends the log, such as ("tensorboard",); each needs its package.
 
     Raises:
         ValueError: a setting is out of range.
@@ -40,8 +44,11 @@ class Recipe:
     warmup: float = 0.04
     seed: int = 0
     save_every: int = 0
+    evaluate_every: int = 0
+    evaluate_prompts: int = 32
     log_every: int = 10
     compile: bool = False
+    report_to: tuple[str, ...] = ()
 
     def __post_init__(self):
         for name in ("steps", "batch_size", "accumulation", "anchors"):
@@ -93,15 +100,14 @@ def training_arguments(output: Path, recipe: Recipe, device: torch.device) -> On
         save_strategy="steps" if recipe.save_every else "no",
         save_steps=recipe.save_every or 500,
         save_total_limit=1,
+        eval_steps=recipe.evaluate_every or recipe.steps,  # Trainer always evaluates after the last step
         seed=recipe.seed,
-        data_seed=recipe.seed,
-        train_sampling_strategy="group_by_length",
+        train_sampling_strategy="sequential",  # TrainingOrder decides
         remove_unused_columns=False,
         dataloader_num_workers=4 if on_gpu else 0,
         dataloader_pin_memory=on_gpu,
-        report_to="none",
-        label_names=["labels"],
-        prediction_loss_only=True,
+        logging_nan_inf_filter=False,
+        report_to=list(recipe.report_to) or "none",
         disable_tqdm=True,
         ddp_find_unused_parameters=False,  # every parameter of a drafter is used in every step
     )

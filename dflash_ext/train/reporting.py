@@ -1,7 +1,9 @@
-"""Shows a training run on the console: its progress with the time left, the loss and tau, and a summary at the end."""
+"""Shows a training run on the console: its progress with the time left, its figures, and a summary at the end."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from contextlib import ExitStack
 
 from rich.console import Console
@@ -17,7 +19,7 @@ class TrainingProgress(TrainerCallback):
         self.console = console
         self.bars = ExitStack()
         self.note = ""
-        self.evaluating = False
+        self.shown = ""  # what the bar is about
 
     def __enter__(self) -> TrainingProgress:
         return self
@@ -27,15 +29,21 @@ class TrainingProgress(TrainerCallback):
 
     def _show(self, what: str, total: int) -> None:
         self.bars.close()  # one bar at a time
+        self.shown = what
         self.advance = self.bars.enter_context(progress(self.console, what, total))
 
+    def _show_steps(self, state, done: int = 0) -> None:
+        resumed = f" from step {self.first_step}" if self.first_step else ""
+        self._show(f"training the drafter{resumed}", state.max_steps - self.first_step)
+        self.advance(done, self.note)
+
     def on_train_begin(self, args, state, control, **kwargs):
-        resumed = f" from step {state.global_step}" if state.global_step else ""
-        self._show(f"training the drafter{resumed}", state.max_steps - state.global_step)
+        self.first_step = state.global_step
+        self._show_steps(state)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if "loss" in logs:
-            self.note = f"loss {logs['loss']:.3f}, tau {logs['tau']:.2f}"
+            self.note = f"loss {logs['loss']:.3f}, tau {logs.get('tau', math.nan):.2f}"
 
     def on_step_end(self, args, state, control, **kwargs):
         self.advance(1, self.note)
@@ -43,24 +51,48 @@ class TrainingProgress(TrainerCallback):
     def on_train_end(self, args, state, control, **kwargs):
         self.bars.close()
 
-    def on_prediction_step(self, args, state, control, eval_dataloader=None, **kwargs):
-        if not self.evaluating:
-            self._show("evaluating the drafter on held-out answers", len(eval_dataloader))
-            self.evaluating = True
+    def on_evaluation_progress(self, what: str, done: int, total: int) -> None:
+        if (about := f"evaluating the drafter: {what}") != self.shown:
+            self._show(about, total)
         self.advance(1)
 
-    def on_evaluate(self, args, state, control, **kwargs):
-        self.evaluating = False
+    def on_evaluate(self, args, state, control, metrics=None, **kwargs):
+        """Prints the figures in a line of its own, and goes on with the bar of the steps."""
         self.bars.close()
+        self.console.print(f"step {state.global_step}: {held_out_figures(metrics)}", highlight=False, soft_wrap=True)
+        self._show_steps(state, state.global_step - self.first_step)
+
+
+def held_out_figures(entry: Mapping[str, float]) -> str:
+    """The figures of an evaluation in words; `entry` is its entry in the log."""
+    loss = f"loss {entry['eval_loss']:.2f} on held-out answers"
+    if "eval_tau" not in entry:
+        return loss
+    return f"{loss}, tau {entry['eval_tau']:.2f} and {entry['eval_tokens_per_second']:.0f} tokens/s in decoding them"
 
 
 def summary(log: list[dict]) -> str:
-    """One line about the log that `train_drafter` returns: loss and tau at both ends, and loss on held-out answers."""
+    """One line about the log that `train_drafter` returns: both ends of the training, and the best evaluation."""
     trained = [entry for entry in log if "loss" in entry]
     if not trained:
         return "drafter: there was no step left to train"
     ends = [trained[0], trained[-1]] if len(trained) > 1 else trained
-    figures = (f"{name} {' -> '.join(f'{entry[name]:.2f}' for entry in ends)}" for name in ("loss", "tau"))
+    figures = (
+        f"{name} {' -> '.join(f'{entry.get(name, math.nan):.2f}' for entry in ends)}" for name in ("loss", "tau")
+    )
     line = f"drafter: {', '.join(figures)} on its training blocks in {log[-1]['step']} steps"
-    held_out = [entry["eval_loss"] for entry in log if "eval_loss" in entry]
-    return f"{line}; loss {held_out[-1]:.2f} on held-out answers" if held_out else line
+    if (best := best_evaluation(log)) is None:
+        return line
+    return f"{line}; the drafter of step {best['step']} is kept: {held_out_figures(best)}"
+
+
+def best_evaluation(log: list[dict]) -> dict | None:
+    """The log's entry with the highest tau, or without a tau that with the least loss; None without an evaluation.
+
+    Of equal ones it is the first, as in Trainer. NaN is never the best.
+    """
+    evaluations = [entry for entry in log if "eval_loss" in entry]
+    if any("eval_tau" in entry for entry in evaluations):
+        return max(evaluations, key=lambda entry: entry["eval_tau"])
+    finite = [entry for entry in evaluations if not math.isnan(entry["eval_loss"])]
+    return min(finite, key=lambda entry: entry["eval_loss"], default=None)

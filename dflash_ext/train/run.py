@@ -8,20 +8,22 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import PartialState
 from rich.console import Console
 from torch.utils.data import Dataset
 from transformers import PrinterCallback
 
 from ..data import AnswerDataset, answer_prompts
-from ..models import DFlashDrafter, Target, save_drafter
+from ..models import DFlashDrafter, Target
 from ..progress import progress, without_library_bars
 from .checkpoints import newest_checkpoint
+from .collator import AnchorCollator
 from .curve import plot_curve
+from .evaluation import Evaluation, HeldOutPrompts
 from .recipe import Recipe, training_arguments
-from .reporting import TrainingProgress, summary
-from .trainer import AnchorCollator, DFlashTrainer
+from .reporting import TrainingProgress, best_evaluation, summary
+from .saving import KeepBest, replace_drafter
+from .trainer import DFlashTrainer
 
 
 def train_on_prompts(
@@ -36,6 +38,7 @@ def train_on_prompts(
     decode_batch: int = 32,
     stop_token_ids: Sequence[int] = (),
     chat_template_args: Mapping[str, Any] | None = None,
+    conversations: Mapping[int, int] | None = None,
     resume: bool = False,
     console: Console | None = None,
     **options: Any,
@@ -51,6 +54,7 @@ def train_on_prompts(
         decode_batch: the number of prompts that are answered at a time.
         stop_token_ids: tokens that end an answer.
         chat_template_args: the variables that the prompts were encoded with. They are kept with the answers.
+        conversations: the number of the conversation of each prompt, as `answer_prompts` takes it.
         options: `max_length` and `held_out` of `train_on_answers`, whose docstring describes the other arguments, too.
     """
     console = console or Console(quiet=True)
@@ -68,6 +72,7 @@ def train_on_prompts(
             seed=recipe.seed,
             stop_token_ids=stop_token_ids,
             chat_template_args=chat_template_args,
+            conversations=conversations,
             on_progress=advance,
         )
     return train_on_answers(drafter, target, answers, output, recipe, resume=resume, console=console, **options)
@@ -91,18 +96,25 @@ def train_on_answers(
         target: tapped at the drafter's layers.
         answers: a file written by `dflash_ext.data.answer_prompts`.
         max_length: sequences are cut to this many tokens.
-        held_out: the share of the prompts that is kept for evaluation.
+        held_out: the share of the conversations whose prompts are kept for evaluation.
         console: shows the progress and a summary; None shows nothing.
 
     Returns:
         The log of `train_drafter`, whose docstring describes the other arguments, too.
     """
     console = console or Console(quiet=True)
-    dataset = AnswerDataset(answers, max_length, vocab_size=target.vocab_size)
+    dataset = AnswerDataset(answers, max_length, target=target)
     trained, kept_out = dataset.split(held_out, recipe.seed)
+    prompts = HeldOutPrompts(
+        kept_out.prompts()[: recipe.evaluate_prompts],
+        max_new_tokens=dataset.header["max_new_tokens"],
+        stop_token_ids=dataset.header["stop_token_ids"],
+    )
     too_short = f", {dataset.dropped} too short to train on" if dataset.dropped else ""
     console.print(f"answers: {len(trained)} to train on, {len(kept_out)} held out{too_short}")
-    log = train_drafter(drafter, target, trained, output, recipe, held_out=kept_out, resume=resume, console=console)
+    log = train_drafter(
+        drafter, target, trained, output, recipe, held_out=kept_out, prompts=prompts, resume=resume, console=console
+    )
     if PartialState().is_main_process:
         plot_curve(log, Path(output) / "curve.png")
     console.print(summary(log), soft_wrap=True)
@@ -118,41 +130,52 @@ def train_drafter(
     recipe: Recipe,
     *,
     held_out: Dataset | None = None,
+    prompts: HeldOutPrompts | None = None,
     resume: bool = False,
     console: Console | None = None,
 ) -> list[dict]:
     """Trains `drafter` in place and saves it to `output` in the published layout.
 
+    With `held_out`, the drafter is evaluated every `recipe.evaluate_every` steps and after the last one, and the best
+    one is saved: that with the highest tau, or without `prompts` that with the least loss. Without `held_out`, and if
+    the training is interrupted or fails between its first step and its first evaluation, the drafter is saved as it
+    stands.
+
     Args:
         drafter: float32 on the target's device; on a GPU it trains under bfloat16 autocast.
-        answers: samples {"input_ids", "loss_mask"} of the target's own answers.
-        held_out: answers to prompts that are not trained on; evaluated at the end.
+        answers: samples {"input_ids", "loss_mask"} of the target's own answers, as `AnchorCollator` describes them.
+        held_out: samples of answers to prompts that are not trained on, to measure the loss on.
+        prompts: held-out prompts, to measure the tau and the speed of decoding.
         resume: continue from the newest complete checkpoint in `output`. If there is none, training starts at step 0,
             and a line says so.
         console: shows the progress, the loss and tau; None shows nothing.
 
-    If the training is interrupted or fails after its first step, the drafter is saved as it stands.
-
     Returns:
-        The log: one dict per entry, with step, loss, tau, learning rate. It is also written to `output/training.json`.
+        The log: one dict per entry, with step, loss, tau, learning rate, or with the figures of an evaluation
+        (`Evaluation.measure`), each with `eval_` before its name. It is also written to `output/training.json`.
 
     Raises:
-        ValueError: the checkpoint to resume from is of another drafter.
+        ValueError: the checkpoint to resume from is of another drafter, or there is no sample to train on.
     """
     output = Path(output)
     console = console or Console(quiet=True)
     config = drafter.config
     args = training_arguments(output, recipe, target.device)
+    collator = AnchorCollator(recipe.anchors, config.block_size, config.mask_token_id, config.first_draft_slot)
+    evaluation = None
+    if held_out is not None and len(held_out):
+        evaluation = Evaluation(held_out, collator, recipe.batch_size, prompts, recipe.seed)
     trainer = DFlashTrainer(
         drafter,
         target,
         gamma=recipe.gamma,
         args=args,
         train_dataset=answers,
-        eval_dataset=held_out,
-        data_collator=AnchorCollator(recipe.anchors, config.block_size, config.mask_token_id, config.first_draft_slot),
+        evaluation=evaluation,
+        data_collator=collator,
     )
     trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(KeepBest(drafter, output))
     checkpoint = newest_checkpoint(output, config) if resume else None
     if resume:
         nothing = f"nothing to resume: there is no complete checkpoint in {output}, training starts at step 0"
@@ -161,13 +184,14 @@ def train_drafter(
         with TrainingProgress(console) as shown:
             if trainer.is_world_process_zero():
                 trainer.add_callback(shown)
+                if evaluation:
+                    evaluation.on_progress = shown.on_evaluation_progress
             trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
-            if held_out is not None and len(held_out):
-                trainer.evaluate()
     finally:
         log = [entry for entry in trainer.state.log_history if entry]
         # A run that failed at once leaves an earlier drafter alone.
         if trainer.state.global_step and trainer.is_world_process_zero():
-            save_drafter(drafter, output, dtype=torch.bfloat16)
+            if not best_evaluation(log):
+                replace_drafter(drafter, output)
             (output / "training.json").write_text(json.dumps({"recipe": asdict(recipe), "log": log}, indent=1) + "\n")
     return log

@@ -2,6 +2,7 @@ import json
 
 import pytest
 
+from dflash_ext.data import AnswerDataset
 from dflash_ext.models import load_drafter
 from python_tests.data.words import word_tokenizer
 
@@ -42,6 +43,33 @@ def test_the_seed_decides_what_is_drawn(workspace, run):
         assert code == 0, errors
         losses.append([entry["loss"] for entry in json.loads((out / "training.json").read_text())["log"][:1]])
     assert losses[0] == losses[1] != losses[2]
+
+
+def test_turns_of_one_conversation_stay_together(workspace, run):
+    rows = [[f"w{10 + conversation:03} w{number:03}" for number in (5, 6, 7)] for conversation in range(6)]
+    chats = [{"messages": [{"role": "user", "content": turn} for turn in turns]} for turns in rows]
+    (workspace / "prompts.jsonl").write_text("".join(json.dumps(chat) + "\n" for chat in chats))
+    out = workspace / "trained"
+    code, printed, errors = run(*words(workspace), "--output", out)
+    assert code == 0, errors
+    _, *answers = map(json.loads, (out / "answers.jsonl").read_text().splitlines())
+    assert sorted(answer["conversation"] for answer in answers) == [i for i in range(6) for _ in range(3)]
+    assert ", 6 held out" in printed
+    sides = AnswerDataset(out / "answers.jsonl", 99).split(0.34)
+    first_words = [{int(side[i]["input_ids"][0]) for i in range(len(side))} for side in sides]
+    assert len(first_words[1]) == 2 and not first_words[0] & first_words[1]
+
+
+def test_an_evaluation_decodes_held_out_prompts(workspace, run):
+    out = workspace / "trained"
+    code, printed, errors = run(*words(workspace), "--output", out, "--evaluate-every", 1)
+    assert code == 0, errors
+    log = json.loads((out / "training.json").read_text())["log"]
+    evaluations = [entry for entry in log if "eval_tau" in entry]
+    assert [entry["step"] for entry in evaluations] == [1, 2]
+    assert {"eval_loss", "eval_acceptance_1", "eval_acceptance_3", "eval_tokens_per_second"} <= evaluations[0].keys()
+    assert f"step 1: loss {evaluations[0]['eval_loss']:.2f} on held-out answers, tau " in printed
+    assert (out / "curve.png").stat().st_size
 
 
 def test_chat_template_args_are_kept_with_the_answers(workspace, run):

@@ -3,7 +3,9 @@ import json
 import pytest
 import torch
 
-from dflash_ext.data import AnswerDataset, DataError
+from dflash_ext.data import AnswerDataset, DataError, answer_prompts
+from dflash_ext.models import Target
+from python_tests.tiny import tiny_model
 
 
 def write(path, *answers, cut=0):
@@ -70,7 +72,7 @@ def test_what_is_wrong_with_a_file_is_said(tmp_path):
     with pytest.raises(
         DataError, match="a.jsonl: the answers are of a target with a vocabulary of 97; this one has 98"
     ):
-        AnswerDataset(path, 100, vocab_size=98)
+        AnswerDataset(path, 100, target=Target(tiny_model("llama", vocab_size=98)))
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text('{"prompt": "x"}\n')
     with pytest.raises(DataError, match="prompts.jsonl: not a file of answers"):
@@ -105,3 +107,49 @@ def test_what_is_wrong_with_a_row_is_said_in_one_line(tmp_path, line, message):
     with pytest.raises(DataError, match=f"a.jsonl:3: {message}") as error:
         AnswerDataset(path, 100)
     assert "\n" not in str(error.value) and len(str(error.value)) < 400
+
+
+def test_split_keeps_a_conversation_on_one_side(tmp_path):
+    """Its turns are different prompts. Conversations with a prompt in common stay together, too."""
+    lines = ['{"format": "dflash_ext.responses", "vocab_size": 97}']
+    for conversation in range(20):
+        first = [50] if conversation in (3, 4) else [conversation]  # two conversations that begin alike
+        for index, prompt in enumerate((first, [*first, 60, conversation], [*first, 60, 61, conversation])):
+            row = {"index": 3 * conversation + index, "temperature": 0.0, "conversation": conversation}
+            lines.append(json.dumps(row | {"prompt_ids": prompt, "response_ids": [1] * 4}))
+
+    def sides(lines, seed):
+        path = tmp_path / "a.jsonl"
+        path.write_text("\n".join(lines) + "\n")
+        parts = AnswerDataset(path, 100).split(0.2, seed)
+        return [{int(part[i]["input_ids"][0]) for i in range(len(part))} for part in parts]
+
+    chosen = set()
+    for seed in range(8):
+        trained, held_out = sides(lines, seed)
+        assert len(held_out) == 4 and not trained & held_out
+        assert sides([lines[0], *reversed(lines[1:])], seed) == [trained, held_out]
+        chosen |= held_out
+    assert len(chosen) > 8
+
+
+def test_what_is_known_of_the_sequences(tmp_path):
+    path = write(tmp_path / "a.jsonl", ([5, 6], [7] * 4), ([1], [2] * 9), ([5, 6], [8] * 5))
+    dataset = AnswerDataset(path, max_length=8)
+    assert dataset.lengths.tolist() == [6, 8, 7]
+    assert [dataset[i]["cut"] for i in range(3)] == [False, True, False]
+    assert sorted(dataset.prompts()) == [[1], [5, 6]]
+    _, held_out = dataset.split(0.5)
+    assert held_out.lengths.tolist() == [len(held_out[i]["input_ids"]) for i in range(len(held_out))]
+    assert len(held_out.prompts()) == 1
+
+
+def test_answers_of_another_target_are_refused(tmp_path):
+    """Its vocabulary is as large, its weights differ."""
+    target = Target(tiny_model("llama"))
+    path = tmp_path / "a.jsonl"
+    answer_prompts(target, {0: [5, 6]}, path, max_new_tokens=8)
+    assert len(AnswerDataset(path, 100, target=target)) == 1
+    other = Target(tiny_model("llama", initializer_range=0.1))
+    with pytest.raises(DataError, match="a.jsonl: the answers are of another target, .*: its weights differ"):
+        AnswerDataset(path, 100, target=other)

@@ -26,7 +26,8 @@ def test_bars_say_what_is_trained_its_loss_and_what_is_evaluated(tmp_path, capsy
     assert "training the drafter" in shown and "3/3" in shown
     # A step is shown with the loss of the one before: it is logged after the step ended.
     assert f"loss {log[1]['loss']:.3f}, tau {log[1]['tau']:.2f}" in shown
-    assert "evaluating the drafter on held-out answers" in shown and "1/1" in shown
+    assert "evaluating the drafter: the loss on held-out answers" in shown and "1/1" in shown
+    assert f"step 3: loss {log[3]['eval_loss']:.2f} on held-out answers\n" in shown
     assert shown.endswith("\x1b[2K")  # the bars are gone
 
 
@@ -60,6 +61,8 @@ def test_the_summary_names_both_ends_and_the_held_out_loss():
     ]
     line = "drafter: loss 4.00 -> 1.50, tau 1.25 -> 2.00 on its training blocks in 24 steps"
     assert summary(log) == line
-    assert summary([*log, {"step": 24, "eval_loss": 1.75}]) == line + "; loss 1.75 on held-out answers"
+    assert summary([*log, {"step": 24, "eval_loss": 1.75}]) == (
+        line + "; the drafter of step 24 is kept: loss 1.75 on held-out answers"
+    )
     assert "no step left" in summary([])
     assert "->" not in summary(log[:1])

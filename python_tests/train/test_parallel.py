@@ -1,0 +1,40 @@
+"""Several processes of torchrun train as one does."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from python_tests.train.ranks import train
+
+
+def torchrun(*words, processes: int = 2) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", *words]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, cwd=Path(__file__).parents[2])
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_two_ranks_equal_one_with_twice_the_accumulation(tmp_path):
+    train(tmp_path / "one", ranks=1)
+    torchrun("-m", "python_tests.train.ranks", tmp_path / "two")
+    one, two = (json.loads((tmp_path / name / "training.json").read_text())["log"] for name in ("one", "two"))
+    assert [entry["step"] for entry in one] == [entry["step"] for entry in two]
+    for ours, theirs in zip(one, two, strict=True):
+        assert ours.keys() == theirs.keys()
+        for name in ours.keys() & {
+            "loss",
+            "tau",
+            "grad_norm",
+            "eval_loss",
+            "eval_accuracy",
+            "eval_tau",
+            "eval_acceptance_1",
+        }:
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-4), name
+    one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
+    for name in one:
+        torch.testing.assert_close(one[name], two[name], rtol=1e-2, atol=1e-3)  # they are saved in bfloat16
