@@ -69,12 +69,8 @@ def test_an_interrupted_run_goes_on(target, tmp_path, cut):
     assert sum(done) == 2 * (len(PROMPTS) - 1)
     after = path.read_bytes()
     assert after.startswith(kept[: kept.rfind(b"\n") + 1])
-    greedy = [
-        sorted(r["response_ids"] for r in map(json.loads, text.splitlines()[1:]) if not r["temperature"])
-        for text in (whole, after)
-    ]
-    assert greedy[0] == greedy[1]
-    assert len(after.splitlines()) == len(lines)
+    # Sampled answers, too, are those of the run that was not interrupted.
+    assert sorted(after.splitlines()) == sorted(whole.splitlines())
 
 
 def test_a_temperature_given_twice_gives_two_different_samples(target, tmp_path):
