@@ -41,6 +41,10 @@ def evaluate(
             metavar="<path>", help="A file of prompts, which is one prompt set. Repeat the option for several sets."
         ),
     ],
+    compare: Annotated[
+        Path | None,
+        typer.Option(help="Decode the same prompts with this drafter, too, and report how much its tau differs."),
+    ] = None,
     field: Field = None,
     limit: Limit = 80,
     max_prompt_tokens: MaxPromptTokens = 2048,
@@ -61,8 +65,8 @@ def evaluate(
 ) -> None:
     """Decode prompt sets, and report tau and acceptance rates."""
     from ..data import LeftOut, read_conversations
-    from ..decode import decode
-    from ..eval import summarize, table
+    from ..decode import Decoded, decode
+    from ..eval import summarize, table, tau_difference
     from ..models import stop_tokens
     from ..progress import progress
 
@@ -74,10 +78,10 @@ def evaluate(
     }
     check_output(output)
     model, tok = load_target(target, tokenizer, dtype, device)
-    tapped, draft = load_pair(model, drafter)
+    pairs = [load_pair(model, path) for path in (drafter, compare) if path]
     encoded = {
         path.stem: encode_for(
-            tapped,
+            pairs[0][0],
             tok,
             conversations[path.stem],
             path,
@@ -88,30 +92,36 @@ def evaluate(
         )
         for path in prompts
     }
-    results = {}
+    results: list[dict[str, Decoded]] = [{} for _ in pairs]
     try:
         for name, asked in encoded.items():
-            with progress(console, name, len(asked)) as advance:
-                results[name] = decode(
-                    tapped,
-                    draft,
-                    list(asked.values()),
-                    max_new_tokens=max_new_tokens,
-                    temperature=temperature,
-                    top_k=top_k,
-                    top_p=top_p,
-                    min_p=min_p,
-                    stop_token_ids=stop_tokens(tok, model),
-                    block_size=block_size,
-                    batch_size=batch_size,
-                    seed=seed,
-                    exact=exact,
-                    on_finish=lambda *_: advance(1),
-                )
+            for (tapped, draft), decoded in zip(pairs, results, strict=True):
+                with progress(console, name, len(asked)) as advance:
+                    decoded[name] = decode(
+                        tapped,
+                        draft,
+                        list(asked.values()),
+                        max_new_tokens=max_new_tokens,
+                        temperature=temperature,
+                        top_k=top_k,
+                        top_p=top_p,
+                        min_p=min_p,
+                        stop_token_ids=stop_tokens(tok, model),
+                        block_size=block_size,
+                        batch_size=batch_size,
+                        seed=seed,
+                        exact=exact,
+                        on_finish=lambda *_: advance(1),
+                    )
     finally:  # an interrupt loses only the set that it interrupts
-        console.print(table(results))
+        for path, decoded in zip((drafter, compare), results, strict=False):
+            console.print(table(decoded, title=str(path) if compare else None))
+    rows = {name: summarize(decoded) | {"left_out": left_out[name]} for name, decoded in results[0].items()}
+    for name, other in results[1].items() if compare else ():
+        difference = tau_difference(results[0][name], other, seed=seed)
+        console.print(f"{name}: {difference}", soft_wrap=True, highlight=False)
+        rows[name] |= {"compared": summarize(other), "tau_difference": difference._asdict()}
     if output:
-        rows = {name: summarize(decoded) | {"left_out": left_out[name]} for name, decoded in results.items()}
         with replacing(output) as file:
             file.write(json.dumps(rows, indent=1) + "\n")
         console.print(f"the figures are in {output}")

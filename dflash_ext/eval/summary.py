@@ -25,9 +25,10 @@ def summarize(decoded: Decoded) -> dict:
     }
 
 
-def table(results: dict[str, Decoded]) -> Table:
+def table(results: dict[str, Decoded], *, title: str | None = None) -> Table:
     """A table with one row per named run."""
     view = Table(
+        title=title,
         caption="tau: tokens committed per cycle, bonus included, as the mean over prompts\n"
         "accepted: the share of all cycles that accepted the drafted token",
         caption_justify="left",

@@ -3,7 +3,8 @@ import json
 import pytest
 
 from dflash_ext.decode import decode
-from python_tests.tiny import random_prompts
+from dflash_ext.train import new_drafter, save_drafter
+from python_tests.tiny import MASK_TOKEN, random_prompts, tiny_pair
 
 
 @pytest.fixture
@@ -74,3 +75,18 @@ def test_an_interrupt_shows_the_sets_that_are_done(workspace, run, evaluate, mon
     (workspace / "more.jsonl").write_bytes((workspace / "prompts.jsonl").read_bytes())
     code, printed, _ = run(*evaluate, "--prompts", workspace / "more.jsonl")
     assert code == 130 and "prompts" in printed and "more" not in printed
+
+
+def test_two_drafters_are_compared_on_the_same_prompts(workspace, run, evaluate):
+    target, _ = tiny_pair("llama")
+    other = new_drafter(target, 7, mask_token_id=MASK_TOKEN, num_layers=1, taps=2, block_size=4)
+    save_drafter(other, workspace / "other")
+    out = workspace / "figures.json"
+    code, printed, errors = run(*evaluate, "--compare", workspace / "other", "--output", out)
+    assert code == 0, errors
+    row = json.loads(out.read_text())["prompts"]
+    assert row["compared"]["tau"] - row["tau"] == pytest.approx(row["tau_difference"]["mean"], abs=2e-4)
+    assert f"prompts: tau differs by {row['tau_difference']['mean']:+.3f} (95% interval" in printed
+    assert len(row["acceptance"]) == 5 and len(row["compared"]["acceptance"]) == 3
+    code, _, _ = run(*evaluate, "--compare", workspace / "drafter", "--output", out)
+    assert list(json.loads(out.read_text())["prompts"]["tau_difference"].values()) == [0, 0, 0]
