@@ -14,10 +14,12 @@ from .options import (
     BlockSize,
     ChatTemplateArgs,
     DecodeBatch,
+    DenoisingSteps,
     Device,
     Dtype,
     Exact,
     Field,
+    GreedyDraft,
     Limit,
     MaxPromptTokens,
     Seed,
@@ -46,6 +48,8 @@ def check_lossless(
     ] = 1000,
     temperature: Annotated[float, typer.Option(min=1e-3, help="The temperature of these draws.")] = 1.0,
     block_size: BlockSize = None,
+    denoising_steps: DenoisingSteps = 1,
+    greedy_draft: GreedyDraft = False,
     batch_size: DecodeBatch = 8,
     seed: Seed = 0,
     exact: Exact = False,
@@ -73,7 +77,8 @@ def check_lossless(
         chat_template_args=chat_template_args,
     )
     numbers, asked = list(encoded), list(encoded.values())
-    options = {"block_size": block_size, "batch_size": batch_size, "exact": exact}
+    drafting = {"block_size": block_size, "denoising_steps": denoising_steps, "greedy_draft": greedy_draft}
+    options = drafting | {"batch_size": batch_size, "exact": exact}
     stops = stop_tokens(tok, model)
     found = greedy_divergences(tapped, draft, asked, max_new_tokens=max_new_tokens, stop_token_ids=stops, **options)
     wrong = [each for each in found if each.regret > tolerance]

@@ -82,6 +82,15 @@ BlockSize = Annotated[
         "cycle drafts as many tokens as pay, by what was accepted before and what cycles cost here.",
     ),
 ]
+DenoisingSteps = Annotated[
+    int,
+    typer.Option(
+        min=1, max=3, help="Fill a drafted block in this number of forwards of the drafter, from left to right."
+    ),
+]
+GreedyDraft = Annotated[
+    bool, typer.Option("--greedy-draft", help="Draft the likeliest tokens also at a temperature above 0.")
+]
 DecodeBatch = Annotated[int, typer.Option("--batch-size", min=1, help="The number of prompts decoded at a time.")]
 Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="The seed of all random draws.")]
 Tokenizer = Annotated[

@@ -13,6 +13,7 @@ from ..models import DFlashDrafter, Target
 from ..ops.logits import by_row
 from .state import OFF
 
+MOST_STEPS = 3  # of denoising in a block
 AUTO = "auto"  # a block size that is chosen before each cycle
 
 
@@ -135,3 +136,11 @@ def draft_width(target: Target, drafter: DFlashDrafter | None, block_size: int |
             f"block size {block_size} is not supported: this drafter fills blocks of {first + 1} to {largest} slots"
         )
     return block_size - first
+
+
+def denoising(steps: object) -> int:
+    """The number of denoising steps of a block. Raises ValueError unless it is 1 to 3."""
+    steps = integer("denoising_steps", steps)
+    if not 1 <= steps <= MOST_STEPS:
+        raise ValueError(f"decode: denoising_steps is {steps}; 1 to {MOST_STEPS} are supported")
+    return steps

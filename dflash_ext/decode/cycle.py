@@ -14,7 +14,7 @@ from torch import Tensor
 from ..masks import IntervalMask
 from ..models import Target
 from ..ops import sample, verify
-from ..ops.cycle import begin_cycle, end_cycle
+from ..ops.cycle import CycleRows, begin_cycle, end_cycle
 from ..reference.numerics import softcapped
 from .draft import BlockDraft
 from .forward.families import embedding_of, head_softcap, target_stack
@@ -140,8 +140,7 @@ class Cycle:
         drafted, drawn = tokens[:, :0], {}
         if width:
             watch.start("draft")
-            logits = self.draft.denoise(rows)
-            drafted, drawn = draw(logits, rows.seed, rows.start + 1, options)
+            drafted, drawn = self._draft(rows, width, options)
             tokens = torch.cat([tokens, drafted], dim=1)
         watch.start("verify")
         placed = rows.positions, rows.start, rows.q_len, rows.slots
@@ -157,3 +156,21 @@ class Cycle:
             self.draft.inject(features, kept, rows.slots)
         watch.stop()
         return records
+
+    def _draft(self, rows: CycleRows, width: int, options: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """The drafted tokens [B, K], and what `verify` must know of their draw.
+
+        Every step of denoising draws the next tokens, from left to right, and sees those that were drawn before. So a
+        token is drawn from logits that depend on the tokens before it alone, which is the q that `verify` needs. A
+        greedy draft is a point mass, which needs none.
+        """
+        known, parts, facts = rows.anchor[:, None], [], []
+        for count in self.draft.shares(width):
+            logits = self.draft.denoise(rows, known, count)
+            drafted, drawn = draw(logits, rows.seed, rows.start + known.shape[1], {} if self.draft.greedy else options)
+            known = torch.cat([known, drafted], dim=1) if self.draft.steps > 1 else known
+            parts.append(drafted)
+            facts.append(drawn)
+        if len(parts) == 1:
+            return parts[0], facts[0]
+        return torch.cat(parts, dim=1), {name: torch.cat([each[name] for each in facts], dim=1) for name in facts[0]}

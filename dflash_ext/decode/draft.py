@@ -22,11 +22,24 @@ class BlockDraft:
 
     Args:
         width: the largest number of drafted tokens in a cycle.
+        steps: the number of denoising steps that fill a block.
+        greedy: the draft is the likeliest one, whatever the temperature of the row.
         slots, tokens: the number of rows, and the largest number of tokens in a row, as in `KVCache`.
     """
 
-    def __init__(self, drafter: DFlashDrafter, target: Target, *, width: int, slots: int, tokens: int):
+    def __init__(
+        self,
+        drafter: DFlashDrafter,
+        target: Target,
+        *,
+        width: int,
+        slots: int,
+        tokens: int,
+        steps: int = 1,
+        greedy: bool = False,
+    ):
         self.drafter, self.target, self.width = drafter, target, width
+        self.steps, self.greedy = steps, greedy
         config = drafter.config
         layers, heads, head_dim = config.num_hidden_layers, config.num_key_value_heads, config.head_dim
         weight = drafter.fc.weight
@@ -56,19 +69,27 @@ class BlockDraft:
             block_table=block_table(slots),
         )
 
-    def denoise(self, rows: CycleRows) -> Tensor:
-        """The logits [B, K, V] of the tokens behind the anchors, in the target's vocabulary and dtype.
+    def shares(self, width: int) -> list[int]:
+        """How many of `width` drafted tokens each step of denoising gives, from left to right."""
+        steps = min(self.steps, width)
+        return [width // steps + (step < width % steps) for step in range(steps)]
 
-        `rows` says how many slots there are, which `block_len` gives for K drafted tokens.
+    def denoise(self, rows: CycleRows, known: Tensor, count: int) -> Tensor:
+        """The logits [B, count, V] of the next tokens of the blocks, in the target's vocabulary and dtype.
+
+        `rows` says how many slots there are, which `block_len` gives. `known` int64 [B, n] are the tokens of the first
+        slots: the anchors, and what was drafted in earlier steps.
         """
-        drafter, first = self.drafter, self.drafter.config.first_draft_slot
+        drafter = self.drafter
+        first = known.shape[1] - 1 + drafter.config.first_draft_slot
         block = torch.full_like(rows.block_positions, drafter.config.mask_token_id)
-        block[:, 0] = rows.anchor
+        block[:, : known.shape[1]] = known
         masks = drafter.decode_masks(rows.start, block.shape[1], self.cache.capacity)
         hidden = drafter.embed(self.target, block).flatten(0, 1)
         where = Rows(rows.block_positions, rows.block_places, rows.slots, masks)
         output, _ = self.stack.forward(hidden, where, self.cache)
-        return drafter.logits(self.target, self.stack.normed(output).view(*block.shape, -1)[:, first:])
+        wanted = self.stack.normed(output).view(*block.shape, -1)[:, first : first + count]
+        return drafter.logits(self.target, wanted)
 
     def block_len(self, width: int) -> int:
         """The slots of a block that drafts `width` tokens."""

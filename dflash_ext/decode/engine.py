@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..models import DFlashDrafter, Target
 from ..ops.backends import hopper_kernels_serve
-from .arguments import AUTO, check_prompt, draft_width, integer, per_prompt, positive, stop_ids, stop_texts
+from .arguments import AUTO, check_prompt, denoising, draft_width, integer, per_prompt, positive, stop_ids, stop_texts
 from .completion import Completion, Decoded
 from .cycle import Cycle, Drawing, TargetForward
 from .draft import BlockDraft
@@ -63,6 +63,10 @@ class Engine:
         block_size: slots of a drafted block, anchor included. The drafter's own number is the default and the largest.
             "auto" chooses anew before each cycle, from what was accepted so far and from what cycles cost here
             (`decode.pace`). It may also choose to draft nothing.
+        denoising_steps: 1 to 3 forwards of the drafter fill a block, from left to right. Each sees what the ones before
+            it have drafted.
+        greedy_draft: the draft is the likeliest one also at a temperature above 0. Such a token x is accepted with the
+            probability that the target gives it, and what replaces it is drawn from the target's other tokens.
         exact: greedy tokens depend on the prompt alone, to the bit, also in bfloat16 or float16 on a GPU (Hopper): not
             on the drafter, on what it drafts, or on other requests. On a CPU that is so without this option.
         tokenizer: a tokenizer of transformers, from which completions get their text. Stop strings need it.
@@ -85,6 +89,8 @@ class Engine:
         slots: int = 8,
         max_length: int = 4096,
         block_size: int | str | None = None,
+        denoising_steps: int = 1,
+        greedy_draft: bool = False,
         exact: bool = False,
         tokenizer=None,
     ):
@@ -97,12 +103,13 @@ class Engine:
         if exact and target.device.type == "cuda" and not (halves and hopper_kernels_serve(target.device)):
             raise ValueError(f"exact=True on a GPU needs Hopper and bfloat16 or float16; the target is {target.dtype}")
         width = draft_width(target, drafter, None if block_size == AUTO else block_size)
+        drafting = {"steps": denoising(denoising_steps), "greedy": greedy_draft}
         self.target, self.max_length, self.tokenizer = target, max_length, tokenizer
         self.watch = Stopwatch(target.device)
         self.state = State(slots, target.device)
         sizes = {"slots": slots + 1, "tokens": max_length}
         with torch.no_grad():
-            draft = BlockDraft(drafter, target, width=width, **sizes) if drafter else None
+            draft = BlockDraft(drafter, target, width=width, **sizes, **drafting) if drafter else None
             self.cycle = Cycle(self.state, TargetForward(target, **sizes, exact=exact), draft)
         self.runner = runner(self.cycle)
         self.pace = Pace(draft_widths(width)) if block_size == AUTO and width else None

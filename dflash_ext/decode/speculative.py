@@ -40,6 +40,8 @@ def decode(
     stop_strings: str | Iterable[str] | None = None,
     tokenizer=None,
     block_size: int | str | None = None,
+    denoising_steps: int = 1,
+    greedy_draft: bool = False,
     batch_size: int = 32,
     seed: int | Sequence[int] = 0,
     exact: bool = False,
@@ -64,6 +66,7 @@ def decode(
         block_size: slots of a drafted block, anchor included. The drafter's own number is the default and the largest.
             "auto" chooses before each cycle, as in `Engine`; for families that the engine does not serve it is the
             default.
+        denoising_steps, greedy_draft: as in `Engine`.
         batch_size: the number of rows that are decoded at a time. Prompts of similar length share a batch.
         seed: the seed of all draws, or one for each prompt, below 2**62. A prompt's draws do not depend on the other
             prompts of the batch.
@@ -120,7 +123,8 @@ def decode(
         decode_with_modules(target, drafter, by_length, decoded, batch_size=batch_size)
         return decoded
     sizes = {"slots": min(batch_size, len(requests)), "max_length": longest + max_new_tokens}
-    engine = Engine(target, drafter, **sizes, block_size=block_size, exact=exact, tokenizer=tokenizer)
+    drafting = {"block_size": block_size, "denoising_steps": denoising_steps, "greedy_draft": greedy_draft}
+    engine = Engine(target, drafter, **sizes, **drafting, exact=exact, tokenizer=tokenizer)
     engine.waiting.extend(by_length)
     engine.run()
     engine.add_times(decoded)

@@ -59,22 +59,18 @@ def sampling_z(
     *,
     draws: int,
     temperature: float,
-    batch_size: int,
-    seed: int = 0,
-    block_size: int | None = None,
-    exact: bool = False,
+    **options,
 ) -> float:
     """How far the second tokens of many sampled answers are from the target's own distribution.
 
     The second token is the first one that a draft has proposed. Its distribution given the first token is computed by
-    the target's own modules. Cells of few expected draws are pooled.
+    the target's own modules. Cells of few expected draws are pooled. `options` are those of `decode`.
 
     Returns:
         A chi-square statistic as standard deviations (Wilson and Hilferty's approximation): fair draws stay below
         LARGEST_Z, but for one prompt in about 10^5. It is 0 if there is nothing to compare.
     """
-    options = dict(temperature=temperature, batch_size=batch_size, seed=seed, block_size=block_size, exact=exact)
-    decoded = decode(target, drafter, [prompt] * draws, max_new_tokens=3, **options)
+    decoded = decode(target, drafter, [prompt] * draws, max_new_tokens=3, temperature=temperature, **options)
     pairs = Counter(tuple(completion.tokens[:2]) for completion in decoded.completions)
     firsts = Counter(first for first, _ in pairs.elements())
     statistic, freedom = 0.0, 0

@@ -9,9 +9,11 @@ def checked(workspace, run, *options):
     return run("check-lossless", *files, "--prompts", workspace / "prompts.jsonl", "--max-new-tokens", 8, *options)
 
 
-@pytest.mark.parametrize("draws", [0, 50])
-def test_a_lossless_drafter_passes(workspace, run, draws):
-    code, printed, _ = checked(workspace, run, "--draws", draws)
+@pytest.mark.parametrize(
+    "draws, drafting", [(0, []), (50, []), (50, ["--denoising-steps", 2]), (50, ["--greedy-draft"])]
+)
+def test_a_lossless_drafter_passes(workspace, run, draws, drafting):
+    code, printed, _ = checked(workspace, run, "--draws", draws, *drafting)
     assert code == 0
     assert "greedy: 3 of 3 answers are equal token by token" in printed
     assert ("the second token of 50 answers fits the target's distribution" in printed) == bool(draws)

@@ -92,6 +92,25 @@ def test_smaller_blocks_and_their_bounds():
             decode(target, drafter, PROMPTS, max_new_tokens=4, block_size=block_size)
 
 
+@pytest.mark.parametrize("family", ["llama", "sample_from_anchor"])
+@pytest.mark.parametrize("steps, greedy", [(1, True), (2, False), (3, True)])
+def test_steps_of_denoising_change_no_greedy_token(family, steps, greedy):
+    target, drafter = tiny_pair("llama")
+    drafter.config.sample_from_anchor = family == "sample_from_anchor"
+    expected = [own_output(target.model, p, 20) for p in PROMPTS]
+    options = dict(max_new_tokens=20, denoising_steps=steps, greedy_draft=greedy)
+    for block_size in (2, 3, 6, "auto"):
+        decoded = decode(target, drafter, PROMPTS, block_size=block_size, **options)
+        assert [c.tokens for c in decoded.completions] == expected
+
+
+def test_refuses_a_number_of_steps():
+    target, drafter = tiny_pair("llama")
+    for steps in (0, 4):
+        with pytest.raises(ValueError, match=f"denoising_steps is {steps}; 1 to 3 are supported"):
+            decode(target, drafter, PROMPTS, max_new_tokens=4, denoising_steps=steps)
+
+
 def test_stop_tokens_and_callbacks():
     target, drafter = tiny_pair("llama")
     expected = [own_output(target.model, p, 30) for p in PROMPTS]
@@ -231,6 +250,15 @@ def small_pair(sharpness: float) -> tuple[Target, DFlashDrafter]:
     return Target(model, drafter.config.target_layer_ids), drafter
 
 
+def opinionated(drafter: DFlashDrafter) -> DFlashDrafter:
+    """The drafter with large weights, so that what it drafts depends on its context and on the tokens of the block."""
+    torch.manual_seed(0)
+    for parameter in drafter.parameters():
+        if parameter.dim() > 1:
+            parameter.data.normal_()
+    return drafter
+
+
 def exact_distribution(model, prompt, temperature, top_k, top_p, min_p) -> dict[tuple[int, ...], float]:
     """The target's exact probability of every continuation, with the filters written out anew."""
     exact = {}
@@ -255,6 +283,24 @@ def exact_distribution(model, prompt, temperature, top_k, top_p, min_p) -> dict[
 FILTERS = ["temperature", "top_k", "top_p", "min_p"]
 
 
+def expect_distribution(completions, exact: dict[tuple[int, ...], float]) -> None:
+    """A chi-square test of the completions' tokens, which one fair run in about 10^5 fails."""
+    rows = len(completions)
+    seen = {tokens: 0 for tokens in exact}
+    for completion in completions:
+        seen[tuple(completion.tokens)] += 1
+    assert all(seen[tokens] == 0 for tokens, p in exact.items() if p == 0)
+    # Cells of few expected draws are pooled, as the chi-square approximation needs.
+    cells = [(seen[t], rows * p) for t, p in exact.items() if rows * p >= 5]
+    rare = [(seen[t], rows * p) for t, p in exact.items() if rows * p < 5]
+    cells = [(s, e) for s, e in [*cells, tuple(map(sum, zip((0, 0), *rare, strict=True)))] if e > 0]
+    chi_square = sum((s - e) ** 2 / e for s, e in cells)
+    freedom = len(cells) - 1
+    # Wilson-Hilferty: about one in 10^5 fair runs is beyond 4.26 standard deviations.
+    z = ((chi_square / freedom) ** (1 / 3) - (1 - 2 / (9 * freedom))) / math.sqrt(2 / (9 * freedom))
+    assert z < 4.26, (chi_square, freedom)
+
+
 @pytest.mark.parametrize("drafted", [True, False])
 @pytest.mark.parametrize(
     FILTERS,
@@ -273,24 +319,55 @@ def test_sampling_keeps_the_targets_distribution(drafted, temperature, top_k, to
     exact = exact_distribution(target.model, prompt, **filters)
     drafter = drafter if drafted else None
     decoded = decode(target, drafter, [prompt] * ROWS, max_new_tokens=NEW, batch_size=1000, seed=11, **filters)
-    seen = {tokens: 0 for tokens in exact}
-    for completion in decoded.completions:
-        seen[tuple(completion.tokens)] += 1
-    assert all(seen[tokens] == 0 for tokens, p in exact.items() if p == 0)
-    # Cells of few expected draws are pooled, as the chi-square approximation needs.
-    cells = [(seen[t], ROWS * p) for t, p in exact.items() if ROWS * p >= 5]
-    cells.append(
-        (sum(seen[t] for t, p in exact.items() if ROWS * p < 5), sum(ROWS * p for p in exact.values() if ROWS * p < 5))
-    )
-    cells = [(s, e) for s, e in cells if e > 0]
-    chi_square = sum((s - e) ** 2 / e for s, e in cells)
-    freedom = len(cells) - 1
-    # Wilson-Hilferty: about one in 10^5 fair runs is beyond 4.26 standard deviations.
-    z = ((chi_square / freedom) ** (1 / 3) - (1 - 2 / (9 * freedom))) / math.sqrt(2 / (9 * freedom))
-    assert z < 4.26, (chi_square, freedom)
+    expect_distribution(decoded.completions, exact)
     if drafted:
         accepted = [a for c in decoded.completions for a in c.accepted]
         assert 0 < sum(accepted) < len(accepted) * 3  # both acceptance and rejection took part
+
+
+@pytest.mark.parametrize(
+    "drafting, top_k",
+    [
+        (dict(denoising_steps=2), None),
+        (dict(denoising_steps=3), 3),
+        (dict(greedy_draft=True), None),
+        (dict(greedy_draft=True, denoising_steps=2), 3),
+        (dict(block_size=2), None),
+        (dict(block_size=3, denoising_steps=3), None),
+    ],
+)
+def test_ways_of_drafting_keep_the_targets_distribution(drafting, top_k):
+    target, drafter = small_pair(0.7)
+    opinionated(drafter)
+    prompt = [1, 3, 0]
+    filters = dict(zip(FILTERS, (1.0, top_k, None, None), strict=True))
+    options = dict(max_new_tokens=NEW, batch_size=1000, seed=12)
+    decoded = decode(target, drafter, [prompt] * ROWS, **options, **filters, **drafting)
+    expect_distribution(decoded.completions, exact_distribution(target.model, prompt, **filters))
+    accepted = [a for c in decoded.completions for a in c.accepted]
+    assert 0 < sum(accepted) < sum(v for c in decoded.completions for v in c.verified)
+
+
+def test_every_step_of_denoising_sees_what_was_drafted_before():
+    """With as many steps as tokens, each drafted token is the drafter's choice for a block that has those before it."""
+    target, drafter = small_pair(0.7)
+    opinionated(drafter)
+    prompts = [list(pair) for pair in itertools.product(range(4), repeat=2)]
+    drafts = {}
+    for steps in (1, 3):
+        decoded = decode(target, drafter, prompts, max_new_tokens=5, denoising_steps=steps)
+        drafts[steps] = [completion.drafted[0] for completion in decoded.completions]
+        for prompt, completion, drafted in zip(prompts, decoded.completions, drafts[steps], strict=True):
+            for known in range(3):
+                shown = drafted[:known] if steps == 3 else []
+                block = torch.tensor([[completion.tokens[0], *shown, *[4] * (3 - len(shown))]])
+                hidden = drafter(
+                    noise_embeds=drafter.embed(target, block),
+                    context_hidden_states=target.features(torch.tensor([prompt])),
+                    position_ids=torch.arange(len(prompt) + 4)[None],
+                ).last_hidden_state
+                assert drafter.logits(target, hidden)[0, 1 + known].argmax() == drafted[known]
+    assert drafts[1] != drafts[3]
 
 
 def test_a_row_draws_the_same_alone_and_in_a_batch():
