@@ -9,12 +9,13 @@ have the same number in "conversation", which is optional.
 
 from __future__ import annotations
 
+import glob
 import json
 import os
 from collections.abc import Iterator
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from ..models import Target
 from . import fingerprints
@@ -22,6 +23,8 @@ from .errors import DataError
 from .parsing import excerpt, json_value, utf8_text
 
 FORMAT = "dflash_ext.responses"
+# What tells an answer from all others of a file: its prompt's index, the temperature, and which sample it is.
+Key = tuple[int, float, int]
 ROW_KEYS = {"index", "temperature", "prompt_ids", "response_ids"}
 
 
@@ -74,44 +77,94 @@ def check_target(path: Path, header: dict, target: Target) -> None:
         raise DataError(f"{path}: the answers are of another target, {header.get('target')}: its weights differ")
 
 
-def resume(path: Path, header: dict) -> set[tuple[int, float, int]]:
+def resume(path: Path, header: dict) -> set[Key]:
     """Prepares the file at `path` for more answers: makes it if there is none, and drops a last line that was cut off.
 
-    A file that holds no answer yet gets the new header.
+    A file that holds no answer yet gets the new header. Answers in the files of other ranks are moved to it.
 
     Returns:
-        The answers in the file: the index of the prompt, the temperature, and which of the answers to this prompt at
-        this temperature it is, from 0.
+        The answers in the file.
 
     Raises:
         DataError: `path` holds something else, or answers under another header.
     """
     header = {"format": FORMAT, **header}
-    first_line = (json.dumps(header) + "\n").encode()
+    first_line = _line(header)
     lines = whole_lines(path) if path.exists() else iter(())
-    _, found = next(lines, (0, None))
+    end, found = next(lines, (0, None))
     if found is None and path.exists() and not first_line.startswith(path.read_bytes()):
         raise DataError(f"{path}: exists and is not a file of answers")
     first_row = next(lines, None)
     if first_row is None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(first_line)
-        return set()
+        end = len(first_line)
+    else:
+        _check_header(path, found, header)
+        lines = chain([first_row], lines)
+    answered = set()
+    for end_of_row, answer in lines:
+        answered.add(_key(answer))
+        end = end_of_row
+    os.truncate(path, end)
+    for part in sorted(path.parent.glob(f"{glob.escape(path.name)}.rank*")):
+        _move(part, path, header, answered)
+    return answered
+
+
+def _move(part: Path, path: Path, header: dict, answered: set[Key]) -> None:
+    """Appends the answers of a rank's file to the one at `path`, adds them to `answered`, and removes the rank's file.
+
+    A kill between the two leaves answers in both files, which the next call finds in `answered`.
+    """
+    lines = whole_lines(part)
+    _, found = next(lines, (0, header))
+    _check_header(part, found, header)
+    with path.open("ab") as file:
+        for _, row in lines:
+            if _key(row) not in answered:
+                file.write(_line(row))
+                answered.add(_key(row))
+        file.flush()
+        os.fsync(file.fileno())
+    part.unlink()
+
+
+def answered_in(path: Path) -> set[Key]:
+    """The answers in the file at `path`, which `resume` has prepared."""
+    return {_key(row) for _, row in islice(whole_lines(path), 1, None)}
+
+
+def open_to_append(path: Path, header: dict, rank: int) -> BinaryIO:
+    """The file to which a rank appends answers: that at `path` for rank 0, and for the others one beside it.
+
+    `resume` moves the answers of the other ranks to the file at `path`.
+    """
+    if rank == 0:
+        return path.open("ab")
+    file = path.with_name(f"{path.name}.rank{rank}").open("wb")
+    file.write(_line({"format": FORMAT, **header}))
+    return file
+
+
+def write_answer(file: BinaryIO, row: dict) -> None:
+    """Appends an answer, which is on disk when this returns."""
+    file.write(_line(row))
+    file.flush()
+
+
+def _line(value: dict) -> bytes:
+    return (json.dumps(value, separators=(",", ":")) + "\n").encode()
+
+
+def _key(row: dict) -> Key:
+    return row["index"], row["temperature"], row.get("sample", 0)
+
+
+def _check_header(path: Path, found: dict, header: dict) -> None:
     for key, value in header.items():
         if found.get(key) != value:
             raise DataError(
                 f"{path}: holds answers made with other {key.replace('_', ' ')} ({found.get(key)}, "
                 f"this run has {value}); choose another output folder, or remove this file"
             )
-    answered = set()
-    end = 0
-    for row_end, answer in chain([first_row], lines):
-        answered.add(sample_key(answer))
-        end = row_end
-    os.truncate(path, end)
-    return answered
-
-
-def sample_key(row: dict) -> tuple[int, float, int]:
-    """What tells the answer in a row from all others of the file."""
-    return row["index"], row["temperature"], row.get("sample", 0)

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from itertools import count
 from pathlib import Path
 from typing import Any
 
+from accelerate import PartialState
+
 from ..decode import Completion, decode
 from ..models import Target
 from . import fingerprints
-from .answer_file import resume
+from .answer_file import answered_in, open_to_append, resume, write_answer
 from .prompts import Conversation
 
 
@@ -35,6 +36,7 @@ def answer_prompts(
     Each answer is written as soon as it ends. An existing file is continued: its answers are kept, and a last line that
     was cut off is replaced. The random draws of an answer follow from the seed, its prompt's index, its temperature and
     which of the answers at this temperature it is, so that a continued file gets the answers of an uninterrupted one.
+    The ranks of torchrun divide the prompts.
 
     Args:
         prompts: token ids by the index that the answers carry, as `encode_all` returns them.
@@ -63,36 +65,45 @@ def answer_prompts(
         "chat_template_args": dict(chat_template_args) if chat_template_args else None,
         "prompts": fingerprints.of_prompts(prompts),
     }
-    answered = resume(path, header)
+    ranks = PartialState(cpu=target.device.type == "cpu")
+    with ranks.main_process_first():
+        answered = resume(path, header) if ranks.is_main_process else answered_in(path)
     wanted = [(index, *sample) for sample in _numbered(temperatures) for index in prompts]
     missing = [one for one in wanted if one not in answered]
     if answered:
         progress(len(wanted) - len(missing))
-    if not missing:
-        return
+    left = len(missing)
+    missing = missing[ranks.process_index :: ranks.num_processes]
 
     def write(position: int, completion: Completion) -> None:
+        nonlocal left
         index, temperature, sample = missing[position]
         row = {"index": index, "temperature": temperature, "sample": sample}
         if conversations is not None:
             row["conversation"] = conversations[index]
         row |= {"prompt_ids": list(prompts[index]), "response_ids": completion.tokens}
-        file.write(json.dumps(row, separators=(",", ":")) + "\n")
-        file.flush()
-        progress(1)
+        write_answer(file, row)
+        made = min(left, ranks.num_processes)  # the other ranks are about as fast
+        left -= made
+        progress(made)
 
-    with path.open("a", encoding="utf-8") as file:
-        decode(
-            target,
-            None,
-            [prompts[index] for index, _, _ in missing],
-            max_new_tokens=max_new_tokens,
-            temperature=[temperature for _, temperature, _ in missing],
-            stop_token_ids=tuple(stop_token_ids),
-            batch_size=batch_size,
-            seed=[fingerprints.seed_of(seed, *one) for one in missing],
-            on_finish=write,
-        )
+    with open_to_append(path, header, ranks.process_index) as file:
+        if missing:
+            decode(
+                target,
+                None,
+                [prompts[index] for index, _, _ in missing],
+                max_new_tokens=max_new_tokens,
+                temperature=[temperature for _, temperature, _ in missing],
+                stop_token_ids=tuple(stop_token_ids),
+                batch_size=batch_size,
+                seed=[fingerprints.seed_of(seed, *one) for one in missing],
+                on_finish=write,
+            )
+    ranks.wait_for_everyone()
+    with ranks.main_process_first():
+        if ranks.is_main_process:
+            resume(path, header)
 
 
 def conversation_numbers(conversations: Sequence[Conversation]) -> dict[int, int]:

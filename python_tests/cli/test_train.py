@@ -119,7 +119,7 @@ def test_resume_is_said(workspace, run):
     assert f"continuing from {out / 'checkpoint-2'}" in printed
 
 
-def test_a_process_of_torchrun_has_its_own_gpu_and_answers_nothing(workspace, run, monkeypatch):
+def test_a_process_of_torchrun_has_its_own_gpu(workspace, run, monkeypatch):
     for name, value in {"LOCAL_RANK": "1", "RANK": "1", "WORLD_SIZE": "2"}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
@@ -130,9 +130,6 @@ def test_a_process_of_torchrun_has_its_own_gpu_and_answers_nothing(workspace, ru
 
     monkeypatch.setattr("dflash_ext.models.load_target", load_target)
     train = [*words(workspace), "--output", workspace / "out"]
-    code, _, errors = run(*train)
-    assert code == 1 and "train under torchrun needs --answers" in errors
-    train = [word for word in train if word not in ("--prompts", workspace / "prompts.jsonl")]
     for device, expected in ((), "cuda:1"), (("--device", "cuda"), "cuda:1"), (("--device", "cuda:0"), "cuda:0"):
-        code, _, errors = run(*train, "--answers", workspace / "prompts.jsonl", *device)
+        code, _, errors = run(*train, *device)
         assert code == 1 and f"the target is loaded to {expected}" in errors

@@ -1,5 +1,6 @@
-"""What each process of torchrun runs in `test_parallel.py`: a short training into the folder of the command line."""
+"""Starts processes of torchrun, and what each of them runs: a short training into the folder of the command line."""
 
+import subprocess
 import sys
 from pathlib import Path
 
@@ -8,6 +9,12 @@ from python_tests.tiny import random_prompts, tiny_pair
 from python_tests.train.test_training import Cycles
 
 STEPS, GLOBAL_BATCH = 3, 8
+
+
+def torchrun(*words, processes: int = 2) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", *words]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, cwd=Path(__file__).parents[2])
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 def train(output: Path, ranks: int, **options) -> list[dict]:

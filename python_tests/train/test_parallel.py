@@ -1,21 +1,12 @@
 """Several processes of torchrun train as one does."""
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from python_tests.train.ranks import train
-
-
-def torchrun(*words, processes: int = 2) -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", *words]
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, cwd=Path(__file__).parents[2])
-    assert done.returncode == 0, done.stderr[-3000:]
+from python_tests.train.ranks import torchrun, train
 
 
 def test_two_ranks_equal_one_with_twice_the_accumulation(tmp_path):

@@ -1,0 +1,27 @@
+import json
+
+import pytest
+
+from python_tests.cli.test_train import words
+from python_tests.train.ranks import torchrun
+
+
+def test_ranks_divide_the_prompts_of_the_command(workspace, run):
+    """Sampled answers, too, are those of one process. A file that a killed run of two ranks left is used."""
+    train = [*words(workspace), "--temperature", 0, "--temperature", 0.9]
+    one, two = workspace / "one", workspace / "two"
+    code, _, errors = run(*train, "--output", one, "--accumulation", 2)
+    assert code == 0, errors
+    header, *answers = (one / "answers.jsonl").read_bytes().splitlines(keepends=True)
+    two.mkdir()
+    (two / "answers.jsonl").write_bytes(header + answers[0])
+    # The kill came while the second rank's answers were moved: one of them is in both files.
+    (two / "answers.jsonl.rank1").write_bytes(header + answers[0] + answers[1] + answers[2][:-3])
+    torchrun("--module", "dflash_ext", *train, "--output", two)
+    assert sorted((two / "answers.jsonl").read_bytes().splitlines(keepends=True)[1:]) == sorted(answers)
+    assert not list(two.glob("*.rank*")) and (two / "curve.png").exists()
+    losses = [
+        [entry["loss"] for entry in json.loads((folder / "training.json").read_text())["log"] if "loss" in entry]
+        for folder in (one, two)
+    ]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
