@@ -37,13 +37,24 @@ class Interrupt(Exception):
     pass
 
 
+@pytest.fixture
+def deterministic(device, monkeypatch):
+    """torch's deterministic algorithms on a GPU; the CPU's are."""
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(device == "cuda")
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
 @pytest.mark.parametrize("killed_after", [3, 4, 5])
-def test_a_resumed_run_equals_the_uninterrupted_one_bitwise(tmp_path, killed_after):
+def test_a_resumed_run_equals_the_uninterrupted_one_bitwise(tmp_path, device, deterministic, killed_after):
     """Five steps of two accumulated batches each over a dataset of less than two steps, with checkpoints at 2 and 4."""
     recipe = Recipe(steps=5, batch_size=3, accumulation=2, anchors=3, save_every=2, log_every=1, evaluate_every=2)
 
     def train(folder, *, interrupt_at=None, **options):
         target, drafter = tiny_pair("llama")
+        for part in (target.model, drafter):
+            part.to(device)
         calls = []
 
         def count(module, *_):

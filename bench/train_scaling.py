@@ -1,0 +1,113 @@
+"""Training on several GPUs against one GPU at an equal global batch: ``python -m bench.train_scaling [FILE]``.
+
+It prints the samples per second, the efficiency, and how far the losses differ. The target has the
+shapes of SmolLM2-135M and random weights, and the drafter those of the drafter that comes with the package.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
+
+from dflash_ext.models import Target
+from dflash_ext.train import AnchorCollator, DFlashTrainer, Recipe, new_drafter
+from dflash_ext.train.recipe import training_arguments
+
+STEPS, WARMUP = 30, 10
+GLOBAL_BATCH, BATCH, LENGTH, ANCHORS, BLOCK = 128, 16, 384, 64, 16
+SMOLLM2 = dict(
+    vocab_size=49152,
+    hidden_size=576,
+    intermediate_size=1536,
+    num_hidden_layers=30,
+    num_attention_heads=9,
+    num_key_value_heads=3,
+    tie_word_embeddings=True,
+)
+
+
+class Answers(torch.utils.data.Dataset):
+    def __len__(self) -> int:
+        return 4096
+
+    def __getitem__(self, index: int) -> dict:
+        ids = torch.randint(3, 49152, (LENGTH,), generator=torch.Generator().manual_seed(index))
+        return {"input_ids": ids, "loss_mask": torch.arange(LENGTH) >= 64}
+
+
+class Clock(TrainerCallback):
+    """Measures the seconds of the steps after the warm-up."""
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step in (WARMUP, STEPS):
+            torch.cuda.synchronize()
+            self.seconds = time.perf_counter() - (self.began if state.global_step == STEPS else 0)
+            self.began = time.perf_counter()
+
+
+def rank(device: torch.device) -> dict:
+    """Trains as one process of torchrun; returns the losses and the samples per second of all processes."""
+    torch.manual_seed(0)
+    target = Target(LlamaForCausalLM(LlamaConfig(**SMOLLM2)).to(device, torch.bfloat16).eval().requires_grad_(False))
+    drafter = new_drafter(target, 0, mask_token_id=16, num_layers=3, intermediate_size=1024, block_size=BLOCK)
+    with tempfile.TemporaryDirectory() as folder:
+        accumulation = GLOBAL_BATCH // BATCH // int(os.environ["WORLD_SIZE"])
+        recipe = Recipe(steps=STEPS, batch_size=BATCH, accumulation=accumulation, anchors=ANCHORS, log_every=1)
+        trainer = DFlashTrainer(
+            drafter,
+            Target(target.model, drafter.config.target_layer_ids),
+            args=training_arguments(Path(folder), recipe, device),
+            train_dataset=Answers(),
+            data_collator=AnchorCollator(ANCHORS, BLOCK, 16),
+            callbacks=[clock := Clock()],
+        )
+        trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    return {"losses": losses, "samples_per_second": GLOBAL_BATCH * (STEPS - WARMUP) / clock.seconds}
+
+
+def of_ranks(ranks: int) -> dict:
+    with tempfile.TemporaryDirectory() as folder:
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+        out = Path(folder) / "out.json"
+        subprocess.run([*torchrun, "-m", "bench.train_scaling", "--rank", str(out)], check=True)
+        return json.loads(out.read_text())
+
+
+def main(output: str | None = None) -> None:
+    rows = {}
+    for ranks in (1, 2, 4, 8):
+        if ranks > torch.cuda.device_count():
+            break
+        row = of_ranks(ranks)
+        one = rows[1] if rows else row
+        row["efficiency"] = row["samples_per_second"] / one["samples_per_second"] / ranks
+        row["loss_difference"] = max(abs(a - b) / a for a, b in zip(one["losses"], row["losses"], strict=True))
+        rows[ranks] = row
+        print(
+            f"{ranks} GPUs: {row['samples_per_second']:.0f} samples/s, efficiency {row['efficiency']:.2f}, "
+            f"losses differ by at most {row['loss_difference']:.1e} of one GPU's",
+            flush=True,
+        )
+        if output:
+            facts = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "runs": rows}
+            Path(output).write_text(json.dumps(facts, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--rank"]:
+        local = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(local)
+        result = rank(local)
+        if int(os.environ["RANK"]) == 0:
+            Path(sys.argv[2]).write_text(json.dumps(result))
+    else:
+        main(*sys.argv[1:])
