@@ -8,6 +8,7 @@
 #include <string_view>
 
 #include "common/check.h"
+#include "common/cpu_queue.h"
 
 // Declares a kernel `void name(const Params&, int64_t begin, int64_t end)` for every instruction set, and defines
 // `name` as the table of them.
@@ -54,14 +55,19 @@ inline Isa isa() {
   return chosen;
 }
 
-// Calls the kernel over [0, count) in ranges of at least `grain`, on the threads that torch.set_num_threads allows.
+// Calls the kernel over [0, count) in ranges of at least `grain`, on the threads that torch.set_num_threads allows. If a
+// queue is open, the kernel waits in it with a copy of params. What params point to must live until the queue has run.
 template <class Params>
 void run_on_cpu(const CpuKernel<Params>& kernel, const Params& params, int64_t count, int64_t grain) {
   struct Work {
     typename CpuKernel<Params>::Function function;
     const Params& params;
   };
-  Work work{isa() == Isa::kAvx512 ? kernel.avx512 : isa() == Isa::kAvx2 ? kernel.avx2 : kernel.baseline, params};
+  const auto function = isa() == Isa::kAvx512 ? kernel.avx512 : isa() == Isa::kAvx2 ? kernel.avx2 : kernel.baseline;
+  if (CpuQueue* queue = CpuQueue::open()) {
+    return queue->add([=](int64_t begin, int64_t end) { function(params, begin, end); }, count, grain);
+  }
+  Work work{function, params};
   const auto range = [](int64_t begin, int64_t end, void* context) {
     const Work& w = *static_cast<Work*>(context);
     w.function(w.params, begin, end);

@@ -1,10 +1,12 @@
 // Operators of the attention family; dflash_ext/ops/attention.py documents the semantics.
 #include <algorithm>
 #include <cmath>
+#include <memory>
 #include <tuple>
 
 #include "common/cpu.h"
 #include "ops/attn.h"
+#include "ops/layer.h"
 
 namespace dflash {
 
@@ -83,11 +85,12 @@ void run_items(const CpuKernel<Params>& kernel, Params& p, const Tensor& q, int6
   uint32_t threads = 1;
   check(torch_get_num_threads(&threads) == 0, "torch's get_num_threads failed");
   const int64_t used = std::min<int64_t>(threads, items);
-  Tensor memory = new_empty(q, {used * scratch}, real_of(q));
-  int64_t taken = 0;
+  const Tensor memory = new_empty(q, {used * scratch}, real_of(q));
+  const auto taken = std::make_shared<int64_t>(0);
   p.scratch = memory.data_ptr();
-  p.taken = &taken;
+  p.taken = taken.get();
   run_on_cpu(kernel, p, used, 1);
+  after_kernels([memory, taken] {});
 }
 
 void run_forward(AttentionForwardParams& p, const Tensor& q) {
@@ -206,8 +209,8 @@ void set_caches(const char* op, AttentionParams& p, const Tensor& k_cache, const
 
 void run_decode_on_cpu(AttentionForwardParams& p, const Tensor& q) {
   constexpr const char* kOp = "block_attn_decode";
-  bool page_missing = false;
-  p.pages.missing = &page_missing;
+  const auto missing = std::make_shared<bool>(false);
+  p.pages.missing = missing.get();
   p.kv_len = std::min(p.kv_len, end_of(p.mask, p.mask.batch == 0 ? p.q_len : p.batch * p.q_len));
   p.splits = std::max<int64_t>(1, (p.kv_len + kSplitLen - 1) / kSplitLen);
   p.split_len = kSplitLen;
@@ -220,13 +223,18 @@ void run_decode_on_cpu(AttentionForwardParams& p, const Tensor& q) {
   p.partial_out = optional_data<void>(partial_out);
   p.partial_stats = optional_data<void>(partial_stats);
   run_forward(p, q);
-  check(!page_missing, kOp, ": a row sees keys whose entry in block_table is not one of the ", p.pages.count, " pages");
   if (p.splits > 1 && rows > 0) run_on_cpu(block_attn_combine, p, rows, 64);
+  after_kernels([kOp, missing, pages = p.pages.count, partial_out, partial_stats] {
+    check(!*missing, kOp, ": a row sees keys whose entry in block_table is not one of the ", pages, " pages");
+  });
 }
 
-Tensor decode(Tensor q, Tensor k_cache, Tensor v_cache, Tensor ctx_lo, Tensor ctx_hi, Tensor blk_lo, Tensor blk_hi,
-              int64_t kv_len, std::optional<Tensor> block_table, std::optional<Tensor> plan, bool exact,
-              bool constant_context, std::optional<double> scale, std::optional<double> softcap) {
+}  // namespace
+
+Tensor block_attn_decode_op(Tensor q, Tensor k_cache, Tensor v_cache, Tensor ctx_lo, Tensor ctx_hi, Tensor blk_lo,
+                            Tensor blk_hi, int64_t kv_len, std::optional<Tensor> block_table,
+                            std::optional<Tensor> plan, bool exact, bool constant_context,
+                            std::optional<double> scale, std::optional<double> softcap) {
   constexpr const char* kOp = "block_attn_decode";
   const Mask mask{ctx_lo, ctx_hi, blk_lo, blk_hi};
   Tensor out = torch::stable::empty_like(q);
@@ -249,8 +257,6 @@ Tensor decode(Tensor q, Tensor k_cache, Tensor v_cache, Tensor ctx_lo, Tensor ct
   return out;
 }
 
-}  // namespace
-
 STABLE_TORCH_LIBRARY_FRAGMENT(dflash_ext, m) {
   m.def(
       "block_attn(Tensor q, Tensor k, Tensor v, Tensor ctx_lo, Tensor ctx_hi, Tensor blk_lo, Tensor blk_hi, "
@@ -271,13 +277,13 @@ STABLE_TORCH_LIBRARY_FRAGMENT(dflash_ext, m) {
 STABLE_TORCH_LIBRARY_IMPL(dflash_ext, CPU, m) {
   m.impl("block_attn", TORCH_BOX(&forward));
   m.impl("block_attn_backward", TORCH_BOX(&backward));
-  m.impl("block_attn_decode", TORCH_BOX(&decode));
+  m.impl("block_attn_decode", TORCH_BOX(&block_attn_decode_op));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(dflash_ext, CUDA, m) {
   m.impl("block_attn", TORCH_BOX(&forward));
   m.impl("block_attn_backward", TORCH_BOX(&backward));
-  m.impl("block_attn_decode", TORCH_BOX(&decode));
+  m.impl("block_attn_decode", TORCH_BOX(&block_attn_decode_op));
 }
 
 }  // namespace dflash

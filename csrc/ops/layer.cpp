@@ -1,8 +1,8 @@
 // Operators of the layer family. dflash_ext/ops/layer.py documents the semantics.
-#include "layer/params.h"
+#include "ops/layer.h"
 
 #include "common/cpu.h"
-#include "common/tensor.h"
+#include "layer/params.h"
 
 namespace dflash {
 
@@ -23,6 +23,8 @@ void run_on_gpu(const char* op, const char* (*launch)(const Params&, void*), con
 #else
 #define DFLASH_RUN_ON_GPU(op, kernel, params, tensor) fail(op, ": this build has no CUDA kernels")
 #endif
+
+}  // namespace
 
 Tensor add_rms_norm_op(Tensor residual, std::optional<Tensor> update, std::optional<Tensor> update_norm, Tensor norm,
                        double eps, bool plus_one) {
@@ -57,6 +59,8 @@ Tensor add_rms_norm_op(Tensor residual, std::optional<Tensor> update, std::optio
   return out;
 }
 
+namespace {
+
 // The strides of a cache [N, heads, capacity, head_dim], or of queries.
 HeadRows head_rows(const char* name, const Tensor& heads) {
   check(heads.dim() == 4 && heads.stride(3) == 1, "rotate_to_cache: the last dimension of ", name,
@@ -74,6 +78,8 @@ void check_places(const RotateToCacheParams& p) {
           p.cache_count, " caches of ", p.capacity, " places");
   }
 }
+
+}  // namespace
 
 Tensor rotate_to_cache_op(Tensor projected, Tensor k_cache, Tensor v_cache, Tensor positions, Tensor places,
                           Tensor caches, Tensor cos, Tensor sin, std::optional<Tensor> q_norm,
@@ -140,6 +146,8 @@ Tensor rotate_to_cache_op(Tensor projected, Tensor k_cache, Tensor v_cache, Tens
   }
   return queries;
 }
+
+namespace {
 
 Tensor gated_op(Tensor gate_up, int64_t activation) {
   constexpr const char* kOp = "gated";

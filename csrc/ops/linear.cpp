@@ -6,6 +6,7 @@
 
 #include "common/cpu.h"
 #include "common/tensor.h"
+#include "ops/layer.h"
 
 namespace dflash {
 
@@ -53,8 +54,10 @@ void run(LinearParams p, const Tensor& x) {
 #endif
 }
 
-Tensor multiply(Tensor x, Tensor weight, std::optional<Tensor> bias, std::optional<Tensor> norm, double norm_eps,
-                  bool norm_plus_one, int64_t gate, std::optional<Tensor> residual, bool constant_weight) {
+}  // namespace
+
+Tensor linear_op(Tensor x, Tensor weight, std::optional<Tensor> bias, std::optional<Tensor> norm, double norm_eps,
+                 bool norm_plus_one, int64_t gate, std::optional<Tensor> residual, bool constant_weight) {
   const int64_t dims = x.dim();
   check(dims > 0 && weight.dim() == 2 && x.size(dims - 1) == weight.size(1) && weight.size(1) > 0, kOp,
         ": x must be [..., K], and weight [N, K], with K > 0");
@@ -86,16 +89,14 @@ Tensor multiply(Tensor x, Tensor weight, std::optional<Tensor> bias, std::option
   return out;
 }
 
-}  // namespace
-
 STABLE_TORCH_LIBRARY_FRAGMENT(dflash_ext, m) {
   m.def(
       "linear(Tensor x, Tensor weight, Tensor? bias, Tensor? norm, float norm_eps, bool norm_plus_one, int gate, "
       "Tensor? residual, bool constant_weight) -> Tensor");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(dflash_ext, CPU, m) { m.impl("linear", TORCH_BOX(&multiply)); }
+STABLE_TORCH_LIBRARY_IMPL(dflash_ext, CPU, m) { m.impl("linear", TORCH_BOX(&linear_op)); }
 
-STABLE_TORCH_LIBRARY_IMPL(dflash_ext, CUDA, m) { m.impl("linear", TORCH_BOX(&multiply)); }
+STABLE_TORCH_LIBRARY_IMPL(dflash_ext, CUDA, m) { m.impl("linear", TORCH_BOX(&linear_op)); }
 
 }  // namespace dflash

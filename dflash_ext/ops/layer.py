@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
+from ..masks import IntervalMask
 from ..native import load
 
 load()
 _add_rms_norm = torch.ops.dflash_ext.add_rms_norm.default
 _rotate_to_cache = torch.ops.dflash_ext.rotate_to_cache.default
 _gated = torch.ops.dflash_ext.gated.default
+_run_layers = torch.ops.dflash_ext.run_layers.default
 
 ACTIVATIONS = ("silu", "gelu_tanh")  # the operator knows them by their places
+# The order of a layer's weights in run_layers.
+WEIGHTS = (
+    *("attention_norm", "qkv", "qkv_bias", "q_norm", "k_norm", "out", "out_bias", "after_attention"),
+    *("mlp_norm", "gate_up", "gate_up_bias", "down", "down_bias", "after_mlp"),
+)
 
 
 def add_rms_norm(
@@ -96,6 +105,54 @@ def gated(gate_up: Tensor, activation: str = "silu") -> Tensor:
     return _gated(gate_up, ACTIVATIONS.index(activation))
 
 
+def run_layers(
+    hidden: Tensor,
+    weights: Sequence[Tensor],
+    kinds: Sequence[int],
+    k_caches: Sequence[Tensor],
+    v_caches: Sequence[Tensor],
+    positions: Tensor,
+    places: Tensor,
+    slots: Tensor,
+    rotary: Sequence[Tensor],
+    masks: Sequence[IntervalMask],
+    *,
+    taps: Sequence[int] = (),
+    eps: float,
+    plus_one: bool,
+    activation: str,
+    scale: float,
+    softcap: float | None,
+) -> tuple[Tensor, list[Tensor]]:
+    """Runs rows through layers of a model on the CPU, and adds their keys and values to the caches.
+
+    A layer is `linear`, `rotate_to_cache`, `block_attn_decode`, `linear`, `linear` and `linear`; the results are theirs
+    to the bit. As one operator they take one wake-up of the threads, and nothing of Python stands between them.
+
+    Args:
+        hidden: ``[B * R, H]``, contiguous.
+        weights: those of the first layer in the order of WEIGHTS, then those of the next. An empty tensor is none.
+        kinds: the kind of each layer, by its place in ``rotary`` and ``masks``.
+        k_caches, v_caches: of each layer, ``[N, Hkv, S, D]``, as in ``rotate_to_cache``; written in place.
+        positions, places: int64 ``[B, R]``. slots: int32 ``[B]``. As in ``rotate_to_cache``.
+        rotary: cos and sin of the first kind, then of the next.
+        masks: of each kind, over S keys.
+        taps: the layers whose outputs are wanted.
+        eps, plus_one: of all norms. activation: of the gate. scale, softcap: of the attention's scores.
+
+    Returns:
+        The output of the last layer ``[B * R, H]``, and those of ``taps``.
+
+    Raises RuntimeError for tensors that do not fit together.
+    """
+    bounds = [bound for mask in masks for bound in (mask.ctx_lo, mask.ctx_hi, mask.blk_lo, mask.blk_hi)]
+    where = positions, places, slots, rotary, bounds, masks[0].kv_len
+    gate = 1 + ACTIVATIONS.index(activation)
+    return _run_layers(
+        hidden, weights, kinds, k_caches, v_caches, *where, taps, eps, plus_one, gate, scale, softcap
+    )
+
+
 @torch.library.register_fake("dflash_ext::add_rms_norm")
 def _(residual, update, update_norm, norm, eps, plus_one):
     return torch.empty_like(residual)
@@ -110,3 +167,9 @@ def _(projected, k_cache, v_cache, positions, *others):
 @torch.library.register_fake("dflash_ext::gated")
 def _(gate_up, activation):
     return gate_up.new_empty(gate_up.shape[0], gate_up.shape[1] // 2)
+
+
+@torch.library.register_fake("dflash_ext::run_layers")
+def _(hidden, *others):
+    taps = others[10]
+    return torch.empty_like(hidden), [torch.empty_like(hidden) for _ in taps]

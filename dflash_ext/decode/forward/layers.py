@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from ...masks import IntervalMask
 from ...ops import block_attn_decode, linear
-from ...ops.layer import add_rms_norm, rotate_to_cache
+from ...ops.layer import WEIGHTS, add_rms_norm, rotate_to_cache, run_layers
 from ..kv_cache import KVCache, block_table
 
 
@@ -95,6 +96,8 @@ class Stack:
             The output of the last layer before the final norm [B * R, H], and the tapped outputs side by side,
             [B * R, taps * H] (None without taps).
         """
+        if hidden.device.type == "cpu":
+            return self._on_cpu(hidden, rows, cache, taps)
         masks, table = self.planned(rows.masks), block_table(rows.slots)
         tapped, is_kept = {}, False
         for index, layer in enumerate(self.layers):
@@ -128,6 +131,36 @@ class Stack:
             if is_kept:
                 tapped[index] = self.normed(hidden) if index == len(self.layers) - 1 else hidden
         return hidden, torch.cat([tapped[tap] for tap in taps], dim=1) if taps else None
+
+    def _on_cpu(
+        self, hidden: Tensor, rows: Rows, cache: KVCache, taps: Sequence[int]
+    ) -> tuple[Tensor, Tensor | None]:
+        hidden, tapped = run_layers(
+            hidden,
+            *self._for_cpu,
+            *zip(*cache.layers, strict=True),
+            rows.positions,
+            rows.places,
+            rows.slots,
+            [table for tables in self.rotary.values() for table in tables],
+            [rows.masks[kind] for kind in self.rotary],
+            taps=taps,
+            eps=self.eps,
+            plus_one=self.plus_one,
+            activation=self.activation,
+            scale=self.scale,
+            softcap=self.softcap,
+        )
+        last = len(self.layers) - 1
+        tapped = [self.normed(output) if tap == last else output for tap, output in zip(taps, tapped, strict=True)]
+        return hidden, torch.cat(tapped, dim=1) if taps else None
+
+    @cached_property
+    def _for_cpu(self) -> tuple[list[Tensor], list[int]]:
+        """The weights and the kinds of the layers in the form of `run_layers`."""
+        none, kinds = self.final_norm.new_empty(0), list(self.rotary)
+        weights = (getattr(layer, name) for layer in self.layers for name in WEIGHTS)
+        return [none if each is None else each for each in weights], [kinds.index(layer.kind) for layer in self.layers]
 
     def normed(self, hidden: Tensor) -> Tensor:
         """The output of the final norm, [T, H]."""
