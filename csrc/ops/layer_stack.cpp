@@ -69,7 +69,7 @@ struct Stack {
   }
 };
 
-std::tuple<Tensor, std::vector<Tensor>> run_layers(
+std::tuple<Tensor, Tensor> run_layers(
     Tensor hidden, std::vector<Tensor> weights, std::vector<int64_t> kinds, std::vector<Tensor> k_caches,
     std::vector<Tensor> v_caches, Tensor positions, Tensor places, Tensor slots, std::vector<Tensor> rotary,
     std::vector<Tensor> bounds, int64_t kv_len, std::vector<int64_t> taps, double eps, bool plus_one, int64_t gate,
@@ -80,7 +80,7 @@ std::tuple<Tensor, std::vector<Tensor>> run_layers(
         kOp, ": hidden must be [T, H], with ", int64_t(kWeights), " weights and two caches for each layer");
   const Tensor table = torch::stable::unsqueeze(slots, 1);
   const Stack stack{weights, eps, plus_one, gate};
-  std::vector<Tensor> tapped(taps.size(), hidden);
+  const Tensor tapped = new_empty(hidden, {hidden.size(0), int64_t(taps.size()), hidden.size(1)}, hidden.scalar_type());
   CpuQueue queue;
   int64_t bytes = 0;
   for (int64_t i = 0; i < layers; ++i) {
@@ -101,7 +101,8 @@ std::tuple<Tensor, std::vector<Tensor>> run_layers(
     after_kernels([hidden, projected, queries, attended, middle, inner] {});
     hidden = after;
     for (size_t at = 0; at < taps.size(); ++at) {
-      if (taps[at] == i) tapped[at] = hidden;
+      if (taps[at] != i) continue;
+      after_kernels([hidden, to = torch::stable::select(tapped, 1, at)]() mutable { torch::stable::copy_(to, hidden); });
     }
     for (const Tensor& x : {projected, queries, attended, middle, inner, hidden}) bytes += x.numel() * x.element_size();
     if (bytes < kMostBytes && i + 1 < layers) continue;
@@ -117,7 +118,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(dflash_ext, m) {
   m.def(
       "run_layers(Tensor hidden, Tensor[] weights, int[] kinds, Tensor(a!)[] k_caches, Tensor(b!)[] v_caches, "
       "Tensor positions, Tensor places, Tensor slots, Tensor[] rotary, Tensor[] bounds, int kv_len, int[] taps, "
-      "float eps, bool plus_one, int gate, float scale, float? softcap) -> (Tensor hidden, Tensor[] tapped)");
+      "float eps, bool plus_one, int gate, float scale, float? softcap) -> (Tensor output, Tensor tapped)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(dflash_ext, CPU, m) { m.impl("run_layers", TORCH_BOX(&run_layers)); }

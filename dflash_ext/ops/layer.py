@@ -123,7 +123,7 @@ def run_layers(
     activation: str,
     scale: float,
     softcap: float | None,
-) -> tuple[Tensor, list[Tensor]]:
+) -> tuple[Tensor, Tensor]:
     """Runs rows through layers of a model on the CPU, and adds their keys and values to the caches.
 
     A layer is `linear`, `rotate_to_cache`, `block_attn_decode`, `linear`, `linear` and `linear`; the results are theirs
@@ -141,16 +141,14 @@ def run_layers(
         eps, plus_one: of all norms. activation: of the gate. scale, softcap: of the attention's scores.
 
     Returns:
-        The output of the last layer ``[B * R, H]``, and those of ``taps``.
+        The output of the last layer ``[B * R, H]``, and those of ``taps``, ``[B * R, taps, H]``.
 
     Raises RuntimeError for tensors that do not fit together.
     """
     bounds = [bound for mask in masks for bound in (mask.ctx_lo, mask.ctx_hi, mask.blk_lo, mask.blk_hi)]
     where = positions, places, slots, rotary, bounds, masks[0].kv_len
     gate = 1 + ACTIVATIONS.index(activation)
-    return _run_layers(
-        hidden, weights, kinds, k_caches, v_caches, *where, taps, eps, plus_one, gate, scale, softcap
-    )
+    return _run_layers(hidden, weights, kinds, k_caches, v_caches, *where, taps, eps, plus_one, gate, scale, softcap)
 
 
 @torch.library.register_fake("dflash_ext::add_rms_norm")
@@ -172,4 +170,4 @@ def _(gate_up, activation):
 @torch.library.register_fake("dflash_ext::run_layers")
 def _(hidden, *others):
     taps = others[10]
-    return torch.empty_like(hidden), [torch.empty_like(hidden) for _ in taps]
+    return torch.empty_like(hidden), hidden.new_empty(len(hidden), len(taps), hidden.shape[1])

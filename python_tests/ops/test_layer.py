@@ -3,7 +3,9 @@
 import pytest
 import torch
 
-from dflash_ext.ops.layer import add_rms_norm, gated, rotate_to_cache
+from dflash_ext import IntervalMask
+from dflash_ext.ops import block_attn_decode, linear
+from dflash_ext.ops.layer import WEIGHTS, add_rms_norm, gated, rotate_to_cache, run_layers
 from python_tests.exactness import allowed_error
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -150,3 +152,106 @@ def test_opcheck(device):
     projected = torch.randn(1, 32, device=device)
     arguments = (projected, *caches, *at, slots, *tables, None, None, 1e-6, False)
     torch.library.opcheck(ops.rotate_to_cache.default, arguments)
+
+
+KINDS = {"Llama": (), "Qwen 2": ("qkv_bias", "out_bias"), "Qwen 3": ("q_norm", "k_norm")}
+KINDS["Gemma"] = ("q_norm", "k_norm", "after_attention", "after_mlp", "gate_up_bias", "down_bias")
+
+
+def stack(dtype, optional, *, layers=3, heads=4, kv_heads=2, head_dim=16, inner=40, rows=3):
+    """Weights by layer and name, and the arguments of run_layers behind them."""
+    width = 24
+    sizes = {"qkv": ((heads + 2 * kv_heads) * head_dim, width), "out": (width, heads * head_dim)}
+    sizes |= {"gate_up": (2 * inner, width), "down": (width, inner)}
+    sizes |= {f"{name}_bias": size[:1] for name, size in sizes.items()}
+    sizes |= {"q_norm": (head_dim,), "k_norm": (head_dim,)}
+    given = [name for name in WEIGHTS if "bias" not in name and name not in KINDS["Gemma"]] + list(optional)
+    weights = [
+        {name: torch.randn(sizes.get(name, (width,))).div(4).to(dtype) if name in given else None for name in WEIGHTS}
+        for _ in range(layers)
+    ]
+    start = torch.tensor([5, 0])
+    positions = start[:, None] + torch.arange(rows)
+    slots = torch.tensor([2, 0], dtype=torch.int32)
+    phase = torch.rand(32, head_dim // 2, dtype=torch.promote_types(dtype, torch.float32))
+    rotary = [phase.cos(), phase.sin(), phase.sin(), phase.cos()]
+    masks = [IntervalMask.decode(start, rows, causal=True, kv_len=32, window=window) for window in (None, 4)]
+    caches = [torch.randn(layers, 3, kv_heads, 32, head_dim).to(dtype) for _ in range(2)]
+    return weights, [[0, 1, 0][:layers], *map(list, caches), positions, positions, slots, rotary, masks]
+
+
+def layer_by_layer(hidden, weights, kinds, k_caches, v_caches, *where, softcap, **norm):
+    """The operators one by one."""
+    eps, plus_one = norm["eps"], norm["plus_one"]
+    positions, places, slots, rotary, masks = where
+    outputs = []
+    for layer, kind, k, v in zip(weights, kinds, k_caches, v_caches, strict=True):
+
+        def product(x, name, layer=layer, **around):
+            return linear(x, layer[name], layer[f"{name}_bias"], norm_eps=eps, norm_plus_one=plus_one, **around)
+
+        def add(hidden, x, name, after, layer=layer, product=product):
+            if after is None:
+                return product(x, name, residual=hidden)
+            hidden = hidden.clone()
+            add_rms_norm(hidden, after, update=product(x, name), update_norm=after, **norm)
+            return hidden
+
+        projected = product(hidden, "qkv", norm=layer["attention_norm"])
+        q_norm, k_norm = layer["q_norm"], layer["k_norm"]
+        to = positions, places, slots, *rotary[2 * kind : 2 * kind + 2]
+        q = rotate_to_cache(projected, k, v, *to, q_norm=q_norm, k_norm=k_norm, **norm)
+        pages = k.transpose(1, 2), v.transpose(1, 2)
+        out = block_attn_decode(q, *pages, masks[kind], block_table=slots[:, None], scale=0.3, softcap=softcap)
+        hidden = add(hidden, out.transpose(1, 2).flatten(2).flatten(0, 1), "out", layer["after_attention"])
+        inner = product(hidden, "gate_up", norm=layer["mlp_norm"], gate="silu")
+        hidden = add(hidden, inner, "down", layer["after_mlp"])
+        outputs.append(hidden)
+    return outputs
+
+
+def flat(weights, dtype):
+    none = torch.empty(0, dtype=dtype)
+    return [none if layer[name] is None else layer[name] for layer in weights for name in WEIGHTS]
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("optional", KINDS.values(), ids=list(KINDS))
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_layers_at_once_are_their_operators_to_the_bit(dtype, optional, threads):
+    weights, where = stack(dtype, optional)
+    norm = {"eps": 1e-5, "plus_one": "after_mlp" in optional}
+    hidden = torch.randn(6, 24).to(dtype)
+    copies = [cache.clone() for cache in where[1]], [cache.clone() for cache in where[2]]
+    want = layer_by_layer(hidden, weights, where[0], *copies, *where[3:], softcap=20.0, **norm)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        options = {"scale": 0.3, "softcap": 20.0, "activation": "silu", "taps": [2, 0]} | norm
+        out, tapped = run_layers(hidden, flat(weights, dtype), *where, **options)
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(out, want[2])
+    assert torch.equal(tapped, torch.stack([want[2], want[0]], dim=1))
+    for cache, copy in zip([*where[1], *where[2]], [*copies[0], *copies[1]], strict=True):
+        assert torch.equal(cache, copy)
+
+
+def test_layers_that_do_not_fit_change_nothing():
+    """The caches are written when all layers were found to fit."""
+    weights, where = stack(torch.float32, ())
+    weights[2]["down"] = weights[2]["down"][:, :-1].contiguous()
+    before = where[1][0].clone()
+    options = {"scale": 0.3, "softcap": None, "activation": "silu", "eps": 1e-5, "plus_one": False}
+    with pytest.raises(RuntimeError, match="linear"):
+        run_layers(torch.randn(6, 24), flat(weights, torch.float32), *where, **options)
+    assert torch.equal(where[1][0], before)
+    # No queue is left open behind the error: an operator runs at once.
+    assert add_rms_norm(torch.ones(1, 8), torch.ones(8)).sum() > 0
+
+
+def test_layers_at_once_pass_opcheck():
+    weights, (*where, masks) = stack(torch.float32, KINDS["Qwen 3"])
+    bounds = [bound for mask in masks for bound in (mask.ctx_lo, mask.ctx_hi, mask.blk_lo, mask.blk_hi)]
+    arguments = torch.randn(6, 24), flat(weights, torch.float32), *where, bounds, 32, [0], 1e-5, False, 1, 0.3, None
+    torch.library.opcheck(torch.ops.dflash_ext.run_layers.default, arguments)

@@ -132,10 +132,8 @@ class Stack:
                 tapped[index] = self.normed(hidden) if index == len(self.layers) - 1 else hidden
         return hidden, torch.cat([tapped[tap] for tap in taps], dim=1) if taps else None
 
-    def _on_cpu(
-        self, hidden: Tensor, rows: Rows, cache: KVCache, taps: Sequence[int]
-    ) -> tuple[Tensor, Tensor | None]:
-        hidden, tapped = run_layers(
+    def _on_cpu(self, hidden: Tensor, rows: Rows, cache: KVCache, taps: Sequence[int]) -> tuple[Tensor, Tensor | None]:
+        hidden, features = run_layers(
             hidden,
             *self._for_cpu,
             *zip(*cache.layers, strict=True),
@@ -151,9 +149,10 @@ class Stack:
             scale=self.scale,
             softcap=self.softcap,
         )
-        last = len(self.layers) - 1
-        tapped = [self.normed(output) if tap == last else output for tap, output in zip(taps, tapped, strict=True)]
-        return hidden, torch.cat(tapped, dim=1) if taps else None
+        for at, tap in enumerate(taps):
+            if tap == len(self.layers) - 1:
+                features[:, at] = self.normed(hidden)
+        return hidden, features.flatten(1) if taps else None
 
     @cached_property
     def _for_cpu(self) -> tuple[list[Tensor], list[int]]:
