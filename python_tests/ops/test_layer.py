@@ -24,7 +24,8 @@ def off_by(got, want):
 
 
 def rounding(dtype, steps=1):
-    return steps * torch.finfo(dtype).eps
+    """In float64 the definition rounds as much as the kernel does."""
+    return steps * torch.finfo(dtype).eps * (2 if dtype == torch.float64 else 1)
 
 
 @pytest.mark.parametrize("plus_one", [False, True])
