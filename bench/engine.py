@@ -1,193 +1,167 @@
-"""The decode engine at the shapes of real models, with random weights, beside transformers: ``python -m bench.engine``.
+"""The decode engine at the shapes of real models, with random weights, beside other loops: ``python -m bench.engine``.
 
 A row is the time of a plain step, or of a cycle of drafting and verifying, as a replay of the engine's own CUDA graph.
+Exact decoding, the choice of "auto" and the memory have rows of their own.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+import time
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
-from bench import runner
-from bench.timing import Timing
+from bench import engine_peers, runner
+from bench.engine_models import SHAPES, bytes_of, caches_of, loaded, pair, replay, timed
 from dflash_ext.decode import Engine, decode
-from dflash_ext.decode.cycle import Drawing
+from dflash_ext.decode.pace import Pace
 from dflash_ext.models import DFlashDrafter, Target
 
-ROOM = 512  # positions behind the context, for the tokens of all replays
+PARTS = ("engine", "exact", "auto", "memory", "peers", "compiled")
+LONG = 16384  # the second context of a single row
+Models = tuple[Target, DFlashDrafter]
 
 
-@dataclass(frozen=True)
-class Shape:
-    name: str
-    config: LlamaConfig | Qwen3Config
-    draft_layers: int
+class Bench:
+    """The rows of one shape."""
 
+    def __init__(self, name: str, models: Models, copy_tbs: float):
+        self.name, self.copy_tbs, self.rows = name, copy_tbs, []
+        self.target, self.drafter = models
 
-SHAPES = {
-    "smollm2-135m": Shape(
-        "smollm2-135m",
-        LlamaConfig(
-            vocab_size=49152,
-            hidden_size=576,
-            intermediate_size=1536,
-            num_hidden_layers=30,
-            num_attention_heads=9,
-            num_key_value_heads=3,
-            max_position_embeddings=32768,
-            tie_word_embeddings=True,
-        ),
-        draft_layers=3,
-    ),
-    "qwen3-8b": Shape(
-        "qwen3-8b",
-        Qwen3Config(
-            vocab_size=151936,
-            hidden_size=4096,
-            intermediate_size=12288,
-            num_hidden_layers=36,
-            num_attention_heads=32,
-            num_key_value_heads=8,
-            head_dim=128,
-            max_position_embeddings=40960,
-            tie_word_embeddings=False,
-        ),
-        draft_layers=5,
-    ),
-}
+    def add(self, batch: int, context: int, impl: str, which: str, row: dict) -> None:
+        draft = self.drafter if which == "cycle" else None
+        total = bytes_of(self.target, draft, batch, context)
+        case = f"{self.name}, batch {batch}, ctx {context}"
+        row = {"case": case, "impl": impl, "pass": which} | row
+        row |= {"gbs": total / row["ms"] / 1e6, "bound_ms": total / self.copy_tbs / 1e9}
+        self.rows.append(row)
+        notes = [f"{name} {row[name]}" for name in ("workspace_mb", "tokens", "ratio") if name in row]
+        print(f"  {case:34} {impl:34} {which:11} {row['ms']:8.3f} ms  {'  '.join(notes)}", flush=True)
 
-
-def random_model(config: LlamaConfig | Qwen3Config) -> PreTrainedModel:
-    """A model of random weights in bfloat16, made on the GPU."""
-    torch.manual_seed(0)
-    kind = Qwen3ForCausalLM if isinstance(config, Qwen3Config) else LlamaForCausalLM
-    with torch.device("cuda"):
-        return kind(config).to(torch.bfloat16).eval().requires_grad_(False)
-
-
-def pair(shape: Shape) -> tuple[Target, DFlashDrafter]:
-    model = random_model(shape.config)
-    with torch.device("cuda"):
-        drafter = DFlashDrafter.for_target(Target(model), mask_token_id=5, num_layers=shape.draft_layers)
-    drafter = drafter.to(torch.bfloat16).eval().requires_grad_(False)
-    return Target(model, drafter.config.target_layer_ids), drafter
-
-
-def loaded(target: Target, drafter: DFlashDrafter | None, batch: int, context: int) -> Engine:
-    """An engine in which `batch` rows have `context` tokens of random keys and values."""
-    engine = Engine(target, drafter, slots=batch, max_length=context + ROOM)
-    caches = [engine.cycle.target.cache] + ([engine.cycle.draft.cache] if drafter else [])
-    for cache in caches:
-        cache.keys.normal_()
-        cache.values.normal_()
-    slots = torch.arange(batch, device="cuda")
-    options = [{"temperature": 0.0, "top_k": 0.0, "top_p": 1.0, "min_p": 0.0}] * batch
-    none = [()] * batch
-    engine.state.admit(
-        slots, start=[context] * batch, last=[10**9] * batch, seed=[0] * batch, options=options, stops=none
-    )
-    engine.state.numbers[slots, 1] = torch.randint(3, target.vocab_size, (batch,), device="cuda")
-    engine.state.numbers[slots, 3] = 1
-    return engine
-
-
-def timed(call: Callable[[], object], repeats: int) -> Timing:
-    """Milliseconds of a call that waits for nothing, from events around each."""
-    for _ in range(3):
-        call()
-    events = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
-    events[0].record()
-    for event in events[1:]:
-        call()
-        event.record()
-    torch.cuda.synchronize()
-    return Timing.of([a.elapsed_time(b) for a, b in zip(events, events[1:], strict=False)])
-
-
-def weight_bytes(target: Target, drafter: DFlashDrafter | None) -> int:
-    """Of the weights that a step or a cycle reads: all but the embedding's, and the head once for each of the two."""
-    modules = [*target.layers] + ([drafter] if drafter else [])
-    layers = sum(2 * p.numel() for module in modules for p in module.parameters())
-    return layers + 2 * target.head.numel() * (2 if drafter else 1)
-
-
-def cache_bytes(engine: Engine, batch: int, context: int) -> int:
-    caches = [engine.cycle.target.cache] + ([engine.cycle.draft.cache] if engine.cycle.draft else [])
-    return sum(cache.bytes // cache.keys.shape[1] // cache.capacity * batch * context for cache in caches)
-
-
-def ours(target: Target, drafter: DFlashDrafter | None, batch: int, context: int, repeats: int = 60) -> dict:
-    engine = loaded(target, drafter, batch, context)
-    slots, drawing = list(range(batch)), Drawing()
-    before = torch.cuda.memory_allocated()
-    timing = timed(lambda: engine.runner.run(slots, drawing, engine.cycle.width), repeats)
-    total = weight_bytes(target, drafter) + cache_bytes(engine, batch, context)
-    return timing.row() | {
-        "gbs": total / timing.ms / 1e6,
-        "bound_ms": total / 3.0e9,
-        "graph_mb": (torch.cuda.memory_allocated() - before) / 1e6,
-    }
-
-
-def transformers_step(target: Target, batch: int, context: int, *, compiled: bool) -> dict:
-    """A step of transformers' own decoding with a static cache, as `generate` runs it."""
-    model = target.model
-    prompt = torch.randint(3, target.vocab_size, (batch, context), device="cuda")
-    options = {"do_sample": False, "min_new_tokens": 33, "max_new_tokens": 33, "cache_implementation": "static"}
-    options |= {"disable_compile": not compiled, "pad_token_id": 0}
-    short = options | {"min_new_tokens": 1, "max_new_tokens": 1}
-    mask = torch.ones_like(prompt)
-
-    def seconds(given: dict) -> float:
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda.synchronize()
-        start.record()
-        model.generate(prompt, attention_mask=mask, **given)
-        end.record()
-        torch.cuda.synchronize()
-        return start.elapsed_time(end)
-
-    for _ in range(2):
-        model.generate(prompt, attention_mask=mask, **options)
-    samples = [(seconds(options) - seconds(short)) / 32 for _ in range(3)]
-    return Timing.of(samples).row()
-
-
-def rows_of(shape: Shape, pair: tuple, batches: list[int], context: int, peers: list[str]) -> list[dict]:
-    target, drafter = pair
-    rows = []
-    for batch in batches:
-        case = f"{shape.name}, batch {batch}, ctx {context}"
-        for name, draft in (("plain step", None), ("cycle", drafter)):
-            rows.append({"case": case, "impl": "dflash_ext", "pass": name} | ours(target, draft, batch, context))
+    def engine(self, batch: int, context: int, *, exact: bool = False) -> None:
+        for which, draft in (("plain step", None), ("cycle", self.drafter)):
+            gc.collect()
             torch.cuda.empty_cache()
-        for peer in peers if batch == batches[0] else ():
-            row = transformers_step(target, batch, context, compiled=peer == "compiled")
-            rows.append({"case": case, "impl": f"transformers, static cache, {peer}", "pass": "plain step"} | row)
-        for row in rows:
-            if row["case"] == case:
-                bound = f"{row['bound_ms']:7.3f} ms by bytes" if "bound_ms" in row else ""
-                print(f"  {case:34} {row['impl']:36} {row['pass']:11} {row['ms']:8.3f} ms {bound}", flush=True)
-    return rows
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            engine = loaded(self.target, draft, batch, context, exact=exact)
+            row = timed(replay(engine, batch), 60).row()
+            used = torch.cuda.max_memory_allocated() - before - sum(cache.bytes for cache in caches_of(engine))
+            self.add(batch, context, "dflash_ext, exact" if exact else "dflash_ext", which, row | _mb(used))
+            del engine
+
+    def memory(self, batch: int, context: int) -> None:
+        """Requests from their prompts to their ends. The memory is beyond the models and the caches."""
+        gc.collect()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        engine = Engine(self.target, self.drafter, slots=batch, max_length=context + 64)
+        for prompt in self.prompts(batch, context).tolist():
+            engine.submit(prompt, max_new_tokens=16)
+        begin = time.perf_counter()
+        engine.run()
+        torch.cuda.synchronize()
+        ms = 1e3 * (time.perf_counter() - begin)
+        used = torch.cuda.max_memory_allocated() - before - sum(cache.bytes for cache in caches_of(engine))
+        self.add(batch, context, "dflash_ext", "prompts and 16 tokens", {"ms": ms} | _mb(used))
+
+    def auto(self, batch: int, context: int, count: int = 384) -> None:
+        """The time of "auto" over that of plain decoding, with a drafter that is nearly always wrong."""
+        prompts = self.prompts(batch, 32).tolist()
+        engines = {
+            "plain": Engine(self.target, None, slots=batch, max_length=context),
+            "auto": Engine(self.target, self.drafter, slots=batch, max_length=context, block_size="auto"),
+        }
+
+        def seconds(engine: Engine, new: int) -> float:
+            if engine.pace is not None:
+                engine.pace = Pace(engine.pace.widths)  # it learns anew that drafts are wrong
+            for prompt in prompts:
+                engine.submit(prompt, max_new_tokens=new)
+            torch.cuda.synchronize()
+            begin = time.perf_counter()
+            engine.run()
+            return time.perf_counter() - begin
+
+        for engine in engines.values():
+            seconds(engine, 64)  # captures graphs and measures costs
+        taken = {name: [] for name in engines}
+        for _ in range(3):
+            for name, engine in engines.items():
+                taken[name].append(seconds(engine, count) - seconds(engine, 1))
+        plain, auto = (1e3 * min(taken[name]) / (count - 1) for name in engines)
+        costs = next(iter(engines["auto"].costs.values()))
+        row = {
+            "ms": auto,
+            "ratio": round(auto / plain, 3),
+            "costs_ms": {k: round(1e3 * v, 3) for k, v in costs.items()},
+        }
+        self.add(batch, context, "dflash_ext, auto", "a token", row)
+
+    def peers(self, batch: int, context: int, *, compiled: bool) -> None:
+        prompts = self.prompts(batch, context)
+        name = "compiled" if compiled else "eager"
+        found = {
+            (f"transformers, static cache, {name}", "plain step"): lambda: engine_peers.static_cache(
+                self.target, prompts, compiled=compiled
+            )
+        }
+        if batch == 1 and not compiled:
+            loop = engine_peers.transformers_loop
+            found["transformers, DFlash loop", "cycle"] = lambda: loop(self.target, self.drafter, prompts)
+            if engine_peers.has_zlab():
+                for which, block in (("plain step", 1), ("cycle", self.drafter.config.block_size)):
+                    found["z-lab, dflash", which] = lambda block=block: engine_peers.zlab_loop(
+                        self.target, self.drafter, prompts, block=block
+                    )
+        decoded = decode(self.target, None, prompts[:1].tolist(), max_new_tokens=engine_peers.NEW)
+        mine = decoded.completions[0].tokens
+        for (impl, which), run in found.items():
+            row, tokens = run()
+            self.add(batch, context, impl, which, row | {"tokens": self.agreement(prompts[0].tolist(), mine, tokens)})
+
+    def agreement(self, prompt: list[int], mine: list[int], theirs: list[int]) -> str:
+        """Whether two answers are equal, or how far their first different tokens are apart under the model."""
+        count = next((i for i, pair in enumerate(zip(mine, theirs, strict=False)) if pair[0] != pair[1]), None)
+        if count is None:
+            return "equal"
+        ids = torch.tensor([prompt + mine[:count]], device="cuda")
+        logits = self.target.model(ids, logits_to_keep=1).logits[0, -1].float()
+        apart = (logits[mine[count]] - logits[theirs[count]]).abs().item()
+        return f"equal up to token {count}, where two logits are {apart:.4f} apart"
+
+    def prompts(self, batch: int, context: int) -> torch.Tensor:
+        torch.manual_seed(1)
+        return torch.randint(3, self.target.vocab_size, (batch, context), device="cuda")
+
+    def check(self) -> None:
+        """Decoded tokens are the model's own: nearly without regret, and in exact mode the same with any draft."""
+        prompts = [torch.randint(3, 1000, (n,)).tolist() for n in (5, 40, 17)]
+        for draft in (self.drafter, None):
+            decoded = decode(self.target, draft, prompts, max_new_tokens=24)
+            regret = max(self.regret(*pair) for pair in zip(prompts, decoded.completions, strict=True))
+            assert math.isfinite(regret) and regret < 0.2, regret
+        exact = [
+            [c.tokens for c in decode(self.target, draft, prompts, max_new_tokens=24, exact=True).completions]
+            for draft in (self.drafter, None)
+        ]
+        assert exact[0] == exact[1], "exact decoding depends on the draft"
+        print(f"{self.name}: regret {regret:.4f} nats at most; exact decoding gives equal tokens", flush=True)
+
+    def regret(self, prompt: list[int], completion) -> float:
+        """How many nats less likely than the best token a greedy token was at most, under the model's own logits."""
+        ids = torch.tensor([prompt + completion.tokens], device="cuda")
+        logp = self.target.model(ids).logits[0, len(prompt) - 1 : -1].float().log_softmax(-1)
+        chosen = logp.gather(1, ids[0, len(prompt) :, None])[:, 0]
+        return (logp.amax(-1) - chosen).max().item()
 
 
-def check(target: Target, drafter: DFlashDrafter) -> float:
-    """The largest regret in nats of greedy tokens under the model's own logits: near 0 if decoding is right."""
-    prompts = [torch.randint(3, 1000, (n,)).tolist() for n in (5, 40, 17)]
-    worst = 0.0
-    for draft in (drafter, None):
-        decoded = decode(target, draft, prompts, max_new_tokens=24)
-        for prompt, completion in zip(prompts, decoded.completions, strict=True):
-            ids = torch.tensor([prompt + completion.tokens], device="cuda")
-            logp = target.model(ids).logits[0, len(prompt) - 1 : -1].float().log_softmax(-1)
-            chosen = logp.gather(1, ids[0, len(prompt) :, None])[:, 0]
-            worst = max(worst, (logp.amax(-1) - chosen).max().item())
-    return worst
+def _mb(used: int) -> dict:
+    return {"workspace_mb": round(used / 1e6, 1)}
 
 
 def copy_rate() -> float:
@@ -197,23 +171,41 @@ def copy_rate() -> float:
     return 2 * source.numel() / timed(lambda: copy.copy_(source), 5).ms / 1e9
 
 
+@torch.no_grad()
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--shapes", nargs="*", default=list(SHAPES))
+    parser.add_argument("--shapes", nargs="*", default=list(SHAPES), choices=list(SHAPES))
     parser.add_argument("--batches", nargs="*", type=int, default=[1, 8, 32])
     parser.add_argument("--context", type=int, default=2048)
-    parser.add_argument("--peers", nargs="*", default=["eager", "compiled"], choices=["eager", "compiled"])
+    parser.add_argument("--parts", nargs="*", default=list(PARTS), choices=PARTS)
     given = parser.parse_args()
-    name, rows = f"engine_{runner.gpu_name()}", []
+    name, copy_tbs, rows = f"engine_{runner.gpu_name()}", copy_rate(), []
     for shape in given.shapes:
-        models = pair(SHAPES[shape])
-        regret = check(*models)
-        print(f"{shape}: largest regret {regret:.4f} nats", flush=True)
-        assert math.isfinite(regret) and regret < 0.2, regret
-        rows += rows_of(SHAPES[shape], models, given.batches, given.context, given.peers)
-        print(runner.write(name, rows, {"copy_tbs": copy_rate()}), flush=True)
-        del models
+        bench = Bench(shape, pair(SHAPES[shape]), copy_tbs)
+        bench.check()
+        first, context = given.batches[0], given.context
+        for batch in given.batches:
+            if "engine" in given.parts:
+                bench.engine(batch, context)
+        if "engine" in given.parts:
+            bench.engine(1, LONG)
+        for batch in given.batches:
+            if "exact" in given.parts and batch <= 8:
+                bench.engine(batch, context, exact=True)
+        if "memory" in given.parts:
+            bench.memory(given.batches[-1], context)
+        if "auto" in given.parts:
+            bench.auto(first, context)
+        for part in ("peers", "compiled"):
+            for batch in given.batches:
+                if part in given.parts:
+                    bench.peers(batch, context, compiled=part == "compiled")
+        rows += bench.rows
+        print(runner.write(name, rows, {"copy_tbs": copy_tbs}), flush=True)
+        del bench
+        gc.collect()
         torch.cuda.empty_cache()
+    print(runner.plot(name, rows, "gbs"))
 
 
 if __name__ == "__main__":
