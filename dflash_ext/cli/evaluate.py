@@ -67,7 +67,11 @@ def evaluate(
     dtype: Dtype = None,
     device: Device = None,
 ) -> None:
-    """Decode prompt sets, and report tau and acceptance rates."""
+    """Decode prompt sets, and report tau and acceptance rates.
+
+    A set is decoded with the drafter's own block, and once more with the block size "auto", unless a size or a
+    second drafter is given.
+    """
     from ..data import LeftOut, read_conversations
     from ..decode import Decoded, decode
     from ..eval import summarize, table, tau_difference
@@ -97,21 +101,23 @@ def evaluate(
         for path in prompts
     }
     results: list[dict[str, Decoded]] = [{} for _ in pairs]
+    sizes = {"": block_size} if block_size or compare or pairs[0][1] is None else {"": None, ", auto": "auto"}
+    runs = {f"{name}{suffix}": (name, size) for name in encoded for suffix, size in sizes.items()}
     try:
-        for name, asked in encoded.items():
+        for run, (name, size) in runs.items():
             for (tapped, draft), decoded in zip(pairs, results, strict=True):
-                with progress(console, name, len(asked)) as advance:
-                    decoded[name] = decode(
+                with progress(console, run, len(encoded[name])) as advance:
+                    decoded[run] = decode(
                         tapped,
                         draft,
-                        list(asked.values()),
+                        list(encoded[name].values()),
                         max_new_tokens=max_new_tokens,
                         temperature=temperature,
                         top_k=top_k,
                         top_p=top_p,
                         min_p=min_p,
                         stop_token_ids=stop_tokens(tok, model),
-                        block_size=block_size,
+                        block_size=size,
                         denoising_steps=denoising_steps,
                         greedy_draft=greedy_draft,
                         batch_size=batch_size,
@@ -122,7 +128,7 @@ def evaluate(
     finally:  # an interrupt loses only the set that it interrupts
         for path, decoded in zip((drafter, compare), results, strict=False):
             console.print(table(decoded, title=str(path) if compare else None))
-    rows = {name: summarize(decoded) | {"left_out": left_out[name]} for name, decoded in results[0].items()}
+    rows = {run: summarize(decoded) | {"left_out": left_out[runs[run][0]]} for run, decoded in results[0].items()}
     for name, other in results[1].items() if compare else ():
         difference = tau_difference(results[0][name], other, seed=seed)
         console.print(f"{name}: {difference}", soft_wrap=True, highlight=False)

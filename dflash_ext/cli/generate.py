@@ -13,7 +13,7 @@ import typer
 from .app import console, errors
 from .loading import encode_for, load_pair, load_target
 from .options import (
-    BlockSize,
+    AutoBlockSize,
     ChatTemplateArgs,
     DecodeBatch,
     DenoisingSteps,
@@ -57,7 +57,15 @@ def generate(
     top_p: TopP = None,
     min_p: MinP = None,
     stop: StopStrings = None,
-    block_size: BlockSize = None,
+    block_size: AutoBlockSize = "auto",
+    costs: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="<path>",
+            help="What cycles cost, for the block size 'auto': a JSON file, which is written if there is none. With "
+            "the same file, a seed repeats its answers.",
+        ),
+    ] = None,
     denoising_steps: DenoisingSteps = 1,
     greedy_draft: GreedyDraft = False,
     batch_size: DecodeBatch = 8,
@@ -90,6 +98,8 @@ def generate(
         conversations = read_conversations(prompts, field=field, limit=limit, left_out=left_out)
     check_output(output)
     check_output(trace)
+    check_output(costs)
+    known_costs = _read_costs(costs) if costs and costs.exists() else None
     model, tok = load_target(target, tokenizer, dtype, device)
     tapped, draft = load_pair(model, drafter)
     encoded = encode_for(
@@ -138,6 +148,7 @@ def generate(
             stop_strings=stop,
             tokenizer=tok,
             block_size=block_size,
+            costs=known_costs,
             denoising_steps=denoising_steps,
             greedy_draft=greedy_draft,
             batch_size=batch_size,
@@ -155,4 +166,16 @@ def generate(
         ]
         with replacing(trace) as page:
             page.write(trace_page(answers, tok.decode, title=f"{target}, cycle by cycle"))
+    if costs and known_costs is None and decoded.costs:
+        with replacing(costs) as file:
+            file.write(json.dumps(decoded.costs, indent=1) + "\n")
     errors.print(table({"all prompts": decoded}))  # standard output has the answers alone
+
+
+def _read_costs(path: Path) -> dict[int, dict[int, float]]:
+    """The costs that an earlier run wrote: seconds by the number of rows and of drafted tokens."""
+    try:
+        tables = json.loads(path.read_text())
+        return {int(rows): {int(k): float(seconds) for k, seconds in row.items()} for rows, row in tables.items()}
+    except (ValueError, AttributeError, TypeError) as error:
+        raise ValueError(f"{path} has no costs of cycles, such as --costs writes: {error}") from None

@@ -73,15 +73,18 @@ def _block_size(text: str | int) -> int | str:
         raise typer.BadParameter(f"'{text}' is no number of slots and not 'auto'") from None
 
 
-BlockSize = Annotated[
-    Any,
-    typer.Option(
+def _block_size_option(default: str) -> Any:
+    return typer.Option(
         parser=_block_size,
         metavar="<n>|auto",
-        help="Slots of a drafted block. The drafter's own number is the default and the largest. With 'auto' each "
-        "cycle drafts as many tokens as pay, by what was accepted before and what cycles cost here.",
-    ),
-]
+        show_default=False,
+        help=f"Slots of a drafted block; the default is {default}, the drafter's own number the largest. With 'auto' "
+        "each cycle drafts as many tokens as pay, by what was accepted before and what cycles cost here.",
+    )
+
+
+BlockSize = Annotated[Any, _block_size_option("the drafter's own number")]
+AutoBlockSize = Annotated[Any, _block_size_option("'auto'")]
 DenoisingSteps = Annotated[
     int,
     typer.Option(

@@ -45,6 +45,7 @@ class Decoded:
     Attributes:
         draft_width: the number of drafted tokens per cycle, 0 for plain decoding.
         cycles: the number of the target's forward passes after prefill, each for a whole batch.
+        costs: with the block size "auto", the seconds of a cycle by its number of rows and of drafted tokens.
     """
 
     completions: list[Completion]
@@ -53,6 +54,7 @@ class Decoded:
     prefill_seconds: float = 0.0
     draft_seconds: float = 0.0
     verify_seconds: float = 0.0
+    costs: dict[int, dict[int, float]] = field(default_factory=dict)
 
     @property
     def tau(self) -> float:

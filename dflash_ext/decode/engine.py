@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +18,7 @@ from .draft import BlockDraft
 from .faults import detached
 from .forward.families import has_lean_forward
 from .graphs import runner
-from .pace import Pace, draft_widths
+from .pace import Costs, Pace, draft_widths
 from .prefill import prefill, wave
 from .request import Request
 from .state import State
@@ -63,6 +63,8 @@ class Engine:
         block_size: slots of a drafted block, anchor included. The drafter's own number is the default and the largest.
             "auto" chooses anew before each cycle, from what was accepted so far and from what cycles cost here
             (`decode.pace`). It may also choose to draft nothing.
+        costs: with "auto", what cycles cost, as `engine.costs.tables()` of an earlier engine: seconds by the number of
+            rows and by that of drafted tokens. By default they are measured. With a table, a seed repeats an answer.
         denoising_steps: 1 to 3 forwards of the drafter fill a block, from left to right. Each sees what the ones before
             it have drafted.
         greedy_draft: the draft is the likeliest one also at a temperature above 0. Such a token x is accepted with the
@@ -89,6 +91,7 @@ class Engine:
         slots: int = 8,
         max_length: int = 4096,
         block_size: int | str | None = None,
+        costs: Mapping[int, Mapping[int, float]] | None = None,
         denoising_steps: int = 1,
         greedy_draft: bool = False,
         exact: bool = False,
@@ -113,7 +116,7 @@ class Engine:
             self.cycle = Cycle(self.state, TargetForward(target, **sizes, exact=exact), draft)
         self.runner = runner(self.cycle)
         self.pace = Pace(draft_widths(width)) if block_size == AUTO and width else None
-        self.costs: dict[tuple[int, Drawing], dict[int, float]] = {}  # seconds of a cycle by its width
+        self.costs = Costs(self.pace.widths, costs) if self.pace else None
         self.waiting: deque[Request] = deque()
         self.rows: dict[int, Request] = {}  # by slot, in the order of admission
         self.free = list(range(slots))
@@ -264,17 +267,17 @@ class Engine:
 
     def _cycle(self, requests: list[Request]) -> Tensor:
         drawing = Drawing.of([request.options for request in requests])
-        width = self._width(len(requests), drawing)
-        return self.runner.run([request.slot for request in requests], drawing, width)
-
-    def _width(self, rows: int, drawing: Drawing) -> int:
-        """How many tokens the next cycle drafts."""
+        slots = [request.slot for request in requests]
         if self.pace is None:
-            return self.cycle.width
-        key = self.runner.size(rows), drawing
-        if key not in self.costs:
-            self.costs[key] = {width: self.runner.cost(*key, width) for width in self.pace.widths}
-        return self.pace.choose(self.costs[key])
+            return self.runner.run(slots, drawing, self.cycle.width)
+        rows = self.runner.size(len(slots))
+        table = self.costs.table(rows)
+        width = self.costs.first(rows) if table is None else self.pace.choose(table)
+        if self.costs.is_measured(rows, width):
+            return self.runner.run(slots, drawing, width)
+        records, seconds = self.runner.timed_run(slots, drawing, width)
+        self.costs.add(rows, width, seconds)
+        return records
 
     def _read_but(self, count: int) -> None:
         """Reads all records but the last `count`."""
@@ -332,6 +335,7 @@ class Engine:
         """Adds the cycles, and the seconds of each phase, since the last call."""
         seconds = self.runner.seconds()
         decoded.cycles += self.cycles
+        decoded.costs = self.costs.tables() if self.costs else {}
         decoded.prefill_seconds += self.watch.lap().get("prefill", 0.0)
         decoded.draft_seconds += seconds.get("draft", 0.0)
         decoded.verify_seconds += seconds.get("verify", 0.0)

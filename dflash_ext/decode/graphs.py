@@ -41,16 +41,13 @@ class PlainRunner:
         """The number of slots that a cycle of so many rows computes."""
         return rows
 
-    def cost(self, size: int, drawing: Drawing, width: int) -> float:
-        """The seconds of a cycle of `size` slots: of the spare slot, so that no row changes."""
-        seconds = []
-        for _ in range(3):
-            self._wait()
-            start = time.perf_counter()
-            self._call([self.cycle.state.spare] * size, drawing, width, Stopwatch(self.device))
-            self._wait()
-            seconds.append(time.perf_counter() - start)
-        return min(seconds[1:])
+    def timed_run(self, slots: Sequence[int], drawing: Drawing, width: int) -> tuple[Tensor, float]:
+        """The same, and the seconds that it took. Waits for the device."""
+        self._wait()
+        start = time.perf_counter()
+        records = self.run(slots, drawing, width)
+        self._wait()
+        return records, time.perf_counter() - start
 
     def reset(self) -> None:
         """Forgets what depends on the tensors of the state."""
@@ -95,6 +92,10 @@ class GraphRunner(PlainRunner):
     def run(self, slots: Sequence[int], drawing: Drawing, width: int) -> Tensor:
         self._graph(len(slots), drawing, width).replays += 1
         return self._call(slots, drawing, width, self.watch)
+
+    def timed_run(self, slots: Sequence[int], drawing: Drawing, width: int) -> tuple[Tensor, float]:
+        self._graph(len(slots), drawing, width)  # captured before the time is taken
+        return super().timed_run(slots, drawing, width)
 
     def size(self, rows: int) -> int:
         return next(size for size in self.sizes if size >= rows)

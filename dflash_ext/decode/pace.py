@@ -2,17 +2,84 @@
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 
 MEMORY = 0.98  # the weight of earlier cycles, per cycle of a row
 FIRST_GUESS = 0.7  # the rate at which a first drafted token is taken to be accepted before anything is known
 TRUST = 2.0  # as many cycles as an estimate counts, which a position takes over from the one before
+RUNS = 3  # a cost is the time of the fastest of so many cycles
 PROBE = 32  # among so many cycles without a draft one has the shortest draft, to see whether drafting pays again
 
 
 def draft_widths(most: int) -> tuple[int, ...]:
     """The numbers of drafted tokens to choose from: 0, one less than powers of two, and `most`."""
     return tuple(sorted({0, most, *(width for width in (1, 3, 7, 15, 31) if width < most)}))
+
+
+class Costs:
+    """The seconds of a cycle, by its number of rows and of drafted tokens.
+
+    They are measured once, in the first cycles of each kind, which decode tokens as all others do. What is not measured
+    yet is estimated: between two measured widths along a straight line, and else from the table of another number of
+    rows.
+
+    Args:
+        widths: the numbers of drafted tokens to choose from.
+        given: a table that replaces all measurements, as `tables` gave it in another run. Choices then repeat.
+    """
+
+    def __init__(self, widths: Sequence[int], given: Mapping[int, Mapping[int, float]] | None = None):
+        self.widths = widths
+        self.is_given = given is not None
+        self.seconds: dict[int, dict[int, float]] = {rows: dict(table) for rows, table in (given or {}).items()}
+        self.runs: Counter[tuple[int, int]] = Counter()
+        if self.is_given and not any(self._is_known(rows) for rows in self.seconds):
+            raise ValueError(f"costs has no table with the costs of cycles that draft 0 and {widths[-1]} tokens")
+
+    def add(self, rows: int, width: int, seconds: float) -> None:
+        """Takes note of what a cycle took."""
+        table = self.seconds.setdefault(rows, {})
+        table[width] = min(seconds, table.get(width, math.inf))
+        self.runs[rows, width] += 1
+
+    def is_measured(self, rows: int, width: int) -> bool:
+        return self.is_given or self.runs[rows, width] >= RUNS
+
+    def table(self, rows: int) -> dict[int, float] | None:
+        """The costs of all widths, None as long as nothing can be said of them."""
+        measured = self.seconds.get(rows, {})
+        if self._is_known(rows):
+            return {width: _between(measured, width) for width in self.widths}
+        others = [other for other in self.seconds if self._is_known(other)]
+        if not others:
+            return None
+        near = self.seconds[min(others, key=lambda other: abs(math.log(other / rows)))]
+        ratios = [seconds / _between(near, width) for width, seconds in measured.items()]
+        scale = sum(ratios) / len(ratios) if ratios else 1.0
+        return {width: measured.get(width, scale * _between(near, width)) for width in self.widths}
+
+    def tables(self) -> dict[int, dict[int, float]]:
+        """The table of each number of rows that cycles had, with estimates in the place of what is not measured."""
+        tables = {rows: self.table(rows) for rows in self.seconds}
+        return {rows: table for rows, table in tables.items() if table is not None}
+
+    def first(self, rows: int) -> int:
+        """The width to measure first, while there is no `table`: that of the drafter, then none."""
+        return 0 if self.widths[-1] in self.seconds.get(rows, {}) else self.widths[-1]
+
+    def _is_known(self, rows: int) -> bool:
+        return self.seconds[rows].keys() >= {0, self.widths[-1]} if rows in self.seconds else False
+
+
+def _between(table: Mapping[int, float], width: int) -> float:
+    """The cost of a width on the straight line between the nearest ones of a table that has 0 and the widest."""
+    if width in table:
+        return table[width]
+    below, above = max(known for known in table if known < width), min(known for known in table if known > width)
+    part = (width - below) / (above - below)
+    return (1 - part) * table[below] + part * table[above]
 
 
 class Pace:

@@ -8,7 +8,7 @@ target's distribution (Leviathan et al., arXiv 2211.17192). The rows of a batch 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 
 import torch
@@ -40,6 +40,7 @@ def decode(
     stop_strings: str | Iterable[str] | None = None,
     tokenizer=None,
     block_size: int | str | None = None,
+    costs: Mapping[int, Mapping[int, float]] | None = None,
     denoising_steps: int = 1,
     greedy_draft: bool = False,
     batch_size: int = 32,
@@ -66,6 +67,7 @@ def decode(
         block_size: slots of a drafted block, anchor included. The drafter's own number is the default and the largest.
             "auto" chooses before each cycle, as in `Engine`; for families that the engine does not serve it is the
             default.
+        costs: as in `Engine`: with "auto", the `costs` of an earlier call, so that a seed repeats its answers.
         denoising_steps, greedy_draft: as in `Engine`.
         batch_size: the number of rows that are decoded at a time. Prompts of similar length share a batch.
         seed: the seed of all draws, or one for each prompt, below 2**62. A prompt's draws do not depend on the other
@@ -123,7 +125,8 @@ def decode(
         decode_with_modules(target, drafter, by_length, decoded, batch_size=batch_size)
         return decoded
     sizes = {"slots": min(batch_size, len(requests)), "max_length": longest + max_new_tokens}
-    drafting = {"block_size": block_size, "denoising_steps": denoising_steps, "greedy_draft": greedy_draft}
+    drafting = {"block_size": block_size, "costs": costs, "denoising_steps": denoising_steps}
+    drafting |= {"greedy_draft": greedy_draft}
     engine = Engine(target, drafter, **sizes, **drafting, exact=exact, tokenizer=tokenizer)
     engine.waiting.extend(by_length)
     engine.run()

@@ -12,9 +12,11 @@ def summarize(decoded: Decoded) -> dict:
 
     `tau` is the number of tokens committed per cycle, bonus included: the mean over prompts of each prompt's mean over
     its cycles (arXiv 2602.06036). `acceptance` and the times are taken over all cycles of the run. Times are in
-    milliseconds per cycle of a whole batch.
+    milliseconds per cycle of a whole batch. With the block size "auto", `costs` has the seconds of a cycle by its
+    number of rows and of drafted tokens.
     """
-    return {
+    costs = {"costs": decoded.costs} if decoded.costs else {}
+    return costs | {
         "prompts": len(decoded.completions),
         "tokens": sum(len(c.tokens) for c in decoded.completions),
         "tau": round(decoded.tau, 4),

@@ -16,9 +16,13 @@ def evaluate(workspace):
 def test_the_figures_of_a_set(workspace, run, evaluate):
     code, printed, errors = run(*evaluate, "--output", workspace / "figures.json")
     assert code == 0 and not errors
-    row = json.loads((workspace / "figures.json").read_text())["prompts"]
+    rows = json.loads((workspace / "figures.json").read_text())
+    row, auto = rows["prompts"], rows["prompts, auto"]
     assert row["prompts"] == 3 and row["tau"] >= 1 and len(row["acceptance"]) == 5 and row["left_out"] == {}
-    assert "tau" in printed
+    assert "tau" in printed and "auto" in printed
+    assert auto["tokens"] == row["tokens"] and 1 <= auto["tau"] and "costs" not in row
+    assert run(*evaluate, "--block-size", 4, "--output", workspace / "figures.json")[0] == 0
+    assert {*json.loads((workspace / "figures.json").read_text())} == {"prompts"}
 
 
 @pytest.mark.parametrize("only_the_likeliest", [["--top-k", 1], ["--top-p", 1e-6], ["--min-p", 1]])

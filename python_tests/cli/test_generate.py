@@ -125,8 +125,22 @@ def test_the_block_size_may_be_chosen_by_cycle(workspace, run):
     files = ["--target", workspace / "target", "--drafter", workspace / "drafter", "--max-new-tokens", 8]
     printed = [run("generate", "w005 w006 w007", *files, *size)[1] for size in ([], ["--block-size", "auto"])]
     assert printed[0] == printed[1]
+    assert printed[0] == run("generate", "w005 w006 w007", *files, "--block-size", 3)[1]
     code, _, told = run("generate", "w005", *files, "--block-size", "wide")
     assert code == 2 and "'wide' is no number of slots" in " ".join(told.split())
+
+
+def test_costs_are_written_once_and_then_read(workspace, run):
+    costs = workspace / "costs.json"
+    files = ["--target", workspace / "target", "--drafter", workspace / "drafter", "--max-new-tokens", 30]
+    sampled = ["generate", "w005 w006", *files, "--temperature", 1, "--costs", costs]
+    assert run(*sampled)[0] == 0
+    written = costs.read_text()
+    assert json.loads(written)["1"]["0"] > 0
+    assert run(*sampled)[1] == run(*sampled)[1] and costs.read_text() == written
+    costs.write_text("[]")
+    code, _, told = run(*sampled)
+    assert code == 1 and f"{costs} has no costs of cycles" in told
 
 
 def test_a_trace_shows_every_cycle(workspace, run):

@@ -6,6 +6,7 @@ import torch
 from dflash_ext.decode import Engine, decode
 from dflash_ext.decode.graphs import GraphRunner, PlainRunner
 from dflash_ext.models import DFlashDrafter, Target
+from python_tests.decode.test_forward import MODELS
 from python_tests.tiny import MASK_TOKEN, random_prompts, tiny_model
 
 pytestmark = pytest.mark.gpu
@@ -25,18 +26,16 @@ def pair(family: str) -> tuple[Target, DFlashDrafter]:
     return Target(model, drafter.config.target_layer_ids), drafter
 
 
-def regret(model, prompt: list[int], tokens: list[int]) -> float:
+def regret(model, prompts: list[list[int]], answers: list[list[int]]) -> float:
     """How much less likely than the best token a greedy token was at most, in nats, under the model in float64."""
-    exact = tiny_model_in_double(model)
-    logp = exact(torch.tensor([prompt + tokens])).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
-    chosen = logp.gather(1, torch.tensor(tokens)[:, None])[:, 0]
-    return (logp.amax(-1) - chosen).max().item()
-
-
-def tiny_model_in_double(model):
-    double = type(model)(model.config).double().eval()
-    double.load_state_dict({name: x.double().cpu() for name, x in model.state_dict().items()})
-    return double
+    exact = type(model)(model.config).double().eval()
+    exact.load_state_dict({name: x.double().cpu() for name, x in model.state_dict().items()})
+    worst = 0.0
+    for prompt, tokens in zip(prompts, answers, strict=True):
+        logp = exact(torch.tensor([prompt + tokens])).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+        chosen = logp.gather(1, torch.tensor(tokens)[:, None])[:, 0]
+        worst = max(worst, (logp.amax(-1) - chosen).max().item())
+    return worst
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -45,10 +44,31 @@ def test_rows_that_join_and_leave_get_the_targets_tokens(family):
     prompts = random_prompts(3, 300, 17, 40, 5, 1, 60, 9, 33, 12, 7, 90, 2)
     for draft in (drafter, None):
         decoded = decode(target, draft, prompts, max_new_tokens=24, batch_size=5, stop_token_ids=[7, 8])
-        for prompt, completion in zip(prompts, decoded.completions, strict=True):
+        for completion in decoded.completions:
             assert completion.tokens[-1] in (7, 8) or len(completion.tokens) == 24
             assert not {7, 8} & set(completion.tokens[:-1])
-            assert regret(target.model, prompt, completion.tokens) < 0.05
+        assert regret(target.model, prompts, [completion.tokens for completion in decoded.completions]) < 0.05
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", MODELS)
+def test_every_family_is_served_in_bfloat16(name):
+    """Windows of 8 keys are shorter than the prompts and than the answers. Graphs are replayed across them."""
+    model = MODELS[name]().to("cuda", torch.bfloat16).eval().requires_grad_(False)
+    options = dict(mask_token_id=MASK_TOKEN, num_layers=2, block_size=6, taps=3)
+    drafter = DFlashDrafter.for_target(Target(model), **options).to("cuda", torch.bfloat16).eval()
+    target, prompts = Target(model, drafter.config.target_layer_ids), random_prompts(3, 300, 40)
+    for draft in (drafter, None):
+        engine = Engine(target, draft, slots=2, max_length=400)
+        assert isinstance(engine.runner, GraphRunner)
+        requests = [engine.submit(prompt, max_new_tokens=24) for prompt in prompts]
+        engine.run()
+        assert regret(model, prompts, [request.completion.tokens for request in requests]) < 0.05
+    exact = [
+        [completion.tokens for completion in decode(target, draft, prompts, max_new_tokens=24, exact=True).completions]
+        for draft in (drafter, None)
+    ]
+    assert exact[0] == exact[1]
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])

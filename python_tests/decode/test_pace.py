@@ -6,7 +6,7 @@ import pytest
 
 from dflash_ext.decode import Engine, decode
 from dflash_ext.decode.graphs import PlainRunner
-from dflash_ext.decode.pace import PROBE, Pace, draft_widths
+from dflash_ext.decode.pace import PROBE, RUNS, Costs, Pace, draft_widths
 from python_tests.decode.oracle import Oracle, own_output
 from python_tests.tiny import random_prompts, tiny_pair
 
@@ -61,8 +61,8 @@ def test_equal_observations_give_equal_choices():
 
 
 @pytest.mark.parametrize("costs", [GPU, CPU, {0: 1.0, 1: 9.0, 3: 9.0, 5: 9.0}], ids=["gpu", "cpu", "plain pays most"])
-def test_output_is_the_targets_own_at_any_width(costs, monkeypatch):
-    monkeypatch.setattr(PlainRunner, "cost", lambda self, size, drawing, width: costs.get(width, costs[3]))
+def test_output_is_the_targets_own_at_any_width(costs):
+    costs = {1: {width: costs.get(width, costs[3]) for width in (0, 1, 3, 5)}}
     target, drafter = tiny_pair("qwen3")
     prompts = random_prompts(3, 9, 5, 17, 2)
     known = [own_output(target.model, prompt, 90) for prompt in prompts]
@@ -70,7 +70,7 @@ def test_output_is_the_targets_own_at_any_width(costs, monkeypatch):
     by_length = sorted(range(5), key=lambda i: len(prompts[i]))
     oracle.script([prompts[i] for i in by_length], [known[i] for i in by_length], 3)
     place = {index: place for place, index in enumerate(by_length)}
-    options = dict(max_new_tokens=80, block_size="auto")
+    options = dict(max_new_tokens=80, block_size="auto", costs=costs)
     for draft in (drafter, oracle):
         callback = (lambda index, tokens: oracle.on_tokens(place[index], tokens)) if draft is oracle else None
         decoded = decode(target, draft, prompts, on_tokens=callback, **options)
@@ -79,13 +79,61 @@ def test_output_is_the_targets_own_at_any_width(costs, monkeypatch):
     assert len(widths) > 1 and len(decoded.acceptance) == 5
 
 
-def test_costs_are_measured_and_change_no_row():
+def test_costs_are_measured_in_cycles_that_are_needed_anyway():
     target, drafter = tiny_pair("llama")
     engine = Engine(target, drafter, slots=3, max_length=100, block_size="auto")
     prompts = random_prompts(3, 9, 5)
-    requests = [engine.submit(prompt, max_new_tokens=n) for prompt, n in zip(prompts, (5, 15, 30), strict=True)]
-    engine.run()
+    requests = [engine.submit(prompt, max_new_tokens=n) for prompt, n in zip(prompts, (15, 25, 40), strict=True)]
+    cycles = 0
+    while engine.step():
+        cycles += 1
     for request, prompt in zip(requests, prompts, strict=True):
         assert request.completion.tokens == own_output(target.model, prompt, request.max_new_tokens)
-    assert {size for size, _ in engine.costs} == {1, 2, 3}
-    assert all(set(costs) == {0, 1, 3, 5} and min(costs.values()) > 0 for costs in engine.costs.values())
+    assert {rows for rows, _ in engine.costs.runs} == {1, 2, 3}
+    assert sum(engine.costs.runs.values()) <= cycles and max(engine.costs.runs.values()) <= RUNS
+    tables = engine.costs.tables()
+    assert all({*table} == {0, 1, 3, 5} and min(table.values()) > 0 for table in tables.values())
+
+
+def test_costs_that_are_not_measured_are_estimated():
+    costs = Costs((0, 1, 3, 7))
+    assert costs.table(2) is None and costs.first(2) == 7
+    costs.add(2, 7, 8.0)
+    assert costs.table(2) is None and costs.first(2) == 0
+    costs.add(2, 0, 1.0)
+    assert costs.table(2) == {0: 1.0, 1: 2.0, 3: 4.0, 7: 8.0}
+    costs.add(2, 3, 2.0)
+    costs.add(2, 3, 3.0)
+    assert costs.table(2) == pytest.approx({0: 1.0, 1: 4 / 3, 3: 2.0, 7: 8.0})
+    costs.add(8, 0, 2.0)  # twice as much as for two rows
+    assert costs.table(8) == pytest.approx({0: 2.0, 1: 8 / 3, 3: 4.0, 7: 16.0})
+    assert costs.table(1) == costs.table(2) and {*costs.tables()} == {2, 8}
+    assert Costs((0, 1, 3, 7), costs.tables()).table(8) == costs.table(8)
+    with pytest.raises(ValueError, match="^costs has no table with the costs of cycles that draft 0 and 7 tokens"):
+        Costs((0, 1, 3, 7), {2: {0: 1.0, 3: 2.0}})
+
+
+@pytest.mark.parametrize("costs", [GPU, CPU], ids=["gpu", "cpu"])
+@pytest.mark.parametrize("prompts", [random_prompts(5), random_prompts(3, 9, 5, 17, 2)], ids=["one", "several"])
+def test_a_bad_drafter_costs_less_than_a_twentieth(costs, prompts, monkeypatch):
+    """The clock is that of the costs, and also runs while they are measured. Plain decoding takes 1 a step."""
+    clock, own_run = [], PlainRunner.run
+
+    def run(self, slots, drawing, width):
+        clock.append(costs[width])
+        return own_run(self, slots, drawing, width)
+
+    monkeypatch.setattr(PlainRunner, "run", run)
+    monkeypatch.setattr(PlainRunner, "timed_run", lambda self, *given: (self.run(*given), costs[given[2]]))
+    target, drafter = tiny_pair("qwen3", block_size=16)
+    decode(target, drafter, prompts, max_new_tokens=257, block_size="auto")
+    assert sum(clock) < 1.05 * 256
+
+
+def test_a_table_and_a_seed_repeat_an_answer():
+    target, drafter = tiny_pair("qwen3")
+    options = dict(max_new_tokens=60, block_size="auto", temperature=1.0, seed=3)
+    first = decode(target, drafter, random_prompts(3, 9), **options)
+    again = [decode(target, drafter, random_prompts(3, 9), **options, costs=first.costs) for _ in range(2)]
+    assert [c.tokens for c in again[0].completions] == [c.tokens for c in again[1].completions]
+    assert again[0].costs == first.costs
