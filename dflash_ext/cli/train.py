@@ -33,6 +33,17 @@ def train(
     answers: Annotated[
         Path | None, typer.Option(help="Train on this answers file of an earlier run instead of new answers.")
     ] = None,
+    server: Annotated[
+        str | None,
+        typer.Option(
+            metavar="<url>",
+            help="Let this OpenAI-compatible server of the target answer the prompts, such as vLLM or SGLang at "
+            "http://localhost:8000.",
+        ),
+    ] = None,
+    server_model: Annotated[
+        str | None, typer.Option(help="The server's name for the target. The default is its first model.")
+    ] = None,
     field: Field = None,
     limit: Limit = None,
     max_prompt_tokens: MaxPromptTokens = 512,
@@ -117,13 +128,15 @@ def train(
     device: Device = None,
 ) -> None:
     """Train a drafter on a target's own answers to your prompts."""
-    from ..data import LeftOut, conversation_numbers, read_conversations
+    from ..data import LeftOut, Server, conversation_numbers, read_conversations
     from ..data.parsing import require_file
     from ..models import Target, stop_tokens
     from ..train import Recipe, new_drafter, train_on_answers, train_on_prompts
 
     if (prompts is None) == (answers is None):
         raise ValueError("train needs either --prompts, which the target answers first, or --answers")
+    if server and answers:
+        raise ValueError("--server answers prompts, and --answers has answers already: only one of them may be given")
     shown = Console(quiet=True) if int(os.environ.get("RANK", 0)) else console  # the first process prints for all
     # Everything that does not need the target is checked before it is loaded.
     left_out = LeftOut()
@@ -189,6 +202,7 @@ def train(
             stop_token_ids=stop_tokens(tok, model),
             chat_template_args=chat_template_args,
             conversations=conversation_numbers(conversations),
+            server=server and Server(server, tok, model=server_model),
             **options,
         )
     shown.print(f"the drafter is in {output}")

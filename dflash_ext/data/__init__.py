@@ -6,6 +6,7 @@ from .encoding import encode, encode_all, unused_template_args
 from .errors import DataError, PromptError, PromptTooLong
 from .left_out import LeftOut
 from .prompts import Conversation, Message, read_conversations
+from .server import Server
 
 __all__ = [
     "AnswerDataset",
@@ -15,6 +16,7 @@ __all__ = [
     "Message",
     "PromptError",
     "PromptTooLong",
+    "Server",
     "answer_prompts",
     "conversation_numbers",
     "encode",

@@ -15,6 +15,7 @@ from ..models import Target
 from . import fingerprints
 from .answer_file import answered_in, open_to_append, resume, write_answer
 from .prompts import Conversation
+from .server import NoRoundTrip, Server, answer_all
 
 
 def answer_prompts(
@@ -29,6 +30,7 @@ def answer_prompts(
     stop_token_ids: Sequence[int] = (),
     chat_template_args: Mapping[str, Any] | None = None,
     conversations: Mapping[int, int] | None = None,
+    server: Server | None = None,
     on_progress: Callable[[int], None] | None = None,
 ) -> None:
     """Lets `target` answer every prompt once per entry of `temperatures`, and writes the answers to the JSONL `path`.
@@ -42,12 +44,14 @@ def answer_prompts(
         prompts: token ids by the index that the answers carry, as `encode_all` returns them.
         max_new_tokens: the largest number of tokens in an answer.
         temperatures: 0 is greedy.
-        batch_size: the number of prompts that are answered at a time.
+        batch_size: the number of prompts that are answered at a time, or that wait for the server.
         seed: the seed of sampled answers.
         stop_token_ids: tokens that end an answer.
         chat_template_args: the variables that the prompts were encoded with. They are kept in the file's header.
         conversations: the number of the conversation that a prompt belongs to, by its index (`conversation_numbers`). A
             dataset of answers keeps a conversation on one side of a split. By default each prompt is one of its own.
+        server: a server of this target, which answers in its place. An answer whose text does not stand for the same
+            tokens gets a row without tokens, in which "no_round_trip" says why.
         on_progress: called with the number of answers that have been added. Answers that are already in the file count,
             so that the numbers add up to `len(prompts) * len(temperatures)`.
 
@@ -63,6 +67,7 @@ def answer_prompts(
         "max_new_tokens": max_new_tokens,
         "stop_token_ids": sorted(stop_token_ids),
         "chat_template_args": dict(chat_template_args) if chat_template_args else None,
+        "server": server and server.model,
         "prompts": fingerprints.of_prompts(prompts),
     }
     ranks = PartialState(cpu=target.device.type == "cpu")
@@ -75,31 +80,36 @@ def answer_prompts(
     left = len(missing)
     missing = missing[ranks.process_index :: ranks.num_processes]
 
-    def write(position: int, completion: Completion) -> None:
+    def write(position: int, tokens: list[int], **more: str) -> None:
         nonlocal left
         index, temperature, sample = missing[position]
         row = {"index": index, "temperature": temperature, "sample": sample}
         if conversations is not None:
             row["conversation"] = conversations[index]
-        row |= {"prompt_ids": list(prompts[index]), "response_ids": completion.tokens}
-        write_answer(file, row)
+        write_answer(file, row | {"prompt_ids": list(prompts[index]), "response_ids": tokens} | more)
         made = min(left, ranks.num_processes)  # the other ranks are about as fast
         left -= made
         progress(made)
 
+    asked = [prompts[index] for index, _, _ in missing]
+    sampling = {
+        "temperature": [temperature for _, temperature, _ in missing],
+        "seed": [fingerprints.seed_of(seed, *one) for one in missing],
+    }
+    limits = {"max_new_tokens": max_new_tokens, "stop_token_ids": tuple(stop_token_ids)}
     with open_to_append(path, header, ranks.process_index) as file:
-        if missing:
-            decode(
-                target,
-                None,
-                [prompts[index] for index, _, _ in missing],
-                max_new_tokens=max_new_tokens,
-                temperature=[temperature for _, temperature, _ in missing],
-                stop_token_ids=tuple(stop_token_ids),
-                batch_size=batch_size,
-                seed=[fingerprints.seed_of(seed, *one) for one in missing],
-                on_finish=write,
-            )
+        if server is not None:
+            for position, answer in answer_all(server, asked, at_a_time=batch_size, **sampling, **limits):
+                if isinstance(answer, NoRoundTrip):
+                    write(position, [], no_round_trip=str(answer))
+                else:
+                    write(position, answer)
+        elif asked:
+
+            def finish(position: int, completion: Completion) -> None:
+                write(position, completion.tokens)
+
+            decode(target, None, asked, batch_size=batch_size, on_finish=finish, **sampling, **limits)
     ranks.wait_for_everyone()
     with ranks.main_process_first():
         if ranks.is_main_process:

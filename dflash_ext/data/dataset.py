@@ -30,7 +30,9 @@ class AnswerDataset(Dataset):
 
     Attributes:
         header: the first line of the file.
-        dropped: the number of answers that were left out.
+        dropped: the number of answers that were left out because they are too short.
+        no_round_trip: the number of a server's answers that were left out because their text does not stand for the
+            same tokens.
 
     Raises:
         DataError: the file is missing, is of another kind, has a broken line or a token outside the vocabulary,
@@ -50,8 +52,11 @@ class AnswerDataset(Dataset):
         # One flat array instead of a list for each row: a list of Python ints takes ten times the memory.
         tokens, ends, prompt_lengths, is_cut = array("i"), array("q", [0]), array("q"), array("b")
         prompt_keys, conversations = array("q"), array("q")
-        self.dropped = 0
+        self.dropped = self.no_round_trip = 0
         for _, row in lines:
+            if "no_round_trip" in row:
+                self.no_round_trip += 1
+                continue
             prompt, response = row["prompt_ids"], row["response_ids"]
             sequence = (prompt + response)[:max_length]
             if len(sequence) - len(prompt) < min_response:

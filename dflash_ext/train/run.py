@@ -13,7 +13,7 @@ from rich.console import Console
 from torch.utils.data import Dataset
 from transformers import PrinterCallback
 
-from ..data import AnswerDataset, answer_prompts
+from ..data import AnswerDataset, Server, answer_prompts
 from ..models import DFlashDrafter, Target
 from ..progress import progress, without_library_bars
 from .checkpoints import newest_checkpoint
@@ -39,6 +39,7 @@ def train_on_prompts(
     stop_token_ids: Sequence[int] = (),
     chat_template_args: Mapping[str, Any] | None = None,
     conversations: Mapping[int, int] | None = None,
+    server: Server | None = None,
     resume: bool = False,
     console: Console | None = None,
     **options: Any,
@@ -54,7 +55,7 @@ def train_on_prompts(
         decode_batch: the number of prompts that are answered at a time.
         stop_token_ids: tokens that end an answer.
         chat_template_args: the variables that the prompts were encoded with. They are kept with the answers.
-        conversations: the number of the conversation of each prompt, as `answer_prompts` takes it.
+        conversations, server: as `answer_prompts` takes them.
         options: `max_length` and `held_out` of `train_on_answers`, whose docstring describes the other arguments, too.
     """
     console = console or Console(quiet=True)
@@ -73,6 +74,7 @@ def train_on_prompts(
             stop_token_ids=stop_token_ids,
             chat_template_args=chat_template_args,
             conversations=conversations,
+            server=server,
             on_progress=advance,
         )
     return train_on_answers(drafter, target, answers, output, recipe, resume=resume, console=console, **options)
@@ -110,8 +112,14 @@ def train_on_answers(
         max_new_tokens=dataset.header["max_new_tokens"],
         stop_token_ids=dataset.header["stop_token_ids"],
     )
-    too_short = f", {dataset.dropped} too short to train on" if dataset.dropped else ""
-    console.print(f"answers: {len(trained)} to train on, {len(kept_out)} held out{too_short}")
+    counts = {
+        "to train on": len(trained),
+        "held out": len(kept_out),
+        "too short to train on": dataset.dropped,
+        "whose text does not stand for the same tokens": dataset.no_round_trip,
+    }
+    told = [f"{count} {what}" for what, count in counts.items() if count or what in ("to train on", "held out")]
+    console.print(f"answers: {', '.join(told)}", soft_wrap=True)
     log = train_drafter(
         drafter, target, trained, output, recipe, held_out=kept_out, prompts=prompts, resume=resume, console=console
     )
