@@ -3,7 +3,7 @@ import io
 import pytest
 from rich.console import Console
 
-from dflash_ext.decode import decode
+from dflash_ext.decode import Engine, decode
 from dflash_ext.demo import compare as module
 from dflash_ext.demo.compare import compare
 from python_tests.data.words import word_tokenizer
@@ -12,12 +12,18 @@ from python_tests.tiny import random_prompts, tiny_pair
 OPTIONS = dict(max_new_tokens=12, stop_token_ids=())
 
 
-def compared():
+def compared(**options):
     target, drafter = tiny_pair("llama")
     prompts = dict(zip(("one", "two"), random_prompts(5, 9), strict=True))
     out = io.StringIO()
-    tau = compare(Console(file=out, width=160), target, drafter, word_tokenizer(), prompts, **OPTIONS)
+    tau = compare(Console(file=out, width=160), target, drafter, word_tokenizer(), prompts, **OPTIONS, **options)
     return out.getvalue(), tau, decode(target, drafter, list(prompts.values()), **OPTIONS)
+
+
+def rows(shown):
+    """The rows of all tables by their first cell."""
+    cells = [[cell.strip() for cell in line.split("│")[1:-1]] for line in shown.splitlines() if "│" in line]
+    return [(name, figures) for name, *figures in cells]
 
 
 def test_each_prompt_is_compared_and_the_mean_tau_returned():
@@ -26,32 +32,54 @@ def test_each_prompt_is_compared_and_the_mean_tau_returned():
     for line, name, completion in zip(shown.splitlines(), ("one", "two"), decoded.completions, strict=False):
         assert line.split()[:5] == ["equal", "tau", f"{completion.tau:.2f}", "12", "tokens"]
         assert f"'{name}' -> 'w" in line
-    assert "plain" in shown and "speculative" in shown
+    assert [name for name, _ in rows(shown)] == [
+        "plain",
+        "speculative",
+        "transformers generate",
+        "plain",
+        "speculative",
+    ]
+    assert [figures[0] for _, figures in rows(shown)[:2]] == ["2", "2"]  # the untimed calls do not count
+    assert "2 of 2 answers of transformers' generate are these, token by token" in shown
+
+
+def test_the_speeds_are_those_of_the_clock(monkeypatch):
+    seconds = {module.GENERATE: [6.0, 8.0], module.PLAIN: [3.0, 2.0], module.SPECULATIVE: [2.0, 1.0]}
+
+    def take_turns(ways, prompts, device):
+        answers = {name: [way(prompt) for prompt in prompts] for name, way in ways.items()}
+        return {name: module.Timed(answers[name], seconds[name][: len(prompts)]) for name in ways}
+
+    monkeypatch.setattr(module, "take_turns", take_turns)
+    shown, tau, _ = compared()
+    assert rows(shown)[2:] == [
+        ("transformers generate", ["14.0", "1.7", "1.00"]),
+        ("plain", ["5.0", "4.8", "3.00"]),  # the median of 2 and 4
+        ("speculative", ["3.0", "8.0", "5.50"]),  # of 3 and 8
+    ]
+    assert "5.50x as fast as transformers' generate here, and 1.75x as fast as plain decoding" in shown
 
 
 def test_a_difference_is_an_error_that_names_the_prompt(monkeypatch):
-    def wrong(target, drafter, prompts, **options):
-        decoded = decode(target, drafter, prompts, **options)
-        if drafter is not None:
-            decoded.completions[1].tokens[-1] += 1
-        return decoded
+    def take_turns(ways, prompts, device):
+        timed = own(ways, prompts, device)
+        timed[module.PLAIN].answers[-1] = [0]
+        return timed
 
-    monkeypatch.setattr(module, "decode", wrong)
+    own = module.take_turns
+    monkeypatch.setattr(module, "take_turns", take_turns)
     with pytest.raises(RuntimeError, match="differs from the target's own for: two$"):
         compared()
 
 
-def test_the_speculative_run_is_the_one_with_the_block_size_and_the_tau(monkeypatch):
+def test_only_the_speculative_run_has_the_block_size(monkeypatch):
     widths = []
 
-    def watched(target, drafter, prompts, **options):
-        decoded = decode(target, drafter, prompts, **options)
-        widths.append(decoded.draft_width)
-        decoded.completions[0].committed = [4, 3] if drafter else [1, 1]
-        return decoded
+    class Watched(Engine):
+        def __init__(self, *arguments, **options):
+            super().__init__(*arguments, **options)
+            widths.append(self.cycle.width)
 
-    monkeypatch.setattr(module, "decode", watched)
-    target, drafter = tiny_pair("llama")
-    prompts = {"one": random_prompts(5)[0]}
-    tau = compare(Console(quiet=True), target, drafter, word_tokenizer(), prompts, block_size=4, **OPTIONS)
-    assert widths == [0, 3] and tau == 3.5
+    monkeypatch.setattr(module, "Engine", Watched)
+    compared(block_size=4)
+    assert widths == [0, 3]
