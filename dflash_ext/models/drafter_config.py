@@ -272,7 +272,7 @@ class DFlashConfig(Qwen3Config):
             unread.append("SGLang uses the target's embedding and head instead of the drafter's own")
         for key in ("input_embedding_scale", "output_multiplier", "final_logit_softcapping"):
             if self.optional(key) not in (None, 0, 1):
-                unread.append(f"vLLM's DFlash does not read {key}")
+                unread.append(f"vLLM's and SGLang's DFlash do not read {key}")
         return unread
 
     def unread_by_loop(self) -> str | None:

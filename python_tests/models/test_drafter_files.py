@@ -70,7 +70,7 @@ def test_a_drafter_that_everybody_reads_is_saved_without_a_warning(tmp_path):
     [
         ({"sample_from_anchor": True}, "does not read sample_from_anchor"),
         ({"window_convention": "speculators", "layer_types": ["sliding_attention"] * 2}, "a window of its own"),
-        ({"dflash_config": {"output_multiplier": 0.5}}, "vLLM's DFlash does not read output_multiplier"),
+        ({"dflash_config": {"output_multiplier": 0.5}}, "vLLM's and SGLang's DFlash do not read output_multiplier"),
     ],
 )
 def test_what_others_do_not_read_is_said_when_it_is_saved(tmp_path, change, sentence):
