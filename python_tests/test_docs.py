@@ -64,7 +64,7 @@ def keys_in_table(lines, first):
 
 
 def test_what_servers_read_is_what_is_written(tmp_path):
-    """Keys of the first table of docs/serving.md are in every config.json, those of the second one where they are set."""
+    """Keys of the first table of docs/serving.md are in every config.json, those of the second where they are set."""
     lines = (ROOT / "docs" / "serving.md").read_text().splitlines()
     _, drafter = tiny_pair("llama")
     save_drafter(drafter, tmp_path)
