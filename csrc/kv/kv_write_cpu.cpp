@@ -1,5 +1,6 @@
 // Writes projections to the caches as keys and values, on the CPU: bias, norms and rotary embedding, one head after
 // another in a buffer that fits in the L1 cache.
+#include "common/rms_norm_cpu.h"
 #include "common/rope_cpu.h"
 #include "common/simd.h"
 #include "kv/params.h"
@@ -20,13 +21,13 @@ class KvWriter {
     for (int64_t head = 0; head < p_.heads; ++head) {
       const int64_t k = head * p_.head_dim, v = k + width;
       read(projected + k, bias ? bias + k : nullptr);
-      if (p_.k_norm && !p_.norm_after_rope) normalise(k_gain(layer));
+      if (p_.k_norm && !p_.norm_after_rope) normalise_head(k_gain(layer));
       rotate(token, layer);
-      if (p_.k_norm && p_.norm_after_rope) normalise(k_gain(layer));
+      if (p_.k_norm && p_.norm_after_rope) normalise_head(k_gain(layer));
       store_head(p_.k_caches[layer], token, head, slot);
 
       read(projected + v, bias ? bias + v : nullptr);
-      if (p_.v_norm) normalise(nullptr);
+      if (p_.v_norm) normalise_head(nullptr);
       store_head(p_.v_caches[layer], token, head, slot);
     }
   }
@@ -43,21 +44,9 @@ class KvWriter {
     });
   }
 
-  // The RMS norm. Without a gain it has no weight.
-  void normalise(const Real* gain) const {
-    Real* head = head_.data();
-    Real squares = 0;
-    for_each_lanes<Real>(p_.head_dim, [&](auto lanes, int64_t i) DFLASH_LAMBDA {
-      const auto x = load<decltype(lanes)>(head + i);
-      squares += sum_lanes(x * x);
-    });
-    const Real scale = Real(1 / __builtin_sqrt(squares / p_.head_dim + p_.norm_eps));
-    const Real one = p_.norm_plus_one ? 1 : 0;
-    for_each_lanes<Real>(p_.head_dim, [&](auto lanes, int64_t i) DFLASH_LAMBDA {
-      using X = decltype(lanes);
-      const X x = load<X>(head + i) * scale;
-      store(head + i, gain ? x * (load<X>(gain + i) + one) : x);
-    });
+  // Without a gain the norm has no weight.
+  void normalise_head(const Real* gain) const {
+    normalise<Real>(head_.data(), head_.data(), gain, p_.head_dim, p_.norm_eps, p_.norm_plus_one);
   }
 
   void rotate(int64_t token, int64_t layer) const {

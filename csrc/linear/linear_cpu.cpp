@@ -3,6 +3,7 @@
 // A tile of rows and columns keeps one vector of partial sums for every pair of a row and a column, and walks along the
 // inner dimension. Each pair thus has the same sums in the same order whatever the tile, so that a row's bits depend
 // neither on the number of rows nor on its place among them, nor on how threads share the columns.
+#include "common/rms_norm_cpu.h"
 #include "common/simd.h"
 #include "linear/params.h"
 
@@ -66,18 +67,11 @@ class Linear {
 
   void read_row(int64_t row, int to) const {
     const T* x = static_cast<const T*>(p_.x) + row * p_.inner;
-    V squares{};
+    const T* norm = static_cast<const T*>(p_.norm);
+    const Real scale = norm ? norm_scale<Real>(x, p_.inner, p_.norm_eps) : Real(1), one = p_.norm_plus_one ? 1 : 0;
     for (int64_t step = 0; step < steps_; ++step) {
       const V v = load_step(x, step);
-      squares += v * v;
-      store(place(to, step), v);
-    }
-    if (!p_.norm) return;
-    const Real scale = Real(1 / __builtin_sqrt(sum_lanes(squares) / p_.inner + p_.norm_eps));
-    const Real one = p_.norm_plus_one ? 1 : 0;
-    for (int64_t step = 0; step < steps_; ++step) {
-      const V gain = load_step(static_cast<const T*>(p_.norm), step) + one;
-      store(place(to, step), load<V>(place(to, step)) * scale * gain);
+      store(place(to, step), norm ? v * scale * (load_step(norm, step) + one) : v);
     }
   }
 
