@@ -13,7 +13,12 @@ namespace dflash::DFLASH_ISA {
 
 constexpr float kInfinity = __builtin_inff();
 
-DFLASH_INLINE float exp_of(float x) { return __expf(x); }
+// ex2.approx.ftz: e^x. Results below the smallest normal number are 0.
+DFLASH_INLINE float exp_of(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x * 1.4426950408889634f));
+  return y;
+}
 DFLASH_INLINE float log_of(float x) { return logf(x); }
 
 DFLASH_INLINE float to_float(float x) { return x; }
@@ -38,19 +43,49 @@ struct alignas(16) Chunk {
   T values[kSize];
 };
 
+// The two numbers of 16 bits in a word as floats, the lower half first.
+template <class T>
+DFLASH_INLINE void unpack(float& low, float& high, uint32_t word) {
+  if constexpr (requires(T t) { __bfloat162float(t); }) {
+    low = __uint_as_float(word << 16), high = __uint_as_float(word & 0xffff0000u);
+  } else {
+    const float2 both = __half22float2(*reinterpret_cast<const __half2*>(&word));
+    low = both.x, high = both.y;
+  }
+}
+
+// cvt.rn.bf16x2 or cvt.rn.f16x2: two floats, rounded, the first in the lower half.
+template <class T>
+DFLASH_INLINE uint32_t pack(float low, float high) {
+  uint32_t packed;
+  if constexpr (requires(T t) { __bfloat162float(t); }) {
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
+  } else {
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
+  }
+  return packed;
+}
+
 DFLASH_INLINE bool is_aligned(const void* p) { return (reinterpret_cast<uintptr_t>(p) & 15) == 0; }
 
 // Loads kCount neighbours, by one 16-byte access if they fill it and are aligned.
 template <int kCount, class T>
 DFLASH_INLINE void load(float (&out)[kCount], const T* p, bool aligned) {
-  if (kCount == Chunk<T>::kSize && aligned) {
-    const auto chunk = *reinterpret_cast<const Chunk<T>*>(p);
-#pragma unroll
-    for (int k = 0; k < kCount; ++k) out[k] = to_float(chunk.values[k]);
-  } else {
-#pragma unroll
-    for (int k = 0; k < kCount; ++k) out[k] = to_float(p[k]);
+  if constexpr (kCount == Chunk<T>::kSize) {
+    if (aligned) {
+      const uint4 words = *reinterpret_cast<const uint4*>(p);
+      if constexpr (sizeof(T) == 4) {
+        out[0] = __uint_as_float(words.x), out[1] = __uint_as_float(words.y);
+        out[2] = __uint_as_float(words.z), out[3] = __uint_as_float(words.w);
+      } else {
+        unpack<T>(out[0], out[1], words.x), unpack<T>(out[2], out[3], words.y);
+        unpack<T>(out[4], out[5], words.z), unpack<T>(out[6], out[7], words.w);
+      }
+      return;
+    }
   }
+#pragma unroll
+  for (int k = 0; k < kCount; ++k) out[k] = to_float(p[k]);
 }
 
 template <int kCount, class T>
@@ -64,6 +99,16 @@ DFLASH_INLINE void store(T* p, const float (&in)[kCount], bool aligned) {
 #pragma unroll
     for (int k = 0; k < kCount; ++k) p[k] = from_float<T>(in[k]);
   }
+}
+
+// st.global of 8 or 16 bytes, for places where the compiler would make several stores of an assignment.
+DFLASH_INLINE void write_global(void* p, uint32_t a, uint32_t b) {
+  asm volatile("st.global.v2.b32 [%0], {%1, %2};" ::"l"(__cvta_generic_to_global(p)), "r"(a), "r"(b) : "memory");
+}
+DFLASH_INLINE void write_global(void* p, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
+  asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(p)), "r"(a), "r"(b), "r"(c),
+               "r"(d)
+               : "memory");
 }
 
 // prefetch.global.L2: loads a line into the L2 cache. What the memory holds may still change before it is read.

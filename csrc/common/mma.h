@@ -17,18 +17,6 @@ namespace dflash::DFLASH_ISA {
 DFLASH_INLINE constexpr int accumulator_row(int i) { return i / 2 % 2; }
 DFLASH_INLINE constexpr int accumulator_column(int i) { return i / 4 * 8 + i % 2; }
 
-// cvt.rn.bf16x2 or cvt.rn.f16x2: two floats, rounded, the first in the lower half.
-template <class T>
-DFLASH_INLINE uint32_t pack(float low, float high) {
-  uint32_t packed;
-  if constexpr (requires(T t) { __bfloat162float(t); }) {
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
-  } else {
-    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
-  }
-  return packed;
-}
-
 // mma.sync.m16n8k16: c += a b
 template <class T>
 DFLASH_INLINE void mma_m16n8k16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {

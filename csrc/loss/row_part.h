@@ -19,6 +19,10 @@ DFLASH_INLINE void softcapped(float (&z)[kCount], const Softcap<float>& softcap,
   }
 }
 
+// A thread keeps the largest of its first logits as the origin of its exponents, until one is larger than it by this.
+// e^30 times the number of logits is far below the largest float.
+constexpr float kSlack = 30;
+
 struct RowPart : RowSums<float> {
   float before = -kInfinity, rest = -kInfinity;  // largest logit before the target, and from it on
 
@@ -57,7 +61,7 @@ struct RowPart : RowSums<float> {
     float z[kCount];
     softcapped(z, loss.softcap, x);
     largest = loss.softcap(largest);
-    if (largest > max || (kTeacher && teacher_largest > teacher_max)) raise(largest, teacher_largest);
+    if (largest > max + kSlack || (kTeacher && teacher_largest > teacher_max + kSlack)) raise(largest, teacher_largest);
     const float origin = finite_or_zero(max), teacher_origin = finite_or_zero(teacher_max);
 #pragma unroll
     for (int k = 0; k < kCount; ++k) {
