@@ -16,8 +16,8 @@ struct DecodeParams : AttentionParams {
   void* out;  // rows aligned to 4 bytes
   HeadStrides out_strides;
 
-  // TilePlan[plan_entries * tiles_of(q_len, decode_positions)]. With plan_entries 1 it serves the whole batch. The
-  // portable kernel also takes a plan whose tiles are plan_parts times as large as its own.
+  // TilePlan[plan_entries * tiles_of(q_len, decode_positions)]. With plan_entries 1 it serves the whole batch. A plan may
+  // also have tiles that are plan_parts times as large as the kernel's own.
   const int32_t* plan;
   int64_t plan_entries, plan_parts;
 
@@ -36,16 +36,17 @@ inline int64_t decode_fold(const AttentionParams& p) {
 }
 
 // How many consumer warpgroups share a tile of the Hopper kernel: one where memory is the limit, two where there are
-// enough rows for the products to be. 0 means that the kernel has no tile for these shapes.
-inline int64_t decode_warpgroups(const AttentionParams& p) {
+// enough rows for the products to be, which exact mode does not look at. 0 means that the kernel has no tile for these
+// shapes.
+inline int64_t decode_warpgroups(const AttentionParams& p, bool exact = false) {
   if (p.head_dim > 256 || decode_head_tiles(p) > 1) return 0;
-  return p.q_len * decode_fold(p) > kDecodeRows && p.head_dim > 64 ? 2 : 1;
+  return p.q_len * decode_fold(p) > kDecodeRows && p.head_dim > 64 && !exact ? 2 : 1;
 }
 
 // The positions of a tile of rows.
-inline int64_t decode_positions(const AttentionParams& p, bool hopper) {
+inline int64_t decode_positions(const AttentionParams& p, bool hopper, bool exact = false) {
   const int64_t of_warpgroup = kDecodeRows / decode_fold(p);
-  return hopper && decode_warpgroups(p) == 2 ? 2 * of_warpgroup : of_warpgroup;
+  return hopper && decode_warpgroups(p, exact) == 2 ? 2 * of_warpgroup : of_warpgroup;
 }
 
 // The portable kernel's grid on a stream of the current device, and its workspace. They depend only on shapes and on

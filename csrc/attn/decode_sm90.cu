@@ -7,6 +7,10 @@
 // every block adds up the columns that fall to it (sm90/cluster_sums.h). Clusters start in the plan's order, longest
 // first.
 //
+// In exact mode an item has as many blocks as a cluster can have, whatever its length and the grid are, and parts of
+// kExactKeys keys, which begin at multiples of that number, go round the blocks. So the order in which a row's keys are
+// added up depends on their positions alone.
+//
 // Where the context is constant, the producer fills the stages with it while the previous kernel still runs.
 //
 // The grid depends on shapes alone, and the work on the plan, so that one captured graph serves all lengths. Tiles of
@@ -38,14 +42,20 @@ __global__ void __launch_bounds__(Tiling::kThreads, Tiling::kBlocks)
   if (threadIdx.x == 0) {
     // Neighbouring clusters work on one batch entry, so that they share its keys in the L2 cache.
     const unsigned item = blockIdx.x / block.ranks, outer = item / layout.kv_heads, entry = outer / layout.tiles;
-    const auto* const plan = reinterpret_cast<const TilePlan*>(p.plan) + (outer - entry * layout.tiles);
+    const unsigned tile = outer - entry * layout.tiles, planned = tile / layout.parts;
+    const auto* const plan = reinterpret_cast<const TilePlan*>(p.plan) + planned;
     prefetch_l2(plan);
     for (const CUtensorMap* map : {&maps.q, &maps.k, &maps.v}) prefetch_tensormap(*map);
     shared.init();
     fence_mbarrier_init();
     if (!p.context_is_constant) wait_for_previous_kernel();
-    shared.slice = {*plan, p.plan_entries > 1 ? plan->entry : static_cast<int>(entry),
-                    static_cast<int>(item - outer * layout.kv_heads), block.rank, block.ranks};
+    shared.slice = {*plan,
+                    plan->first + static_cast<int>(tile - planned * layout.parts) * layout.positions,
+                    p.plan_entries > 1 ? plan->entry : static_cast<int>(entry),
+                    static_cast<int>(item - outer * layout.kv_heads),
+                    block.rank,
+                    block.ranks,
+                    p.exact};
   }
   __syncthreads();
   const bool has_keys = shared.slice.begin < shared.slice.end;
@@ -86,7 +96,8 @@ cudaError_t launch_decode(const DecodeParams& p, cudaStream_t stream) {
   // The system takes a kilobyte of each block.
   static_assert(Tiling::kBlocks * (kBytes + 1024) <= kMaxSharedBytes + 1024);
   const int64_t fold = decode_fold(p), positions = kDecodeRows / fold;
-  const int64_t tiles = p.plan_entries * tiles_of(p.q_len, positions * Tiling::kConsumers);
+  const int64_t tiles =
+      p.plan_entries * tiles_of(p.q_len, positions * Tiling::kConsumers * p.plan_parts) * p.plan_parts;
   const int64_t items = tiles * p.kv_heads * (p.plan_entries == 1 ? p.batch : 1);
   const auto shape_of = [&](int ranks) {
     LaunchShape shape{items * ranks, Tiling::kThreads, kBytes, ranks};
@@ -113,12 +124,14 @@ cudaError_t launch_decode(const DecodeParams& p, cudaStream_t stream) {
   const int64_t wanted = std::min({processors / items, p.kv_len / Tiling::kKeys, int64_t(Tiling::kMaxCluster)});
   int ranks = static_cast<int>(std::max<int64_t>(wanted, 1));
   while (ranks > 1 && resident[ranks] < items) --ranks;
+  if (p.exact) ranks = Tiling::kMaxCluster;
 
   const DecodeLayout layout{static_cast<int>(fold),
                             static_cast<int>(positions),
                             static_cast<int>(box_keys_of(p, Tiling::kKeys)),
                             static_cast<unsigned>(p.kv_heads),
-                            static_cast<unsigned>(tiles)};
+                            static_cast<unsigned>(tiles),
+                            static_cast<unsigned>(p.plan_parts)};
   DecodeMaps maps;
   status = make_tensor_maps(p.dtype, {{&maps.q, query_box(p, p.q, p.q_strides, fold)},
                                       {&maps.out, query_box(p, p.out, p.out_strides, fold)},
@@ -130,7 +143,7 @@ cudaError_t launch_decode(const DecodeParams& p, cudaStream_t stream) {
 
 template <class T>
 cudaError_t launch_decode(const DecodeParams& p, cudaStream_t stream) {
-  const bool is_wide = decode_warpgroups(p) == 2;
+  const bool is_wide = decode_warpgroups(p, p.exact) == 2;
   if (p.head_dim <= 64) return launch_decode<T, DecodeTiling<64, 1>>(p, stream);
   if (p.head_dim <= 128) {
     return is_wide ? launch_decode<T, DecodeTiling<128, 2>>(p, stream)
@@ -145,7 +158,7 @@ cudaError_t launch_decode(const DecodeParams& p, cudaStream_t stream) {
 
 uint32_t decode_sm90_misses(const DecodeParams& p) {
   if (!hopper_kernels_serve() || p.kv_len == 0) return kNoSuchKernel;
-  return (p.exact ? kDecodeExact : 0) | (p.head_dim > 256 ? kDecodeHeadDim : 0) |
+  return (p.head_dim > 256 ? kDecodeHeadDim : 0) |
          (decode_head_tiles(p) > 1 ? kDecodeHeads : 0) |
          (p.pages.table != nullptr && p.pages.page_size % 16 != 0 ? kDecodePages : 0) |
          (copy_engine_serves(p) ? 0 : kDecodeLayout);

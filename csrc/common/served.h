@@ -11,14 +11,13 @@ namespace dflash {
 enum PortableReason : uint32_t {
   kForwardLayout = 1 << 0,
   kDecodeLayout = 1 << 1,
-  kDecodeExact = 1 << 2,
-  kDecodeHeadDim = 1 << 3,
-  kDecodeHeads = 1 << 4,
-  kDecodePages = 1 << 5,
-  kLossLayout = 1 << 6,
-  kLossVocabulary = 1 << 7,
-  kBackwardLayout = 1 << 8,
-  kBackwardDeterministic = 1 << 9,
+  kDecodeHeadDim = 1 << 2,
+  kDecodeHeads = 1 << 3,
+  kDecodePages = 1 << 4,
+  kLossLayout = 1 << 5,
+  kLossVocabulary = 1 << 6,
+  kBackwardLayout = 1 << 7,
+  kBackwardDeterministic = 1 << 8,
   kNoSuchKernel = 1u << 31,  // no Hopper kernel exists for such calls, or the GPU is not a Hopper: nothing to warn of
 };
 

@@ -153,7 +153,7 @@ void run_decode_on_gpu(DecodeParams& p, const Tensor& q, const Mask& mask, const
   const CudaScope scope(q);
   p.plan_entries = mask.ctx_lo.size(0);
   const bool hopper = hopper_serves(decode_sm90_misses(p));
-  const UsedPlan used = plan_for(plan, q, mask, p.kv_len, decode_positions(p, hopper),
+  const UsedPlan used = plan_for(plan, q, mask, p.kv_len, decode_positions(p, hopper, p.exact),
                                  decode_positions(p, forward_sm90_runs_here()));
   p.plan = static_cast<const int32_t*>(used.tiles.data_ptr());
   p.plan_parts = used.parts;

@@ -101,7 +101,8 @@ def block_attn_decode(
             is no page is read as a page of zeros.
         scale, softcap: as in ``block_attn``.
         exact: whether the bits of a row's result depend on its own query and the keys that it sees alone, and not on
-            the rest of the batch, the length or layout of the cache, or other rows' bounds. On the CPU they always do.
+            the rest of the batch, the length or pages of the cache, or other rows' bounds. On the CPU they always do.
+            A layout that only the portable kernel takes (`dflash-ext doctor` lists them) has bits of its own.
         constant_context: the caller promises that the kernel in front of this one in the stream, which may write q and
             the block's own keys and values, writes neither mask nor block_table, nor keys and values before the later
             one of the rows' two intervals. This holds for a decoding step, in which the cached tokens are older than

@@ -37,7 +37,6 @@ _LAYOUT = "an address or stride that is not a multiple of 16 bytes, or a stride 
 PORTABLE = (
     ("block_attn", _LAYOUT),
     ("block_attn_decode", _LAYOUT),
-    ("block_attn_decode", "exact=True"),
     ("block_attn_decode", "a head_dim above 256"),
     ("block_attn_decode", "more than 64 query heads for a key head"),
     ("block_attn_decode", "pages whose size is no multiple of 16"),

@@ -67,7 +67,8 @@ struct DecodeConsumer {
     Stage<Tiling::kStages> k_stage, v_stage;
     // The next tile is worked out one tile ahead, beside the exponentials, because uniform arithmetic has long
     // latencies.
-    Tile tile = tile_at(slice.begin), next = tile_at(slice.begin + 1);
+    int visit = slice.from(slice.begin + 1);
+    Tile tile = tile_at(slice.begin), next = tile_at(visit);
     const auto release = [](auto& ring, auto& stage) {
       if (threadIdx.x % 32 == 0) ring.empty[stage.index].arrive();
       stage.advance();
@@ -106,7 +107,7 @@ struct DecodeConsumer {
     float no_correction[2];
     add(s, no_correction);
     Products::round_weights(weights, s);
-    for (int i = slice.begin + 1; i < slice.end; ++i) {
+    while (visit < slice.end) {
       // Where products are the limit, keys and values have both arrived by now, and nothing comes between the two
       // products.
       if (Tiling::kConsumers > 1) wait_for_values();
@@ -114,7 +115,8 @@ struct DecodeConsumer {
       if (Tiling::kConsumers == 1) wait_for_values();
       start_output();
       tile = next;
-      next = tile_at(i + 1);
+      visit = slice.from(visit + 1);
+      next = tile_at(visit);
       Products::overlap(
           s, weights, out, softmax, queries, [&] { release(shared.k, k_stage); }, add,
           [&] { release(shared.v, v_stage); });

@@ -20,9 +20,11 @@ struct DecodeProducer {
   // Loads tiles that lie before the second run of the plan's tile, as many as there are stages for.
   DFLASH_INLINE void load_context() {
     const int end = slice.plan.lo[1] < slice.plan.hi[1] ? slice.plan.lo[1] : 0;
-    const int last = min(slice.end, slice.begin + Tiling::kStages);
     next = locate(visit);
-    while (visit < last && slice.key(visit) + Tiling::kKeys <= end) load_tile();
+    for (int i = 0; i < Tiling::kStages; ++i) {
+      if (visit >= slice.end || slice.key(visit) + Tiling::kKeys > end) break;
+      load_tile();
+    }
   }
 
   // Loads the queries, and all tiles that are not loaded yet.
@@ -35,7 +37,8 @@ struct DecodeProducer {
  private:
   DFLASH_INLINE void load_tile() {
     const int2 from = next;
-    next = locate(++visit);
+    visit = slice.from(visit + 1);
+    next = locate(visit);
     load(block.shared.k, block.maps.k, block.keys_at(stage.index), from);
     load(block.shared.v, block.maps.v, block.values_at(stage.index), from);
     stage.advance();

@@ -51,7 +51,7 @@ struct DecodeMaps {
 struct DecodeLayout {
   int fold, positions;  // heads of a position in a tile; positions of one consumer
   int box_keys;
-  unsigned kv_heads, tiles;  // tiles of the plan
+  unsigned kv_heads, tiles, parts;  // tiles of rows; how many of them a tile of the plan has
 };
 
 // An item, and which of its key tiles fall to one block of the cluster.
@@ -61,13 +61,33 @@ struct DecodeSlice {
   int batch, kv_head;
   AlignedKeyTiles tiles;
   int begin, end;  // of the visits of `tiles`
+  int rank, ranks;
+  bool is_dealt;  // in exact mode the parts of kExactKeys keys go round the blocks
 
   DecodeSlice() = default;
-  DFLASH_INLINE DecodeSlice(const TilePlan& plan, int batch, int kv_head, int rank, int ranks)
-      : plan(plan), batch(batch), kv_head(kv_head), tiles(plan, kKeys, [](int key) { return key / kKeys; }) {
+  DFLASH_INLINE DecodeSlice(const TilePlan& plan, int first, int batch, int kv_head, int rank, int ranks, bool exact)
+      : plan(plan), batch(batch), kv_head(kv_head), tiles(plan, kKeys, [](int key) { return key / kKeys; }),
+        rank(rank), ranks(ranks), is_dealt(exact) {
+    this->plan.first = first;
     // The last blocks get one tile less, because the end of the keys is where rows pay for masking.
     begin = (tiles.count * rank + ranks - 1) / ranks;
     end = (tiles.count * (rank + 1) + ranks - 1) / ranks;
+    if (exact) {
+      end = tiles.count;
+      begin = from(0);
+    }
+  }
+
+  // The block's first visit that is not before visit i.
+  DFLASH_INLINE int from(int i) const {
+    constexpr int kTiles = kExactKeys / kKeys;  // of a part
+    while (is_dealt && i < end) {
+      const int tile = tiles[i], part = tile / kTiles, rest = part % ranks;
+      if (rest == rank) break;
+      const int to = i + (part + (rank - rest + ranks) % ranks) * kTiles - tile;
+      i = i < tiles.seam ? min(to, tiles.seam) : to;
+    }
+    return min(i, end);
   }
 
   // The first key of a visit.
