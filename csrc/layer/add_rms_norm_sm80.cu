@@ -50,7 +50,8 @@ struct NormedRow {
 
   DFLASH_INLINE void run(int64_t which) const {
     const int64_t start = which * p.width;
-    T* residual = static_cast<T*>(p.residual) + start;
+    const T* residual = static_cast<const T*>(p.residual) + start;
+    T* total = static_cast<T*>(p.total) + start;
     float update_scale = 1;
     if (p.update_norm) {
       const T* update = static_cast<const T*>(p.update) + start;
@@ -77,7 +78,7 @@ struct NormedRow {
           const float added = p.update_norm ? to_float(from_float<T>(u[k] * update_scale * w[k])) : u[k];
           x[k] = to_float(from_float<T>(x[k] + added));
         }
-        store(residual + i, x, aligned);
+        store(total + i, x, aligned);
       }
 #pragma unroll
       for (int k = 0; k < kSize; ++k) {
@@ -103,8 +104,8 @@ __global__ void __launch_bounds__(kThreads) add_rms_norm_sm80(const AddRmsNormPa
   const int of_block = threadIdx.x / kRowThreads;
   const int64_t row = int64_t(blockIdx.x) * (kThreads / kRowThreads) + of_block;
   if (row >= params.rows) return;
-  const bool aligned = is_aligned(params.residual) && is_aligned(params.norm) && is_aligned(params.out) &&
-                       is_aligned(params.update) && is_aligned(params.update_norm);
+  const bool aligned = is_aligned(params.residual) && is_aligned(params.total) && is_aligned(params.norm) &&
+                       is_aligned(params.out) && is_aligned(params.update) && is_aligned(params.update_norm);
   NormedRow<T, kRowThreads>{params, rows + of_block * params.width, aligned}.run(row);
 }
 

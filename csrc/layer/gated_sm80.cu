@@ -17,11 +17,12 @@ __global__ void __launch_bounds__(kThreads) gated_sm80(const GatedParams p) {
   const int64_t chunks = p.width / kSize, i = int64_t(blockIdx.x) * kThreads + threadIdx.x;
   if (i >= p.rows * chunks) return;
   const int64_t row = i / chunks, column = i % chunks * kSize;
-  const T* gate = static_cast<const T*>(p.gate_up) + row * 2 * p.width + column;
+  const T* gate = static_cast<const T*>(p.gate) + row * p.stride + column;
+  const T* up = static_cast<const T*>(p.up) + row * p.stride + column;
   float x[kSize], y[kSize];
-  const bool aligned = is_aligned(gate) && is_aligned(gate + p.width) && is_aligned(p.out);
+  const bool aligned = is_aligned(gate) && is_aligned(up) && is_aligned(p.out);
   load(x, gate, aligned);
-  load(y, gate + p.width, aligned);
+  load(y, up, aligned);
   // The activation is rounded before the product, as in the model's own modules.
 #pragma unroll
   for (int k = 0; k < kSize; ++k) x[k] = to_float(from_float<T>(activated<float>(p.activation, x[k]))) * y[k];

@@ -4,6 +4,7 @@
 #include "common/simd.h"
 #include "layer/activation.h"
 #include "layer/params.h"
+#include "layer/rms_norm_cpu.h"
 
 namespace dflash::DFLASH_ISA {
 
@@ -15,17 +16,19 @@ void add_rms_norm(const AddRmsNormParams& p, int64_t begin, int64_t end) {
     const Array<T> normed(p.update_norm ? p.width : 1);
     const auto* norm = static_cast<const T*>(p.norm);
     for (int64_t row = begin; row < end; ++row) {
-      T* residual = static_cast<T*>(p.residual) + row * p.width;
+      const T* residual = static_cast<const T*>(p.residual) + row * p.width;
       const T* update = p.update ? static_cast<const T*>(p.update) + row * p.width : nullptr;
       if (p.update_norm) {
         normalise<Real>(normed.data(), update, static_cast<const T*>(p.update_norm), p.width, p.eps, p.plus_one);
         update = normed.data();
       }
       if (update) {
+        T* total = static_cast<T*>(p.total) + row * p.width;
         for_each_lanes<Real>(p.width, [&](auto lanes, int64_t i) DFLASH_LAMBDA {
           using X = decltype(lanes);
-          store(residual + i, load<X>(residual + i) + load<X>(update + i));
+          store(total + i, load<X>(residual + i) + load<X>(update + i));
         });
+        residual = total;
       }
       normalise<Real>(static_cast<T*>(p.out) + row * p.width, residual, norm, p.width, p.eps, p.plus_one);
     }
@@ -101,11 +104,12 @@ void gated(const GatedParams& p, int64_t begin, int64_t end) {
     for (int64_t at = begin; at < end;) {
       const int64_t row = at / p.width, column = at % p.width;
       const int64_t left = p.width - column, count = left < end - at ? left : end - at;
-      const T* gate = static_cast<const T*>(p.gate_up) + row * 2 * p.width + column;
+      const T* gate = static_cast<const T*>(p.gate) + row * p.stride + column;
+      const T* up = static_cast<const T*>(p.up) + row * p.stride + column;
       T* out = static_cast<T*>(p.out) + at;
       for_each_lanes<Real>(count, [&](auto lanes, int64_t i) DFLASH_LAMBDA {
         using X = decltype(lanes);
-        store(out + i, activated<Real>(p.activation, load<X>(gate + i)) * load<X>(gate + p.width + i));
+        store(out + i, activated<Real>(p.activation, load<X>(gate + i)) * load<X>(up + i));
       });
       at += count;
     }

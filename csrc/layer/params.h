@@ -10,11 +10,12 @@ namespace dflash {
 
 // `Real` below is float, or double where the rows are double.
 
-// residual += update, or its norm; out = the norm of residual. All rows are [rows, width] and contiguous.
+// total = residual + update, or its norm; out = the norm of total. All rows are [rows, width] and contiguous.
 struct AddRmsNormParams {
   DType dtype;
   int64_t rows, width;
-  void* residual;
+  const void* residual;
+  void* total;              // where the sum goes, which may be `residual`
   const void* update;       // null: nothing is added, and `out` is the norm of `residual`
   const void* update_norm;  // [width] of dtype: the weight of the update's own norm; null: it has none
   const void* norm;         // [width] of dtype
@@ -46,18 +47,65 @@ struct RotateToCacheParams {
   HeadRows queries, keys, values;
 };
 
-// out = activation(gate) * up, of gate_up [rows, 2 * width]: gate, then up.
+// out = activation(gate) * up. Rows of gate and up start `stride` elements apart, those of out `width`.
 enum class Activation { kSilu, kGeluTanh };
 struct GatedParams {
   DType dtype;
-  int64_t rows, width;
+  int64_t rows, width, stride;
   Activation activation;
-  const void* gate_up;
+  const void *gate, *up;
   void* out;
+};
+
+// The gradients of gate and up from that of the result. They take its place and that of the result.
+struct GatedBackwardParams {
+  DType dtype;
+  int64_t count;
+  Activation activation;
+  const void *gate, *up;
+  void* grad;   // in: the result's gradient; out: the gate's
+  void* other;  // out: the up projection's
+};
+
+// The gradients of an RMS norm. Rows are [rows, width] and contiguous. Row r belongs to part r % parts.
+struct RmsNormBackwardParams {
+  DType dtype;
+  int64_t rows, width, parts;
+  const void *x, *weight;
+  const void* grad;        // of the norm
+  const void* grad_total;  // another gradient of x, which is added; null for none
+  void* grad_x;
+  void* grad_weight;       // [parts, width] Real: the sums over the rows of each part
+  double eps;
+};
+
+// The norm of every head, rotated: x and out are [rows, heads, head_dim], contiguous. The angles' cosines and sines are
+// [rows, head_dim / 2] Real, with rows `table_stride` apart.
+struct RotateHeadsParams {
+  DType dtype;
+  int64_t rows, heads, head_dim;
+  const void *x, *weight;  // weight: [head_dim] Real
+  const void *cos, *sin;
+  int64_t table_stride;
+  void* out;
+  double eps;
+};
+
+// The gradients of the same. Head h belongs to part h % parts, counted over the heads of all rows.
+struct RotateHeadsBackwardParams {
+  RotateHeadsParams forward;  // `out` is null
+  const void* grad;
+  void* grad_x;
+  int64_t parts;
+  void* grad_weight;  // [parts, head_dim] Real
 };
 
 const char* add_rms_norm_sm80(const AddRmsNormParams& params, void* stream);
 const char* rotate_to_cache_sm80(const RotateToCacheParams& params, void* stream);
 const char* gated_sm80(const GatedParams& params, void* stream);
+const char* gated_backward_sm80(const GatedBackwardParams& params, void* stream);
+const char* rms_norm_backward_sm80(const RmsNormBackwardParams& params, void* stream);
+const char* rotate_heads_sm80(const RotateHeadsParams& params, void* stream);
+const char* rotate_heads_backward_sm80(const RotateHeadsBackwardParams& params, void* stream);
 
 }  // namespace dflash

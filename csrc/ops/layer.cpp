@@ -3,28 +3,13 @@
 
 #include "common/cpu.h"
 #include "layer/params.h"
+#include "ops/layer_gpu.h"
 
 namespace dflash {
 
 DFLASH_CPU_KERNEL(AddRmsNormParams, add_rms_norm)
 DFLASH_CPU_KERNEL(RotateToCacheParams, rotate_to_cache)
 DFLASH_CPU_KERNEL(GatedParams, gated)
-
-namespace {
-
-#ifdef DFLASH_EXT_CUDA
-template <class Params>
-void run_on_gpu(const char* op, const char* (*launch)(const Params&, void*), const Params& params,
-                const Tensor& tensor) {
-  const CudaScope cuda(tensor);
-  check_launch(op, launch(params, cuda.stream()));
-}
-#define DFLASH_RUN_ON_GPU(op, kernel, params, tensor) run_on_gpu(op, kernel, params, tensor)
-#else
-#define DFLASH_RUN_ON_GPU(op, kernel, params, tensor) fail(op, ": this build has no CUDA kernels")
-#endif
-
-}  // namespace
 
 Tensor add_rms_norm_op(Tensor residual, std::optional<Tensor> update, std::optional<Tensor> update_norm, Tensor norm,
                        double eps, bool plus_one) {
@@ -42,7 +27,7 @@ Tensor add_rms_norm_op(Tensor residual, std::optional<Tensor> update, std::optio
   check(update || !update_norm, kOp, ": update_norm needs an update");
   Tensor out = torch::stable::empty_like(residual);
   if (p.rows == 0 || p.width == 0) return out;
-  p.residual = residual.data_ptr();
+  p.residual = p.total = residual.data_ptr();
   p.update = optional_data<void>(update);
   p.update_norm = optional_data<void>(update_norm);
   p.norm = norm.data_ptr();
@@ -53,8 +38,7 @@ Tensor add_rms_norm_op(Tensor residual, std::optional<Tensor> update, std::optio
     run_on_cpu(add_rms_norm, p, p.rows, 1 + 16384 / p.width);
     return out;
   }
-  check(p.width % (dtype == ScalarType::Float ? 4 : 8) == 0 && p.width <= 24576, kOp, ": a width of ", p.width,
-        " is not supported on a GPU; multiples of 16 bytes up to 24576 are");
+  check_width_on_gpu(kOp, residual, p.width, kMostInSharedMemory);
   DFLASH_RUN_ON_GPU(kOp, add_rms_norm_sm80, p, residual);
   return out;
 }
@@ -161,14 +145,15 @@ Tensor gated_op(Tensor gate_up, int64_t activation) {
   check_tensor(kOp, "gate_up", gate_up, gate_up, gate_up.scalar_type(), {p.rows, 2 * p.width});
   Tensor out = new_empty(gate_up, {p.rows, p.width}, gate_up.scalar_type());
   if (p.rows == 0 || p.width == 0) return out;
-  p.gate_up = gate_up.data_ptr();
+  p.stride = 2 * p.width;
+  p.gate = gate_up.data_ptr();
+  p.up = static_cast<const char*>(p.gate) + p.width * gate_up.element_size();
   p.out = out.data_ptr();
   if (gate_up.is_cpu()) {
     run_on_cpu(gated, p, p.rows * p.width, 16384);
     return out;
   }
-  check(p.width % (gate_up.scalar_type() == ScalarType::Float ? 4 : 8) == 0, kOp, ": a width of ", p.width,
-        " is not supported on a GPU; multiples of 16 bytes are");
+  check_width_on_gpu(kOp, gate_up, p.width);
   DFLASH_RUN_ON_GPU(kOp, gated_sm80, p, gate_up);
   return out;
 }

@@ -19,13 +19,17 @@ from transformers import PreTrainedModel, cache_utils
 from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast
-from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP, Qwen3RMSNorm, Qwen3RotaryEmbedding, apply_rotary_pos_emb
+from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP, Qwen3RMSNorm, Qwen3RotaryEmbedding
 
 from ..masks import IntervalMask
 from ..ops import block_attn, linear
+from ..ops.trained_layer import gated_linear, rms_norm, rotate_heads
 from ..reference.numerics import softcapped
 from .drafter_config import DFlashConfig
 from .target import Target
+
+# The names of activations in transformers, and in our operators.
+_ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
 
 # The cache of transformers' own DFlash loop, which exists from 5.15 on.
 _LOOP_CACHE = getattr(cache_utils, "DFlashCache", ())
@@ -41,6 +45,21 @@ class Slots(NamedTuple):
 
     spread: Callable[[Tensor], Tensor] = lambda x: x
     wanted: Callable[[Tensor], Tensor] = lambda x: x
+
+
+class DFlashRMSNorm(Qwen3RMSNorm):
+    """The norm of a residual stream; with an update it first adds that, and returns the sum, too."""
+
+    def forward(self, x: Tensor, update: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+        return rms_norm(x, self.weight, update=update, eps=self.variance_epsilon)
+
+
+class DFlashMLP(Qwen3MLP):
+    def forward(self, x: Tensor) -> Tensor:
+        if self.config.hidden_act not in _ACTIVATIONS:
+            return super().forward(x)
+        activation = _ACTIVATIONS[self.config.hidden_act]
+        return gated_linear(self.gate_proj(x), self.up_proj(x), self.down_proj.weight, activation)
 
 
 class DFlashAttention(nn.Module):
@@ -74,17 +93,20 @@ class DFlashAttention(nn.Module):
         k, v = (
             torch.cat([project(context), slots.spread(project(block))], dim=1) for project in (self.k_proj, self.v_proj)
         )
-        q = slots.spread(self.q_norm(heads(self.q_proj(block)))).transpose(1, 2)
-        k = self.k_norm(heads(k)).transpose(1, 2)
-        v = heads(v).transpose(1, 2)
+        q = heads(slots.spread(self.q_proj(block)))
         cos, sin = rotary
-        block_len = q.shape[2]
-        q, _ = apply_rotary_pos_emb(q, q, cos[:, -block_len:], sin[:, -block_len:])
-        k, _ = apply_rotary_pos_emb(k, k, cos, sin)
+        block_len = q.shape[1]
+        q = self._rotated(q, self.q_norm, cos[:, -block_len:], sin[:, -block_len:])
+        k = self._rotated(heads(k), self.k_norm, cos, sin)
+        v = heads(v).transpose(1, 2)
         if cache is not None:
             k, v = cache.update(k, v, self.layer_idx)
         out = block_attn(q, k, v.to(q.dtype), _over_last_keys(mask, k.shape[2]))
         return self.o_proj(slots.wanted(out.transpose(1, 2).flatten(2)))
+
+    def _rotated(self, heads: Tensor, norm: Qwen3RMSNorm, cos: Tensor, sin: Tensor) -> Tensor:
+        """Heads [B, L, heads, D] with their norm and rotary embedding, as [B, heads, L, D]."""
+        return rotate_heads(heads, norm.weight, cos, sin, eps=norm.variance_epsilon).transpose(1, 2)
 
 
 def _over_last_keys(mask: IntervalMask, count: int) -> IntervalMask:
@@ -100,9 +122,9 @@ class DFlashLayer(GradientCheckpointingLayer):
     def __init__(self, config: DFlashConfig, layer_idx: int):
         super().__init__()
         self.self_attn = DFlashAttention(config, layer_idx)
-        self.mlp = Qwen3MLP(config)
-        self.input_layernorm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.post_attention_layernorm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.mlp = DFlashMLP(config)
+        self.input_layernorm = DFlashRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = DFlashRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
     def forward(
         self,
@@ -115,8 +137,8 @@ class DFlashLayer(GradientCheckpointingLayer):
     ) -> Tensor:
         """`block` has the rows [B, R, H] that `slots` spreads. The result has the slots that it selects."""
         attended = self.self_attn(self.input_layernorm(block), context, rotary, mask, cache, slots)
-        block = slots.wanted(slots.spread(block)) + attended
-        return block + self.mlp(self.post_attention_layernorm(block))
+        block, normed = self.post_attention_layernorm(slots.wanted(slots.spread(block)), attended)
+        return block + self.mlp(normed)
 
 
 # Under torch.compile, the results of these operators are kept for the backward, which computes all others again.
@@ -156,9 +178,9 @@ class DFlashDrafter(PreTrainedModel):
         super().__init__(config)
         taps = len(config.target_layer_ids)
         self.fc = nn.Linear(taps * config.hidden_size, config.hidden_size, bias=False)
-        self.hidden_norm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.hidden_norm = DFlashRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.layers = nn.ModuleList(DFlashLayer(config, i) for i in range(config.num_hidden_layers))
-        self.norm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.norm = DFlashRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = Qwen3RotaryEmbedding(config)
         if config.own_embeddings:
             self.embed_tokens = FrozenTable(config.vocab_size, config.hidden_size)
@@ -327,7 +349,7 @@ class DFlashDrafter(PreTrainedModel):
             kv_len = cached + context_hidden_states.shape[1] + noise_embeds.shape[1]
             attention_mask = self._single_block_masks(attention_mask, noise_embeds, kv_len)
         context = self.hidden_norm(self.fc(context_hidden_states.to(self.fc.weight.dtype)))
-        rotary = self.rotary_emb(noise_embeds, position_ids)
+        rotary = self.rotary_emb(noise_embeds.new_empty(0, dtype=torch.float32), position_ids)
         for layer, kind in zip(self.layers, self.config.layer_types, strict=True):
             if layer is self.layers[-1] and first_slot > 0:
                 slots = slots._replace(wanted=partial(self._slots_from, first_slot))

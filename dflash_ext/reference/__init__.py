@@ -14,6 +14,7 @@ from .penalties import penalised_logits
 from .reveal import reveal, reveal_count, reveal_limit
 from .sampling import Sample, filter_logits, sample
 from .soft_embedding import soft_embedding
+from .trained_layer import gated_linear, rms_norm, rotate_heads
 from .verify import Verification, verify
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "block_attn_decode",
     "decode_mask",
     "filter_logits",
+    "gated_linear",
     "kv_inject",
     "linear",
     "linear_cross_entropy",
@@ -32,6 +34,8 @@ __all__ = [
     "reveal",
     "reveal_count",
     "reveal_limit",
+    "rms_norm",
+    "rotate_heads",
     "sample",
     "soft_embedding",
     "verify",

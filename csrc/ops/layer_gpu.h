@@ -1,0 +1,28 @@
+// What the operators of the layer family share.
+#pragma once
+
+#include "common/tensor.h"
+#include "layer/params.h"
+
+namespace dflash {
+
+#ifdef DFLASH_EXT_CUDA
+template <class Params>
+void run_on_gpu(const char* op, const char* (*launch)(const Params&, void*), const Params& params,
+                const Tensor& tensor) {
+  const CudaScope cuda(tensor);
+  check_launch(op, launch(params, cuda.stream()));
+}
+#define DFLASH_RUN_ON_GPU(op, kernel, params, tensor) run_on_gpu(op, kernel, params, tensor)
+#else
+#define DFLASH_RUN_ON_GPU(op, kernel, params, tensor) fail(op, ": this build has no CUDA kernels")
+#endif
+
+// GPU threads read 16 bytes of a row. A row of a norm also lies in shared memory, in 4 bytes for each element.
+constexpr int64_t kMostInSharedMemory = 24576;
+inline void check_width_on_gpu(const char* op, const Tensor& rows, int64_t width, int64_t most = INT64_MAX) {
+  check(width % (rows.scalar_type() == ScalarType::Float ? 4 : 8) == 0 && width <= most, op, ": a width of ", width,
+        " is not supported on a GPU; multiples of 16 bytes are, for norms up to ", kMostInSharedMemory);
+}
+
+}  // namespace dflash
