@@ -4,7 +4,6 @@
 #include "common/simd.h"
 #include "layer/activation.h"
 #include "layer/params.h"
-#include "layer/rms_norm_cpu.h"
 
 namespace dflash::DFLASH_ISA {
 
