@@ -81,6 +81,14 @@ def train(
     max_length: Annotated[
         int, typer.Option(min=4, help="Training sequences are cut to this number of tokens, the prompt included.")
     ] = 1024,
+    pack_length: Annotated[
+        int | None,
+        typer.Option(
+            "--pack",
+            min=4,
+            help="Put several sequences into rows of this number of tokens. No sequence sees another one.",
+        ),
+    ] = None,
     learning_rate: Annotated[
         float, typer.Option(min=0, help="The peak learning rate. A cosine decay to 0 follows.")
     ] = 6e-4,
@@ -152,6 +160,7 @@ def train(
         batch_size=batch_size,
         accumulation=accumulation,
         anchors=anchors,
+        pack_length=pack_length,
         learning_rate=learning_rate,
         gamma=gamma,
         seed=seed,

@@ -167,13 +167,18 @@ class Target:
         return torch.cat([outputs[tap] for tap in self.tap_ids], dim=-1) if self.tap_ids else None
 
     @torch.no_grad()
-    def features(self, input_ids: Tensor) -> Tensor:
+    def features(self, input_ids: Tensor, positions: Tensor | None = None) -> Tensor:
         """Context features of whole sequences, without a cache and without the head: [B, S] -> [B, S, taps * H].
 
         Padding must be on the right: under the causal mask it then changes nothing before it.
 
+        Args:
+            positions: int64 [B, S] for rows of several sequences, of which a token sees its own alone: the position of
+                each token in its sequence. None if each row is one sequence.
+
         Raises:
-            ValueError: the sequences are longer than `max_tokens`, or the decoder is not causal under its own masks.
+            ValueError: the sequences are longer than `max_tokens`, the decoder is not causal under its own masks, or it
+                does not keep the sequences of a row apart.
         """
         self.check_length(input_ids.shape[1], f"sequences of {input_ids.shape[1]} tokens")
         if not self._is_causal_by_itself:
@@ -182,13 +187,20 @@ class Target:
                 f"{self.config._attn_implementation!r}, this release of transformers lets its tokens see later ones; "
                 "'eager' or a newer release may be causal"
             )
+        if positions is not None and not self._keeps_sequences_apart:
+            raise ValueError(
+                f"{type(self.model).__name__} cannot take several sequences in a row: with "
+                f"attn_implementation={self.config._attn_implementation!r}, this release of transformers lets a "
+                "sequence see those before it"
+            )
         with self._taps.reading() as outputs:
-            self._run_whole(input_ids)
+            self._run_whole(input_ids, positions)
         return self._concatenate(outputs)
 
-    def _run_whole(self, input_ids: Tensor) -> Tensor:
+    def _run_whole(self, input_ids: Tensor, positions: Tensor | None = None) -> Tensor:
         """Runs the decoder on whole sequences [B, S] under its own masks, and returns its hidden states [B, S, H]."""
-        positions = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
+        if positions is None:
+            positions = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
         return self.decoder(input_ids=input_ids, position_ids=positions, use_cache=False)[0]
 
     @functools.cached_property
@@ -200,9 +212,22 @@ class Target:
         """
         tokens = torch.arange(4, device=self.device).repeat(2, 1)
         tokens[1, -1] += 1
-        first, second = self._run_whole(tokens)[:, :-1].float()
-        rounding = torch.finfo(self.dtype).eps ** 0.5 * first.abs().max()
-        return bool((first - second).abs().max() <= rounding)
+        return self._equal(*self._run_whole(tokens)[:, :-1])
+
+    @functools.cached_property
+    def _keeps_sequences_apart(self) -> bool:
+        """Whether a sequence has the same hidden states alone and behind another one in its row, but for rounding.
+
+        transformers makes the masks of such rows where positions start anew and no mask is given.
+        """
+        tokens = torch.arange(8, device=self.device)[None]
+        positions = torch.arange(8, device=self.device)[None] % 4
+        return self._equal(self._run_whole(tokens, positions)[:, 4:], self._run_whole(tokens[:, 4:]))
+
+    def _equal(self, first: Tensor, second: Tensor) -> bool:
+        """Whether hidden states are equal but for rounding."""
+        first, second = first.float(), second.float()
+        return bool((first - second).abs().max() <= torch.finfo(self.dtype).eps ** 0.5 * first.abs().max())
 
     @torch.no_grad()
     def step(self, input_ids: Tensor, positions: Tensor, cache, *, keep_logits: int) -> tuple[Tensor, Tensor | None]:

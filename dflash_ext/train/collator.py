@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +16,7 @@ from .tau import commit_limits
 
 @dataclass
 class AnchorCollator:
-    """Pads samples on the right, draws their anchors and makes the anchors' blocks.
+    """Draws the anchors of samples, makes their blocks, and puts the samples into rows that are padded on the right.
 
     Samples are {"input_ids": int64 [S], "loss_mask": bool [S]}, with two optional entries:
 
@@ -25,38 +25,72 @@ class AnchorCollator:
     - "cut": True if the answer goes on beyond the end of `input_ids`.
 
     Batches hold `input_ids` [B, S], `anchors` and `keep` [B, N], the fields of `Blocks` [B, N, block_size], and
-    `limits` [B, N], the tokens that a cycle could commit (`commit_limits`).
+    `limits` [B, N], the tokens that a cycle could commit (`commit_limits`). Rows of several samples also have
+    `context_positions` [B, S], the position of each token in its sample, and `context_start` [B, N], the column at
+    which the sample of an anchor starts. A block and its labels are those of its sample alone, wherever it stands.
 
     Attributes:
-        num_anchors: N, the number of blocks drawn from each sample.
+        num_anchors: the number of blocks drawn from each sample.
         first_slot: the drafter's `config.first_draft_slot`.
+        pack_length: samples share rows of at most this number of tokens, or of one sample that is longer. None gives
+            each sample a row of its own.
     """
 
     num_anchors: int
     block_size: int
     mask_token_id: int
     first_slot: int = 1
+    pack_length: int | None = None
 
     def __call__(self, samples: list[Mapping]) -> dict[str, Tensor]:
-        input_ids = pad_sequence([s["input_ids"] for s in samples], batch_first=True)
-        loss_mask = pad_sequence([s["loss_mask"] for s in samples], batch_first=True)
+        made = [self._of_sample(sample) for sample in samples]
+        if self.pack_length is None:
+            rows = made
+        else:
+            shares = shared_rows([len(each["input_ids"]) for each in made], self.pack_length)
+            rows = [_joined([made[index] for index in share]) for share in shares]
+        return {name: pad_sequence([row[name] for row in rows], batch_first=True) for name in rows[0]}
+
+    def _of_sample(self, sample: Mapping) -> dict[str, Tensor]:
+        """The entries of a sample in a row of its own, without the dimension of rows."""
+        ids, mask, key = sample["input_ids"][None], sample["loss_mask"][None], sample.get("key")
+        anchors, keep = sample_anchors(mask, self.num_anchors, key and generator("anchors", *key))
         drafted = self.block_size - self.first_slot
-        drawn = [self._draw(sample, drafted) for sample in samples]
-        anchors, keep, limits = (torch.stack(each) for each in zip(*drawn, strict=True))
+        limits = commit_limits(mask, anchors, keep, drafted, is_cut=sample.get("cut", False))
         blocks = build_blocks(
-            input_ids,
-            loss_mask,
+            ids,
+            mask,
             anchors,
             keep,
             block_size=self.block_size,
             mask_token_id=self.mask_token_id,
             first_slot=self.first_slot,
         )
-        return {"input_ids": input_ids, "anchors": anchors, "keep": keep, "limits": limits, **vars(blocks)}
+        made = {"input_ids": ids, "anchors": anchors, "keep": keep, "limits": limits, **vars(blocks)}
+        return {name: value[0] for name, value in made.items()}
 
-    def _draw(self, sample: Mapping, drafted: int) -> tuple[Tensor, Tensor, Tensor]:
-        """The anchors of a sample, which of them are kept, and their limits: [N] each."""
-        mask, key = sample["loss_mask"][None], sample.get("key")
-        anchors, keep = sample_anchors(mask, self.num_anchors, key and generator("anchors", *key))
-        limits = commit_limits(mask, anchors, keep, drafted, is_cut=sample.get("cut", False))
-        return anchors[0], keep[0], limits[0]
+
+def shared_rows(lengths: Sequence[int], most: int) -> list[list[int]]:
+    """Which samples share a row of at most `most` tokens: the longest first, each in the first row with room for it."""
+    rows: list[list[int]] = []
+    room: list[int] = []
+    for index in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
+        row = next((row for row, left in enumerate(room) if lengths[index] <= left), None)
+        if row is None:
+            row = len(rows)
+            rows.append([])
+            room.append(most)
+        rows[row].append(index)
+        room[row] -= lengths[index]
+    return rows
+
+
+def _joined(samples: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """One row of several samples, one behind the other."""
+    lengths = torch.tensor([len(sample["input_ids"]) for sample in samples])
+    starts = lengths.cumsum(0) - lengths
+    row = {name: torch.cat([sample[name] for sample in samples]) for name in samples[0]}
+    row["context_start"] = starts.repeat_interleave(torch.tensor([len(sample["anchors"]) for sample in samples]))
+    row["anchors"] = row["anchors"] + row["context_start"]
+    row["context_positions"] = torch.cat([torch.arange(length) for length in lengths.tolist()])
+    return row

@@ -24,6 +24,7 @@ class TrainingOrder(Dataset):
         steps: the number of optimizer steps.
         per_step: the number of samples in a step, over accumulated batches and ranks.
         seed: decides the order.
+        by_length: whether a step takes samples of similar lengths. Where samples share rows, they need not be similar.
 
     Every item is the dataset's sample with the entry "key" added, from which its random draws follow.
 
@@ -31,12 +32,12 @@ class TrainingOrder(Dataset):
         ValueError: the dataset has no sample.
     """
 
-    def __init__(self, dataset: Dataset, *, steps: int, per_step: int, seed: int):
+    def __init__(self, dataset: Dataset, *, steps: int, per_step: int, seed: int, by_length: bool = True):
         if not len(dataset):
             raise ValueError("there is no sample to train on")
         self.dataset, self.steps, self.per_step, self.seed = dataset, steps, per_step, seed
         self._lengths = lengths_of(dataset)
-        self.window = min(50, max(1, len(dataset) // (4 * per_step)))  # steps
+        self.window = min(50, max(1, len(dataset) // (4 * per_step))) if by_length else 1  # steps
         self._window: tuple[int, Tensor] | None = None  # the number of the window used last, and its samples
 
     def __len__(self) -> int:

@@ -19,6 +19,7 @@ class Recipe:
         batch_size: sequences per device and forward pass.
         accumulation: forward passes per step.
         anchors: blocks drawn from each sequence.
+        pack_length: sequences share rows of this number of tokens; None gives each a row of its own.
         learning_rate: the peak, which a cosine decay to 0 follows.
         gamma: decay of the position weights; None for D-PACE weights.
         warmup: share of the steps over which the learning rate rises.
@@ -38,6 +39,7 @@ class Recipe:
     batch_size: int = 8
     accumulation: int = 1
     anchors: int = 64
+    pack_length: int | None = None
     learning_rate: float = 6e-4
     weight_decay: float = 0.01
     gamma: float | None = None

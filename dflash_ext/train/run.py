@@ -169,7 +169,13 @@ def train_drafter(
     console = console or Console(quiet=True)
     config = drafter.config
     args = training_arguments(output, recipe, target.device)
-    collator = AnchorCollator(recipe.anchors, config.block_size, config.mask_token_id, config.first_draft_slot)
+    collator = AnchorCollator(
+        recipe.anchors,
+        config.block_size,
+        config.mask_token_id,
+        config.first_draft_slot,
+        pack_length=recipe.pack_length,
+    )
     evaluation = None
     if held_out is not None and len(held_out):
         evaluation = Evaluation(held_out, collator, recipe.batch_size, prompts, recipe.seed)

@@ -48,7 +48,9 @@ class DFlashTrainer(Trainer):
         model.check_target(target)
         if train_dataset is not None:
             per_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-            train_dataset = TrainingOrder(train_dataset, steps=args.max_steps, per_step=per_step, seed=args.seed)
+            by_length = getattr(kwargs.get("data_collator"), "pack_length", None) is None
+            options = dict(steps=args.max_steps, per_step=per_step, seed=args.seed, by_length=by_length)
+            train_dataset = TrainingOrder(train_dataset, **options)
         if evaluation is not None:
             args.eval_strategy = IntervalStrategy.STEPS
             args.metric_for_best_model = "eval_tau" if evaluation.prompts else "eval_loss"
@@ -75,7 +77,7 @@ class DFlashTrainer(Trainer):
         return batches, divisor
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        losses, counts, correct = self.objective(model, inputs, self.objective.target.features(inputs["input_ids"]))
+        losses, counts, correct = self.objective(model, inputs, self.objective.features(inputs))
         divisor = self.objective.divisor(inputs) if num_items_in_batch is None else num_items_in_batch
         self._tau.add(inputs["anchors"], correct & counts, inputs["limits"])
         loss = losses.sum() / divisor.clamp(min=1)

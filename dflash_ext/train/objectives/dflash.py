@@ -52,14 +52,16 @@ class DFlashObjective:
             features: the target's context features of the batch's sequences, [B, S, taps * H].
         """
         drafter, length = self.drafter, batch["input_ids"].shape[1]
-        context_positions = torch.arange(length, device=features.device).expand(len(features), -1)
+        context_positions = batch.get("context_positions")
+        if context_positions is None:
+            context_positions = torch.arange(length, device=features.device).expand(len(features), -1)
         noise = batch["noise_ids"]
         hidden = model(
             noise_embeds=drafter.embed(self.target, noise[:, :, 0]),
             mask_embed=drafter.embed(self.target, noise[0, 0, -1]),
             context_hidden_states=features,
             position_ids=torch.cat([context_positions, batch["positions"].flatten(1)], dim=1),
-            attention_mask=drafter.anchor_masks(length, batch["anchors"], batch["keep"]),
+            attention_mask=drafter.anchor_masks(length, batch["anchors"], batch["keep"], batch.get("context_start")),
             first_slot=self.first_slot,
         ).last_hidden_state
         labels, counts = self.labels(batch)
@@ -77,6 +79,10 @@ class DFlashObjective:
         if self.gamma is None:
             losses = losses * dpace(result.nll.view(counts.shape), counts)
         return BlockLosses(losses, counts, result.correct.view(counts.shape))
+
+    def features(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """The target's context features of the batch's sequences, [B, S, taps * H]."""
+        return self.target.features(batch["input_ids"], batch.get("context_positions"))
 
     @property
     def first_slot(self) -> int:
