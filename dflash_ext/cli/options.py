@@ -58,6 +58,36 @@ MinP = Annotated[
     float | None,
     typer.Option(min=0, max=1, help="Sample only from tokens at least this fraction as likely as the likeliest."),
 ]
+RepetitionPenalty = Annotated[
+    float | None,
+    typer.Option(
+        min=1e-6,
+        help="Divide positive logits of tokens that the prompt or the answer has by this, and multiply negative ones.",
+    ),
+]
+PresencePenalty = Annotated[
+    float | None, typer.Option(help="Lower the logits of tokens that the answer has already by this.")
+]
+FrequencyPenalty = Annotated[
+    float | None, typer.Option(help="Lower the logit of a token by this for each time that the answer has it.")
+]
+
+
+def _logit_bias(text: str) -> dict[int, float]:
+    try:
+        return {int(token): float(number) for token, number in _json_object(text).items()}
+    except (TypeError, ValueError):
+        raise typer.BadParameter(f"'{text}' does not give numbers to token ids") from None
+
+
+LogitBias = Annotated[
+    dict | None,
+    typer.Option(
+        parser=_logit_bias,
+        metavar="JSON",
+        help="""Numbers to add to the logits of tokens, by token id, such as '{"13": -100}'.""",
+    ),
+]
 StopStrings = Annotated[
     list[str] | None,
     typer.Option("--stop", metavar="<text>", help="End an answer before this text. May be given several times."),

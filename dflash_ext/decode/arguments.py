@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from numbers import Real
 
 import numpy as np
@@ -73,6 +74,25 @@ def stop_texts(strings: str | Iterable[str] | None, tokenizer) -> tuple[str, ...
     return each
 
 
+def token_bias(target: Target, given: Mapping[int, float] | None) -> dict[int, float]:
+    """What is added to the logits of some tokens; None is nothing.
+
+    Raises TypeError unless it maps token ids to numbers, and ValueError for a token outside of the vocabulary, and for
+    a number that is neither finite nor -inf, which bans a token.
+    """
+    if given is None:
+        return {}
+    if not isinstance(given, Mapping) or not all(is_int(token) for token in given):
+        raise TypeError(f"decode: logit_bias is {shown(given)}; a dict of token ids and numbers, or None, is needed")
+    bias = {int(token): _number("logit_bias", number) for token, number in given.items()}
+    for token, number in bias.items():
+        if not 0 <= token < target.vocab_size:
+            raise ValueError(f"logit_bias has token {token}; the target's vocabulary has {target.vocab_size}")
+        if not number < math.inf:
+            raise ValueError(f"logit_bias of token {token} is {number}; a finite number or -inf is needed")
+    return bias
+
+
 def per_prompt(name: str, given: object, count: int) -> list[float]:
     """The temperature or a filter for each of `count` prompts, given as one number for all or one number for each.
 
@@ -91,6 +111,8 @@ def per_prompt(name: str, given: object, count: int) -> list[float]:
     numbers = [OFF[name] if number is None else _number(name, number) for number in numbers]
     for number in set(numbers):
         by_row("decode", (count,), **{name: number})
+        if name == "repetition_penalty" and number == 0:
+            raise ValueError("decode: repetition_penalty is 0; a number above 0 is needed")
     return numbers
 
 

@@ -6,34 +6,23 @@ With a drafter: draft, verify, commit. Without one: the same without a draft, wh
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from ..masks import IntervalMask
 from ..models import Target
-from ..ops import sample, verify
+from ..ops import count_tokens_, verify
 from ..ops.cycle import CycleRows, begin_cycle, end_cycle
 from ..reference.numerics import softcapped
 from .draft import BlockDraft
+from .drawing import Drawing, draw
 from .forward.families import embedding_of, head_softcap, target_stack
 from .forward.layers import Rows
 from .kv_cache import KVCache
-from .state import OFF, State
+from .state import State
 from .stopwatch import Stopwatch
-
-
-@dataclass(frozen=True)
-class Drawing:
-    """How tokens are drawn: `filters` are the options that some row uses; none of them is greedy decoding."""
-
-    filters: tuple[str, ...] = ()
-
-    @classmethod
-    def of(cls, options: list[dict[str, float]]) -> Drawing:
-        used = tuple(name for name, off in OFF.items() if any(row[name] != off for row in options))
-        return cls(used if "temperature" in used else ())
 
 
 class TargetForward:
@@ -98,24 +87,6 @@ class TargetForward:
         return softcapped(self.stack.head(hidden, self.target.head), head_softcap(self.target))
 
 
-def draw(logits: Tensor, seed: Tensor, first: Tensor, options: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-    """Draws the tokens [B, K] from logits [B, K, V], and what `verify` must know of the draw.
-
-    seed: int64 [B]. first: int64 [B], the position of the first of the tokens. A seed belongs to a row and a position,
-    so that a row's draws do not depend on the other rows. options: the temperature and filters that some row uses, [B]
-    each; none of them is greedy.
-    """
-    if not options:
-        return logits.argmax(dim=-1), {}
-    count = logits.shape[1]
-    positions = first[:, None] + torch.arange(count, device=first.device)
-    options = {name: values.repeat_interleave(count) for name, values in options.items()}
-    drawn = sample(logits.flatten(0, 1), (seed[:, None] + positions).flatten(), **options)
-    pivot, normaliser = (x.view(positions.shape) for x in (drawn.pivot, drawn.normaliser))
-    known = {"draft_logits": logits, "draft_pivot": pivot, "draft_normaliser": normaliser}
-    return drawn.token.view(positions.shape), known
-
-
 class Cycle:
     """Drafts, verifies and commits once.
 
@@ -135,39 +106,48 @@ class Cycle:
         """
         state = self.state
         rows = begin_cycle(state.numbers, slots, width, self.draft.block_len(width) if self.draft else 0)
-        options = state.options_of(slots, drawing.filters)
+        filters, changes = state.options_of(slots, drawing.filters), state.changes_of(slots, drawing.changes)
         tokens = rows.anchor[:, None]
         drafted, drawn = tokens[:, :0], {}
         if width:
             watch.start("draft")
-            drafted, drawn = self._draft(rows, width, options)
+            drafted, drawn = self._draft(rows, width, filters, changes)
             tokens = torch.cat([tokens, drafted], dim=1)
         watch.start("verify")
         placed = rows.positions, rows.start, rows.q_len, rows.slots
         hidden, features = self.target.hidden(tokens, *placed, self.taps)
-        chance = options and {"seed": rows.seed + rows.start} | options
+        chance = filters and {"seed": rows.seed + rows.start} | filters
         # Drafted tokens for which the row has no room are padding for the target, and are not verified.
         logits = self.target.logits(hidden)
-        result = verify(drafted, logits, draft_lens=rows.room, **chance, **drawn)
+        result = verify(drafted, logits, draft_lens=rows.room, **chance, **drawn, **changes)
         records, kept = end_cycle(
             state.numbers, slots, state.stops, rows, drafted, result.accepted, result.next_token, logits
         )
         if self.draft is not None:
             self.draft.inject(features, kept, rows.slots)
+        if "token_counts" in changes:  # last, because a cycle that fails is run again
+            ends = result.accepted[:, None]
+            committed = torch.cat([drafted, result.next_token[:, None]], dim=1)
+            committed = committed.scatter(1, ends, result.next_token[:, None])
+            count_tokens_(state.counts, committed, lens=(ends[:, 0] + 1) * rows.active, table_rows=slots)
         watch.stop()
         return records
 
-    def _draft(self, rows: CycleRows, width: int, options: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+    def _draft(
+        self, rows: CycleRows, width: int, filters: dict[str, Tensor], changes: dict[str, Tensor]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """The drafted tokens [B, K], and what `verify` must know of their draw.
 
         Every step of denoising draws the next tokens, from left to right, and sees those that were drawn before. So a
         token is drawn from logits that depend on the tokens before it alone, which is the q that `verify` needs. A
-        greedy draft is a point mass, which needs none.
+        greedy draft is a point mass, which needs none. It follows the penalties and the bias, as far as the tokens
+        before the block go.
         """
+        how = ({}, changes) if self.draft.greedy or not filters else (filters, {})
         known, parts, facts = rows.anchor[:, None], [], []
         for count in self.draft.shares(width):
             logits = self.draft.denoise(rows, known, count)
-            drafted, drawn = draw(logits, rows.seed, rows.start + known.shape[1], {} if self.draft.greedy else options)
+            drafted, drawn = draw(logits, rows.seed, rows.start + known.shape[1], *how)
             known = torch.cat([known, drafted], dim=1) if self.draft.steps > 1 else known
             parts.append(drafted)
             facts.append(drawn)

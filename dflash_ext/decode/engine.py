@@ -11,10 +11,22 @@ from torch import Tensor
 
 from ..models import DFlashDrafter, Target
 from ..ops.backends import hopper_kernels_serve
-from .arguments import AUTO, check_prompt, denoising, draft_width, integer, per_prompt, positive, stop_ids, stop_texts
+from .arguments import (
+    AUTO,
+    check_prompt,
+    denoising,
+    draft_width,
+    integer,
+    per_prompt,
+    positive,
+    stop_ids,
+    stop_texts,
+    token_bias,
+)
 from .completion import Completion, Decoded
-from .cycle import Cycle, Drawing, TargetForward
+from .cycle import Cycle, TargetForward
 from .draft import BlockDraft
+from .drawing import Drawing
 from .faults import detached
 from .forward.families import has_lean_forward
 from .graphs import runner
@@ -109,7 +121,7 @@ class Engine:
         drafting = {"steps": denoising(denoising_steps), "greedy": greedy_draft}
         self.target, self.max_length, self.tokenizer = target, max_length, tokenizer
         self.watch = Stopwatch(target.device)
-        self.state = State(slots, target.device)
+        self.state = State(slots, target.vocab_size, target.device)
         sizes = {"slots": slots + 1, "tokens": max_length}
         with torch.no_grad():
             draft = BlockDraft(drafter, target, width=width, **sizes, **drafting) if drafter else None
@@ -133,6 +145,10 @@ class Engine:
         top_k: int | None = None,
         top_p: float | None = None,
         min_p: float | None = None,
+        repetition_penalty: float | None = None,
+        presence_penalty: float | None = None,
+        frequency_penalty: float | None = None,
+        logit_bias: Mapping[int, float] | None = None,
         stop_token_ids: int | Iterable[int] | None = None,
         stop_strings: str | Iterable[str] | None = None,
         seed: int = 0,
@@ -155,13 +171,22 @@ class Engine:
                 f"a prompt of {len(prompt)} tokens and {max_new_tokens} new ones do not fit: "
                 f"the engine was made for {self.max_length} tokens"
             )
-        given = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
+        given = {
+            "temperature": temperature,
+            "top_k": top_k,
+            "top_p": top_p,
+            "min_p": min_p,
+            "repetition_penalty": repetition_penalty,
+            "presence_penalty": presence_penalty,
+            "frequency_penalty": frequency_penalty,
+        }
         options = {name: per_prompt(name, value, 1)[0] for name, value in given.items()}
         stops = stop_ids(stop_token_ids)
         strings = stop_texts(stop_strings, self.tokenizer)
         text = None if self.tokenizer is None else Text(self.tokenizer, strings)
         seed = integer("seed", seed)
-        request = Request(prompt, max_new_tokens, options, stops, seed, text, on_tokens, on_text, on_finish)
+        bias = token_bias(self.target, logit_bias)
+        request = Request(prompt, max_new_tokens, options, bias, stops, seed, text, on_tokens, on_text, on_finish)
         self.waiting.append(request)
         return request
 
@@ -259,14 +284,15 @@ class Engine:
             seed=[request.seed for request in requests],
             options=[request.options for request in requests],
             stops=[sorted(request.stops) for request in requests],
+            bias=[request.bias for request in requests],
         )
         self.watch.start("prefill")
-        first = prefill(self.cycle, requests, Drawing.of([request.options for request in requests]))
+        first = prefill(self.cycle, requests, Drawing.of(requests))
         self.watch.stop()
         return first
 
     def _cycle(self, requests: list[Request]) -> Tensor:
-        drawing = Drawing.of([request.options for request in requests])
+        drawing = Drawing.of(requests)
         slots = [request.slot for request in requests]
         if self.pace is None:
             return self.runner.run(slots, drawing, self.cycle.width)

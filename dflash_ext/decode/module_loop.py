@@ -14,7 +14,7 @@ from torch import Tensor
 from ..models import DFlashDrafter, Target
 from ..ops import verify
 from .completion import Decoded
-from .cycle import Drawing, draw
+from .drawing import Drawing, draw
 from .request import Request
 from .row_cache import RowCache
 from .stopwatch import Stopwatch
@@ -37,7 +37,7 @@ def decode_with_modules(
             [request.prompt for request in rows],
             draft_width=decoded.draft_width,
             max_new_tokens=rows[0].max_new_tokens,
-            options=[request.options for request in rows],
+            requests=rows,
             seeds=[request.seed for request in rows],
         )
         anchors = batch.prefill()
@@ -63,13 +63,15 @@ def decode_with_modules(
 class _Batch:
     """Rows that are decoded together: their caches, their anchors, and features that the drafter has not seen yet."""
 
-    def __init__(self, target, drafter, prompts, *, draft_width, max_new_tokens, options, seeds):
+    def __init__(self, target, drafter, prompts, *, draft_width, max_new_tokens, requests, seeds):
         self.target, self.drafter, self.draft_width = target, drafter, draft_width
         self.watch = Stopwatch(target.device)
         device = target.device
         # Of the temperature and the filters those that some row uses, each [B]; none of them is greedy decoding.
-        filters = Drawing.of(options).filters
-        self.options = {name: torch.tensor([row[name] for row in options], device=device) for name in filters}
+        filters = Drawing.of(requests).filters
+        self.options = {
+            name: torch.tensor([request.options[name] for request in requests], device=device) for name in filters
+        }
         # A seed belongs to a prompt and a position, so that a row's draws do not depend on the other rows.
         self.seeds = torch.tensor(seeds, device=device)
         # Prompts are aligned at their ends, so that the last column is every row's last token.
@@ -96,7 +98,7 @@ class _Batch:
             logits, taps = self.target.step(ids, positions, self.target_cache, keep_logits=1)
             features.append(taps)
         self.new_features = torch.cat(features, dim=1) if self.drafter else None
-        self.anchor = draw(logits, self.seeds, self.start, self.options)[0][:, 0]
+        self.anchor = draw(logits, self.seeds, self.start, self.options, {})[0][:, 0]
         anchors = self.anchor.tolist()
         self.watch.stop()
         return anchors
@@ -153,7 +155,7 @@ class _Batch:
             cache=self.draft_cache,
         ).last_hidden_state
         logits = self.drafter.logits(self.target, hidden[:, first:])
-        drawn = draw(logits, self.seeds, self.start + 1, self.options)
+        drawn = draw(logits, self.seeds, self.start + 1, self.options, {})
         self.watch.stop()
         return drawn
 

@@ -7,8 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..ops import count_tokens_
 from ..ops.cycle import begin_cycle
-from .cycle import Cycle, Drawing, draw
+from .cycle import Cycle
+from .drawing import Drawing, draw
 from .request import Request
 
 CHUNK = 256  # tokens of a row that are read at a time
@@ -56,9 +58,14 @@ def prefill(cycle: Cycle, requests: Sequence[Request], drawing: Drawing) -> Tens
         here = (at >= 0) & (at < part.shape[1])
         ends = hidden.gather(1, at.clamp(0, part.shape[1] - 1)[:, None, None].expand(-1, 1, hidden.shape[2]))[:, 0]
         last = torch.where(here[:, None], ends, last)
-    options = state.options_of(slots, drawing.filters)
+    filters, changes = state.options_of(slots, drawing.filters), state.changes_of(slots, drawing.changes)
+    if "token_counts" in changes:
+        state.counts[slots] = 0
+        count_tokens_(state.counts, tokens, lens=rows.start, table_rows=slots, prompt=True)
     logits = cycle.target.logits(last)
-    anchors = draw(logits[:, None], rows.seed, rows.start, options)[0][:, 0]
+    anchors = draw(logits[:, None], rows.seed, rows.start, filters, changes)[0][:, 0]
+    if "token_counts" in changes:
+        count_tokens_(state.counts, anchors[:, None], table_rows=slots)
     finite = logits.gather(1, anchors[:, None])[:, 0].isfinite()
     stopped = (anchors[:, None] == state.stops.index_select(0, slots)).any(1)
     state.set_anchors(slots, anchors, finite & ~stopped & (rows.start <= rows.last))

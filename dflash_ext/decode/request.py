@@ -14,6 +14,7 @@ class Request:
     """What `Engine.submit` returns.
 
     Attributes:
+        options: the temperature, filters and penalties. bias: what is added to the logits of some tokens.
         completion: the answer so far; complete when `done`.
         text: makes the answer's text, if the engine has a tokenizer.
         on_tokens, on_text: called with newly committed tokens and with the text that they add, cycle by cycle.
@@ -25,6 +26,7 @@ class Request:
     prompt: Sequence[int]
     max_new_tokens: int
     options: dict[str, float]
+    bias: dict[int, float]
     stops: frozenset[int]
     seed: int
     text: Text | None = None

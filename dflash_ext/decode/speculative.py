@@ -16,8 +16,9 @@ from torch import Tensor
 
 from ..checks import shown
 from ..models import DFlashDrafter, Target
-from .arguments import AUTO, check_prompt, draft_width, integer, per_prompt, positive, stop_ids, stop_texts
+from .arguments import AUTO, check_prompt, draft_width, integer, per_prompt, positive, stop_ids, stop_texts, token_bias
 from .completion import Completion, Decoded
+from .drawing import Drawing
 from .engine import Engine
 from .forward.families import has_lean_forward
 from .module_loop import decode_with_modules
@@ -36,6 +37,10 @@ def decode(
     top_k: int | Sequence[int | None] | Tensor | None = None,
     top_p: float | Sequence[float | None] | Tensor | None = None,
     min_p: float | Sequence[float | None] | Tensor | None = None,
+    repetition_penalty: float | Sequence[float | None] | Tensor | None = None,
+    presence_penalty: float | Sequence[float | None] | Tensor | None = None,
+    frequency_penalty: float | Sequence[float | None] | Tensor | None = None,
+    logit_bias: Mapping[int, float] | Sequence[Mapping[int, float] | None] | None = None,
     stop_token_ids: int | Iterable[int] | None = None,
     stop_strings: str | Iterable[str] | None = None,
     tokenizer=None,
@@ -59,7 +64,12 @@ def decode(
         max_new_tokens: the length at which an answer ends if nothing ended it before.
         temperature: 0 is greedy.
         top_k, top_p, min_p: filters of the target's and of the drafter's distribution, as in `dflash_ext.sample`. None
-            is off. The temperature and each filter are one number for all prompts, or a sequence with one per prompt.
+            is off.
+        repetition_penalty, presence_penalty, frequency_penalty: change the logits of tokens that the row has, as in
+            `dflash_ext.sample`. None is off. The temperature, each filter and each penalty are one number for all
+            prompts, or a sequence with one per prompt.
+        logit_bias: numbers that are added to the logits of some tokens, by token id; -inf bans a token. It is one dict
+            for all prompts, or a sequence with one per prompt.
         stop_token_ids: one or several tokens that end a row. They are kept in its output.
         stop_strings: one or several strings that end a row, wherever they are in its text. The text ends before them,
             and the tokens before the one with which they begin (`Completion`).
@@ -94,8 +104,20 @@ def decode(
     batch_size, seeds = positive("batch_size", batch_size, "row is decoded at a time"), _seeds(seed, len(prompts))
     if block_size is not None and block_size != AUTO:
         block_size = integer("block_size", block_size)
-    options = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
+    options = {
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "min_p": min_p,
+        "repetition_penalty": repetition_penalty,
+        "presence_penalty": presence_penalty,
+        "frequency_penalty": frequency_penalty,
+    }
     options = {name: per_prompt(name, given, len(prompts)) for name, given in options.items()}
+    biases = [logit_bias] * len(prompts) if isinstance(logit_bias, Mapping | None) else list(logit_bias)
+    if len(biases) != len(prompts):
+        raise ValueError(f"decode: logit_bias has {len(biases)} entries; one dict, or one for each prompt, is needed")
+    biases = [token_bias(target, bias) for bias in biases]
     stops_at, strings = stop_ids(stop_token_ids), stop_texts(stop_strings, tokenizer)
     longest = max(map(len, prompts))
     target.check_length(longest + max_new_tokens, f"a prompt of {longest} tokens and {max_new_tokens} new ones")
@@ -106,6 +128,7 @@ def decode(
             prompts[index],
             max_new_tokens,
             {name: numbers[index] for name, numbers in options.items()},
+            biases[index],
             stops_at,
             seeds[index],
             None if tokenizer is None else Text(tokenizer, strings),
@@ -121,6 +144,11 @@ def decode(
         if exact:
             raise ValueError(
                 f"exact=True is not supported: the engine has no forward for {type(target.model).__name__}"
+            )
+        if any(Drawing.of([request]).changes for request in requests) or denoising_steps > 1 or greedy_draft:
+            raise ValueError(
+                "penalties, a logit bias, several steps and greedy drafts are not supported: the engine has no forward "
+                f"for {type(target.model).__name__}"
             )
         decode_with_modules(target, drafter, by_length, decoded, batch_size=batch_size)
         return decoded

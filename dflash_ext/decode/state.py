@@ -9,8 +9,10 @@ from torch import Tensor
 
 from ..ops.cycle import FIELDS
 
-OPTIONS = ("temperature", "top_k", "top_p", "min_p")
-OFF = {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
+FILTERS = ("temperature", "top_k", "top_p", "min_p")
+PENALTIES = ("repetition_penalty", "presence_penalty", "frequency_penalty")
+OPTIONS = (*FILTERS, *PENALTIES)
+OFF = dict(zip(OPTIONS, (0.0, 0, 1.0, 0.0, 1.0, 0.0, 0.0), strict=True))
 
 
 class State:
@@ -19,18 +21,23 @@ class State:
     numbers: int64 [slots + 1, 5], the columns being `ops.cycle.FIELDS`: the position of the anchor, which is also the
         number of tokens in the caches; the anchor, which is the last committed token and in no cache yet; the last
         position that the target reads, after which the row ends; whether the row is decoded; its seed.
-    options: float32 [slots + 1, 4], the columns being OPTIONS.
+    options: float32 [slots + 1, 7], the columns being OPTIONS.
     stops: int64 [slots + 1, n], the tokens that end a row, -1 for none.
+    counts: int32 [slots + 1, V], how often a row has each token, as `count_tokens_` keeps it; None until a row with a
+        penalty comes. It is kept for such rows only.
+    bias: float32 [slots + 1, V], what is added to a row's logits; None until a row with a bias comes.
 
     One more slot belongs to no row: it fills up what a graph decodes beyond the rows.
     """
 
-    def __init__(self, slots: int, device: torch.device):
+    def __init__(self, slots: int, vocab_size: int, device: torch.device):
         self.spare = slots
-        self.device = device
+        self.vocab_size, self.device = vocab_size, device
         self.numbers = torch.zeros(slots + 1, len(FIELDS), dtype=torch.int64, device=device)
         self.options = torch.zeros(slots + 1, len(OPTIONS), device=device)
         self.stops = torch.full((slots + 1, 1), -1, device=device)
+        self.counts: Tensor | None = None
+        self.bias: Tensor | None = None
 
     def options_of(self, slots: Tensor, names: Sequence[str]) -> dict[str, Tensor]:
         """Some of the OPTIONS of the rows in these slots (int64 [B]), float32 [B] each."""
@@ -38,6 +45,17 @@ class State:
             return {}
         values = self.options.index_select(0, slots)
         return {name: values[:, OPTIONS.index(name)] for name in names}
+
+    def changes_of(self, slots: Tensor, names: Sequence[str]) -> dict[str, Tensor]:
+        """The arguments of `sample` and `verify` for some of the PENALTIES, and for "logit_bias", of these rows."""
+        if not names:
+            return {}
+        changes = self.options_of(slots, [name for name in names if name in PENALTIES])
+        if changes:
+            changes["token_counts"] = self.counts
+        if "logit_bias" in names:
+            changes["logit_bias"] = self.bias
+        return changes | {"table_rows": slots}
 
     def admit(
         self,
@@ -48,8 +66,9 @@ class State:
         seed: Sequence[int],
         options: Sequence[dict[str, float]],
         stops: Sequence[Sequence[int]],
+        bias: Sequence[dict[int, float]],
     ) -> None:
-        """Puts new rows into these slots, inactive and without an anchor."""
+        """Puts new rows into these slots, inactive and without an anchor. The first row that needs a table makes it."""
         numbers = torch.tensor([start, [0] * len(start), last, [0] * len(start), seed]).T
         self.numbers[slots] = numbers.to(self.device, non_blocking=True)
         values = torch.tensor([[row[name] for name in OPTIONS] for row in options], dtype=torch.float32)
@@ -57,6 +76,17 @@ class State:
         width = self.stops.shape[1]
         padded = torch.tensor([[*row, *[-1] * (width - len(row))] for row in stops])
         self.stops[slots] = padded.to(self.device, non_blocking=True)
+        table = len(self.numbers), self.vocab_size
+        if self.counts is None and any(row[name] != OFF[name] for row in options for name in PENALTIES):
+            self.counts = torch.zeros(table, dtype=torch.int32, device=self.device)
+        if self.bias is None and any(bias):
+            self.bias = torch.zeros(table, device=self.device)
+        if self.bias is not None:
+            self.bias[slots] = 0
+            for slot, row in zip(slots.unbind(), bias, strict=True):
+                if row:
+                    tokens = torch.tensor(list(row), device=self.device)
+                    self.bias[slot, tokens] = torch.tensor(list(row.values()), device=self.device)
 
     def widen_stops(self, count: int) -> bool:
         """Makes room for rows with `count` stop tokens. Returns whether the tensor has been replaced."""

@@ -34,6 +34,24 @@ def test_a_filter_that_leaves_one_token_is_greedy(workspace, run, only_the_likel
     assert texts[0] == texts[1]
 
 
+def test_penalties_and_a_bias_change_answers(workspace, run):
+    texts = {}
+    for options in (
+        [],
+        ["--repetition-penalty", 1.5],
+        ["--presence-penalty", 2, "--frequency-penalty", 1],
+        ["--logit-bias", '{"9": 100}'],
+    ):
+        out = workspace / "out.jsonl"
+        files = ["--target", workspace / "target", "--prompts", workspace / "prompts.jsonl", "--output", out]
+        assert run("generate", *files, "--max-new-tokens", 12, *options)[0] == 0
+        texts[str(options)] = [json.loads(line)["text"] for line in sorted(out.read_text().splitlines())]
+    assert len(set(map(tuple, texts.values()))) == 4
+    assert set(" ".join(texts.popitem()[1]).split()) == {"w009"}
+    code, _, told = run("generate", "w005", "--target", workspace / "target", "--logit-bias", '{"a": 1}')
+    assert code == 2 and "does not give numbers to token ids" in told
+
+
 def test_stop_ends_answers_before_a_text(workspace, run):
     target = ["--target", workspace / "target", "--max-new-tokens", 12]
     whole, cut = ([], [])

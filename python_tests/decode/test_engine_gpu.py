@@ -140,3 +140,115 @@ def test_nothing_waits_for_the_device_in_a_cycle():
     finally:
         torch.cuda.set_sync_debug_mode("default")
     engine.run()
+
+
+def graphs_and_calls(
+    target, drafter, prompts, *, slots: int = 4, engine_options=(), **options
+) -> list[list[list[int]]]:
+    """The tokens that an engine gives with graphs, and those that it gives with plain calls."""
+    texts = []
+    for captured in (True, False):
+        engine = Engine(target, drafter, slots=slots, max_length=200, **dict(engine_options))
+        engine.runner = engine.runner if captured else PlainRunner(engine.cycle)
+        requests = [engine.submit(p, seed=i, **options) for i, p in enumerate(prompts)]
+        engine.run()
+        texts.append([request.completion.tokens for request in requests])
+    return texts
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("drafting", [dict(denoising_steps=3), dict(greedy_draft=True), dict(block_size=3)])
+def test_graphs_of_every_way_of_drafting(drafting, temperature):
+    target, drafter = pair("qwen3")
+    options = dict(max_new_tokens=40, temperature=temperature)
+    texts = graphs_and_calls(target, drafter, random_prompts(4, 9, 70, 31), engine_options=drafting, **options)
+    assert texts[0] == texts[1]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_graphs_under_penalties_and_a_bias(temperature):
+    target, drafter = pair("llama")
+    prompts = random_prompts(4, 9, 70, 31)
+    changes = dict(repetition_penalty=1.3, frequency_penalty=0.4, logit_bias={5: 0.5, 9: -float("inf")})
+    options = dict(max_new_tokens=40, temperature=temperature)
+    texts = graphs_and_calls(target, drafter, prompts, **changes, **options)
+    assert texts[0] == texts[1] != graphs_and_calls(target, drafter, prompts, **options)[0]
+    assert not any(9 in tokens for tokens in texts[0])
+
+
+def test_rows_under_penalties_join_and_leave():
+    """Without a drafter and with one, in float32: the counts and the bias belong to the row that has the slot."""
+    model = tiny_model("llama").to("cuda")
+    drafter = DFlashDrafter.for_target(Target(model), mask_token_id=MASK_TOKEN, num_layers=2, block_size=6, taps=3)
+    target, drafter = Target(model, drafter.config.target_layer_ids), drafter.to("cuda").eval()
+    kinds = [{}, dict(frequency_penalty=0.5), dict(logit_bias={5: 1.0}), dict(repetition_penalty=1.4)]
+    prompts = random_prompts(*(3 + i % 7 for i in range(12)))
+    texts = []
+    for draft in (None, drafter):
+        engine = Engine(target, draft, slots=3, max_length=100)
+        requests = [engine.submit(p, max_new_tokens=10, **kinds[i % 4]) for i, p in enumerate(prompts)]
+        engine.run()
+        texts.append([request.completion.tokens for request in requests])
+    assert texts[0] == texts[1]
+
+
+def test_a_graph_that_cannot_be_captured_is_made_for_fewer_rows():
+    target, drafter = pair("llama")
+    engine = Engine(target, drafter, slots=4, max_length=200)
+    denoise = engine.cycle.draft.denoise
+
+    def short_of_memory(rows, *others):
+        if len(rows.slots) > 2:
+            raise torch.OutOfMemoryError("out of memory")
+        return denoise(rows, *others)
+
+    engine.cycle.draft.denoise = short_of_memory
+    prompts = random_prompts(4, 9, 70, 31)
+    requests = [engine.submit(prompt, max_new_tokens=24) for prompt in prompts]
+    engine.run()
+    assert {size for size, *_ in engine.runner.graphs} == {2}
+    for request, prompt in zip(requests, prompts, strict=True):
+        assert len(request.completion.tokens) == 24
+        assert regret(target.model, prompt, request.completion.tokens) < 0.05
+
+
+def test_memory_is_given_back_and_faults_stay_with_their_requests():
+    target, drafter = pair("qwen3")
+    engine = Engine(target, drafter, slots=4, max_length=200)
+
+    def fail(_tokens):
+        raise ValueError("a callback")
+
+    def rounds() -> None:
+        requests = [
+            engine.submit(p, max_new_tokens=20, on_tokens=fail if i % 3 == 0 else None)
+            for i, p in enumerate(random_prompts(4, 9, 70, 31, 12, 5, 2))
+        ]
+        engine.step()
+        engine.cancel(requests[1])
+        with pytest.raises(ValueError, match="a callback"):
+            engine.run()
+        reasons = [request.completion.finish_reason for request in requests]
+        assert reasons == ["error", "cancelled", "length", "error", "length", "length", "error"]
+
+    rounds()
+    before = torch.cuda.memory_allocated()
+    for _ in range(5):
+        rounds()
+    assert torch.cuda.memory_allocated() == before
+
+
+def test_logits_that_are_not_finite_end_their_row_alone():
+    target, drafter = pair("llama")
+    prompts = random_prompts(4, 9)
+    expected = decode(target, drafter, prompts, max_new_tokens=20).completions
+    assert not any(90 in [*c.tokens, *p] for c, p in zip(expected, prompts, strict=True))
+    target.model.model.embed_tokens.weight[90] = float("nan")
+    engine = Engine(target, drafter, slots=3, max_length=200)
+    faulty = engine.submit([5, 6], max_new_tokens=20, logit_bias={90: 1000.0})
+    others = [engine.submit(prompt, max_new_tokens=20) for prompt in prompts]
+    with pytest.raises(FloatingPointError, match="not finite after 1 decoded tokens"):
+        engine.run()
+    assert faulty.completion.finish_reason == "error" and faulty.completion.tokens == [90]
+    for request, prompt in zip(others, prompts, strict=True):
+        assert regret(target.model, prompt, request.completion.tokens) < 0.05
