@@ -211,6 +211,10 @@ def random_request(chance: random.Random, *, greedy: bool) -> dict:
         options |= {"top_k": 5} if chance.random() < 0.3 else {}
         options |= {"top_p": 0.8} if chance.random() < 0.3 else {}
         options |= {"min_p": 0.1} if chance.random() < 0.3 else {}
+    if chance.random() < 0.3:
+        options |= {"frequency_penalty": chance.uniform(-1, 1), "repetition_penalty": chance.uniform(0.7, 1.5)}
+    if chance.random() < 0.2:
+        options["logit_bias"] = {chance.randrange(VOCAB): chance.uniform(-2, 2) for _ in range(9)}
     if chance.random() < 0.4:
         options["stop_token_ids"] = chance.sample(range(3, 90), chance.randint(1, 20))
     if chance.random() < 0.4:
@@ -257,7 +261,9 @@ def test_200_mixed_requests_end_right_and_leave_no_memory_behind(monkeypatch):
             return on_tokens
 
         monkeypatch.setattr(engine.cycle.draft, "denoise", at_times_out_of_memory)
-        engine.state.widen_stops(20)
+        for first in (dict(stop_token_ids=range(20)), dict(frequency_penalty=1.0, logit_bias={5: 1.0})):
+            engine.submit([5, 6], max_new_tokens=8, **first)
+        engine.run()  # what is made when it is first needed
         before = tensors_in_memory()
         while len(requests) < len(given) or engine.step():
             while len(requests) < len(given) and chance.random() < 0.7:
