@@ -20,9 +20,11 @@ OPTIONS = {
 
 
 def inputs(rows=30, width=16, vocab=50, dtype=torch.float32, device="cpu", kept=9):
+    """hidden, head, target and weight. Some targets are the argmax; rows of weight 0 have a target far outside."""
     hidden = torch.randn(rows, width).to(dtype)
     head = (torch.randn(vocab, width) / 2).to(dtype)
     target = torch.randint(0, vocab, (rows,))
+    target[::2] = (hidden @ head.T).argmax(1)[::2]
     weight = torch.rand(rows) + 0.1
     dropped = torch.randperm(rows)[kept:]
     weight[dropped], target[dropped] = 0.0, -7
@@ -30,6 +32,7 @@ def inputs(rows=30, width=16, vocab=50, dtype=torch.float32, device="cpu", kept=
 
 
 def run(function, hidden, head, target, weight, dtype, train_head, grad=None, **options):
+    """The results of a loss, and the gradients of hidden and of a head that is trained."""
     hidden = hidden.detach().clone().to(dtype).requires_grad_()
     head = head.detach().clone().to(dtype).requires_grad_(train_head)
     if "teacher" in options:
