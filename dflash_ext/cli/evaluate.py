@@ -62,19 +62,26 @@ def evaluate(
     batch_size: DecodeBatch = 8,
     seed: Seed = 0,
     exact: Exact = False,
+    tau_only: Annotated[
+        bool, typer.Option("--tau-only", help="Leave out the runs with the block size 'auto' and of plain decoding.")
+    ] = False,
     output: Annotated[Path | None, typer.Option(help="Write the figures to this JSON file.")] = None,
+    plot: Annotated[
+        Path | None,
+        typer.Option(metavar="<path>", help="Draw acceptance rates and speeds into this PNG or SVG file."),
+    ] = None,
     tokenizer: Tokenizer = None,
     dtype: Dtype = None,
     device: Device = None,
 ) -> None:
-    """Decode prompt sets, and report tau and acceptance rates.
+    """Decode prompt sets, and report tau, acceptance rates and speed.
 
-    A set is decoded with the drafter's own block, and once more with the block size "auto", unless a size or a
-    second drafter is given.
+    A set is decoded with the drafter's own block, with the block size "auto" and plainly.
     """
     from ..data import LeftOut, read_conversations
     from ..decode import Decoded, decode
     from ..eval import summarize, table, tau_difference
+    from ..eval.plot import check_plot, plot_evaluation
     from ..models import stop_tokens
     from ..progress import progress
 
@@ -85,11 +92,22 @@ def evaluate(
         path.stem: read_conversations(path, field=field, limit=limit, left_out=left_out[path.stem]) for path in prompts
     }
     check_output(output)
+    check_output(plot)
+    if plot:
+        check_plot(plot)
     model, tok = load_target(target, tokenizer, dtype, device)
-    pairs = [load_pair(model, path) for path in (drafter, compare) if path]
+    tapped, draft = load_pair(model, drafter)
+    # By its name, the pair and the block size of each run. The first one is that of the drafter itself.
+    runs = {"drafter": (tapped, draft, block_size)}
+    if compare:
+        runs["compared"] = (*load_pair(model, compare), block_size)
+    elif not tau_only:
+        if block_size is None:
+            runs["auto"] = tapped, draft, "auto"
+        runs["plain"] = *load_pair(model, None), None
     encoded = {
         path.stem: encode_for(
-            pairs[0][0],
+            tapped,
             tok,
             conversations[path.stem],
             path,
@@ -100,17 +118,15 @@ def evaluate(
         )
         for path in prompts
     }
-    results: list[dict[str, Decoded]] = [{} for _ in pairs]
-    sizes = {"": block_size} if block_size or compare or pairs[0][1] is None else {"": None, ", auto": "auto"}
-    runs = {f"{name}{suffix}": (name, size) for name in encoded for suffix, size in sizes.items()}
+    results: dict[str, dict[str, Decoded]] = {}
     try:
-        for run, (name, size) in runs.items():
-            for (tapped, draft), decoded in zip(pairs, results, strict=True):
-                with progress(console, run, len(encoded[name])) as advance:
-                    decoded[run] = decode(
-                        tapped,
-                        draft,
-                        list(encoded[name].values()),
+        for name, asked in encoded.items():
+            for run, (verifier, drafting, size) in runs.items():
+                with progress(console, f"{name}, {run}", len(asked)) as advance:
+                    decoded = decode(
+                        verifier,
+                        drafting,
+                        list(asked.values()),
                         max_new_tokens=max_new_tokens,
                         temperature=temperature,
                         top_k=top_k,
@@ -125,15 +141,28 @@ def evaluate(
                         exact=exact,
                         on_finish=lambda *_: advance(1),
                     )
-    finally:  # an interrupt loses only the set that it interrupts
-        for path, decoded in zip((drafter, compare), results, strict=False):
-            console.print(table(decoded, title=str(path) if compare else None))
-    rows = {run: summarize(decoded) | {"left_out": left_out[runs[run][0]]} for run, decoded in results[0].items()}
-    for name, other in results[1].items() if compare else ():
-        difference = tau_difference(results[0][name], other, seed=seed)
-        console.print(f"{name}: {difference}", soft_wrap=True, highlight=False)
-        rows[name] |= {"compared": summarize(other), "tau_difference": difference._asdict()}
+                results.setdefault(name, {})[run] = decoded
+    finally:  # an interrupt loses only the run that it interrupts
+        rows = {f"{name}, {run}": decoded for name, each in results.items() for run, decoded in each.items()}
+        console.print(table(rows))
+    figures = {}
+    for name, each in results.items():
+        first, *others = each
+        row = summarize(each[first]) | {run: summarize(each[run]) for run in others} | {"left_out": left_out[name]}
+        if compare:
+            difference = tau_difference(each["drafter"], each["compared"], seed=seed)
+            console.print(f"{name}: {difference}", soft_wrap=True, highlight=False)
+            row["tau_difference"] = difference._asdict()
+        if "plain" in each and (plain := each["plain"].tokens_per_second):
+            speeds = {run: decoded.tokens_per_second for run, decoded in each.items() if run != "plain"}
+            row["times_plain"] = {run: round(speed / plain, 3) for run, speed in speeds.items()}
+            told = ", ".join(f"{times:.2f}x ({run})" for run, times in row["times_plain"].items())
+            console.print(f"{name}: tokens/s of plain decoding: {told}", soft_wrap=True, highlight=False)
+        figures[name] = row
     if output:
         with replacing(output) as file:
-            file.write(json.dumps(rows, indent=1) + "\n")
+            file.write(json.dumps(figures, indent=1) + "\n")
         console.print(f"the figures are in {output}")
+    if plot:
+        plot_evaluation(results, plot)
+        console.print(f"the plot is in {plot}")

@@ -45,6 +45,8 @@ class Decoded:
     Attributes:
         draft_width: the number of drafted tokens per cycle, 0 for plain decoding.
         cycles: the number of the target's forward passes after prefill, each for a whole batch.
+        draft_seconds, verify_seconds, commit_seconds: the parts of these cycles. To commit is to keep the accepted
+            tokens and, for the drafter, their features. A target that runs by its own modules does so within "verify".
         costs: with the block size "auto", the seconds of a cycle by its number of rows and of drafted tokens.
     """
 
@@ -54,12 +56,22 @@ class Decoded:
     prefill_seconds: float = 0.0
     draft_seconds: float = 0.0
     verify_seconds: float = 0.0
+    commit_seconds: float = 0.0
     costs: dict[int, dict[int, float]] = field(default_factory=dict)
 
     @property
     def tau(self) -> float:
         """Tokens committed per cycle, bonus included: the mean of the requests' means (as in arXiv 2602.06036)."""
         return sum(c.tau for c in self.completions) / len(self.completions)
+
+    @property
+    def tokens_per_cycle(self) -> float:
+        """Tokens committed per cycle of a row, bonus included, over the cycles of all requests.
+
+        Long answers count more than in tau.
+        """
+        committed = [count for c in self.completions for count in c.committed]
+        return sum(committed) / len(committed) if committed else 1.0
 
     @property
     def acceptance(self) -> list[float]:
@@ -74,7 +86,7 @@ class Decoded:
 
     @property
     def decode_seconds(self) -> float:
-        return self.draft_seconds + self.verify_seconds
+        return self.draft_seconds + self.verify_seconds + self.commit_seconds
 
     @property
     def tokens_per_second(self) -> float:

@@ -120,6 +120,7 @@ class Cycle:
         # Drafted tokens for which the row has no room are padding for the target, and are not verified.
         logits = self.target.logits(hidden)
         result = verify(drafted, logits, draft_lens=rows.room, **chance, **drawn, **changes)
+        watch.start("commit")
         records, kept = end_cycle(
             state.numbers, slots, state.stops, rows, drafted, result.accepted, result.next_token, logits
         )

@@ -365,4 +365,5 @@ class Engine:
         decoded.prefill_seconds += self.watch.lap().get("prefill", 0.0)
         decoded.draft_seconds += seconds.get("draft", 0.0)
         decoded.verify_seconds += seconds.get("verify", 0.0)
+        decoded.commit_seconds += seconds.get("commit", 0.0)
         self.cycles = 0

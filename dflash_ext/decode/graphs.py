@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -53,7 +54,7 @@ class PlainRunner:
         """Forgets what depends on the tensors of the state."""
 
     def seconds(self) -> dict[str, float]:
-        """The seconds of drafting ("draft") and of all else ("verify") since the last call."""
+        """The seconds of the phases of cycles ("draft", "verify", "commit") since the last call."""
         return self.watch.lap()
 
     def _call(self, slots: Sequence[int], drawing: Drawing, width: int, watch: Stopwatch) -> Tensor:
@@ -105,7 +106,7 @@ class GraphRunner(PlainRunner):
 
     def seconds(self) -> dict[str, float]:
         """All replays of a graph are taken to be as long as its last one."""
-        total = {"draft": 0.0, "verify": 0.0}
+        total: dict[str, float] = defaultdict(float)
         for captured in self.graphs.values():
             if captured.replays:
                 for phase, seconds in captured.watch.lap().items():

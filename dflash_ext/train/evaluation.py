@@ -105,7 +105,8 @@ class Evaluation:
         completions: list[Completion] = [completion for part in parts for completion in part.completions]
         slowest = max(parts, key=lambda part: part.decode_seconds)
         together = Decoded(completions, decoded.draft_width, slowest.cycles)
-        together.draft_seconds, together.verify_seconds = slowest.draft_seconds, slowest.verify_seconds
+        for part in ("draft_seconds", "verify_seconds", "commit_seconds"):
+            setattr(together, part, getattr(slowest, part))
         figures = summarize(together)
         acceptance = {f"acceptance_{i}": share for i, share in enumerate(figures["acceptance"], 1)}
         return {name: figures[name] for name in ("tau", "tokens_per_second")} | acceptance

@@ -14,15 +14,33 @@ def evaluate(workspace):
 
 
 def test_the_figures_of_a_set(workspace, run, evaluate):
-    code, printed, errors = run(*evaluate, "--output", workspace / "figures.json")
+    out, plot = workspace / "figures.json", workspace / "figures.svg"
+    code, printed, errors = run(*evaluate, "--output", out, "--plot", plot)
     assert code == 0 and not errors
-    rows = json.loads((workspace / "figures.json").read_text())
-    row, auto = rows["prompts"], rows["prompts, auto"]
+    row = json.loads(out.read_text())["prompts"]
     assert row["prompts"] == 3 and row["tau"] >= 1 and len(row["acceptance"]) == 5 and row["left_out"] == {}
-    assert "tau" in printed and "auto" in printed
-    assert auto["tokens"] == row["tokens"] and 1 <= auto["tau"] and "costs" not in row
-    assert run(*evaluate, "--block-size", 4, "--output", workspace / "figures.json")[0] == 0
-    assert {*json.loads((workspace / "figures.json").read_text())} == {"prompts"}
+    assert "costs" in row["auto"] and "costs" not in row and row["plain"]["acceptance"] == []
+    assert row["auto"]["tokens"] == row["tokens"] == row["plain"]["tokens"]
+    assert row["plain"]["tau"] == row["plain"]["tokens_per_cycle"] == 1 <= row["auto"]["tau"]
+    assert min(row["draft_ms"], row["verify_ms"], row["commit_ms"], row["plain"]["verify_ms"]) > 0
+    assert row["times_plain"].keys() == {"drafter", "auto"}
+    ratio = row["tokens_per_second"] / row["plain"]["tokens_per_second"]
+    assert row["times_plain"]["drafter"] == pytest.approx(ratio, rel=0.01)
+    for name in ("drafter", "auto", "plain"):
+        assert f"prompts, {name}" in printed
+    assert "<svg" in plot.read_text()
+
+
+@pytest.mark.parametrize("options, runs", [(["--block-size", 4], {"plain", "times_plain"}), (["--tau-only"], set())])
+def test_the_runs_that_options_leave_out(workspace, run, evaluate, options, runs):
+    assert run(*evaluate, *options, "--output", workspace / "figures.json")[0] == 0
+    row = json.loads((workspace / "figures.json").read_text())["prompts"]
+    assert row.keys() & {"auto", "plain", "times_plain"} == runs
+
+
+def test_a_plot_that_cannot_be_drawn_is_refused_first(workspace, run, evaluate):
+    code, printed, errors = run(*evaluate, "--plot", workspace / "figures.txt")
+    assert code == 1 and "a name that ends in .png or .svg" in errors and not printed
 
 
 @pytest.mark.parametrize("only_the_likeliest", [["--top-k", 1], ["--top-p", 1e-6], ["--min-p", 1]])
@@ -71,14 +89,14 @@ def test_an_interrupt_shows_the_sets_that_are_done(workspace, run, evaluate, mon
 
     def interrupted(*args, **options):
         calls.append(1)
-        if len(calls) == 2:
+        if len(calls) == 4:
             raise KeyboardInterrupt
         return decode(*args, **options)
 
     monkeypatch.setattr("dflash_ext.decode.decode", interrupted)
     (workspace / "more.jsonl").write_bytes((workspace / "prompts.jsonl").read_bytes())
     code, printed, _ = run(*evaluate, "--prompts", workspace / "more.jsonl")
-    assert code == 130 and "prompts" in printed and "more" not in printed
+    assert code == 130 and "prompts, plain" in printed and "more" not in printed
 
 
 def test_two_drafters_are_compared_on_the_same_prompts(workspace, run, evaluate):
