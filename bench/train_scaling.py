@@ -19,6 +19,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
 
 from dflash_ext.models import Target
 from dflash_ext.train import AnchorCollator, DFlashTrainer, Recipe, new_drafter
+from dflash_ext.train.objectives import DFlashObjective
 from dflash_ext.train.recipe import training_arguments
 
 STEPS, WARMUP = 30, 10
@@ -62,8 +63,7 @@ def rank(device: torch.device) -> dict:
         accumulation = GLOBAL_BATCH // BATCH // int(os.environ["WORLD_SIZE"])
         recipe = Recipe(steps=STEPS, batch_size=BATCH, accumulation=accumulation, anchors=ANCHORS, log_every=1)
         trainer = DFlashTrainer(
-            drafter,
-            Target(target.model, drafter.config.target_layer_ids),
+            DFlashObjective(drafter, Target(target.model, drafter.config.target_layer_ids)),
             args=training_arguments(Path(folder), recipe, device),
             train_dataset=Answers(),
             data_collator=AnchorCollator(ANCHORS, BLOCK, 16),

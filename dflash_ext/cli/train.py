@@ -92,6 +92,19 @@ def train(
     learning_rate: Annotated[
         float, typer.Option(min=0, help="The peak learning rate. A cosine decay to 0 follows.")
     ] = 6e-4,
+    optimizer: Annotated[
+        str, typer.Option(help="adamw, or muon for the drafter's matrices with AdamW for its other parameters.")
+    ] = "adamw",
+    loss: Annotated[
+        str,
+        typer.Option(
+            help="ce: the cross-entropy of the target's tokens. kl or tv: the divergence or the total variation from "
+            "the target's distributions."
+        ),
+    ] = "ce",
+    teacher_mix: Annotated[
+        float, typer.Option(help="The share of kl or tv in the loss; the rest is the cross-entropy.")
+    ] = 1.0,
     gamma: Annotated[
         float | None,
         typer.Option(help="The decay of the loss weights over a block's slots. Without it, D-PACE weights are used."),
@@ -118,6 +131,12 @@ def train(
             help="Send the log to tensorboard, wandb or another integration of transformers. Its package is needed.",
         ),
     ] = None,
+    checkpoint_activations: Annotated[
+        bool,
+        typer.Option(
+            "--checkpoint-activations", help="Compute each layer again in the backward, which takes less memory."
+        ),
+    ] = False,
     compile: Annotated[bool, typer.Option("--compile", help="Train the drafter under torch.compile.")] = False,
     resume: Annotated[
         bool,
@@ -162,12 +181,16 @@ def train(
         anchors=anchors,
         pack_length=pack_length,
         learning_rate=learning_rate,
+        optimizer=optimizer,
+        loss=loss,
+        teacher_mix=teacher_mix,
         gamma=gamma,
         seed=seed,
         save_every=save_every,
         evaluate_every=evaluate_every,
         evaluate_prompts=evaluate_prompts,
         report_to=tuple(report_to or ()),
+        checkpoint_activations=checkpoint_activations,
         compile=compile,
     )
     model, tok = load_target(target, tokenizer, dtype, device)

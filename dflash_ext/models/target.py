@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..masks import IntervalMask
+from ..reference.numerics import softcapped
 from .taps import Taps
 
 ATTENTION_KINDS = {"full_attention", "sliding_attention"}
@@ -153,6 +154,11 @@ class Target:
         return self.model.get_output_embeddings().weight
 
     @property
+    def softcap(self) -> float | None:
+        """The bound on the size of the logits (Gemma); None if there is none."""
+        return getattr(self.config, "final_logit_softcapping", None) or None
+
+    @property
     def embedding_size(self) -> int:
         """The width of the embedding's rows. Some models (OPT, Electra) project them to the hidden size."""
         return self.model.get_input_embeddings().weight.shape[1]
@@ -180,6 +186,11 @@ class Target:
             ValueError: the sequences are longer than `max_tokens`, the decoder is not causal under its own masks, or it
                 does not keep the sequences of a row apart.
         """
+        return self.features_and_hidden(input_ids, positions)[0]
+
+    @torch.no_grad()
+    def features_and_hidden(self, input_ids: Tensor, positions: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """As `features`, and beside them the hidden states [B, S, H] to which the head is applied."""
         self.check_length(input_ids.shape[1], f"sequences of {input_ids.shape[1]} tokens")
         if not self._is_causal_by_itself:
             raise ValueError(
@@ -194,14 +205,25 @@ class Target:
                 "sequence see those before it"
             )
         with self._taps.reading() as outputs:
-            self._run_whole(input_ids, positions)
-        return self._concatenate(outputs)
+            hidden = self._run_whole(input_ids, positions)
+        return self._concatenate(outputs), hidden
 
     def _run_whole(self, input_ids: Tensor, positions: Tensor | None = None) -> Tensor:
         """Runs the decoder on whole sequences [B, S] under its own masks, and returns its hidden states [B, S, H]."""
         if positions is None:
             positions = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
         return self.decoder(input_ids=input_ids, position_ids=positions, use_cache=False)[0]
+
+    def check_head(self) -> None:
+        """Raises a ValueError unless the logits are the head's product with the hidden states, under the softcap."""
+        tokens = torch.arange(4, device=self.device)[None]
+        with torch.no_grad():
+            logits = softcapped(nn.functional.linear(self._run_whole(tokens), self.head), self.softcap)
+            if not self._equal(logits, self.model(input_ids=tokens, use_cache=False).logits):
+                raise ValueError(
+                    f"{type(self.model).__name__} cannot teach its distributions: its logits are not the product of "
+                    "its hidden states and its head; the cross-entropy of its tokens can be trained on"
+                )
 
     @functools.cached_property
     def _is_causal_by_itself(self) -> bool:

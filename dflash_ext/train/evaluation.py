@@ -81,7 +81,7 @@ class Evaluation:
                 continue
             batch = self.collator([{**self.samples[row], "key": (self.seed, "held out", row)} for row in rows])
             batch = {name: value.to(target.device) for name, value in batch.items()}
-            losses, counts, correct = objective(objective.drafter, batch, objective.features(batch))
+            losses, counts, correct = objective(objective.drafter, batch, *objective.of_target(batch))
             figures = losses.double().sum(), objective.divisor(batch), (correct & counts).sum(), counts.sum()
             sums += torch.stack([figure.double() for figure in figures])
             self.on_progress("the loss on held-out answers", number + 1, len(batches))

@@ -9,6 +9,13 @@ from pathlib import Path
 import torch
 from transformers import TrainingArguments
 
+from .muon import MuonWithAdamW
+
+# Transformers 5.24 renamed the argument.
+CHECKPOINTING = next(
+    name for name in ("activation_checkpointing", "gradient_checkpointing") if hasattr(TrainingArguments, name)
+)
+
 
 @dataclass
 class Recipe:
@@ -21,13 +28,15 @@ class Recipe:
         anchors: blocks drawn from each sequence.
         pack_length: sequences share rows of this number of tokens; None gives each a row of its own.
         learning_rate: the peak, which a cosine decay to 0 follows.
-        gamma: decay of the position weights; None for D-PACE weights.
+        optimizer: "adamw", or "muon" for the matrices and AdamW for all else (`MuonWithAdamW`).
+        loss, teacher_mix, gamma: as in `DFlashObjective`.
         warmup: share of the steps over which the learning rate rises.
         seed: decides the order of the samples and their anchors, together with the step and the sample's index in it.
         save_every: steps between the checkpoints that an interrupted run resumes from; 0 for none.
         evaluate_every: steps between evaluations; 0 for one at the end.
         evaluate_prompts: the largest number of held-out prompts that an evaluation decodes.
         log_every: steps between entries of the log.
+        checkpoint_activations: compute the results of each layer again in the backward instead of keeping them.
         compile: run the drafter under torch.compile.
         report_to: where Trainer sends the log, such as ("tensorboard",); each needs its package.
 
@@ -42,6 +51,9 @@ class Recipe:
     pack_length: int | None = None
     learning_rate: float = 6e-4
     weight_decay: float = 0.01
+    optimizer: str = "adamw"
+    loss: str = "ce"
+    teacher_mix: float = 1.0
     gamma: float | None = None
     warmup: float = 0.04
     seed: int = 0
@@ -49,6 +61,7 @@ class Recipe:
     evaluate_every: int = 0
     evaluate_prompts: int = 32
     log_every: int = 10
+    checkpoint_activations: bool = False
     compile: bool = False
     report_to: tuple[str, ...] = ()
 
@@ -58,6 +71,11 @@ class Recipe:
                 raise ValueError(f"{name} is {getattr(self, name)}: at least 1 is needed")
         if self.gamma is not None and not self.gamma > 0:
             raise ValueError(f"gamma is {self.gamma}: a decay above 0 is needed, or none for D-PACE weights")
+        for name, choices in (("optimizer", ("adamw", "muon")), ("loss", ("ce", "kl", "tv"))):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} is '{getattr(self, name)}': {', '.join(choices)} are supported")
+        if not 0 < self.teacher_mix <= 1:
+            raise ValueError(f"teacher_mix is {self.teacher_mix}: a share above 0 and up to 1 is needed")
         if not 0 < self.learning_rate < math.inf:
             raise ValueError(f"learning_rate is {self.learning_rate}: a finite rate above 0 is needed")
 
@@ -97,6 +115,7 @@ def training_arguments(output: Path, recipe: Recipe, device: torch.device) -> On
         bf16=on_gpu,
         use_cpu=not on_gpu,
         optim="adamw_torch_fused" if on_gpu else "adamw_torch",
+        **{CHECKPOINTING: recipe.checkpoint_activations},
         torch_compile=recipe.compile,
         logging_steps=min(recipe.log_every, recipe.steps),
         save_strategy="steps" if recipe.save_every else "no",
@@ -117,3 +136,8 @@ def training_arguments(output: Path, recipe: Recipe, device: torch.device) -> On
         args.pinned = device
         torch.cuda.set_device(device)  # Accelerate places batches on the current device
     return args
+
+
+def optimizer_of(recipe: Recipe) -> tuple[type[torch.optim.Optimizer], dict] | None:
+    """The class and the options of an optimizer that Trainer does not have; None for one that it has."""
+    return (MuonWithAdamW, {"lr": recipe.learning_rate}) if recipe.optimizer == "muon" else None

@@ -20,7 +20,8 @@ from .checkpoints import newest_checkpoint
 from .collator import AnchorCollator
 from .curve import plot_curve
 from .evaluation import Evaluation, HeldOutPrompts
-from .recipe import Recipe, training_arguments
+from .objectives import DFlashObjective
+from .recipe import Recipe, optimizer_of, training_arguments
 from .reporting import TrainingProgress, best_evaluation, summary
 from .saving import KeepBest, replace_drafter
 from .trainer import DFlashTrainer
@@ -180,13 +181,12 @@ def train_drafter(
     if held_out is not None and len(held_out):
         evaluation = Evaluation(held_out, collator, recipe.batch_size, prompts, recipe.seed)
     trainer = DFlashTrainer(
-        drafter,
-        target,
-        gamma=recipe.gamma,
+        DFlashObjective(drafter, target, recipe.gamma, loss=recipe.loss, teacher_mix=recipe.teacher_mix),
         args=args,
         train_dataset=answers,
         evaluation=evaluation,
         data_collator=collator,
+        optimizer_cls_and_kwargs=optimizer_of(recipe),
     )
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(KeepBest(drafter, output))

@@ -9,7 +9,6 @@ from torch.utils.data import Dataset
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import IntervalStrategy
 
-from ..models import DFlashDrafter, Target
 from .evaluation import Evaluation
 from .objectives import DFlashObjective
 from .order import TrainingOrder
@@ -26,9 +25,8 @@ class DFlashTrainer(Trainer):
     Which samples a step takes, and what is drawn for them, follows from `args.seed` (`TrainingOrder`).
 
     Args:
-        model: the drafter.
-        target: the frozen target, tapped at the drafter's layers; it stays outside the trained model.
-        gamma: as in `DFlashObjective`.
+        objective: the losses of its drafter, whose target is tapped at the drafter's layers and stays outside the
+            trained model.
         train_dataset: samples of the target's own answers, as `AnchorCollator` describes them.
         evaluation: what is measured every `args.eval_steps` steps and after the last one. The best drafter has the
             highest tau, or without prompts the least loss.
@@ -36,16 +34,14 @@ class DFlashTrainer(Trainer):
 
     def __init__(
         self,
-        model: DFlashDrafter,
-        target: Target,
+        objective: DFlashObjective,
         *,
-        gamma: float | None = None,
         train_dataset: Dataset | None = None,
         evaluation: Evaluation | None = None,
         args: TrainingArguments,
         **kwargs,
     ):
-        model.check_target(target)
+        objective.drafter.check_target(objective.target)
         if train_dataset is not None:
             per_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
             by_length = getattr(kwargs.get("data_collator"), "pack_length", None) is None
@@ -59,8 +55,8 @@ class DFlashTrainer(Trainer):
                 2  # the newest checkpoint and the best; with 1, Trainer removes the newest at the end
             )
             kwargs["eval_dataset"] = evaluation.samples
-        super().__init__(model=model, args=args, train_dataset=train_dataset, **kwargs)
-        self.objective = DFlashObjective(model, target, gamma)
+        super().__init__(model=objective.drafter, args=args, train_dataset=train_dataset, **kwargs)
+        self.objective = objective
         self.evaluation = evaluation
         self.model_accepts_loss_kwargs = True  # compute_loss divides by the whole step's blocks itself
         self._tau = TauOfBlocks()
@@ -77,7 +73,7 @@ class DFlashTrainer(Trainer):
         return batches, divisor
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        losses, counts, correct = self.objective(model, inputs, self.objective.features(inputs))
+        losses, counts, correct = self.objective(model, inputs, *self.objective.of_target(inputs))
         divisor = self.objective.divisor(inputs) if num_items_in_batch is None else num_items_in_batch
         self._tau.add(inputs["anchors"], correct & counts, inputs["limits"])
         loss = losses.sum() / divisor.clamp(min=1)

@@ -39,7 +39,7 @@ def test_losses_and_gradients_are_those_of_rows_of_their_own(family, sliding, fi
     found = []
     for pack_length in (None, 25):
         batch = AnchorCollator(5, 6, MASK_TOKEN, first_slot, pack_length)(samples())
-        losses, counts, correct = objective(drafter, batch, objective.features(batch))
+        losses, counts, correct = objective(drafter, batch, *objective.of_target(batch))
         drafter.zero_grad()
         (losses.sum() / objective.divisor(batch)).backward()
         gradient = torch.cat([p.grad.flatten() for p in drafter.parameters()])
@@ -57,7 +57,7 @@ def test_a_target_that_lets_samples_see_each_other_is_refused(monkeypatch):
     monkeypatch.setattr(type(target), "_run_whole", lambda self, ids, positions=None: whole(self, ids))
     batch = AnchorCollator(5, 6, MASK_TOKEN, pack_length=25)(samples())
     with pytest.raises(ValueError, match="LlamaForCausalLM cannot take several sequences in a row"):
-        DFlashObjective(drafter, target).features(batch)
+        DFlashObjective(drafter, target).of_target(batch)
 
 
 def test_a_run_with_shared_rows(tmp_path):

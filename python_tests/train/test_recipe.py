@@ -2,7 +2,10 @@ import pytest
 import torch
 from transformers import TrainingArguments
 
+from dflash_ext.train import train_drafter
 from dflash_ext.train.recipe import Recipe, training_arguments
+from python_tests.tiny import tiny_pair
+from python_tests.train.test_training import Cycles
 
 
 @pytest.fixture
@@ -36,9 +39,42 @@ def test_a_target_on_the_cpu_is_trained_for_on_the_cpu(tmp_path, two_gpus):
     [
         ({"steps": 0}, "steps is 0: at least 1"),
         ({"gamma": 0.0}, "gamma is 0.0: a decay above 0"),
+        ({"optimizer": "sgd"}, "optimizer is 'sgd': adamw, muon are supported"),
+        ({"loss": "mse"}, "loss is 'mse': ce, kl, tv are supported"),
+        ({"teacher_mix": 0.0}, "teacher_mix is 0.0: a share above 0"),
         ({"learning_rate": float("nan")}, "learning_rate is nan: a finite rate"),
     ],
 )
 def test_a_recipe_that_trains_nothing_is_refused(change, message):
     with pytest.raises(ValueError, match=message):
         Recipe(**change)
+
+
+class Interrupt(Exception):
+    pass
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"optimizer": "muon"}, {"loss": "kl", "teacher_mix": 0.5}, {"loss": "tv"}, {"checkpoint_activations": True}],
+)
+def test_each_choice_trains_and_resumes(tmp_path, change):
+    """A resumed run equals the uninterrupted one bitwise, and the loss falls."""
+    recipe = Recipe(steps=8, batch_size=4, anchors=8, save_every=3, log_every=1, learning_rate=3e-3, **change)
+    target, whole = tiny_pair("llama")
+    log = train_drafter(whole, target, Cycles(), tmp_path / "whole", recipe)
+    losses = [entry["loss"] for entry in log if "loss" in entry]
+    assert losses[-1] < losses[0]
+
+    class Cut(Cycles):
+        def __getitem__(self, index):
+            if (tmp_path / "cut" / "checkpoint-3").exists():
+                raise Interrupt
+            return super().__getitem__(index)
+
+    target, cut = tiny_pair("llama")
+    with pytest.raises(Interrupt):
+        train_drafter(cut, target, Cut(), tmp_path / "cut", recipe)
+    target, cut = tiny_pair("llama")
+    train_drafter(cut, target, Cycles(), tmp_path / "cut", recipe, resume=True)
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(whole.parameters(), cut.parameters(), strict=True))

@@ -7,6 +7,7 @@ from transformers import TrainingArguments
 from dflash_ext.decode import decode
 from dflash_ext.models import DFlashDrafter, load_drafter
 from dflash_ext.train import AnchorCollator, DFlashTrainer, Recipe, dpace, position_decay, save_drafter, train_drafter
+from dflash_ext.train.objectives import DFlashObjective
 from python_tests.tiny import MASK_TOKEN, tiny_pair
 
 
@@ -30,7 +31,7 @@ class Cycles(torch.utils.data.Dataset):
 
 def a_trainer(target, drafter, tmp_path, gamma):
     args = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none", remove_unused_columns=False)
-    return DFlashTrainer(drafter, target, gamma=gamma, args=args)
+    return DFlashTrainer(DFlashObjective(drafter, target, gamma), args=args)
 
 
 def reduced_vocabulary(drafter: DFlashDrafter, drafted: torch.Tensor) -> DFlashDrafter:

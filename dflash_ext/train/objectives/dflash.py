@@ -32,9 +32,13 @@ class BlockLosses(NamedTuple):
 class DFlashObjective:
     """The losses of a drafter on a batch of ``AnchorCollator``.
 
-    The loss of a drafted slot is the cross-entropy of its token under the target's frozen head, times its weight.
+    The loss of a drafted slot compares its distribution, under the target's frozen head, with the token that the target
+    generated or with the target's own distribution there. It is multiplied by the slot's weight.
 
     Attributes:
+        loss: "ce", the cross-entropy of the token; "kl" or "tv", the divergence or the total variation from the
+            target's distribution (`linear_cross_entropy`). 1 - tv is the probability that a sampled draft is accepted.
+        teacher_mix: the share of "kl" or "tv" in the loss, the rest being the cross-entropy.
         gamma: the decay of `position_decay` (7, 5, 4 for blocks of 16, 10, 8 in the paper); None weights by `dpace`.
         max_rows: a bound on the number of slots that count (see `linear_cross_entropy`). With it nothing waits for the
             device, so that the step can be captured in a CUDA graph.
@@ -44,12 +48,21 @@ class DFlashObjective:
     target: Target
     gamma: float | None = None
     max_rows: int | None = None
+    loss: str = "ce"
+    teacher_mix: float = 1.0
 
-    def __call__(self, model: nn.Module, batch: Mapping[str, Tensor], features: Tensor) -> BlockLosses:
+    def __post_init__(self):
+        if self.loss != "ce":
+            self.target.check_head()
+
+    def __call__(
+        self, model: nn.Module, batch: Mapping[str, Tensor], features: Tensor, teacher_hidden: Tensor | None = None
+    ) -> BlockLosses:
         """Runs `model`, which is the drafter or a module that wraps it, once for all blocks of the batch.
 
         Args:
             features: the target's context features of the batch's sequences, [B, S, taps * H].
+            teacher_hidden: the target's hidden states [B, S, H], which a loss other than "ce" needs (`of_target`).
         """
         drafter, length = self.drafter, batch["input_ids"].shape[1]
         context_positions = batch.get("context_positions")
@@ -74,15 +87,37 @@ class DFlashObjective:
             max_rows=self.max_rows,
             reduction="none",
             softcap=drafter.softcap,
+            **self._teacher(batch, teacher_hidden),
         )
         losses = result.loss.view(counts.shape)
         if self.gamma is None:
             losses = losses * dpace(result.nll.view(counts.shape), counts)
         return BlockLosses(losses, counts, result.correct.view(counts.shape))
 
-    def features(self, batch: Mapping[str, Tensor]) -> Tensor:
-        """The target's context features of the batch's sequences, [B, S, taps * H]."""
-        return self.target.features(batch["input_ids"], batch.get("context_positions"))
+    def of_target(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
+        """What a call takes behind the batch: the target's features, and its hidden states if the loss needs them."""
+        made = self.target.features_and_hidden(batch["input_ids"], batch.get("context_positions"))
+        return made[:1] if self.loss == "ce" else made
+
+    def _teacher(self, batch: Mapping[str, Tensor], hidden: Tensor | None) -> dict:
+        """The options of `linear_cross_entropy` for the target's distributions.
+
+        The token of a drafted slot is predicted at the token before it: those of a block from the anchor on.
+        """
+        if self.loss == "ce":
+            return {}
+        config, head = self.drafter.config, self.target.head
+        slots = torch.arange(config.block_size - self.first_slot, device=hidden.device)
+        columns = (batch["anchors"][:, :, None] + slots).clamp(max=hidden.shape[1] - 1)
+        rows = columns + hidden.shape[1] * torch.arange(len(hidden), device=hidden.device)[:, None, None]
+        return {
+            "teacher_hidden": hidden.flatten(0, 1),
+            "teacher_head": head[self.drafter.drafted_tokens] if config.draft_vocab_size else head,
+            "teacher_row": rows.flatten(),
+            "teacher_softcap": self.target.softcap,
+            "teacher_kind": self.loss,
+            "teacher_mix": self.teacher_mix,
+        }
 
     @property
     def first_slot(self) -> int:

@@ -11,10 +11,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dflash_ext import reference
 from dflash_ext.models import drafter as drafter_module
-from dflash_ext.train import AnchorCollator
+from dflash_ext.train import AnchorCollator, position_decay
 from dflash_ext.train.objectives import DFlashObjective
 from python_tests.exactness import allowed_error
-from python_tests.tiny import MASK_TOKEN, tiny_pair
+from python_tests.tiny import FAMILIES, MASK_TOKEN, tiny_pair
 
 LENGTH = 40
 
@@ -160,3 +160,54 @@ def test_a_cuda_graph_holds_whole_steps(gamma):
         torch.testing.assert_close(captured, eager(), rtol=2e-2, atol=0)
     for one, other in zip(drafter.parameters(), plain.parameters(), strict=True):
         assert distance(one.detach(), other.detach()) < 2e-2
+
+
+@pytest.mark.parametrize("first_slot", [0, 1])
+@pytest.mark.parametrize(("loss", "mix"), [("kl", 1.0), ("tv", 1.0), ("kl", 0.3)])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_teacher_is_the_targets_own_distribution(family, loss, mix, first_slot):
+    """Against the target's logits and the drafter's, block by block."""
+    target, drafter = tiny_pair(family)
+    drafter.config.sample_from_anchor = first_slot == 0
+    objective = DFlashObjective(drafter, target, gamma=3.0, loss=loss, teacher_mix=mix)
+    ids = [torch.randint(3, MASK_TOKEN, (n,), generator=torch.Generator().manual_seed(n)) for n in (20, 14, 9)]
+    samples = [{"input_ids": row, "loss_mask": torch.ones_like(row, dtype=torch.bool), "key": (0, 0, 0)} for row in ids]
+    found = []
+    for pack_length in (None, 25):
+        batch = AnchorCollator(7, 6, MASK_TOKEN, first_slot, pack_length)(samples)
+        found.append(objective(drafter, batch, *objective.of_target(batch)).losses.detach())
+    per_block = [losses.sum(dim=-1)[losses.sum(dim=-1) > 0].sort().values for losses in found]
+    torch.testing.assert_close(*per_block, rtol=1e-4, atol=1e-5)
+
+    batch, losses = AnchorCollator(7, 6, MASK_TOKEN, first_slot)(samples), found[0]
+    weights = position_decay(6, 3.0, first_slot)[first_slot:]
+    for row, tokens in enumerate(ids):
+        p = target.model(tokens[None]).logits[0].float().softmax(-1)
+        features = target.features(tokens[None])
+        for block in range(7):
+            counts = batch["counts"][row, block, first_slot:]
+            if not batch["keep"][row, block]:
+                assert not losses[row, block].any()
+                continue
+            anchor = int(batch["anchors"][row, block])
+            hidden = drafter(
+                noise_embeds=drafter.embed(target, torch.tensor([[int(tokens[anchor])] + [MASK_TOKEN] * 5])),
+                context_hidden_states=features[:, :anchor],
+                position_ids=torch.arange(anchor + 6)[None],
+            ).last_hidden_state
+            logq = drafter.logits(target, hidden)[0, first_slot:].float().log_softmax(-1)
+            for slot in range(len(counts)):
+                expected = 0.0
+                if counts[slot]:
+                    teacher, label = p[anchor + slot], tokens[anchor + slot + 1]
+                    kl = (teacher * (teacher.log() - logq[slot])).sum()
+                    tv = (teacher - logq[slot].exp()).abs().sum() / 2
+                    expected = weights[slot] * (mix * (kl if loss == "kl" else tv) - (1 - mix) * logq[slot, label])
+                torch.testing.assert_close(losses[row, block, slot], torch.as_tensor(expected), rtol=1e-3, atol=1e-5)
+
+
+def test_a_target_whose_logits_are_scaled_cannot_teach():
+    target, drafter = tiny_pair("llama")
+    target.model.lm_head.register_forward_hook(lambda _, __, logits: logits / 8)
+    with pytest.raises(ValueError, match="LlamaForCausalLM cannot teach its distributions"):
+        DFlashObjective(drafter, target, loss="kl")
