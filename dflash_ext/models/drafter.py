@@ -141,19 +141,27 @@ class DFlashLayer(GradientCheckpointingLayer):
         return block + self.mlp(normed)
 
 
-# Under torch.compile, the results of these operators are kept for the backward, which computes all others again.
-_PRODUCTS = {
+# Under torch.compile, the results of these operators are kept for the backward, which computes all others again. The
+# only sum is the one that a layer ends with.
+_KEPT = {
     torch.ops.aten.mm.default,
     torch.ops.aten.addmm.default,
+    torch.ops.aten.add.Tensor,
     torch.ops.dflash_ext.block_attn.default,
+    torch.ops.dflash_ext.gated_linear.default,
 }
 
 
 def _keep_products(ctx, op, *args, **kwargs) -> CheckpointPolicy:
-    return CheckpointPolicy.MUST_SAVE if op in _PRODUCTS else CheckpointPolicy.PREFER_RECOMPUTE
+    return CheckpointPolicy.MUST_SAVE if op in _KEPT else CheckpointPolicy.PREFER_RECOMPUTE
 
 
-_keeping_products = partial(create_selective_checkpoint_contexts, _keep_products)
+def _keeping_products(function: Callable, *inputs):
+    """function(*inputs). Under torch.compile, its backward keeps products alone, and computes the rest again."""
+    if not (torch.compiler.is_compiling() and torch.is_grad_enabled()):
+        return function(*inputs)
+    contexts = partial(create_selective_checkpoint_contexts, _keep_products)
+    return checkpoint(function, *inputs, use_reentrant=False, context_fn=contexts)
 
 
 class FrozenTable(nn.Module):
@@ -348,19 +356,20 @@ class DFlashDrafter(PreTrainedModel):
             cached = cache.get_seq_length() if cache is not None else 0
             kv_len = cached + context_hidden_states.shape[1] + noise_embeds.shape[1]
             attention_mask = self._single_block_masks(attention_mask, noise_embeds, kv_len)
-        context = self.hidden_norm(self.fc(context_hidden_states.to(self.fc.weight.dtype)))
+        context = _keeping_products(self._fused, context_hidden_states)
         rotary = self.rotary_emb(noise_embeds.new_empty(0, dtype=torch.float32), position_ids)
         for layer, kind in zip(self.layers, self.config.layer_types, strict=True):
             if layer is self.layers[-1] and first_slot > 0:
                 slots = slots._replace(wanted=partial(self._slots_from, first_slot))
             inputs = hidden, context, rotary, attention_mask[kind], cache, slots
-            if torch.compiler.is_compiling() and torch.is_grad_enabled():
-                hidden = checkpoint(layer, *inputs, use_reentrant=False, context_fn=_keeping_products)
-            else:
-                hidden = layer(*inputs)
+            hidden = _keeping_products(layer, *inputs)
             slots = Slots()
         # The cache is passed by its position, because transformers 5.24 renamed its field.
         return BaseModelOutputWithPast(self.norm(hidden), cache)
+
+    def _fused(self, context_hidden_states: Tensor) -> Tensor:
+        """The context [B, S, H] of the target's features."""
+        return self.hidden_norm(self.fc(context_hidden_states.to(self.fc.weight.dtype)))
 
     def _blocks_of(self, rows: Tensor) -> Tensor:
         """The slots [B, N * block_size, ...] of N anchors and the mask token, which are the rows [B, N + 1, ...]."""

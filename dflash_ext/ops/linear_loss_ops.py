@@ -273,8 +273,8 @@ def _added(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
 
 # ------------------------------------------------------------------- without torch.compile
 
-# Here the number of rows may be read back. The rows that count are selected in a node of their own, so that the
-# gradient of all rows is allocated when the logits are freed.
+# Here the number of rows may be read back. If the head is trained, the rows that count are selected in a node of their
+# own, so that the gradient of all rows is allocated when the logits are freed. Otherwise a chunk is selected at a time.
 
 
 def loss_of_rows(sized: tuple, options: tuple, per_row: bool, train_hidden: bool, train_head: bool) -> tuple:
@@ -282,9 +282,11 @@ def loss_of_rows(sized: tuple, options: tuple, per_row: bool, train_hidden: bool
     call = _Call.of(sized, options)
     rows, overflow = rows_that_count(call.weight, call.max_rows)
     x = call.hidden
-    if rows is not None or call.padding is not None:
+    is_selected = train_head and (rows is not None or call.padding is not None)
+    if is_selected:
         x = _Selected.apply(x, call.padding, rows)
-    return _Loss.apply(x, call.head, call, rows, overflow, per_row, train_hidden and not train_head, train_head)
+    made = train_hidden and not train_head, train_head
+    return _Loss.apply(x, call.head, call, rows, overflow, per_row, is_selected, *made)
 
 
 class _Selected(torch.autograd.Function):
@@ -305,26 +307,29 @@ class _Selected(torch.autograd.Function):
 
 class _Loss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, head, call, rows, overflow, per_row, make_hidden, keep):
-        (losses, *others), made, kept = _losses(call, rows, x, make_hidden, keep)
+    def forward(ctx, x, head, call, rows, overflow, per_row, is_selected, make_hidden, keep):
+        """x: hidden, or with is_selected those of its rows that are computed."""
+        (losses, *others), made, kept = _losses(call, rows, x if is_selected else None, make_hidden, keep)
         if overflow is not None:
             losses.masked_fill_(overflow, torch.nan)
         ctx.mark_non_differentiable(*others)
         ctx.set_materialize_grads(False)
-        # Not x: while the gradients are made, it would take memory that the rows of hidden can be read from again.
+        # Not selected rows: while the gradients are made, they would take memory, and can be read from hidden again.
         ctx.save_for_backward(*call[:7], rows, made, kept)
-        ctx.numbers = call[7:]
+        ctx.numbers, ctx.is_selected = call[7:], is_selected
         return losses if per_row else losses.sum(), *others
 
     @staticmethod
     def backward(ctx, grad_losses, *_):
         if grad_losses is None:
-            return (None,) * 8
+            return (None,) * 9
         *tensors, rows, made, kept = ctx.saved_tensors
         call, trained = _Call(*tensors, *ctx.numbers), ctx.needs_input_grad[:2]
         with torch.no_grad():
-            grads = _gradients(call, rows, grad_losses, made, kept, *trained)
-        return *first_derivatives(_OP, grads, (call.hidden, call.head)), *[None] * 6
+            grad_hidden, grad_head = _gradients(call, rows, grad_losses, made, kept, *trained)
+            if grad_hidden is not None and not ctx.is_selected:
+                grad_hidden = _in_place_of(rows, grad_hidden, call.hidden)
+        return *first_derivatives(_OP, (grad_hidden, grad_head), (call.hidden, call.head)), *[None] * 7
 
 
 # ------------------------------------------------------------------- the operators of torch.compile

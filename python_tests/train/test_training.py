@@ -2,6 +2,7 @@ import json
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
 from transformers import TrainingArguments
 
 from dflash_ext.decode import decode
@@ -176,7 +177,9 @@ def test_an_interrupted_run_resumes(tmp_path):
 @pytest.mark.gpu
 @pytest.mark.slow
 def test_compiled_training_has_the_same_losses(tmp_path):
-    """Sequences of several lengths, under bfloat16 autocast."""
+    """Sequences of several lengths, under bfloat16 autocast. The drafter is one graph, and a second one of any length."""
+    torch._dynamo.reset()
+    counters.clear()
     losses = []
     for is_compiled in (False, True):
         target, drafter = tiny_pair("llama")
@@ -185,6 +188,8 @@ def test_compiled_training_has_the_same_losses(tmp_path):
         recipe = Recipe(steps=6, batch_size=4, anchors=40, log_every=1, compile=is_compiled)
         log = train_drafter(drafter, target, Cycles(), tmp_path / str(is_compiled), recipe)
         losses.append([entry["loss"] for entry in log if "loss" in entry])
+    assert not counters["graph_break"]
+    assert counters["stats"]["unique_graphs"] <= 2
     assert losses[1] == pytest.approx(losses[0], rel=1e-2)
 
 
