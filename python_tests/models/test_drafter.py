@@ -8,7 +8,7 @@ from transformers import DynamicCache, Qwen3Config
 from dflash_ext.decode import RowCache
 from dflash_ext.models import DFlashConfig, DFlashDrafter, Target, default_taps, load_drafter
 from dflash_ext.models import drafter as drafter_module
-from dflash_ext.train.run import save_drafter
+from dflash_ext.train import save_drafter
 from python_tests.tiny import FAMILIES, MASK_TOKEN, random_prompts, tiny_model, tiny_pair
 
 LENGTH = 24

@@ -177,7 +177,7 @@ def test_an_interrupted_run_resumes(tmp_path):
 @pytest.mark.gpu
 @pytest.mark.slow
 def test_compiled_training_has_the_same_losses(tmp_path):
-    """Sequences of several lengths, under bfloat16 autocast. The drafter is one graph, and a second one of any length."""
+    """Sequences of several lengths, under bfloat16 autocast. The second graph of the drafter is one of any length."""
     torch._dynamo.reset()
     counters.clear()
     losses = []
