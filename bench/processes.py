@@ -10,6 +10,8 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any, Protocol
 
+import torch
+
 from bench.timing import Timing
 
 
@@ -35,12 +37,15 @@ class Remote:
 
 def _serve(connection: Connection, make: Callable[..., Timed], arguments: tuple) -> None:
     served = make(*arguments)
+    torch.cuda.empty_cache()
     while True:
         try:
             method, arguments = connection.recv()
         except EOFError:  # the bench has ended
             return
-        connection.send(getattr(served, method)(*arguments))
+        result = getattr(served, method)(*arguments)
+        torch.cuda.empty_cache()  # the other processes need the memory
+        connection.send(result)
 
 
 def process_turns(remotes: dict[str, Remote], *, rounds: int = 15) -> dict[str, Timing]:

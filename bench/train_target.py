@@ -1,7 +1,8 @@
 """A target's forward and backward over whole sequences, with ``attn_implementation="block_attn"`` against
 FlexAttention and SDPA: ``python -m bench.train_target [part of a case's name]``.
 
-A target has four layers of its real size, no head, and a prefix-block mask. Every implementation is compiled.
+A target has four layers of its real size, no head, and a prefix-block mask. The layers of every implementation are
+compiled.
 """
 
 from __future__ import annotations
@@ -9,7 +10,6 @@ from __future__ import annotations
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -68,17 +68,16 @@ def masks_of(implementation: str, kinds: list[str]) -> dict:
 
 @dataclass
 class Step:
-    """A compiled model with an implementation of attention, its masks, and an input and an upstream gradient."""
+    """A model whose layers are compiled, its masks, and an input and an upstream gradient."""
 
     model: PreTrainedModel
-    compiled: Callable
     masks: dict
     embeds: Tensor
     upstream: Tensor
 
     def __call__(self) -> Tensor:
         self.model.zero_grad(set_to_none=True)
-        out = self.compiled(inputs_embeds=self.embeds, use_cache=False, **self.masks).last_hidden_state
+        out = self.model(inputs_embeds=self.embeds, use_cache=False, **self.masks).last_hidden_state
         out.backward(self.upstream)
         return out.detach()
 
@@ -86,9 +85,9 @@ class Step:
         return gpu_time_in_a_row(self)
 
     def save(self, path: Path) -> None:
-        """Writes the output and the gradients of a step."""
+        """Writes the output of a step and the gradients of the weights of attention."""
         out = self()
-        grads = {name: weight.grad for name, weight in self.model.named_parameters() if weight.grad is not None}
+        grads = {name: weight.grad for name, weight in self.model.named_parameters() if "self_attn" in name}
         save_file({"output": out} | grads, path)
 
 
@@ -104,7 +103,9 @@ def make(case: str, implementation: str) -> Step:
     kinds = list(dict.fromkeys(kinds_of(model)))
     shape = BATCH, LENGTH, model.config.hidden_size
     embeds, upstream = (torch.randn(shape, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-    step = Step(model, torch.compile(model, dynamic=False), masks_of(implementation, kinds), embeds, upstream)
+    for layer in model.layers:
+        layer.compile(dynamic=False)
+    step = Step(model, masks_of(implementation, kinds), embeds, upstream)
     step()
     return step
 
