@@ -1,5 +1,6 @@
-// Adds to the residual stream and normalises it, with one block a row, or one warp a row where rows are short. The row
-// stays in shared memory between its two reads.
+// Adds to the residual stream and normalises it. A block takes a row, which stays in shared memory between its two
+// reads. Where rows are short a warp takes one and keeps it in registers; all of its loads are then under way before the
+// first of them is waited for.
 #include "common/dependent_launch.h"
 #include "common/dispatch.h"
 #include "layer/launch.h"
@@ -9,16 +10,15 @@ namespace dflash {
 namespace device {
 namespace {
 
-constexpr int kThreads = 256, kWarpWidth = 1024;  // a warp takes rows of this width and less
+constexpr int kThreads = 256, kShortRows = 4;  // of a block: its threads, or its short rows
 
 struct Sum {
   float value = 0;
   DFLASH_INLINE void merge(const Sum& other) { value += other.value; }
 };
 
-// kRowThreads is 32, or all threads of the block.
-template <class T, int kRowThreads>
-struct NormedRow {
+template <class T>
+struct LongRow {
   static constexpr int kSize = Chunk<T>::kSize;
   const AddRmsNormParams& p;
   float* row;  // shared memory
@@ -27,18 +27,12 @@ struct NormedRow {
   // Calls f(index) with the places of this thread's chunks in the row.
   template <class F>
   DFLASH_INLINE void for_each_chunk(F&& f) const {
-    for (int i = threadIdx.x % kRowThreads * kSize; i < p.width; i += kRowThreads * kSize) f(i);
+    for (int i = threadIdx.x * kSize; i < p.width; i += kThreads * kSize) f(i);
   }
 
   // The factor that the norm multiplies all values by.
   DFLASH_INLINE float scale(float squares) const {
-    if constexpr (kRowThreads == 32) {
-#pragma unroll
-      for (int mask = 16; mask > 0; mask >>= 1) squares += __shfl_xor_sync(~0u, squares, mask);
-    } else {
-      squares = block_merge<kThreads>(Sum{squares}).value;
-    }
-    return rsqrtf(squares / p.width + float(p.eps));
+    return rsqrtf(block_merge<kThreads>(Sum{squares}).value / p.width + float(p.eps));
   }
 
   DFLASH_INLINE void weight(float (&w)[kSize], const void* norm, int i) const {
@@ -97,24 +91,106 @@ struct NormedRow {
   }
 };
 
-template <class T, int kRowThreads>
-__global__ void __launch_bounds__(kThreads) add_rms_norm_sm80(const AddRmsNormParams params) {
-  extern __shared__ __align__(16) float rows[];
-  overlap_with_neighbours();
-  const int of_block = threadIdx.x / kRowThreads;
-  const int64_t row = int64_t(blockIdx.x) * (kThreads / kRowThreads) + of_block;
-  if (row >= params.rows) return;
-  const bool aligned = is_aligned(params.residual) && is_aligned(params.total) && is_aligned(params.norm) &&
-                       is_aligned(params.out) && is_aligned(params.update) && is_aligned(params.update_norm);
-  NormedRow<T, kRowThreads>{params, rows + of_block * params.width, aligned}.run(row);
+// A row of at most 32 * kChunks chunks of 16 bytes, which a warp holds: chunk j of a lane is number lane + 32 * j.
+template <class T>
+struct ShortRow {
+  static constexpr int kSize = Chunk<T>::kSize, kChunks = 4, kMostWidth = 32 * kChunks * kSize;
+  using Chunks = Chunk<T>[kChunks];
+  using Values = float[kChunks][kSize];
+
+  const AddRmsNormParams& p;
+  const bool aligned;
+  const int lane = threadIdx.x % 32;
+
+  DFLASH_INLINE int at(int j) const { return (lane + 32 * j) * kSize; }
+  DFLASH_INLINE bool has(int j) const { return at(j) < p.width; }
+
+  // Starts to load a row. What is beyond it is zeros.
+  DFLASH_INLINE void start_load(Chunks& to, const void* row, int64_t start = 0) const {
+    const T* const from = static_cast<const T*>(row) + start;
+#pragma unroll
+    for (int j = 0; j < kChunks; ++j) {
+      to[j] = {};
+      if (!has(j)) continue;
+      if (aligned) {
+        to[j] = *reinterpret_cast<const Chunk<T>*>(from + at(j));
+      } else {
+#pragma unroll
+        for (int k = 0; k < kSize; ++k) to[j].values[k] = from[at(j) + k];
+      }
+    }
+  }
+
+  DFLASH_INLINE void write(void* row, int64_t start, const Values& x) const {
+#pragma unroll
+    for (int j = 0; j < kChunks; ++j) {
+      if (has(j)) store(static_cast<T*>(row) + start + at(j), x[j], aligned);
+    }
+  }
+
+  // Calls f(j, k) for every element.
+  template <class F>
+  DFLASH_INLINE static void for_each(F&& f) {
+#pragma unroll
+    for (int j = 0; j < kChunks; ++j) {
+#pragma unroll
+      for (int k = 0; k < kSize; ++k) f(j, k);
+    }
+  }
+
+  DFLASH_INLINE void normalise(Values& x, const Chunks& weight) const {
+    float squares = 0;
+    for_each([&](int j, int k) { squares += x[j][k] * x[j][k]; });
+#pragma unroll
+    for (int mask = 16; mask > 0; mask >>= 1) squares += __shfl_xor_sync(~0u, squares, mask);
+    const float scale = rsqrtf(squares / p.width + float(p.eps)), one = p.plus_one ? 1.f : 0.f;
+    for_each([&](int j, int k) { x[j][k] *= scale * (to_float(weight[j].values[k]) + one); });
+  }
+
+  DFLASH_INLINE void run(int64_t row) const {
+    const int64_t start = row * p.width;
+    Chunks update, residual, norm;
+    Values x;
+    if (p.update != nullptr) start_load(update, p.update, start);
+    start_load(residual, p.residual, start);
+    start_load(norm, p.norm);
+    if (p.update == nullptr) {
+      for_each([&](int j, int k) { x[j][k] = to_float(residual[j].values[k]); });
+    } else {
+      for_each([&](int j, int k) { x[j][k] = to_float(update[j].values[k]); });
+      if (p.update_norm != nullptr) {
+        start_load(update, p.update_norm);
+        normalise(x, update);
+      }
+      // The sum is that of rounded numbers, as in the model's own modules.
+      for_each([&](int j, int k) {
+        const float added = to_float(from_float<T>(x[j][k]));
+        x[j][k] = to_float(from_float<T>(to_float(residual[j].values[k]) + added));
+      });
+      write(p.total, start, x);
+    }
+    normalise(x, norm);
+    write(p.out, start, x);
+  }
+};
+
+DFLASH_INLINE bool all_aligned(const AddRmsNormParams& p) {
+  return is_aligned(p.residual) && is_aligned(p.total) && is_aligned(p.norm) && is_aligned(p.out) &&
+         is_aligned(p.update) && is_aligned(p.update_norm);
 }
 
-template <class T, int kRowThreads>
-cudaError_t launch_add_rms_norm(const AddRmsNormParams& params, cudaStream_t stream) {
-  constexpr int kRows = kThreads / kRowThreads;
-  LaunchShape shape{.blocks = (params.rows + kRows - 1) / kRows, .threads = kThreads,
-                    .shared_bytes = static_cast<int>(kRows * params.width * sizeof(float))};
-  return launch_layer_kernel(add_rms_norm_sm80<T, kRowThreads>, shape, stream, params);
+template <class T>
+__global__ void __launch_bounds__(kThreads) add_rms_norm_sm80(const AddRmsNormParams params) {
+  extern __shared__ __align__(16) float row[];
+  overlap_with_neighbours();
+  LongRow<T>{params, row, all_aligned(params)}.run(blockIdx.x);
+}
+
+template <class T>
+__global__ void __launch_bounds__(32 * kShortRows) add_rms_norm_short_sm80(const __grid_constant__ AddRmsNormParams params) {
+  overlap_with_neighbours();
+  const int64_t row = int64_t(blockIdx.x) * kShortRows + threadIdx.x / 32;
+  if (row < params.rows) ShortRow<T>{params, all_aligned(params)}.run(row);
 }
 
 }  // namespace
@@ -122,8 +198,14 @@ cudaError_t launch_add_rms_norm(const AddRmsNormParams& params, cudaStream_t str
 
 const char* add_rms_norm_sm80(const AddRmsNormParams& params, void* stream) {
   return launch_by_dtype<float, __nv_bfloat16, __half>(params.dtype, stream, [&]<class T>(cudaStream_t stream) {
-    if (params.width <= device::kWarpWidth) return device::launch_add_rms_norm<T, 32>(params, stream);
-    return device::launch_add_rms_norm<T, device::kThreads>(params, stream);
+    LaunchShape shape{.blocks = params.rows, .threads = device::kThreads};
+    if (params.width <= device::ShortRow<T>::kMostWidth) {
+      shape.blocks = (params.rows + device::kShortRows - 1) / device::kShortRows;
+      shape.threads = 32 * device::kShortRows;
+      return launch_layer_kernel(device::add_rms_norm_short_sm80<T>, shape, stream, params);
+    }
+    shape.shared_bytes = static_cast<int>(params.width * sizeof(float));
+    return launch_layer_kernel(device::add_rms_norm_sm80<T>, shape, stream, params);
   });
 }
 
