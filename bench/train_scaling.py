@@ -22,7 +22,7 @@ from dflash_ext.train import AnchorCollator, DFlashTrainer, Recipe, new_drafter
 from dflash_ext.train.objectives import DFlashObjective
 from dflash_ext.train.recipe import training_arguments
 
-STEPS, WARMUP = 30, 10
+STEPS, WARMUP = 14, 4
 GLOBAL_BATCH, BATCH, LENGTH, ANCHORS, BLOCK = 128, 16, 384, 64, 16
 SMOLLM2 = dict(
     vocab_size=49152,
@@ -57,7 +57,9 @@ class Clock(TrainerCallback):
 def rank(device: torch.device) -> dict:
     """Trains as one process of torchrun; returns the losses and the samples per second of all processes."""
     torch.manual_seed(0)
-    target = Target(LlamaForCausalLM(LlamaConfig(**SMOLLM2)).to(device, torch.bfloat16).eval().requires_grad_(False))
+    with device:
+        model = LlamaForCausalLM(LlamaConfig(**SMOLLM2)).to(torch.bfloat16).eval().requires_grad_(False)
+    target = Target(model)
     drafter = new_drafter(target, 0, mask_token_id=16, num_layers=3, intermediate_size=1024, block_size=BLOCK)
     with tempfile.TemporaryDirectory() as folder:
         accumulation = GLOBAL_BATCH // BATCH // int(os.environ["WORLD_SIZE"])

@@ -12,8 +12,15 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..models import DFlashConfig
 
-# Trainer writes the state last, and removes an old checkpoint only after that.
-NEEDED = ("config.json", "model*.safetensors", "optimizer.pt", "scheduler.pt", "trainer_state.json")
+# Trainer writes the state last, and removes an old checkpoint only after that. Under FSDP the optimizer's state is in a
+# file or folder of another name.
+NEEDED = (
+    ("config.json",),
+    ("model*.safetensors", "pytorch_model_fsdp*"),
+    ("optimizer.pt", "optimizer.bin", "optimizer_0"),
+    ("scheduler.pt",),
+    ("trainer_state.json",),
+)
 
 
 def newest_checkpoint(folder: Path, config: DFlashConfig) -> Path | None:
@@ -32,12 +39,14 @@ def newest_checkpoint(folder: Path, config: DFlashConfig) -> Path | None:
 
 def is_complete(checkpoint: Path) -> bool:
     """Whether a checkpoint of Trainer has all its files, each of them whole."""
-    has_all = all(any(checkpoint.glob(pattern)) for pattern in NEEDED)
+    has_all = all(any(any(checkpoint.glob(pattern)) for pattern in choices) for choices in NEEDED)
     return has_all and all(map(_is_whole, checkpoint.iterdir()))
 
 
 def _is_whole(path: Path) -> bool:
     """Whether a file is whole, as far as its format allows to check."""
+    if path.is_dir():  # of torch.distributed.checkpoint, which writes this file last
+        return (path / ".metadata").exists()
     try:
         if path.suffix == ".safetensors":
             with safe_open(path, "pt"):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count
 
 import torch
@@ -17,6 +17,7 @@ from ..models import DFlashDrafter, Target
 from .collator import AnchorCollator
 from .objectives import DFlashObjective
 from .order import lengths_of
+from .parallel import is_sharded, whole_copy
 
 
 @dataclass
@@ -63,6 +64,8 @@ class Evaluation:
           alone, and `accuracy`: the share of labels that are the drafter's most probable token.
         - With prompts, `tau`, `tokens_per_second` and `acceptance_1`, ... by drafted position, as decoding gives them.
         """
+        if is_sharded(objective.drafter):  # ranks have different numbers of batches and prompts
+            objective = replace(objective, drafter=whole_copy(objective.drafter))
         mode = objective.drafter.training
         objective.drafter.eval()
         try:
@@ -123,8 +126,7 @@ def decode_prompts(
     if not prompts:  # a rank without a prompt
         return Decoded([], drafter.config.block_size - drafter.config.first_draft_slot)
     if drafter.dtype != target.dtype:
-        trained, drafter = drafter, DFlashDrafter(drafter.config).to(target.device, target.dtype)
-        drafter.load_state_dict(trained.state_dict())
+        drafter = whole_copy(drafter, target.dtype)
     return decode(
         target,
         drafter,

@@ -21,6 +21,7 @@ from .collator import AnchorCollator
 from .curve import plot_curve
 from .evaluation import Evaluation, HeldOutPrompts
 from .objectives import DFlashObjective
+from .parallel import is_sharded
 from .recipe import Recipe, optimizer_of, training_arguments
 from .reporting import TrainingProgress, best_evaluation, summary
 from .saving import KeepBest, replace_drafter
@@ -194,6 +195,7 @@ def train_drafter(
     if resume:
         nothing = f"nothing to resume: there is no complete checkpoint in {output}, training starts at step 0"
         console.print(f"continuing from {checkpoint}" if checkpoint else nothing, soft_wrap=True)
+    ended = False
     try:
         with TrainingProgress(console) as shown:
             if trainer.is_world_process_zero():
@@ -201,11 +203,13 @@ def train_drafter(
                 if evaluation:
                     evaluation.on_progress = shown.on_evaluation_progress
             trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
+        ended = True
     finally:
         log = [entry for entry in trainer.state.log_history if entry]
         # A run that failed at once leaves an earlier drafter alone.
+        # After a fault, other ranks may not be there to gather a sharded one.
+        if trainer.state.global_step and not best_evaluation(log) and (ended or not is_sharded(drafter)):
+            replace_drafter(drafter, output)
         if trainer.state.global_step and trainer.is_world_process_zero():
-            if not best_evaluation(log):
-                replace_drafter(drafter, output)
             (output / "training.json").write_text(json.dumps({"recipe": asdict(recipe), "log": log}, indent=1) + "\n")
     return log

@@ -1,11 +1,21 @@
 """Starts processes of torchrun, and what each of them runs: a short training into the folder of the command line."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
 
-from dflash_ext.train import HeldOutPrompts, Recipe, train_drafter
-from python_tests.tiny import random_prompts, tiny_pair
+import torch
+from accelerate import PartialState
+from safetensors.torch import save_file
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+
+from dflash_ext.train import AnchorCollator, Evaluation, HeldOutPrompts, Recipe, train_drafter
+from dflash_ext.train.objectives import DFlashObjective
+from dflash_ext.train.parallel import is_sharded
+from dflash_ext.train.saving import replace_drafter
+from python_tests.tiny import MASK_TOKEN, random_prompts, tiny_pair
 from python_tests.train.test_training import Cycles
 
 STEPS, GLOBAL_BATCH = 3, 8
@@ -27,5 +37,37 @@ def train(output: Path, ranks: int, **options) -> list[dict]:
     return train_drafter(drafter, target, Cycles(24), output, recipe, held_out=Cycles(5), prompts=prompts, **options)
 
 
+def sharded(output: Path) -> None:
+    """Trains a step of a drafter that FSDP2 shards, and writes it, its gradients and its figures to the folder."""
+    ranks = PartialState(cpu=True)
+    target, drafter = tiny_pair("llama")
+    for layer in drafter.layers:
+        fully_shard(layer)
+    fully_shard(drafter)
+    assert is_sharded(drafter)
+    figures, weights = step_and_measure(target, drafter, ranks.process_index, ranks.num_processes)
+    replace_drafter(drafter, output)
+    if ranks.is_main_process:
+        save_file({"gradient": weights}, output / "gradient.safetensors")
+        (output / "figures.json").write_text(json.dumps(figures))
+
+
+def step_and_measure(target, drafter, rank: int, ranks: int) -> tuple[dict, torch.Tensor]:
+    """One step of SGD on this rank's samples; returns the figures of an evaluation, and all gradients."""
+    objective = DFlashObjective(drafter.train(), target)
+    collator = AnchorCollator(4, 6, MASK_TOKEN)
+    batch = collator([Cycles()[i] | {"key": (0, 0, i)} for i in range(8)][rank::ranks])
+    losses = objective(drafter, batch, *objective.of_target(batch)).losses
+    (losses.sum() * ranks / 8).backward()  # gradients are averaged over ranks
+    gradients = [p.grad.full_tensor() if isinstance(p.grad, DTensor) else p.grad for p in drafter.parameters()]
+    torch.optim.SGD(drafter.parameters(), lr=0.1).step()
+    prompts = HeldOutPrompts(random_prompts(5, 7, 9), max_new_tokens=8)
+    figures = Evaluation(Cycles(5), collator, 2, prompts).measure(objective)
+    return figures, torch.cat([gradient.flatten() for gradient in gradients])
+
+
 if __name__ == "__main__":
-    train(Path(sys.argv[1]), ranks=2)
+    if sys.argv[1] == "sharded":
+        sharded(Path(sys.argv[2]))
+    else:
+        train(Path(sys.argv[1]), ranks=2)

@@ -2,6 +2,7 @@ import json
 
 import pytest
 import torch
+from accelerate import PartialState
 from torch._dynamo.utils import counters
 from transformers import TrainingArguments
 
@@ -214,6 +215,7 @@ def test_saving_in_bfloat16_leaves_the_drafter_in_float32(tmp_path):
 
 def test_one_process_of_torchrun_saves_for_all(tmp_path, monkeypatch):
     monkeypatch.setattr(DFlashTrainer, "is_world_process_zero", lambda self: False)
+    monkeypatch.setattr(PartialState, "is_main_process", property(lambda self: False))
     target, drafter = tiny_pair("llama")
     assert train_drafter(drafter, target, Cycles(8), tmp_path, Recipe(steps=1, batch_size=4))
     assert not list(tmp_path.iterdir())
