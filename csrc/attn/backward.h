@@ -26,8 +26,8 @@ struct alignas(16) RowKeys {
   uint32_t ctx_len, blk_len;
 };
 
-// Hopper only: what becomes of a block's dK and dV of a tile of keys. The parts of a split tile take turns: the first
-// is stored as float32, others are added to it, and the final part rounds the sum of all.
+// Hopper only: what becomes of a block's dK and dV of a tile of keys. The parts of a split tile take turns: the first is
+// stored as float32, others are added to it, and the final part rounds the sum of all.
 enum class BackwardPart : int8_t { kWhole, kFirst, kMiddle, kFinal };
 
 // Hopper only: a block's work on one tile of keys.
@@ -57,8 +57,8 @@ struct BackwardParams : AttentionBackwardParams {
   // of a row that sees nothing is inf, so that its probabilities are zeros.
   float* stats;
 
-  // float32 sums of dQ that blocks add to, [batch, heads / fold, row_tiles, tile_rows * tile_dim], each tile in the
-  // order of a kernel's registers. Null where the portable kernel makes two passes (portable_backward_adds).
+  // float32 sums of dQ that blocks add to, [batch, heads / fold, row_tiles, tile_rows * tile_dim], each tile in the order
+  // of a kernel's registers. Hopper only.
   float* grad_q_sums;
   int64_t tile_dim;
   // Whether sums begin as zeros, to which blocks add in any order. Otherwise the first that comes stores its own.
@@ -75,10 +75,9 @@ struct BackwardParams : AttentionBackwardParams {
   float* grad_key_sums;  // [batch * kv_heads * key_tiles, 2, tile_keys * tile_dim]
   int32_t* is_split;     // [batch * kv_heads * key_tiles], if sums begin as zeros: whether blocks share the tile
 
-  // If the first stores, or calls are deterministic: how far the sums are (sm90/turns.h).
-  int32_t* rows_added;  // [batch, heads / fold, row_tiles, blocks of a cluster]
-  int32_t* keys_added;  // [batch * kv_heads * key_tiles, 4], for the parts that warpgroups add
-  int32_t* sections_added;  // [sections]: how many blocks have added all their dQ
+  // If the first stores: how far the sums are (sm90/turns.h).
+  int32_t* rows_added;  // [batch, heads / fold, row_tiles]
+  int32_t* keys_added;  // [batch * kv_heads * key_tiles, 2], for the halves of a tile of keys
 
   // Deterministic calls: the turns of additions to a tile of rows (backward_deal_sm90.cu).
   bool is_deterministic;
@@ -97,17 +96,9 @@ constexpr int64_t backward_fold_of(int64_t heads, int64_t kv_heads) {
 // The rows of a tile in the table of the portable kernel, and of a tile that moves past its keys.
 constexpr int64_t backward_tile_rows(int64_t head_dim) { return head_dim <= 64 ? 64 : head_dim <= 256 ? 32 : 16; }
 
-// Whether the portable kernel makes one pass, in which it adds to sums of dQ, instead of two.
-constexpr bool portable_backward_adds(int64_t head_dim, bool deterministic) {
-  return !deterministic && head_dim <= 128;
-}
-
 // The rows of a tile of the Hopper kernels, and the keys of one.
 constexpr int64_t hopper_backward_rows(int64_t head_dim) { return head_dim <= 64 ? 128 : 64; }
 constexpr int64_t hopper_backward_keys(int64_t head_dim) { return head_dim <= 256 ? 128 : 64; }
-
-// The blocks that share a tile of keys: a cluster above head_dim 128.
-constexpr int64_t hopper_backward_cluster(int64_t head_dim) { return head_dim <= 128 ? 1 : 2; }
 
 // With more keys the turns of deterministic calls would take too much memory.
 constexpr int64_t kMaxDeterministicKeys = 1 << 18;

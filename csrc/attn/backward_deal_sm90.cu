@@ -85,12 +85,8 @@ __global__ void __launch_bounds__(kCountThreads)
   wait_for_previous_kernel();
   if (blockIdx.x == 0) {
     for (int64_t i = threadIdx.x; i < p.sections * p.blocks; i += blockDim.x) p.first_items[i] = -1;
-    const auto clear = [](int32_t* counters, int64_t count) {
-      if (counters == nullptr) return;
-      for (int64_t i = threadIdx.x; i < count; i += blockDim.x) counters[i] = 0;
-    };
-    clear(p.rows_added, p.batch * (p.heads / p.fold) * p.row_tiles * hopper_backward_cluster(p.head_dim));
-    clear(p.sections_added, p.sections);
+    const int64_t row_tiles = p.adds_to_zeros ? 0 : p.batch * (p.heads / p.fold) * p.row_tiles;
+    for (int64_t i = threadIdx.x; i < row_tiles; i += blockDim.x) p.rows_added[i] = 0;
   }
   if (blockIdx.x < p.entries) {
     count_rows(p, blockIdx.x);
@@ -137,7 +133,7 @@ DFLASH_INLINE void deal_keys(const BackwardParams& p, int64_t tile) {
   const HeadWork work(p, head);
   const int64_t begin = work.begin(key_tile), weight = work.weight(key_tile), end = begin + weight;
   const int64_t units = work.units(key_tile), first_block = work.block_at(begin);
-  if (p.keys_added != nullptr) reinterpret_cast<int4*>(p.keys_added)[tile] = make_int4(0, 0, 0, 0);
+  if (!p.adds_to_zeros) p.keys_added[2 * tile] = p.keys_added[2 * tile + 1] = 0;
   BackwardItem item{};
   item.entry = static_cast<int>(p.entries == 1 ? 0 : head / p.kv_heads);
   item.batch = static_cast<int>(head / p.kv_heads);
@@ -214,9 +210,7 @@ const char* backward_deal_sm90(const BackwardParams& p, void* stream) {
     const int64_t row_tiles = p.is_deterministic ? p.batch * (p.heads / p.fold) * p.row_tiles : 0;
     const int64_t key_tiles = p.batch * p.kv_heads * p.key_tiles;
     const int64_t blocks = row_tiles + tiles_of(key_tiles, kDealThreads) + (p.adds_to_zeros ? key_tiles : 0);
-    // The compiler reads places by pairs.
-    const int places_bytes = static_cast<int>(tiles_of(p.key_tiles, 2) * 2 * sizeof(uint64_t));
-    shape = {blocks, kDealThreads, p.is_deterministic ? places_bytes : 0};
+    shape = {blocks, kDealThreads, p.is_deterministic ? static_cast<int>(p.key_tiles * sizeof(uint64_t)) : 0};
     shape.overlaps_previous = true;
     return launch_kernel(block_attn_backward_deal_sm90, shape, cuda_stream, p, row_tiles);
   });

@@ -11,16 +11,15 @@
 //
 // These sums decide the speed, and must stay in the L2 cache. So key heads are taken in sections, as many at a time as
 // the cache holds queries and sums of. backward_deal_sm90 shares the work of a section out to the blocks. Gradients of
-// a tile of keys that several blocks share are added to float32 sums too. A block that has ended its share of a section
-// rounds a part of the sums of dQ of the section before (sm90/backward_rounding.h).
+// a tile of keys that several blocks share are added to float32 sums too, and backward_finish_sm90 rounds all sums.
 #include <algorithm>
 #include <bit>
 
 #include "attn/kernels.h"
 #include "attn/sm90/backward_consumer.h"
-#include "attn/sm90/backward_launch.h"
 #include "attn/sm90/backward_producer.h"
-#include "attn/sm90/block_memory.h"
+#include "attn/sm90/backward_launch.h"
+#include "common/dependent_launch.h"
 #include "common/dispatch.h"
 
 namespace dflash {
@@ -31,7 +30,17 @@ template <class T, int kDim, bool kIsCapped>
 __global__ void __launch_bounds__(BackwardTiling<kDim>::kThreads, 1)
     block_attn_backward_sm90(const __grid_constant__ BackwardParams p, const __grid_constant__ BackwardLaunch launch) {
   using Tiling = BackwardTiling<kDim>;
-  const auto [shared, memory] = begin_block<BackwardShared<Tiling>, Tiling::kBytes>(p);
+  launch_dependents();
+  extern __shared__ unsigned char unaligned[];
+  __shared__ BackwardShared<Tiling> storage;
+  static_assert(Tiling::kBytes + sizeof(storage) <= kMaxSharedBytes);
+  auto& shared = *static_cast<BackwardShared<Tiling>*>(__cvta_shared_to_generic(uniform(shared_address(&storage))));
+  const uint32_t memory = uniform((shared_address(unaligned) + 1023) / 1024 * 1024);
+  if (threadIdx.x == 0) {
+    shared.init(p);
+    fence_mbarrier_init();
+  }
+  __syncthreads();
   if (threadIdx.x < kWarpgroup) {
     setmaxnreg_dec<Tiling::kProducerRegisters>();
     BackwardProducer<Tiling> producer(p, launch, shared, memory);
@@ -48,10 +57,14 @@ __global__ void __launch_bounds__(BackwardTiling<kDim>::kThreads, 1)
 template <class T, int kDim>
 cudaError_t launch_backward(const BackwardParams& p, cudaStream_t stream) {
   using Tiling = BackwardTiling<kDim>;
+  BackwardLaunch launch;
+  const cudaError_t status = make_backward_launch(&launch, p, Tiling::kKeys, Tiling::kConsumerKeys);
+  if (status != cudaSuccess) return status;
   LaunchShape shape{p.blocks, Tiling::kThreads, Tiling::kBytes};
   shape.is_cooperative = true;  // blocks wait for each other
-  return launch_backward_kernel(block_attn_backward_sm90<T, kDim, false>, block_attn_backward_sm90<T, kDim, true>,
-                                shape, p, Tiling::kKeys, Tiling::kConsumerKeys, stream);
+  const auto kernel = p.softcap == 0 ? block_attn_backward_sm90<T, kDim, false>
+                                     : block_attn_backward_sm90<T, kDim, true>;
+  return launch_kernel(kernel, shape, stream, p, launch);
 }
 
 const char* launch_main(const BackwardParams& p, void* stream) {
@@ -75,7 +88,7 @@ uint32_t backward_sm90_misses(const BackwardParams& p, bool deterministic) {
                          reads_rows(p.grad_q, p.grad_q_strides) && reads_keys(p.k, p.k_strides) &&
                          reads_keys(p.v, p.v_strides) && reads_keys(p.grad_k, p.grad_k_strides) &&
                          reads_keys(p.grad_v, p.grad_v_strides);
-  const bool has_turns = p.kv_len <= kMaxDeterministicKeys;
+  const bool has_turns = p.head_dim <= 128 && p.kv_len <= kMaxDeterministicKeys;
   return (reads_all ? 0 : kBackwardLayout) | (deterministic && !has_turns ? kBackwardDeterministic : 0);
 }
 
@@ -86,7 +99,7 @@ void backward_sm90_layout(BackwardParams& p, void* stream) {
   p.adds_to_zeros = p.head_dim > 128;
   p.tile_keys = hopper_backward_keys(p.head_dim);
   p.key_tiles = tiles_of(p.kv_len, p.tile_keys);
-  p.blocks = multiprocessors_of(static_cast<cudaStream_t>(stream)) / hopper_backward_cluster(p.head_dim);
+  p.blocks = multiprocessors_of(static_cast<cudaStream_t>(stream)) / (p.head_dim <= 128 ? 1 : 2);
   const int64_t heads = p.batch * p.kv_heads, groups = p.heads / p.kv_heads / p.fold;
   const int64_t head_bytes = groups * p.row_tiles * p.tile_rows * p.tile_dim * (2 + 2 + 4);
   p.section_heads = std::clamp<int64_t>(kCachedBytes / head_bytes, 1, heads);
@@ -96,10 +109,10 @@ void backward_sm90_layout(BackwardParams& p, void* stream) {
 const char* backward_sm90(const BackwardParams& p, void* stream) {
   using Launch = const char* (*)(const BackwardParams&, void*);
   const Launch main = p.head_dim <= 128 ? device::sm90::launch_main : backward_wide_sm90;
-  for (const Launch launch : {backward_deal_sm90, main}) {
+  for (const Launch launch : {backward_deal_sm90, main, backward_finish_sm90}) {
     if (const char* const error = launch(p, stream)) return error;
   }
-  return p.head_dim <= 128 ? nullptr : backward_finish_sm90(p, stream);
+  return nullptr;
 }
 
 }  // namespace dflash

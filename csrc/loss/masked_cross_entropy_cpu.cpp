@@ -48,11 +48,11 @@ struct CrossEntropyRow {
     int64_t i = begin;
     for (; i + kLanes <= end; i += kLanes) {
       const Wide teacher = kTeacher ? load<Wide>(y + i) : Wide{};
-      wide.template add<kTeacher>(loss.softcap(load<Wide>(x + i)), teacher, max, teacher_max);
+      wide.template add<kTeacher, true>(loss.softcap(load<Wide>(x + i)), teacher, max, teacher_max);
     }
     for (; i < end; ++i) {
       const One teacher = kTeacher ? load<One>(y + i) : One{};
-      one.template add<kTeacher>(loss.softcap(load<One>(x + i)), teacher, max, teacher_max);
+      one.template add<kTeacher, true>(loss.softcap(load<One>(x + i)), teacher, max, teacher_max);
     }
     sums.e += sum_lanes(wide.e) + one.e[0];
     sums.e_d += sum_lanes(wide.e_d) + one.e_d[0];

@@ -33,22 +33,30 @@ struct Softcap {
 // Sums over a row, all relative to the same maxima: d = z - max, e = exp(d), u = exp(y - teacher_max).
 template <class X>
 struct Sums {
-  X e{}, e_d{}, d{};     // of e, e * d, d
+  X e{}, e_d{}, d{};      // of e, e * d, and, if labels are smoothed, d
   X u{}, u_difference{};  // of u, u * ((y - teacher_max) - d)
 
-  template <bool kTeacher, class Real>
+  template <bool kTeacher, bool kSmoothing, class Real>
   DFLASH_MEMBER void add(X z, X y, Real max, Real teacher_max) {
     const X dz = z - max;
     const X ez = exp_of(dz);
     e += ez;
     e_d += ez * (dz > -1e4f ? dz : X{} - 1e4f);  // 0 * -inf counts as 0
-    d += dz;
+    if constexpr (kSmoothing) d += dz;
     if constexpr (kTeacher) {
       const X dy = y - teacher_max;
       const X uy = exp_of(dy);
       u += uy;
       u_difference += uy == 0 ? X{} : uy * (dy - dz);
     }
+  }
+
+  DFLASH_MEMBER void merge(const Sums& other) {
+    e += other.e;
+    e_d += other.e_d;
+    d += other.d;
+    u += other.u;
+    u_difference += other.u_difference;
   }
 };
 
@@ -78,11 +86,7 @@ struct RowSums : Sums<Real> {
   DFLASH_MEMBER void merge(RowSums other) {
     raise(other.max, other.teacher_max);
     other.raise(max, teacher_max);
-    this->e += other.e;
-    this->e_d += other.e_d;
-    this->d += other.d;
-    this->u += other.u;
-    this->u_difference += other.u_difference;
+    Sums<Real>::merge(other);
     count += other.count;
   }
 };

@@ -19,6 +19,20 @@ DFLASH_INLINE void softcapped(float (&z)[kCount], const Softcap<float>& softcap,
   }
 }
 
+// The largest of these, found in few steps that wait for each other.
+template <int kCount>
+DFLASH_INLINE float largest_of(const float (&x)[kCount]) {
+  float best[kCount];
+#pragma unroll
+  for (int k = 0; k < kCount; ++k) best[k] = x[k];
+#pragma unroll
+  for (int step = 1; step < kCount; step *= 2) {
+#pragma unroll
+    for (int k = 0; k + step < kCount; k += 2 * step) best[k] = fmaxf(best[k], best[k + step]);
+  }
+  return best[0];
+}
+
 // A thread keeps the largest of its first logits as the origin of its exponents, until one is larger than it by this.
 // e^30 times the number of logits is far below the largest float.
 constexpr float kSlack = 30;
@@ -41,12 +55,7 @@ struct RowPart : RowSums<float> {
   template <bool kTeacher, int kCount>
   DFLASH_INLINE void add(const RowLoss<float>& loss, int target, int index, const float (&x)[kCount],
                          const float (&y)[kCount]) {
-    float largest = x[0], teacher_largest = kTeacher ? y[0] : -kInfinity;
-#pragma unroll
-    for (int k = 1; k < kCount; ++k) {
-      largest = fmaxf(largest, x[k]);
-      if constexpr (kTeacher) teacher_largest = fmaxf(teacher_largest, y[k]);
-    }
+    float largest = largest_of(x), teacher_largest = kTeacher ? largest_of(y) : -kInfinity;
     if (index + kCount <= target) {
       before = fmaxf(before, largest);
     } else if (index >= target) {
@@ -62,12 +71,25 @@ struct RowPart : RowSums<float> {
     softcapped(z, loss.softcap, x);
     largest = loss.softcap(largest);
     if (largest > max + kSlack || (kTeacher && teacher_largest > teacher_max + kSlack)) raise(largest, teacher_largest);
-    const float origin = finite_or_zero(max), teacher_origin = finite_or_zero(teacher_max);
-#pragma unroll
-    for (int k = 0; k < kCount; ++k) {
-      Sums<float>::add<kTeacher>(z[k], y[k], origin, teacher_origin);
+    if (loss.smoothing != 0) {
+      add_all<kTeacher, true>(z, y);
+    } else {
+      add_all<kTeacher, false>(z, y);
     }
     count += kCount;
+  }
+
+ private:
+  template <bool kTeacher, bool kSmoothing, int kCount>
+  DFLASH_INLINE void add_all(const float (&z)[kCount], const float (&y)[kCount]) {
+    const float origin = finite_or_zero(max), teacher_origin = finite_or_zero(teacher_max);
+    Sums<float> odd;  // sums of their own, so that additions wait less for each other
+#pragma unroll
+    for (int k = 0; k < kCount; ++k) {
+      Sums<float>& sums = k % 2 ? odd : *this;
+      sums.template add<kTeacher, kSmoothing>(z[k], y[k], origin, teacher_origin);
+    }
+    Sums<float>::merge(odd);
   }
 };
 

@@ -119,31 +119,23 @@ void run_backward_on_gpu(BackwardParams& p, const Tensor& q, bool deterministic)
                stats = allocate(p.stats, groups * rows * 2, sizeof(float));
   p.is_deterministic = deterministic;
   p.tile_dim = std::max<int64_t>(64, std::bit_ceil(static_cast<uint64_t>(p.head_dim)));
-  Tensor grad_q_sums;
-  if (hopper || portable_backward_adds(p.head_dim, deterministic)) {
-    grad_q_sums = allocate(p.grad_q_sums, groups * rows * p.tile_dim, sizeof(float));
-  }
   if (!hopper) {
-    p.adds_to_zeros = p.grad_q_sums != nullptr;
     if (rows > 0) check_launch(kOp, backward_prepare(p, scope.stream()));
     return check_launch(kOp, backward_sm80(p, scope.stream()));
   }
+  const Tensor grad_q_sums = allocate(p.grad_q_sums, groups * rows * p.tile_dim, sizeof(float));
   backward_sm90_layout(p, scope.stream());
   const int64_t key_tiles = p.batch * p.kv_heads * p.key_tiles;
   const Tensor seen = allocate(p.seen, p.entries * (p.key_tiles + 1), sizeof(int32_t)),
                items = allocate(p.items, key_tiles + p.sections * p.blocks, sizeof(BackwardItem)),
                first_items = allocate(p.first_items, p.sections * p.blocks, sizeof(int32_t)),
                grad_key_sums = allocate(p.grad_key_sums, key_tiles * 2 * p.tile_keys * p.tile_dim, sizeof(float));
-  Tensor is_split, rows_added, keys_added, sections_added, seen_by, turns;
+  Tensor is_split, rows_added, keys_added, seen_by, turns;
   if (p.adds_to_zeros) {
     is_split = allocate(p.is_split, key_tiles, sizeof(int32_t));
   } else {
-    sections_added = allocate(p.sections_added, p.sections, sizeof(int32_t));
-  }
-  if (!p.adds_to_zeros || deterministic) {
-    const int64_t cluster = hopper_backward_cluster(p.head_dim);
-    rows_added = allocate(p.rows_added, groups * p.row_tiles * cluster, sizeof(int32_t));
-    keys_added = allocate(p.keys_added, key_tiles * 4, sizeof(int32_t));
+    rows_added = allocate(p.rows_added, groups * p.row_tiles, sizeof(int32_t));
+    keys_added = allocate(p.keys_added, key_tiles * 2, sizeof(int32_t));
   }
   if (deterministic) {
     seen_by = allocate(p.seen_by, p.entries * p.key_tiles * tiles_of(p.row_tiles, 32), sizeof(SeenBy));

@@ -2,8 +2,8 @@
 #pragma once
 
 #include "attn/sm90/backward_tiling.h"
-#include "attn/sm90/seeing_rows.h"
 #include "attn/sm90/turns.h"
+#include "attn/tile_sight.h"
 
 namespace dflash::DFLASH_ISA::sm90 {
 
@@ -22,10 +22,7 @@ class BackwardProducer {
     uint32_t parity = 1;
     for (int section = 0; section < static_cast<int>(p_.sections); ++section) {
       const int first = p_.first_items[section * static_cast<int>(p_.blocks) + blockIdx.x];
-      if (first < 0) {
-        count_up(p_.sections_added + section);
-        continue;
-      }
+      if (first < 0) continue;
       const BackwardItem* next = p_.items + first;
       for (bool goes_on = true; goes_on; ++next) {
         shared_.item_slots.empty[slot.index].wait(slot.parity);
@@ -117,43 +114,54 @@ class BackwardProducer {
       if (unit.tile < 0) return;
       const int64_t index = unit.index;
       const int turn = unit.turn;
-      const bool ends_item = unit.ends_item;
       shared_.rows.empty[stage.index].arrive();  // the unit has been read
       int32_t* const added = p_.rows_added + index;
       if (p_.is_deterministic) wait_for_turn(added, turn);
       shared_.grad_q_full.wait(parity);
       const bool is_first = p_.is_deterministic ? turn == 0 : claims_first(added);
       put_sums<kFloats>(p_.grad_q_sums + index * kFloats, memory_ + Tiling::kGradQAt, is_first);
-      // When consumers end an item, all of its additions have reached memory.
-      if (ends_item) {
-        bulk_wait_group<0>();
-      } else {
-        bulk_wait_group_read<0>();
-      }
+      bulk_wait_group_read<0>();
       shared_.grad_q_empty.arrive();
       if (p_.is_deterministic || is_first) end_turn(added);
     }
   }
 
- private:
-  // Finds the tiles of rows of one item.
+ protected:
+  // Finds the tiles of rows of one item, head group by head group, in the order of rows.
   DFLASH_INLINE void find_rows(int slot, Stage<Tiling::kStages>& stage) {
+    constexpr int kKeys = Tiling::kKeys;
     const BackwardItem& item = shared_.items[slot];
-    find_seeing_rows<Tiling::kKeys>(p_, item, [&](const SeeingRows& rows, const TileSight& sight) {
-      // All tiles of rows can be counted in 32 bits: there is no memory for more.
-      const int head_group = item.batch * launch_.groups + item.kv_head * launch_.groups_per_head + rows.group;
-      const int index = head_group * static_cast<int>(p_.row_tiles) + rows.tile;
-      const int turn = rows.is_here && p_.is_deterministic ? p_.turns[index * p_.key_tiles + item.key_tile] : 0;
-      shared_.rows.empty[stage.index].wait(stage.parity);
-      // The lane that holds the tile's entry of the table publishes it.
-      if (rows.is_here) {
-        shared_.units[stage.index] = BackwardUnit{rows.tile,     rows.group,      slot,         turn,
-                                                  sight.is_full, sight.has_empty, rows.is_last, index};
-        shared_.found[stage.index].arrive();
+    if (item.begin == item.end) return;
+    const int count = static_cast<int>(p_.row_tiles), lane = threadIdx.x % 32;
+    int group = item.begin / item.per_group;
+    int found = -(item.begin % item.per_group);  // negative: what belongs to the block before
+    for (;; ++group) {
+#pragma unroll 1
+      for (int base = 0; base < count; base += 32) {
+        const int lo = item.key_tile * kKeys;
+        TileSight sight;
+        if (base + lane < count) sight = TileSight(p_.tiles[item.entry * p_.row_tiles + base + lane], lo, lo + kKeys);
+#pragma unroll 1
+        for (uint32_t seen = __ballot_sync(~0u, sight.is_seen); seen != 0; seen &= seen - 1) {
+          if (found++ < 0) continue;
+          // The lane that holds the tile's entry of the table publishes it.
+          const bool publishes = lane == __ffs(seen) - 1;
+          // All tiles of rows can be counted in 32 bits: there is no memory for more.
+          const int head_group = item.batch * launch_.groups + item.kv_head * launch_.groups_per_head + group;
+          const int index = head_group * count + base + lane;
+          const int turn = publishes && p_.is_deterministic ? p_.turns[index * p_.key_tiles + item.key_tile] : 0;
+          shared_.rows.empty[stage.index].wait(stage.parity);
+          if (publishes) {
+            shared_.units[stage.index] = BackwardUnit{base + lane,   group,           slot, turn,
+                                                      sight.is_full, sight.has_empty, index};
+            shared_.found[stage.index].arrive();
+          }
+          __syncwarp();
+          stage.advance();
+          if (found == item.end - item.begin) return;
+        }
       }
-      __syncwarp();
-      stage.advance();
-    });
+    }
   }
 
   const BackwardParams& p_;

@@ -12,7 +12,6 @@
 #include "attn/masking.h"
 #include "attn/scores.h"
 #include "attn/sm90/backward_wide_tiling.h"
-#include "attn/sm90/turns.h"
 #include "common/named_barrier.h"
 
 namespace dflash::DFLASH_ISA::sm90 {
@@ -46,9 +45,9 @@ class WideKeyConsumer {
   }
 
  private:
-  // Rows are released before the next are waited for, because the other consumer's rows take the place of what this one
-  // releases. After the last tile the scores are those of whatever shared memory holds, and nobody uses them: a product
-  // that is skipped at times would make ptxas serialize all products.
+  // While the product of one tile of rows runs, that of the next tile's scores starts. After the last tile they are
+  // scores of whatever shared memory holds, and nobody uses them: a product that is skipped at times would make ptxas
+  // serialize all products.
   DFLASH_INLINE void work_on_item() {
     Sums sums = {};
     int left = item().end - item().begin;
@@ -66,12 +65,12 @@ class WideKeyConsumer {
         start_sums(sums, weights);
         ++turns_;
         const bool has_next = --left > 0;
-        wgmma_wait_group<0>();
+        if (has_next) wait_for_scored_rows();
+        start_scores(s);
+        wgmma_wait_group<1>();
 #pragma unroll
         for (auto& half : sums) fence_accumulator(half);
         release(kOfKeys ? shared_.queries_empty[used] : shared_.gradients_empty);
-        if (has_next) wait_for_scored_rows();
-        start_scores(s);
         wgmma_wait_group<0>();
         fence_accumulator(s);
         if (has_next) weigh(weights, s);
@@ -324,18 +323,13 @@ class WideKeyConsumer {
     const int64_t tile = (int64_t(item.batch) * p_.kv_heads + item.kv_head) * p_.key_tiles + item.key_tile;
     float* const to = p_.grad_key_sums +
                       ((tile * 2 + !kOfKeys) * Tiling::kBlocks + rank()) * (kKeys * kColumns) + thread() * 4;
-    int32_t* const added = p_.keys_added + (tile * 2 + !kOfKeys) * Tiling::kBlocks + rank();
-    if (p_.is_deterministic && thread() == 0) wait_for_turn(added, item.turn);
-    named_barrier_sync(kOwnThreads + kOfKeys, kWarpgroup);  // all threads have read the item, and may add
+    named_barrier_sync(kOwnThreads + kOfKeys, kWarpgroup);  // all threads have read the item
     if (thread() == 0) shared_.kv_empty.arrive();
 #pragma unroll
     for (int j = 0; j < kColumns / 8; ++j) {
       const float* const x = sums[j / (kHalf / 8)] + j % (kHalf / 8) * 4;
       red_add_v4(to + j * kWarpgroup * 4, x[0], x[1], x[2], x[3]);
     }
-    if (!p_.is_deterministic) return;
-    named_barrier_sync(kOwnThreads + kOfKeys, kWarpgroup);
-    if (thread() == 0) count_up(added);
   }
 
   const BackwardParams& p_;
@@ -374,10 +368,7 @@ class WideQueryConsumer {
     const int rank = cluster_rank();
     shared_.scores_full.wait(turn_ % 2);
     const uint32_t stage = turn_++ % Tiling::kStages;
-    const int64_t index = shared_.units[stage].index;
-    const int turn = shared_.units[stage].turn;
-    int32_t* const added = p_.rows_added + index * Tiling::kBlocks + rank;
-    float* to = p_.grad_q_sums + index * (Tiling::kRows * Tiling::kDim) +
+    float* to = p_.grad_q_sums + shared_.units[stage].index * (Tiling::kRows * Tiling::kDim) +
                 rank * Tiling::kGradQPanels * (Tiling::kRows * kColumns) + threadIdx.x % kWarpgroup * 4;
     __syncwarp();
     if (threadIdx.x % 32 == 0) shared_.queries_empty[stage].arrive();
@@ -391,10 +382,6 @@ class WideQueryConsumer {
         shared_.scores_empty.arrive();
         if (!Tiling::kSplitsColumns) arrive_remotely(map_to_rank(shared_address(&shared_.scores_empty), 1 - rank));
       }
-      if (panel == 0 && p_.is_deterministic) {
-        if (threadIdx.x % kWarpgroup == 0) wait_for_turn(added, turn);
-        named_barrier_sync(kQueryThreads, kWarpgroup);
-      }
 #pragma unroll
       for (int j = 0; j < kColumns / 8; ++j) {
         const float* const x = grad_q + 4 * j;
@@ -402,9 +389,6 @@ class WideQueryConsumer {
       }
       to += Tiling::kRows * kColumns;
     }
-    if (!p_.is_deterministic) return;
-    named_barrier_sync(kQueryThreads, kWarpgroup);
-    if (threadIdx.x % kWarpgroup == 0) count_up(added);
   }
 
   // Starts grad_q = dS k, for one of the block's panels of columns.
