@@ -15,7 +15,7 @@ from bench.timing import Call, gpu_turns
 from dflash_ext import linear
 
 ROTATED_BYTES = 128 << 20
-ROWS = (1, 8, 16, 64, 128)
+ROWS = (1, 8, 16, 32, 64, 128)
 WEIGHTS = {
     "8B q, k and v": (6144, 4096),
     "8B o": (4096, 4096),

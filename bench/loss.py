@@ -1,6 +1,8 @@
-"""linear_cross_entropy on a GPU against its bare matrix products and against other libraries: ``python -m bench.loss``.
+"""The losses on a GPU against bare matrix products and against other libraries: ``python -m bench.loss``.
 
-Every implementation runs forward and backward on the same rows. Liger and cut-cross-entropy take part where they are
+Every implementation of linear_cross_entropy runs forward and backward on the same rows. Rows of given logits follow,
+where "in place" is the pass that linear_cross_entropy uses: it turns logits into gradients, reads them once and writes
+them once. These are the bytes of the rate of all implementations. Liger and cut-cross-entropy take part where they are
 installed. The peak of memory is what a call needs in addition to weights and inputs, the gradients included.
 """
 
@@ -16,7 +18,7 @@ from torch import Tensor
 
 from bench import runner
 from bench.timing import gpu_turns
-from dflash_ext import linear_cross_entropy
+from dflash_ext import linear_cross_entropy, masked_cross_entropy
 
 KL_SHARE = 0.5
 
@@ -169,6 +171,66 @@ def products(case: Case) -> Callable[[], None]:
     return run
 
 
+# ---- the loss of given logits -----------------------------------------------------------------------------
+
+LOGITS = ((8192, 151936), (2048, 151936), (2048, 262144), (8192, 49152))
+
+
+def in_place(logits: Tensor, labels: Tensor) -> Tensor:
+    """Overwrites the logits with the gradient, and returns it."""
+    options = {"teacher_kind": 0, "teacher_mix": 0.0, "softcap": 0.0, "label_smoothing": 0.0, "z_loss": 0.0}
+    torch.ops.dflash_ext.masked_cross_entropy_(logits.detach()[None], labels[None], None, None, **options)
+    return logits
+
+
+def _gradient(function: Callable[[Tensor, Tensor], Tensor], logits: Tensor, labels: Tensor) -> Tensor:
+    (grad,) = torch.autograd.grad(function(logits, labels), logits)
+    return grad
+
+
+def liger_of_logits(logits: Tensor, labels: Tensor) -> Tensor:
+    from liger_kernel.transformers import LigerCrossEntropyLoss
+
+    # It overwrites the logits, too.
+    return _gradient(LigerCrossEntropyLoss(reduction="sum"), logits, labels)
+
+
+_torchs_sum = functools.partial(F.cross_entropy, reduction="sum")
+
+OF_LOGITS = {
+    "dflash_ext, in place": in_place,
+    "dflash_ext": functools.partial(_gradient, lambda x, y: masked_cross_entropy(x, y, reduction="sum").loss),
+    "torch": functools.partial(_gradient, _torchs_sum),
+    "torch.compile": functools.partial(_gradient, torch.compile(_torchs_sum)),
+    "liger": liger_of_logits,
+}
+
+
+def measured_logits(rows: int, vocab: int, chosen: list[str], rounds: int = 15) -> list[dict]:
+    torch.manual_seed(0)
+    fresh = (3 * torch.randn(rows, vocab, device="cuda")).bfloat16()
+    labels = torch.randint(0, vocab, (rows,), device="cuda")
+    few = slice(0, 64)
+    exact = _gradient(_torchs_sum, fresh[few].double().requires_grad_(), labels[few])
+    calls, errors_of = {}, {}
+    for name, function in OF_LOGITS.items():
+        impl = name.split(",")[0]
+        if impl not in chosen or (impl in MODULES and importlib.util.find_spec(MODULES[impl]) is None):
+            continue
+        logits = fresh.clone().requires_grad_()
+        got = function(logits[few].detach().requires_grad_(), labels[few])
+        errors_of[name] = ((got.double() - exact).abs().max() / exact.abs().max()).item()
+        calls[name] = functools.partial(function, logits, labels)
+    timings = gpu_turns(calls, rounds=rounds, graphs=False)
+    case, size = f"logits T{rows} V{vocab}", 2 * fresh.nbytes
+    print(case, *(f"  {name}: {t.ms:.3f} ms, {size / t.ms / 1e9:.2f} TB/s" for name, t in timings.items()), sep="\n")
+    return [
+        {"case": case, "impl": name, "pass": "forward+backward", **timing.row()}
+        | {"gbs": size / timing.ms / 1e6, "max_err": errors_of[name]}
+        for name, timing in timings.items()
+    ]
+
+
 # ---- the measurements -------------------------------------------------------------------------------------
 
 
@@ -230,10 +292,14 @@ def measured(case: Case, chosen: list[str], rounds: int = 15) -> list[dict]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--impl", nargs="+", choices=IMPLEMENTATIONS, default=list(IMPLEMENTATIONS))
-    parser.add_argument("--case", nargs="+", type=int, choices=range(len(CASES)), default=list(range(len(CASES))))
+    parser.add_argument("--case", nargs="*", type=int, choices=range(len(CASES)), default=list(range(len(CASES))))
+    parser.add_argument("--logits", nargs="*", type=int, choices=range(len(LOGITS)), default=list(range(len(LOGITS))))
     arguments = parser.parse_args()
     name, ceilings = runner.gpu_name(), runner.gpu_ceilings()
     rows = []
+    for index in arguments.logits:
+        rows += measured_logits(*LOGITS[index], arguments.impl)
+        runner.write(f"loss_{name}", rows, ceilings)
     for index in arguments.case:
         rows += measured(CASES[index], arguments.impl)
         runner.write(f"loss_{name}", rows, ceilings)
