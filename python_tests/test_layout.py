@@ -13,7 +13,7 @@ LAYERS = (
     "__main__",
     "cli",
     "demo",
-    "doctor",
+    "doctor drafter_doctor",
     "train",
     "eval",
     "data",

@@ -1,0 +1,94 @@
+"""The doctor finds how a drafter was trained when its config says something else."""
+
+import copy
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from dflash_ext import drafter_doctor
+from dflash_ext.decode import decode
+from dflash_ext.drafter_doctor import AS_CONFIGURED, Findings, examine
+from dflash_ext.models import Target
+from dflash_ext.train import AnchorCollator
+from dflash_ext.train.objectives import DFlashObjective
+from python_tests.data.letters import letters
+from python_tests.tiny import MASK_TOKEN, tiny_pair
+
+PROMPTS = [[10 + (i * i + shift) % 7 for i in range(12)] for shift in range(4)]
+
+
+@pytest.fixture(scope="module", params=["full", "sliding"])
+def trained(request):
+    """A drafter that has learnt the target's answers to the prompts, so that each wrong reading costs it tau."""
+    target, drafter = tiny_pair("llama", sliding=request.param == "sliding")
+    answers = decode(Target(target.model), None, PROMPTS, max_new_tokens=24).completions
+    samples = []
+    for prompt, answer in zip(PROMPTS, answers, strict=True):
+        ids = torch.tensor(prompt + answer.tokens)
+        samples.append({"input_ids": ids, "loss_mask": torch.arange(len(ids)) >= len(prompt)})
+    objective = DFlashObjective(drafter, target, gamma=4.0)
+    batch = AnchorCollator(24, 6, MASK_TOKEN)(samples)
+    features = objective.of_target(batch)
+    optimizer = torch.optim.AdamW(drafter.parameters(), lr=3e-3)
+    for _ in range(100):
+        optimizer.zero_grad()
+        (objective(drafter, batch, *features).losses.sum() / objective.divisor(batch)).backward()
+        optimizer.step()
+    return target, drafter.eval()
+
+
+def found(target, drafter) -> Findings:
+    return examine(target, drafter, letters(), {"given": PROMPTS}, max_new_tokens=24)
+
+
+def test_nothing_is_wrong_with_a_drafter_that_is_read_as_it_was_trained(trained):
+    findings = found(*trained)
+    assert findings.best == AS_CONFIGURED, findings.readings
+    assert not findings.warnings()
+    assert findings.readings[AS_CONFIGURED] == findings.decoded_tau > 3
+    assert findings.logit_difference < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("wrong", "named"),
+    [
+        ({"target_layer_ids": +1}, "taps shifted by -1"),
+        ({"target_layer_ids": -1}, "taps shifted by +1"),
+        ({"mask_token_id": 5}, f"mask token {MASK_TOKEN}, the tokenizer's mask token"),
+        ({"sample_from_anchor": True}, "labels that begin behind the anchor (sample_from_anchor is False)"),
+    ],
+)
+def test_a_wrong_config_is_found(trained, wrong, named):
+    target, drafter = trained
+    ((key, value),) = wrong.items()
+    config = drafter.config
+    if key == "target_layer_ids":
+        value = [tap + value for tap in config.target_layer_ids]
+        target = Target(target.model, value)
+    changes = {key: value} if key == "sample_from_anchor" else {"dflash_config": config.dflash_config | {key: value}}
+    tokenizer = SimpleNamespace(mask_token_id=MASK_TOKEN, pad_token_id=None, unk_token_id=None, eos_token_id=None)
+    findings = examine(
+        target, drafter_doctor._read_as(drafter, **changes), tokenizer, {"given": PROMPTS}, max_new_tokens=24
+    )
+    assert findings.best == named
+    assert any(f"the drafter fits {named}: tau" in warning for warning in findings.warnings())
+
+
+def test_a_tau_far_below_what_the_slots_imply_is_said():
+    findings = Findings({AS_CONFIGURED: 1.2}, [0.9, 0.9, 0.8], 1.2, 0.0, torch.float32)
+    assert findings.implied_tau == pytest.approx(1 + 0.9 + 0.81 + 0.648)
+    (warning,) = findings.warnings()
+    assert "tau is 1.20, and the accuracy of the slots implies 3.36" in warning
+    assert not Findings({AS_CONFIGURED: 3.3}, [0.9, 0.9, 0.8], 3.2, 0.0, torch.float32).warnings()
+
+
+def test_logits_that_differ_are_said(trained, monkeypatch):
+    target, drafter = trained
+    wrong = copy.deepcopy(drafter)
+    whole = type(drafter).decode_masks
+    monkeypatch.setattr(  # decoding that does not see the last token before the anchor
+        type(drafter), "decode_masks", lambda self, lens, *sizes: whole(self, (lens - 1).clamp(min=0), *sizes)
+    )
+    findings = found(target, wrong)
+    assert any("training and decoding give different logits" in warning for warning in findings.warnings())
