@@ -56,7 +56,8 @@ struct PenaltyArguments {
     const ScalarType real = real_of(logits);
     const int64_t rows = logits.size(0);
     const auto check_table = [&](const char* name, const Tensor& table, ScalarType dtype) {
-      check(table.dim() == 2 && (tables || table.size(0) == rows), op, ": ", name, " must have a row for each row of logits");
+      check(table.dim() == 2 && (tables || table.size(0) == rows), op, ": ", name,
+            " must have a row for each row of logits");
       check_tensor(op, name, table, logits, dtype, {table.size(0), vocab});
     };
     if (counts) check_table("token_counts", *counts, ScalarType::Int);
@@ -103,11 +104,9 @@ constexpr const char* sample_sm90(const SampleParams&, void*) { return nullptr; 
 constexpr const char* verify_sm90(const VerifyParams&, void*) { return nullptr; }
 #endif
 const char* sample_on_gpu(const SampleParams& p, void* stream) {
-  check(!p.penalties.any(), "sample: penalties and a bias are computed on the CPU only");
   return sample_sm90_serves(p, stream) ? sample_sm90(p, stream) : sample_sm80(p, stream);
 }
 const char* verify_on_gpu(const VerifyParams& p, void* stream) {
-  check(!p.penalties.any(), "verify: penalties and a bias are computed on the CPU only");
   return verify_sm90_serves(p, stream) ? verify_sm90(p, stream) : verify_sm80(p, stream);
 }
 const char* reveal_on_gpu(const RevealParams& p, void* stream) { return reveal_sm80(p, stream); }

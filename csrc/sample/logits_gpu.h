@@ -1,7 +1,7 @@
 // Logits in memory and in registers on a GPU, what lanes do with them, and masses (unnormalised probabilities).
 #pragma once
 
-#include "sample/filters.h"
+#include "sample/penalties.h"
 
 namespace dflash::DFLASH_ISA {
 
@@ -65,9 +65,21 @@ struct Best {
 DFLASH_INLINE __nv_bfloat162 both(__nv_bfloat16 x) { return __bfloat162bfloat162(x); }
 DFLASH_INLINE __half2 both(__half x) { return __half2half2(x); }
 
-// The same of chunks, for types of 16 bits two at a time.
-template <class T>
+// The same of chunks of logits; those of 16 bits are taken two at a time.
+template <class Values>
 struct BestOfChunks {
+  Best value = Best::none();
+
+  DFLASH_INLINE void add(const Values& chunk) {
+#pragma unroll
+    for (int k = 0; k < Values::kSize; ++k) value.add(chunk.values[k]);
+  }
+  DFLASH_INLINE Best best() const { return value; }
+};
+
+template <class T>
+  requires(sizeof(T) == 2)
+struct BestOfChunks<Chunk<T>> {
   using Pair = decltype(both(T{}));
   Pair first = both(from_float<T>(-kInfinity)), second = first;
 
@@ -86,17 +98,6 @@ struct BestOfChunks {
   }
 };
 
-template <>
-struct BestOfChunks<float> {
-  Best value = Best::none();
-
-  DFLASH_INLINE void add(const Chunk<float>& chunk) {
-#pragma unroll
-    for (int k = 0; k < 4; ++k) value.add(chunk.values[k]);
-  }
-  DFLASH_INLINE Best best() const { return value; }
-};
-
 // Loads the logits of tokens [i, i + kSize); past the end they are -inf.
 template <class T>
 DFLASH_INLINE Chunk<T> load_chunk(const T* x, uint32_t vocab, uint32_t i, bool aligned) {
@@ -108,23 +109,135 @@ DFLASH_INLINE Chunk<T> load_chunk(const T* x, uint32_t vocab, uint32_t i, bool a
   return chunk;
 }
 
-// The distribution of a row: exp2((x - origin) * rate) * scale for logits x of at least `lowest`, 0 for the others.
+// A row of logits as they lie in memory. `Values` are the logits of a chunk of neighbouring tokens.
 template <class T>
-struct Masses {
+struct PlainLogits {
+  using Element = T;
+  using Values = Chunk<T>;
   static constexpr int kSize = Chunk<T>::kSize;
+  static constexpr bool kIsPlain = true;
+
+  const T* x;
+  uint32_t vocab;
+  bool is_aligned;
+
+  DFLASH_INLINE PlainLogits(const T* x, int64_t vocab) : x(x), vocab(vocab), is_aligned(device::is_aligned(x)) {}
+
+  DFLASH_INLINE float operator[](int64_t token) const { return to_float(x[token]); }
+  // Returns the logits of tokens [i, i + kSize), which are -inf past the end of the row.
+  DFLASH_INLINE Values at(uint32_t i) const { return load_chunk(x, vocab, i, is_aligned); }
+  DFLASH_INLINE PlainLogits within(uint32_t, uint32_t) const { return *this; }
+  // The same of a chunk within an aligned row.
+  DFLASH_INLINE Values load_whole(uint32_t i) const { return *reinterpret_cast<const Values*>(x + i); }
+};
+
+template <int kCount>
+struct FloatValues {
+  static constexpr int kSize = kCount;
+  float values[kSize];
+};
+
+// A row of logits after its bias and its penalties.
+template <class T>
+struct PenalisedLogits {
+  using Element = T;
+  static constexpr int kSize = Chunk<T>::kSize;
+  using Values = FloatValues<kSize>;
+  static constexpr bool kIsPlain = false;
+
+  const T* x;
+  uint32_t vocab;
+  bool is_aligned;
+  int drafted;                        // 0 in parts of the row that have no drafts
+  const Penalties<float>& penalties;  // in shared memory
+
+  DFLASH_INLINE PenalisedLogits(const T* x, int64_t vocab, const Penalties<float>& penalties)
+      : x(x), vocab(vocab),
+        is_aligned(device::is_aligned(x) && device::is_aligned(penalties.counts) && device::is_aligned(penalties.bias)),
+        drafted(penalties.drafted), penalties(penalties) {}
+
+  DFLASH_INLINE float operator[](int64_t token) const { return penalties(to_float(x[token]), token); }
+  DFLASH_INLINE Values at(uint32_t i) const {
+    const Chunk<T> chunk = load_chunk(x, vocab, i, is_aligned);
+    Values own;
+    load_table(own.values, penalties.bias, i);
+#pragma unroll
+    for (int k = 0; k < kSize; ++k) own.values[k] += to_float(chunk.values[k]);
+    if (penalties.counts == nullptr) return own;
+    int counts[kSize];
+    load_table(counts, penalties.counts, i);
+#pragma unroll 1
+    for (int j = 0; j < drafted; ++j) {
+      const uint32_t place = uint32_t(penalties.drafts[j]) - i;
+#pragma unroll
+      for (int k = 0; k < kSize; ++k) counts[k] = place == k ? Penalties<float>::one_more(counts[k]) : counts[k];
+    }
+#pragma unroll
+    for (int k = 0; k < kSize; ++k) own.values[k] = penalties.with_count(own.values[k], counts[k]);
+    return own;
+  }
+  // Returns the row for tokens of [begin, end) alone. All lanes of a warp call this.
+  DFLASH_INLINE PenalisedLogits within(uint32_t begin, uint32_t end) const {
+    bool has = false;
+#pragma unroll 1
+    for (int j = lane_id(); j < drafted; j += 32) {
+      has = has || (penalties.drafts[j] >= begin && penalties.drafts[j] < end);
+    }
+    PenalisedLogits part = *this;
+    if (!__any_sync(~0u, has)) part.drafted = 0;
+    return part;
+  }
+
+ private:
+  template <class Number>
+  DFLASH_INLINE void load_table(Number (&out)[kSize], const Number* table, uint32_t i) const {
+    const bool is_whole = is_aligned && i + kSize <= vocab;
+#pragma unroll
+    for (int k = 0; k < kSize; k += 4) {
+      Chunk<Number> own{};
+      if (table != nullptr && is_whole) {
+        own = *reinterpret_cast<const Chunk<Number>*>(table + i + k);
+      } else if (table != nullptr) {
+#pragma unroll
+        for (int n = 0; n < 4; ++n) own.values[n] = i + k + n < vocab ? table[i + k + n] : Number(0);
+      }
+#pragma unroll
+      for (int n = 0; n < 4; ++n) out[k + n] = own.values[n];
+    }
+  }
+};
+
+// Returns the logits of a row, whose penalties count the drafts too. All threads of a block call this, once.
+template <class Source>
+DFLASH_INLINE Source logits_of(const typename Source::Element* x, int64_t vocab, const PenaltyParams& penalties,
+                               int64_t row, const int64_t* drafts = nullptr, int64_t drafted = 0) {
+  if constexpr (Source::kIsPlain) {
+    return {x, vocab};
+  } else {
+    __shared__ Penalties<float> own;  // it would take a quarter of the registers
+    if (threadIdx.x == 0) own = Penalties<float>::of(penalties, row, vocab, drafts, drafted);
+    __syncthreads();
+    return {x, vocab, own};
+  }
+}
+
+// The distribution of a row: exp2((x - origin) * rate) * scale for logits x of at least `lowest`, 0 for the others.
+struct Masses {
   float lowest, origin, rate, scale;
 
   // The exponent of a NaN, and of -inf - -inf, is that of -inf, whose mass is 0. 0 * -inf would be NaN.
   DFLASH_INLINE float exponent(float x) const { return fmaxf((x - origin) * rate, -1e4f); }
   DFLASH_INLINE float operator()(float x) const { return x >= lowest ? exp2_of(exponent(x)) * scale : 0.f; }
-  DFLASH_INLINE void operator()(float (&mass)[kSize], const Chunk<T>& x) const {
+  template <class Values>
+  DFLASH_INLINE void operator()(float (&mass)[Values::kSize], const Values& x) const {
 #pragma unroll
-    for (int k = 0; k < kSize; ++k) mass[k] = (*this)(to_float(x.values[k]));
+    for (int k = 0; k < Values::kSize; ++k) mass[k] = (*this)(to_float(x.values[k]));
   }
   // Any masses have this: what computes the masses of the chunks of a batch (row_gpu.h).
   template <class Batch>
   DFLASH_INLINE auto of(const Batch&) const {
-    return [mass = *this](float(&own)[kSize], int, uint32_t, const Chunk<T>& x) { mass(own, x); };
+    using Values = typename Batch::Values;
+    return [mass = *this](float(&own)[Values::kSize], int, uint32_t, const Values& x) { mass(own, x); };
   }
 };
 

@@ -20,20 +20,26 @@ template <class Real>
 struct Penalties {
   const int32_t* counts;  // [vocab]; null: no penalties
   const Real* bias;       // [vocab]; null: none
-  Real repetition, presence, frequency;
+  Real repetition, inverse_repetition, presence, frequency;
   const int64_t* drafts;  // tokens that count beside `counts`
   int drafted;
 
   // Values in tensors are not checked: a repetition penalty that is not above 0, and others that are NaN, are off.
-  DFLASH_MEMBER Penalties(const PenaltyParams& p, int64_t row, int64_t vocab, const int64_t* drafts, int64_t drafted)
-      : repetition(value_of<Real>(p.repetition, row)), presence(value_of<Real>(p.presence, row)),
-        frequency(value_of<Real>(p.frequency, row)), drafts(drafts), drafted(p.counts ? int(drafted) : 0) {
+  DFLASH_MEMBER static Penalties of(const PenaltyParams& p, int64_t row, int64_t vocab, const int64_t* drafts,
+                                    int64_t drafted) {
     const int64_t table = p.tables ? p.tables[row] : row;
-    counts = p.counts ? p.counts + table * vocab : nullptr;
-    bias = p.bias ? static_cast<const Real*>(p.bias) + table * p.bias_stride : nullptr;
-    if (!(repetition > 0)) repetition = 1;
-    if (!(presence == presence)) presence = 0;
-    if (!(frequency == frequency)) frequency = 0;
+    Penalties own;
+    own.counts = p.counts ? p.counts + table * vocab : nullptr;
+    own.bias = p.bias ? static_cast<const Real*>(p.bias) + table * p.bias_stride : nullptr;
+    const Real repetition = value_of<Real>(p.repetition, row), presence = value_of<Real>(p.presence, row),
+               frequency = value_of<Real>(p.frequency, row);
+    own.repetition = repetition > 0 ? repetition : 1;
+    own.inverse_repetition = 1 / own.repetition;
+    own.presence = presence == presence ? presence : 0;
+    own.frequency = frequency == frequency ? frequency : 0;
+    own.drafts = drafts;
+    own.drafted = p.counts ? int(drafted) : 0;
+    return own;
   }
 
   // Returns a token's count with one more of it. Tokens of the prompt alone have a count of -1.
@@ -41,19 +47,21 @@ struct Penalties {
 
   DFLASH_MEMBER int count_of(int64_t token) const {
     int count = counts ? counts[token] : 0;
+#ifdef __CUDACC__
+#pragma unroll 1
+#endif
     for (int j = 0; j < drafted; ++j) count = drafts[j] == token ? one_more(count) : count;
     return count;
   }
 
-  // Returns the logit of a token with this bias and count.
-  DFLASH_MEMBER Real operator()(Real x, Real bias, int count) const {
-    x += bias;
+  // Returns a logit, to which the bias has been added, after the penalties of this count.
+  DFLASH_MEMBER Real with_count(Real x, int count) const {
     if (count == 0) return x;
-    x = x > 0 ? x / repetition : rounded_product(x, repetition);
+    x = rounded_product(x, x > 0 ? inverse_repetition : repetition);
     return count > 0 ? x - rounded_product(frequency, Real(count)) - presence : x;
   }
   DFLASH_MEMBER Real operator()(Real x, int64_t token) const {
-    return (*this)(x, bias ? bias[token] : Real(0), count_of(token));
+    return with_count(bias ? x + bias[token] : x, count_of(token));
   }
 };
 

@@ -5,6 +5,7 @@
 
 #include "sample/logits_gpu.h"
 #include "sample/team.h"
+#include "sample/team_size.h"
 
 namespace dflash::DFLASH_ISA {
 
@@ -14,6 +15,13 @@ constexpr int kMaxTiles = 512;
 
 template <class T>
 constexpr int kStep = 32 * kLoads * Chunk<T>::kSize;  // tokens that a warp loads at once
+
+// The launch of a kernel with a team for every row.
+template <class Team>
+LaunchShape shape_of(int64_t rows, const TeamShape& team) {
+  LaunchShape shape{rows * team.size, kThreads, team.resident_bytes, Team::kLargest > 1 ? team.size : 0};
+  return shape;
+}
 
 // The sum of e = 2^d, d = (x - the row's maximum) * rate, and the sum of e * d, over a tile or a row.
 struct Sums {
@@ -36,18 +44,28 @@ struct RowMemory {
   Sums sum, kept_sum;
 };
 
-template <class T, class Team>
+// Source: PlainLogits or PenalisedLogits.
+template <class Source, class Team>
 class Row {
- public:
-  static constexpr int kSize = Chunk<T>::kSize;
+  using T = typename Source::Element;
+  using Values = typename Source::Values;
+  static constexpr bool kMayStay = Source::kIsPlain && Team::kLargest > 1;
 
-  DFLASH_INLINE Row(const T* x, int64_t vocab, float temperature, RowMemory& memory)
-      : x_(x), vocab_(vocab), aligned_(is_aligned(x)), memory_(memory), temperature_(temperature == 0 ? 1 : temperature),
+ public:
+  static constexpr int kSize = Source::kSize;
+
+  // resident: null, or shared memory for the block's part of the row, from which all passes after the first read.
+  DFLASH_INLINE Row(const Source& logits, float temperature, RowMemory& memory, T* resident = nullptr)
+      : logits_(logits), vocab_(logits.vocab), memory_(memory),
+        temperature_(temperature == 0 ? 1 : temperature),
         rate_(kLog2E / temperature_),
         tile_size_((vocab_ + kStep<T> * kMaxTiles - 1) / (kStep<T> * kMaxTiles) * kStep<T>),
         tiles_((vocab_ + tile_size_ - 1) / tile_size_), share_((tiles_ + Team::size() - 1) / Team::size()) {
     Team::arrive_at_start();
-    if (own_begin() + warp_id() < own_end()) prefetch_tile(own_begin() + warp_id());
+    if constexpr (kMayStay) {
+      if (resident != nullptr) resident_ = resident - int64_t(own_begin()) * tile_size_;
+    }
+    prefetch(logits_.x);
   }
 
   // Reads the maxima of the row, and its sums if `with_sums`. This is the one read that goes to memory. The whole team
@@ -80,7 +98,7 @@ class Row {
   DFLASH_INLINE float second() const { return memory_.second; }
   DFLASH_INLINE bool is_certain() const { return max() == kInfinity; }  // a point mass at the argmax
   DFLASH_INLINE bool is_empty() const { return max() == -kInfinity; }   // nothing but -inf and NaN
-  DFLASH_INLINE float logit(int64_t token) const { return to_float(x_[token]); }
+  DFLASH_INLINE float logit(int64_t token) const { return logits_[token]; }
   DFLASH_INLINE const Sums& sums() const { return memory_.sum; }
   DFLASH_INLINE const Tile& tile(int t) const { return memory_.tiles[t]; }
 
@@ -89,8 +107,8 @@ class Row {
   DFLASH_INLINE float pivot() const { return pivot_; }  // -inf if nothing was dropped
   DFLASH_INLINE float lowest() const { return lowest_; }
   DFLASH_INLINE float normaliser() const { return max() / temperature_ + logf(kept().e); }
-  DFLASH_INLINE Masses<T> masses() const { return {lowest_, max(), rate_, 1}; }
-  DFLASH_INLINE Masses<T> probabilities() const { return {lowest_, max(), rate_, 1 / kept().e}; }
+  DFLASH_INLINE Masses masses() const { return {lowest_, max(), rate_, 1}; }
+  DFLASH_INLINE Masses probabilities() const { return {lowest_, max(), rate_, 1 / kept().e}; }
 
   DFLASH_INLINE const Sums* kept_by_tile() const { return pivot_ > -kInfinity ? memory_.kept : memory_.sums; }
 
@@ -98,7 +116,7 @@ class Row {
   DFLASH_INLINE void keep_from(float pivot) {
     pivot_ = pivot;
     lowest_ = smallest_logit(pivot, temperature_);
-    const Masses<T> mass = masses();
+    const Masses mass = masses();
     for_each_own_tile([&](int t) {
       float e = 0, e_exponent = 0;
       if (memory_.tiles[t].best.first >= lowest_) {
@@ -112,9 +130,21 @@ class Row {
       publish(memory_.kept, t, {warp_sum(e), warp_sum(e_exponent)});
     });
     Team::sync();
-    const Sums sum = total(memory_.kept);
-    if (threadIdx.x == 0) memory_.kept_sum = sum;
+    finish_kept();
+  }
+
+  // Drops what is below the pivot, where it is known what is left: the sums of what is above some logits, by tile, and
+  // of a tile's logits from `lowest` on among these: of_tile(t, lowest). All threads of a block call this.
+  template <class OfTile>
+  DFLASH_INLINE void keep(float pivot, const Sums* above, OfTile&& of_tile) {
+    pivot_ = pivot;
+    lowest_ = smallest_logit(pivot, temperature_);
+    for (int t = threadIdx.x; t < tiles_; t += kThreads) {
+      const Sums more = of_tile(t, lowest_);
+      memory_.kept[t] = {above[t].e + more.e, above[t].e_exponent + more.e_exponent};
+    }
     __syncthreads();
+    finish_kept();
   }
 
   // Sums any masses by tile, into sums.e. The whole team calls this. No block may still read `sums`.
@@ -123,9 +153,9 @@ class Row {
     for_each_own_tile([&](int t) {
       float sum = 0;
       if (memory_.tiles[t].best.first >= lowest_) {
-        for_each_batch<kLoads / 2>(t, [&](const auto& batch) {
+        for_each_batch<kLoads / 2>(logits_, t, [&](const auto& batch) {
           const auto of_chunk = mass.of(batch);
-          batch.for_each([&](int c, uint32_t token, const Chunk<T>& x) {
+          batch.for_each([&](int c, uint32_t token, const Values& x) {
             float own[kSize];
             of_chunk(own, c, token, x);
 #pragma unroll
@@ -181,6 +211,17 @@ class Row {
     return token_in_tile(tile_of_target, target - before, mass);
   }
 
+  // Loads the first of this warp's tiles, in this or another row of the same vocabulary, into the L2 cache.
+  DFLASH_INLINE void prefetch(const T* x) const {
+    const int t = own_begin() + warp_id();
+    if (t >= own_end()) return;
+    const uint32_t first = t * tile_size_ + lane_id() * kSize;
+#pragma unroll
+    for (int c = 0; c < kLoads; ++c) {
+      if (first + c * 32 * kSize < vocab_) prefetch_l2(x + first + c * 32 * kSize);
+    }
+  }
+
   // Calls f(tile) for the tiles of this warp.
   template <class F>
   DFLASH_INLINE void for_each_own_tile(F&& f) const {
@@ -190,8 +231,8 @@ class Row {
   // Calls f(x) for this lane's logits in a tile; -inf past the end of the row.
   template <class F>
   DFLASH_INLINE void for_each_logit(int t, F&& f) const {
-    for_each_batch<kLoads / 2>(t, [&](const auto& batch) {
-      batch.for_each([&](int, uint32_t, const Chunk<T>& chunk) {
+    for_each_batch<kLoads / 2>(own_logits(), t, [&](const auto& batch) {
+      batch.for_each([&](int, uint32_t, const Values& chunk) {
 #pragma unroll
         for (int k = 0; k < kSize; ++k) f(to_float(chunk.values[k]));
       });
@@ -215,14 +256,29 @@ class Row {
   }
 
  private:
+  // Where the block reads its own tiles again.
+  DFLASH_INLINE Source own_logits() const {
+    if constexpr (kMayStay) {
+      if (resident_ != nullptr) return Source(resident_, tiles_ * tile_size_);
+    }
+    return logits_;
+  }
+
+  DFLASH_INLINE void finish_kept() {
+    const Sums sum = total(memory_.kept);
+    if (threadIdx.x == 0) memory_.kept_sum = sum;
+    __syncthreads();
+  }
+
   // A batch of this lane's chunks. Chunk c holds the logits of the tokens from first + c * 32 * kSize on; past the end
   // of the row they are -inf. These were loaded at once, and lie within the row.
   template <int kChunks>
   struct LoadedBatch {
+    using Values = Row::Values;
     static constexpr int kCount = kChunks;
     static constexpr bool kIsLoaded = true;
     uint32_t first;
-    Chunk<T> chunks[kCount];
+    Values chunks[kCount];
 
     template <class F>
     DFLASH_INLINE void for_each(F&& f) const {
@@ -234,65 +290,62 @@ class Row {
   // These are loaded one by one: in the last tile, and in rows that are not aligned.
   template <int kChunks>
   struct Batch {
+    using Values = Row::Values;
     static constexpr int kCount = kChunks;
     static constexpr bool kIsLoaded = false;
     uint32_t first;
-    const T* x;
-    uint32_t vocab;
-    bool aligned;
+    Source logits;
 
     template <class F>
     DFLASH_INLINE void for_each(F&& f) const {
 #pragma unroll 1
       for (int c = 0; c < kCount; ++c) {
         const uint32_t token = first + c * 32 * kSize;
-        f(c, token, load_chunk(x, vocab, token, aligned));
+        f(c, token, logits.at(token));
       }
     }
   };
 
   // Calls f(batch) for the batches of this lane's chunks in a tile.
   template <int kCount, class F>
-  DFLASH_INLINE void for_each_batch(int t, F&& f) const {
+  DFLASH_INLINE void for_each_batch(const Source& logits, int t, F&& f) const {
     constexpr int kTokens = 32 * kCount * kSize;
     const uint32_t tile_begin = t * tile_size_, tile_end = min(vocab_, tile_begin + tile_size_);
+#pragma unroll 1
     for (uint32_t begin = tile_begin; begin < tile_end; begin += kTokens) {
       const uint32_t first = begin + lane_id() * kSize;
-      if (aligned_ && begin + kTokens <= vocab_) {
-        LoadedBatch<kCount> batch{first};
+      if constexpr (Source::kIsPlain) {
+        if (logits.is_aligned && begin + kTokens <= logits.vocab) {
+          LoadedBatch<kCount> batch{first};
 #pragma unroll
-        for (int c = 0; c < kCount; ++c) {
-          batch.chunks[c] = *reinterpret_cast<const Chunk<T>*>(x_ + first + c * 32 * kSize);
+          for (int c = 0; c < kCount; ++c) batch.chunks[c] = logits.load_whole(first + c * 32 * kSize);
+          f(batch);
+          continue;
         }
-        f(batch);
-      } else {
-        f(Batch<kCount>{first, x_, vocab_, aligned_});
       }
-    }
-  }
-
-  DFLASH_INLINE void prefetch_tile(int t) const {
-    const uint32_t first = t * tile_size_ + lane_id() * kSize;
-#pragma unroll
-    for (int c = 0; c < kLoads; ++c) {
-      if (first + c * 32 * kSize < vocab_) prefetch_l2(x_ + first + c * 32 * kSize);
+      f(Batch<kCount>{first, logits.within(begin, begin + kTokens)});
     }
   }
 
   DFLASH_INLINE void read_tile(int t, bool with_sums) {
     Best best = Best::none();
     float e = 0, e_exponent = 0;
-    for_each_batch<kLoads>(t, [&](const auto& batch) {
+    for_each_batch<kLoads>(logits_, t, [&](const auto& batch) {
       const float before = best.first;
-      BestOfChunks<T> maxima;
-      batch.for_each([&](int, uint32_t, const Chunk<T>& chunk) { maxima.add(chunk); });
+      BestOfChunks<Values> maxima;
+      batch.for_each([&](int, uint32_t token, const Values& chunk) {
+        maxima.add(chunk);
+        if constexpr (kMayStay) {
+          if (resident_ != nullptr) *reinterpret_cast<Values*>(resident_ + token) = chunk;
+        }
+      });
       best.merge(maxima.best());
       if (!with_sums) return;
-      const Masses<T> mass{-kInfinity, best.first, rate_, 1};
+      const Masses mass{-kInfinity, best.first, rate_, 1};
       const float shift = mass.exponent(before), scale = exp2_of(shift);
       e_exponent = scale * (e_exponent + shift * e);
       e *= scale;
-      batch.for_each([&](int, uint32_t, const Chunk<T>& chunk) {
+      batch.for_each([&](int, uint32_t, const Values& chunk) {
 #pragma unroll
         for (int k = 0; k < kSize; ++k) {
           const float exponent = mass.exponent(to_float(chunk.values[k])), own = exp2_of(exponent);
@@ -304,7 +357,7 @@ class Row {
     const float lane_max = best.first;
     best.merge_warp();
     if (with_sums) {
-      const float shift = Masses<T>{0, best.first, rate_, 1}.exponent(lane_max), scale = exp2_of(shift);
+      const float shift = Masses{0, best.first, rate_, 1}.exponent(lane_max), scale = exp2_of(shift);
       e_exponent = warp_sum(scale * (e_exponent + shift * e));
       e = warp_sum(scale * e);
     }
@@ -319,8 +372,8 @@ class Row {
 
   DFLASH_INLINE int first_equal(int t) const {
     unsigned found = ~0u;
-    for_each_batch<kLoads / 2>(t, [&](const auto& batch) {
-      batch.for_each([&](int, uint32_t token, const Chunk<T>& chunk) {
+    for_each_batch<kLoads / 2>(logits_, t, [&](const auto& batch) {
+      batch.for_each([&](int, uint32_t token, const Values& chunk) {
 #pragma unroll
         for (int k = 0; k < kSize; ++k) {
           if (to_float(chunk.values[k]) == max()) found = min(found, token + k);
@@ -338,10 +391,10 @@ class Row {
     float rest = kInfinity;
     uint32_t place = 0;  // of the 32 chunks that hold the token
     constexpr int kCount = kLoads / 2;
-    for_each_batch<kCount>(t, [&](const auto& batch) {
+    for_each_batch<kCount>(logits_, t, [&](const auto& batch) {
       const auto of_chunk = mass.of(batch);
       float sums[kCount] = {};
-      batch.for_each([&](int c, uint32_t token, const Chunk<T>& x) {
+      batch.for_each([&](int c, uint32_t token, const Values& x) {
         float own[kSize], sum = 0;
         of_chunk(own, c, token, x);
 #pragma unroll
@@ -366,8 +419,8 @@ class Row {
   // The same among 32 chunks.
   template <class Mass>
   DFLASH_INLINE Token token_in_chunks(uint32_t place, float target, const Mass& mass) const {
-    const Batch<1> batch{place + lane_id() * kSize, x_, vocab_, aligned_};
-    const Chunk<T> x = load_chunk(x_, vocab_, batch.first, aligned_);
+    const Batch<1> batch{place + lane_id() * kSize, logits_};
+    const Values x = logits_.at(batch.first);
     float own[kSize], sum = 0;
     mass.of(batch)(own, 0, batch.first, x);
 #pragma unroll
@@ -389,9 +442,9 @@ class Row {
   DFLASH_INLINE int own_begin() const { return min(tiles_, Team::rank() * share_); }
   DFLASH_INLINE int own_end() const { return min(tiles_, (Team::rank() + 1) * share_); }
 
-  const T* const x_;
+  const Source logits_;
+  T* resident_ = nullptr;  // where token 0 would be
   const uint32_t vocab_;
-  const bool aligned_;
   RowMemory& memory_;
   const float temperature_, rate_;
   const uint32_t tile_size_;  // tokens

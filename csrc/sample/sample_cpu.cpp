@@ -43,7 +43,7 @@ static void sample_rows(const SampleParams& p, int64_t begin, int64_t end) {
     const typename Row<Real, Real>::Workspace workspace(p.vocab, p.filters.any);
     const PenalisedLogits<Real> penalised(p.vocab);
     for (int64_t n = begin; n < end; ++n) {
-      const Penalties<Real> penalties(p.penalties, n, p.vocab, nullptr, 0);
+      const auto penalties = Penalties<Real>::of(p.penalties, n, p.vocab, nullptr, 0);
       sample_row<Real, Real>(p, n, penalised.of(logits(n), penalties), workspace);
     }
   } else {

@@ -9,10 +9,10 @@
 namespace dflash::DFLASH_ISA {
 
 // Blocks of a multiprocessor, which bound the registers.
-template <class Team, bool kFilters>
-constexpr int kSampleBlocks = kFilters && !std::is_same_v<Team, BlockTeam> ? 1 : 2;
+template <class Source, class Team, bool kFilters>
+constexpr int kSampleBlocks = kFilters ? 1 : 2;
 
-template <class T, class Team>
+template <class Source, class Team>
 struct SampledRow {
   const SampleParams& params;
   const int64_t row;
@@ -31,7 +31,7 @@ struct SampledRow {
     set(kToken, token);
   }
 
-  DFLASH_INLINE void write(const Row<T, Team>& logits, bool is_greedy, const typename Row<T, Team>::Token& token,
+  DFLASH_INLINE void write(const Row<Source, Team>& logits, bool is_greedy, const typename Row<Source, Team>::Token& token,
                            float sum_at_1) const {
     const float sum = logits.sums().e, x = token.logit;
     const float d = (x - logits.max()) * logits.rate(), logprob = d * kLn2 - logf(sum);
@@ -49,13 +49,18 @@ struct SampledRow {
   }
 };
 
-template <class T, class Team, bool kFilters>
-__global__ void __launch_bounds__(kThreads, (kSampleBlocks<Team, kFilters>)) sample_rows(const SampleParams params) {
+// kFilters: the filters and the confidence are computed, which take registers.
+template <class Source, class Team, bool kFilters>
+__global__ void __launch_bounds__(kThreads, (kSampleBlocks<Source, Team, kFilters>))
+    sample_rows(const SampleParams params, const bool is_resident) {
   __shared__ RowMemory memory;
   const int64_t n = blockIdx.x / Team::size();
+  Team::wait_for_inputs();
   const Filters<float> filters(params.filters, n);
   const bool is_greedy = filters.temperature == 0;
-  Row<T, Team> row(static_cast<const T*>(params.logits) + n * params.stride, params.vocab, filters.temperature, memory);
+  const auto* const x = static_cast<const typename Source::Element*>(params.logits) + n * params.stride;
+  Row<Source, Team> row(logits_of<Source>(x, params.vocab, params.penalties, n), filters.temperature, memory,
+                        kFilters ? resident_memory<typename Source::Element>(is_resident) : nullptr);
   // Without filters, whose search needs the registers, the number is there before it is needed.
   const auto uniform = [&] { return uniform_of(params.seed, kSampleStream, n, 0); };
   const double early = kFilters || is_greedy ? 0 : uniform();
@@ -66,16 +71,16 @@ __global__ void __launch_bounds__(kThreads, (kSampleBlocks<Team, kFilters>)) sam
     __shared__ PivotMemory pivot_memory;
     __shared__ Sums at_1[kMaxTiles];
     if (params.confidence && row.temperature() != 1) {
-      const Sums sum = row.sum_tiles(at_1, Masses<T>{-kInfinity, row.max(), kLog2E, 1});
+      const Sums sum = row.sum_tiles(at_1, Masses{-kInfinity, row.max(), kLog2E, 1});
       if (threadIdx.x == 0) sum_at_1 = sum.e;
     }
     if (!is_greedy) filter(row, filters, pivot_memory);
   }
 
   if (Team::rank() != 0) return;
-  const SampledRow<T, Team> out{params, n};
+  const SampledRow<Source, Team> out{params, n};
   if (warp_id() == 0) {
-    typename Row<T, Team>::Token token{-1, 0};
+    typename Row<Source, Team>::Token token{-1, 0};
     if (!is_greedy && !row.is_certain()) token = row.draw(kFilters ? uniform() : early, row.kept_by_tile(), row.masses());
     if (token.id < 0) {
       token.id = row.argmax();
@@ -88,11 +93,13 @@ __global__ void __launch_bounds__(kThreads, (kSampleBlocks<Team, kFilters>)) sam
   }
 }
 
-// The instance with filters also serves calls that ask for the confidence, which takes another pass.
 template <class T, class Team>
-cudaError_t launch_sample(const SampleParams& p, int team_size, cudaStream_t stream) {
-  const auto kernel = p.filters.any || p.confidence ? sample_rows<T, Team, true> : sample_rows<T, Team, false>;
-  return launch_kernel(kernel, {p.rows * team_size, kThreads, 0, team_size == 1 ? 0 : team_size}, stream, p);
+cudaError_t launch_sample(const SampleParams& p, const TeamShape& team, cudaStream_t stream) {
+  const auto kernel = p.penalties.any()                ? sample_rows<PenalisedLogits<T>, Team, true>
+                      : p.filters.any || p.confidence ? sample_rows<PlainLogits<T>, Team, true>
+                                                      : sample_rows<PlainLogits<T>, Team, false>;
+  const LaunchShape shape = shape_of<Team>(p.rows, team);
+  return launch_kernel(kernel, shape, stream, p, team.resident_bytes > 0);
 }
 
 }  // namespace dflash::DFLASH_ISA

@@ -10,14 +10,24 @@
 
 namespace dflash::DFLASH_ISA {
 
+// The dynamic shared memory, for a part of a row that stays; null if `is_resident` is not set.
+template <class T>
+DFLASH_INLINE T* resident_memory(bool is_resident) {
+  extern __shared__ uint4 resident[];
+  return is_resident ? reinterpret_cast<T*>(resident) : nullptr;
+}
+
 struct BlockTeam {
   static constexpr int kLargest = 1;
   static constexpr bool kOverlapsLaunches = false;
+  DFLASH_INLINE static void wait_for_inputs() {}
   DFLASH_INLINE static int rank() { return 0; }
   DFLASH_INLINE static int size() { return 1; }
   DFLASH_INLINE static void arrive_at_start() {}
   DFLASH_INLINE static void wait_for_start() {}
   DFLASH_INLINE static void sync() { __syncthreads(); }
+  DFLASH_INLINE static void arrive() {}
+  DFLASH_INLINE static void wait() { __syncthreads(); }
   template <class S>
   DFLASH_INLINE static S* of(S* shared, int) {
     return shared;
@@ -27,13 +37,21 @@ struct BlockTeam {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
 struct ClusterTeam {
   static constexpr int kLargest = 8;
-  static constexpr bool kOverlapsLaunches = true;
+  static constexpr bool kOverlapsLaunches = true;  // they overlap the kernel before, and the next may overlap them
+  // The next kernel may start only when the one before has ended, because it may read early what that one wrote.
+  DFLASH_INLINE static void wait_for_inputs() {
+    wait_for_previous_kernel();
+    launch_dependents();
+  }
   DFLASH_INLINE static int rank() { return cluster_rank(); }
   DFLASH_INLINE static int size() { return cluster_size(); }
   // Before a block writes to another's shared memory, both must have started. All threads call both, once.
   DFLASH_INLINE static void arrive_at_start() { cluster_arrive_relaxed(); }
   DFLASH_INLINE static void wait_for_start() { cluster_wait(); }
   DFLASH_INLINE static void sync() { cooperative_groups::this_cluster().sync(); }
+  // sync in two parts: what precedes an arrival is over for those who have waited.
+  DFLASH_INLINE static void arrive() { cluster_arrive(); }
+  DFLASH_INLINE static void wait() { cluster_wait(); }
   // Returns the same shared memory of another block of the team.
   template <class S>
   DFLASH_INLINE static S* of(S* shared, int rank) {

@@ -100,7 +100,7 @@ class Verifier {
   const X* target_logits(int64_t row, int64_t k) const {
     const T* x = logits(p_.target, p_.target_strides, row, k);
     if constexpr (kPenalised) {
-      return penalised_.of(x, Penalties<Real>(p_.penalties, row, p_.vocab, p_.tokens + row * p_.drafted, k));
+      return penalised_.of(x, Penalties<Real>::of(p_.penalties, row, p_.vocab, p_.tokens + row * p_.drafted, k));
     } else {
       return x;
     }

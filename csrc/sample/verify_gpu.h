@@ -14,21 +14,22 @@ DFLASH_INLINE int64_t drafted_of(const VerifyParams& p, int64_t row) {
 }
 
 template <class T>
-DFLASH_INLINE const T* logits_of(const void* logits, const RowStrides& strides, int64_t row, int64_t k) {
+DFLASH_INLINE const T* position_of(const void* logits, const RowStrides& strides, int64_t row, int64_t k) {
   return static_cast<const T*>(logits) + row * strides.outer + k * strides.inner;
 }
 
 // Finds the pivots and normalisers of draft logits. The pivot of a point mass is +inf, and its "normaliser" is the
 // bits of its token.
 template <class T, class Team>
-__global__ void __launch_bounds__(kThreads, kVerifyBlocks) describe_drafts(const VerifyParams params) {
+__global__ void __launch_bounds__(kThreads, kVerifyBlocks) describe_drafts(const VerifyParams params, const bool is_resident) {
   __shared__ RowMemory memory;
   __shared__ PivotMemory pivot_memory;
   const int64_t n = blockIdx.x / Team::size(), row = n / params.drafted, k = n % params.drafted;
+  Team::wait_for_inputs();
   const Filters<float> filters(params.filters, row);
   if (filters.temperature == 0 || k >= drafted_of(params, row)) return;
-  Row<T, Team> draft(logits_of<T>(params.draft_logits, params.draft_strides, row, k), params.vocab, filters.temperature,
-                     memory);
+  const PlainLogits<T> logits(position_of<T>(params.draft_logits, params.draft_strides, row, k), params.vocab);
+  Row<PlainLogits<T>, Team> draft(logits, filters.temperature, memory, resident_memory<T>(is_resident));
   draft.read(true);
   filter(draft, filters, pivot_memory);
   if (Team::rank() != 0 || warp_id() != 0) return;
@@ -48,7 +49,7 @@ struct DraftRow {
   uint32_t vocab = 0;
   bool aligned = false;
   int64_t point;  // the token of a point mass, if x is null
-  Masses<T> masses{};
+  Masses masses{};
 
   DFLASH_INLINE DraftRow(const VerifyParams& p, int64_t row, int64_t k, int64_t token, float temperature, bool is_bonus)
       : point(token) {
@@ -63,7 +64,7 @@ struct DraftRow {
       if (is_filtered) point = __float_as_int(normaliser);
       return;
     }
-    x = logits_of<T>(p.draft_logits, p.draft_strides, row, k);
+    x = position_of<T>(p.draft_logits, p.draft_strides, row, k);
     vocab = p.vocab;
     aligned = is_aligned(x);
     masses = {smallest_logit(pivot, temperature), normaliser * temperature, kLog2E / temperature, 1};
@@ -90,12 +91,13 @@ struct DraftRow {
 template <class T>
 struct Residual {
   static constexpr int kSize = Chunk<T>::kSize;
-  const Masses<T> p;
+  const Masses p;
   const DraftRow<T>& q;
 
   template <class Batch>
   DFLASH_INLINE auto of(const Batch& batch) const {
-    const auto minus = [this](float(&own)[kSize], uint32_t token, const Chunk<T>& x, const Chunk<T>& drafted) {
+    using Values = typename Batch::Values;
+    const auto minus = [this](float(&own)[kSize], uint32_t token, const Values& x, const Chunk<T>& drafted) {
       float of_draft[kSize];
       p(own, x);
       q(of_draft, token, drafted);
@@ -113,9 +115,9 @@ struct Residual {
 #pragma unroll
         for (int c = 0; c < Batch::kCount; ++c) drafted.chunks[c] = q.load(batch.first + c * 32 * kSize);
       }
-      return [=](float(&own)[kSize], int c, uint32_t token, const Chunk<T>& x) { minus(own, token, x, drafted.chunks[c]); };
+      return [=](float(&own)[kSize], int c, uint32_t token, const Values& x) { minus(own, token, x, drafted.chunks[c]); };
     } else {
-      return [this, minus](float(&own)[kSize], int, uint32_t token, const Chunk<T>& x) { minus(own, token, x, q.load(token)); };
+      return [this, minus](float(&own)[kSize], int, uint32_t token, const Values& x) { minus(own, token, x, q.load(token)); };
     }
   }
 
@@ -126,10 +128,11 @@ struct Residual {
   };
 };
 
-template <class T, class Team>
+template <class Source, class Team>
 class Verifier {
+  using T = typename Source::Element;
+
  public:
-  static constexpr int kSize = Chunk<T>::kSize;
 
   DFLASH_INLINE Verifier(const VerifyParams& params, Sums* residuals, int64_t row, int64_t k)
       : p_(params), residuals_(residuals), row_(row), k_(k),
@@ -137,25 +140,26 @@ class Verifier {
 
   // Both return kAccepted, or the token to commit in the draft's place, to the team's first warp. The whole team calls
   // them. `is_bonus`: there is no draft at this position.
-  DFLASH_INLINE int32_t verify_greedy(Row<T, Team>& target, bool is_bonus) const {
+  DFLASH_INLINE int32_t verify_greedy(Row<Source, Team>& target, bool is_bonus) const {
     target.read(false);
     if (!decides()) return kAccepted;
     const int argmax = target.argmax();
     return !is_bonus && token_ == argmax ? kAccepted : argmax;
   }
 
-  DFLASH_INLINE int32_t verify_sampled(Row<T, Team>& target, const Filters<float>& filters, bool is_bonus,
-                                       PivotMemory* pivot_memory) const {
+  DFLASH_INLINE int32_t verify_sampled(Row<Source, Team>& target, const Filters<float>& filters, bool is_bonus,
+                                       PivotMemory& pivot_memory) const {
     // What needs nothing of the target's sums is loaded before the row.
-    const double accepting_number = is_bonus ? 0 : uniform(k_);
+    const double accepting_number = is_bonus ? 0 : uniform(k_), drawing_number = uniform(p_.drafted);
     const bool is_known = !is_bonus && token_ >= 0 && token_ < p_.vocab;
     const DraftRow<T> q(p_, row_, k_, token_, target.temperature(), is_bonus);
     const float logit = is_known ? target.logit(token_) : 0.f, q_token = is_known ? q.probability(token_) : 0.f;
+    if (q.x != nullptr) target.prefetch(q.x);
     target.read(true);
-    if (pivot_memory != nullptr) filter(target, filters, *pivot_memory);
-    if (is_bonus) return drawn_from(target);
+    if (p_.filters.any) filter(target, filters, pivot_memory);
+    if (is_bonus) return drawn_from(target, drawing_number);
 
-    const Masses<T> p = target.probabilities();
+    const Masses p = target.probabilities();
     const float p_token = !is_known ? 0.f : target.is_certain() ? float(target.argmax() == token_) : p(logit);
     // A token that q could not have drawn is rejected, for example if its logits are NaN.
     if (q_token > 0 && accepting_number * q_token < p_token) return kAccepted;
@@ -163,17 +167,17 @@ class Verifier {
     const Residual<T> residual{p, q};
     target.sum_tiles(residuals_, residual);
     if (!decides()) return kAccepted;
-    const int token = target.draw(uniform(p_.drafted), residuals_, residual).id;
+    const int token = target.draw(drawing_number, residuals_, residual).id;
     // If p = q, the residual is only rounding, and so was the rejection.
-    return token < 0 ? drawn_from(target) : token;
+    return token < 0 ? drawn_from(target, drawing_number) : token;
   }
 
  private:
   DFLASH_INLINE static bool decides() { return Team::rank() == 0 && warp_id() == 0; }
 
-  DFLASH_INLINE int drawn_from(const Row<T, Team>& target) const {
+  DFLASH_INLINE int drawn_from(const Row<Source, Team>& target, double number) const {
     if (!decides()) return kAccepted;
-    const int token = target.is_certain() ? -1 : target.draw(uniform(p_.drafted), target.kept_by_tile(), target.masses()).id;
+    const int token = target.is_certain() ? -1 : target.draw(number, target.kept_by_tile(), target.masses()).id;
     return token < 0 ? target.argmax() : token;
   }
 
@@ -187,26 +191,24 @@ class Verifier {
   const int64_t row_, k_, token_;
 };
 
-template <class T, class Team, bool kFilters>
-__global__ void __launch_bounds__(kThreads, kVerifyBlocks) verify_positions(const VerifyParams params) {
+template <class Source, class Team>
+__global__ void __launch_bounds__(kThreads, kVerifyBlocks) verify_positions(const VerifyParams params, const bool is_resident) {
   __shared__ RowMemory memory;
+  __shared__ PivotMemory pivot_memory;
   __shared__ Sums residuals[kMaxTiles];
   const int64_t n = blockIdx.x / Team::size(), row = n / (params.drafted + 1), k = n % (params.drafted + 1);
-  if constexpr (Team::kOverlapsLaunches) launch_dependents();
+  Team::wait_for_inputs();
   const int64_t drafted = drafted_of(params, row);
   if (k > drafted) return;
   const Filters<float> filters(params.filters, row);
-  Row<T, Team> target(logits_of<T>(params.target, params.target_strides, row, k), params.vocab, filters.temperature,
-                      memory);
-  const Verifier<T, Team> verifier(params, residuals, row, k);
-  PivotMemory* memory_of_pivots = nullptr;
-  if constexpr (kFilters) {
-    __shared__ PivotMemory pivot_memory;
-    memory_of_pivots = &pivot_memory;
-  }
+  const auto* const x = position_of<typename Source::Element>(params.target, params.target_strides, row, k);
+  const int64_t* const drafts = params.tokens + row * params.drafted;  // those before k count for the penalties
+  Row<Source, Team> target(logits_of<Source>(x, params.vocab, params.penalties, row, drafts, k), filters.temperature,
+                           memory, resident_memory<typename Source::Element>(is_resident));
+  const Verifier<Source, Team> verifier(params, residuals, row, k);
   const int32_t verdict = filters.temperature == 0
                               ? verifier.verify_greedy(target, k == drafted)
-                              : verifier.verify_sampled(target, filters, k == drafted, memory_of_pivots);
+                              : verifier.verify_sampled(target, filters, k == drafted, pivot_memory);
   if (Team::rank() == 0 && threadIdx.x == 0) params.verdicts[n] = verdict;
 }
 
@@ -234,16 +236,16 @@ __global__ void __launch_bounds__(32 * kResolveWarps) resolve_drafts(const Verif
 }
 
 template <class T, class Team>
-cudaError_t launch_verify(const VerifyParams& p, int team_size, cudaStream_t stream) {
-  const int cluster_size = team_size == 1 ? 0 : team_size;
+cudaError_t launch_verify(const VerifyParams& p, const TeamShape& team, cudaStream_t stream) {
+  const bool is_resident = team.resident_bytes > 0;
   cudaError_t status = cudaSuccess;
   if (p.draft == Draft::kFiltered && p.drafted > 0) {
-    status = launch_kernel(describe_drafts<T, Team>, {p.rows * p.drafted * team_size, kThreads, 0, cluster_size},
-                           stream, p);
+    status = launch_kernel(describe_drafts<T, Team>, shape_of<Team>(p.rows * p.drafted, team), stream, p, is_resident);
   }
   if (status != cudaSuccess) return status;
-  const auto kernel = p.filters.any ? verify_positions<T, Team, true> : verify_positions<T, Team, false>;
-  status = launch_kernel(kernel, {p.rows * (p.drafted + 1) * team_size, kThreads, 0, cluster_size}, stream, p);
+  const auto kernel =
+      p.penalties.any() ? verify_positions<PenalisedLogits<T>, Team> : verify_positions<PlainLogits<T>, Team>;
+  status = launch_kernel(kernel, shape_of<Team>(p.rows * (p.drafted + 1), team), stream, p, is_resident);
   if (status != cudaSuccess) return status;
   LaunchShape shape{(p.rows + kResolveWarps - 1) / kResolveWarps, 32 * kResolveWarps};
   shape.overlaps_previous = Team::kOverlapsLaunches;
