@@ -7,7 +7,7 @@ namespace dflash {
 namespace {
 
 TeamShape team_for(const SampleParams& p, void* stream) {
-  const bool rereads = false;
+  const bool rereads = !p.penalties.any() && (p.filters.any || p.confidence);
   return team_shape(p.rows, p.vocab, row_bytes_of(p.dtype, p.vocab), rereads, static_cast<cudaStream_t>(stream));
 }
 

@@ -8,7 +8,7 @@ namespace {
 
 TeamShape team_for(const VerifyParams& p, void* stream) {
   return team_shape(p.rows * (p.drafted + 1), p.vocab, row_bytes_of(p.dtype, p.vocab),
-                    false, static_cast<cudaStream_t>(stream));
+                    !p.penalties.any() && p.filters.any, static_cast<cudaStream_t>(stream));
 }
 
 }  // namespace
