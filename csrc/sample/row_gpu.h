@@ -20,6 +20,7 @@ constexpr int kStep = 32 * kLoads * Chunk<T>::kSize;  // tokens that a warp load
 template <class Team>
 LaunchShape shape_of(int64_t rows, const TeamShape& team) {
   LaunchShape shape{rows * team.size, kThreads, team.resident_bytes, Team::kLargest > 1 ? team.size : 0};
+  shape.overlaps_previous = Team::kOverlapsLaunches;
   return shape;
 }
 
