@@ -8,8 +8,18 @@ from transformers import TrainingArguments
 
 from dflash_ext.decode import decode
 from dflash_ext.models import DFlashDrafter, load_drafter
-from dflash_ext.train import AnchorCollator, DFlashTrainer, Recipe, dpace, position_decay, save_drafter, train_drafter
+from dflash_ext.train import (
+    AnchorCollator,
+    DFlashTrainer,
+    Recipe,
+    dpace,
+    position_decay,
+    run,
+    save_drafter,
+    train_drafter,
+)
 from dflash_ext.train.objectives import DFlashObjective
+from dflash_ext.train.recipe import training_arguments
 from python_tests.tiny import MASK_TOKEN, tiny_pair
 
 
@@ -175,10 +185,27 @@ def test_an_interrupted_run_resumes(tmp_path):
     assert [entry["loss"] for entry in log if "loss" in entry] == pytest.approx(expected, rel=1e-3)
 
 
+def test_a_compiled_training_is_two_graphs(tmp_path, monkeypatch):
+    """The second one is for sequences of any length."""
+
+    def traced_alone(*arguments):  # without the time that Inductor takes
+        args = training_arguments(*arguments)
+        monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "AOT_EAGER")
+        return args
+
+    monkeypatch.setattr(run, "training_arguments", traced_alone)
+    torch._dynamo.reset()
+    counters.clear()
+    target, drafter = tiny_pair("llama")
+    train_drafter(drafter, target, Cycles(), tmp_path, Recipe(steps=6, batch_size=4, anchors=40, compile=True))
+    assert not counters["graph_break"]
+    assert counters["stats"]["unique_graphs"] == 2
+
+
 @pytest.mark.gpu
 @pytest.mark.slow
 def test_compiled_training_has_the_same_losses(tmp_path):
-    """Sequences of several lengths, under bfloat16 autocast. The second graph of the drafter is one of any length."""
+    """Sequences of several lengths, under bfloat16 autocast."""
     torch._dynamo.reset()
     counters.clear()
     losses = []
