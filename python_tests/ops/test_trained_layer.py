@@ -169,3 +169,20 @@ def test_opcheck(device):
     torch.library.opcheck(ops.gated_pair_backward_.default, (plain[0].clone(), plain[1].clone(), *plain[:2], 1))
     head = torch.randn(5, 16, device=device, requires_grad=True)
     torch.library.opcheck(ops.gated_linear.default, (x, update, head, 0))
+
+
+def test_only_inputs_are_kept(device):
+    def kept(call):
+        """The elements that a call keeps for its backward."""
+        sizes = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: sizes.append(x.numel()) or x, lambda x: x):
+            call()
+        return sum(sizes)
+
+    rows, weight = (torch.randn(shape, device=device, requires_grad=True) for shape in ((6, 16), (16,)))
+    head, table = torch.randn(5, 16, device=device, requires_grad=True), torch.ones(1, 6, 8, device=device)
+    assert kept(lambda: rms_norm(rows, weight)) == rows.numel() + weight.numel()
+    assert kept(lambda: rms_norm(rows, weight, update=rows.detach())) == rows.numel() + weight.numel()  # the sum
+    assert kept(lambda: gated_linear(rows, rows.detach(), head)) == 2 * rows.numel() + head.numel()
+    heads = rows.view(1, 6, 1, 16)
+    assert kept(lambda: rotate_heads(heads, weight, table, table)) == rows.numel() + weight.numel() + 2 * table.numel()
