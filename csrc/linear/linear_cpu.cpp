@@ -17,7 +17,8 @@ constexpr int kRowsAtOnce = 32;
 // A chunk of this many bytes of each of a tile's rows fits in the L1 cache, beside the weight's.
 constexpr int64_t kChunkBytes = 2560;
 
-template <class T, class Real>
+// T: the type of x and the result. W: the type of the weight.
+template <class T, class W, class Real>
 class Linear {
  public:
   static constexpr int kLanes = kVectorBytes / sizeof(Real);
@@ -57,11 +58,12 @@ class Linear {
   }
 
   // A row's vector of a step, with zeros beyond the row's end.
-  DFLASH_MEMBER V load_step(const T* row, int64_t step) const {
+  template <class Element>
+  DFLASH_MEMBER V load_step(const Element* row, int64_t step) const {
     const int64_t k = step * kLanes;
     if (k + kLanes <= p_.inner) return load<V>(row + k);
-    T end[kLanes] = {};
-    __builtin_memcpy(end, row + k, (p_.inner - k) * sizeof(T));
+    Element end[kLanes] = {};
+    __builtin_memcpy(end, row + k, (p_.inner - k) * sizeof(Element));
     return load<V>(end);
   }
 
@@ -113,7 +115,7 @@ class Linear {
   template <int kRows, int kColumns>
   DFLASH_MEMBER void multiply_tile(const Tile& tile, int column) const {
     const Real* x = place(tile.row, tile.begin);
-    const T* w = static_cast<const T*>(p_.weight) + (tile.first + column) * p_.inner;
+    const W* w = static_cast<const W*>(p_.weight) + (tile.first + column) * p_.inner;
     Real* partial = partial_.data() + (tile.row * kLinearPanel + column * kTileRows) * kLanes;
     V acc[kRows][kColumns] = {};
     if (tile.begin > 0) {
@@ -204,8 +206,9 @@ class Linear {
 
 // The kernel runs over panels of kLinearPanel columns.
 void linear(const LinearParams& params, int64_t begin, int64_t end) {
+  if (params.weight_dtype != params.dtype) return Linear<float, bfloat16, float>(params).run(begin, end);
   with_types(params.dtype, [&](auto element, auto real) {
-    Linear<decltype(element), decltype(real)>(params).run(begin, end);
+    Linear<decltype(element), decltype(element), decltype(real)>(params).run(begin, end);
   });
 }
 

@@ -12,9 +12,10 @@ enum class Gate { kNone, kSilu, kGelu };  // kGelu is the form with tanh
 // out = f(normalised(x) @ weight^T + bias) + residual. With a gate the weight has 2 * columns rows, and
 // f(y) = activation(y[:columns]) * y[columns:].
 //
-// `Real` below is float, or double where x is double. Everything else is of x's dtype.
+// `Real` below is float, or double where x is double. Everything else is of x's dtype, but for the weight of a float32
+// x on the CPU, which may be bfloat16.
 struct LinearParams {
-  DType dtype;
+  DType dtype, weight_dtype;
   int64_t rows, inner, columns;  // columns of out
   const void* x;                 // [rows, inner]
   const void* weight;            // [columns or 2 * columns, inner]

@@ -72,7 +72,9 @@ Tensor linear_op(Tensor x, Tensor weight, std::optional<Tensor> bias, std::optio
   p.rows = 1;
   for (int64_t dim = 0; dim + 1 < dims; ++dim) p.rows *= shape[dim] = x.size(dim);
   p.x = rows_of("x", x, x);
-  p.weight = rows_of("weight", weight, x);
+  p.weight_dtype = dtype_of(kOp, "weight", weight);
+  const bool is_narrow = x.is_cpu() && p.dtype == DType::kFloat32 && p.weight_dtype == DType::kBFloat16;
+  p.weight = rows_of("weight", weight, is_narrow ? weight : x);
   p.bias = vector_of("bias", bias, x, weight.size(0));
   p.norm = vector_of("norm", norm, x, p.inner);
   p.norm_eps = norm_eps;

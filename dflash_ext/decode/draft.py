@@ -50,6 +50,10 @@ class BlockDraft:
         projections = [p for layer in drafter.layers for p in (layer.self_attn.k_proj, layer.self_attn.v_proj)]
         self.weight = torch.cat([p.weight.detach() for p in projections])
         self.bias = torch.cat([p.bias.detach() for p in projections]) if config.attention_bias else None
+        # On a CPU half of the drafting time goes into reading the head, and a draft needs no float32.
+        head = drafter.head(target)
+        is_narrow = head.device.type == "cpu" and head.dtype == weight.dtype == torch.float32
+        self.head = head.detach().bfloat16() if is_narrow else head.detach()
         self.k_norm = torch.stack([layer.self_attn.k_norm.weight.detach() for layer in drafter.layers])
 
     def inject(self, features: Tensor, positions: Tensor, slots: Tensor) -> None:
@@ -89,7 +93,7 @@ class BlockDraft:
         where = Rows(rows.block_positions, rows.block_places, rows.slots, masks)
         output, _ = self.stack.forward(hidden, where, self.cache)
         wanted = self.stack.normed(output).view(*block.shape, -1)[:, first : first + count]
-        return drafter.logits(self.target, wanted)
+        return drafter.logits(self.target, wanted, self.head)
 
     def block_len(self, width: int) -> int:
         """The slots of a block that drafts `width` tokens."""

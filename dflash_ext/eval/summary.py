@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from rich.box import SIMPLE
 from rich.table import Table
 
 from ..decode import Decoded
@@ -34,14 +35,14 @@ def summarize(decoded: Decoded) -> dict:
 
 def table(results: dict[str, Decoded], *, title: str | None = None) -> Table:
     """A table with one row per named run."""
-    view = Table(title=title, caption=_CAPTION, caption_justify="left")
+    view = Table(title=title, caption=_CAPTION, caption_justify="left", box=SIMPLE)
     view.add_column("", no_wrap=True)
     for column in ("prompts", "tau", "tokens/s", "ms"):
         view.add_column(column, justify="right", no_wrap=True)
-    view.add_column("accepted by position, %")
+    view.add_column("accepted by position, %", min_width=18)
     for name, decoded in results.items():
         row = summarize(decoded)
         accepted = " ".join(f"{100 * share:.0f}" for share in row["acceptance"]) or "-"
-        times = " + ".join(f"{row[key]:.1f}" for key in ("draft_ms", "verify_ms", "commit_ms"))
+        times = "+".join(f"{row[key]:.1f}" for key in ("draft_ms", "verify_ms", "commit_ms"))
         view.add_row(name, str(row["prompts"]), f"{row['tau']:.2f}", f"{row['tokens_per_second']:.1f}", times, accepted)
     return view

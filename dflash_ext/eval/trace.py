@@ -19,6 +19,7 @@ h2 { font-size: 1em; margin: 2.5em 0 0.5em; }
 .first { background: #e8e8e8; } .c0 { background: #cfe3ff; } .c1 { background: #ffe0b8; } .c2 { background: #cdeccb; }
 .c3 { background: #eed4f5; }
 """
+_CONTEXT = 8  # rejected tokens may go on with a character that began at most so many tokens before
 _LEGEND = (
     "Each colour is a cycle. Underlined is the token that the target itself has added to the accepted draft. Point at "
     "a cycle to see what was drafted and rejected."
@@ -52,11 +53,13 @@ def _answer(name: str, prompt: str, completion: Completion, detokenize: Callable
         cuts += [cuts[-1] + min(accepted, committed), cuts[-1] + committed]
     texts = _pieces(tokens, cuts, detokenize)
     spans = [f'<span class="cycle first" title="by the prompt alone">{escape(texts[0])}</span>']
-    drafts = zip(completion.accepted, completion.drafted, texts[1::2], texts[2::2], strict=True)
-    for number, (accepted, drafted, kept, own) in enumerate(drafts, 1):
+    drafts = zip(completion.accepted, completion.drafted, cuts[2::2], texts[1::2], texts[2::2], strict=True)
+    for number, (accepted, drafted, end, kept, own) in enumerate(drafts, 1):
         told = f"cycle {number}: {accepted} of {len(drafted)} drafted tokens accepted"
         if rejected := drafted[accepted:]:
-            told += f", rejected: {detokenize(rejected)}"
+            before = tokens[max(0, end - _CONTEXT) : end]
+            _, text = _pieces([*before, *rejected], [0, len(before), len(before) + len(rejected)], detokenize)
+            told += f", rejected: {text}"
         spans.append(
             f'<span class="cycle c{number % 4}" title="{escape(told)}">{escape(kept)}'
             f'<span class="own">{escape(own)}</span></span>'

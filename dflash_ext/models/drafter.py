@@ -251,13 +251,17 @@ class DFlashDrafter(PreTrainedModel):
         rows[self.drafted_tokens.to(tokens.device)] = torch.arange(len(self.d2t), device=tokens.device)
         return rows[tokens]
 
-    def logits(self, target: Target, hidden: Tensor) -> Tensor:
+    def logits(self, target: Target, hidden: Tensor, head: Tensor | None = None) -> Tensor:
         """Applies the head to the drafter's output [..., H], without a gradient: [..., V] in the target's dtype.
 
-        V is the target's vocabulary; a token that the drafter cannot draft has -inf.
+        V is the target's vocabulary; a token that the drafter cannot draft has -inf. `head` replaces `head(target)`,
+        which is a copy where only some of the target's tokens are drafted. On the CPU it may be in bfloat16 for a
+        drafter in float32.
         """
-        head = self.head(target)
-        logits = linear(self.head_input(hidden).to(head.dtype), head).to(target.dtype)
+        head = self.head(target) if head is None else head
+        rows = self.head_input(hidden)
+        is_narrow = rows.device.type == "cpu" and (rows.dtype, head.dtype) == (torch.float32, torch.bfloat16)
+        logits = linear(rows if is_narrow else rows.to(head.dtype), head).to(target.dtype)
         logits = softcapped(logits, self.softcap)
         if not self.config.draft_vocab_size:
             return logits

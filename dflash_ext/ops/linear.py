@@ -62,8 +62,9 @@ def linear(
             model's parameters in inference. The Hopper kernel then reads the weight before the kernel in front of it
             has ended.
 
-    All tensors are of one dtype, float32, bfloat16, float16 or float64; the weight is contiguous. Under autocast they
-    are cast to its dtype.
+    All tensors are of one dtype, float32, bfloat16, float16 or float64; the weight is contiguous. On the CPU the weight
+    of a float32 x may also be bfloat16. The result is that of the same weight in float32, to the bit, and reading it
+    takes half of the time. Under autocast tensors are cast to its dtype.
 
     Returns ``[..., N]`` in x's dtype.
 
@@ -156,7 +157,8 @@ def _check(
         raise ValueError(f"linear: gate is {gate!r}; 'silu', 'gelu_tanh' and None are supported")
     if x.dim() == 0 or x.dtype not in DTYPES or x.shape[-1] == 0:
         raise ValueError(f"linear: x is {shown(x)}; float32, bfloat16, float16 or float64 [..., K], K > 0, is needed")
-    if weight.dim() != 2 or weight.shape[1] != x.shape[-1] or weight.dtype != x.dtype:
+    is_narrow = x.device.type == "cpu" and (x.dtype, weight.dtype) == (torch.float32, torch.bfloat16)
+    if weight.dim() != 2 or weight.shape[1] != x.shape[-1] or (weight.dtype != x.dtype and not is_narrow):
         raise ValueError(f"linear: weight is {shown(weight)}; {x.dtype} [N, {x.shape[-1]}] is needed")
     if not weight.is_contiguous():
         raise ValueError(f"linear: weight has strides {weight.stride()}; it must be contiguous")

@@ -31,7 +31,7 @@ class Oracle(DFlashDrafter):
         self.starts = cache_lens.tolist()
         return super().decode_masks(cache_lens, block_len, kv_len)
 
-    def logits(self, target, hidden):
+    def logits(self, target, hidden, head=None):
         logits = torch.zeros(*hidden.shape[:2], target.vocab_size)
         waiting = list(range(len(self.texts)))
         for row, start in enumerate(self.starts):

@@ -4,7 +4,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from dflash_ext.decode import decode
+from dflash_ext.decode import Engine, decode
 from dflash_ext.models import DFlashDrafter, Target, load_drafter, save_drafter
 from python_tests.decode.test_speculative import Oracle, own_output
 from python_tests.tiny import MASK_TOKEN, VOCAB, random_prompts, tiny_model, tiny_pair
@@ -65,7 +65,7 @@ def test_slot_k_drafts_from_the_forward_that_training_sees(monkeypatch):
     drafter.config.sample_from_anchor = True
     (prompt,) = random_prompts(9)
     seen, logits = [], drafter.logits
-    monkeypatch.setattr(drafter, "logits", lambda target, hidden: [seen.append(hidden), logits(target, hidden)][1])
+    monkeypatch.setattr(drafter, "logits", lambda target, x, head: [seen.append(x), logits(target, x, head)][1])
     tokens = own_output(target.model, prompt, 2)
     decode(target, drafter, [prompt], max_new_tokens=8)
     features = target.features(torch.tensor([prompt]))
@@ -113,3 +113,14 @@ def test_sampling_keeps_the_targets_distribution(layout, tmp_path):
     freedom = len(wanted) - 1
     assert statistic < freedom + 4.5 * (2 * freedom) ** 0.5, (statistic, freedom)
     assert 0.02 < decoded.acceptance[0] < 0.98  # both branches of the rejection were taken
+
+
+def test_drafts_on_a_cpu_read_the_head_in_bfloat16():
+    """The target's own head stays as it is; drafts are those of the rounded head."""
+    target, drafter = tiny_pair("llama")
+    head = Engine(target, drafter, slots=1, max_length=32).cycle.draft.head
+    assert head.dtype == torch.bfloat16 and target.head.dtype == torch.float32
+    hidden = torch.randn(2, 3, target.hidden_size)
+    logits = drafter.logits(target, hidden, head)
+    assert logits.dtype == torch.float32 and torch.equal(logits, drafter.logits(target, hidden, head.float()))
+    torch.testing.assert_close(logits, drafter.logits(target, hidden), rtol=0.02, atol=0.02)

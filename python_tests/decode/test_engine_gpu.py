@@ -100,7 +100,7 @@ class Scripted(DFlashDrafter):
         self.starts = cache_lens
         return super().decode_masks(cache_lens, block_len, kv_len)
 
-    def logits(self, target, hidden):
+    def logits(self, target, hidden, head=None):
         at = self.starts[:, None] + torch.arange(1, hidden.shape[1] + 1, device="cuda")
         tokens = torch.where(at % 4 == 0, 5, self.text[at.clamp(max=len(self.text) - 1)])
         return torch.nn.functional.one_hot(tokens, target.vocab_size).to(target.dtype)

@@ -73,7 +73,7 @@ def test_a_drafted_token_counts_for_those_behind_it():
     """A drafter that always drafts one token: under a frequency penalty, few of them in a row are accepted."""
     target, drafter = tiny_pair("llama")
     favourite = 7
-    drafter.logits = lambda target, hidden: torch.nn.functional.one_hot(
+    drafter.logits = lambda target, hidden, head=None: torch.nn.functional.one_hot(
         torch.full(hidden.shape[:2], favourite), VOCAB
     ).float()
     changes = dict(logit_bias={favourite: 4.0}, frequency_penalty=1.5)

@@ -73,3 +73,14 @@ def test_a_stop_token_in_an_accepted_draft_and_half_characters():
     )
     parsed = Page(trace_page([("one", "", completion)], detokenize, title="t"))
     assert parsed.answers == ["aéb"] and parsed.own == ["", ""]
+
+
+def test_a_rejected_draft_goes_on_with_the_character_before_it():
+    halves = {1: b"a", 2: "é".encode()[:1], 3: "é".encode()[1:], 4: b"b"}
+
+    def detokenize(tokens: list[int]) -> str:
+        return b"".join(halves[token] for token in tokens).decode(errors="replace")
+
+    answer = Completion([1, 2, 4], finish_reason="length", committed=[2], accepted=[1], drafted=[[2, 3, 1]])
+    _, told = Page(trace_page([("p", "", answer)], detokenize, title="t")).titles
+    assert told == "cycle 1: 1 of 3 drafted tokens accepted, rejected: éa"

@@ -102,6 +102,14 @@ def test_the_bits_of_a_row_depend_on_that_row_alone(dtype, inner, columns, optio
     assert torch.equal(run(6, 6, 6, 6, 6, 6), alone[[6] * 6])
 
 
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_a_weight_in_bfloat16_counts_as_the_same_in_float32(shape, options):
+    x, weight, options = random_case(*shape, torch.float32, **options)
+    narrow = weight.bfloat16()
+    assert torch.equal(linear(x, narrow, **options), linear(x, narrow.float(), **options))
+
+
 def test_the_bits_do_not_depend_on_the_number_of_threads():
     x, weight, options = random_case(9, 576, 1000, torch.float32, norm=True, gate="silu")
     threads = torch.get_num_threads()
