@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
@@ -86,6 +87,7 @@ def speeds(timed: dict[str, Timed]) -> Table:
         caption="whole answers, prompts included, one prompt at a time, the three in turns\n"
         "times generate: the median over the prompts of the ratio in time a token",
         caption_justify="left",
+        box=SIMPLE,
     )
     view.add_column("")
     for column in ("seconds", "tokens/s", "times generate"):
