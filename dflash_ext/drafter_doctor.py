@@ -81,7 +81,7 @@ def examine(
     *,
     max_new_tokens: int = 64,
     stop_token_ids: Sequence[int] = (),
-    on_reading: Callable[[str], None] = lambda _: None,
+    on_reading: Callable[[str, int], None] = lambda *_: None,
 ) -> Findings:
     """Tries the readings of a drafter on the target's own greedy answers.
 
@@ -90,19 +90,21 @@ def examine(
         prompts: token ids, by the way in which they were encoded; the first way is the user's own.
         max_new_tokens: the largest number of tokens in an answer.
         stop_token_ids: tokens that end an answer.
-        on_reading: called with the name of each reading before it is tried.
+        on_reading: called with the name of each reading before it is tried, and the number of readings.
     """
+    own = [(AS_CONFIGURED, target, drafter), *other_readings(target, drafter, tokenizer)]
+    total = len(own) + len(prompts) - 1
     limits = {"max_new_tokens": max_new_tokens, "stop_token_ids": stop_token_ids}
     readings: dict[str, float] = {}
     for way, asked in prompts.items():
         answers = decode(Target(target.model), None, asked, **limits).completions
         texts = [(list(prompt), answer.tokens) for prompt, answer in zip(asked, answers, strict=True)]
         if readings:
-            on_reading(way)
+            on_reading(way, total)
             readings[way], _ = teacher_forced(target, drafter, texts)
             continue
-        for name, tapped, read in [(AS_CONFIGURED, target, drafter), *other_readings(target, drafter, tokenizer)]:
-            on_reading(name)
+        for name, tapped, read in own:
+            on_reading(name, total)
             readings[name], right = teacher_forced(tapped, read, texts)
             if name == AS_CONFIGURED:
                 accuracy = right
@@ -142,11 +144,11 @@ def other_readings(
         if 0 <= min(taps) and max(taps) < target.num_layers:
             dflash = config.dflash_config | {"target_layer_ids": taps}
             yield f"taps shifted by {shift:+d}", Target(target.model, taps), _read_as(drafter, dflash_config=dflash)
-    for kind in ("mask", "pad", "unk", "eos"):
-        token = getattr(tokenizer, f"{kind}_token_id")
-        if token not in (None, config.mask_token_id):
-            dflash = config.dflash_config | {"mask_token_id": token}
-            yield f"mask token {token}, the tokenizer's {kind} token", target, _read_as(drafter, dflash_config=dflash)
+    kinds = {getattr(tokenizer, f"{kind}_token_id"): kind for kind in ("eos", "unk", "pad", "mask")}
+    for token in kinds.keys() - {None, config.mask_token_id}:
+        dflash = config.dflash_config | {"mask_token_id": token}
+        name = f"mask token {token}, the tokenizer's {kinds[token]} token"
+        yield name, target, _read_as(drafter, dflash_config=dflash)
     other = not config.sample_from_anchor
     said = "labels that begin at the anchor" if other else "labels that begin behind the anchor"
     yield f"{said} (sample_from_anchor is {other})", target, _read_as(drafter, sample_from_anchor=other)

@@ -40,7 +40,6 @@ def doctor(
     from .. import drafter_doctor
     from ..data import LeftOut, read_conversations
     from ..models import stop_tokens
-    from ..progress import progress
 
     left_out = LeftOut()
     conversations = read_conversations(prompts, field=field, limit=limit, left_out=left_out)
@@ -65,7 +64,7 @@ def doctor(
     if "enable_thinking" in str(tok.chat_template or "") and "enable_thinking" not in (chat_template_args or {}):
         for thinking in (True, False):
             asked[f"a chat template with thinking {'on' if thinking else 'off'}"] = encoded(enable_thinking=thinking)
-    with progress(console, "reading the drafter", 0) as advance:
+    with console.status("the target answers") as status:
         findings = drafter_doctor.examine(
             tapped,
             draft,
@@ -73,6 +72,6 @@ def doctor(
             asked,
             max_new_tokens=max_new_tokens,
             stop_token_ids=stop_tokens(tok, model),
-            on_reading=lambda name: advance(1, name),
+            on_reading=lambda name, total: status.update(f"trying one of {total} readings: {name}"),
         )
     drafter_doctor.report(findings, console)

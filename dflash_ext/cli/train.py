@@ -81,6 +81,20 @@ def train(
     max_length: Annotated[
         int, typer.Option(min=4, help="Training sequences are cut to this number of tokens, the prompt included.")
     ] = 1024,
+    noise_ratio: Annotated[
+        float,
+        typer.Option(
+            help="The share of blocks that are drafted from mask tokens alone. The others show some leading tokens, "
+            "which trains for several steps of denoising."
+        ),
+    ] = 1.0,
+    curriculum: Annotated[
+        str | None,
+        typer.Option(
+            metavar="<sizes>",
+            help="Block sizes of equal parts of the training, such as 4,8,16. The default is one size.",
+        ),
+    ] = None,
     pack_length: Annotated[
         int | None,
         typer.Option(
@@ -179,6 +193,8 @@ def train(
         batch_size=batch_size,
         accumulation=accumulation,
         anchors=anchors,
+        noise_ratio=noise_ratio,
+        block_sizes=tuple(_integer(size, "--curriculum") for size in curriculum.split(",")) if curriculum else (),
         pack_length=pack_length,
         learning_rate=learning_rate,
         optimizer=optimizer,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from .anchors import build_blocks, sample_anchors
+from .anchors import Blocks, build_blocks, sample_anchors
 from .randomness import generator
 from .tau import commit_limits
 
@@ -32,6 +32,12 @@ class AnchorCollator:
     Attributes:
         num_anchors: the number of blocks drawn from each sample.
         first_slot: the drafter's `config.first_draft_slot`.
+        noise_ratio: the share of blocks whose drafted slots all hold the mask token. The others show the right tokens
+            of a random number of leading slots, as a later step of denoising sees them; these do not count. Below 1,
+            batches have `revealed` [B, N], that number.
+        block_sizes: the sizes of blocks in a curriculum, such as (4, 8, 16), each for an equal part of `steps`. The
+            slots beyond the size do not count. It is for samples whose "key" has a step.
+        steps: those of the run.
         pack_length: samples share rows of at most this number of tokens, or of one sample that is longer. None gives
             each sample a row of its own.
     """
@@ -40,6 +46,9 @@ class AnchorCollator:
     block_size: int
     mask_token_id: int
     first_slot: int = 1
+    noise_ratio: float = 1.0
+    block_sizes: Sequence[int] = ()
+    steps: int = 1
     pack_length: int | None = None
 
     def __call__(self, samples: list[Mapping]) -> dict[str, Tensor]:
@@ -55,7 +64,8 @@ class AnchorCollator:
         """The entries of a sample in a row of its own, without the dimension of rows."""
         ids, mask, key = sample["input_ids"][None], sample["loss_mask"][None], sample.get("key")
         anchors, keep = sample_anchors(mask, self.num_anchors, key and generator("anchors", *key))
-        drafted = self.block_size - self.first_slot
+        size = self._size(key)
+        drafted = size - self.first_slot
         limits = commit_limits(mask, anchors, keep, drafted, is_cut=sample.get("cut", False))
         blocks = build_blocks(
             ids,
@@ -66,8 +76,29 @@ class AnchorCollator:
             mask_token_id=self.mask_token_id,
             first_slot=self.first_slot,
         )
+        blocks.counts[:, :, size:] = False
         made = {"input_ids": ids, "anchors": anchors, "keep": keep, "limits": limits, **vars(blocks)}
+        if self.noise_ratio < 1:
+            made["revealed"] = self._reveal(ids, blocks, key and generator("noise", *key))
+            made["limits"] = limits.masked_fill(made["revealed"] > 0, 0)
         return {name: value[0] for name, value in made.items()}
+
+    def _size(self, key: tuple | None) -> int:
+        """The slots of the blocks in a sample's step."""
+        if not self.block_sizes or key is None or not isinstance(key[1], int):
+            return self.block_size
+        return self.block_sizes[min(key[1] * len(self.block_sizes) // self.steps, len(self.block_sizes) - 1)]
+
+    def _reveal(self, ids: Tensor, blocks: Blocks, generator: torch.Generator | None) -> Tensor:
+        """Puts right tokens into leading slots of `blocks`. Returns how many drafted tokens each one shows: [1, N]."""
+        labels = blocks.counts.sum(dim=-1)
+        shown = 1 + (torch.rand(labels.shape, generator=generator) * (labels - 1)).long()
+        is_noise = torch.rand(labels.shape, generator=generator) < self.noise_ratio
+        revealed = shown.masked_fill(is_noise | (labels < 2), 0)  # at least one slot is left to draft
+        slots = torch.arange(self.block_size)
+        right = ids[0, blocks.positions.clamp(max=ids.shape[1] - 1)]
+        blocks.noise_ids[:] = torch.where((slots > 0) & (slots <= revealed[:, :, None]), right, blocks.noise_ids)
+        return revealed
 
 
 def shared_rows(lengths: Sequence[int], most: int) -> list[list[int]]:

@@ -29,12 +29,14 @@ class HeldOutPrompts:
         max_new_tokens: the largest number of tokens in an answer.
         stop_token_ids: tokens that end an answer.
         batch_size: the number of prompts that are decoded at a time.
+        denoising_steps: the numbers of steps to decode with, 1 among them.
     """
 
     prompts: Sequence[Sequence[int]]
     max_new_tokens: int
     stop_token_ids: Sequence[int] = ()
     batch_size: int = 32
+    denoising_steps: Sequence[int] = (1,)
 
 
 @dataclass
@@ -62,14 +64,19 @@ class Evaluation:
 
         - `loss`: the training loss over all held-out answers as one batch, so that each label counts by its weight
           alone, and `accuracy`: the share of labels that are the drafter's most probable token.
-        - With prompts, `tau`, `tokens_per_second` and `acceptance_1`, ... by drafted position, as decoding gives them.
+        - With prompts, `tau`, `tokens_per_second` and `acceptance_1`, ... by drafted position, as decoding with one
+          step of denoising gives them, and `tau_2_steps` and so on.
         """
         if is_sharded(objective.drafter):  # ranks have different numbers of batches and prompts
             objective = replace(objective, drafter=whole_copy(objective.drafter))
         mode = objective.drafter.training
         objective.drafter.eval()
         try:
-            return self._loss(objective) | self._decoding(objective)
+            figures = self._loss(objective)
+            for steps in self.prompts.denoising_steps if self.prompts else ():
+                decoded = self._decoding(objective, steps)
+                figures |= decoded if steps == 1 else {f"tau_{steps}_steps": decoded["tau"]}
+            return figures
         finally:
             objective.drafter.train(mode)
 
@@ -91,9 +98,7 @@ class Evaluation:
         sums = torch.tensor(gather_object([sums.tolist()])).sum(dim=0).tolist()
         return {"loss": sums[0] / max(sums[1], 1), "accuracy": sums[2] / max(sums[3], 1)}
 
-    def _decoding(self, objective: DFlashObjective) -> dict[str, float]:
-        if self.prompts is None:
-            return {}
+    def _decoding(self, objective: DFlashObjective, steps: int) -> dict[str, float]:
         ranks = PartialState()
         mine = self.prompts.prompts[ranks.process_index :: ranks.num_processes]
         done = count(1)
@@ -102,6 +107,7 @@ class Evaluation:
             objective.drafter,
             self.prompts,
             mine,
+            steps,
             lambda *_: self.on_progress("the tau of held-out prompts", next(done), len(mine)),
         )
         parts: list[Decoded] = gather_object([decoded])
@@ -120,6 +126,7 @@ def decode_prompts(
     drafter: DFlashDrafter,
     settings: HeldOutPrompts,
     prompts: Sequence[Sequence[int]],
+    denoising_steps: int,
     on_finish: Callable[..., None],
 ) -> Decoded:
     """Decodes `prompts` greedily with a drafter in training, which gets the target's dtype as after training."""
@@ -134,5 +141,6 @@ def decode_prompts(
         max_new_tokens=settings.max_new_tokens,
         stop_token_ids=settings.stop_token_ids,
         batch_size=settings.batch_size,
+        denoising_steps=denoising_steps,
         on_finish=on_finish,
     )

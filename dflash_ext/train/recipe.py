@@ -27,6 +27,8 @@ class Recipe:
         accumulation: forward passes per step.
         anchors: blocks drawn from each sequence.
         pack_length: sequences share rows of this number of tokens; None gives each a row of its own.
+        noise_ratio, block_sizes: as in `AnchorCollator`. Below a noise ratio of 1, evaluations report the tau at 1, 2
+            and 3 steps of denoising.
         learning_rate: the peak, which a cosine decay to 0 follows.
         optimizer: "adamw", or "muon" for the matrices and AdamW for all else (`MuonWithAdamW`).
         loss, teacher_mix, gamma: as in `DFlashObjective`.
@@ -48,6 +50,8 @@ class Recipe:
     batch_size: int = 8
     accumulation: int = 1
     anchors: int = 64
+    noise_ratio: float = 1.0
+    block_sizes: tuple[int, ...] = ()
     pack_length: int | None = None
     learning_rate: float = 6e-4
     weight_decay: float = 0.01
@@ -74,6 +78,8 @@ class Recipe:
         for name, choices in (("optimizer", ("adamw", "muon")), ("loss", ("ce", "kl", "tv"))):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} is '{getattr(self, name)}': {', '.join(choices)} are supported")
+        if not 0 < self.noise_ratio <= 1:
+            raise ValueError(f"noise_ratio is {self.noise_ratio}: a share above 0 and up to 1 is needed")
         if not 0 < self.teacher_mix <= 1:
             raise ValueError(f"teacher_mix is {self.teacher_mix}: a share above 0 and up to 1 is needed")
         if not 0 < self.learning_rate < math.inf:

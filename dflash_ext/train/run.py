@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +113,7 @@ def train_on_answers(
         kept_out.prompts()[: recipe.evaluate_prompts],
         max_new_tokens=dataset.header["max_new_tokens"],
         stop_token_ids=dataset.header["stop_token_ids"],
+        denoising_steps=(1,) if recipe.noise_ratio == 1 else (1, 2, 3),
     )
     counts = {
         "to train on": len(trained),
@@ -176,11 +177,17 @@ def train_drafter(
         config.block_size,
         config.mask_token_id,
         config.first_draft_slot,
+        noise_ratio=recipe.noise_ratio,
+        block_sizes=recipe.block_sizes,
+        steps=recipe.steps,
         pack_length=recipe.pack_length,
     )
     evaluation = None
+    if any(not config.first_draft_slot < size <= config.block_size for size in recipe.block_sizes):
+        raise ValueError(f"block sizes {recipe.block_sizes}: the drafter's blocks have {config.block_size} slots")
     if held_out is not None and len(held_out):
-        evaluation = Evaluation(held_out, collator, recipe.batch_size, prompts, recipe.seed)
+        as_decoded = replace(collator, noise_ratio=1.0, block_sizes=())
+        evaluation = Evaluation(held_out, as_decoded, recipe.batch_size, prompts, recipe.seed)
     trainer = DFlashTrainer(
         DFlashObjective(drafter, target, recipe.gamma, loss=recipe.loss, teacher_mix=recipe.teacher_mix),
         args=args,

@@ -1,12 +1,14 @@
 """Samples that share rows give what they give alone."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
-from dflash_ext.train import AnchorCollator, Recipe, train_drafter
+from dflash_ext.train import AnchorCollator, HeldOutPrompts, Recipe, train_drafter
 from dflash_ext.train.collator import shared_rows
 from dflash_ext.train.objectives import DFlashObjective
-from python_tests.tiny import FAMILIES, MASK_TOKEN, tiny_pair
+from python_tests.tiny import FAMILIES, MASK_TOKEN, random_prompts, tiny_pair
 from python_tests.train.test_training import Cycles
 
 
@@ -38,7 +40,7 @@ def test_losses_and_gradients_are_those_of_rows_of_their_own(family, sliding, fi
     objective = DFlashObjective(drafter, target)
     found = []
     for pack_length in (None, 25):
-        batch = AnchorCollator(5, 6, MASK_TOKEN, first_slot, pack_length)(samples())
+        batch = AnchorCollator(5, 6, MASK_TOKEN, first_slot, pack_length=pack_length)(samples())
         losses, counts, correct = objective(drafter, batch, *objective.of_target(batch))
         drafter.zero_grad()
         (losses.sum() / objective.divisor(batch)).backward()
@@ -69,3 +71,54 @@ def test_a_run_with_shared_rows(tmp_path):
         log = train_drafter(drafter, target, Cycles(), tmp_path / str(pack_length), recipe, held_out=Cycles(5))
         losses.append(log[-2]["eval_loss"])
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+@pytest.mark.parametrize("first_slot", [0, 1])
+def test_some_blocks_show_their_leading_tokens(first_slot):
+    """As a later step of denoising sees them: the shown tokens are right, and what is left is drafted from them."""
+    target, drafter = tiny_pair("llama")
+    drafter.config.sample_from_anchor = first_slot == 0
+    objective = DFlashObjective(drafter, target, gamma=3.0)
+    batch = AnchorCollator(8, 6, MASK_TOKEN, first_slot, noise_ratio=0.4)(samples())
+    plain = AnchorCollator(8, 6, MASK_TOKEN, first_slot)(samples())
+    assert torch.equal(batch["anchors"], plain["anchors"])  # the draws of one thing leave those of another alone
+    losses, counts, _ = objective(drafter, batch, *objective.of_target(batch))
+    shown = batch["revealed"]
+    assert 0.2 < (shown[batch["keep"]] > 0).float().mean() < 0.8
+    for row, sample in enumerate(samples()):
+        ids, features = sample["input_ids"], target.features(sample["input_ids"][None])
+        for block in torch.nonzero(batch["keep"][row])[:, 0].tolist():
+            anchor, count = int(batch["anchors"][row, block]), int(shown[row, block])
+            noise = torch.tensor([[*ids[anchor : anchor + 1 + count].tolist(), *[MASK_TOKEN] * (5 - count)]])
+            assert torch.equal(batch["noise_ids"][row, block], noise[0])
+            left = counts[row, block]
+            assert not left[:count].any() and left[count]
+            assert torch.equal(left[count:], plain["counts"][row, block, first_slot:][count:])
+            assert (batch["limits"][row, block] == 0) == (count > 0)
+            hidden = drafter(
+                noise_embeds=drafter.embed(target, noise),
+                context_hidden_states=features[:, :anchor],
+                position_ids=torch.arange(anchor + 6)[None],
+            ).last_hidden_state
+            nll = -drafter.logits(target, hidden)[0, first_slot + count].log_softmax(-1)[ids[anchor + 1 + count]]
+            weight = float(torch.exp(torch.tensor(-count / 3.0)))
+            torch.testing.assert_close(losses[row, block, count], weight * nll, rtol=1e-3, atol=1e-5)
+
+
+def test_a_curriculum_of_block_sizes():
+    collate = AnchorCollator(5, 6, MASK_TOKEN, block_sizes=(3, 6), steps=10)
+    for step, size in ((0, 3), (4, 3), (5, 6), (9, 6), ("held out", 6)):
+        batch = collate([sample | {"key": (0, step, 0)} for sample in samples()])
+        assert batch["counts"].any(dim=(0, 1)).tolist() == [0 < slot < size for slot in range(6)]
+        assert batch["limits"].max() == size
+
+
+def test_a_run_for_several_steps_of_denoising(tmp_path):
+    target, drafter = tiny_pair("llama")
+    recipe = Recipe(steps=4, batch_size=4, anchors=5, noise_ratio=0.5, block_sizes=(3, 6), log_every=1)
+    prompts = HeldOutPrompts(random_prompts(5, 7), max_new_tokens=8, denoising_steps=(1, 2, 3))
+    options = dict(held_out=Cycles(5), prompts=prompts)
+    log = train_drafter(drafter, target, Cycles(), tmp_path, recipe, **options)
+    assert {"eval_tau", "eval_tau_2_steps", "eval_tau_3_steps"} <= log[-2].keys()
+    with pytest.raises(ValueError, match="block sizes .4, 9.: the drafter's blocks have 6 slots"):
+        train_drafter(drafter, target, Cycles(), tmp_path, replace(recipe, block_sizes=(4, 9)))

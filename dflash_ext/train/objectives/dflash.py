@@ -68,10 +68,8 @@ class DFlashObjective:
         context_positions = batch.get("context_positions")
         if context_positions is None:
             context_positions = torch.arange(length, device=features.device).expand(len(features), -1)
-        noise = batch["noise_ids"]
         hidden = model(
-            noise_embeds=drafter.embed(self.target, noise[:, :, 0]),
-            mask_embed=drafter.embed(self.target, noise[0, 0, -1]),
+            **self._noise(batch),
             context_hidden_states=features,
             position_ids=torch.cat([context_positions, batch["positions"].flatten(1)], dim=1),
             attention_mask=drafter.anchor_masks(length, batch["anchors"], batch["keep"], batch.get("context_start")),
@@ -126,11 +124,23 @@ class DFlashObjective:
     def labels(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         """The drafted slots' labels as rows of the drafter's head, and which of them count: [B, N, K] each.
 
-        Once the drafter cannot draft the label of a slot, this slot and all later ones of the block do not count.
+        Once the drafter cannot draft the label of a slot, this slot and all later ones of the block do not count. Nor
+        do the slots whose tokens the block shows.
         """
         labels = self.drafter.head_labels(batch["labels"][:, :, self.first_slot :])
         counts = batch["counts"][:, :, self.first_slot :] & (labels >= 0)
-        return labels.clamp(min=0), counts.cumprod(dim=-1).bool()
+        counts = counts.cumprod(dim=-1).bool()
+        if "revealed" in batch:
+            counts &= torch.arange(counts.shape[-1], device=counts.device) >= batch["revealed"][:, :, None]
+        return labels.clamp(min=0), counts
+
+    def _noise(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The embedded slots as the drafter takes them: the mask token once if it is in all slots but the anchors'."""
+        drafter, noise = self.drafter, batch["noise_ids"]
+        if "revealed" in batch:
+            return {"noise_embeds": drafter.embed(self.target, noise.flatten(1))}
+        embeds = drafter.embed(self.target, noise[:, :, 0])
+        return {"noise_embeds": embeds, "mask_embed": drafter.embed(self.target, noise[0, 0, -1])}
 
     def slot_weights(self, counts: Tensor) -> Tensor:
         """The weights of drafted slots [..., K] that are known before the forward pass."""

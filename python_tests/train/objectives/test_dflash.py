@@ -174,7 +174,7 @@ def test_the_teacher_is_the_targets_own_distribution(family, loss, mix, first_sl
     samples = [{"input_ids": row, "loss_mask": torch.ones_like(row, dtype=torch.bool), "key": (0, 0, 0)} for row in ids]
     found = []
     for pack_length in (None, 25):
-        batch = AnchorCollator(7, 6, MASK_TOKEN, first_slot, pack_length)(samples)
+        batch = AnchorCollator(7, 6, MASK_TOKEN, first_slot, pack_length=pack_length)(samples)
         found.append(objective(drafter, batch, *objective.of_target(batch)).losses.detach())
     per_block = [losses.sum(dim=-1)[losses.sum(dim=-1) > 0].sort().values for losses in found]
     torch.testing.assert_close(*per_block, rtol=1e-4, atol=1e-5)
