@@ -5,86 +5,16 @@ With a drafter: draft, verify, commit. Without one: the same without a draft, wh
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
-
 import torch
 from torch import Tensor
 
-from ..masks import IntervalMask
-from ..models import Target
 from ..ops import count_tokens_, verify
 from ..ops.cycle import CycleRows, begin_cycle, end_cycle
-from ..reference.numerics import softcapped
 from .draft import BlockDraft
 from .drawing import Drawing, draw
-from .forward.families import embedding_of, head_softcap, target_stack
-from .forward.layers import Rows
-from .kv_cache import KVCache
+from .forward import TargetForward
 from .state import State
 from .stopwatch import Stopwatch
-
-
-class TargetForward:
-    """The target over the engine's cache.
-
-    Args:
-        slots, tokens: the number of rows, and the largest number of tokens in a row, as in `KVCache`.
-        exact: the bits of a row depend on that row alone, whatever is computed beside it.
-    """
-
-    def __init__(self, target: Target, *, slots: int, tokens: int, exact: bool = False):
-        self.target, self.exact = target, exact
-        like = target.head
-        config = target.config
-        head_dim = target.layers[0].self_attn.head_dim
-        self.cache = KVCache(
-            target.num_layers,
-            slots,
-            config.num_key_value_heads,
-            head_dim,
-            tokens,
-            dtype=like.dtype,
-            device=like.device,
-        )
-        self.stack = replace(target_stack(target, self.cache.capacity), exact=exact)
-        self.embed = embedding_of(target)
-        self.windows = {kind: config.sliding_window if kind == "sliding_attention" else None for kind in self.kinds}
-
-    @property
-    def kinds(self) -> set[str]:
-        return set(self.stack.rotary)
-
-    def hidden(
-        self,
-        tokens: Tensor,
-        positions: Tensor,
-        start: Tensor,
-        counts: Tensor,
-        slots: Tensor,
-        taps: Sequence[int] = (),
-    ) -> tuple[Tensor, Tensor | None]:
-        """Reads tokens [B, R], of which the first `counts` [B] of a row exist.
-
-        Args:
-            positions: int64 [B, R], from `start` [B] on; -1 for tokens that do not exist.
-            slots: int32 [B].
-            taps: the layers whose outputs are the features.
-
-        Returns the output of the last layer [B, R, H] and the features [B, R, taps * H], None without taps.
-        """
-        options = {"q_lens": counts, "causal": True, "kv_len": self.cache.capacity}
-        masks = {
-            kind: IntervalMask.decode(start, tokens.shape[1], window=window, **options)
-            for kind, window in self.windows.items()
-        }
-        rows = Rows(positions, positions, slots, masks)
-        hidden, features = self.stack.forward(self.embed(tokens).flatten(0, 1), rows, self.cache, taps)
-        return hidden.view(*tokens.shape, -1), None if features is None else features.view(*tokens.shape, -1)
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        """The output of the last layer [..., H] to logits [..., V]."""
-        return softcapped(self.stack.head(hidden, self.target.head), head_softcap(self.target))
 
 
 class Cycle:
@@ -115,10 +45,9 @@ class Cycle:
             tokens = torch.cat([tokens, drafted], dim=1)
         watch.start("verify")
         placed = rows.positions, rows.start, rows.q_len, rows.slots
-        hidden, features = self.target.hidden(tokens, *placed, self.taps)
+        logits, features = self.target.read(tokens, *placed, self.taps)
         chance = filters and {"seed": rows.seed + rows.start} | filters
         # Drafted tokens for which the row has no room are padding for the target, and are not verified.
-        logits = self.target.logits(hidden)
         result = verify(drafted, logits, draft_lens=rows.room, **chance, **drawn, **changes)
         watch.start("commit")
         records, kept = end_cycle(
@@ -133,6 +62,12 @@ class Cycle:
             count_tokens_(state.counts, committed, lens=(ends[:, 0] + 1) * rows.active, table_rows=slots)
         watch.stop()
         return records
+
+    def clear(self, slot: int) -> None:
+        """Empties a slot of the caches."""
+        self.target.cache.clear(slot)
+        if self.draft is not None:
+            self.draft.cache.clear(slot)
 
     def _draft(
         self, rows: CycleRows, width: int, filters: dict[str, Tensor], changes: dict[str, Tensor]

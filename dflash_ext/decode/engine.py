@@ -24,11 +24,11 @@ from .arguments import (
     token_bias,
 )
 from .completion import Completion, Decoded
-from .cycle import Cycle, TargetForward
+from .cycle import Cycle
 from .draft import BlockDraft
 from .drawing import Drawing
 from .faults import detached
-from .forward.families import has_lean_forward
+from .forward import target_forward
 from .graphs import runner
 from .pace import Costs, Pace, draft_widths
 from .prefill import prefill, wave
@@ -91,8 +91,8 @@ class Engine:
     An engine is not thread-safe: one thread submits, steps and cancels.
 
     Raises:
-        ValueError: the target is of a family that the engine has no forward for, a number is out of range, or the
-            drafter cannot fill the block or was made for another target.
+        ValueError: a number is out of range, the drafter cannot fill the block or was made for another target, or the
+            target has no exact mode.
     """
 
     def __init__(
@@ -110,9 +110,6 @@ class Engine:
         tokenizer=None,
     ):
         slots, max_length = positive("slots", slots, "row is decoded at a time"), integer("max_length", max_length)
-        if not has_lean_forward(target):
-            name = type(target.model).__name__
-            raise ValueError(f"the engine has no forward for this {name}: dflash_ext.decode.decode serves it")
         target.check_length(max_length, f"rows of {max_length} tokens")
         halves = target.dtype in (torch.bfloat16, torch.float16)
         if exact and target.device.type == "cuda" and not (halves and hopper_kernels_serve(target.device)):
@@ -125,7 +122,7 @@ class Engine:
         sizes = {"slots": slots + 1, "tokens": max_length}
         with torch.no_grad():
             draft = BlockDraft(drafter, target, width=width, **sizes, **drafting) if drafter else None
-            self.cycle = Cycle(self.state, TargetForward(target, **sizes, exact=exact), draft)
+            self.cycle = Cycle(self.state, target_forward(target, **sizes, exact=exact), draft)
         self.runner = runner(self.cycle)
         self.pace = Pace(draft_widths(width)) if block_size == AUTO and width else None
         self.costs = Costs(self.pace.widths, costs) if self.pace else None
@@ -342,6 +339,8 @@ class Engine:
         """Ends a request that has raised."""
         self.fault = self.fault or fault
         request.end("error", fault)
+        if request.slot is not None:
+            self.cycle.clear(request.slot)  # what a fault leaves there may not be finite
         self._release(request)
         try:
             request.finish()

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .cycle import Cycle, Drawing
+from .forward import ModuleForward
 from .stopwatch import Stopwatch
 
 # A graph has one number of rows. Slots beyond the rows that are decoded are filled up with the spare slot.
@@ -146,8 +147,8 @@ class GraphRunner(PlainRunner):
 
 def runner(cycle: Cycle) -> PlainRunner:
     """The runner for the device and dtype of the target."""
-    cache = cycle.target.cache.keys
-    if not (cache.is_cuda and cache.dtype in (torch.bfloat16, torch.float16)):
+    halves = cycle.target.target.dtype in (torch.bfloat16, torch.float16)
+    if cycle.state.device.type != "cuda" or not halves or isinstance(cycle.target, ModuleForward):
         return PlainRunner(cycle)
     most = cycle.state.spare
     return GraphRunner(cycle, [*(size for size in SIZES if size < most), most])

@@ -33,7 +33,7 @@ class KVCache:
         dtype: torch.dtype,
         device: torch.device,
     ):
-        self.capacity = -(-(tokens + SCRATCH) // ALIGNMENT) * ALIGNMENT
+        self.capacity = capacity_of(tokens)
         shape = layers, slots, kv_heads, self.capacity, head_dim
         # Zeros, because a tile of keys is loaded whole, and what is masked must be finite.
         self.keys, self.values = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
@@ -44,6 +44,15 @@ class KVCache:
     @property
     def bytes(self) -> int:
         return 2 * self.keys.numel() * self.keys.element_size()
+
+    def clear(self, slot: int) -> None:
+        self.keys[:, slot] = 0
+        self.values[:, slot] = 0
+
+
+def capacity_of(tokens: int) -> int:
+    """The places of a slot for rows of at most so many tokens."""
+    return -(-(tokens + SCRATCH) // ALIGNMENT) * ALIGNMENT
 
 
 def block_table(slots: Tensor) -> Tensor:

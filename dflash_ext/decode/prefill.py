@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from ..ops import count_tokens_
-from ..ops.cycle import begin_cycle
+from ..ops.cycle import FIELDS, begin_cycle
 from .cycle import Cycle
 from .drawing import Drawing, draw
 from .request import Request
+from .state import PENALTIES, State
 
 CHUNK = 256  # tokens of a row that are read at a time
 TOKENS = 2048  # tokens of all rows that are read at a time
@@ -43,30 +44,34 @@ def prefill(cycle: Cycle, requests: Sequence[Request], drawing: Drawing) -> Tens
     padded = [[*request.prompt, *[0] * (longest - n)] for request, n in zip(requests, lengths, strict=True)]
     tokens = torch.tensor(padded).to(state.device, non_blocking=True)
     rows = begin_cycle(state.numbers, slots, 0, 0)
-    last = tokens.new_zeros(len(requests), cycle.target.target.hidden_size, dtype=cycle.target.cache.keys.dtype)
+    if has_penalties := any(name in PENALTIES for name in drawing.changes):
+        state.counts[slots] = 0
+        count_tokens_(state.counts, tokens, lens=rows.start, table_rows=slots, prompt=True)
+    anchors = torch.full_like(rows.start, -1)
     for first in range(0, longest, chunk):
         part = tokens[:, first : first + chunk]
         counts = (rows.start - first).clamp(0, part.shape[1])
         column = torch.arange(part.shape[1], device=state.device)
         positions = torch.where(column < counts[:, None], first + column, -1)
         begin = torch.full_like(rows.start, first)
-        hidden, features = cycle.target.hidden(part, positions, begin, counts, rows.slots, cycle.taps)
+        ends = [(row, n - 1 - first) for row, n in enumerate(lengths) if first < n <= first + part.shape[1]]
+        logits, features = cycle.target.read(part, positions, begin, counts, rows.slots, cycle.taps, ends)
         if cycle.draft is not None:
             cycle.draft.inject(features, positions, rows.slots)
-        # The output of a row's last token, if it is in this chunk.
-        at = rows.start - 1 - first
-        here = (at >= 0) & (at < part.shape[1])
-        ends = hidden.gather(1, at.clamp(0, part.shape[1] - 1)[:, None, None].expand(-1, 1, hidden.shape[2]))[:, 0]
-        last = torch.where(here[:, None], ends, last)
-    filters, changes = state.options_of(slots, drawing.filters), state.changes_of(slots, drawing.changes)
-    if "token_counts" in changes:
-        state.counts[slots] = 0
-        count_tokens_(state.counts, tokens, lens=rows.start, table_rows=slots, prompt=True)
-    logits = cycle.target.logits(last)
-    anchors = draw(logits[:, None], rows.seed, rows.start, filters, changes)[0][:, 0]
-    if "token_counts" in changes:
+        if ends:
+            ended = torch.tensor([row for row, _ in ends], device=state.device)
+            anchors[ended] = _first_tokens(state, slots[ended], logits, drawing)
+    if has_penalties:
         count_tokens_(state.counts, anchors[:, None], table_rows=slots)
-    finite = logits.gather(1, anchors[:, None])[:, 0].isfinite()
     stopped = (anchors[:, None] == state.stops.index_select(0, slots)).any(1)
-    state.set_anchors(slots, anchors, finite & ~stopped & (rows.start <= rows.last))
-    return anchors.where(finite, -1)
+    state.set_anchors(slots, anchors.clamp(min=0), (anchors >= 0) & ~stopped & (rows.start <= rows.last))
+    return anchors
+
+
+def _first_tokens(state: State, slots: Tensor, logits: Tensor, drawing: Drawing) -> Tensor:
+    """The tokens int64 [B] of rows in these slots, whose prompts have the logits [B, V]; -1 if theirs is not finite."""
+    numbers = state.numbers[slots]
+    start, seed = numbers[:, FIELDS.index("start")], numbers[:, FIELDS.index("seed")]
+    how = state.options_of(slots, drawing.filters), state.changes_of(slots, drawing.changes)
+    tokens, _ = draw(logits[:, None], seed, start, *how)
+    return tokens[:, 0].where(logits.gather(1, tokens)[:, 0].isfinite(), -1)

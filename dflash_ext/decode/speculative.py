@@ -18,10 +18,7 @@ from ..checks import shown
 from ..models import DFlashDrafter, Target
 from .arguments import AUTO, check_prompt, draft_width, integer, per_prompt, positive, stop_ids, stop_texts, token_bias
 from .completion import Completion, Decoded
-from .drawing import Drawing
 from .engine import Engine
-from .forward.families import has_lean_forward
-from .module_loop import decode_with_modules
 from .request import Request
 from .text import Text
 
@@ -75,8 +72,7 @@ def decode(
             and the tokens before the one with which they begin (`Completion`).
         tokenizer: a tokenizer of transformers, from which completions get their text. Stop strings need it.
         block_size: slots of a drafted block, anchor included. The drafter's own number is the default and the largest.
-            "auto" chooses before each cycle, as in `Engine`; for families that the engine does not serve it is the
-            default.
+            "auto" chooses before each cycle, as in `Engine`.
         costs: as in `Engine`: with "auto", the `costs` of an earlier call, so that a seed repeats its answers.
         denoising_steps, greedy_draft: as in `Engine`.
         batch_size: the number of rows that are decoded at a time. Prompts of similar length share a batch.
@@ -140,18 +136,6 @@ def decode(
     requests = [request_of(index) for index in range(len(prompts))]
     decoded = Decoded([request.completion for request in requests], width)
     by_length = sorted(requests, key=lambda request: len(request.prompt))
-    if not has_lean_forward(target):
-        if exact:
-            raise ValueError(
-                f"exact=True is not supported: the engine has no forward for {type(target.model).__name__}"
-            )
-        if any(Drawing.of([request]).changes for request in requests) or denoising_steps > 1 or greedy_draft:
-            raise ValueError(
-                "penalties, a logit bias, several steps and greedy drafts are not supported: the engine has no forward "
-                f"for {type(target.model).__name__}"
-            )
-        decode_with_modules(target, drafter, by_length, decoded, batch_size=batch_size)
-        return decoded
     sizes = {"slots": min(batch_size, len(requests)), "max_length": longest + max_new_tokens}
     drafting = {"block_size": block_size, "costs": costs, "denoising_steps": denoising_steps}
     drafting |= {"greedy_draft": greedy_draft}

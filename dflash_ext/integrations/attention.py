@@ -139,6 +139,7 @@ def block_attention(
     softcap: float | None = None,
     s_aux: Tensor | None = None,
     interval_mask: IntervalMask | dict[str, IntervalMask] | None = None,
+    block_table: Tensor | None = None,
     **kwargs,
 ) -> tuple[Tensor, None]:
     """The attention function of ``block_attn``, with the arguments that transformers' attention modules pass.
@@ -155,6 +156,8 @@ def block_attention(
             the padding, too. A dict has a mask for each kind of layer ("full_attention", "sliding_attention",
             "chunked_attention"). A single mask for all layers may have no more keys than the window of sliding layers
             or the chunk of chunked ones.
+        block_table: an argument of the model's forward: int32 ``[B, 1]``, the entry of ``key`` and ``value`` that each
+            row reads, if the cache has other entries than the batch has rows.
 
     Returns:
         ``[B, Lq, Hq, D]``, and None for the weights.
@@ -174,9 +177,14 @@ def block_attention(
     else:
         causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
         mask = _default(query.shape[2], key.shape[2], causal, sliding_window, query.device)
-    if s_aux is None:
+    if s_aux is None and block_table is not None:
+        pages = key.transpose(1, 2), value.transpose(1, 2)
+        out = block_attn_decode(query, *pages, mask, block_table=block_table, scale=scaling, softcap=softcap)
+    elif s_aux is None:
         out = _attend(query, key, value, mask, scale=scaling, softcap=softcap)
     else:
+        if block_table is not None:
+            key, value = key[block_table[:, 0]], value[block_table[:, 0]]
         out, lse = block_attn(query, key, value, mask, scale=scaling, softcap=softcap, return_lse=True)
         # The share of the softmax that the keys keep beside the sink: e^lse / (e^lse + e^sink).
         out = out * torch.sigmoid(lse - s_aux.to(lse.dtype)[:, None]).unsqueeze(-1).to(out.dtype)

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..masks import IntervalMask
 from ..reference.numerics import softcapped
 from .taps import Taps
 
@@ -252,42 +251,44 @@ class Target:
         return bool((first - second).abs().max() <= torch.finfo(self.dtype).eps ** 0.5 * first.abs().max())
 
     @torch.no_grad()
-    def step(self, input_ids: Tensor, positions: Tensor, cache, *, keep_logits: int) -> tuple[Tensor, Tensor | None]:
+    def step(
+        self,
+        input_ids: Tensor,
+        positions: Tensor,
+        cache,
+        masks: dict[str, Tensor],
+        *,
+        columns: Sequence[int] | None = None,
+        tapped: bool = True,
+        **given,
+    ) -> tuple[Tensor, Tensor | None]:
         """Runs new tokens of every row against a cache and adds them to it.
 
         Args:
             input_ids: int64 [B, Q].
-            positions: int64 [B, Q], each token's position in its row, or -1 for padding in any column. A token sees
-                the row's cached tokens before its position, and itself.
-            cache: a `decode.RowCache`, whose `place(positions)` was called for these tokens.
-            keep_logits: the number of last columns that get logits.
+            positions: int64 [B, Q], each token's position in its row, or -1 for padding.
+            cache: a cache of transformers, which knows where these tokens go.
+            masks: the attention masks by kind of layer, as the model's attention implementation takes them.
+            columns: those that get logits; None for all.
+            tapped: whether the features are wanted.
+            given: more arguments of the model's forward.
 
         Returns:
-            logits [B, keep_logits, V] in the model's dtype and the context features [B, Q, taps * H] (None without
-            taps).
+            logits [B, columns, V] in the model's dtype and the context features [B, Q, taps * H] (None without taps).
         """
         # An index, not a number: given a number, some models (Gemma 4) also shorten what the taps read.
-        last = torch.arange(input_ids.shape[1], device=input_ids.device)[-keep_logits:]
+        kept = 0 if columns is None else torch.tensor(columns, device=input_ids.device)
         with self._taps.reading() as outputs:
             output = self.model(
                 input_ids=input_ids,
-                attention_mask=self._causal_masks(positions, cache.visible),
+                attention_mask=masks if len(masks) > 1 else next(iter(masks.values())),
                 position_ids=positions.clamp(min=0),
                 **{self.cache_argument: cache},
                 use_cache=True,
-                logits_to_keep=last if self.tap_ids else keep_logits,
+                logits_to_keep=kept,
+                **given,
             )
-        return output.logits, self._concatenate(outputs)
-
-    def _causal_masks(self, positions: Tensor, kv_len: int) -> Tensor | dict[str, Tensor]:
-        """The additive masks [B, 1, Q, kv_len] of tokens at `positions`; by kind of layer if there are several."""
-        end = (positions + 1).int()
-        nothing = torch.zeros_like(end)
-        masks = {}
-        for kind in self.attention_kinds:
-            start = (end - self.config.sliding_window).clamp(min=0) if kind == "sliding_attention" else nothing
-            masks[kind] = IntervalMask(start, end, nothing, nothing, kv_len).to_dense(self.dtype)
-        return masks if len(masks) > 1 else next(iter(masks.values()))
+        return output.logits, self._concatenate(outputs) if tapped else None
 
 
 def _decoder(model: PreTrainedModel) -> PreTrainedModel:

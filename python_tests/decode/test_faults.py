@@ -9,6 +9,7 @@ import torch
 from dflash_ext.decode import Engine, Request, decode
 from dflash_ext.decode.prefill import prefill
 from python_tests.decode.oracle import own_output
+from python_tests.decode.test_families import pair, tiny
 from python_tests.tiny import VOCAB, random_prompts, tiny_pair
 
 NEW = 15
@@ -145,45 +146,32 @@ def test_a_prompt_that_needs_too_much_memory_ends_alone(monkeypatch):
     expect_own_output(engine, [request for request in requests if request not in failed])
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2", "xglm"])
 @pytest.mark.parametrize("where", ["prompt", "cycle"])
-def test_logits_that_are_not_finite_end_their_row_alone(where):
-    """One token's embedding is not finite: a row fails as soon as the target reads this token."""
-    engine = engine_of()
+def test_logits_that_are_not_finite_end_their_row_alone(where, family):
+    """One token's embedding is not finite: a row fails as soon as the target reads it. Its slot serves others again."""
     bad = 90
-    prompts = [[token for token in prompt if token != bad] for prompt in random_prompts(4, 9, 17)]
-    model = engine.target.model
-    expected = [own_output(model, prompt, NEW) for prompt in prompts]
-    assert not any(bad in tokens for tokens in expected)
-    bias = torch.zeros(VOCAB)
-    if where == "prompt":
-        faulty = engine.submit([5, bad, 7], max_new_tokens=NEW)
+    if family == "llama":
+        target, drafter = tiny_pair("llama")
     else:
-        bias[bad] = 100.0
-        faulty = engine.submit([5, 6, 7], max_new_tokens=NEW, temperature=1.0, seed=1)
-        draw_bad_tokens(engine, bias)
-    model.model.embed_tokens.weight[bad] = float("nan")
-    others = submit_all(engine, prompts)
+        target, drafter = pair(tiny(family), [1, 2])
+    engine = Engine(target, drafter, slots=2, max_length=100)
+    prompts = [[token for token in prompt if token != bad] for prompt in random_prompts(4, 9, 17, 11)]
+    expected = [own_output(target.model, prompt, NEW) for prompt in prompts]
+    assert not any(bad in tokens for tokens in expected)
+    others = submit_all(engine, prompts[:1])
+    prompt, bias = ([*[bad] * 40, 7], {}) if where == "prompt" else ([5] * 30, {bad: 1000.0})
+    faulty = engine.submit(prompt, max_new_tokens=NEW, logit_bias=bias)
+    others += submit_all(engine, prompts[1:])
+    weight = target.model.get_input_embeddings().weight
+    if target.head.data_ptr() == weight.data_ptr():
+        target.model.get_output_embeddings().weight = torch.nn.Parameter(weight.clone(), requires_grad=False)
+    weight[bad] = float("nan")
     with pytest.raises(FloatingPointError, match="logits are not finite after . decoded tokens"):
         engine.run()
     assert faulty.completion.finish_reason == "error"
     assert faulty.completion.tokens == ([] if where == "prompt" else [bad])
     assert [request.completion.tokens for request in others] == expected
-
-
-def draw_bad_tokens(engine: Engine, bias: torch.Tensor) -> None:
-    """Adds a bias to the target's logits of rows of temperature 1, by the slots that a forward reads."""
-    target, read, slots_of = engine.cycle.target, engine.cycle.target.hidden, []
-
-    def hidden(tokens, positions, start, counts, slots, taps):
-        slots_of[:] = [slots]
-        return read(tokens, positions, start, counts, slots, taps)
-
-    def logits(given):
-        warm = engine.state.options[slots_of[0].long(), 0] == 1
-        return plain(given) + warm.view(-1, *[1] * (given.dim() - 1)) * bias
-
-    plain = target.logits
-    target.hidden, target.logits = hidden, logits
 
 
 def test_decode_raises_a_fault_when_the_other_prompts_have_ended():

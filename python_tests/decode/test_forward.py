@@ -13,7 +13,7 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from dflash_ext.decode.cycle import TargetForward
+from dflash_ext.decode.forward import LeanForward
 from dflash_ext.decode.forward.families import FAMILIES, has_lean_forward
 from dflash_ext.models import Target
 from python_tests.tiny import GEMMA, SHAPE, tiny_model
@@ -66,7 +66,7 @@ def test_hidden_states_and_logits_are_the_models_own(name):
     ids = torch.randint(3, 96, (2, 40))
     own = target.model(ids, output_hidden_states=True)
     want = torch.cat([own.hidden_states[tap + 1] for tap in TAPS], dim=-1)
-    forward = TargetForward(target, slots=4, tokens=100)
+    forward = LeanForward(target, slots=4, tokens=100)
     slots = torch.tensor([2, 0], dtype=torch.int32)
     lengths = torch.tensor([0, 0])
     for counts in ([11, 7], [1, 1], [0, 9], [16, 5], [1, 16], [11, 2]):
@@ -94,7 +94,7 @@ def test_rounding_in_bfloat16_is_no_worse_than_the_models_own(name):
         parameter.data = other.data.double()
     ids = torch.randint(3, 96, (4, 40))
     want = exact.features(ids)
-    forward = TargetForward(rounded, slots=4, tokens=100)
+    forward = LeanForward(rounded, slots=4, tokens=100)
     positions = torch.arange(40).expand(4, -1).contiguous()
     start, counts = torch.zeros(4, dtype=torch.int64), torch.full((4,), 40)
     got = forward.hidden(ids, positions, start, counts, torch.arange(4, dtype=torch.int32), TAPS)[1]
@@ -111,7 +111,7 @@ def test_packed_weights_are_the_models_own_memory():
     ids = torch.randint(3, 96, (1, 9))
     before = target.model(ids).logits
     size = sum(p.numel() for p in target.model.parameters())
-    first, second = TargetForward(target, slots=1, tokens=20), TargetForward(target, slots=1, tokens=20)
+    first, second = LeanForward(target, slots=1, tokens=20), LeanForward(target, slots=1, tokens=20)
     for layer, one, other in zip(target.layers, first.stack.layers, second.stack.layers, strict=True):
         attention = layer.self_attn
         assert one.qkv.data_ptr() == other.qkv.data_ptr() == attention.q_proj.weight.data_ptr()

@@ -5,7 +5,6 @@ import torch
 from safetensors import safe_open
 from transformers import DynamicCache, Qwen3Config
 
-from dflash_ext.decode import RowCache
 from dflash_ext.models import DFlashConfig, DFlashDrafter, Target, default_taps, load_drafter
 from dflash_ext.models import drafter as drafter_module
 from dflash_ext.train import save_drafter
@@ -36,11 +35,10 @@ def decoding_forward(target: Target, drafter: DFlashDrafter, tokens: list[int], 
     """Logits [block, V] of the block behind the last of `tokens`, its context fed to a cache in pieces."""
     size, anchor = drafter.config.block_size, len(tokens) - 1
     features = target.features(torch.tensor([tokens]))[:, :anchor]
-    cache = RowCache(LENGTH + size)
+    cache = DynamicCache()
     noise = torch.tensor([[tokens[anchor]] + [MASK_TOKEN] * (size - 1)])
     for begin, end in zip([0, *cuts], [*cuts, anchor], strict=True):
         positions = torch.arange(begin, end + size)[None]
-        cache.place(positions, end + size)
         hidden = drafter(
             noise_embeds=drafter.embed(target, noise),
             context_hidden_states=features[:, begin:end],
@@ -48,6 +46,7 @@ def decoding_forward(target: Target, drafter: DFlashDrafter, tokens: list[int], 
             attention_mask=drafter.decode_masks(torch.tensor([end], dtype=torch.int32), size, end + size),
             cache=cache,
         ).last_hidden_state
+        cache.crop(end)  # drops the block
     return drafter.logits(target, hidden)[0]
 
 

@@ -1,0 +1,94 @@
+"""The forward of our own over a target's weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from torch import Tensor
+
+from ...masks import IntervalMask
+from ...models import Target
+from ...reference.numerics import softcapped
+from ..kv_cache import KVCache
+from .families import embedding_of, head_softcap, target_stack
+from .layers import Rows
+
+
+class LeanForward:
+    """A target of `FAMILIES` over the engine's cache.
+
+    Args:
+        slots, tokens: the number of rows, and the largest number of tokens in a row, as in `KVCache`.
+        exact: the bits of a row depend on that row alone, whatever is computed beside it.
+    """
+
+    def __init__(self, target: Target, *, slots: int, tokens: int, exact: bool = False):
+        self.target, self.exact = target, exact
+        like = target.head
+        config = target.config
+        head_dim = target.layers[0].self_attn.head_dim
+        self.cache = KVCache(
+            target.num_layers,
+            slots,
+            config.num_key_value_heads,
+            head_dim,
+            tokens,
+            dtype=like.dtype,
+            device=like.device,
+        )
+        self.stack = replace(target_stack(target, self.cache.capacity), exact=exact)
+        self.embed = embedding_of(target)
+        self.windows = {kind: config.sliding_window if kind == "sliding_attention" else None for kind in self.kinds}
+
+    @property
+    def kinds(self) -> set[str]:
+        return set(self.stack.rotary)
+
+    def read(
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        start: Tensor,
+        counts: Tensor,
+        slots: Tensor,
+        taps: Sequence[int] = (),
+        ends: Sequence[tuple[int, int]] | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Reads tokens [B, R], of which the first `counts` [B] of a row exist, and adds them to the cache.
+
+        Args:
+            positions: int64 [B, R], from `start` [B] on; -1 for tokens that do not exist.
+            slots: int32 [B].
+            taps: the layers whose outputs are the features.
+            ends: the row and the column of each token that is to have logits; None is for all tokens.
+
+        Returns the logits [B, R, V], or [len(ends), V], and the features [B, R, taps * H], None without taps.
+        """
+        hidden, features = self.hidden(tokens, positions, start, counts, slots, taps)
+        if ends is not None:
+            hidden = hidden[[row for row, _ in ends], [column for _, column in ends]]
+        return self.logits(hidden), features
+
+    def hidden(
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        start: Tensor,
+        counts: Tensor,
+        slots: Tensor,
+        taps: Sequence[int] = (),
+    ) -> tuple[Tensor, Tensor | None]:
+        """The output of the last layer [B, R, H] and the features; the arguments are those of `read`."""
+        options = {"q_lens": counts, "causal": True, "kv_len": self.cache.capacity}
+        masks = {
+            kind: IntervalMask.decode(start, tokens.shape[1], window=window, **options)
+            for kind, window in self.windows.items()
+        }
+        rows = Rows(positions, positions, slots, masks)
+        hidden, features = self.stack.forward(self.embed(tokens).flatten(0, 1), rows, self.cache, taps)
+        return hidden.view(*tokens.shape, -1), None if features is None else features.view(*tokens.shape, -1)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """The output of the last layer [..., H] to logits [..., V]."""
+        return softcapped(self.stack.head(hidden, self.target.head), head_softcap(self.target))

@@ -1,0 +1,175 @@
+"""The forward of any other target: its own modules, over a cache of slots."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from ...integrations import as_attention_mask
+from ...integrations.attention import NAME
+from ...masks import IntervalMask
+from ...models import Target
+from ..kv_cache import block_table, capacity_of
+
+
+class _Placement:
+    """Where the next tokens go, and what a forward reads. The layers of one cache share it."""
+
+    slots: Tensor
+    places: Tensor
+    gathers: bool
+
+
+class _SlotLayer(CacheLayerMixin):
+    """Keys and values of one layer, [slots, Hkv, capacity, D] each. The last slot also receives what padding writes."""
+
+    is_sliding = False
+
+    def __init__(self, placement: _Placement, slots: int, capacity: int):
+        super().__init__()
+        self.placement, self.slots, self.capacity = placement, slots, capacity
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        # Zeros, because masked keys and values are multiplied, too.
+        self.keys, self.values = (
+            states.new_zeros(self.slots, states.shape[1], self.capacity, states.shape[3])
+            for states in (key_states, value_states)
+        )
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        slots, places = self.placement.slots, self.placement.places
+        there = places >= 0
+        slots, places = slots.where(there, self.slots - 1), places.clamp(min=0)
+        self.keys[slots, :, places] = key_states.transpose(1, 2)
+        self.values[slots, :, places] = value_states.transpose(1, 2)
+        if not self.placement.gathers:
+            return self.keys, self.values
+        rows = self.placement.slots[:, 0]
+        return self.keys[rows], self.values[rows]
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.capacity, 0
+
+    def get_seq_length(self) -> int:
+        return self.capacity
+
+    def get_max_length(self) -> int:
+        return self.capacity
+
+    get_max_cache_shape = get_max_length
+
+
+class SlotCache(Cache):
+    """Keeps each token of a row at the place of its position in the row's slot, as `KVCache` does.
+
+    Layers may differ in their heads and widths, as the first forward finds them.
+
+    Args:
+        slots, tokens: the number of rows, and the largest number of tokens in a row.
+    """
+
+    def __init__(self, slots: int, tokens: int):
+        self.placement, self.capacity = _Placement(), capacity_of(tokens)
+        super().__init__(layer_class_to_replicate=partial(_SlotLayer, self.placement, slots, self.capacity))
+
+    def place(self, slots: Tensor, places: Tensor, *, gathers: bool) -> None:
+        """Says where the next forward's tokens go: to `places` (int64 [B, R], -1: nowhere) of these `slots` (int32 [B]).
+
+        gathers: layers get copies of the rows' slots, and else all slots, which they read by a block table.
+        """
+        self.placement.slots, self.placement.places = slots.long()[:, None], places
+        self.placement.gathers = gathers
+
+    @property
+    def bytes(self) -> int:
+        return sum(x.numel() * x.element_size() for layer in self.layers for x in (layer.keys, layer.values))
+
+    def clear(self, slot: int) -> None:
+        for layer in self.layers:
+            layer.keys[slot] = 0
+            layer.values[slot] = 0
+
+
+class ModuleForward:
+    """A target's own modules over a cache of slots.
+
+    Models whose attention goes through transformers' AttentionInterface run with `block_attn`, which reads the slots in
+    their places. Others, and models whose keys and values have widths that it does not take, run with their own
+    attention under dense masks, for which the slots of the rows are copied in each layer.
+
+    Args: as those of `LeanForward`.
+    """
+
+    def __init__(self, target: Target, *, slots: int, tokens: int, exact: bool = False):
+        if exact:
+            name = type(target.model).__name__
+            raise ValueError(f"exact=True is not supported: the engine has no forward of its own for this {name}")
+        self.target, self.cache = target, SlotCache(slots, tokens)
+        self.capacity = self.cache.capacity
+        self.windows = {
+            kind: target.config.sliding_window if kind == "sliding_attention" else None
+            for kind in target.attention_kinds
+        }
+        self.reads_slots = type(target.model).is_backend_compatible()
+        try:
+            self._read_one_token(slots - 1)
+        except ValueError:  # block_attn refuses the shapes that the model's attention has
+            self.reads_slots = False
+            self._read_one_token(slots - 1)
+
+    def _read_one_token(self, slot: int) -> None:
+        """A first forward, in which the layers of the cache are made."""
+        first = torch.zeros(1, 1, dtype=torch.int64, device=self.target.device)
+        self.read(first, first, first[0], first[0] + 1, torch.full_like(first[0], slot, dtype=torch.int32))
+
+    def read(
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        start: Tensor,
+        counts: Tensor,
+        slots: Tensor,
+        taps: Sequence[int] = (),
+        ends: Sequence[tuple[int, int]] | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """As that of `LeanForward`."""
+        options = {"q_lens": counts, "causal": True, "kv_len": self.capacity}
+        masks = {
+            kind: IntervalMask.decode(start, tokens.shape[1], window=window, **options)
+            for kind, window in self.windows.items()
+        }
+        given = {}
+        if self.reads_slots:
+            masks = {kind: as_attention_mask(mask) for kind, mask in masks.items()}
+            given["block_table"] = block_table(slots)
+        else:
+            masks = {kind: mask.to_dense(self.target.dtype) for kind, mask in masks.items()}
+        self.cache.place(slots, positions, gathers=not self.reads_slots)
+        columns = None if ends is None else sorted({column for _, column in ends} or {0})
+        with _implementation(self.target.config, NAME if self.reads_slots else None):
+            logits, features = self.target.step(
+                tokens, positions, self.cache, masks, columns=columns, tapped=bool(taps), **given
+            )
+        if ends is not None:
+            rows = [row for row, _ in ends]
+            logits = logits[rows, [columns.index(column) for _, column in ends]]
+        return logits, features
+
+
+@contextmanager
+def _implementation(config, name: str | None) -> Iterator[None]:
+    """Sets the attention implementation of a model's config; None leaves it."""
+    before = config._attn_implementation
+    config._attn_implementation = name or before
+    try:
+        yield
+    finally:
+        config._attn_implementation = before

@@ -1,0 +1,52 @@
+"""The forward by a model's own modules: a cache of slots under rows of different lengths."""
+
+import pytest
+import torch
+
+from dflash_ext.decode.forward import ModuleForward
+from dflash_ext.models import Target
+from python_tests.decode.test_families import tiny
+from python_tests.tiny import FAMILIES, random_prompts, tiny_model
+
+# Attention that block_attn serves in its place, and attention that gets copies of the slots and dense masks.
+READS_SLOTS = {"gpt2": True, "gpt_oss": True, "gemma4_text": True, "deepseek_v3": False, "xglm": False}
+
+
+def model_of(family: str):
+    return tiny_model(family) if family in FAMILIES else tiny(family)
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, *READS_SLOTS])
+def test_rows_in_pieces_equal_one_pass(family):
+    """Rows of different lengths and slots, fed in pieces with padding and a rejected tail."""
+    model = model_of(family)
+    target = Target(model, [1, 3])
+    forward = ModuleForward(target, slots=5, tokens=40)
+    assert forward.reads_slots == READS_SLOTS.get(family, True)
+    rows, slots = random_prompts(20, 13), torch.tensor([3, 0], dtype=torch.int32)
+
+    def read(pieces: list[list[int]], starts: list[int], ends=None):
+        width = max(map(len, pieces))
+        ids = torch.tensor([piece + [0] * (width - len(piece)) for piece in pieces])
+        start, counts = torch.tensor(starts), torch.tensor([len(piece) for piece in pieces])
+        column = torch.arange(width)
+        positions = torch.where(column < counts[:, None], start[:, None] + column, -1)
+        return forward.read(ids, positions, start, counts, slots, target.tap_ids, ends)
+
+    implementation = model.config._attn_implementation
+    read([rows[0][:9], rows[1][:4]], [0, 0])
+    read([[50, 51, 52], [53, 54, 55]], [9, 4])  # rejected: written over below
+    logits, features = read([rows[0][9:], rows[1][4:]], [9, 4])
+    last, _ = read([rows[0][19:], rows[1][11:]], [19, 11], [(1, 1), (0, 0)])
+    assert model.config._attn_implementation == implementation
+    for row, (tokens, kept) in enumerate(zip(rows, (11, 9), strict=True)):
+        whole = torch.tensor([tokens])
+        expected = model(whole).logits[0, -kept:]
+        torch.testing.assert_close(logits[row, :kept], expected, atol=2e-5, rtol=1e-4)
+        torch.testing.assert_close(last[1 - row], expected[-1], atol=2e-5, rtol=1e-4)
+        torch.testing.assert_close(features[row, :kept], target.features(whole)[0, -kept:], atol=2e-5, rtol=1e-4)
+
+
+def test_there_is_no_exact_mode():
+    with pytest.raises(ValueError, match="exact=True is not supported: .* no forward of its own for this GPT2LMHead"):
+        ModuleForward(Target(tiny("gpt2")), slots=2, tokens=20, exact=True)
