@@ -81,7 +81,7 @@ class SlotCache(Cache):
         super().__init__(layer_class_to_replicate=partial(_SlotLayer, self.placement, slots, self.capacity))
 
     def place(self, slots: Tensor, places: Tensor, *, gathers: bool) -> None:
-        """Says where the next forward's tokens go: to `places` (int64 [B, R], -1: nowhere) of these `slots` (int32 [B]).
+        """Says where the next tokens go: to `places` (int64 [B, R], -1: nowhere) of these `slots` (int32 [B]).
 
         gathers: layers get copies of the rows' slots, and else all slots, which they read by a block table.
         """
