@@ -46,7 +46,7 @@ class Decoded:
         draft_width: the number of drafted tokens per cycle, 0 for plain decoding.
         cycles: the number of the target's forward passes after prefill, each for a whole batch.
         draft_seconds, verify_seconds, commit_seconds: the parts of these cycles. To commit is to keep the accepted
-            tokens and, for the drafter, their features. A target that runs by its own modules does so within "verify".
+            tokens and, for the drafter, their features.
         costs: with the block size "auto", the seconds of a cycle by its number of rows and of drafted tokens.
     """
 

@@ -6,6 +6,7 @@ import torch
 from dflash_ext.decode import Engine, decode
 from dflash_ext.decode.graphs import GraphRunner, PlainRunner
 from dflash_ext.models import DFlashDrafter, Target
+from python_tests.decode.test_families import tiny
 from python_tests.decode.test_forward import MODELS
 from python_tests.tiny import MASK_TOKEN, random_prompts, tiny_model
 
@@ -252,3 +253,21 @@ def test_logits_that_are_not_finite_end_their_row_alone():
     assert faulty.completion.finish_reason == "error" and faulty.completion.tokens == [90]
     for request, prompt in zip(others, prompts, strict=True):
         assert regret(target.model, prompt, request.completion.tokens) < 0.05
+
+
+@pytest.mark.parametrize("name", ["gpt2", "gpt_oss", "deepseek_v3"])
+def test_a_models_own_modules_on_the_engine(name):
+    """As plain calls, and, where the modules can be captured, as graphs."""
+    model = tiny(name).to("cuda", torch.bfloat16)
+    drafter = DFlashDrafter.for_target(Target(model), mask_token_id=MASK_TOKEN, num_layers=2, block_size=6, taps=[0, 2])
+    target, drafter = Target(model, [0, 2]), drafter.to("cuda", torch.bfloat16).eval()
+    prompts = random_prompts(3, 40, 17, 5, 9)
+    runners = (PlainRunner, GraphRunner) if name == "gpt2" else (PlainRunner,)
+    for make in runners:
+        engine = Engine(target, drafter, slots=4, max_length=100)
+        engine.runner = PlainRunner(engine.cycle) if make is PlainRunner else GraphRunner(engine.cycle, [1, 2, 4])
+        requests = [engine.submit(prompt, max_new_tokens=16) for prompt in prompts]
+        engine.run()
+        for request, prompt in zip(requests, prompts, strict=True):
+            assert len(request.completion.tokens) == 16
+            assert regret(model, prompt, request.completion.tokens) < 0.05

@@ -46,7 +46,7 @@ def decoding_forward(target: Target, drafter: DFlashDrafter, tokens: list[int], 
             attention_mask=drafter.decode_masks(torch.tensor([end], dtype=torch.int32), size, end + size),
             cache=cache,
         ).last_hidden_state
-        cache.crop(end)  # drops the block
+        cache.crop(-size)  # drops the block
     return drafter.logits(target, hidden)[0]
 
 
