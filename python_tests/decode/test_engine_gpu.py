@@ -208,9 +208,8 @@ def test_a_graph_that_cannot_be_captured_is_made_for_fewer_rows():
     requests = [engine.submit(prompt, max_new_tokens=24) for prompt in prompts]
     engine.run()
     assert {size for size, *_ in engine.runner.graphs} == {2}
-    for request, prompt in zip(requests, prompts, strict=True):
-        assert len(request.completion.tokens) == 24
-        assert regret(target.model, prompt, request.completion.tokens) < 0.05
+    answers = [request.completion.tokens for request in requests]
+    assert all(len(tokens) == 24 for tokens in answers) and regret(target.model, prompts, answers) < 0.05
 
 
 def test_memory_is_given_back_and_faults_stay_with_their_requests():
@@ -246,28 +245,21 @@ def test_logits_that_are_not_finite_end_their_row_alone():
     assert not any(90 in [*c.tokens, *p] for c, p in zip(expected, prompts, strict=True))
     target.model.model.embed_tokens.weight[90] = float("nan")
     engine = Engine(target, drafter, slots=3, max_length=200)
-    faulty = engine.submit([5, 6], max_new_tokens=20, logit_bias={90: 1000.0})
+    faulty = engine.submit([5, 90, 6], max_new_tokens=20)
     others = [engine.submit(prompt, max_new_tokens=20) for prompt in prompts]
-    with pytest.raises(FloatingPointError, match="not finite after 1 decoded tokens"):
+    with pytest.raises(FloatingPointError, match="not finite after 0 decoded tokens"):
         engine.run()
-    assert faulty.completion.finish_reason == "error" and faulty.completion.tokens == [90]
-    for request, prompt in zip(others, prompts, strict=True):
-        assert regret(target.model, prompt, request.completion.tokens) < 0.05
+    assert faulty.completion.finish_reason == "error" and not faulty.completion.tokens
+    assert regret(target.model, prompts, [request.completion.tokens for request in others]) < 0.05
 
 
-@pytest.mark.parametrize("name", ["gpt2", "gpt_oss", "deepseek_v3"])
+@pytest.mark.parametrize("name", ["gpt2", "glm", "xglm"])
 def test_a_models_own_modules_on_the_engine(name):
-    """As plain calls, and, where the modules can be captured, as graphs."""
     model = tiny(name).to("cuda", torch.bfloat16)
     drafter = DFlashDrafter.for_target(Target(model), mask_token_id=MASK_TOKEN, num_layers=2, block_size=6, taps=[0, 2])
     target, drafter = Target(model, [0, 2]), drafter.to("cuda", torch.bfloat16).eval()
     prompts = random_prompts(3, 40, 17, 5, 9)
-    runners = (PlainRunner, GraphRunner) if name == "gpt2" else (PlainRunner,)
-    for make in runners:
-        engine = Engine(target, drafter, slots=4, max_length=100)
-        engine.runner = PlainRunner(engine.cycle) if make is PlainRunner else GraphRunner(engine.cycle, [1, 2, 4])
-        requests = [engine.submit(prompt, max_new_tokens=16) for prompt in prompts]
-        engine.run()
-        for request, prompt in zip(requests, prompts, strict=True):
-            assert len(request.completion.tokens) == 16
-            assert regret(model, prompt, request.completion.tokens) < 0.05
+    for draft in (drafter, None):
+        decoded = decode(target, draft, prompts, max_new_tokens=16, batch_size=4)
+        answers = [completion.tokens for completion in decoded.completions]
+        assert all(len(tokens) == 16 for tokens in answers) and regret(model, prompts, answers) < 0.05
