@@ -102,8 +102,9 @@ class ModuleForward:
     """A target's own modules over a cache of slots.
 
     Models whose attention goes through transformers' AttentionInterface run with `block_attn`, which reads the slots in
-    their places. Others, and models whose keys and values have widths that it does not take, run with their own
-    attention under dense masks, for which the slots of the rows are copied in each layer.
+    their places. Others, and models that it does not serve (with latent attention, or with masks of their own making),
+    run with their own attention under dense masks, for which the slots of the rows are copied in each layer. Which of
+    the two it is, a first forward of a few tokens finds out.
 
     Args: as those of `LeanForward`.
     """
@@ -118,17 +119,28 @@ class ModuleForward:
             kind: target.config.sliding_window if kind == "sliding_attention" else None
             for kind in target.attention_kinds
         }
+        # The first forward makes the layers of the cache, and says what block_attn must give.
+        self.reads_slots = False
+        expected = self._first_logits(slots - 1)
         self.reads_slots = type(target.model).is_backend_compatible()
-        try:
-            self._read_one_token(slots - 1)
-        except ValueError:  # block_attn refuses the shapes that the model's attention has
-            self.reads_slots = False
-            self._read_one_token(slots - 1)
+        self.reads_slots = self.reads_slots and self._gives(expected, slots - 1)
 
-    def _read_one_token(self, slot: int) -> None:
-        """A first forward, in which the layers of the cache are made."""
-        first = torch.zeros(1, 1, dtype=torch.int64, device=self.target.device)
-        self.read(first, first, first[0], first[0] + 1, torch.full_like(first[0], slot, dtype=torch.int32))
+    def _first_logits(self, slot: int) -> Tensor:
+        """The logits of three tokens in this slot, [1, 3, V]."""
+        tokens = torch.arange(3, device=self.target.device)[None] % self.target.vocab_size
+        start = torch.zeros_like(tokens[0, :1])
+        positions = torch.arange(3, device=self.target.device)[None]
+        return self.read(tokens, positions, start, start + 3, torch.full_like(start, slot, dtype=torch.int32))[
+            0
+        ].float()
+
+    def _gives(self, expected: Tensor, slot: int) -> bool:
+        """Whether `_first_logits` gives these logits, but for rounding."""
+        try:
+            difference = self._first_logits(slot) - expected
+        except (ValueError, RuntimeError):  # shapes that block_attn does not take, or masks that the model writes to
+            return False
+        return bool(difference.abs().max() <= torch.finfo(self.target.dtype).eps ** 0.5 * expected.abs().max())
 
     def read(
         self,
