@@ -127,12 +127,10 @@ class ModuleForward:
 
     def _first_logits(self, slot: int) -> Tensor:
         """The logits of three tokens in this slot, [1, 3, V]."""
-        tokens = torch.arange(3, device=self.target.device)[None] % self.target.vocab_size
-        start = torch.zeros_like(tokens[0, :1])
         positions = torch.arange(3, device=self.target.device)[None]
-        return self.read(tokens, positions, start, start + 3, torch.full_like(start, slot, dtype=torch.int32))[
-            0
-        ].float()
+        start = torch.zeros_like(positions[0, :1])
+        tokens, slots = positions % self.target.vocab_size, torch.full_like(start, slot, dtype=torch.int32)
+        return self.read(tokens, positions, start, start + 3, slots)[0].float()
 
     def _gives(self, expected: Tensor, slot: int) -> bool:
         """Whether `_first_logits` gives these logits, but for rounding."""
