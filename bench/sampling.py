@@ -1,5 +1,5 @@
-"""sample, verify and reveal on the GPU against PyTorch, torch.compile, a sorted top-p and FlashInfer, where it is
-installed: ``python -m bench.sampling``.
+"""sample, verify, reveal and soft_embedding on the GPU against PyTorch, torch.compile, a sorted top-p and FlashInfer,
+where it is installed: ``python -m bench.sampling``.
 """
 
 import itertools
@@ -11,7 +11,7 @@ from torch import Tensor
 from bench import runner
 from bench.sampling_cpu import torch_sample, torch_top_p
 from bench.timing import gpu_turns, graph_turns
-from dflash_ext import reference, reveal, sample, verify
+from dflash_ext import reference, reveal, sample, soft_embedding, verify
 
 ROTATED_BYTES = 110 << 20  # more than the L2 cache holds
 
@@ -76,6 +76,33 @@ def sample_case(rows: int, vocab: int, spread: float, peers: bool = True, **filt
     return rows_of(f"draw, N{rows} V{vocab} spread {spread:g}{names}", gpu_turns(functions), 2 * rows * vocab)
 
 
+def penalised_case(rows: int, vocab: int) -> list[dict]:
+    """Penalties of rows that have 500 tokens each, beside the same penalties in PyTorch followed by a plain draw."""
+    seed = torch.tensor([1], device="cuda")
+    draw = rotating(lambda: 3 * torch.randn(rows, vocab, device="cuda", dtype=torch.bfloat16))
+    counts = torch.zeros(rows, vocab, dtype=torch.int32, device="cuda")
+    counts[:, :500] = 1
+    given = {"repetition_penalty": 1.1, "presence_penalty": 0.5, "token_counts": counts}
+    functions = {
+        "dflash_ext": lambda: sample(draw(), seed, **given),
+        "torch penalties": lambda: sample(reference.penalised_logits(draw(), **given), seed),
+    }
+    return rows_of(f"draw, N{rows} V{vocab}, penalties", gpu_turns(functions), 6 * rows * vocab)
+
+
+def soft_embedding_case(rows: int, vocab: int, width: int) -> list[dict]:
+    """A soft cap and a temperature included. The peer is the product alone, of probabilities that exist already."""
+    logits = 3 * torch.randn(rows, vocab, device="cuda", dtype=torch.bfloat16)
+    embedding = torch.randn(vocab, width, device="cuda", dtype=torch.bfloat16)
+    probs = torch.softmax(logits, dim=-1)
+    temperature = torch.full((rows,), 0.8, device="cuda")
+    functions = {
+        "dflash_ext": lambda: soft_embedding(logits, embedding, temperature=temperature, softcap=30.0),
+        "GEMM alone": lambda: probs @ embedding,
+    }
+    return rows_of(f"soft_embedding, L{rows} V{vocab} H{width}", gpu_turns(functions))
+
+
 def verify_case(drafted: int, vocab: int, form: str, peers: bool = False, **options: float) -> list[dict]:
     """One row whose draft is close to the target."""
     seed = torch.tensor([1], device="cuda")
@@ -123,12 +150,15 @@ def main() -> None:
             rows += sample_case(count, vocab, spread, top_p=0.9)
         rows += sample_case(count, vocab, 3.0, top_k=50)
         rows += sample_case(count, vocab, 3.0, peers=False, min_p=0.05)
+    for count in (15, 1024):
+        rows += penalised_case(count, 151_936)
     rows += verify_case(15, 151_936, "point mass", peers=True, temperature=0.0)
     for form in ("described", "logits", "point mass"):
         for filters in ({}, {"top_p": 0.9}, {"top_k": 50}):
             rows += verify_case(
                 15, 151_936, form, peers=form == "described" and not filters, temperature=1.0, **filters
             )
+    rows += soft_embedding_case(256, 262_144, 2816)
     for batch, length in ((1, 256), (32, 1024)):
         rows += reveal_case(batch, length)
     print(runner.write(f"sampling_{runner.gpu_name()}", rows, runner.gpu_ceilings()))

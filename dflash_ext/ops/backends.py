@@ -23,6 +23,7 @@ SERVED_BY = {
     "sharded_linear_cross_entropy": {"cpu": f"PyTorch GEMM and {NATIVE}", "cuda": f"PyTorch GEMM and {NATIVE}"},
     "sample": {"cpu": NATIVE, "cuda": f"{NATIVE}, float64 by {_REFERENCE}"},
     "verify": {"cpu": NATIVE, "cuda": f"{NATIVE}, float64 by {_REFERENCE}"},
+    "count_tokens_": {"cpu": "PyTorch", "cuda": "PyTorch"},
     "reveal": {"cpu": NATIVE, "cuda": NATIVE},
     "soft_embedding": {"cpu": "PyTorch", "cuda": f"PyTorch GEMM and {NATIVE}, float64 by PyTorch"},
     "linear": {"cpu": NATIVE, "cuda": f"{NATIVE} (bf16, fp16, on Hopper), else PyTorch's operators"},

@@ -29,6 +29,9 @@ for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
         draft = drawn.token.view(6, 7)[:, :6]
         noisy = logits.roll(1, -1) * 0.1 + logits
         print(*torch.cat(verify(draft, noisy, draft_logits=logits[:, :6], seed=seed, temperature=1.0)).tolist())
+    counts, bias = torch.arange(2200).remainder(5).sub(1).int().view(2, 1100), torch.randn(1100)
+    tables = {"token_counts": counts, "table_rows": torch.arange(42) % 2, "logit_bias": bias}
+    print(*sample(flat, seed, repetition_penalty=1.3, frequency_penalty=0.2, **tables).prob.tolist())
     cache = torch.zeros(2, 1, 2, 3, 8, 20, dtype=dtype)
     x, w, turn = torch.randn(2, 4, 16).to(dtype), torch.randn(120, 16).to(dtype), torch.randn(9, 9)
     slots = torch.arange(8).view(2, 4)
