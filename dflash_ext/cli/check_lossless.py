@@ -93,7 +93,10 @@ def check_lossless(
         drawn = {"draws": draws, "temperature": temperature, "seed": seed} | options
         z = sampling_z(tapped, draft, asked[0], **drawn)
         fits = "fits" if z <= LARGEST_Z else "does not fit"
-        console.print(f"sampling: the second token of {draws} answers {fits} the target's distribution (z = {z:.2f})")
+        console.print(
+            f"sampling: the second token of {draws} answers {fits} the target's distribution (z = {z:.2f})",
+            soft_wrap=True,
+        )
     if wrong or z > LARGEST_Z:
         say("dflash-ext: the output is not the target's own", style="red")
         raise typer.Exit(1)
