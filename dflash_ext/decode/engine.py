@@ -339,8 +339,6 @@ class Engine:
         """Ends a request that has raised."""
         self.fault = self.fault or fault
         request.end("error", fault)
-        if request.slot is not None:
-            self.cycle.clear(request.slot)  # what a fault leaves there may not be finite
         self._release(request)
         try:
             request.finish()
@@ -355,6 +353,8 @@ class Engine:
         del self.rows[request.slot]
         self.free.append(request.slot)
         self.state.freeze(torch.tensor([request.slot], device=self.state.device))
+        if request.completion.finish_reason in ("error", "cancelled"):
+            self.cycle.clear(request.slot)  # what such a row leaves there may not be finite
 
     def add_times(self, decoded: Decoded) -> None:
         """Adds the cycles, and the seconds of each phase, since the last call."""

@@ -16,11 +16,9 @@ from torch import Tensor
 
 from ..checks import shown
 from ..models import DFlashDrafter, Target
-from .arguments import AUTO, check_prompt, draft_width, integer, per_prompt, positive, stop_ids, stop_texts, token_bias
+from .arguments import AUTO, check_prompt, integer, per_prompt, positive, stop_ids, stop_texts
 from .completion import Completion, Decoded
 from .engine import Engine
-from .request import Request
-from .text import Text
 
 
 @torch.no_grad()
@@ -113,34 +111,39 @@ def decode(
     biases = [logit_bias] * len(prompts) if isinstance(logit_bias, Mapping | None) else list(logit_bias)
     if len(biases) != len(prompts):
         raise ValueError(f"decode: logit_bias has {len(biases)} entries; one dict, or one for each prompt, is needed")
-    biases = [token_bias(target, bias) for bias in biases]
-    stops_at, strings = stop_ids(stop_token_ids), stop_texts(stop_strings, tokenizer)
+    options["logit_bias"] = biases
+    stops = {"stop_token_ids": stop_ids(stop_token_ids), "stop_strings": stop_texts(stop_strings, tokenizer)}
     longest = max(map(len, prompts))
     target.check_length(longest + max_new_tokens, f"a prompt of {longest} tokens and {max_new_tokens} new ones")
-    width = draft_width(target, drafter, None if block_size == AUTO else block_size)
+    engine = Engine(
+        target,
+        drafter,
+        slots=min(batch_size, len(prompts)),
+        max_length=longest + max_new_tokens,
+        block_size=block_size,
+        costs=costs,
+        denoising_steps=denoising_steps,
+        greedy_draft=greedy_draft,
+        exact=exact,
+        tokenizer=tokenizer,
+    )
 
-    def request_of(index: int) -> Request:
-        return Request(
+    def submit(index: int) -> Completion:
+        request = engine.submit(
             prompts[index],
-            max_new_tokens,
-            {name: numbers[index] for name, numbers in options.items()},
-            biases[index],
-            stops_at,
-            seeds[index],
-            None if tokenizer is None else Text(tokenizer, strings),
-            on_tokens and partial(on_tokens, index),
-            on_text and partial(on_text, index),
-            on_finish and (lambda completion: completion.error is None and on_finish(index, completion)),
+            max_new_tokens=max_new_tokens,
+            **{name: each[index] for name, each in options.items()},
+            **stops,
+            seed=seeds[index],
+            on_tokens=on_tokens and partial(on_tokens, index),
+            on_text=on_text and partial(on_text, index),
+            on_finish=on_finish and (lambda completion: completion.error is None and on_finish(index, completion)),
         )
+        return request.completion
 
-    requests = [request_of(index) for index in range(len(prompts))]
-    decoded = Decoded([request.completion for request in requests], width)
-    by_length = sorted(requests, key=lambda request: len(request.prompt))
-    sizes = {"slots": min(batch_size, len(requests)), "max_length": longest + max_new_tokens}
-    drafting = {"block_size": block_size, "costs": costs, "denoising_steps": denoising_steps}
-    drafting |= {"greedy_draft": greedy_draft}
-    engine = Engine(target, drafter, **sizes, **drafting, exact=exact, tokenizer=tokenizer)
-    engine.waiting.extend(by_length)
+    by_length = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
+    completions = {index: submit(index) for index in by_length}
+    decoded = Decoded([completions[index] for index in range(len(prompts))], engine.cycle.width)
     engine.run()
     engine.add_times(decoded)
     return decoded

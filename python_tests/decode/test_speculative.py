@@ -194,7 +194,7 @@ def test_a_long_prompt_is_prefilled_in_pieces():
 )
 def test_refuses_before_the_prefill(options, message, monkeypatch):
     target, drafter = tiny_pair("llama")
-    monkeypatch.setattr(Target, "step", None)
+    monkeypatch.setattr("dflash_ext.decode.engine.prefill", None)
     options = dict(prompts=PROMPTS, max_new_tokens=4) | options
     with pytest.raises((ValueError, TypeError), match=message) as refusal:
         decode(target, drafter, options.pop("prompts"), **options)
