@@ -8,10 +8,11 @@ from .check_lossless import check_lossless
 from .demo import demo
 from .doctor import doctor
 from .evaluate import evaluate
+from .features import features
 from .generate import generate
 from .train import train
 
-for command in (demo, train, generate, evaluate, check_lossless, doctor):  # in the order of the help
+for command in (demo, train, features, generate, evaluate, check_lossless, doctor):  # in the order of the help
     app.command()(command)
 
 

@@ -27,7 +27,7 @@ def doctor(
     dtype: Dtype = None,
     device: Device = None,
 ) -> None:
-    """Say what is built, and what serves each operator; or examine a drafter: is it read as it was trained?"""
+    """Say what is built, and what serves each operator; or examine whether a drafter is read as it was trained."""
     from .. import doctor as installation
 
     if drafter is None:

@@ -142,3 +142,24 @@ Exact = Annotated[
         "--exact", help="Compute every row with the same bits whatever is beside it, also in half precision on a GPU."
     ),
 ]
+Taps = Annotated[
+    str,
+    typer.Option(
+        help="The layers of the target whose outputs the drafter reads: how many, or their ids, such as 1,9,17."
+    ),
+]
+MaxLength = Annotated[
+    int, typer.Option(min=4, help="Training sequences are cut to this number of tokens, the prompt included.")
+]
+
+
+def tap_choice(taps: str) -> int | list[int]:
+    """The number of taps, or their layers."""
+    return [integer(tap, "--taps") for tap in taps.split(",")] if "," in taps else integer(taps, "--taps")
+
+
+def integer(text: str, option: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise ValueError(f"{option} is '{text}': an integer is expected") from None

@@ -18,11 +18,15 @@ from .options import (
     Dtype,
     Field,
     Limit,
+    MaxLength,
     MaxPromptTokens,
     Prompts,
     Seed,
+    Taps,
     TargetName,
     Tokenizer,
+    integer,
+    tap_choice,
 )
 
 
@@ -32,6 +36,9 @@ def train(
     prompts: Prompts = None,
     answers: Annotated[
         Path | None, typer.Option(help="Train on this answers file of an earlier run instead of new answers.")
+    ] = None,
+    features: Annotated[
+        Path | None, typer.Option(help="The folder that `dflash-ext features` wrote for these --answers.")
     ] = None,
     server: Annotated[
         str | None,
@@ -64,12 +71,7 @@ def train(
         typer.Option(help="The mask token, as text or as an id. The default is the tokenizer's own, if it has one."),
     ] = None,
     layers: Annotated[int, typer.Option(min=1, help="The number of the drafter's layers.")] = 5,
-    taps: Annotated[
-        str,
-        typer.Option(
-            help="The layers of the target whose outputs the drafter reads: how many, or their ids, such as 1,9,17."
-        ),
-    ] = "5",
+    taps: Taps = "5",
     block_size: Annotated[int, typer.Option(help="Slots of a drafted block, the anchor included.")] = 16,
     intermediate_size: Annotated[
         int | None, typer.Option(min=1, help="The width of the drafter's MLPs. The default is the target's.")
@@ -78,9 +80,7 @@ def train(
     batch_size: Annotated[int, typer.Option(min=1, help="Sequences in a forward pass.")] = 8,
     accumulation: Annotated[int, typer.Option(min=1, help="Forward passes in an optimizer step.")] = 1,
     anchors: Annotated[int, typer.Option(min=1, help="Blocks drawn from each sequence.")] = 64,
-    max_length: Annotated[
-        int, typer.Option(min=4, help="Training sequences are cut to this number of tokens, the prompt included.")
-    ] = 1024,
+    max_length: MaxLength = 1024,
     noise_ratio: Annotated[
         float,
         typer.Option(
@@ -107,13 +107,13 @@ def train(
         float, typer.Option(min=0, help="The peak learning rate. A cosine decay to 0 follows.")
     ] = 6e-4,
     optimizer: Annotated[
-        str, typer.Option(help="adamw, or muon for the drafter's matrices with AdamW for its other parameters.")
+        str, typer.Option(help="The optimizer: adamw, or muon for matrices and AdamW for all else.")
     ] = "adamw",
     loss: Annotated[
         str,
         typer.Option(
-            help="ce: the cross-entropy of the target's tokens. kl or tv: the divergence or the total variation from "
-            "the target's distributions."
+            help="The loss: ce, the cross-entropy of the target's tokens; kl or tv, the divergence or the total "
+            "variation from the target's distributions."
         ),
     ] = "ce",
     teacher_mix: Annotated[
@@ -178,6 +178,8 @@ def train(
         raise ValueError("train needs either --prompts, which the target answers first, or --answers")
     if server and answers:
         raise ValueError("--server answers prompts, and --answers has answers already: only one of them may be given")
+    if features and not answers:
+        raise ValueError("--features are features of --answers, which must be given, too")
     shown = Console(quiet=True) if int(os.environ.get("RANK", 0)) else console  # the first process prints for all
     # Everything that does not need the target is checked before it is loaded.
     left_out = LeftOut()
@@ -187,14 +189,14 @@ def train(
         require_file(answers)
     if output.exists() and not output.is_dir():
         raise ValueError(f"--output {output}: a folder is expected, this is a file")
-    tap_choice = [_integer(t, "--taps") for t in taps.split(",")] if "," in taps else _integer(taps, "--taps")
+    chosen_taps = tap_choice(taps)
     recipe = Recipe(
         steps=steps,
         batch_size=batch_size,
         accumulation=accumulation,
         anchors=anchors,
         noise_ratio=noise_ratio,
-        block_sizes=tuple(_integer(size, "--curriculum") for size in curriculum.split(",")) if curriculum else (),
+        block_sizes=tuple(integer(size, "--curriculum") for size in curriculum.split(",")) if curriculum else (),
         pack_length=pack_length,
         learning_rate=learning_rate,
         optimizer=optimizer,
@@ -216,7 +218,7 @@ def train(
         mask_token_id=_mask_token(tok, mask_token),
         num_layers=layers,
         block_size=block_size,
-        taps=tap_choice,
+        taps=chosen_taps,
         intermediate_size=intermediate_size,
     )
     parameters = sum(p.numel() for p in drafter.parameters())
@@ -226,7 +228,7 @@ def train(
     tapped = Target(model, drafter.config.target_layer_ids)
     options = dict(max_length=max_length, held_out=held_out, resume=resume, console=shown)
     if answers is not None:
-        train_on_answers(drafter, tapped, answers, output, recipe, **options)
+        train_on_answers(drafter, tapped, answers, output, recipe, features=features, **options)
     else:
         encoded = encode_for(
             tapped,
@@ -254,13 +256,6 @@ def train(
             **options,
         )
     shown.print(f"the drafter is in {output}")
-
-
-def _integer(text: str, option: str) -> int:
-    try:
-        return int(text)
-    except ValueError:
-        raise ValueError(f"{option} is '{text}': an integer is expected") from None
 
 
 def _mask_token(tokenizer, given: str | None) -> int:

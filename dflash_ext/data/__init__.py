@@ -4,6 +4,7 @@ from .answers import answer_prompts, conversation_numbers
 from .dataset import AnswerDataset
 from .encoding import encode, encode_all, unused_template_args
 from .errors import DataError, PromptError, PromptTooLong
+from .features import FeatureDataset, write_features
 from .left_out import LeftOut
 from .prompts import Conversation, Message, read_conversations
 from .server import Server
@@ -12,6 +13,7 @@ __all__ = [
     "AnswerDataset",
     "Conversation",
     "DataError",
+    "FeatureDataset",
     "LeftOut",
     "Message",
     "PromptError",
@@ -23,4 +25,5 @@ __all__ = [
     "encode_all",
     "read_conversations",
     "unused_template_args",
+    "write_features",
 ]

@@ -93,6 +93,17 @@ class AnswerDataset(Dataset):
         """The number of tokens of each sequence: int64 [len(self)]."""
         return self._ends[self._rows + 1] - self._ends[self._rows]
 
+    @property
+    def rows(self) -> Tensor:
+        """The number of each sequence in the whole dataset, of which this may be a part: int64 [len(self)]."""
+        return self._rows
+
+    def fingerprint(self) -> str:
+        """A hash of all sequences of the whole dataset."""
+        digest = hashlib.sha256(self._ends.numpy().tobytes())
+        digest.update(self._tokens.numpy().tobytes())
+        return digest.hexdigest()[:16]
+
     def prompts(self) -> list[list[int]]:
         """The token ids of the different prompts, in an order that does not depend on that of the answers."""
         first_row = dict(zip(self._prompt_keys[self._rows].tolist(), self._rows.tolist(), strict=True))

@@ -18,11 +18,12 @@ from .tau import commit_limits
 class AnchorCollator:
     """Draws the anchors of samples, makes their blocks, and puts the samples into rows that are padded on the right.
 
-    Samples are {"input_ids": int64 [S], "loss_mask": bool [S]}, with two optional entries:
+    Samples are {"input_ids": int64 [S], "loss_mask": bool [S]}, with optional entries:
 
     - "key": a tuple (seed, step, index) from which the sample's anchors follow, whatever else is in the batch. Without
       it they are drawn from torch's global generator.
     - "cut": True if the answer goes on beyond the end of `input_ids`.
+    - "features": the target's context features [S, taps * H], which are then in the batch, too.
 
     Batches hold `input_ids` [B, S], `anchors` and `keep` [B, N], the fields of `Blocks` [B, N, block_size], and
     `limits` [B, N], the tokens that a cycle could commit (`commit_limits`). Rows of several samples also have
@@ -77,7 +78,8 @@ class AnchorCollator:
             first_slot=self.first_slot,
         )
         blocks.counts[:, :, size:] = False
-        made = {"input_ids": ids, "anchors": anchors, "keep": keep, "limits": limits, **vars(blocks)}
+        given = {"features": sample["features"][None]} if "features" in sample else {}
+        made = given | {"input_ids": ids, "anchors": anchors, "keep": keep, "limits": limits, **vars(blocks)}
         if self.noise_ratio < 1:
             made["revealed"] = self._reveal(ids, blocks, key and generator("noise", *key))
             made["limits"] = limits.masked_fill(made["revealed"] > 0, 0)

@@ -13,7 +13,7 @@ from rich.console import Console
 from torch.utils.data import Dataset
 from transformers import PrinterCallback
 
-from ..data import AnswerDataset, Server, answer_prompts
+from ..data import AnswerDataset, FeatureDataset, Server, answer_prompts
 from ..models import DFlashDrafter, Target
 from ..progress import progress, without_library_bars
 from .checkpoints import newest_checkpoint
@@ -91,6 +91,7 @@ def train_on_answers(
     *,
     max_length: int = 1024,
     held_out: float = 0.0,
+    features: str | Path | None = None,
     resume: bool = False,
     console: Console | None = None,
 ) -> list[dict]:
@@ -100,6 +101,8 @@ def train_on_answers(
         target: tapped at the drafter's layers.
         answers: a file written by `dflash_ext.data.answer_prompts`.
         max_length: sequences are cut to this many tokens.
+        features: a folder of `dflash_ext.data.write_features` with the features of these answers. The target's layers
+            then run in evaluations alone.
         held_out: the share of the conversations whose prompts are kept for evaluation.
         console: shows the progress and a summary; None shows nothing.
 
@@ -123,6 +126,8 @@ def train_on_answers(
     }
     told = [f"{count} {what}" for what, count in counts.items() if count or what in ("to train on", "held out")]
     console.print(f"answers: {', '.join(told)}", soft_wrap=True)
+    if features is not None:
+        trained, kept_out = (FeatureDataset(part, features, target) for part in (trained, kept_out))
     log = train_drafter(
         drafter, target, trained, output, recipe, held_out=kept_out, prompts=prompts, resume=resume, console=console
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 
 def commit_limits(loss_mask: Tensor, anchors: Tensor, keep: Tensor, drafted: int, *, is_cut: bool) -> Tensor:
@@ -53,12 +54,15 @@ class TauOfBlocks:
     def take(self) -> Tensor:
         """The number of committed tokens and of cycles in the blocks since the last call: float64 [2] on the CPU."""
         total = torch.zeros(2, dtype=torch.float64)
-        for blocks in self._blocks:
-            anchors, committed = blocks.cpu()
-            end = torch.zeros(len(anchors), dtype=torch.int64)  # the earliest position of each sequence's next cycle
-            for anchor, tokens in zip(anchors.unbind(1), committed.unbind(1), strict=True):
-                starts = (anchor >= end) & (tokens > 0)
-                end = torch.where(starts, anchor + tokens, end)
-                total += torch.stack([tokens[starts].sum(), starts.sum()])
+        if not self._blocks:
+            return total
+        # A row for each sequence, padded with blocks that commit nothing.
+        rows = [blocks.cpu().transpose(0, 1).unbind() for blocks in self._blocks]
         self._blocks.clear()
+        padded = pad_sequence([row.T for batch in rows for row in batch], batch_first=True)
+        end = torch.zeros(len(padded), dtype=torch.int64)  # the earliest position of each sequence's next cycle
+        for anchor, tokens in padded.permute(1, 2, 0):
+            starts = (anchor >= end) & (tokens > 0)
+            end = torch.where(starts, anchor + tokens, end)
+            total += torch.stack([tokens[starts].sum(), starts.sum()])
         return total

@@ -12,7 +12,7 @@ import dflash_ext
 from dflash_ext.cli import app
 from dflash_ext.cli.output import replacing
 
-COMMANDS = ("demo", "train", "generate", "evaluate", "check-lossless", "doctor")
+COMMANDS = ("demo", "train", "features", "generate", "evaluate", "check-lossless", "doctor")
 
 
 def test_the_module_is_the_command():
@@ -36,11 +36,13 @@ def test_flags_take_no_value_in_the_help(run):
 
 
 def test_commands_that_decode_have_the_same_options():
-    """generate and evaluate differ in what they decode and print alone."""
+    """They differ in what they decode and print, and in options that change or end the answers of a user."""
     commands = get_command(app).commands
     generate, evaluate = ({p.name: p for p in commands[name].params} for name in ("generate", "evaluate"))
-    assert set(generate) - set(evaluate) == {"prompt", "trace"} and set(evaluate) <= set(generate)
-    for name in set(evaluate) - {"drafter", "prompts", "output"}:
+    penalties = {"repetition_penalty", "frequency_penalty", "presence_penalty", "logit_bias"}
+    assert set(generate) - set(evaluate) == {"prompt", "trace", "stop", "costs"} | penalties
+    assert set(evaluate) - set(generate) == {"compare"}
+    for name in set(evaluate) - {"drafter", "prompts", "output", "compare"}:
         assert evaluate[name].help == generate[name].help, name
 
 

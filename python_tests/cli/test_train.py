@@ -133,3 +133,21 @@ def test_a_process_of_torchrun_has_its_own_gpu(workspace, run, monkeypatch):
     for device, expected in ((), "cuda:1"), (("--device", "cuda"), "cuda:1"), (("--device", "cuda:0"), "cuda:0"):
         code, _, errors = run(*train, *device)
         assert code == 1 and f"the target is loaded to {expected}" in errors
+
+
+def test_training_on_written_features(workspace, run):
+    out = workspace / "trained"
+    assert run(*words(workspace), "--output", out)[0] == 0
+    given = ["--target", workspace / "target", "--answers", out / "answers.jsonl", "--taps", "1,3"]
+    code, printed, errors = run("features", *given, "--output", workspace / "features")
+    assert code == 0, errors
+    assert "the features of 3 answers at layers [1, 3] are in" in printed
+    train = [word for word in words(workspace) if word not in ("--prompts", workspace / "prompts.jsonl")]
+    again = ["--answers", out / "answers.jsonl", "--output", workspace / "again", "--features", workspace / "features"]
+    code, _, errors = run(*train, *again)
+    assert code == 0, errors
+    losses = [
+        [entry["loss"] for entry in json.loads((folder / "training.json").read_text())["log"] if "loss" in entry]
+        for folder in (out, workspace / "again")
+    ]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)

@@ -94,6 +94,8 @@ class DFlashObjective:
 
     def of_target(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
         """What a call takes behind the batch: the target's features, and its hidden states if the loss needs them."""
+        if "features" in batch and self.loss == "ce":
+            return (batch["features"],)
         made = self.target.features_and_hidden(batch["input_ids"], batch.get("context_positions"))
         return made[:1] if self.loss == "ce" else made
 
