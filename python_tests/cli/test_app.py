@@ -41,8 +41,8 @@ def test_commands_that_decode_have_the_same_options():
     generate, evaluate = ({p.name: p for p in commands[name].params} for name in ("generate", "evaluate"))
     penalties = {"repetition_penalty", "frequency_penalty", "presence_penalty", "logit_bias"}
     assert set(generate) - set(evaluate) == {"prompt", "trace", "stop", "costs"} | penalties
-    assert set(evaluate) - set(generate) == {"compare"}
-    for name in set(evaluate) - {"drafter", "prompts", "output", "compare"}:
+    assert set(evaluate) - set(generate) == {"compare", "plot", "tau_only"}
+    for name in set(evaluate) - {"drafter", "prompts", "output", "compare", "plot", "tau_only", "block_size"}:
         assert evaluate[name].help == generate[name].help, name
 
 
