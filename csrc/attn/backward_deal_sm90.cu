@@ -210,7 +210,9 @@ const char* backward_deal_sm90(const BackwardParams& p, void* stream) {
     const int64_t row_tiles = p.is_deterministic ? p.batch * (p.heads / p.fold) * p.row_tiles : 0;
     const int64_t key_tiles = p.batch * p.kv_heads * p.key_tiles;
     const int64_t blocks = row_tiles + tiles_of(key_tiles, kDealThreads) + (p.adds_to_zeros ? key_tiles : 0);
-    shape = {blocks, kDealThreads, p.is_deterministic ? static_cast<int>(p.key_tiles * sizeof(uint64_t)) : 0};
+    // The compiler reads places by pairs.
+    const int places_bytes = static_cast<int>(tiles_of(p.key_tiles, 2) * 2 * sizeof(uint64_t));
+    shape = {blocks, kDealThreads, p.is_deterministic ? places_bytes : 0};
     shape.overlaps_previous = true;
     return launch_kernel(block_attn_backward_deal_sm90, shape, cuda_stream, p, row_tiles);
   });

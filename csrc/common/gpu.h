@@ -65,8 +65,14 @@ inline int multiprocessors_of(cudaStream_t stream) {
       driver_function<CUresult (*)(CUgreenCtx, CUdevResource*, CUdevResourceType)>("cuGreenCtxGetDevResource", 12040);
   static const auto share_of =
       driver_function<CUresult (*)(CUcontext, CUdevResource*, CUdevResourceType)>("cuCtxGetDevResource", 12040);
+  static const auto current_context = driver_function<CUresult (*)(CUcontext*)>("cuCtxGetCurrent", 4000);
   CUcontext context = nullptr;
   CUgreenCtx green = nullptr;
+  // A thread of autograd that has launched nothing yet has no context, and the driver would refuse to answer.
+  if (current_context != nullptr && current_context(&context) == CUDA_SUCCESS && context == nullptr) {
+    int gpu = 0;
+    if (cudaGetDevice(&gpu) == cudaSuccess) cudaSetDevice(gpu);
+  }
   const bool is_known = context_of != nullptr && share_of_green != nullptr && share_of != nullptr &&
                         context_of(stream, &context, &green) == CUDA_SUCCESS;
   const auto ask = [&] {

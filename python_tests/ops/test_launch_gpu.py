@@ -95,7 +95,10 @@ def test_the_native_operators_name_the_numbers_that_do_not_fit():
             partial(ops.block_attn_backward, q, None, q, q, q, *bounds, q, lse, None, None, False),
             "must be contiguous [1, 4, 3]",
         ),
-        (partial(ops.block_attn_decode, q, q, q, *bounds, 9, None, None, False, None, None), "9 keys, the cache has 3"),
+        (
+            partial(ops.block_attn_decode, q, q, q, *bounds, 9, None, None, False, False, None, None),
+            "9 keys, the cache has 3",
+        ),
         (partial(ops.decode_mask, lens, lens[[0, 0, 0]], None, 0, 0, 3, 9, False, None, 0), "q_lens is for 3 rows"),
         (partial(ops.masked_cross_entropy, q[0, 0], target, *options), "they have 2 dimensions"),
         (partial(ops.masked_cross_entropy_, q[0].mT, target, *options), "its stride is 64"),
@@ -364,7 +367,6 @@ def test_every_reason_for_the_portable_kernel_is_named_once():
     causes = [
         forward,
         partial(decode, odd=1),
-        partial(decode, exact=True),
         partial(decode, head_dim=264),
         partial(decode, heads=65),
         partial(decode, page_size=8),

@@ -97,7 +97,7 @@ def test_a_captured_graph_draws_anew(options):
     for step in range(3):
         seed.fill_(step)
         for value in options.values():
-            value.mul_(0.9)
+            value.copy_(0.9 * value)
         logits.copy_(rows(24, 60_000, seed=step))
         graph.replay()
         for a, b in zip(drawn, sample(logits, seed, **options), strict=True):
