@@ -205,6 +205,9 @@ class DFlashDrafter(PreTrainedModel):
         """A new drafter of random weights for `target`; `options` are those of `DFlashConfig.for_target`."""
         return cls(DFlashConfig.for_target(target, mask_token_id=mask_token_id, **options))
 
+    def get_input_embeddings(self) -> None:
+        """None: no embedding is trained. Accelerate asks for it when it shards a model."""
+
     def check_target(self, target: Target) -> None:
         """Raises a ValueError that names the difference if this drafter was made for another target."""
         config = self.config

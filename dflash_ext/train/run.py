@@ -187,9 +187,9 @@ def train_drafter(
         steps=recipe.steps,
         pack_length=recipe.pack_length,
     )
-    evaluation = None
     if any(not config.first_draft_slot < size <= config.block_size for size in recipe.block_sizes):
         raise ValueError(f"block sizes {recipe.block_sizes}: the drafter's blocks have {config.block_size} slots")
+    evaluation = None
     if held_out is not None and len(held_out):
         as_decoded = replace(collator, noise_ratio=1.0, block_sizes=())
         evaluation = Evaluation(held_out, as_decoded, recipe.batch_size, prompts, recipe.seed)

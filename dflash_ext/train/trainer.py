@@ -51,9 +51,7 @@ class DFlashTrainer(Trainer):
             args.eval_strategy = IntervalStrategy.STEPS
             args.metric_for_best_model = "eval_tau" if evaluation.prompts else "eval_loss"
             args.greater_is_better = bool(evaluation.prompts)
-            args.save_total_limit = (
-                2  # the newest checkpoint and the best; with 1, Trainer removes the newest at the end
-            )
+            args.save_total_limit = 2  # the newest and the best; with 1, Trainer removes the newest at the end
             kwargs["eval_dataset"] = evaluation.samples
         super().__init__(model=objective.drafter, args=args, train_dataset=train_dataset, **kwargs)
         self.objective = objective

@@ -4,11 +4,13 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import FullyShardedDataParallelPlugin
+from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from safetensors.torch import save_file
-from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from dflash_ext.train import AnchorCollator, Evaluation, HeldOutPrompts, Recipe, train_drafter
@@ -41,10 +43,18 @@ def sharded(output: Path) -> None:
     """Trains a step of a drafter that FSDP2 shards, and writes it, its gradients and its figures to the folder."""
     ranks = PartialState(cpu=True)
     target, drafter = tiny_pair("llama")
-    for layer in drafter.layers:
-        fully_shard(layer)
-    fully_shard(drafter)
-    assert is_sharded(drafter)
+    plugin = FullyShardedDataParallelPlugin(fsdp_version=2, auto_wrap_policy="TRANSFORMER_BASED_WRAP")
+    plugin.set_auto_wrap_policy(drafter)
+    # What Accelerator.prepare does; an Accelerator itself shards nothing on a CPU.
+    accelerator = SimpleNamespace(
+        state=SimpleNamespace(fsdp_plugin=plugin),
+        mixed_precision="no",
+        is_main_process=ranks.is_main_process,
+        device=ranks.device,
+        torch_device_mesh=None,
+        parallelism_config=None,
+    )
+    assert fsdp2_prepare_model(accelerator, drafter) is drafter and is_sharded(drafter)
     figures, weights = step_and_measure(target, drafter, ranks.process_index, ranks.num_processes)
     replace_drafter(drafter, output)
     if ranks.is_main_process:
