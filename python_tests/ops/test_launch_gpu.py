@@ -199,10 +199,16 @@ def test_a_green_context_has_a_share_of_the_gpu():
 
 SHARE = """
 import sys, torch
+from concurrent.futures import ThreadPoolExecutor
 sys.path[:0] = sys.argv[1:3]
 from test_launch_gpu import calls
 print(torch.cuda.get_device_properties(0).multi_processor_count)
-torch.save({name: call().cpu() for name, call in calls().items()}, sys.argv[3])
+
+def in_a_thread(call):  # of its own, which has made no CUDA call yet
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(call).result()
+
+torch.save({name: in_a_thread(call).cpu() for name, call in calls().items()}, sys.argv[3])
 """
 
 
