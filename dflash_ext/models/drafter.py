@@ -152,16 +152,29 @@ _KEPT = {
 }
 
 
-def _keep_products(ctx, op, *args, **kwargs) -> CheckpointPolicy:
-    return CheckpointPolicy.MUST_SAVE if op in _KEPT else CheckpointPolicy.PREFER_RECOMPUTE
+def _keeping_products(function: Callable, *inputs, and_attended: bool = True):
+    """function(*inputs). Under torch.compile, its backward keeps products alone, and computes the rest again.
 
-
-def _keeping_products(function: Callable, *inputs):
-    """function(*inputs). Under torch.compile, its backward keeps products alone, and computes the rest again."""
+    and_attended: whether it also keeps the product behind attention.
+    """
     if not (torch.compiler.is_compiling() and torch.is_grad_enabled()):
         return function(*inputs)
-    contexts = partial(create_selective_checkpoint_contexts, _keep_products)
-    return checkpoint(function, *inputs, use_reentrant=False, context_fn=contexts)
+    return checkpoint(function, *inputs, use_reentrant=False, context_fn=partial(_contexts, and_attended))
+
+
+def _contexts(and_attended: bool) -> tuple:
+    is_next = False  # the product behind attention that is not kept
+
+    def policy(ctx, op, *args, **kwargs) -> CheckpointPolicy:  # is called for one operator after the other
+        nonlocal is_next
+        if op is torch.ops.dflash_ext.block_attn.default:
+            is_next = not and_attended
+        elif op in _KEPT and is_next:
+            is_next = False
+            return CheckpointPolicy.PREFER_RECOMPUTE
+        return CheckpointPolicy.MUST_SAVE if op in _KEPT else CheckpointPolicy.PREFER_RECOMPUTE
+
+    return create_selective_checkpoint_contexts(policy)
 
 
 class FrozenTable(nn.Module):
@@ -366,10 +379,12 @@ class DFlashDrafter(PreTrainedModel):
         context = _keeping_products(self._fused, context_hidden_states)
         rotary = self.rotary_emb(noise_embeds.new_empty(0, dtype=torch.float32), position_ids)
         for layer, kind in zip(self.layers, self.config.layer_types, strict=True):
-            if layer is self.layers[-1] and first_slot > 0:
+            is_last = layer is self.layers[-1]
+            if is_last and first_slot > 0:
                 slots = slots._replace(wanted=partial(self._slots_from, first_slot))
             inputs = hidden, context, rotary, attention_mask[kind], cache, slots
-            hidden = _keeping_products(layer, *inputs)
+            # A step takes the most memory in the backward of the last layer's MLP, so that layer keeps less before it.
+            hidden = _keeping_products(layer, *inputs, and_attended=not is_last)
             slots = Slots()
         # The cache is passed by its position, because transformers 5.24 renamed its field.
         return BaseModelOutputWithPast(self.norm(hidden), cache)

@@ -101,6 +101,43 @@ def test_compiles_whole_and_once_for_all_lengths(device):
     assert graphs.frame_count == 2
 
 
+def test_a_compiled_step_keeps_products_alone(device):
+    """What the drafter keeps for its backward beside its inputs and weights, in elements."""
+    drafter, objective, batch, features = a_step(device, torch.bfloat16 if device == "cuda" else torch.float32)
+    torch._dynamo.reset()
+    compiled = torch.compile(drafter, fullgraph=True, backend="aot_eager")
+    outside = {x.untyped_storage().data_ptr() for x in (*drafter.parameters(), *batch.values(), features)}
+    kept = {}
+
+    def count(x):
+        if x.untyped_storage().data_ptr() not in outside and x.is_floating_point():
+            kept[x.untyped_storage().data_ptr()] = x.numel()
+        return x
+
+    def model(**inputs):  # the loss keeps tensors of its own
+        with torch.autograd.graph.saved_tensors_hooks(count, lambda x: x):
+            return compiled(**inputs)
+
+    objective(model, batch, features)
+    config = drafter.config
+    blocks, context = batch["labels"].numel(), features.shape[:2].numel()
+    drafted = blocks // config.block_size * (config.block_size - 1)
+    distinct = batch["anchors"].numel() + len(features)  # rows of the first layer: anchors, and the mask token
+    queries, keys = (n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
+
+    def layer(rows, results):
+        """Its input, q, k and v; attention's result with the LSE; gate and up."""
+        projected = rows * (config.hidden_size + queries + 2 * keys) + 2 * context * keys
+        attended = blocks * (queries + config.num_attention_heads)
+        return projected + attended + 2 * results * config.intermediate_size
+
+    products = layer(distinct, blocks) + layer(blocks, drafted) + blocks * config.hidden_size  # of the first o_proj
+    ends = (context + drafted) * config.hidden_size  # what the norms of the context and of the result start from
+    tables = 2 * (context + blocks) * config.head_dim
+    assert config.num_hidden_layers == 2
+    assert sum(kept.values()) <= 1.02 * (products + ends + tables)
+
+
 @pytest.mark.gpu
 def test_one_plan_for_all_layers():
     class Plans(TorchDispatchMode):
