@@ -32,11 +32,11 @@ class Bench:
         self.target, self.drafter = models
 
     def add(self, batch: int, context: int, impl: str, which: str, row: dict) -> None:
-        draft = self.drafter if which == "cycle" else None
-        total = bytes_of(self.target, draft, batch, context)
         case = f"{self.name}, batch {batch}, ctx {context}"
         row = {"case": case, "impl": impl, "pass": which} | row
-        row |= {"gbs": total / row["ms"] / 1e6, "bound_ms": total / self.copy_tbs / 1e9}
+        if which in ("plain step", "cycle"):
+            total = bytes_of(self.target, self.drafter if which == "cycle" else None, batch, context)
+            row |= {"gbs": total / row["ms"] / 1e6, "bound_ms": total / self.copy_tbs / 1e9}
         self.rows.append(row)
         notes = [f"{name} {row[name]}" for name in ("workspace_mb", "tokens", "ratio") if name in row]
         print(f"  {case:34} {impl:34} {which:11} {row['ms']:8.3f} ms  {'  '.join(notes)}", flush=True)
