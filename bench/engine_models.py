@@ -12,9 +12,9 @@ from bench.timing import Timing
 from dflash_ext.decode import Engine
 from dflash_ext.decode.cycle import Drawing
 from dflash_ext.models import DFlashDrafter, Target
+from dflash_ext.ops.cycle import FIELDS
 
 ROOM = 512  # positions behind the context, for the tokens of all replays
-GREEDY = {"temperature": 0.0, "top_k": 0.0, "top_p": 1.0, "min_p": 0.0}
 
 
 @dataclass(frozen=True)
@@ -75,17 +75,21 @@ def loaded(target: Target, drafter: DFlashDrafter | None, batch: int, context: i
     for cache in caches_of(engine):
         cache.keys.normal_()
         cache.values.normal_()
-    slots = torch.arange(batch, device="cuda")
-    rows = {"start": [context], "last": [10**9], "seed": [0], "options": [GREEDY], "stops": [()]}
-    engine.state.admit(slots, **{name: value * batch for name, value in rows.items()})
-    engine.state.numbers[slots, 1] = torch.randint(3, target.vocab_size, (batch,), device="cuda")
-    engine.state.numbers[slots, 3] = 1
+    for _ in range(batch):
+        engine.submit([3], max_new_tokens=context + ROOM - 1)
+    while engine.waiting:
+        engine.step()
+    numbers = engine.state.numbers[list(engine.rows)]
+    numbers[:, FIELDS.index("start")] = context
+    numbers[:, FIELDS.index("last")] = 10**9
+    numbers[:, FIELDS.index("active")] = 1
+    engine.state.numbers[list(engine.rows)] = numbers
     return engine
 
 
 def replay(engine: Engine, batch: int) -> Callable[[], object]:
     """A call that advances all rows of a `loaded` engine by a cycle of its full width, or by a plain step."""
-    slots, drawing = list(range(batch)), Drawing()
+    slots, drawing = list(engine.rows)[:batch], Drawing()
     return lambda: engine.runner.run(slots, drawing, engine.cycle.width)
 
 

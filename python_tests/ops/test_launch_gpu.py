@@ -122,6 +122,7 @@ def calls(device="cuda"):
     q, k, v = (some(2, heads, 3000, 64) for heads in (8, 2, 2))
     odd = some(2, 8, 3000, 65)[..., 1:]
     x, k_cache, v_cache = some(3, 8, 16, 128), some(3, 2, 1000, 128), some(3, 2, 1000, 128)
+    odd_x = some(3, 8, 16, 129)[..., 1:]
     logits, hidden, head, target = some(70, 1000), some(70, 64), some(1000, 64), torch.arange(70, device=device)
     hidden.requires_grad_()
     leaf, wide_leaf = q.clone().requires_grad_(), some(2, 8, 3000, 256).requires_grad_()
@@ -147,7 +148,8 @@ def calls(device="cuda"):
         "backward of wide heads": lambda: gradient(wide_leaf, wide_k, wide_v),
         "portable forward": lambda: block_attn(odd, k, v, train),
         "decode": lambda: block_attn_decode(x, k_cache, v_cache, step),
-        "portable decode": lambda: block_attn_decode(x, k_cache, v_cache, step, exact=True),
+        "exact decode": lambda: block_attn_decode(x, k_cache, v_cache, step, exact=True),
+        "portable decode": lambda: block_attn_decode(odd_x, k_cache, v_cache, step, exact=True),
         "kv_inject": injected,
         "linear": lambda: linear(features, weight),
         "loss": lambda: masked_cross_entropy(logits, target).nll,
