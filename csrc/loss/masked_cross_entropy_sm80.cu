@@ -78,7 +78,7 @@ struct CrossEntropyRow {
 
   DFLASH_INLINE Stats forward() const {
     RowPart part;
-    for_each([&](int i, auto& logits, auto& teacher) { part.add<kTeacher>(loss, target, i, logits, teacher); });
+    for_each([&](int i, auto& logits, auto& teacher) { part.add<T, kTeacher>(loss, target, i, logits, teacher); });
     part = block_merge<kThreads>(part);
     Stats stats = loss.stats(part);
     Variation tv;

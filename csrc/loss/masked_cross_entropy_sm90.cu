@@ -132,7 +132,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksAtOnce)
   for (int p = 0; p < kPieces; ++p) {
     const int begin = min(count, p * piece), end = piece_end(p);
     if (begin < end) shared.arrived[p].wait(0);
-    block.for_each(begin, end, [&](int i, auto& x) { part.add<false>(loss, head.target, first + i, x, x); });
+    block.for_each(begin, end, [&](int i, auto& x) { part.add<T, false>(loss, head.target, first + i, x, x); });
   }
   part = block.of_row(part);
 

@@ -33,9 +33,11 @@ DFLASH_INLINE float largest_of(const float (&x)[kCount]) {
   return best[0];
 }
 
-// A thread keeps the largest of its first logits as the origin of its exponents, until one is larger than it by this.
-// e^30 times the number of logits is far below the largest float.
-constexpr float kSlack = 30;
+// A thread keeps the largest of its first logits of type T as the origin of its exponents, until one is larger than it
+// by this. e^30 times the number of logits is far below the largest float. The larger an exponent, the less exact is its
+// exponential, which 16-bit logits do not show; so the origin of float logits is always the largest.
+template <class T>
+constexpr float kSlack = sizeof(T) == 4 ? 0 : 30;
 
 struct RowPart : RowSums<float> {
   float before = -kInfinity, rest = -kInfinity;  // largest logit before the target, and from it on
@@ -52,7 +54,7 @@ struct RowPart : RowSums<float> {
   }
 
   // Adds the logits x of tokens [index, index + kCount), and the teacher's logits y.
-  template <bool kTeacher, int kCount>
+  template <class T, bool kTeacher, int kCount>
   DFLASH_INLINE void add(const RowLoss<float>& loss, int target, int index, const float (&x)[kCount],
                          const float (&y)[kCount]) {
     float largest = largest_of(x), teacher_largest = kTeacher ? largest_of(y) : -kInfinity;
@@ -70,7 +72,9 @@ struct RowPart : RowSums<float> {
     float z[kCount];
     softcapped(z, loss.softcap, x);
     largest = loss.softcap(largest);
-    if (largest > max + kSlack || (kTeacher && teacher_largest > teacher_max + kSlack)) raise(largest, teacher_largest);
+    if (largest > max + kSlack<T> || (kTeacher && teacher_largest > teacher_max + kSlack<T>)) {
+      raise(largest, teacher_largest);
+    }
     if (loss.smoothing != 0) {
       add_all<kTeacher, true>(z, y);
     } else {

@@ -302,7 +302,7 @@ class _Selected(torch.autograd.Function):
         hidden, rows = ctx.saved_tensors
         if rows is None:
             return grad, None, None
-        return torch.zeros_like(hidden).index_put((rows,), grad), None, None
+        return torch.zeros_like(hidden).index_put_((rows,), grad), None, None
 
 
 class _Loss(torch.autograd.Function):

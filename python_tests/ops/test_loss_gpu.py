@@ -45,7 +45,8 @@ def test_matches_the_definition(dtype, vocab, options):
     for got, expected in zip((losses, nll, entropy), (want[0], want[1], want[3]), strict=True):
         torch.testing.assert_close(got[0].double(), expected, rtol=1e-4, atol=2e-5)
     assert torch.equal(correct[0], want[2])
-    rounding = 2e-6 if dtype == torch.float32 else torch.finfo(dtype).eps / 2
+    # A gradient that is 0 in exact arithmetic is held against 1e-2.
+    rounding = 1e-5 if dtype == torch.float32 else torch.finfo(dtype).eps / 2
     assert relative_error(logits, want[4]) <= allowed_error(0.0, rounding)
 
 
