@@ -135,6 +135,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksAtOnce)
     block.for_each(begin, end, [&](int i, auto& x) { part.add<T, false>(loss, head.target, first + i, x, x); });
   }
   part = block.of_row(part);
+  cluster_arrive_relaxed();
 
   if (writes) head.write(loss.values(part, loss.softcap(target_logit), 0), part.is_argmax(head.target, target_logit));
   const RowGradient<float> gradient(loss, loss.stats(part), head.target < 0 ? kNaN : head.weight);
@@ -143,6 +144,9 @@ __global__ void __launch_bounds__(kThreads, kBlocksAtOnce)
     gradients<false>(g, gradient, loss.softcap, head.target, first + i, x, x);
     store(own + i, g, true);
   });
+  // A block's shared memory stays until the whole cluster has its sums.
+  __syncwarp();
+  cluster_wait();
 }
 
 int bytes_of(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
