@@ -13,6 +13,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("poisoned_memory")]
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 LARGE = [8191, 151_936]
+UNIFORMS = uniforms_of(SEED, SAMPLE, 8, 1)[:, 0]
 
 
 def on_cpu(result):
@@ -28,7 +29,6 @@ def test_large_vocabularies_match_the_definition(options, dtype):
         asked = {"return_filtered_entropy": True, "return_confidence": True}
         drawn, entropy, confidence = on_cpu(sample(logits.cuda(), SEED.cuda(), **options, **asked))
         p, q = exact(logits, **options)
-        check_draws(drawn, p, q, uniforms_of(SEED, SAMPLE, 8, 1)[:, 0])
         top = p.topk(2, dim=-1).values
         close(drawn.max_prob, top[:, 0])
         close(drawn.margin, top[:, 0] - top[:, 1])
@@ -43,6 +43,7 @@ def test_large_vocabularies_match_the_definition(options, dtype):
             kept &= torch.arange(vocab) == drawn.argmax[:, None]
         differs = kept != (reference.filter_logits(logits.double(), **options) > -math.inf)
         assert p.masked_fill(~differs, 0).amax(-1).le(1e-4).all() and differs.sum(-1).le(64).all()
+        check_draws(drawn, p, p.where(kept, 0) / p.where(kept, 0).sum(-1, keepdim=True), UNIFORMS)
         close(drawn.normaliser, z.double().masked_fill(~kept, -math.inf).logsumexp(-1), rtol=1e-6)
 
 
@@ -89,7 +90,7 @@ def test_rows_may_lie_anywhere():
 @pytest.mark.parametrize("options", [{}, {"top_p": 0.9}, {"temperature": 0.7, "top_k": 40}, {"min_p": 0.1}], ids=str)
 def test_a_captured_graph_draws_anew(options):
     logits, seed = rows(24, 60_000).cuda(), torch.tensor([3], device="cuda")
-    options = {name: torch.full((24,), value, device="cuda") for name, value in options.items()}
+    options = {name: torch.full((24,), float(value), device="cuda") for name, value in options.items()}
     sample(logits, seed, **options)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -130,9 +131,11 @@ def test_tokens_are_as_frequent_as_they_should_be(vocab, dtype, options):
 
 def test_the_edge_of_top_p_is_exact():
     """The token at which the mass passes top_p is kept, the next is dropped, and both are exactly at the edge."""
-    logits = torch.log(torch.tensor([[0.5, 0.25, 0.125, 0.0625, 0.0625]], device="cuda"))
+    # At this temperature the kernels' exponents are these integers, so that every mass is a power of 2.
+    logits = torch.tensor([[-1.0, -2.0, -3.0, -4.0, -4.0]], device="cuda")
+    temperature = 1.44269504
     for top_p, kept in ((0.5, 1), (0.500001, 2), (0.75, 2), (0.7501, 3), (0.875, 3), (0.876, 5), (0.0, 1), (1.0, 5)):
-        token = sample(logits.expand(20_000, -1), 1, top_p=top_p).token
+        token = sample(logits.expand(20_000, -1), 1, temperature=temperature, top_p=top_p).token
         assert token.max().item() < kept and (token.bincount(minlength=5)[:kept] > 0).all()
 
 
