@@ -92,7 +92,7 @@ def evaluate(
         path.stem: read_conversations(path, field=field, limit=limit, left_out=left_out[path.stem]) for path in prompts
     }
     check_output(output)
-    check_output(plot)
+    check_output(plot, "--plot")
     if plot:
         check_plot(plot)
     model, tok = load_target(target, tokenizer, dtype, device)

@@ -105,7 +105,7 @@ def generate(
     else:
         conversations = read_conversations(prompts, field=field, limit=limit, left_out=left_out)
     check_output(output)
-    check_output(trace)
+    check_output(trace, "--trace")
     check_output(costs)
     known_costs = _read_costs(costs) if costs and costs.exists() else None
     model, tok = load_target(target, tokenizer, dtype, device)

@@ -11,10 +11,10 @@ from typing import TextIO
 from .app import say
 
 
-def check_output(path: Path | None) -> None:
-    """Raises ValueError if `path` cannot be a file. None means that no file is wanted."""
+def check_output(path: Path | None, option: str = "--output") -> None:
+    """Raises ValueError if `path`, which this option names, cannot be a file. None means that no file is wanted."""
     if path and (path.is_dir() or not path.parent.is_dir()):
-        raise ValueError(f"--output {path}: a file in a folder that exists is expected")
+        raise ValueError(f"{option} {path}: a file in a folder that exists is expected")
 
 
 @contextmanager

@@ -39,8 +39,12 @@ def test_the_runs_that_options_leave_out(workspace, run, evaluate, options, runs
 
 
 def test_a_plot_that_cannot_be_drawn_is_refused_first(workspace, run, evaluate):
-    code, printed, errors = run(*evaluate, "--plot", workspace / "figures.txt")
-    assert code == 1 and "a name that ends in .png or .svg" in errors and not printed
+    for name, expected in (
+        ("figures.txt", "a name that ends in .png or .svg"),
+        ("no/figures.png", "a file in a folder"),
+    ):
+        code, printed, errors = run(*evaluate, "--plot", workspace / name)
+        assert code == 1 and f"--plot {workspace / name}: {expected}" in errors and not printed
 
 
 @pytest.mark.parametrize("only_the_likeliest", [["--top-k", 1], ["--top-p", 1e-6], ["--min-p", 1]])
