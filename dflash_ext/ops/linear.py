@@ -74,9 +74,10 @@ def linear(
     groups of 32; torch's own product of large matrices may be faster then.
 
     On a Hopper GPU a kernel of this package serves bfloat16 and float16 where it is the faster one: up to 32 rows, and
-    64 with a small weight or a gate, if K is a multiple of 8. With exact it serves any number of rows. It sums in
-    float32 and rounds x * norm and the result. The norm before a large weight is a separate kernel. Other calls are
-    served by PyTorch's operators, which round after every step. Their bits depend on the number of rows.
+    64 with a gate, or with a small weight and a norm or a residual, if K is a multiple of 8. With exact it serves any
+    number of rows. It sums in float32 and rounds x * norm and the result. The norm before a large weight is a separate
+    kernel. Other calls are served by PyTorch's operators, which round after every step. Their bits depend on the number
+    of rows.
 
     Raises ValueError for arguments that do not fit together, or an exact product that no kernel serves; TypeError for
     one of another type.
@@ -85,7 +86,8 @@ def linear(
         x, weight, bias, norm, residual = autocast(x, weight, bias, norm, residual)
         if x.is_cuda:
             is_large = weight.numel() >= _LARGE_WEIGHT
-            serves = _hopper_serves(x, exact, 64 if gate is not None or not is_large else 32)
+            fuses = gate is not None or (not is_large and (norm is not None or residual is not None))
+            serves = _hopper_serves(x, exact, 64 if fuses else 32)
             if norm is not None and (is_large or not serves):
                 # A block that has much of x to normalise would keep the weight waiting.
                 x, norm = _normalised(x, norm, norm_eps, norm_plus_one), None
