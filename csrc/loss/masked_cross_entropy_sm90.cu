@@ -135,6 +135,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksAtOnce)
     block.for_each(begin, end, [&](int i, auto& x) { part.add<T, false>(loss, head.target, first + i, x, x); });
   }
   part = block.of_row(part);
+  __syncwarp();
   cluster_arrive_relaxed();
 
   if (writes) head.write(loss.values(part, loss.softcap(target_logit), 0), part.is_argmax(head.target, target_logit));
