@@ -5,7 +5,6 @@
 
 #include "sample/logits_gpu.h"
 #include "sample/team.h"
-#include "sample/team_size.h"
 
 namespace dflash::DFLASH_ISA {
 
@@ -15,14 +14,6 @@ constexpr int kMaxTiles = 512;
 
 template <class T>
 constexpr int kStep = 32 * kLoads * Chunk<T>::kSize;  // tokens that a warp loads at once
-
-// The launch of a kernel with a team for every row.
-template <class Team>
-LaunchShape shape_of(int64_t rows, const TeamShape& team) {
-  LaunchShape shape{rows * team.size, kThreads, team.resident_bytes, Team::kLargest > 1 ? team.size : 0};
-  shape.overlaps_previous = Team::kOverlapsLaunches;
-  return shape;
-}
 
 // The sum of e = 2^d, d = (x - the row's maximum) * rate, and the sum of e * d, over a tile or a row.
 struct Sums {
@@ -50,22 +41,16 @@ template <class Source, class Team>
 class Row {
   using T = typename Source::Element;
   using Values = typename Source::Values;
-  static constexpr bool kMayStay = Source::kIsPlain && Team::kLargest > 1;
 
  public:
   static constexpr int kSize = Source::kSize;
 
-  // resident: null, or shared memory for the block's part of the row, from which all passes after the first read.
-  DFLASH_INLINE Row(const Source& logits, float temperature, RowMemory& memory, T* resident = nullptr)
-      : logits_(logits), vocab_(logits.vocab), memory_(memory),
-        temperature_(temperature == 0 ? 1 : temperature),
+  DFLASH_INLINE Row(const Source& logits, float temperature, RowMemory& memory)
+      : logits_(logits), vocab_(logits.vocab), memory_(memory), temperature_(temperature == 0 ? 1 : temperature),
         rate_(kLog2E / temperature_),
         tile_size_((vocab_ + kStep<T> * kMaxTiles - 1) / (kStep<T> * kMaxTiles) * kStep<T>),
         tiles_((vocab_ + tile_size_ - 1) / tile_size_), share_((tiles_ + Team::size() - 1) / Team::size()) {
     Team::arrive_at_start();
-    if constexpr (kMayStay) {
-      if (resident != nullptr) resident_ = resident - int64_t(own_begin()) * tile_size_;
-    }
     prefetch(logits_.x);
   }
 
@@ -131,21 +116,9 @@ class Row {
       publish(memory_.kept, t, {warp_sum(e), warp_sum(e_exponent)});
     });
     Team::sync();
-    finish_kept();
-  }
-
-  // Drops what is below the pivot, where it is known what is left: the sums of what is above some logits, by tile, and
-  // of a tile's logits from `lowest` on among these: of_tile(t, lowest). All threads of a block call this.
-  template <class OfTile>
-  DFLASH_INLINE void keep(float pivot, const Sums* above, OfTile&& of_tile) {
-    pivot_ = pivot;
-    lowest_ = smallest_logit(pivot, temperature_);
-    for (int t = threadIdx.x; t < tiles_; t += kThreads) {
-      const Sums more = of_tile(t, lowest_);
-      memory_.kept[t] = {above[t].e + more.e, above[t].e_exponent + more.e_exponent};
-    }
+    const Sums sum = total(memory_.kept);
+    if (threadIdx.x == 0) memory_.kept_sum = sum;
     __syncthreads();
-    finish_kept();
   }
 
   // Sums any masses by tile, into sums.e. The whole team calls this. No block may still read `sums`.
@@ -154,7 +127,7 @@ class Row {
     for_each_own_tile([&](int t) {
       float sum = 0;
       if (memory_.tiles[t].best.first >= lowest_) {
-        for_each_batch<kLoads / 2>(logits_, t, [&](const auto& batch) {
+        for_each_batch<kLoads / 2>(t, [&](const auto& batch) {
           const auto of_chunk = mass.of(batch);
           batch.for_each([&](int c, uint32_t token, const Values& x) {
             float own[kSize];
@@ -232,7 +205,7 @@ class Row {
   // Calls f(x) for this lane's logits in a tile; -inf past the end of the row.
   template <class F>
   DFLASH_INLINE void for_each_logit(int t, F&& f) const {
-    for_each_batch<kLoads / 2>(own_logits(), t, [&](const auto& batch) {
+    for_each_batch<kLoads / 2>(t, [&](const auto& batch) {
       batch.for_each([&](int, uint32_t, const Values& chunk) {
 #pragma unroll
         for (int k = 0; k < kSize; ++k) f(to_float(chunk.values[k]));
@@ -257,20 +230,6 @@ class Row {
   }
 
  private:
-  // Where the block reads its own tiles again.
-  DFLASH_INLINE Source own_logits() const {
-    if constexpr (kMayStay) {
-      if (resident_ != nullptr) return Source(resident_, tiles_ * tile_size_);
-    }
-    return logits_;
-  }
-
-  DFLASH_INLINE void finish_kept() {
-    const Sums sum = total(memory_.kept);
-    if (threadIdx.x == 0) memory_.kept_sum = sum;
-    __syncthreads();
-  }
-
   // A batch of this lane's chunks. Chunk c holds the logits of the tokens from first + c * 32 * kSize on; past the end
   // of the row they are -inf. These were loaded at once, and lie within the row.
   template <int kChunks>
@@ -309,37 +268,32 @@ class Row {
 
   // Calls f(batch) for the batches of this lane's chunks in a tile.
   template <int kCount, class F>
-  DFLASH_INLINE void for_each_batch(const Source& logits, int t, F&& f) const {
+  DFLASH_INLINE void for_each_batch(int t, F&& f) const {
     constexpr int kTokens = 32 * kCount * kSize;
     const uint32_t tile_begin = t * tile_size_, tile_end = min(vocab_, tile_begin + tile_size_);
 #pragma unroll 1
     for (uint32_t begin = tile_begin; begin < tile_end; begin += kTokens) {
       const uint32_t first = begin + lane_id() * kSize;
       if constexpr (Source::kIsPlain) {
-        if (logits.is_aligned && begin + kTokens <= logits.vocab) {
+        if (logits_.is_aligned && begin + kTokens <= vocab_) {
           LoadedBatch<kCount> batch{first};
 #pragma unroll
-          for (int c = 0; c < kCount; ++c) batch.chunks[c] = logits.load_whole(first + c * 32 * kSize);
+          for (int c = 0; c < kCount; ++c) batch.chunks[c] = logits_.load_whole(first + c * 32 * kSize);
           f(batch);
           continue;
         }
       }
-      f(Batch<kCount>{first, logits.within(begin, begin + kTokens)});
+      f(Batch<kCount>{first, logits_.within(begin, begin + kTokens)});
     }
   }
 
   DFLASH_INLINE void read_tile(int t, bool with_sums) {
     Best best = Best::none();
     float e = 0, e_exponent = 0;
-    for_each_batch<kLoads>(logits_, t, [&](const auto& batch) {
+    for_each_batch<kLoads>(t, [&](const auto& batch) {
       const float before = best.first;
       BestOfChunks<Values> maxima;
-      batch.for_each([&](int, uint32_t token, const Values& chunk) {
-        maxima.add(chunk);
-        if constexpr (kMayStay) {
-          if (resident_ != nullptr) *reinterpret_cast<Values*>(resident_ + token) = chunk;
-        }
-      });
+      batch.for_each([&](int, uint32_t, const Values& chunk) { maxima.add(chunk); });
       best.merge(maxima.best());
       if (!with_sums) return;
       const Masses mass{-kInfinity, best.first, rate_, 1};
@@ -373,7 +327,7 @@ class Row {
 
   DFLASH_INLINE int first_equal(int t) const {
     unsigned found = ~0u;
-    for_each_batch<kLoads / 2>(logits_, t, [&](const auto& batch) {
+    for_each_batch<kLoads / 2>(t, [&](const auto& batch) {
       batch.for_each([&](int, uint32_t token, const Values& chunk) {
 #pragma unroll
         for (int k = 0; k < kSize; ++k) {
@@ -392,7 +346,7 @@ class Row {
     float rest = kInfinity;
     uint32_t place = 0;  // of the 32 chunks that hold the token
     constexpr int kCount = kLoads / 2;
-    for_each_batch<kCount>(logits_, t, [&](const auto& batch) {
+    for_each_batch<kCount>(t, [&](const auto& batch) {
       const auto of_chunk = mass.of(batch);
       float sums[kCount] = {};
       batch.for_each([&](int c, uint32_t token, const Values& x) {
@@ -444,7 +398,6 @@ class Row {
   DFLASH_INLINE int own_end() const { return min(tiles_, (Team::rank() + 1) * share_); }
 
   const Source logits_;
-  T* resident_ = nullptr;  // where token 0 would be
   const uint32_t vocab_;
   RowMemory& memory_;
   const float temperature_, rate_;

@@ -10,7 +10,7 @@ namespace dflash::DFLASH_ISA {
 
 // Blocks of a multiprocessor, which bound the registers.
 template <class Source, class Team, bool kFilters>
-constexpr int kSampleBlocks = kFilters ? 1 : 2;
+constexpr int kSampleBlocks = kFilters && (!std::is_same_v<Team, BlockTeam> || !Source::kIsPlain) ? 1 : 2;
 
 template <class Source, class Team>
 struct SampledRow {
@@ -52,15 +52,14 @@ struct SampledRow {
 // kFilters: the filters and the confidence are computed, which take registers.
 template <class Source, class Team, bool kFilters>
 __global__ void __launch_bounds__(kThreads, (kSampleBlocks<Source, Team, kFilters>))
-    sample_rows(const SampleParams params, const bool is_resident) {
+    sample_rows(const SampleParams params) {
   __shared__ RowMemory memory;
   const int64_t n = blockIdx.x / Team::size();
   Team::wait_for_inputs();
   const Filters<float> filters(params.filters, n);
   const bool is_greedy = filters.temperature == 0;
   const auto* const x = static_cast<const typename Source::Element*>(params.logits) + n * params.stride;
-  Row<Source, Team> row(logits_of<Source>(x, params.vocab, params.penalties, n), filters.temperature, memory,
-                        kFilters ? resident_memory<typename Source::Element>(is_resident) : nullptr);
+  Row<Source, Team> row(logits_of<Source>(x, params.vocab, params.penalties, n), filters.temperature, memory);
   // Without filters, whose search needs the registers, the number is there before it is needed.
   const auto uniform = [&] { return uniform_of(params.seed, kSampleStream, n, 0); };
   const double early = kFilters || is_greedy ? 0 : uniform();
@@ -94,12 +93,13 @@ __global__ void __launch_bounds__(kThreads, (kSampleBlocks<Source, Team, kFilter
 }
 
 template <class T, class Team>
-cudaError_t launch_sample(const SampleParams& p, const TeamShape& team, cudaStream_t stream) {
+cudaError_t launch_sample(const SampleParams& p, int team_size, cudaStream_t stream) {
   const auto kernel = p.penalties.any()                ? sample_rows<PenalisedLogits<T>, Team, true>
                       : p.filters.any || p.confidence ? sample_rows<PlainLogits<T>, Team, true>
                                                       : sample_rows<PlainLogits<T>, Team, false>;
-  const LaunchShape shape = shape_of<Team>(p.rows, team);
-  return launch_kernel(kernel, shape, stream, p, team.resident_bytes > 0);
+  LaunchShape shape{p.rows * team_size, kThreads, 0, team_size == 1 ? 0 : team_size};
+  shape.overlaps_previous = Team::kOverlapsLaunches;
+  return launch_kernel(kernel, shape, stream, p);
 }
 
 }  // namespace dflash::DFLASH_ISA

@@ -7,7 +7,7 @@ namespace dflash {
 
 const char* sample_sm80(const SampleParams& p, void* stream) {
   return launch_by_dtype<float, __nv_bfloat16, __half>(p.dtype, stream, [&]<class T>(cudaStream_t stream) {
-    return device::launch_sample<T, device::BlockTeam>(p, {1, 0}, stream);
+    return device::launch_sample<T, device::BlockTeam>(p, 1, stream);
   });
 }
 

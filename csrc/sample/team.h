@@ -10,13 +10,6 @@
 
 namespace dflash::DFLASH_ISA {
 
-// The dynamic shared memory, for a part of a row that stays; null if `is_resident` is not set.
-template <class T>
-DFLASH_INLINE T* resident_memory(bool is_resident) {
-  extern __shared__ uint4 resident[];
-  return is_resident ? reinterpret_cast<T*>(resident) : nullptr;
-}
-
 struct BlockTeam {
   static constexpr int kLargest = 1;
   static constexpr bool kOverlapsLaunches = false;
@@ -26,8 +19,6 @@ struct BlockTeam {
   DFLASH_INLINE static void arrive_at_start() {}
   DFLASH_INLINE static void wait_for_start() {}
   DFLASH_INLINE static void sync() { __syncthreads(); }
-  DFLASH_INLINE static void arrive() {}
-  DFLASH_INLINE static void wait() { __syncthreads(); }
   template <class S>
   DFLASH_INLINE static S* of(S* shared, int) {
     return shared;
@@ -49,9 +40,6 @@ struct ClusterTeam {
   DFLASH_INLINE static void arrive_at_start() { cluster_arrive_relaxed(); }
   DFLASH_INLINE static void wait_for_start() { cluster_wait(); }
   DFLASH_INLINE static void sync() { cooperative_groups::this_cluster().sync(); }
-  // sync in two parts: what precedes an arrival is over for those who have waited.
-  DFLASH_INLINE static void arrive() { cluster_arrive(); }
-  DFLASH_INLINE static void wait() { cluster_wait(); }
   // Returns the same shared memory of another block of the team.
   template <class S>
   DFLASH_INLINE static S* of(S* shared, int rank) {

@@ -21,7 +21,7 @@ DFLASH_INLINE const T* position_of(const void* logits, const RowStrides& strides
 // Finds the pivots and normalisers of draft logits. The pivot of a point mass is +inf, and its "normaliser" is the
 // bits of its token.
 template <class T, class Team>
-__global__ void __launch_bounds__(kThreads, kVerifyBlocks) describe_drafts(const VerifyParams params, const bool is_resident) {
+__global__ void __launch_bounds__(kThreads, kVerifyBlocks) describe_drafts(const VerifyParams params) {
   __shared__ RowMemory memory;
   __shared__ PivotMemory pivot_memory;
   const int64_t n = blockIdx.x / Team::size(), row = n / params.drafted, k = n % params.drafted;
@@ -29,7 +29,7 @@ __global__ void __launch_bounds__(kThreads, kVerifyBlocks) describe_drafts(const
   const Filters<float> filters(params.filters, row);
   if (filters.temperature == 0 || k >= drafted_of(params, row)) return;
   const PlainLogits<T> logits(position_of<T>(params.draft_logits, params.draft_strides, row, k), params.vocab);
-  Row<PlainLogits<T>, Team> draft(logits, filters.temperature, memory, resident_memory<T>(is_resident));
+  Row<PlainLogits<T>, Team> draft(logits, filters.temperature, memory);
   draft.read(true);
   filter(draft, filters, pivot_memory);
   if (Team::rank() != 0 || warp_id() != 0) return;
@@ -148,16 +148,15 @@ class Verifier {
   }
 
   DFLASH_INLINE int32_t verify_sampled(Row<Source, Team>& target, const Filters<float>& filters, bool is_bonus,
-                                       PivotMemory& pivot_memory) const {
+                                       PivotMemory* pivot_memory) const {
     // What needs nothing of the target's sums is loaded before the row.
-    const double accepting_number = is_bonus ? 0 : uniform(k_), drawing_number = uniform(p_.drafted);
+    const double accepting_number = is_bonus ? 0 : uniform(k_);
     const bool is_known = !is_bonus && token_ >= 0 && token_ < p_.vocab;
     const DraftRow<T> q(p_, row_, k_, token_, target.temperature(), is_bonus);
     const float logit = is_known ? target.logit(token_) : 0.f, q_token = is_known ? q.probability(token_) : 0.f;
-    if (q.x != nullptr) target.prefetch(q.x);
     target.read(true);
-    if (p_.filters.any) filter(target, filters, pivot_memory);
-    if (is_bonus) return drawn_from(target, drawing_number);
+    if (pivot_memory != nullptr) filter(target, filters, *pivot_memory);
+    if (is_bonus) return drawn_from(target);
 
     const Masses p = target.probabilities();
     const float p_token = !is_known ? 0.f : target.is_certain() ? float(target.argmax() == token_) : p(logit);
@@ -167,17 +166,17 @@ class Verifier {
     const Residual<T> residual{p, q};
     target.sum_tiles(residuals_, residual);
     if (!decides()) return kAccepted;
-    const int token = target.draw(drawing_number, residuals_, residual).id;
+    const int token = target.draw(uniform(p_.drafted), residuals_, residual).id;
     // If p = q, the residual is only rounding, and so was the rejection.
-    return token < 0 ? drawn_from(target, drawing_number) : token;
+    return token < 0 ? drawn_from(target) : token;
   }
 
  private:
   DFLASH_INLINE static bool decides() { return Team::rank() == 0 && warp_id() == 0; }
 
-  DFLASH_INLINE int drawn_from(const Row<Source, Team>& target, double number) const {
+  DFLASH_INLINE int drawn_from(const Row<Source, Team>& target) const {
     if (!decides()) return kAccepted;
-    const int token = target.is_certain() ? -1 : target.draw(number, target.kept_by_tile(), target.masses()).id;
+    const int token = target.is_certain() ? -1 : target.draw(uniform(p_.drafted), target.kept_by_tile(), target.masses()).id;
     return token < 0 ? target.argmax() : token;
   }
 
@@ -191,10 +190,9 @@ class Verifier {
   const int64_t row_, k_, token_;
 };
 
-template <class Source, class Team>
-__global__ void __launch_bounds__(kThreads, kVerifyBlocks) verify_positions(const VerifyParams params, const bool is_resident) {
+template <class Source, class Team, bool kFilters>
+__global__ void __launch_bounds__(kThreads, kVerifyBlocks) verify_positions(const VerifyParams params) {
   __shared__ RowMemory memory;
-  __shared__ PivotMemory pivot_memory;
   __shared__ Sums residuals[kMaxTiles];
   const int64_t n = blockIdx.x / Team::size(), row = n / (params.drafted + 1), k = n % (params.drafted + 1);
   Team::wait_for_inputs();
@@ -204,11 +202,16 @@ __global__ void __launch_bounds__(kThreads, kVerifyBlocks) verify_positions(cons
   const auto* const x = position_of<typename Source::Element>(params.target, params.target_strides, row, k);
   const int64_t* const drafts = params.tokens + row * params.drafted;  // those before k count for the penalties
   Row<Source, Team> target(logits_of<Source>(x, params.vocab, params.penalties, row, drafts, k), filters.temperature,
-                           memory, resident_memory<typename Source::Element>(is_resident));
+                           memory);
   const Verifier<Source, Team> verifier(params, residuals, row, k);
+  PivotMemory* memory_of_pivots = nullptr;
+  if constexpr (kFilters) {
+    __shared__ PivotMemory pivot_memory;
+    memory_of_pivots = &pivot_memory;
+  }
   const int32_t verdict = filters.temperature == 0
                               ? verifier.verify_greedy(target, k == drafted)
-                              : verifier.verify_sampled(target, filters, k == drafted, pivot_memory);
+                              : verifier.verify_sampled(target, filters, k == drafted, memory_of_pivots);
   if (Team::rank() == 0 && threadIdx.x == 0) params.verdicts[n] = verdict;
 }
 
@@ -236,16 +239,21 @@ __global__ void __launch_bounds__(32 * kResolveWarps) resolve_drafts(const Verif
 }
 
 template <class T, class Team>
-cudaError_t launch_verify(const VerifyParams& p, const TeamShape& team, cudaStream_t stream) {
-  const bool is_resident = team.resident_bytes > 0;
+cudaError_t launch_verify(const VerifyParams& p, int team_size, cudaStream_t stream) {
+  const auto shape_of = [&](int64_t positions) {
+    LaunchShape shape{positions * team_size, kThreads, 0, team_size == 1 ? 0 : team_size};
+    shape.overlaps_previous = Team::kOverlapsLaunches;
+    return shape;
+  };
   cudaError_t status = cudaSuccess;
   if (p.draft == Draft::kFiltered && p.drafted > 0) {
-    status = launch_kernel(describe_drafts<T, Team>, shape_of<Team>(p.rows * p.drafted, team), stream, p, is_resident);
+    status = launch_kernel(describe_drafts<T, Team>, shape_of(p.rows * p.drafted), stream, p);
   }
   if (status != cudaSuccess) return status;
-  const auto kernel =
-      p.penalties.any() ? verify_positions<PenalisedLogits<T>, Team> : verify_positions<PlainLogits<T>, Team>;
-  status = launch_kernel(kernel, shape_of<Team>(p.rows * (p.drafted + 1), team), stream, p, is_resident);
+  const auto kernel = p.penalties.any() ? verify_positions<PenalisedLogits<T>, Team, true>
+                      : p.filters.any   ? verify_positions<PlainLogits<T>, Team, true>
+                                        : verify_positions<PlainLogits<T>, Team, false>;
+  status = launch_kernel(kernel, shape_of(p.rows * (p.drafted + 1)), stream, p);
   if (status != cudaSuccess) return status;
   LaunchShape shape{(p.rows + kResolveWarps - 1) / kResolveWarps, 32 * kResolveWarps};
   shape.overlaps_previous = Team::kOverlapsLaunches;

@@ -7,7 +7,7 @@ namespace dflash {
 
 const char* verify_sm80(const VerifyParams& p, void* stream) {
   return launch_by_dtype<float, __nv_bfloat16, __half>(p.dtype, stream, [&]<class T>(cudaStream_t stream) {
-    return device::launch_verify<T, device::BlockTeam>(p, {1, 0}, stream);
+    return device::launch_verify<T, device::BlockTeam>(p, 1, stream);
   });
 }
 
