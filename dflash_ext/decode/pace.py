@@ -22,8 +22,8 @@ class Costs:
     """The seconds of a cycle, by its number of rows and of drafted tokens.
 
     They are measured once, in the first cycles of each kind, which decode tokens as all others do. What is not measured
-    yet is estimated: between two measured widths along a straight line, and else from the table of another number of
-    rows.
+    yet is estimated: between two measured widths along a straight line, and else from the table of a number of rows
+    that is at most twice or half as large. A given table serves all numbers of rows.
 
     Args:
         widths: the numbers of drafted tokens to choose from.
@@ -52,7 +52,7 @@ class Costs:
         measured = self.seconds.get(rows, {})
         if self._is_known(rows):
             return {width: _between(measured, width) for width in self.widths}
-        others = [other for other in self.seconds if self._is_known(other)]
+        others = [other for other in self.seconds if self._is_known(other) and self._serves(other, rows)]
         if not others:
             return None
         near = self.seconds[min(others, key=lambda other: abs(math.log(other / rows)))]
@@ -68,6 +68,9 @@ class Costs:
     def first(self, rows: int) -> int:
         """The width to measure first, while there is no `table`: that of the drafter, then none."""
         return 0 if self.widths[-1] in self.seconds.get(rows, {}) else self.widths[-1]
+
+    def _serves(self, other: int, rows: int) -> bool:
+        return self.is_given or max(other, rows) <= 2 * min(other, rows)
 
     def _is_known(self, rows: int) -> bool:
         return self.seconds[rows].keys() >= {0, self.widths[-1]} if rows in self.seconds else False

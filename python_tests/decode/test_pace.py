@@ -105,10 +105,11 @@ def test_costs_that_are_not_measured_are_estimated():
     costs.add(2, 3, 2.0)
     costs.add(2, 3, 3.0)
     assert costs.table(2) == pytest.approx({0: 1.0, 1: 4 / 3, 3: 2.0, 7: 8.0})
-    costs.add(8, 0, 2.0)  # twice as much as for two rows
-    assert costs.table(8) == pytest.approx({0: 2.0, 1: 8 / 3, 3: 4.0, 7: 16.0})
-    assert costs.table(1) == costs.table(2) and {*costs.tables()} == {2, 8}
-    assert Costs((0, 1, 3, 7), costs.tables()).table(8) == costs.table(8)
+    costs.add(4, 0, 2.0)  # twice as much as for two rows
+    assert costs.table(4) == pytest.approx({0: 2.0, 1: 8 / 3, 3: 4.0, 7: 16.0})
+    assert costs.table(5) is None  # more than twice as many rows are measured anew
+    assert costs.table(1) == costs.table(2) and {*costs.tables()} == {2, 4}
+    assert Costs((0, 1, 3, 7), costs.tables()).table(4) == costs.table(4)
     with pytest.raises(ValueError, match="^costs has no table with the costs of cycles that draft 0 and 7 tokens"):
         Costs((0, 1, 3, 7), {2: {0: 1.0, 3: 2.0}})
 
