@@ -3,6 +3,7 @@
 
 #include <type_traits>
 
+#include "common/launch.h"
 #include "sample/pivot_gpu.h"
 #include "sample/random.h"
 

@@ -2,6 +2,7 @@
 // accepted, and finds the token that takes its place if it is not. A last, small kernel finds where each draft ends.
 #pragma once
 
+#include "common/launch.h"
 #include "sample/pivot_gpu.h"
 #include "sample/random.h"
 

@@ -382,7 +382,7 @@ def test_registrations():
     saved = (q, k, v, *bounds, out, lse, *scaling, False)
     torch.library.opcheck(ops.block_attn_backward, (torch.randn_like(out), None, *saved))
     torch.library.opcheck(ops.block_attn_backward, (torch.randn_like(out), torch.randn_like(lse), *saved))
-    torch.library.opcheck(ops.block_attn_decode, (q, k, v, *bounds, mask.kv_len, None, None, False, *scaling))
+    torch.library.opcheck(ops.block_attn_decode, (q, k, v, *bounds, mask.kv_len, None, None, False, False, *scaling))
 
 
 @pytest.mark.parametrize("function", [block_attn, block_attn_decode])
@@ -636,7 +636,7 @@ def test_the_operators_refuse_on_their_own():
         ops.block_attn(q, k, v, *bounds, kv_len, None, scale, softcap, False)
 
     def decode(q=q, k=q, v=q, bounds=bounds, kv_len=3, table=None, scale=None, softcap=None):
-        ops.block_attn_decode(q, k, v, *bounds, kv_len, table, None, False, scale, softcap)
+        ops.block_attn_decode(q, k, v, *bounds, kv_len, table, None, False, False, scale, softcap)
 
     attend(), decode()
     for call in (attend, decode):
