@@ -15,8 +15,9 @@ import time
 from pathlib import Path
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
+from transformers import LlamaForCausalLM, TrainerCallback
 
+from bench.engine_models import SHAPES
 from dflash_ext.models import Target
 from dflash_ext.train import AnchorCollator, DFlashTrainer, Recipe, new_drafter
 from dflash_ext.train.objectives import DFlashObjective
@@ -24,15 +25,6 @@ from dflash_ext.train.recipe import training_arguments
 
 STEPS, WARMUP = 14, 4
 GLOBAL_BATCH, BATCH, LENGTH, ANCHORS, BLOCK = 128, 16, 384, 64, 16
-SMOLLM2 = dict(
-    vocab_size=49152,
-    hidden_size=576,
-    intermediate_size=1536,
-    num_hidden_layers=30,
-    num_attention_heads=9,
-    num_key_value_heads=3,
-    tie_word_embeddings=True,
-)
 
 
 class Answers(torch.utils.data.Dataset):
@@ -58,7 +50,7 @@ def rank(device: torch.device) -> dict:
     """Trains as one process of torchrun; returns the losses and the samples per second of all processes."""
     torch.manual_seed(0)
     with device:
-        model = LlamaForCausalLM(LlamaConfig(**SMOLLM2)).to(torch.bfloat16).eval().requires_grad_(False)
+        model = LlamaForCausalLM(SHAPES["smollm2-135m"].config).to(torch.bfloat16).eval().requires_grad_(False)
     target = Target(model)
     drafter = new_drafter(target, 0, mask_token_id=16, num_layers=3, intermediate_size=1024, block_size=BLOCK)
     with tempfile.TemporaryDirectory() as folder:

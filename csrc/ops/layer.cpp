@@ -3,7 +3,7 @@
 
 #include "common/cpu.h"
 #include "layer/params.h"
-#include "ops/layer_gpu.h"
+#include "ops/layer_common.h"
 
 namespace dflash {
 
@@ -14,14 +14,8 @@ DFLASH_CPU_KERNEL(GatedParams, gated)
 Tensor add_rms_norm_op(Tensor residual, std::optional<Tensor> update, std::optional<Tensor> update_norm, Tensor norm,
                        double eps, bool plus_one) {
   constexpr const char* kOp = "add_rms_norm";
-  check(residual.dim() == 2, kOp, ": residual must be [T, H]");
-  AddRmsNormParams p{};
-  p.dtype = dtype_of(kOp, "residual", residual);
-  p.rows = residual.size(0);
-  p.width = residual.size(1);
+  AddRmsNormParams p = norm_of<AddRmsNormParams>(kOp, "residual", residual, "norm", norm, eps);
   const ScalarType dtype = residual.scalar_type();
-  check_tensor(kOp, "residual", residual, residual, dtype, {p.rows, p.width});
-  check_tensor(kOp, "norm", norm, residual, dtype, {p.width});
   if (update) check_tensor(kOp, "update", *update, residual, dtype, {p.rows, p.width});
   if (update_norm) check_tensor(kOp, "update_norm", *update_norm, residual, dtype, {p.width});
   check(update || !update_norm, kOp, ": update_norm needs an update");
@@ -32,7 +26,6 @@ Tensor add_rms_norm_op(Tensor residual, std::optional<Tensor> update, std::optio
   p.update_norm = optional_data<void>(update_norm);
   p.norm = norm.data_ptr();
   p.out = out.data_ptr();
-  p.eps = eps;
   p.plus_one = plus_one;
   if (residual.is_cpu()) {
     run_on_cpu(add_rms_norm, p, p.rows, 1 + 16384 / p.width);

@@ -3,7 +3,7 @@
 
 #include "common/cpu.h"
 #include "common/tensor.h"
-#include "ops/layer_gpu.h"
+#include "ops/layer_common.h"
 
 namespace dflash {
 
@@ -22,14 +22,8 @@ int64_t parts_on(const Tensor& device) { return device.is_cpu() ? 64 : 512; }
 
 std::tuple<Tensor, Tensor> rms_norm_op(Tensor x, std::optional<Tensor> update, Tensor weight, double eps) {
   constexpr const char* kOp = "rms_norm";
-  check(x.dim() == 2, kOp, ": x must be [T, H]");
-  AddRmsNormParams p{};
-  p.dtype = dtype_of(kOp, "x", x);
-  p.rows = x.size(0);
-  p.width = x.size(1);
+  AddRmsNormParams p = norm_of<AddRmsNormParams>(kOp, "x", x, "weight", weight, eps);
   const ScalarType dtype = x.scalar_type();
-  check_tensor(kOp, "x", x, x, dtype, {p.rows, p.width});
-  check_tensor(kOp, "weight", weight, x, dtype, {p.width});
   if (update) check_tensor(kOp, "update", *update, x, dtype, {p.rows, p.width});
   Tensor total = new_empty(x, {update ? p.rows : 0, p.width}, dtype);
   Tensor out = torch::stable::empty_like(x);
@@ -39,7 +33,6 @@ std::tuple<Tensor, Tensor> rms_norm_op(Tensor x, std::optional<Tensor> update, T
   p.update = optional_data<void>(update);
   p.norm = weight.data_ptr();
   p.out = out.data_ptr();
-  p.eps = eps;
   if (x.is_cpu()) {
     run_on_cpu(add_rms_norm, p, p.rows, 1 + 16384 / p.width);
   } else {
@@ -52,16 +45,10 @@ std::tuple<Tensor, Tensor> rms_norm_op(Tensor x, std::optional<Tensor> update, T
 std::tuple<Tensor, Tensor> rms_norm_backward_op(Tensor grad, std::optional<Tensor> grad_total, Tensor x, Tensor weight,
                                                 double eps) {
   constexpr const char* kOp = "rms_norm_backward";
-  check(x.dim() == 2, kOp, ": x must be [T, H]");
-  RmsNormBackwardParams p{};
-  p.dtype = dtype_of(kOp, "x", x);
-  p.rows = x.size(0);
-  p.width = x.size(1);
+  RmsNormBackwardParams p = norm_of<RmsNormBackwardParams>(kOp, "x", x, "weight", weight, eps);
   p.parts = parts_on(x);
   const ScalarType dtype = x.scalar_type();
-  check_tensor(kOp, "x", x, x, dtype, {p.rows, p.width});
   check_tensor(kOp, "grad", grad, x, dtype, {p.rows, p.width});
-  check_tensor(kOp, "weight", weight, x, dtype, {p.width});
   if (grad_total) check_tensor(kOp, "grad_total", *grad_total, x, dtype, {p.rows, p.width});
   Tensor grad_x = torch::stable::empty_like(x), parts = new_empty(x, {p.parts, p.width}, real_of(x));
   if (p.width == 0) return {grad_x, parts};
@@ -71,7 +58,6 @@ std::tuple<Tensor, Tensor> rms_norm_backward_op(Tensor grad, std::optional<Tenso
   p.grad_total = optional_data<void>(grad_total);
   p.grad_x = grad_x.data_ptr();
   p.grad_weight = parts.data_ptr();
-  p.eps = eps;
   if (x.is_cpu()) {
     run_on_cpu(rms_norm_backward, p, p.parts, 1);
   } else {

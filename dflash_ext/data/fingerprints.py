@@ -25,7 +25,11 @@ def of_weights(model: torch.nn.Module) -> str:
     return digest.hexdigest()[:16]
 
 
+def hash_of(*key: int | float | str) -> int:
+    """A hash of `key` with 64 bits, the same in every process."""
+    return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), "little")
+
+
 def seed_of(*key: int | float) -> int:
     """A seed of 62 bits that follows from `key`."""
-    digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 2
+    return hash_of(*key) >> 2

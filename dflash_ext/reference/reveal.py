@@ -7,8 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from .numerics import widened, without_nan
-from .sampling import per_row
+from .numerics import per_row, widened, without_nan
 
 
 def reveal(

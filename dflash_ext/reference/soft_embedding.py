@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .numerics import softcapped, without_nan
-from .sampling import per_row
+from .numerics import per_row, softcapped, without_nan
 
 
 def soft_embedding(

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
-
 import torch
 
+from ..data.fingerprints import hash_of
 from ..models import DFlashDrafter, Target
 
 
@@ -15,8 +14,7 @@ def generator(*key: int | str) -> torch.Generator:
     A run that resumes, more ranks or more workers draw the same numbers, because the key names what is drawn and not
     who draws it or when.
     """
-    digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+    return torch.Generator().manual_seed(hash_of(*key) >> 1)
 
 
 def new_drafter(target: Target, seed: int, **options) -> DFlashDrafter:

@@ -156,7 +156,3 @@ def _weight(module: nn.Module | None) -> Tensor | None:
 def embedding_of(target: Target) -> Callable[[Tensor], Tensor]:
     """The target's own embedding of tokens, its scale included."""
     return target.model.get_input_embeddings()
-
-
-def head_softcap(target: Target) -> float | None:
-    return getattr(target.config, "final_logit_softcapping", None)

@@ -7,12 +7,12 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from ...masks import IntervalMask
 from ...models import Target
 from ...reference.numerics import softcapped
 from ..kv_cache import KVCache
-from .families import embedding_of, head_softcap, target_stack
+from .families import embedding_of, target_stack
 from .layers import Rows
+from .masks import causal_masks, windows_of
 
 
 class LeanForward:
@@ -24,7 +24,7 @@ class LeanForward:
     """
 
     def __init__(self, target: Target, *, slots: int, tokens: int, exact: bool = False):
-        self.target, self.exact = target, exact
+        self.target = target
         like = target.head
         config = target.config
         head_dim = target.layers[0].self_attn.head_dim
@@ -39,11 +39,7 @@ class LeanForward:
         )
         self.stack = replace(target_stack(target, self.cache.capacity), exact=exact)
         self.embed = embedding_of(target)
-        self.windows = {kind: config.sliding_window if kind == "sliding_attention" else None for kind in self.kinds}
-
-    @property
-    def kinds(self) -> set[str]:
-        return set(self.stack.rotary)
+        self.windows = windows_of(target, self.stack.rotary)
 
     def read(
         self,
@@ -65,30 +61,11 @@ class LeanForward:
 
         Returns the logits [B, R, V], or [len(ends), V], and the features [B, R, taps * H], None without taps.
         """
-        hidden, features = self.hidden(tokens, positions, start, counts, slots, taps)
-        if ends is not None:
-            hidden = hidden[[row for row, _ in ends], [column for _, column in ends]]
-        return self.logits(hidden), features
-
-    def hidden(
-        self,
-        tokens: Tensor,
-        positions: Tensor,
-        start: Tensor,
-        counts: Tensor,
-        slots: Tensor,
-        taps: Sequence[int] = (),
-    ) -> tuple[Tensor, Tensor | None]:
-        """The output of the last layer [B, R, H] and the features; the arguments are those of `read`."""
-        options = {"q_lens": counts, "causal": True, "kv_len": self.cache.capacity}
-        masks = {
-            kind: IntervalMask.decode(start, tokens.shape[1], window=window, **options)
-            for kind, window in self.windows.items()
-        }
+        masks = causal_masks(self.windows, start, tokens.shape[1], counts, self.cache.capacity)
         rows = Rows(positions, positions, slots, masks)
         hidden, features = self.stack.forward(self.embed(tokens).flatten(0, 1), rows, self.cache, taps)
-        return hidden.view(*tokens.shape, -1), None if features is None else features.view(*tokens.shape, -1)
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        """The output of the last layer [..., H] to logits [..., V]."""
-        return softcapped(self.stack.head(hidden, self.target.head), head_softcap(self.target))
+        hidden = hidden.view(*tokens.shape, -1)
+        if ends is not None:
+            hidden = hidden[[row for row, _ in ends], [column for _, column in ends]]
+        logits = softcapped(self.stack.head(hidden, self.target.head), self.target.softcap)
+        return logits, None if features is None else features.view(*tokens.shape, -1)

@@ -12,9 +12,9 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from ...integrations import as_attention_mask
 from ...integrations.attention import NAME
-from ...masks import IntervalMask
 from ...models import Target
 from ..kv_cache import block_table, capacity_of
+from .masks import causal_masks, windows_of
 
 
 class _Placement:
@@ -115,10 +115,7 @@ class ModuleForward:
             raise ValueError(f"exact=True is not supported: the engine has no forward of its own for this {name}")
         self.target, self.cache = target, SlotCache(slots, tokens)
         self.capacity = self.cache.capacity
-        self.windows = {
-            kind: target.config.sliding_window if kind == "sliding_attention" else None
-            for kind in target.attention_kinds
-        }
+        self.windows = windows_of(target, target.attention_kinds)
         # The first forward makes the layers of the cache, and says what block_attn must give.
         self.reads_slots = False
         expected = self._first_logits(slots - 1)
@@ -151,11 +148,7 @@ class ModuleForward:
         ends: Sequence[tuple[int, int]] | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """As that of `LeanForward`."""
-        options = {"q_lens": counts, "causal": True, "kv_len": self.capacity}
-        masks = {
-            kind: IntervalMask.decode(start, tokens.shape[1], window=window, **options)
-            for kind, window in self.windows.items()
-        }
+        masks = causal_masks(self.windows, start, tokens.shape[1], counts, self.capacity)
         given = {}
         if self.reads_slots:
             masks = {kind: as_attention_mask(mask) for kind, mask in masks.items()}

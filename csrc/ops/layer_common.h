@@ -18,6 +18,21 @@ void run_on_gpu(const char* op, const char* (*launch)(const Params&, void*), con
 #define DFLASH_RUN_ON_GPU(op, kernel, params, tensor) fail(op, ": this build has no CUDA kernels")
 #endif
 
+// The parameters of a norm of rows [T, H] by a weight [H], which are checked. `name` and `weight_name` are for errors.
+template <class Params>
+Params norm_of(const char* op, const char* name, const Tensor& rows, const char* weight_name, const Tensor& weight,
+               double eps) {
+  check(rows.dim() == 2, op, ": ", name, " must be [T, H]");
+  Params p{};
+  p.dtype = dtype_of(op, name, rows);
+  p.rows = rows.size(0);
+  p.width = rows.size(1);
+  p.eps = eps;
+  check_tensor(op, name, rows, rows, rows.scalar_type(), {p.rows, p.width});
+  check_tensor(op, weight_name, weight, rows, rows.scalar_type(), {p.width});
+  return p;
+}
+
 // GPU threads read 16 bytes of a row. A row of a norm also lies in shared memory, in 4 bytes for each element.
 constexpr int64_t kMostInSharedMemory = 24576;
 inline void check_width_on_gpu(const char* op, const Tensor& rows, int64_t width, int64_t most = INT64_MAX) {

@@ -1,0 +1,30 @@
+"""Who sees whom when a target reads tokens over a cache."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from torch import Tensor
+
+from ...masks import IntervalMask
+from ...models import Target
+
+
+def windows_of(target: Target, kinds: Iterable[str]) -> dict[str, int | None]:
+    """The window of each kind of layer; None for layers that see all earlier tokens."""
+    return {kind: target.config.sliding_window if kind == "sliding_attention" else None for kind in kinds}
+
+
+def causal_masks(
+    windows: Mapping[str, int | None], start: Tensor, rows: int, counts: Tensor, kv_len: int
+) -> dict[str, IntervalMask]:
+    """The causal masks of each kind of layer for `rows` new tokens in each row of the batch.
+
+    Args:
+        windows: as from `windows_of`.
+        start: int [B], the number of cached tokens before them.
+        counts: int [B], how many of the new tokens exist.
+        kv_len: the capacity of the cache.
+    """
+    options = {"q_lens": counts, "causal": True, "kv_len": kv_len}
+    return {kind: IntervalMask.decode(start, rows, window=window, **options) for kind, window in windows.items()}
