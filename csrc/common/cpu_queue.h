@@ -1,8 +1,8 @@
 // Kernels of several operators that run one after another on the same threads.
 //
-// Waking a thread takes longer than many a kernel of a decoding step. While a queue is open, the kernels of operators
-// wait in it. run() wakes the threads once. They take ranges of the first kernel until none is left, wait until all of
-// its ranges are done, and go on to the next.
+// Waking a thread takes longer than many kernels of a decoding step take. While a queue is open, the kernels of
+// operators wait in it. run() wakes the threads once. They take ranges of the first kernel until none is left, wait
+// until all of its ranges are done, and go on to the next.
 #pragma once
 
 #include <torch/csrc/stable/c/shim.h>

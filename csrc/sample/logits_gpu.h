@@ -233,7 +233,7 @@ struct Masses {
 #pragma unroll
     for (int k = 0; k < Values::kSize; ++k) mass[k] = (*this)(to_float(x.values[k]));
   }
-  // Any masses have this: what computes the masses of the chunks of a batch (row_gpu.h).
+  // Every kind of masses has this: it returns the function that computes the masses of a chunk of a batch (row_gpu.h).
   template <class Batch>
   DFLASH_INLINE auto of(const Batch&) const {
     using Values = typename Batch::Values;

@@ -19,7 +19,7 @@ TABLES = ("token_counts", "logit_bias")  # of all slots, which rows of logits re
 class Drawing:
     """What some rows need for their draws. A cycle computes the same for all of its rows.
 
-    filters: the temperature and the filters that some row uses; none of them is greedy decoding.
+    filters: the temperature and the filters that some row uses. Without any, decoding is greedy.
     changes: the penalties that some row uses, and "logit_bias" if some row has one.
     """
 
@@ -40,8 +40,9 @@ def draw(
     """Draws the tokens [B, K] from logits [B, K, V], and what `verify` must know of the draw.
 
     seed: int64 [B]. first: int64 [B], the position of the first of the tokens. A seed belongs to a row and a position,
-    so that a row's draws do not depend on the other rows. filters, changes: of `State`, for these rows; without filters
-    the draw is greedy. `verify` knows no changes of a draft's logits, so that a draft by chance must have none.
+    so that a row's draws do not depend on the other rows. filters, changes: what `State.options_of` and
+    `State.changes_of` give for these rows. Without filters the draw is greedy. `verify` does not know how a draft's
+    logits were changed, so a sampled draft must have no changes.
     """
     if not filters and not changes:
         return logits.argmax(dim=-1), {}

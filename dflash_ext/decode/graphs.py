@@ -44,7 +44,7 @@ class PlainRunner:
         return rows
 
     def timed_run(self, slots: Sequence[int], drawing: Drawing, width: int) -> tuple[Tensor, float]:
-        """The same, and the seconds that it took. Waits for the device."""
+        """As `run`, and also returns the seconds that the cycle took. Waits for the device."""
         self._wait()
         start = time.perf_counter()
         records = self.run(slots, drawing, width)
@@ -96,7 +96,7 @@ class GraphRunner(PlainRunner):
         return self._call(slots, drawing, width, self.watch)
 
     def timed_run(self, slots: Sequence[int], drawing: Drawing, width: int) -> tuple[Tensor, float]:
-        """The same by the GPU's clock, so that the host's part does not count."""
+        """As that of `PlainRunner`, but by the GPU's clock, so that the host's time does not count."""
         records, _ = super().timed_run(slots, drawing, width)
         return records, sum(self._graph(len(slots), drawing, width).watch.lap().values())
 

@@ -28,7 +28,7 @@ def count_tokens_(
         lens: int ``[B]``, the number of tokens to count in each row. The default is K.
         table_rows: int ``[B]``, the rows of ``token_counts`` that belong to the rows of tokens, each of them once.
             Without it row b has row b.
-        prompt: the tokens are of the prompt: those that the output has not are marked with -1.
+        prompt: whether the tokens are those of the prompt. Those that are not in the output are marked with -1.
 
     Returns token_counts. Raises ValueError for arguments that do not fit together.
     """

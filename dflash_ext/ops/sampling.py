@@ -70,7 +70,7 @@ def sample(
     temperature that is NaN or below 1e-30 counts as 0, and one above 1e30 as 1e30. A repetition_penalty that is NaN or
     not above 0 is off, and so are other penalties of NaN. On CUDA, a table row that does not exist is not noticed.
 
-    What follows is meant of the logits after the bias and the penalties. A logit that is NaN counts as -inf, so its
+    The rules below apply to the logits after the bias and the penalties. A logit that is NaN counts as -inf, so its
     token is never drawn. If all logits of a row are NaN, its token is 0, and its ``prob`` and measures are NaN. A row
     with a logit of +inf, for which softmax would give NaN, is a point mass at the first such token, whose ``prob`` is
     1.

@@ -89,7 +89,7 @@ class Stack:
         """Runs rows through all layers and adds their keys and values to the cache.
 
         Args:
-            hidden: [B * R, H], the embedded tokens, contiguous; is overwritten.
+            hidden: [B * R, H], the embedded tokens, contiguous. It is overwritten.
             taps: the layers whose outputs are wanted. The last layer's is the output of the final norm.
 
         Returns:
@@ -180,7 +180,7 @@ class Stack:
     ) -> Tensor:
         """The residual stream after a sublayer, whose output may pass a norm of its own.
 
-        It may take the place of `hidden`, unless that is_kept.
+        The result may overwrite `hidden`, unless is_kept says that `hidden` is still needed.
         """
         if norm is None:
             return self._linear(rows, weight, bias, residual=hidden, overwrites_residual=not is_kept)
