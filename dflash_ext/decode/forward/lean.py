@@ -61,11 +61,26 @@ class LeanForward:
 
         Returns the logits [B, R, V], or [len(ends), V], and the features [B, R, taps * H], None without taps.
         """
+        hidden, features = self.hidden(tokens, positions, start, counts, slots, taps)
+        if ends is not None:
+            hidden = hidden[[row for row, _ in ends], [column for _, column in ends]]
+        return self.logits(hidden), features
+
+    def hidden(
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        start: Tensor,
+        counts: Tensor,
+        slots: Tensor,
+        taps: Sequence[int] = (),
+    ) -> tuple[Tensor, Tensor | None]:
+        """The output of the last layer [B, R, H] and the features; the arguments are those of `read`."""
         masks = causal_masks(self.windows, start, tokens.shape[1], counts, self.cache.capacity)
         rows = Rows(positions, positions, slots, masks)
         hidden, features = self.stack.forward(self.embed(tokens).flatten(0, 1), rows, self.cache, taps)
-        hidden = hidden.view(*tokens.shape, -1)
-        if ends is not None:
-            hidden = hidden[[row for row, _ in ends], [column for _, column in ends]]
-        logits = softcapped(self.stack.head(hidden, self.target.head), self.target.softcap)
-        return logits, None if features is None else features.view(*tokens.shape, -1)
+        return hidden.view(*tokens.shape, -1), None if features is None else features.view(*tokens.shape, -1)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """The output of the last layer [..., H] to logits [..., V]."""
+        return softcapped(self.stack.head(hidden, self.target.head), self.target.softcap)
