@@ -543,6 +543,65 @@ class IntervalMask:
         )
         return _from_leaves(bounds.unbind(), (kv_len, None))
 
+    @staticmethod
+    def verify_and_draft(
+        cache_lens: Length,
+        rows: int,
+        group: int,
+        *,
+        q_lens: Length | None = None,
+        causal: bool = False,
+        window: int | None = None,
+        kv_len: int | None = None,
+        device: Device = None,
+    ) -> IntervalMask:
+        """One forward that verifies a draft and makes the next one (a gated LoRA drafter, arXiv 2507.11851).
+
+        ``rows`` rows verify: the anchor and the drafted tokens, causal behind the cache. Behind each of them, where the
+        draft may end, stands a group of ``group`` mask rows. It sees the context up to and with its row, and itself.
+        In the key buffer of batch entry b the cached tokens are at ``[0, cache_lens)``, the rows that verify behind
+        them, and then the groups one after the other: row j of the group of row i at ``cache_lens + rows + i * group +
+        j``. There are ``rows * (1 + group)`` query rows, in the same order.
+
+        The position of row j of group i is ``cache_lens + i + 1 + j``. A window acts at these positions, as in the
+        convention "zlab" of :meth:`anchor_blocks`: a group that is not causal looks ahead as far as it looks back.
+
+        q_lens: how many of the rows that verify exist, ``rows`` by default. The others and their groups are empty.
+        causal: a mask row sees the rows of its group up to itself. By default it sees all of them.
+        kv_len: the capacity of the buffer, as in :meth:`decode`.
+
+        >>> mask = IntervalMask.verify_and_draft(1, rows=2, group=1)
+        >>> mask.to_bool().int()[0, 0].tolist()  # keys: one cached, two verified, the groups of one row
+        [[1, 1, 0, 0, 0], [1, 1, 1, 0, 0], [1, 1, 0, 1, 0], [1, 1, 1, 0, 1]]
+        """
+        where = "verify_and_draft"
+        rows, group = (_int(where, name, value, least=1) for name, value in (("rows", rows), ("group", group)))
+        window = None if window is None else _step(where, "window", window)
+        count = rows * (1 + group)
+        if not isinstance(cache_lens, Tensor):
+            needed = _int(where, "cache_lens", cache_lens) + count
+            kv_len = needed if kv_len is None else kv_len
+            if kv_len < needed:
+                raise ValueError(
+                    f"IntervalMask.{where}: {cache_lens} cached tokens and {count} rows exceed kv_len {kv_len}"
+                )
+        kv_len = _int(where, "kv_len", kv_len)
+        device = _device(where, device, cache_lens=cache_lens, q_lens=q_lens)
+        cached = _column(cache_lens, device, where, "cache_lens")
+        exist = _column(rows if q_lens is None else q_lens, cached.device, where, "q_lens")
+
+        query = _arange(count, cached.device)
+        member = query - rows
+        drafts = member >= 0
+        slot = torch.where(drafts, member % group, -1)  # in the group; a row that verifies stands before the first
+        row = torch.where(drafts, member // group, query)
+        own = rows + member - slot
+        behind, first, last = block_window(slot, group, causal, window, "zlab")
+        seen = cached + row + 1
+        low = 0 if behind is None else (seen - behind).clamp(min=0)
+        block = cached + own + first, torch.where(drafts, cached + own + last, 0)
+        return _intervals(kv_len, count, (low, seen), block, rows=row < exist)
+
     # ---- other forms -------------------------------------------------------------------------------------
 
     @staticmethod

@@ -300,6 +300,48 @@ def test_decode(rows, causal_block, window):
     assert_mask(IntervalMask.decode(c, block_len, causal=causal_block, window=window), [alone])
 
 
+@given(
+    lens=st.lists(st.tuples(st.integers(0, 6), st.integers(0, 4)), min_size=1, max_size=3),
+    rows=st.integers(1, 3),
+    group=st.integers(1, 4),
+    causal_group=st.booleans(),
+    window=st.none() | WINDOW,
+)
+def test_verify_and_draft(lens, rows, group, causal_group, window):
+    def place(key, cached):
+        """The position of a key and the row behind which its group stands (None: no group), or None for no key."""
+        if key < cached + rows:
+            return key, None
+        row, slot = divmod(key - cached - rows, group)
+        return (cached + row + 1 + slot, row) if row < rows else None
+
+    def sees(query, key, cached, exist):
+        mine, other = place(cached + query, cached), place(key, cached)
+        if other is None:
+            return False
+        (position, own), (key_position, group_of_key) = mine, other
+        if (query if own is None else own) >= exist:
+            return False
+        if window is not None and position - key_position >= window:
+            return False
+        if group_of_key is None:
+            return key <= (position if own is None else cached + own)
+        looks_ahead = not causal_group and (window is None or key_position - position < window)
+        return group_of_key == own and (looks_ahead or key_position <= position)
+
+    count = rows * (1 + group)
+    options = dict(causal=causal_group, window=window)
+    cached, exist = (torch.tensor(column) for column in zip(*lens, strict=True))
+    mask = IntervalMask.verify_and_draft(cached, rows, group, q_lens=exist, kv_len=25, **options)
+    assert_mask(mask, [matrix(count, 25, partial(sees, cached=c, exist=n)) for c, n in lens])
+    c = lens[0][0]
+    alone = matrix(count, c + count, partial(sees, cached=c, exist=rows))
+    assert_mask(IntervalMask.verify_and_draft(c, rows, group, **options), [alone])
+    # The rows that verify see what they see without groups.
+    verified = IntervalMask.decode(cached, rows, q_lens=exist, causal=True, window=window, kv_len=25)
+    assert torch.equal(mask.to_bool()[:, :, :rows], verified.to_bool())
+
+
 LENGTHS = st.sampled_from([-3, 0, 1, 4, 9, 12, 2**31 - 1, -(2**31)])
 
 
@@ -524,6 +566,7 @@ def test_constructors_do_not_wait_for_the_gpu():
             IntervalMask.packed(offsets, IntervalMask.causal, total_len=8),
             IntervalMask.anchor_blocks(6, anchors, 4, window=3),
             IntervalMask.decode(lens, 4, causal=True, kv_len=12),
+            IntervalMask.verify_and_draft(lens, 2, 3, window=4, kv_len=13),
             IntervalMask.from_padding(anchors),
             IntervalMask.from_position_ids(anchors),
         )
@@ -591,6 +634,8 @@ BOUNDS = torch.zeros(4, 1, 3, dtype=torch.int32)
         (lambda: IntervalMask.causal(4).plan(8, 3, 64), "8 query heads are no multiple of 3 key heads"),
         (lambda: IntervalMask.causal(4).plan(8, 2, 60), "head_dim is 60; multiples of 8"),
         (lambda: IntervalMask.decode(40, 8, kv_len=30), "40 cached tokens and a block of 8 exceed kv_len 30"),
+        (lambda: IntervalMask.verify_and_draft(40, 2, 3, kv_len=47), "40 cached tokens and 8 rows exceed kv_len 47"),
+        (lambda: IntervalMask.verify_and_draft(4, 2, 0), "verify_and_draft: group is 0; at least 1"),
         (lambda: IntervalMask(*BOUNDS[:3], BOUNDS[3].to("meta"), 3), "ctx_lo is on cpu, blk_hi on meta; one device"),
         (lambda: IntervalMask(*BOUNDS, -1), "kv_len is -1"),
         (lambda: IntervalMask(*BOUNDS, 1 << 31), "kv_len is 2147483648"),
@@ -647,6 +692,7 @@ def test_refusals_name_the_value(build, message):
         (lambda: IntervalMask.decode(8, 4.0), r"block_len is 4.0 \(float\)"),
         (lambda: IntervalMask.decode(8, 4, window=2.5), r"window is 2.5 \(float\); an int is needed"),
         (lambda: IntervalMask.decode([8], 4, kv_len=12), "list"),
+        (lambda: IntervalMask.verify_and_draft(torch.tensor([2]), 4, 2), "kv_len is None; an int is needed"),
         (lambda: IntervalMask(*BOUNDS, 3.0), r"kv_len is 3.0 \(float\); an int is needed"),
         (lambda: IntervalMask(*BOUNDS, torch.tensor([3])), r"kv_len is torch.int64 \[1\]"),
         (lambda: IntervalMask.packed([0, 2.5], IntervalMask.causal), r"an offset of cu_seqlens is 2.5 \(float\)"),

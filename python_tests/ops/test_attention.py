@@ -62,6 +62,7 @@ MASKS = {
     "anchors and context": lambda: anchors(99, 5, 7, include_context=True),
     "packed": lambda: IntervalMask.packed([0, 40, 41, 130], IntervalMask.causal, total_len=140),
     "decode": lambda: IntervalMask.decode(torch.tensor([90, 7]), 9, kv_len=110, causal=True, window=33),
+    "verify and draft": lambda: IntervalMask.verify_and_draft(torch.tensor([90, 7]), 5, 4, kv_len=115, window=33),
     "from_padding": lambda: IntervalMask.from_padding(torch.arange(131).sub(torch.tensor([[60], [0]])) % 131 < 71),
     "from_position_ids": lambda: IntervalMask.from_position_ids(torch.stack([torch.arange(131) % n for n in (40, 77)])),
     "from_dense": from_dense,

@@ -56,6 +56,7 @@ CASES = {
     "window": lambda: IntervalMask.decode(lengths(900, 70, 10), 9, kv_len=1000, window=100, causal=True),
     "start": lambda: IntervalMask.decode(lengths(900, 70, 10), 9, kv_len=1000, kv_start=lengths(500, 69, 0)),
     "canvas": lambda: IntervalMask.decode(lengths(700, 70, 0), 256, kv_len=1000),
+    "verify and draft": lambda: IntervalMask.verify_and_draft(lengths(900, 63, 10), 7, 7, kv_len=1000, window=100),
     "any int32": lambda: any_int32().to("cuda"),
 }
 
