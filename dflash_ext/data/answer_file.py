@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from ..models import Target
-from . import fingerprints
 from .errors import DataError
 from .parsing import excerpt, json_value, utf8_text
 
@@ -73,7 +72,7 @@ def check_target(path: Path, header: dict, target: Target) -> None:
             f"{path}: the answers are of a target with a vocabulary of {header['vocab_size']}; "
             f"this one has {target.vocab_size}"
         )
-    if header.get("weights") not in (None, fingerprints.of_weights(target.model)):
+    if header.get("weights") not in (None, target.fingerprint):
         raise DataError(f"{path}: the answers are of another target, {header.get('target')}: its weights differ")
 
 

@@ -63,7 +63,7 @@ def answer_prompts(
     header = {
         "target": Path(target.model.config.name_or_path).name,
         "vocab_size": target.vocab_size,
-        "weights": fingerprints.of_weights(target.model),
+        "weights": target.fingerprint,
         "max_new_tokens": max_new_tokens,
         "stop_token_ids": sorted(stop_token_ids),
         "chat_template_args": dict(chat_template_args) if chat_template_args else None,

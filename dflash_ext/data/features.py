@@ -18,7 +18,6 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ..models import Target
-from . import fingerprints
 from .dataset import AnswerDataset
 from .errors import DataError
 
@@ -67,7 +66,7 @@ def facts_of(target: Target, answers: AnswerDataset) -> dict:
     return {
         "format": "dflash_ext.features",
         "target": Path(target.model.config.name_or_path).name,
-        "weights": fingerprints.of_weights(target.model),
+        "weights": target.fingerprint,
         "layers": list(target.tap_ids),
         "width": len(target.tap_ids) * target.hidden_size,
         "dtype": str(target.dtype).removeprefix("torch."),

@@ -2,15 +2,21 @@ from .drafter import DFlashDrafter
 from .drafter_config import DFlashConfig, default_taps
 from .drafter_files import load_drafter, save_drafter
 from .loading import load_target, stop_tokens
+from .lora import LoraAdapter, LoraDrafter, is_lora_drafter, load_lora_drafter, save_lora_drafter
 from .target import Target
 
 __all__ = [
     "DFlashConfig",
     "DFlashDrafter",
+    "LoraAdapter",
+    "LoraDrafter",
     "Target",
     "default_taps",
+    "is_lora_drafter",
     "load_drafter",
+    "load_lora_drafter",
     "load_target",
     "save_drafter",
+    "save_lora_drafter",
     "stop_tokens",
 ]

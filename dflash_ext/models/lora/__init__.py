@@ -1,0 +1,23 @@
+"""LoRA adapters beside a causal LM, and the drafters made of them."""
+
+from .adapter import LoraAdapter
+from .config import LoraDrafterConfig
+from .drafter import LoraDrafter
+from .files import is_lora_drafter, load_lora_drafter, save_lora_drafter
+from .peft_files import load_adapter, save_adapter
+from .sampler import SamplerHead
+from .targets import PRESETS, linear_paths
+
+__all__ = [
+    "PRESETS",
+    "LoraAdapter",
+    "LoraDrafter",
+    "LoraDrafterConfig",
+    "SamplerHead",
+    "is_lora_drafter",
+    "linear_paths",
+    "load_adapter",
+    "load_lora_drafter",
+    "save_adapter",
+    "save_lora_drafter",
+]

@@ -1,0 +1,82 @@
+"""A LoRA adapter (arXiv 2106.09685) beside a causal LM, whose own modules and weights stay as they are."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from ..target import Target
+from .targets import linear_paths
+
+
+class LoraAdapter(nn.Module):
+    """The pairs of low-rank matrices of a set of linear layers.
+
+    The adapter is no part of the model. It acts on it within `applied`, and everywhere else the model is the base.
+
+    Args:
+        shapes: the outputs and inputs of each linear layer, by its full path in the model.
+        rank: the inner dimension of every pair.
+        alpha: the update of a linear layer is multiplied by `alpha / rank`. The default is the rank.
+
+    Attributes:
+        paths: the linear layers' paths, in the order of `shapes`.
+        scale: alpha / rank.
+
+    Raises:
+        ValueError: the rank is below 1.
+    """
+
+    def __init__(self, shapes: Mapping[str, tuple[int, int]], rank: int, alpha: float | None = None):
+        super().__init__()
+        if rank < 1:
+            raise ValueError(f"the rank of an adapter is {rank}: at least 1 is needed")
+        self.rank, self.alpha = rank, float(rank if alpha is None else alpha)
+        self.scale = self.alpha / rank
+        self.paths = tuple(shapes)
+        self._index = {path: index for index, path in enumerate(self.paths)}
+        self.lora_a = nn.ParameterList(torch.empty(rank, inputs) for _, inputs in shapes.values())
+        self.lora_b = nn.ParameterList(torch.zeros(outputs, rank) for outputs, _ in shapes.values())
+        for a in self.lora_a:
+            nn.init.kaiming_uniform_(a, a=math.sqrt(5))  # as PEFT does
+
+    @classmethod
+    def for_target(
+        cls, target: Target, *, targets: str | Sequence[str] = "all", rank: int = 64, alpha: float | None = None
+    ) -> LoraAdapter:
+        """A new adapter in float32 on the CPU, which changes nothing until it is trained; `linear_paths` has the
+        meaning of `targets`."""
+        modules = ((path, target.model.get_submodule(path)) for path in linear_paths(target, targets))
+        return cls({path: (module.out_features, module.in_features) for path, module in modules}, rank, alpha)
+
+    def halves(self, path: str) -> tuple[Tensor, Tensor]:
+        """The matrices of a linear layer: A [rank, inputs] and B [outputs, rank]."""
+        index = self._index[path]
+        return self.lora_a[index], self.lora_b[index]
+
+    @contextmanager
+    def applied(self, model: nn.Module, rows: Tensor | None = None) -> Iterator[None]:
+        """Within it, every linear layer of the adapter puts out `W x + scale * B A x`.
+
+        Args:
+            rows: bool [B, L], the rows of the forward on which the adapter acts. The others keep the bits that the base
+                gives them. None is for all rows.
+        """
+        with ExitStack() as hooks:
+            for path, a, b in zip(self.paths, self.lora_a, self.lora_b, strict=True):
+                handle = model.get_submodule(path).register_forward_hook(self._hook(a, b, rows))
+                hooks.callback(handle.remove)
+            yield
+
+    def _hook(self, a: Tensor, b: Tensor, rows: Tensor | None):
+        def add_update(module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor:
+            x, flat = inputs[0].to(output.dtype), output.flatten(0, -2)
+            inner = nn.functional.linear(x.flatten(0, -2), a.to(output.dtype))
+            updated = torch.addmm(flat, inner, b.to(output.dtype).T, alpha=self.scale).view_as(output)
+            return updated if rows is None else torch.where(rows.unsqueeze(-1), updated, output)
+
+        return add_update
