@@ -78,6 +78,7 @@ struct BackwardParams : AttentionBackwardParams {
   // If the first stores: how far the sums are (sm90/turns.h).
   int32_t* rows_added;  // [batch, heads / fold, row_tiles]
   int32_t* keys_added;  // [batch * kv_heads * key_tiles, 2], for the halves of a tile of keys
+  int32_t* sections_added;  // [sections]: how many blocks have added all their dQ
 
   // Deterministic calls: the turns of additions to a tile of rows (backward_deal_sm90.cu).
   bool is_deterministic;

@@ -85,8 +85,11 @@ __global__ void __launch_bounds__(kCountThreads)
   wait_for_previous_kernel();
   if (blockIdx.x == 0) {
     for (int64_t i = threadIdx.x; i < p.sections * p.blocks; i += blockDim.x) p.first_items[i] = -1;
-    const int64_t row_tiles = p.adds_to_zeros ? 0 : p.batch * (p.heads / p.fold) * p.row_tiles;
-    for (int64_t i = threadIdx.x; i < row_tiles; i += blockDim.x) p.rows_added[i] = 0;
+    if (!p.adds_to_zeros) {
+      const int64_t row_tiles = p.batch * (p.heads / p.fold) * p.row_tiles;
+      for (int64_t i = threadIdx.x; i < row_tiles; i += blockDim.x) p.rows_added[i] = 0;
+      for (int64_t i = threadIdx.x; i < p.sections; i += blockDim.x) p.sections_added[i] = 0;
+    }
   }
   if (blockIdx.x < p.entries) {
     count_rows(p, blockIdx.x);

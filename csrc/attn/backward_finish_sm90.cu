@@ -1,5 +1,5 @@
-// The last launch of the Hopper backward: it rounds the float32 sums of dQ and, where sums began as zeros, those of dK
-// and dV of split tiles.
+// The last launch of the Hopper backward above head_dim 128: it rounds the float32 sums of dQ, and those of dK and dV
+// of split tiles.
 #include "attn/kernels.h"
 #include "attn/sm90/backward_wide_tiling.h"
 #include "common/dependent_launch.h"
@@ -11,13 +11,11 @@ namespace {
 
 constexpr int kThreads = 2 * kWarpgroup;
 
-// A block takes this many columns of a tile.
-template <class Tiling>
-constexpr int kWidth = Tiling::kDim < 256 ? Tiling::kDim : 256;
+constexpr int kWidth = 256;  // columns that a block takes
 
 // Writes 64 rows of kWidth columns, which both warpgroups hold as fragments, through shared memory as whole rows.
 // at(row) is where the columns of a row begin, or null if there is no such row; `columns` of them exist.
-template <class T, int kWidth, class At>
+template <class T, class At>
 DFLASH_INLINE void write_tile(const float4 (&sums)[kWidth / 16], float factor, int columns, uint16_t* tile,
                               const At& at) {
   constexpr int kPitch = kWidth + 8;
@@ -43,7 +41,7 @@ DFLASH_INLINE void write_tile(const float4 (&sums)[kWidth / 16], float factor, i
 template <class T, class Tiling>
 __global__ void __launch_bounds__(kThreads)
     block_attn_backward_finish_sm90(const __grid_constant__ BackwardParams p, const int64_t row_blocks) {
-  constexpr int kWidth = sm90::kWidth<Tiling>, kChunks = Tiling::kDim / kWidth;
+  constexpr int kChunks = Tiling::kDim / kWidth;
   __shared__ __align__(16) uint16_t shared[64 * (kWidth + 8)];
   const float scale = static_cast<float>(p.scale);
   wait_for_previous_kernel();
@@ -61,17 +59,12 @@ __global__ void __launch_bounds__(kThreads)
     for (int j = 0; j < kWidth / 16; ++j) sums[j] = from[j * kWarpgroup];
   };
   if (block < row_blocks) {
-    constexpr int kPieces = Tiling::kRows / 64;
-    const int64_t pieces = p.row_tiles * kPieces, piece = block % pieces, group = block / pieces % (p.heads / p.fold);
-    const int64_t batch = block / pieces / (p.heads / p.fold);
-    const RowTile& seen = p.tiles[(p.entries == 1 ? 0 : batch) * p.row_tiles + piece / kPieces];
-    if (seen.lo[0] < seen.hi[0] || seen.lo[1] < seen.hi[1]) {
-      read(p.grad_q_sums + block * (64 * Tiling::kDim));
-    } else {  // nobody has written these sums
-      for (float4& sum : sums) sum = make_float4(0, 0, 0, 0);
-    }
-    write_tile<T, kWidth>(sums, scale, columns, shared, [&](int row) -> uint16_t* {
-      const int64_t folded = piece * 64 + row, position = folded / p.fold;
+    static_assert(Tiling::kRows == 64);
+    const int64_t tile = block % p.row_tiles, group = block / p.row_tiles % (p.heads / p.fold);
+    const int64_t batch = block / p.row_tiles / (p.heads / p.fold);
+    read(p.grad_q_sums + block * (64 * Tiling::kDim));
+    write_tile<T>(sums, scale, columns, shared, [&](int row) -> uint16_t* {
+      const int64_t folded = tile * 64 + row, position = folded / p.fold;
       const int64_t head = group * p.fold + folded % p.fold;
       if (position >= p.q_len) return nullptr;
       return static_cast<uint16_t*>(p.grad_q) + batch * p.grad_q_strides.batch + head * p.grad_q_strides.head +
@@ -87,7 +80,7 @@ __global__ void __launch_bounds__(kThreads)
     void* const grad = of_keys ? p.grad_k : p.grad_v;
     const HeadStrides& strides = of_keys ? p.grad_k_strides : p.grad_v_strides;
     read(p.grad_key_sums + (tile * 2 * kParts + part) * (Tiling::kConsumerKeys * Tiling::kDim));
-    write_tile<T, kWidth>(sums, of_keys ? scale : 1, columns, shared, [&](int row) -> uint16_t* {
+    write_tile<T>(sums, of_keys ? scale : 1, columns, shared, [&](int row) -> uint16_t* {
       const int64_t key = first + part % kParts * Tiling::kConsumerKeys + row;
       if (key >= p.kv_len) return nullptr;
       return static_cast<uint16_t*>(grad) + head / p.kv_heads * strides.batch + head % p.kv_heads * strides.head +
@@ -98,9 +91,9 @@ __global__ void __launch_bounds__(kThreads)
 
 template <class T, class Tiling>
 cudaError_t launch_finish(const BackwardParams& p, cudaStream_t stream) {
-  const int64_t row_blocks = p.batch * (p.heads / p.fold) * p.row_tiles * (Tiling::kRows / 64);
-  const int64_t key_blocks = p.adds_to_zeros ? p.batch * p.kv_heads * p.key_tiles : 0;
-  LaunchShape shape{(row_blocks + key_blocks) * (Tiling::kDim / kWidth<Tiling>), kThreads};
+  const int64_t row_blocks = p.batch * (p.heads / p.fold) * p.row_tiles;
+  const int64_t key_blocks = p.batch * p.kv_heads * p.key_tiles;
+  LaunchShape shape{(row_blocks + key_blocks) * (Tiling::kDim / kWidth), kThreads};
   shape.overlaps_previous = true;
   return launch_kernel(block_attn_backward_finish_sm90<T, Tiling>, shape, stream, p, row_blocks);
 }
@@ -111,10 +104,8 @@ cudaError_t launch_finish(const BackwardParams& p, cudaStream_t stream) {
 const char* backward_finish_sm90(const BackwardParams& p, void* stream) {
   return launch_by_dtype<__nv_bfloat16, __half>(p.dtype, stream, [&]<class T>(cudaStream_t stream) {
     using namespace device::sm90;
-    return p.head_dim <= 64    ? launch_finish<T, BackwardTiling<64>>(p, stream)
-           : p.head_dim <= 128 ? launch_finish<T, BackwardTiling<128>>(p, stream)
-           : p.head_dim <= 256 ? launch_finish<T, WideBackwardTiling<256>>(p, stream)
-                               : launch_finish<T, WideBackwardTiling<512>>(p, stream);
+    return p.head_dim <= 256 ? launch_finish<T, WideBackwardTiling<256>>(p, stream)
+                             : launch_finish<T, WideBackwardTiling<512>>(p, stream);
   });
 }
 

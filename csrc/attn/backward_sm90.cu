@@ -11,7 +11,8 @@
 //
 // These sums decide the speed, and must stay in the L2 cache. So key heads are taken in sections, as many at a time as
 // the cache holds queries and sums of. backward_deal_sm90 shares the work of a section out to the blocks. Gradients of
-// a tile of keys that several blocks share are added to float32 sums too, and backward_finish_sm90 rounds all sums.
+// a tile of keys that several blocks share are added to float32 sums too. A block that has ended its share of a section
+// rounds a part of the sums of dQ of the section before (sm90/backward_rounding.h).
 #include <algorithm>
 #include <bit>
 
@@ -19,7 +20,6 @@
 #include "attn/sm90/backward_consumer.h"
 #include "attn/sm90/backward_producer.h"
 #include "attn/sm90/backward_launch.h"
-#include "common/dependent_launch.h"
 #include "common/dispatch.h"
 
 namespace dflash {
@@ -30,7 +30,6 @@ template <class T, int kDim, bool kIsCapped>
 __global__ void __launch_bounds__(BackwardTiling<kDim>::kThreads, 1)
     block_attn_backward_sm90(const __grid_constant__ BackwardParams p, const __grid_constant__ BackwardLaunch launch) {
   using Tiling = BackwardTiling<kDim>;
-  launch_dependents();
   extern __shared__ unsigned char unaligned[];
   __shared__ BackwardShared<Tiling> storage;
   static_assert(Tiling::kBytes + sizeof(storage) <= kMaxSharedBytes);
@@ -109,10 +108,10 @@ void backward_sm90_layout(BackwardParams& p, void* stream) {
 const char* backward_sm90(const BackwardParams& p, void* stream) {
   using Launch = const char* (*)(const BackwardParams&, void*);
   const Launch main = p.head_dim <= 128 ? device::sm90::launch_main : backward_wide_sm90;
-  for (const Launch launch : {backward_deal_sm90, main, backward_finish_sm90}) {
+  for (const Launch launch : {backward_deal_sm90, main}) {
     if (const char* const error = launch(p, stream)) return error;
   }
-  return nullptr;
+  return p.head_dim <= 128 ? nullptr : backward_finish_sm90(p, stream);
 }
 
 }  // namespace dflash

@@ -22,8 +22,8 @@ bool forward_sm90_runs_here();
 uint32_t forward_sm90_misses(const AttentionForwardParams& params);
 const char* forward_sm90(const AttentionForwardParams& params, void* stream);
 
-// backward_sm90_layout sets how the work is shared out. backward_sm90 reads what backward_prepare wrote; its first and
-// last launches are backward_deal_sm90 and backward_finish_sm90.
+// backward_sm90_layout sets how the work is shared out. backward_sm90 reads what backward_prepare wrote. Its first
+// launch is backward_deal_sm90; above head_dim 128 backward_wide_sm90 and backward_finish_sm90 follow.
 uint32_t backward_sm90_misses(const BackwardParams& params, bool deterministic);
 void backward_sm90_layout(BackwardParams& params, void* stream);
 const char* backward_sm90(const BackwardParams& params, void* stream);

@@ -130,12 +130,13 @@ void run_backward_on_gpu(BackwardParams& p, const Tensor& q, bool deterministic)
                items = allocate(p.items, key_tiles + p.sections * p.blocks, sizeof(BackwardItem)),
                first_items = allocate(p.first_items, p.sections * p.blocks, sizeof(int32_t)),
                grad_key_sums = allocate(p.grad_key_sums, key_tiles * 2 * p.tile_keys * p.tile_dim, sizeof(float));
-  Tensor is_split, rows_added, keys_added, seen_by, turns;
+  Tensor is_split, rows_added, keys_added, sections_added, seen_by, turns;
   if (p.adds_to_zeros) {
     is_split = allocate(p.is_split, key_tiles, sizeof(int32_t));
   } else {
     rows_added = allocate(p.rows_added, groups * p.row_tiles, sizeof(int32_t));
     keys_added = allocate(p.keys_added, key_tiles * 2, sizeof(int32_t));
+    sections_added = allocate(p.sections_added, p.sections, sizeof(int32_t));
   }
   if (deterministic) {
     seen_by = allocate(p.seen_by, p.entries * p.key_tiles * tiles_of(p.row_tiles, 32), sizeof(SeenBy));

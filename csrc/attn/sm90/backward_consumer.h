@@ -3,6 +3,7 @@
 
 #include "attn/masking.h"
 #include "attn/scores.h"
+#include "attn/sm90/backward_rounding.h"
 #include "attn/sm90/backward_tiling.h"
 #include "attn/sm90/turns.h"
 #include "common/named_barrier.h"
@@ -42,6 +43,7 @@ class BackwardConsumer {
       work_on_item();
       turns_ += kItemTurn;
     }
+    round_sections(static_cast<int>(p_.sections));
     if (thread_ == 0) bulk_wait_group_read<0>();
   }
 
@@ -303,7 +305,38 @@ class BackwardConsumer {
     const BackwardPart part = item().part;
     if (part != BackwardPart::kWhole) exchange(grad_k, grad_v, part);
     if (part == BackwardPart::kWhole || part == BackwardPart::kFinal) store(grad_k, grad_v);
+    const bool ends_section = item().is_last;
+    const int section = section_of(item());
+    named_barrier_sync(kConsumersBarrier, kConsumers * kWarpgroup);
     if (thread_ == 0) shared_.item_slots.empty[slot()].arrive();
+    if (!ends_section) return;
+    // All blocks have long ended the section before.
+    if (index_ == 0 && thread_ == 0) count_up(p_.sections_added + section);
+    round_sections(section);
+  }
+
+  DFLASH_INLINE int section_of(const BackwardItem& item) const {
+    return static_cast<int>((item.batch * p_.kv_heads + item.kv_head) / p_.section_heads);
+  }
+
+  // Takes the block's part in rounding the sums of dQ of all sections before `end`.
+  DFLASH_INLINE void round_sections(int end) const {
+    const int heads = static_cast<int>(p_.batch * p_.kv_heads), row_tiles = static_cast<int>(p_.row_tiles);
+    for (int section = shared_.rounded_sections; section < end; ++section) {
+      if (thread_ == 0) wait_for_turn(p_.sections_added + section, static_cast<int>(p_.blocks));
+      named_barrier_sync(kConsumersBarrier, kConsumers * kWarpgroup);
+      const int first_head = section * static_cast<int>(p_.section_heads);
+      const int end_head = min(first_head + static_cast<int>(p_.section_heads), heads);
+      const int last = end_head * launch_.groups_per_head * row_tiles;
+#pragma unroll 1
+      for (int index = first_head * launch_.groups_per_head * row_tiles + blockIdx.x * kConsumers + index_;
+           index < last; index += gridDim.x * kConsumers) {
+        round_grad_q<T, Tiling>(p_, launch_, index);
+      }
+    }
+    named_barrier_sync(kConsumersBarrier, kConsumers * kWarpgroup);  // all threads have read it
+    if (index_ == 0 && thread_ == 0) shared_.rounded_sections = end;
+    named_barrier_sync(kConsumersBarrier, kConsumers * kWarpgroup);
   }
 
   DFLASH_INLINE uint32_t output() const { return k_ + Tiling::kOutputAt + index_ * Tiling::kOutputBytes; }

@@ -22,7 +22,10 @@ class BackwardProducer {
     uint32_t parity = 1;
     for (int section = 0; section < static_cast<int>(p_.sections); ++section) {
       const int first = p_.first_items[section * static_cast<int>(p_.blocks) + blockIdx.x];
-      if (first < 0) continue;
+      if (first < 0) {
+        count_up(p_.sections_added + section);
+        continue;
+      }
       const BackwardItem* next = p_.items + first;
       for (bool goes_on = true; goes_on; ++next) {
         shared_.item_slots.empty[slot.index].wait(slot.parity);
@@ -114,13 +117,19 @@ class BackwardProducer {
       if (unit.tile < 0) return;
       const int64_t index = unit.index;
       const int turn = unit.turn;
+      const bool ends_item = unit.ends_item;
       shared_.rows.empty[stage.index].arrive();  // the unit has been read
       int32_t* const added = p_.rows_added + index;
       if (p_.is_deterministic) wait_for_turn(added, turn);
       shared_.grad_q_full.wait(parity);
       const bool is_first = p_.is_deterministic ? turn == 0 : claims_first(added);
       put_sums<kFloats>(p_.grad_q_sums + index * kFloats, memory_ + Tiling::kGradQAt, is_first);
-      bulk_wait_group_read<0>();
+      // When consumers end an item, all of its additions have reached memory.
+      if (ends_item) {
+        bulk_wait_group<0>();
+      } else {
+        bulk_wait_group_read<0>();
+      }
       shared_.grad_q_empty.arrive();
       if (p_.is_deterministic || is_first) end_turn(added);
     }
@@ -145,7 +154,7 @@ class BackwardProducer {
         for (uint32_t seen = __ballot_sync(~0u, sight.is_seen); seen != 0; seen &= seen - 1) {
           if (found++ < 0) continue;
           // The lane that holds the tile's entry of the table publishes it.
-          const bool publishes = lane == __ffs(seen) - 1;
+          const bool publishes = lane == __ffs(seen) - 1, is_last = found == item.end - item.begin;
           // All tiles of rows can be counted in 32 bits: there is no memory for more.
           const int head_group = item.batch * launch_.groups + item.kv_head * launch_.groups_per_head + group;
           const int index = head_group * count + base + lane;
@@ -153,12 +162,12 @@ class BackwardProducer {
           shared_.rows.empty[stage.index].wait(stage.parity);
           if (publishes) {
             shared_.units[stage.index] = BackwardUnit{base + lane,   group,           slot, turn,
-                                                      sight.is_full, sight.has_empty, index};
+                                                      sight.is_full, sight.has_empty, is_last,         index};
             shared_.found[stage.index].arrive();
           }
           __syncwarp();
           stage.advance();
-          if (found == item.end - item.begin) return;
+          if (is_last) return;
         }
       }
     }

@@ -66,7 +66,8 @@ struct BackwardUnit {
   int slot;         // of its item
   int turn;         // of the addition to its dQ
   bool is_full, has_empty;
-  int64_t index;  // among the tiles of all head groups
+  bool ends_item;  // the last one of its item
+  int64_t index;   // among the tiles of all head groups
 };
 
 constexpr int kItemSlots = 2;
@@ -77,6 +78,7 @@ struct BackwardShared {
   alignas(16) RowKeys keys[Tiling::kStages][Tiling::kRows];     // of positions
   BackwardUnit units[Tiling::kStages];
   BackwardItem items[kItemSlots];  // what consumers work on, and the next one
+  int rounded_sections;            // how many sections' dQ the block has taken its part in rounding of
   Scores scores;                   // only under a softcap
   Mbarrier kv_full, kv_empty, grad_q_full, grad_q_empty, found[Tiling::kStages];
   Ring<Tiling::kStages> rows;
@@ -84,6 +86,7 @@ struct BackwardShared {
 
   DFLASH_INLINE void init(const BackwardParams& p) {
     scores = Scores(p);
+    rounded_sections = 0;
     kv_full.init();
     for (Mbarrier& unit : found) unit.init();
     grad_q_empty.init();

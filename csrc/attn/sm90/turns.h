@@ -9,7 +9,7 @@
 
 namespace dflash::DFLASH_ISA::sm90 {
 
-// Waits until `turn` blocks have added. One thread calls this before it starts its additions by the copy engine.
+// Waits until the counter has come to `turn`: until that many blocks have added, or are done. One thread calls this.
 DFLASH_INLINE void wait_for_turn(int32_t* added, int turn) {
   const cuda::atomic_ref<int32_t, cuda::thread_scope_device> counter(*added);
   while (counter.load(cuda::memory_order_acquire) < turn) {
@@ -37,10 +37,14 @@ DFLASH_INLINE bool claims_first(int32_t* added) {
   return false;
 }
 
+DFLASH_INLINE void count_up(int32_t* counter) {
+  cuda::atomic_ref<int32_t, cuda::thread_scope_device>(*counter).fetch_add(1, cuda::memory_order_release);
+}
+
 // Waits until the thread's additions have reached memory, and gives the turn to the next block.
 DFLASH_INLINE void end_turn(int32_t* added) {
   bulk_wait_group<0>();
-  cuda::atomic_ref<int32_t, cuda::thread_scope_device>(*added).fetch_add(1, cuda::memory_order_release);
+  count_up(added);
 }
 
 }  // namespace dflash::DFLASH_ISA::sm90
