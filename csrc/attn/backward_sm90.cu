@@ -18,8 +18,9 @@
 
 #include "attn/kernels.h"
 #include "attn/sm90/backward_consumer.h"
-#include "attn/sm90/backward_producer.h"
 #include "attn/sm90/backward_launch.h"
+#include "attn/sm90/backward_producer.h"
+#include "attn/sm90/block_memory.h"
 #include "common/dispatch.h"
 
 namespace dflash {
@@ -30,16 +31,7 @@ template <class T, int kDim, bool kIsCapped>
 __global__ void __launch_bounds__(BackwardTiling<kDim>::kThreads, 1)
     block_attn_backward_sm90(const __grid_constant__ BackwardParams p, const __grid_constant__ BackwardLaunch launch) {
   using Tiling = BackwardTiling<kDim>;
-  extern __shared__ unsigned char unaligned[];
-  __shared__ BackwardShared<Tiling> storage;
-  static_assert(Tiling::kBytes + sizeof(storage) <= kMaxSharedBytes);
-  auto& shared = *static_cast<BackwardShared<Tiling>*>(__cvta_shared_to_generic(uniform(shared_address(&storage))));
-  const uint32_t memory = uniform((shared_address(unaligned) + 1023) / 1024 * 1024);
-  if (threadIdx.x == 0) {
-    shared.init(p);
-    fence_mbarrier_init();
-  }
-  __syncthreads();
+  const auto [shared, memory] = begin_block<BackwardShared<Tiling>, Tiling::kBytes>(p);
   if (threadIdx.x < kWarpgroup) {
     setmaxnreg_dec<Tiling::kProducerRegisters>();
     BackwardProducer<Tiling> producer(p, launch, shared, memory);
@@ -56,14 +48,10 @@ __global__ void __launch_bounds__(BackwardTiling<kDim>::kThreads, 1)
 template <class T, int kDim>
 cudaError_t launch_backward(const BackwardParams& p, cudaStream_t stream) {
   using Tiling = BackwardTiling<kDim>;
-  BackwardLaunch launch;
-  const cudaError_t status = make_backward_launch(&launch, p, Tiling::kKeys, Tiling::kConsumerKeys);
-  if (status != cudaSuccess) return status;
   LaunchShape shape{p.blocks, Tiling::kThreads, Tiling::kBytes};
   shape.is_cooperative = true;  // blocks wait for each other
-  const auto kernel = p.softcap == 0 ? block_attn_backward_sm90<T, kDim, false>
-                                     : block_attn_backward_sm90<T, kDim, true>;
-  return launch_kernel(kernel, shape, stream, p, launch);
+  return launch_backward_kernel(block_attn_backward_sm90<T, kDim, false>, block_attn_backward_sm90<T, kDim, true>,
+                                shape, p, Tiling::kKeys, Tiling::kConsumerKeys, stream);
 }
 
 const char* launch_main(const BackwardParams& p, void* stream) {

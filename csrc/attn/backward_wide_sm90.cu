@@ -11,6 +11,7 @@
 #include "attn/sm90/backward_launch.h"
 #include "attn/sm90/backward_wide_consumers.h"
 #include "attn/sm90/backward_wide_producer.h"
+#include "attn/sm90/block_memory.h"
 #include "common/dispatch.h"
 
 namespace dflash {
@@ -21,16 +22,7 @@ template <class T, class Tiling, bool kIsCapped>
 __global__ void __launch_bounds__(Tiling::kThreads, 1)
     block_attn_backward_wide_sm90(const __grid_constant__ BackwardParams p,
                                   const __grid_constant__ BackwardLaunch launch) {
-  extern __shared__ unsigned char unaligned[];
-  __shared__ WideBackwardShared<Tiling> storage;
-  static_assert(Tiling::kBytes + sizeof(storage) <= kMaxSharedBytes);
-  auto& shared = *static_cast<WideBackwardShared<Tiling>*>(__cvta_shared_to_generic(uniform(shared_address(&storage))));
-  const uint32_t memory = uniform((shared_address(unaligned) + 1023) / 1024 * 1024);
-  if (threadIdx.x == 0) {
-    shared.init(p);
-    fence_mbarrier_init();
-  }
-  __syncthreads();
+  const auto [shared, memory] = begin_block<WideBackwardShared<Tiling>, Tiling::kBytes>(p);
   cluster_arrive();
   cluster_wait();  // the other block's barriers are ready
   switch (threadIdx.x / kWarpgroup) {
@@ -56,13 +48,10 @@ __global__ void __launch_bounds__(Tiling::kThreads, 1)
 
 template <class T, class Tiling>
 cudaError_t launch_wide_backward(const BackwardParams& p, cudaStream_t stream) {
-  BackwardLaunch launch;
-  const cudaError_t status = make_backward_launch(&launch, p, Tiling::kConsumerKeys, Tiling::kConsumerKeys);
-  if (status != cudaSuccess) return status;
   const LaunchShape shape{p.blocks * Tiling::kBlocks, Tiling::kThreads, Tiling::kBytes, Tiling::kBlocks};
-  const auto kernel = p.softcap == 0 ? block_attn_backward_wide_sm90<T, Tiling, false>
-                                     : block_attn_backward_wide_sm90<T, Tiling, true>;
-  return launch_kernel(kernel, shape, stream, p, launch);
+  return launch_backward_kernel(block_attn_backward_wide_sm90<T, Tiling, false>,
+                                block_attn_backward_wide_sm90<T, Tiling, true>, shape, p, Tiling::kConsumerKeys,
+                                Tiling::kConsumerKeys, stream);
 }
 
 }  // namespace

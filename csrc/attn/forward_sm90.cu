@@ -15,6 +15,7 @@
 #include <algorithm>
 
 #include "attn/kernels.h"
+#include "attn/sm90/block_memory.h"
 #include "attn/sm90/boxes.h"
 #include "attn/sm90/forward_consumer.h"
 #include "attn/sm90/forward_producer.h"
@@ -29,18 +30,7 @@ __global__ void __launch_bounds__(ForwardTiling<kDim>::kThreads, 1)
     block_attn_forward_sm90(const __grid_constant__ AttentionForwardParams p,
                             const __grid_constant__ Schedule schedule, const __grid_constant__ ForwardMaps maps) {
   using Tiling = ForwardTiling<kDim>;
-  extern __shared__ unsigned char unaligned[];
-  __shared__ ForwardShared<Tiling> storage;
-  static_assert(Tiling::kBytes + sizeof(storage) <= kMaxSharedBytes);
-  // Shared memory is addressed through a uniform register. Reading a block's shared window takes 50 clocks, and the
-  // compiler would read it again for every tile.
-  auto& shared = *static_cast<ForwardShared<Tiling>*>(__cvta_shared_to_generic(uniform(shared_address(&storage))));
-  const uint32_t memory = uniform((shared_address(unaligned) + 1023) / 1024 * 1024);
-  if (threadIdx.x == 0) {
-    shared.init();
-    fence_mbarrier_init();
-  }
-  __syncthreads();
+  const auto [shared, memory] = begin_block<ForwardShared<Tiling>, Tiling::kBytes>();
   if (threadIdx.x < kWarpgroup) {
     setmaxnreg_dec<Tiling::kProducerRegisters>();
     if (threadIdx.x == 0) ForwardProducer<Tiling>(p, schedule, maps, shared, memory).run();

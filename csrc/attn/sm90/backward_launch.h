@@ -27,4 +27,13 @@ inline cudaError_t make_backward_launch(BackwardLaunch* launch, const BackwardPa
                                     {&launch->grad_v, key_box(p, p.grad_v, p.grad_v_strides, stored_keys)}});
 }
 
+// Launches the kernel without or with a softcap.
+using BackwardKernel = void (*)(const BackwardParams, const BackwardLaunch);
+inline cudaError_t launch_backward_kernel(BackwardKernel uncapped, BackwardKernel capped, const LaunchShape& shape,
+                               const BackwardParams& p, int64_t keys, int64_t stored_keys, cudaStream_t stream) {
+  BackwardLaunch launch;
+  const cudaError_t status = make_backward_launch(&launch, p, keys, stored_keys);
+  return status == cudaSuccess ? launch_kernel(p.softcap == 0 ? uncapped : capped, shape, stream, p, launch) : status;
+}
+
 }  // namespace dflash::device::sm90

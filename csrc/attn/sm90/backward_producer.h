@@ -2,8 +2,8 @@
 #pragma once
 
 #include "attn/sm90/backward_tiling.h"
+#include "attn/sm90/seeing_rows.h"
 #include "attn/sm90/turns.h"
-#include "attn/tile_sight.h"
 
 namespace dflash::DFLASH_ISA::sm90 {
 
@@ -135,42 +135,25 @@ class BackwardProducer {
     }
   }
 
- protected:
-  // Finds the tiles of rows of one item, head group by head group, in the order of rows.
+ private:
+  // Finds the tiles of rows of one item.
   DFLASH_INLINE void find_rows(int slot, Stage<Tiling::kStages>& stage) {
-    constexpr int kKeys = Tiling::kKeys;
     const BackwardItem& item = shared_.items[slot];
-    if (item.begin == item.end) return;
-    const int count = static_cast<int>(p_.row_tiles), lane = threadIdx.x % 32;
-    int group = item.begin / item.per_group;
-    int found = -(item.begin % item.per_group);  // negative: what belongs to the block before
-    for (;; ++group) {
-#pragma unroll 1
-      for (int base = 0; base < count; base += 32) {
-        const int lo = item.key_tile * kKeys;
-        TileSight sight;
-        if (base + lane < count) sight = TileSight(p_.tiles[item.entry * p_.row_tiles + base + lane], lo, lo + kKeys);
-#pragma unroll 1
-        for (uint32_t seen = __ballot_sync(~0u, sight.is_seen); seen != 0; seen &= seen - 1) {
-          if (found++ < 0) continue;
-          // The lane that holds the tile's entry of the table publishes it.
-          const bool publishes = lane == __ffs(seen) - 1, is_last = found == item.end - item.begin;
-          // All tiles of rows can be counted in 32 bits: there is no memory for more.
-          const int head_group = item.batch * launch_.groups + item.kv_head * launch_.groups_per_head + group;
-          const int index = head_group * count + base + lane;
-          const int turn = publishes && p_.is_deterministic ? p_.turns[index * p_.key_tiles + item.key_tile] : 0;
-          shared_.rows.empty[stage.index].wait(stage.parity);
-          if (publishes) {
-            shared_.units[stage.index] = BackwardUnit{base + lane,   group,           slot, turn,
-                                                      sight.is_full, sight.has_empty, is_last,         index};
-            shared_.found[stage.index].arrive();
-          }
-          __syncwarp();
-          stage.advance();
-          if (is_last) return;
-        }
+    find_seeing_rows<Tiling::kKeys>(p_, item, [&](const SeeingRows& rows, const TileSight& sight) {
+      // All tiles of rows can be counted in 32 bits: there is no memory for more.
+      const int head_group = item.batch * launch_.groups + item.kv_head * launch_.groups_per_head + rows.group;
+      const int index = head_group * static_cast<int>(p_.row_tiles) + rows.tile;
+      const int turn = rows.is_here && p_.is_deterministic ? p_.turns[index * p_.key_tiles + item.key_tile] : 0;
+      shared_.rows.empty[stage.index].wait(stage.parity);
+      // The lane that holds the tile's entry of the table publishes it.
+      if (rows.is_here) {
+        shared_.units[stage.index] = BackwardUnit{rows.tile,     rows.group,      slot,         turn,
+                                                  sight.is_full, sight.has_empty, rows.is_last, index};
+        shared_.found[stage.index].arrive();
       }
-    }
+      __syncwarp();
+      stage.advance();
+    });
   }
 
   const BackwardParams& p_;

@@ -3,7 +3,7 @@
 #pragma once
 
 #include "attn/sm90/backward_wide_tiling.h"
-#include "attn/tile_sight.h"
+#include "attn/sm90/seeing_rows.h"
 
 namespace dflash::DFLASH_ISA::sm90 {
 
@@ -85,7 +85,7 @@ class WideBackwardProducer {
       shared_.item_full[slot].wait(turns / kItemTurn / 2);
       const BackwardItem& item = shared_.items[slot];
       if (item.key_tile < 0) break;
-      if (item.begin < item.end) find_rows(item, turns);
+      find_rows(item, turns);
       __syncwarp();
       if (threadIdx.x % 32 == 0) shared_.item_empty[slot].arrive();
     }
@@ -100,35 +100,20 @@ class WideBackwardProducer {
     shared_.queries_empty[turns % Tiling::kStages].wait(turns / Tiling::kStages % 2 ^ 1);
   }
 
-  // Finds the tiles of rows of one item, head group by head group, in the order of rows.
+  // Finds the tiles of rows of one item.
   DFLASH_INLINE void find_rows(const BackwardItem& item, uint32_t& turns) {
-    const int count = static_cast<int>(p_.row_tiles), lane = threadIdx.x % 32;
-    int group = item.begin / item.per_group;
-    int found = -(item.begin % item.per_group);  // negative: what belongs to the block before
-    for (;; ++group) {
-#pragma unroll 1
-      for (int base = 0; base < count; base += 32) {
-        const int lo = item.key_tile * Tiling::kKeys;
-        TileSight sight;
-        if (base + lane < count) {
-          sight = TileSight(p_.tiles[item.entry * p_.row_tiles + base + lane], lo, lo + Tiling::kKeys);
-        }
-#pragma unroll 1
-        for (uint32_t seen = __ballot_sync(~0u, sight.is_seen); seen != 0; seen &= seen - 1) {
-          if (found++ < 0) continue;
-          wait_for_place(turns);
-          // The lane that holds the tile's entry of the table publishes it.
-          if (lane == __ffs(seen) - 1) {
-            shared_.units[turns % Tiling::kStages] = {base + lane, item.kv_head * launch_.groups_per_head + group,
-                                                      item.batch, item.entry, sight.is_full, sight.has_empty};
-            shared_.found[turns % Tiling::kStages].arrive();
-          }
-          __syncwarp();
-          ++turns;
-          if (found == item.end - item.begin) return;
-        }
+    find_seeing_rows<Tiling::kKeys>(p_, item, [&](const SeeingRows& rows, const TileSight& sight) {
+      wait_for_place(turns);
+      // The lane that holds the tile's entry of the table publishes it.
+      if (rows.is_here) {
+        shared_.units[turns % Tiling::kStages] = {rows.tile,  item.kv_head * launch_.groups_per_head + rows.group,
+                                                  item.batch, item.entry,
+                                                  sight.is_full, sight.has_empty};
+        shared_.found[turns % Tiling::kStages].arrive();
       }
-    }
+      __syncwarp();
+      ++turns;
+    });
   }
 
   // Loads queries, statistics and bounds of the tiles of rows that find_all_rows has found.
