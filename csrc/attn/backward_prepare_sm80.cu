@@ -52,19 +52,21 @@ DFLASH_INLINE void describe_tile(const BackwardParams& p, int64_t entry, int64_t
 template <class T, int kLanes>
 __global__ void __launch_bounds__(kThreads)
     block_attn_backward_prepare_sm80(const __grid_constant__ BackwardParams p, const bool aligned) {
-  const int64_t tiles = p.row_tiles, groups = p.heads / p.fold;
+  // Divisions of 64 bits would take longer than the loads.
+  const unsigned fold_bits = __ffs(p.fold) - 1, groups = static_cast<unsigned>(p.heads) >> fold_bits;
+  const unsigned tiles = p.row_tiles;
   // What comes last may still be in the L2 cache when the next kernel begins with it.
-  const int64_t index = gridDim.x - 1 - blockIdx.x;
-  const int64_t tile = index % tiles, group = index / tiles % groups, batch = index / tiles / groups;
+  const unsigned index = gridDim.x - 1 - blockIdx.x;
+  const unsigned tile = index % tiles, group = index / tiles % groups, batch = index / tiles / groups;
   if (group == 0 && batch < p.entries && threadIdx.x < 32) describe_tile(p, batch, tile);
   if (p.adds_to_zeros) {
-    auto* const sums = reinterpret_cast<float4*>(p.grad_q_sums + index * p.tile_rows * p.tile_dim);
+    auto* const sums = reinterpret_cast<float4*>(p.grad_q_sums + int64_t(index) * p.tile_rows * p.tile_dim);
     for (int i = threadIdx.x; i < p.tile_rows * p.tile_dim / 4; i += kThreads) sums[i] = make_float4(0, 0, 0, 0);
   }
   const int lane = threadIdx.x % kLanes;
   for (int row = threadIdx.x / kLanes; row < p.tile_rows; row += kThreads / kLanes) {
-    const int64_t folded = tile * p.tile_rows + row, position = folded / p.fold;
-    const int64_t head = group * p.fold + folded % p.fold;
+    const int64_t position = (tile * p.tile_rows + row) >> fold_bits;
+    const int64_t head = (group << fold_bits) + row % (1u << fold_bits);
     float sum = 0, lse = kInfinity, delta = 0;
     if (position < p.q_len) {
       const auto at = [&](const void* data, const HeadStrides& strides) {
@@ -91,7 +93,7 @@ __global__ void __launch_bounds__(kThreads)
     // The delta of a row that sees nothing is zero, whatever its gradients hold.
     if (lse != kInfinity) delta += sum;
     if (lane == 0) {
-      float* const stats = p.stats + index * 2 * p.tile_rows;
+      float* const stats = p.stats + int64_t(index) * 2 * p.tile_rows;
       stats[row] = lse;
       stats[p.tile_rows + row] = delta;
     }
