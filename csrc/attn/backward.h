@@ -75,9 +75,9 @@ struct BackwardParams : AttentionBackwardParams {
   float* grad_key_sums;  // [batch * kv_heads * key_tiles, 2, tile_keys * tile_dim]
   int32_t* is_split;     // [batch * kv_heads * key_tiles], if sums begin as zeros: whether blocks share the tile
 
-  // If the first stores: how far the sums are (sm90/turns.h).
-  int32_t* rows_added;  // [batch, heads / fold, row_tiles]
-  int32_t* keys_added;  // [batch * kv_heads * key_tiles, 2], for the halves of a tile of keys
+  // If the first stores, or calls are deterministic: how far the sums are (sm90/turns.h).
+  int32_t* rows_added;  // [batch, heads / fold, row_tiles, blocks of a cluster]
+  int32_t* keys_added;  // [batch * kv_heads * key_tiles, 4], for the parts that warpgroups add
   int32_t* sections_added;  // [sections]: how many blocks have added all their dQ
 
   // Deterministic calls: the turns of additions to a tile of rows (backward_deal_sm90.cu).
@@ -100,6 +100,9 @@ constexpr int64_t backward_tile_rows(int64_t head_dim) { return head_dim <= 64 ?
 // The rows of a tile of the Hopper kernels, and the keys of one.
 constexpr int64_t hopper_backward_rows(int64_t head_dim) { return head_dim <= 64 ? 128 : 64; }
 constexpr int64_t hopper_backward_keys(int64_t head_dim) { return head_dim <= 256 ? 128 : 64; }
+
+// The blocks that share a tile of keys: a cluster above head_dim 128.
+constexpr int64_t hopper_backward_cluster(int64_t head_dim) { return head_dim <= 128 ? 1 : 2; }
 
 // With more keys the turns of deterministic calls would take too much memory.
 constexpr int64_t kMaxDeterministicKeys = 1 << 18;

@@ -85,11 +85,12 @@ __global__ void __launch_bounds__(kCountThreads)
   wait_for_previous_kernel();
   if (blockIdx.x == 0) {
     for (int64_t i = threadIdx.x; i < p.sections * p.blocks; i += blockDim.x) p.first_items[i] = -1;
-    if (!p.adds_to_zeros) {
-      const int64_t row_tiles = p.batch * (p.heads / p.fold) * p.row_tiles;
-      for (int64_t i = threadIdx.x; i < row_tiles; i += blockDim.x) p.rows_added[i] = 0;
-      for (int64_t i = threadIdx.x; i < p.sections; i += blockDim.x) p.sections_added[i] = 0;
-    }
+    const auto clear = [](int32_t* counters, int64_t count) {
+      if (counters == nullptr) return;
+      for (int64_t i = threadIdx.x; i < count; i += blockDim.x) counters[i] = 0;
+    };
+    clear(p.rows_added, p.batch * (p.heads / p.fold) * p.row_tiles * hopper_backward_cluster(p.head_dim));
+    clear(p.sections_added, p.sections);
   }
   if (blockIdx.x < p.entries) {
     count_rows(p, blockIdx.x);
@@ -136,7 +137,7 @@ DFLASH_INLINE void deal_keys(const BackwardParams& p, int64_t tile) {
   const HeadWork work(p, head);
   const int64_t begin = work.begin(key_tile), weight = work.weight(key_tile), end = begin + weight;
   const int64_t units = work.units(key_tile), first_block = work.block_at(begin);
-  if (!p.adds_to_zeros) p.keys_added[2 * tile] = p.keys_added[2 * tile + 1] = 0;
+  if (p.keys_added != nullptr) reinterpret_cast<int4*>(p.keys_added)[tile] = make_int4(0, 0, 0, 0);
   BackwardItem item{};
   item.entry = static_cast<int>(p.entries == 1 ? 0 : head / p.kv_heads);
   item.batch = static_cast<int>(head / p.kv_heads);

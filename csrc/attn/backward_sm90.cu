@@ -75,7 +75,7 @@ uint32_t backward_sm90_misses(const BackwardParams& p, bool deterministic) {
                          reads_rows(p.grad_q, p.grad_q_strides) && reads_keys(p.k, p.k_strides) &&
                          reads_keys(p.v, p.v_strides) && reads_keys(p.grad_k, p.grad_k_strides) &&
                          reads_keys(p.grad_v, p.grad_v_strides);
-  const bool has_turns = p.head_dim <= 128 && p.kv_len <= kMaxDeterministicKeys;
+  const bool has_turns = p.kv_len <= kMaxDeterministicKeys;
   return (reads_all ? 0 : kBackwardLayout) | (deterministic && !has_turns ? kBackwardDeterministic : 0);
 }
 
@@ -86,7 +86,7 @@ void backward_sm90_layout(BackwardParams& p, void* stream) {
   p.adds_to_zeros = p.head_dim > 128;
   p.tile_keys = hopper_backward_keys(p.head_dim);
   p.key_tiles = tiles_of(p.kv_len, p.tile_keys);
-  p.blocks = multiprocessors_of(static_cast<cudaStream_t>(stream)) / (p.head_dim <= 128 ? 1 : 2);
+  p.blocks = multiprocessors_of(static_cast<cudaStream_t>(stream)) / hopper_backward_cluster(p.head_dim);
   const int64_t heads = p.batch * p.kv_heads, groups = p.heads / p.kv_heads / p.fold;
   const int64_t head_bytes = groups * p.row_tiles * p.tile_rows * p.tile_dim * (2 + 2 + 4);
   p.section_heads = std::clamp<int64_t>(kCachedBytes / head_bytes, 1, heads);

@@ -48,7 +48,8 @@ __global__ void __launch_bounds__(Tiling::kThreads, 1)
 
 template <class T, class Tiling>
 cudaError_t launch_wide_backward(const BackwardParams& p, cudaStream_t stream) {
-  const LaunchShape shape{p.blocks * Tiling::kBlocks, Tiling::kThreads, Tiling::kBytes, Tiling::kBlocks};
+  LaunchShape shape{p.blocks * Tiling::kBlocks, Tiling::kThreads, Tiling::kBytes, Tiling::kBlocks};
+  shape.is_cooperative = p.is_deterministic;  // blocks wait for their turns
   return launch_backward_kernel(block_attn_backward_wide_sm90<T, Tiling, false>,
                                 block_attn_backward_wide_sm90<T, Tiling, true>, shape, p, Tiling::kConsumerKeys,
                                 Tiling::kConsumerKeys, stream);

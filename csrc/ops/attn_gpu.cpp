@@ -134,9 +134,12 @@ void run_backward_on_gpu(BackwardParams& p, const Tensor& q, bool deterministic)
   if (p.adds_to_zeros) {
     is_split = allocate(p.is_split, key_tiles, sizeof(int32_t));
   } else {
-    rows_added = allocate(p.rows_added, groups * p.row_tiles, sizeof(int32_t));
-    keys_added = allocate(p.keys_added, key_tiles * 2, sizeof(int32_t));
     sections_added = allocate(p.sections_added, p.sections, sizeof(int32_t));
+  }
+  if (!p.adds_to_zeros || deterministic) {
+    const int64_t cluster = hopper_backward_cluster(p.head_dim);
+    rows_added = allocate(p.rows_added, groups * p.row_tiles * cluster, sizeof(int32_t));
+    keys_added = allocate(p.keys_added, key_tiles * 4, sizeof(int32_t));
   }
   if (deterministic) {
     seen_by = allocate(p.seen_by, p.entries * p.key_tiles * tiles_of(p.row_tiles, 32), sizeof(SeenBy));

@@ -44,7 +44,7 @@ PORTABLE = (
     ("linear_cross_entropy", "a vocabulary whose rows of logits are no multiples of 16 bytes"),
     ("linear_cross_entropy", "a vocabulary whose rows of logits are longer than 880 KiB"),
     ("block_attn", f"gradients, with {_LAYOUT}"),
-    ("block_attn", "gradients with deterministic=True above head_dim 128 or above 262,144 keys"),
+    ("block_attn", "gradients with deterministic=True above 262,144 keys"),
 )
 
 

@@ -346,7 +346,7 @@ class BackwardConsumer {
     const int64_t tile = (int64_t(item().batch) * p_.kv_heads + item().kv_head) * p_.key_tiles + item().key_tile;
     float* const k_sums = p_.grad_key_sums + (tile * 2 * kKeys + index_ * kConsumerKeys) * kDim;
     float* const v_sums = k_sums + kKeys * kDim;
-    int32_t* const added = p_.keys_added + tile * kConsumers + index_;
+    int32_t* const added = p_.keys_added + tile * 4 + index_;
     if (thread_ == 0) wait_for_turn(added, item().turn);
     if (part == BackwardPart::kFinal) {
       named_barrier_sync(kConsumerBarrier + index_, kWarpgroup);

@@ -12,6 +12,7 @@
 #include "attn/masking.h"
 #include "attn/scores.h"
 #include "attn/sm90/backward_wide_tiling.h"
+#include "attn/sm90/turns.h"
 #include "common/named_barrier.h"
 
 namespace dflash::DFLASH_ISA::sm90 {
@@ -323,13 +324,18 @@ class WideKeyConsumer {
     const int64_t tile = (int64_t(item.batch) * p_.kv_heads + item.kv_head) * p_.key_tiles + item.key_tile;
     float* const to = p_.grad_key_sums +
                       ((tile * 2 + !kOfKeys) * Tiling::kBlocks + rank()) * (kKeys * kColumns) + thread() * 4;
-    named_barrier_sync(kOwnThreads + kOfKeys, kWarpgroup);  // all threads have read the item
+    int32_t* const added = p_.keys_added + (tile * 2 + !kOfKeys) * Tiling::kBlocks + rank();
+    if (p_.is_deterministic && thread() == 0) wait_for_turn(added, item.turn);
+    named_barrier_sync(kOwnThreads + kOfKeys, kWarpgroup);  // all threads have read the item, and may add
     if (thread() == 0) shared_.kv_empty.arrive();
 #pragma unroll
     for (int j = 0; j < kColumns / 8; ++j) {
       const float* const x = sums[j / (kHalf / 8)] + j % (kHalf / 8) * 4;
       red_add_v4(to + j * kWarpgroup * 4, x[0], x[1], x[2], x[3]);
     }
+    if (!p_.is_deterministic) return;
+    named_barrier_sync(kOwnThreads + kOfKeys, kWarpgroup);
+    if (thread() == 0) count_up(added);
   }
 
   const BackwardParams& p_;
@@ -368,7 +374,10 @@ class WideQueryConsumer {
     const int rank = cluster_rank();
     shared_.scores_full.wait(turn_ % 2);
     const uint32_t stage = turn_++ % Tiling::kStages;
-    float* to = p_.grad_q_sums + shared_.units[stage].index * (Tiling::kRows * Tiling::kDim) +
+    const int64_t index = shared_.units[stage].index;
+    const int turn = shared_.units[stage].turn;
+    int32_t* const added = p_.rows_added + index * Tiling::kBlocks + rank;
+    float* to = p_.grad_q_sums + index * (Tiling::kRows * Tiling::kDim) +
                 rank * Tiling::kGradQPanels * (Tiling::kRows * kColumns) + threadIdx.x % kWarpgroup * 4;
     __syncwarp();
     if (threadIdx.x % 32 == 0) shared_.queries_empty[stage].arrive();
@@ -382,6 +391,10 @@ class WideQueryConsumer {
         shared_.scores_empty.arrive();
         if (!Tiling::kSplitsColumns) arrive_remotely(map_to_rank(shared_address(&shared_.scores_empty), 1 - rank));
       }
+      if (panel == 0 && p_.is_deterministic) {
+        if (threadIdx.x % kWarpgroup == 0) wait_for_turn(added, turn);
+        named_barrier_sync(kQueryThreads, kWarpgroup);
+      }
 #pragma unroll
       for (int j = 0; j < kColumns / 8; ++j) {
         const float* const x = grad_q + 4 * j;
@@ -389,6 +402,9 @@ class WideQueryConsumer {
       }
       to += Tiling::kRows * kColumns;
     }
+    if (!p_.is_deterministic) return;
+    named_barrier_sync(kQueryThreads, kWarpgroup);
+    if (threadIdx.x % kWarpgroup == 0) count_up(added);
   }
 
   // Starts grad_q = dS k, for one of the block's panels of columns.

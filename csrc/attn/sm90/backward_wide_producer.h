@@ -103,12 +103,17 @@ class WideBackwardProducer {
   // Finds the tiles of rows of one item.
   DFLASH_INLINE void find_rows(const BackwardItem& item, uint32_t& turns) {
     find_seeing_rows<Tiling::kKeys>(p_, item, [&](const SeeingRows& rows, const TileSight& sight) {
+      const int group = item.kv_head * launch_.groups_per_head + rows.group;
+      int turn = 0;
+      if (rows.is_here && p_.is_deterministic) {
+        const int index = (item.batch * launch_.groups + group) * static_cast<int>(p_.row_tiles) + rows.tile;
+        turn = p_.turns[index * p_.key_tiles + item.key_tile];
+      }
       wait_for_place(turns);
       // The lane that holds the tile's entry of the table publishes it.
       if (rows.is_here) {
-        shared_.units[turns % Tiling::kStages] = {rows.tile,  item.kv_head * launch_.groups_per_head + rows.group,
-                                                  item.batch, item.entry,
-                                                  sight.is_full, sight.has_empty};
+        shared_.units[turns % Tiling::kStages] = {rows.tile,     group,           item.batch, item.entry,
+                                                  sight.is_full, sight.has_empty, turn};
         shared_.found[turns % Tiling::kStages].arrive();
       }
       __syncwarp();

@@ -11,7 +11,8 @@ namespace dflash::DFLASH_ISA::sm90 {
 // dimension 256 a block owns half of the keys, with all columns of them. Above it owns half of the columns of all keys.
 template <int kDim_>
 struct WideBackwardTiling {
-  static constexpr int kDim = kDim_, kBlocks = 2, kConsumers = 3, kThreads = (1 + kConsumers) * kWarpgroup;
+  static constexpr int kDim = kDim_, kBlocks = static_cast<int>(hopper_backward_cluster(kDim));
+  static constexpr int kConsumers = 3, kThreads = (1 + kConsumers) * kWarpgroup;
   static constexpr bool kSplitsColumns = kDim > 256;
   static constexpr int kRows = static_cast<int>(hopper_backward_rows(kDim)), kConsumerKeys = 64;
   static constexpr int kKeys = static_cast<int>(hopper_backward_keys(kDim));
@@ -56,13 +57,15 @@ enum WideBackwardBarrier {
   kProbabilitiesWritten = 2,  // the consumers of values and of keys
   kProbabilitiesRead = 3,
   kRowsCleared = 4,
-  kOwnThreads = 5,  // one for each of these two
+  kOwnThreads = 5,    // one for each of these two
+  kQueryThreads = 7,  // the consumer of queries
 };
 
 // A tile of rows in a stage.
 struct WideBackwardUnit {
   int tile, group, batch, entry;  // tile is -1 when there are no more; the head group is one of all heads
   bool is_full, has_empty;
+  int turn;       // of the addition to its dQ
   int64_t index;  // among the tiles of all head groups and batch entries
 };
 
