@@ -26,8 +26,8 @@ struct alignas(16) RowKeys {
   uint32_t ctx_len, blk_len;
 };
 
-// Hopper only: what becomes of a block's dK and dV of a tile of keys. The parts of a split tile take turns: the first is
-// stored as float32, others are added to it, and the final part rounds the sum of all.
+// Hopper only: what becomes of a block's dK and dV of a tile of keys. The parts of a split tile take turns: the first
+// is stored as float32, others are added to it, and the final part rounds the sum of all.
 enum class BackwardPart : int8_t { kWhole, kFirst, kMiddle, kFinal };
 
 // Hopper only: a block's work on one tile of keys.
@@ -57,8 +57,8 @@ struct BackwardParams : AttentionBackwardParams {
   // of a row that sees nothing is inf, so that its probabilities are zeros.
   float* stats;
 
-  // float32 sums of dQ that blocks add to, [batch, heads / fold, row_tiles, tile_rows * tile_dim], each tile in the order
-  // of a kernel's registers. Hopper only.
+  // float32 sums of dQ that blocks add to, [batch, heads / fold, row_tiles, tile_rows * tile_dim], each tile in the
+  // order of a kernel's registers. Null where the portable kernel makes two passes (portable_backward_adds).
   float* grad_q_sums;
   int64_t tile_dim;
   // Whether sums begin as zeros, to which blocks add in any order. Otherwise the first that comes stores its own.
@@ -96,6 +96,11 @@ constexpr int64_t backward_fold_of(int64_t heads, int64_t kv_heads) {
 
 // The rows of a tile in the table of the portable kernel, and of a tile that moves past its keys.
 constexpr int64_t backward_tile_rows(int64_t head_dim) { return head_dim <= 64 ? 64 : head_dim <= 256 ? 32 : 16; }
+
+// Whether the portable kernel makes one pass, in which it adds to sums of dQ, instead of two.
+constexpr bool portable_backward_adds(int64_t head_dim, bool deterministic) {
+  return !deterministic && head_dim <= 128;
+}
 
 // The rows of a tile of the Hopper kernels, and the keys of one.
 constexpr int64_t hopper_backward_rows(int64_t head_dim) { return head_dim <= 64 ? 128 : 64; }

@@ -114,10 +114,17 @@ DFLASH_INLINE void write_global(void* p, uint32_t a, uint32_t b, uint32_t c, uin
 // prefetch.global.L2: loads a line into the L2 cache. What the memory holds may still change before it is read.
 DFLASH_INLINE void prefetch_l2(const void* address) { asm volatile("prefetch.global.L2 [%0];" ::"l"(address)); }
 
-// red.global.add: adds four floats to 16 aligned bytes of global memory (sm_90).
+// Adds four floats to 16 aligned bytes of global memory: by one red.global.add where there is one (sm_90).
 DFLASH_INLINE void red_add_v4(float* sums, float a, float b, float c, float d) {
+#if __CUDA_ARCH__ >= 900
   asm volatile("red.relaxed.gpu.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(sums), "f"(a), "f"(b), "f"(c), "f"(d)
                : "memory");
+#else
+  atomicAdd(sums, a);
+  atomicAdd(sums + 1, b);
+  atomicAdd(sums + 2, c);
+  atomicAdd(sums + 3, d);
+#endif
 }
 
 // Returns another lane's copy of a struct of floats.

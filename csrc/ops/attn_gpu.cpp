@@ -119,11 +119,15 @@ void run_backward_on_gpu(BackwardParams& p, const Tensor& q, bool deterministic)
                stats = allocate(p.stats, groups * rows * 2, sizeof(float));
   p.is_deterministic = deterministic;
   p.tile_dim = std::max<int64_t>(64, std::bit_ceil(static_cast<uint64_t>(p.head_dim)));
+  Tensor grad_q_sums;
+  if (hopper || portable_backward_adds(p.head_dim, deterministic)) {
+    grad_q_sums = allocate(p.grad_q_sums, groups * rows * p.tile_dim, sizeof(float));
+  }
   if (!hopper) {
+    p.adds_to_zeros = p.grad_q_sums != nullptr;
     if (rows > 0) check_launch(kOp, backward_prepare(p, scope.stream()));
     return check_launch(kOp, backward_sm80(p, scope.stream()));
   }
-  const Tensor grad_q_sums = allocate(p.grad_q_sums, groups * rows * p.tile_dim, sizeof(float));
   backward_sm90_layout(p, scope.stream());
   const int64_t key_tiles = p.batch * p.kv_heads * p.key_tiles;
   const Tensor seen = allocate(p.seen, p.entries * (p.key_tiles + 1), sizeof(int32_t)),

@@ -28,15 +28,15 @@ class BackwardPass {
         row_(warp_ / kParts * 16),
         part_bytes_(warp_ % kParts * Tile::kWarpDim * 2) {
     const unsigned heads = kOfKeys ? p.kv_heads : p.heads >> launch.fold_bits;
-    const unsigned tile = blockIdx.x / heads / static_cast<unsigned>(p.batch);
     const unsigned count = gridDim.x / heads / static_cast<unsigned>(p.batch);
-    batch_ = blockIdx.x / heads % static_cast<unsigned>(p.batch);
-    head_ = blockIdx.x % heads;
+    // Additions to dQ are fastest in the L2 cache, so blocks that add to the same sums run at the same time.
+    const unsigned tile = Tile::kAddsGradQ ? blockIdx.x % count : blockIdx.x / heads / static_cast<unsigned>(p.batch);
+    const unsigned head = Tile::kAddsGradQ ? blockIdx.x / count : blockIdx.x;
+    batch_ = head / heads % static_cast<unsigned>(p.batch);
+    head_ = head % heads;
     // Under causal masks the first keys have the most rows, and the last rows have the most keys. Those blocks start
     // first.
     first_ = static_cast<int>(kOfKeys ? tile : count - 1 - tile) * kStill;
-    groups_ = static_cast<int>(p.heads / p.kv_heads) >> launch.fold_bits;
-    row_tiles_ = static_cast<int>(p.row_tiles);
   }
 
   DFLASH_INLINE void run() {
@@ -44,16 +44,17 @@ class BackwardPass {
       shared_.scores = Scores(p_);
       shared_.walk = make_walk();
     }
-    load_still(first_source(), first_aligned(), a_);
-    load_still(second_source(), second_aligned(), b_);
+    load_still(Tile::kAddsGradQ ? still_keys() : tiles_, first_source(), first_aligned(), a_);
+    load_still(tiles_, second_source(), second_aligned(), b_);
     if constexpr (!kOfKeys) load_row_facts();
     find_next(0);
     find_next(1);
     __syncthreads();
     if (shared_.moving[0].exists) copy(0, shared_.moving[0]);
-    for (int i = 0, stage = 0; shared_.moving[i].exists; i = next_of(i), stage ^= 1) {
+    int stage = 0, before = -1;
+    for (int i = 0; shared_.moving[i].exists; i = next_of(i), stage ^= 1) {
       cp_async_wait_group<0>();
-      __syncthreads();  // the stage has arrived, and the other stage has been read
+      __syncthreads();  // the stage has arrived, and the other stage has been read and its grad_s written
       const Moving& next = shared_.moving[next_of(i)];
       if (next.exists) copy(stage ^ 1, next);
       find_next(next_of(next_of(i)));
@@ -61,6 +62,12 @@ class BackwardPass {
       if (kOfKeys && moving.has_empty) clear_empty_rows(stage);
 #pragma unroll 1
       for (int column = 0; column < kMoving; column += kWidth) work_on(stage, column, moving);
+      if (Tile::kAddsGradQ && before >= 0) add_grad_q(stage ^ 1, shared_.moving[before]);
+      before = i;
+    }
+    if (Tile::kAddsGradQ && before >= 0) {
+      __syncthreads();
+      add_grad_q(stage ^ 1, shared_.moving[before]);
     }
     write();
   }
@@ -70,6 +77,7 @@ class BackwardPass {
 
   // ---- where rows and keys lie. The rows of a head group are numbered head by head within a position.
 
+  DFLASH_INLINE int row_tiles() const { return static_cast<int>(p_.row_tiles); }
   DFLASH_INLINE int64_t entry() const { return p_.entries == 1 ? 0 : batch_; }
   DFLASH_INLINE int position_of(int row) const { return row >> launch_.fold_bits; }
   DFLASH_INLINE int64_t row_offset(const HeadStrides& strides, int group, int row) const {
@@ -79,26 +87,27 @@ class BackwardPass {
   DFLASH_INLINE int64_t key_offset(const HeadStrides& strides, int key) const {
     return batch_ * strides.batch + key_head() * strides.head + key * strides.row;
   }
-  DFLASH_INLINE int key_head() const { return kOfKeys ? head_ : head_ / groups_; }
+  DFLASH_INLINE int key_head() const { return kOfKeys ? head_ : head_ / launch_.groups; }
   DFLASH_INLINE bool has_row(int row) const { return position_of(row) < static_cast<int>(p_.q_len); }
   DFLASH_INLINE bool has_key(int key) const { return key < static_cast<int>(p_.kv_len); }
   // The LSEs and deltas of the tile of rows that begins at row `first` of the group.
   DFLASH_INLINE const float* stats_of(int group, int first) const {
-    return p_.stats + (batch_ * (p_.heads >> launch_.fold_bits) + group) * (int64_t(row_tiles_) * 2 * Tile::kTileRows) +
-           2 * first;
+    return p_.stats + 2 * first +
+           (batch_ * (p_.heads >> launch_.fold_bits) + group) * (int64_t(row_tiles()) * 2 * Tile::kTileRows);
   }
   DFLASH_INLINE const RowKeys* keys_of_rows() const {
-    return p_.keys + entry() * row_tiles_ * (Tile::kTileRows >> launch_.fold_bits);
+    return p_.keys + entry() * row_tiles() * (Tile::kTileRows >> launch_.fold_bits);
   }
 
   // ---- what is still: keys and values, or queries and the outputs' gradients
 
+  DFLASH_INLINE uint32_t still_keys() const { return shared_address(shared_.still_keys); }
   DFLASH_INLINE const void* first_source() const { return kOfKeys ? p_.k : p_.q; }
   DFLASH_INLINE const void* second_source() const { return kOfKeys ? p_.v : p_.grad_out; }
   DFLASH_INLINE bool first_aligned() const { return kOfKeys ? launch_.k_aligned : launch_.q_aligned; }
   DFLASH_INLINE bool second_aligned() const { return kOfKeys ? launch_.v_aligned : launch_.grad_out_aligned; }
 
-  DFLASH_INLINE void load_still(const void* source, bool aligned, Fragments& fragments) {
+  DFLASH_INLINE void load_still(uint32_t to, const void* source, bool aligned, Fragments& fragments) {
     const CopyShare<Tile> share;
     const HeadStrides& strides = source == first_source() ? (kOfKeys ? p_.k_strides : p_.q_strides)
                                                           : (kOfKeys ? p_.v_strides : p_.grad_out_strides);
@@ -111,10 +120,10 @@ class BackwardPass {
       const int row = first_ + share.row + i;
       return (kOfKeys ? has_key(row) : has_row(row)) && is_inside(share.chunk);
     };
-    copy_rows<Tile, kStill>(tiles_, aligned, at, has);
+    copy_rows<Tile, kStill>(to, aligned, at, has);
     cp_async_wait_group<0>();
     __syncthreads();
-    const Pieces<Tile> pieces(tiles_ + part_bytes_, row_ + lane_ % 16, lane_ / 16);
+    const Pieces<Tile> pieces(to + part_bytes_, row_ + lane_ % 16, lane_ / 16);
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) ldmatrix_x4(fragments[step], pieces(0, step));
     __syncthreads();
@@ -122,7 +131,7 @@ class BackwardPass {
 
   // Loads LSEs and deltas of the thread's two still rows, and the bounds of all still rows.
   DFLASH_INLINE void load_row_facts() {
-    const int rows = row_tiles_ * Tile::kTileRows;
+    const int rows = row_tiles() * Tile::kTileRows;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const int row = first_ + row_ + 8 * r + lane_ / 4;
@@ -138,7 +147,7 @@ class BackwardPass {
 
   // ---- what moves
 
-  static DFLASH_INLINE int next_of(int i) { return i == 2 ? 0 : i + 1; }
+  static DFLASH_INLINE int next_of(int i) { return i == Tile::kSlots - 1 ? 0 : i + 1; }
 
   // The first warp finds the next tile.
   DFLASH_INLINE void find_next(int slot) {
@@ -148,19 +157,19 @@ class BackwardPass {
   }
 
   DFLASH_INLINE BackwardWalk<Tile> make_walk() const {
-    const RowTile* const tiles = p_.tiles + entry() * row_tiles_;
+    const RowTile* const tiles = p_.tiles + entry() * row_tiles();
     if constexpr (kOfKeys) {
-      return RowTiles(tiles, row_tiles_, groups_, first_, min(first_ + kStill, static_cast<int>(p_.kv_len)));
+      return RowTiles(tiles, row_tiles(), launch_.groups, first_, min(first_ + kStill, static_cast<int>(p_.kv_len)));
     } else {
       const int tile = first_ / Tile::kTileRows;
-      return BackwardWalk<Tile>(tiles + tile, min(kStill / Tile::kTileRows, row_tiles_ - tile));
+      return BackwardWalk<Tile>(tiles + tile, min(kStill / Tile::kTileRows, row_tiles() - tile));
     }
   }
 
   DFLASH_INLINE void copy(int stage, const Moving& moving) {
     const uint32_t to = tiles_ + stage * 2 * Tile::kMovingBytes;
     if constexpr (kOfKeys) {
-      const int group = head_ * groups_ + moving.group;
+      const int group = head_ * launch_.groups + moving.group;
       const auto copy_tensor = [&](uint32_t to, const void* data, const HeadStrides& strides, bool aligned) {
         const CopyShare<Tile> share;
         const auto at = [&](int i) {
@@ -224,14 +233,53 @@ class BackwardPass {
     }
     if constexpr (kOfKeys) multiply_columns(second_sums_, probabilities, second);
     multiply_columns(first_sums_, grad_s, first);
+    if constexpr (Tile::kAddsGradQ) {
+#pragma unroll
+      for (int i = 0; i < kWidth / 4; ++i) {
+        const int key = row_ + lane_ / 4 + i % 2 * 8, row = column + i / 2 * 8 + lane_ % 4 * 2;
+        *reinterpret_cast<uint32_t*>(shared_.grad_s[stage] + key * Tile::kScoresPitch + row * 2) = grad_s[i / 4][i % 4];
+      }
+    }
+  }
+
+  // Adds the warp's part of dQ = dS k to the sums of a tile of rows. It comes one tile late, so that a tile needs no
+  // barrier of its own between dS and dQ.
+  DFLASH_INLINE void add_grad_q(int stage, const Moving& moving) {
+    constexpr int kColumns = Tile::kGradQColumns, kColumnWarps = Tile::kHeadDim / kColumns;
+    const int row = warp_ / kColumnWarps * 16, piece = warp_ % kColumnWarps * (kColumns / 16);
+    // Lane l gives the address of key l % 8 in matrix l / 8 of 8 keys and 8 rows. Matrices 1 and 3 have the later rows.
+    const uint32_t scores = shared_address(shared_.grad_s[stage]) + (lane_ / 16 * 8 + lane_ % 8) * Tile::kScoresPitch +
+                            (row + lane_ / 8 % 2 * 8) * 2;
+    const Pieces<Tile> keys(still_keys(), lane_ % 16, lane_ / 16);
+    float sums[kColumns / 8][4] = {};
+#pragma unroll 2
+    for (int step = 0; step < kStill / 16; ++step) {
+      uint32_t a[4], b[4];
+      ldmatrix_x4_trans(a, scores + step * 16 * Tile::kScoresPitch);
+#pragma unroll
+      for (int n = 0; n < kColumns / 16; ++n) {
+        ldmatrix_x4_trans(b, keys(step, piece + n));
+        mma_m16n8k16<T>(sums[2 * n], a, b[0], b[1]);
+        mma_m16n8k16<T>(sums[2 * n + 1], a, b[2], b[3]);
+      }
+    }
+    const int64_t group = int64_t(batch_) * (p_.heads >> launch_.fold_bits) + head_ * launch_.groups + moving.group;
+    const int64_t first = (group * row_tiles() * Tile::kTileRows + moving.first) * Tile::kHeadDim;
+#pragma unroll
+    for (int j = 0; j < kColumns / 8; ++j) {
+      const float(&x)[4] = sums[j];
+      red_add_v4(p_.grad_q_sums + first + grad_q_place<Tile>(warp_, j, lane_), x[0], x[1], x[2], x[3]);
+    }
   }
 
   // Computes both products of what is still with what moves, over the warp's columns. They alternate, so that more of
   // them are in flight.
   DFLASH_INLINE void multiply_rows(Products& s, Products& grad_p, uint32_t first, uint32_t second) {
     const Pieces<Tile> pieces(first, lane_ / 16 * 8 + lane_ % 8, lane_ / 8 % 2);
+    const Pieces<Tile> still(Tile::kAddsGradQ ? still_keys() : 0, row_ + lane_ % 16, lane_ / 16);
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) {
+      if constexpr (Tile::kAddsGradQ) ldmatrix_x4(a_[step], still(0, step));
 #pragma unroll
       for (int n = 0; n < kMovingSteps; ++n) {
         uint32_t b[4];
@@ -371,8 +419,6 @@ class BackwardPass {
   int batch_;
   int head_;    // the key head, or the head group
   int first_;   // the first still key or row
-  int groups_;  // head groups of a key head
-  int row_tiles_;
   Fragments a_, b_;
   float lse_[2], delta_[2];  // of the thread's two still rows
   Sums first_sums_ = {}, second_sums_ = {};  // with the first and the second tensor of what moves
