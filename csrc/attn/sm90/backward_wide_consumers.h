@@ -46,9 +46,9 @@ class WideKeyConsumer {
   }
 
  private:
-  // While the product of one tile of rows runs, that of the next tile's scores starts. After the last tile they are
-  // scores of whatever shared memory holds, and nobody uses them: a product that is skipped at times would make ptxas
-  // serialize all products.
+  // Rows are released before the next are waited for, because the other consumer's rows take the place of what this one
+  // releases. After the last tile the scores are those of whatever shared memory holds, and nobody uses them: a product
+  // that is skipped at times would make ptxas serialize all products.
   DFLASH_INLINE void work_on_item() {
     Sums sums = {};
     int left = item().end - item().begin;
@@ -66,12 +66,12 @@ class WideKeyConsumer {
         start_sums(sums, weights);
         ++turns_;
         const bool has_next = --left > 0;
-        if (has_next) wait_for_scored_rows();
-        start_scores(s);
-        wgmma_wait_group<1>();
+        wgmma_wait_group<0>();
 #pragma unroll
         for (auto& half : sums) fence_accumulator(half);
         release(kOfKeys ? shared_.queries_empty[used] : shared_.gradients_empty);
+        if (has_next) wait_for_scored_rows();
+        start_scores(s);
         wgmma_wait_group<0>();
         fence_accumulator(s);
         if (has_next) weigh(weights, s);
