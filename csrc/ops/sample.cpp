@@ -97,17 +97,17 @@ SeedParams seed_params(const char* op, const Tensor& seed, const Tensor& logits)
 
 // The launchers of the kernels that serve a call on a GPU.
 #ifdef DFLASH_EXT_CUDA
-#ifndef DFLASH_EXT_HOPPER
-constexpr bool sample_sm90_serves(const SampleParams&, void*) { return false; }
-constexpr bool verify_sm90_serves(const VerifyParams&, void*) { return false; }
-constexpr const char* sample_sm90(const SampleParams&, void*) { return nullptr; }
-constexpr const char* verify_sm90(const VerifyParams&, void*) { return nullptr; }
-#endif
 const char* sample_on_gpu(const SampleParams& p, void* stream) {
-  return sample_sm90_serves(p, stream) ? sample_sm90(p, stream) : sample_sm80(p, stream);
+#ifdef DFLASH_EXT_HOPPER
+  if (sample_sm90_serves(p, stream)) return sample_sm90(p, stream);
+#endif
+  return sample_sm80(p, stream);
 }
 const char* verify_on_gpu(const VerifyParams& p, void* stream) {
-  return verify_sm90_serves(p, stream) ? verify_sm90(p, stream) : verify_sm80(p, stream);
+#ifdef DFLASH_EXT_HOPPER
+  if (verify_sm90_serves(p, stream)) return verify_sm90(p, stream);
+#endif
+  return verify_sm80(p, stream);
 }
 const char* reveal_on_gpu(const RevealParams& p, void* stream) { return reveal_sm80(p, stream); }
 #else
