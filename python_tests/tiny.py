@@ -4,6 +4,9 @@ import torch
 from transformers import (
     Gemma3ForCausalLM,
     Gemma3TextConfig,
+    Gemma4Config,
+    Gemma4ForConditionalGeneration,
+    Gemma4TextConfig,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedModel,
@@ -41,6 +44,23 @@ def tiny_model(family: str, **changes) -> PreTrainedModel:
     else:
         model = Gemma3ForCausalLM(Gemma3TextConfig(**SHAPE | GEMMA | {"query_pre_attn_scalar": 16} | changes))
     return model.eval().requires_grad_(False)
+
+
+def tiny_gemma4() -> PreTrainedModel:
+    """Gemma 4's conditional class with its towers, shared keys and values, and per-layer embeddings, in float32."""
+    shared = dict(global_head_dim=32, num_kv_shared_layers=2)
+    per_layer = dict(hidden_size_per_layer_input=8, vocab_size_per_layer_input=VOCAB)
+    tower = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2)
+    vision = tower | dict(model_type="gemma4_vision", intermediate_size=16, num_key_value_heads=2, head_dim=8)
+    audio = tower | dict(model_type="gemma4_audio", output_proj_dims=16)
+    torch.manual_seed(0)
+    config = Gemma4Config(
+        text_config=Gemma4TextConfig(**SHAPE | GEMMA | shared | per_layer), vision_config=vision, audio_config=audio
+    )
+    model = Gemma4ForConditionalGeneration(config).eval().requires_grad_(False)
+    for layer in model.model.language_model.layers:  # its attention has no other scale; without one it sees one key
+        layer.self_attn.q_norm.weight.fill_(0.25)
+    return model
 
 
 def tiny_pair(family: str, *, sliding: bool = False, **options) -> tuple[Target, DFlashDrafter]:

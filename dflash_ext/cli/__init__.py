@@ -10,9 +10,10 @@ from .doctor import doctor
 from .evaluate import evaluate
 from .features import features
 from .generate import generate
+from .probe import probe
 from .train import train
 
-for command in (demo, train, features, generate, evaluate, check_lossless, doctor):  # in the order of the help
+for command in (demo, train, features, generate, evaluate, check_lossless, doctor, probe):  # in the order of the help
     app.command()(command)
 
 

@@ -3,6 +3,7 @@ from .drafter_config import DFlashConfig, default_taps
 from .drafter_files import load_drafter, save_drafter
 from .loading import load_target, stop_tokens
 from .lora import LoraAdapter, LoraDrafter, is_lora_drafter, load_lora_drafter, save_lora_drafter
+from .probe import Verdict, probe
 from .target import Target
 
 __all__ = [
@@ -11,11 +12,13 @@ __all__ = [
     "LoraAdapter",
     "LoraDrafter",
     "Target",
+    "Verdict",
     "default_taps",
     "is_lora_drafter",
     "load_drafter",
     "load_lora_drafter",
     "load_target",
+    "probe",
     "save_drafter",
     "save_lora_drafter",
     "stop_tokens",

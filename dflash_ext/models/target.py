@@ -5,12 +5,14 @@ from __future__ import annotations
 import functools
 import hashlib
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ..integrations.attention import NAME
+from ..masks import IntervalMask
 from ..reference.numerics import softcapped
 from .taps import Taps
 
@@ -37,6 +39,7 @@ class Target:
     Several threads may use one target: each call reads its own taps.
 
     Attributes:
+        layer_kinds: the kind of attention of each layer, "full_attention" or "sliding_attention".
         max_tokens: the largest number of tokens in a row, or None if nothing bounds it. It is the number of the model's
             positions, or less where its RoPE changes beyond some length (longrope).
 
@@ -60,7 +63,8 @@ class Target:
         # transformers reports the decoder's own output, after the final norm, as that of the last layer.
         last = {self.num_layers - 1: self.decoder}
         self._taps = Taps({tap: last.get(tap, self.layers[tap]) for tap in set(self.tap_ids)})
-        self.attention_kinds = self._attention_kinds()
+        self.layer_kinds = self._layer_kinds()
+        self.attention_kinds = set(self.layer_kinds)
         self.max_tokens, self._bound = self._length_bound()
 
     def _check_model(self) -> None:
@@ -103,11 +107,11 @@ class Target:
         if taps and (states := getattr(self.config, "altup_num_inputs", 1)) > 1:
             raise ValueError(f"{name} cannot be tapped: its layers put out {states} hidden states each (AltUp)")
 
-    def _attention_kinds(self) -> set[str]:
+    def _layer_kinds(self) -> list[str]:
         slides = getattr(self.config, "sliding_window", None) and self._makes("create_sliding_window_causal_mask")
         default = "sliding_attention" if slides else "full_attention"
-        kinds = set(getattr(self.config, "layer_types", None) or [default])
-        if unsupported := kinds - ATTENTION_KINDS:
+        kinds = list(getattr(self.config, "layer_types", None) or [default] * self.num_layers)
+        if unsupported := set(kinds) - ATTENTION_KINDS:
             raise ValueError(
                 f"{type(self.model).__name__} has layers of kind {', '.join(sorted(unsupported))}: "
                 "a target needs full or sliding-window attention in every layer"
@@ -222,6 +226,18 @@ class Target:
         if positions is None:
             positions = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
         return self.decoder(input_ids=input_ids, position_ids=positions, use_cache=False)[0]
+
+    def mask_arguments(self, masks: Mapping[str, IntervalMask], dtype: torch.dtype | None = None) -> dict:
+        """The arguments under which the decoder's forward takes masks of ours, one for each kind of attention.
+
+        `block_attn` takes them as they are. Other implementations take dense masks, which have the model's own dtype:
+        a mask of another one is refused by SDPA and misread by eager attention. (The probe tries other ones, `dtype`.)
+        """
+        if self.config._attn_implementation == NAME:
+            return {"interval_mask": dict(masks)}
+        dtype = dtype or self.dtype
+        dense = {kind: mask.to_bool() if dtype == torch.bool else mask.to_dense(dtype) for kind, mask in masks.items()}
+        return {"attention_mask": dense if len(dense) > 1 else next(iter(dense.values()))}
 
     def check_head(self) -> None:
         """Raises a ValueError unless the logits are the head's product with the hidden states, under the softcap."""
