@@ -176,10 +176,11 @@ def ours(setting: Setting, compiled: bool) -> Step:
     """The step of `dflash_ext.train`, which draws its anchors in the data loader's workers."""
     drafter, batch = setting.drafter, setting.batch(*anchors_of(setting))
     objective = DFlashObjective(drafter, setting.target, GAMMA)
-    model = torch.compile(drafter, fullgraph=True, dynamic=False) if compiled else drafter
+    if compiled:
+        drafter.compile(fullgraph=True, dynamic=False)
 
     def loss() -> Tensor:
-        return objective(model, batch, setting.features).losses.sum() / objective.divisor(batch)
+        return objective(batch, setting.features).losses.sum() / objective.divisor(batch)
 
     return Step(loss, dict(drafter.named_parameters()))
 

@@ -19,7 +19,7 @@ from transformers import LlamaForCausalLM, TrainerCallback
 
 from bench.engine_models import SHAPES
 from dflash_ext.models import Target
-from dflash_ext.train import AnchorCollator, DFlashTrainer, Recipe, new_drafter
+from dflash_ext.train import AnchorCollator, ObjectiveTrainer, Recipe, new_drafter
 from dflash_ext.train.objectives import DFlashObjective
 from dflash_ext.train.recipe import training_arguments
 
@@ -56,7 +56,7 @@ def rank(device: torch.device) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         accumulation = GLOBAL_BATCH // BATCH // int(os.environ["WORLD_SIZE"])
         recipe = Recipe(steps=STEPS, batch_size=BATCH, accumulation=accumulation, anchors=ANCHORS, log_every=1)
-        trainer = DFlashTrainer(
+        trainer = ObjectiveTrainer(
             DFlashObjective(drafter, Target(target.model, drafter.config.target_layer_ids)),
             args=training_arguments(Path(folder), recipe, device),
             train_dataset=Answers(),

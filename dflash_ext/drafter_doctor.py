@@ -127,8 +127,9 @@ def teacher_forced(
         sample = {"input_ids": ids, "loss_mask": torch.arange(len(ids)) >= len(prompt)}
         collate = AnchorCollator(len(answer), config.block_size, config.mask_token_id, config.first_draft_slot)
         batch = {name: value.to(target.device) for name, value in collate([sample]).items()}
-        _, counts, correct = objective(drafter, batch, *objective.of_target(batch))
-        tau.add(batch["anchors"], correct & counts, batch["limits"])
+        result = objective(batch, *objective.of_target(batch))
+        tau.add(batch, result)
+        counts, correct = result.counts, result.correct
         right, counted = right + (correct & counts).sum(dim=(0, 1)), counted + counts.sum(dim=(0, 1))
     tokens, cycles = tau.take().tolist()
     return tokens / max(cycles, 1), (right / counted.clamp(min=1)).tolist()

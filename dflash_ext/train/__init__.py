@@ -2,28 +2,30 @@ from ..models import save_drafter
 from .anchors import Blocks, build_blocks, dpace, position_decay, sample_anchors
 from .collator import AnchorCollator
 from .curve import plot_curve
-from .evaluation import Evaluation, HeldOutPrompts
+from .drafters import train_drafter, train_on_answers, train_on_prompts
+from .evaluation import DraftingEvaluation, Evaluation, HeldOutPrompts
 from .randomness import new_drafter
-from .recipe import Recipe
-from .reporting import summary
-from .run import train_drafter, train_on_answers, train_on_prompts
-from .trainer import DFlashTrainer
+from .recipe import Recipe, RunRecipe
+from .run import run
+from .trainer import ObjectiveTrainer
 
 __all__ = [
     "AnchorCollator",
     "Blocks",
-    "DFlashTrainer",
+    "DraftingEvaluation",
     "Evaluation",
     "HeldOutPrompts",
+    "ObjectiveTrainer",
     "Recipe",
+    "RunRecipe",
     "build_blocks",
     "dpace",
     "new_drafter",
     "plot_curve",
     "position_decay",
+    "run",
     "sample_anchors",
     "save_drafter",
-    "summary",
     "train_drafter",
     "train_on_answers",
     "train_on_prompts",

@@ -6,11 +6,12 @@ from pathlib import Path
 from statistics import fmean
 
 
-def plot_curve(log: list[dict], path: str | Path) -> None:
-    """Draws loss, teacher-forced tau and the tau of evaluations over steps into a PNG.
+def plot_curve(log: list[dict], path: str | Path, figure: str = "tau") -> None:
+    """Draws the loss, another figure of the training, and the same figure of evaluations over steps into a PNG.
 
     Args:
-        log: as `train_drafter` returns it.
+        log: as `run` returns it.
+        figure: the name of the other figure in the log.
     """
     import matplotlib
 
@@ -19,17 +20,18 @@ def plot_curve(log: list[dict], path: str | Path) -> None:
 
     figure, left = pyplot.subplots(figsize=(7, 4), layout="constrained")
     right = left.twinx()
-    for axes, key, colour in ((left, "loss", "tab:blue"), (right, "tau", "tab:orange")):
+    for axes, key, colour in ((left, "loss", "tab:blue"), (right, figure, "tab:orange")):
         points = [(entry["step"], entry[key]) for entry in log if "loss" in entry and key in entry]
         x, y = ([point[i] for point in points] for i in (0, 1))
         axes.plot(x, y, color=colour, alpha=0.25, linewidth=0.8)
         axes.plot(x, _running_mean(y, window=10), color=colour)
-    if decoded := [(entry["step"], entry["eval_tau"]) for entry in log if "eval_tau" in entry]:
-        right.plot(*zip(*decoded, strict=True), "o-", color="tab:green", label="tau of decoding held-out prompts")
+    held_out = f"eval_{figure}"
+    if measured := [(entry["step"], entry[held_out]) for entry in log if held_out in entry]:
+        right.plot(*zip(*measured, strict=True), "o-", color="tab:green", label=f"{figure} in evaluations")
         right.legend(loc="lower right")
     left.set_xlabel("step")
     left.set_ylabel("loss", color="tab:blue")
-    right.set_ylabel("tau on training blocks (teacher-forced)", color="tab:orange")
+    right.set_ylabel(f"{figure} on training samples", color="tab:orange")
     figure.savefig(path, dpi=100)
     pyplot.close(figure)
 

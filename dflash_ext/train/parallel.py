@@ -1,17 +1,17 @@
-"""Drafters that FSDP2 has sharded over the ranks of a run."""
+"""Modules that FSDP2 has sharded over the ranks of a run."""
 
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from ..models import DFlashDrafter
 
 
-def is_sharded(drafter: DFlashDrafter) -> bool:
+def is_sharded(module: nn.Module) -> bool:
     """Whether FSDP2 has sharded the parameters."""
-    return any(isinstance(parameter, DTensor) for parameter in drafter.parameters())
+    return any(isinstance(parameter, DTensor) for parameter in module.parameters())
 
 
 def whole_copy(drafter: DFlashDrafter, dtype: torch.dtype | None = None) -> DFlashDrafter:

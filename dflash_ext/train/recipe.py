@@ -18,28 +18,23 @@ CHECKPOINTING = next(
 
 
 @dataclass
-class Recipe:
-    """The settings of a training run. Defaults are the DFlash paper's where a small budget allows (arXiv 2602.06036).
+class RunRecipe:
+    """The settings that every training run has.
 
     Attributes:
         steps: optimizer steps.
         batch_size: sequences per device and forward pass.
         accumulation: forward passes per step.
-        anchors: blocks drawn from each sequence.
-        pack_length: sequences share rows of this number of tokens; None gives each a row of its own.
-        noise_ratio, block_sizes: as in `AnchorCollator`. Below a noise ratio of 1, evaluations report the tau at 1, 2
-            and 3 steps of denoising.
         learning_rate: the peak, which a cosine decay to 0 follows.
         optimizer: "adamw", or "muon" for the matrices and AdamW for all else (`MuonWithAdamW`).
-        loss, teacher_mix, gamma: as in `DFlashObjective`.
         warmup: share of the steps over which the learning rate rises.
-        seed: decides the order of the samples and their anchors, together with the step and the sample's index in it.
+        seed: decides the order of the samples and what is drawn for them, together with the step and the sample's index
+            in it.
         save_every: steps between the checkpoints that an interrupted run resumes from; 0 for none.
         evaluate_every: steps between evaluations; 0 for one at the end.
-        evaluate_prompts: the largest number of held-out prompts that an evaluation decodes.
         log_every: steps between entries of the log.
         checkpoint_activations: compute the results of each layer again in the backward instead of keeping them.
-        compile: run the drafter under torch.compile.
+        compile: run what is trained under torch.compile.
         report_to: where Trainer sends the log, such as ("tensorboard",); each needs its package.
 
     Raises:
@@ -49,41 +44,69 @@ class Recipe:
     steps: int = 1000
     batch_size: int = 8
     accumulation: int = 1
-    anchors: int = 64
-    noise_ratio: float = 1.0
-    block_sizes: tuple[int, ...] = ()
-    pack_length: int | None = None
     learning_rate: float = 6e-4
     weight_decay: float = 0.01
     optimizer: str = "adamw"
-    loss: str = "ce"
-    teacher_mix: float = 1.0
-    gamma: float | None = None
     warmup: float = 0.04
     seed: int = 0
     save_every: int = 0
     evaluate_every: int = 0
-    evaluate_prompts: int = 32
     log_every: int = 10
     checkpoint_activations: bool = False
     compile: bool = False
     report_to: tuple[str, ...] = ()
 
     def __post_init__(self):
-        for name in ("steps", "batch_size", "accumulation", "anchors"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}: at least 1 is needed")
-        if self.gamma is not None and not self.gamma > 0:
-            raise ValueError(f"gamma is {self.gamma}: a decay above 0 is needed, or none for D-PACE weights")
-        for name, choices in (("optimizer", ("adamw", "muon")), ("loss", ("ce", "kl", "tv"))):
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name} is '{getattr(self, name)}': {', '.join(choices)} are supported")
-        if not 0 < self.noise_ratio <= 1:
-            raise ValueError(f"noise_ratio is {self.noise_ratio}: a share above 0 and up to 1 is needed")
-        if not 0 < self.teacher_mix <= 1:
-            raise ValueError(f"teacher_mix is {self.teacher_mix}: a share above 0 and up to 1 is needed")
+        for name in ("steps", "batch_size", "accumulation"):
+            self._check_at_least_one(name)
+        self._check_choice("optimizer", ("adamw", "muon"))
         if not 0 < self.learning_rate < math.inf:
             raise ValueError(f"learning_rate is {self.learning_rate}: a finite rate above 0 is needed")
+
+    def _check_at_least_one(self, name: str) -> None:
+        if getattr(self, name) < 1:
+            raise ValueError(f"{name} is {getattr(self, name)}: at least 1 is needed")
+
+    def _check_choice(self, name: str, choices: tuple[str, ...]) -> None:
+        if getattr(self, name) not in choices:
+            raise ValueError(f"{name} is '{getattr(self, name)}': {', '.join(choices)} are supported")
+
+    def _check_share(self, name: str) -> None:
+        if not 0 < getattr(self, name) <= 1:
+            raise ValueError(f"{name} is {getattr(self, name)}: a share above 0 and up to 1 is needed")
+
+
+@dataclass
+class Recipe(RunRecipe):
+    """The settings of a drafter's training. Defaults are the DFlash paper's where a small budget allows
+    (arXiv 2602.06036).
+
+    Attributes:
+        anchors: blocks drawn from each sequence.
+        noise_ratio, block_sizes: as in `AnchorCollator`. Below a noise ratio of 1, evaluations report the tau at 1, 2
+            and 3 steps of denoising.
+        pack_length: sequences share rows of this number of tokens; None gives each a row of its own.
+        loss, teacher_mix, gamma: as in `DFlashObjective`.
+        evaluate_prompts: the largest number of held-out prompts that an evaluation decodes.
+    """
+
+    anchors: int = 64
+    noise_ratio: float = 1.0
+    block_sizes: tuple[int, ...] = ()
+    pack_length: int | None = None
+    loss: str = "ce"
+    teacher_mix: float = 1.0
+    gamma: float | None = None
+    evaluate_prompts: int = 32
+
+    def __post_init__(self):
+        super().__post_init__()
+        self._check_at_least_one("anchors")
+        self._check_choice("loss", ("ce", "kl", "tv"))
+        for name in ("noise_ratio", "teacher_mix"):
+            self._check_share(name)
+        if self.gamma is not None and not self.gamma > 0:
+            raise ValueError(f"gamma is {self.gamma}: a decay above 0 is needed, or none for D-PACE weights")
 
 
 class OneDeviceArguments(TrainingArguments):
@@ -104,7 +127,7 @@ class OneDeviceArguments(TrainingArguments):
         return self.pinned or super().device
 
 
-def training_arguments(output: Path, recipe: Recipe, device: torch.device) -> OneDeviceArguments:
+def training_arguments(output: Path, recipe: RunRecipe, device: torch.device) -> OneDeviceArguments:
     """The arguments of a run that writes to `output`, on `device` unless torchrun started the process."""
     on_gpu = device.type == "cuda"
     args = OneDeviceArguments(
@@ -136,7 +159,7 @@ def training_arguments(output: Path, recipe: Recipe, device: torch.device) -> On
         logging_nan_inf_filter=False,
         report_to=list(recipe.report_to) or "none",
         disable_tqdm=True,
-        ddp_find_unused_parameters=False,  # every parameter of a drafter is used in every step
+        ddp_find_unused_parameters=False,  # every parameter that is trained is used in every step
     )
     if on_gpu and args.world_size == 1:
         args.pinned = device
@@ -144,6 +167,6 @@ def training_arguments(output: Path, recipe: Recipe, device: torch.device) -> On
     return args
 
 
-def optimizer_of(recipe: Recipe) -> tuple[type[torch.optim.Optimizer], dict] | None:
+def optimizer_of(recipe: RunRecipe) -> tuple[type[torch.optim.Optimizer], dict] | None:
     """The class and the options of an optimizer that Trainer does not have; None for one that it has."""
     return (MuonWithAdamW, {"lr": recipe.learning_rate}) if recipe.optimizer == "muon" else None

@@ -15,8 +15,9 @@ from ..progress import progress
 class TrainingProgress(TrainerCallback):
     """A callback of transformers' Trainer. As a context manager around the run, it closes the bar on an exception."""
 
-    def __init__(self, console: Console):
-        self.console = console
+    def __init__(self, console: Console, noun: str, figure: str):
+        """`noun`: what is trained. `figure`: the name in the log of what is shown beside the loss."""
+        self.console, self.noun, self.figure = console, noun, figure
         self.bars = ExitStack()
         self.note = ""
         self.shown = ""  # what the bar is about
@@ -34,7 +35,7 @@ class TrainingProgress(TrainerCallback):
 
     def _show_steps(self, state, done: int = 0) -> None:
         resumed = f" from step {self.first_step}" if self.first_step else ""
-        self._show(f"training the drafter{resumed}", state.max_steps - self.first_step)
+        self._show(f"training the {self.noun}{resumed}", state.max_steps - self.first_step)
         self.advance(done, self.note)
 
     def on_train_begin(self, args, state, control, **kwargs):
@@ -43,7 +44,7 @@ class TrainingProgress(TrainerCallback):
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if "loss" in logs:
-            self.note = f"loss {logs['loss']:.3f}, tau {logs.get('tau', math.nan):.2f}"
+            self.note = f"loss {logs['loss']:.3f}, {self.figure} {logs.get(self.figure, math.nan):.2f}"
 
     def on_step_end(self, args, state, control, **kwargs):
         self.advance(1, self.note)
@@ -52,7 +53,7 @@ class TrainingProgress(TrainerCallback):
         self.bars.close()
 
     def on_evaluation_progress(self, what: str, done: int, total: int) -> None:
-        if (about := f"evaluating the drafter: {what}") != self.shown:
+        if (about := f"evaluating the {self.noun}: {what}") != self.shown:
             self._show(about, total)
         self.advance(1)
 
@@ -65,34 +66,39 @@ class TrainingProgress(TrainerCallback):
 
 def held_out_figures(entry: Mapping[str, float]) -> str:
     """The figures of an evaluation in words; `entry` is its entry in the log."""
-    loss = f"loss {entry['eval_loss']:.2f} on held-out answers"
+    loss = f"loss {entry['eval_loss']:.2f} on held-out samples"
     if "eval_tau" not in entry:
         return loss
     return f"{loss}, tau {entry['eval_tau']:.2f} and {entry['eval_tokens_per_second']:.0f} tokens/s in decoding them"
 
 
-def summary(log: list[dict]) -> str:
-    """One line about the log that `train_drafter` returns: both ends of the training, and the best evaluation."""
+def summary(log: list[dict], noun: str, figure: str, best: tuple[str, bool]) -> str:
+    """One line about the log of a run: both ends of the training, and the best evaluation.
+
+    Args:
+        noun: what was trained.
+        figure: the name in the log of what is shown beside the loss.
+        best: as `best_evaluation` takes it.
+    """
     trained = [entry for entry in log if "loss" in entry]
     if not trained:
-        return "drafter: there was no step left to train"
+        return f"{noun}: there was no step left to train"
     ends = [trained[0], trained[-1]] if len(trained) > 1 else trained
     figures = (
-        f"{name} {' -> '.join(f'{entry.get(name, math.nan):.2f}' for entry in ends)}" for name in ("loss", "tau")
+        f"{name} {' -> '.join(f'{entry.get(name, math.nan):.2f}' for entry in ends)}" for name in ("loss", figure)
     )
-    line = f"drafter: {', '.join(figures)} on its training blocks in {log[-1]['step']} steps"
-    if (best := best_evaluation(log)) is None:
+    line = f"{noun}: {', '.join(figures)} on its training samples in {log[-1]['step']} steps"
+    if (kept := best_evaluation(log, best)) is None:
         return line
-    return f"{line}; the drafter of step {best['step']} is kept: {held_out_figures(best)}"
+    return f"{line}; the {noun} of step {kept['step']} is kept: {held_out_figures(kept)}"
 
 
-def best_evaluation(log: list[dict]) -> dict | None:
-    """The log's entry with the highest tau, or without a tau that with the least loss; None without an evaluation.
+def best_evaluation(log: list[dict], best: tuple[str, bool]) -> dict | None:
+    """The log's entry with the best evaluation; None without one. Of equal ones it is the first. NaN is never the best.
 
-    Of equal ones it is the first, as in Trainer. NaN is never the best.
+    Args:
+        best: the figure that counts, and whether the greatest one is the best, as `Evaluation.best` gives them.
     """
-    evaluations = [entry for entry in log if "eval_loss" in entry]
-    if any("eval_tau" in entry for entry in evaluations):
-        return max(evaluations, key=lambda entry: entry["eval_tau"])
-    finite = [entry for entry in evaluations if not math.isnan(entry["eval_loss"])]
-    return min(finite, key=lambda entry: entry["eval_loss"], default=None)
+    name, is_greatest = f"eval_{best[0]}", best[1]
+    known = [entry for entry in log if not math.isnan(entry.get(name, math.nan))]
+    return (max if is_greatest else min)(known, key=lambda entry: entry[name], default=None)

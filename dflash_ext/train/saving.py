@@ -1,35 +1,35 @@
-"""Writes the drafter of a run."""
+"""Writes what a run has trained."""
 
 from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
-import torch
 from accelerate import PartialState
 from transformers import TrainerCallback
 
-from ..models import DFlashDrafter, save_drafter
-from .parallel import is_sharded, whole_copy
 from .reporting import best_evaluation
 
-PART = ".drafter.part"  # where a drafter is written before it replaces the one in the output folder
+PART = ".saved.part"  # where the files are written before they replace those in the output folder
 WEIGHTS = ("model*.safetensors", "model.safetensors.index.json")
 
 
-def replace_drafter(drafter: DFlashDrafter, output: Path) -> None:
-    """Writes `drafter` in bfloat16 to `output`. A kill at any instant leaves either the old weights or the new ones.
+def replace_saved(save: Callable[[Path], None], output: Path) -> None:
+    """Puts what `save` writes into `output`. A kill at any instant leaves either the old weights or the new ones.
 
-    Every rank calls this, and rank 0 writes.
+    Every rank calls this.
+
+    Args:
+        save: writes to the folder that it is given. Every rank calls it, and rank 0 alone writes.
     """
-    if is_sharded(drafter):
-        drafter = whole_copy(drafter)
-    if not PartialState().is_main_process:
+    part, is_main = output / PART, PartialState().is_main_process
+    if is_main:
+        shutil.rmtree(part, ignore_errors=True)
+    save(part)
+    if not is_main:
         return
-    part = output / PART
-    shutil.rmtree(part, ignore_errors=True)
-    save_drafter(drafter, part, dtype=torch.bfloat16)
     files = {file.name for file in part.iterdir()}
     for name in sorted(files, key="model.safetensors".__ne__):  # a folder with this file is read by it alone
         os.replace(part / name, output / name)
@@ -41,11 +41,11 @@ def replace_drafter(drafter: DFlashDrafter, output: Path) -> None:
 
 
 class KeepBest(TrainerCallback):
-    """Writes the drafter to the output folder whenever an evaluation is the best so far."""
+    """Saves to the output folder whenever an evaluation is the best so far; `save` is as `replace_saved` takes it."""
 
-    def __init__(self, drafter: DFlashDrafter, output: Path):
-        self.drafter, self.output = drafter, output
+    def __init__(self, save: Callable[[Path], None], output: Path, best: tuple[str, bool]):
+        self.save, self.output, self.best = save, output, best
 
     def on_evaluate(self, args, state, control, **kwargs):
-        if best_evaluation(state.log_history) is state.log_history[-1]:
-            replace_drafter(self.drafter, self.output)
+        if best_evaluation(state.log_history, self.best) is state.log_history[-1]:
+            replace_saved(self.save, self.output)

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
+
+from .losses import Losses
 
 
 def commit_limits(loss_mask: Tensor, anchors: Tensor, keep: Tensor, drafted: int, *, is_cut: bool) -> Tensor:
@@ -37,19 +41,21 @@ class TauOfBlocks:
     greedy answer; otherwise the next cycle starts at the next anchor.
     """
 
+    name = "tau"
+
     def __init__(self):
         self._blocks: list[Tensor] = []
 
-    def add(self, anchors: Tensor, correct: Tensor, limits: Tensor) -> None:
-        """Adds blocks; nothing waits for the device.
+    def add(self, batch: Mapping[str, Tensor], result: Losses) -> None:
+        """Adds the blocks of a batch; nothing waits for the device.
 
         Args:
-            anchors: int64 [B, N], ascending among those whose limit is not 0.
-            correct: bool [B, N, K], whether the most probable token of a drafted slot is its label.
-            limits: int64 [B, N], as from `commit_limits`.
+            batch: with `anchors` int64 [B, N], ascending among those whose limit is not 0, and `limits` int64 [B, N],
+                as from `commit_limits`.
+            result: of the drafted slots, [B, N, K].
         """
-        run = correct.int().cumprod(dim=-1).sum(dim=-1)
-        self._blocks.append(torch.stack([anchors, (run + 1).minimum(limits)]))
+        run = (result.correct & result.counts).int().cumprod(dim=-1).sum(dim=-1)
+        self._blocks.append(torch.stack([batch["anchors"], (run + 1).minimum(batch["limits"])]))
 
     def take(self) -> Tensor:
         """The number of committed tokens and of cycles in the blocks since the last call: float64 [2] on the CPU."""

@@ -1,47 +1,48 @@
-"""Trains a DFlash drafter with transformers' Trainer. The frozen target computes the features of every batch."""
+"""Trains any objective with transformers' Trainer."""
 
 from __future__ import annotations
 
 from itertools import islice
+from pathlib import Path
 
+import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import IntervalStrategy
 
+from .checkpoints import load_trained, save_trained
 from .evaluation import Evaluation
-from .objectives import DFlashObjective
+from .objectives import Objective
 from .order import TrainingOrder
-from .tau import TauOfBlocks
 
 
-class DFlashTrainer(Trainer):
-    """Trains a drafter against a frozen target.
+class ObjectiveTrainer(Trainer):
+    """Trains the parameters of an objective that require gradients; Trainer's model is the objective itself.
 
-    The loss is the cross-entropy of each drafted slot's token under the target's frozen head, weighted by slot. It is
-    divided by the sum of the weights of the whole step, over accumulated batches and ranks. D-PACE weights depend on
-    the drafter, so with them it is divided by the number of blocks instead.
+    The loss of a step is the sum of its tokens' losses, divided by the sum of `Objective.divisor` over its accumulated
+    batches and ranks. Which samples a step takes, and what is drawn for them, follows from `args.seed`
+    (`TrainingOrder`). A checkpoint holds the trained parameters alone, whole and in safetensors.
 
-    Which samples a step takes, and what is drawn for them, follows from `args.seed` (`TrainingOrder`).
+    `args.torch_compile` compiles `Objective.trained`, in place: the names of its parameters stay, and the loss, which
+    has kernels of its own, stays outside.
 
     Args:
-        objective: the losses of its drafter, whose target is tapped at the drafter's layers and stays outside the
-            trained model.
-        train_dataset: samples of the target's own answers, as `AnchorCollator` describes them.
-        evaluation: what is measured every `args.eval_steps` steps and after the last one. The best drafter has the
-            highest tau, or without prompts the least loss.
+        train_dataset: samples {"input_ids": int64 [S], ...} as the collator takes them.
+        evaluation: what is measured every `args.eval_steps` steps and after the last one. The best checkpoint is the
+            one with the best of its figures.
+        kwargs: the other arguments of Trainer, `data_collator` among them.
     """
 
     def __init__(
         self,
-        objective: DFlashObjective,
+        objective: Objective,
         *,
         train_dataset: Dataset | None = None,
         evaluation: Evaluation | None = None,
         args: TrainingArguments,
         **kwargs,
     ):
-        objective.drafter.check_target(objective.target)
         if train_dataset is not None:
             per_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
             by_length = getattr(kwargs.get("data_collator"), "pack_length", None) is None
@@ -49,15 +50,18 @@ class DFlashTrainer(Trainer):
             train_dataset = TrainingOrder(train_dataset, **options)
         if evaluation is not None:
             args.eval_strategy = IntervalStrategy.STEPS
-            args.metric_for_best_model = "eval_tau" if evaluation.prompts else "eval_loss"
-            args.greater_is_better = bool(evaluation.prompts)
+            best, args.greater_is_better = evaluation.best
+            args.metric_for_best_model = f"eval_{best}"
             args.save_total_limit = 2  # the newest and the best; with 1, Trainer removes the newest at the end
             kwargs["eval_dataset"] = evaluation.samples
-        super().__init__(model=objective.drafter, args=args, train_dataset=train_dataset, **kwargs)
+        if args.torch_compile:
+            objective.trained.compile(backend=args.torch_compile_backend, mode=args.torch_compile_mode)
+            args.torch_compile, args.torch_compile_backend, args.torch_compile_mode = False, None, None
+        super().__init__(model=objective, args=args, train_dataset=train_dataset, **kwargs)
         self.objective = objective
         self.evaluation = evaluation
-        self.model_accepts_loss_kwargs = True  # compute_loss divides by the whole step's blocks itself
-        self._tau = TauOfBlocks()
+        self.model_accepts_loss_kwargs = True  # compute_loss divides by the whole step's divisor itself
+        self._meter = objective.meter()
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """The batches of one step and the divisor of its loss."""
@@ -71,26 +75,35 @@ class DFlashTrainer(Trainer):
         return batches, divisor
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        losses, counts, correct = self.objective(model, inputs, *self.objective.of_target(inputs))
+        with torch.no_grad():
+            of_target = self.objective.of_target(inputs)
+        result = model(inputs, *of_target)
+        self._meter.add(inputs, result)
         divisor = self.objective.divisor(inputs) if num_items_in_batch is None else num_items_in_batch
-        self._tau.add(inputs["anchors"], correct & counts, inputs["limits"])
-        loss = losses.sum() / divisor.clamp(min=1)
+        loss = result.losses.sum() / divisor.clamp(min=1)
         return (loss, {"loss": loss}) if return_outputs else loss
 
     def log(self, logs, *args, **kwargs):
-        """Logs, beside the loss, the tau that greedy decoding would have had on the blocks since the last log."""
+        """Logs, beside the loss, the figure of the objective's meter since the last log."""
         if "loss" in logs:
-            tokens, cycles = self._summed(self._tau.take())
-            if cycles:
-                logs["tau"] = round(float(tokens / cycles), 3)
+            dividend, divisor = self._summed(self._meter.take())
+            if divisor:
+                logs[self._meter.name] = round(float(dividend / divisor), 3)
         super().log(logs, *args, **kwargs)
 
     def evaluate(self, *args, **kwargs) -> dict[str, float]:
-        """Measures the drafter (`Evaluation`), logs the figures and returns them."""
+        """Takes the figures of the evaluation, logs them and returns them."""
         figures = {f"eval_{name}": figure for name, figure in self.evaluation.measure(self.objective).items()}
         self.log(figures)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, figures)
         return figures
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Writes the trained parameters; every rank calls it."""
+        save_trained(self.objective, Path(output_dir or self.args.output_dir))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
+        load_trained(self.objective, Path(resume_from_checkpoint))
 
     def _summed(self, figures: Tensor) -> Tensor:
         """Sums over ranks."""

@@ -13,10 +13,11 @@ from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
 
-from dflash_ext.train import AnchorCollator, Evaluation, HeldOutPrompts, Recipe, train_drafter
+from dflash_ext.train import AnchorCollator, DraftingEvaluation, HeldOutPrompts, Recipe, train_drafter
+from dflash_ext.train.drafters import parts_of
 from dflash_ext.train.objectives import DFlashObjective
 from dflash_ext.train.parallel import is_sharded
-from dflash_ext.train.saving import replace_drafter
+from dflash_ext.train.saving import replace_saved
 from python_tests.tiny import MASK_TOKEN, random_prompts, tiny_pair
 from python_tests.train.test_training import Cycles
 
@@ -43,8 +44,9 @@ def sharded(output: Path) -> None:
     """Trains a step of a drafter that FSDP2 shards, and writes it, its gradients and its figures to the folder."""
     ranks = PartialState(cpu=True)
     target, drafter = tiny_pair("llama")
+    objective = DFlashObjective(drafter.train(), target)
     plugin = FullyShardedDataParallelPlugin(fsdp_version=2, auto_wrap_policy="TRANSFORMER_BASED_WRAP")
-    plugin.set_auto_wrap_policy(drafter)
+    plugin.set_auto_wrap_policy(objective)
     # What Accelerator.prepare does; an Accelerator itself shards nothing on a CPU.
     accelerator = SimpleNamespace(
         state=SimpleNamespace(fsdp_plugin=plugin),
@@ -54,25 +56,24 @@ def sharded(output: Path) -> None:
         torch_device_mesh=None,
         parallelism_config=None,
     )
-    assert fsdp2_prepare_model(accelerator, drafter) is drafter and is_sharded(drafter)
-    figures, weights = step_and_measure(target, drafter, ranks.process_index, ranks.num_processes)
-    replace_drafter(drafter, output)
+    assert fsdp2_prepare_model(accelerator, objective) is objective and is_sharded(drafter)
+    figures, weights = step_and_measure(objective, ranks.process_index, ranks.num_processes)
+    replace_saved(parts_of(drafter, target, Recipe()).save, output)
     if ranks.is_main_process:
         save_file({"gradient": weights}, output / "gradient.safetensors")
         (output / "figures.json").write_text(json.dumps(figures))
 
 
-def step_and_measure(target, drafter, rank: int, ranks: int) -> tuple[dict, torch.Tensor]:
+def step_and_measure(objective: DFlashObjective, rank: int, ranks: int) -> tuple[dict, torch.Tensor]:
     """One step of SGD on this rank's samples; returns the figures of an evaluation, and all gradients."""
-    objective = DFlashObjective(drafter.train(), target)
     collator = AnchorCollator(4, 6, MASK_TOKEN)
     batch = collator([Cycles()[i] | {"key": (0, 0, i)} for i in range(8)][rank::ranks])
-    losses = objective(drafter, batch, *objective.of_target(batch)).losses
+    losses = objective(batch, *objective.of_target(batch)).losses
     (losses.sum() * ranks / 8).backward()  # gradients are averaged over ranks
-    gradients = [p.grad.full_tensor() if isinstance(p.grad, DTensor) else p.grad for p in drafter.parameters()]
-    torch.optim.SGD(drafter.parameters(), lr=0.1).step()
+    gradients = [p.grad.full_tensor() if isinstance(p.grad, DTensor) else p.grad for p in objective.parameters()]
+    torch.optim.SGD(objective.parameters(), lr=0.1).step()
     prompts = HeldOutPrompts(random_prompts(5, 7, 9), max_new_tokens=8)
-    figures = Evaluation(Cycles(5), collator, 2, prompts).measure(objective)
+    figures = DraftingEvaluation(Cycles(5), collator, 2, prompts=prompts).measure(objective)
     return figures, torch.cat([gradient.flatten() for gradient in gradients])
 
 

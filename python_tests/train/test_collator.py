@@ -41,7 +41,7 @@ def test_losses_and_gradients_are_those_of_rows_of_their_own(family, sliding, fi
     found = []
     for pack_length in (None, 25):
         batch = AnchorCollator(5, 6, MASK_TOKEN, first_slot, pack_length=pack_length)(samples())
-        losses, counts, correct = objective(drafter, batch, *objective.of_target(batch))
+        losses, counts, correct = objective(batch, *objective.of_target(batch))
         drafter.zero_grad()
         (losses.sum() / objective.divisor(batch)).backward()
         gradient = torch.cat([p.grad.flatten() for p in drafter.parameters()])
@@ -82,7 +82,7 @@ def test_some_blocks_show_their_leading_tokens(first_slot):
     batch = AnchorCollator(8, 6, MASK_TOKEN, first_slot, noise_ratio=0.4)(samples())
     plain = AnchorCollator(8, 6, MASK_TOKEN, first_slot)(samples())
     assert torch.equal(batch["anchors"], plain["anchors"])  # the draws of one thing leave those of another alone
-    losses, counts, _ = objective(drafter, batch, *objective.of_target(batch))
+    losses, counts, _ = objective(batch, *objective.of_target(batch))
     shown = batch["revealed"]
     assert 0.2 < (shown[batch["keep"]] > 0).float().mean() < 0.8
     for row, sample in enumerate(samples()):

@@ -11,7 +11,7 @@ from transformers.integrations import integration_utils
 
 from dflash_ext.decode import decode
 from dflash_ext.models import load_drafter
-from dflash_ext.train import AnchorCollator, Evaluation, HeldOutPrompts, Recipe, train_drafter
+from dflash_ext.train import AnchorCollator, DraftingEvaluation, Evaluation, HeldOutPrompts, Recipe, train_drafter
 from dflash_ext.train.objectives import DFlashObjective
 from dflash_ext.train.reporting import best_evaluation
 from python_tests.tiny import MASK_TOKEN, random_prompts, tiny_pair
@@ -32,14 +32,14 @@ def test_held_out_loss_is_that_of_all_labels_together(gamma):
     assert losses[2] == losses[3]
     batch = collate([Cycles(7)[i] | {"key": (3, "held out", i)} for i in range(7)])
     with torch.no_grad():
-        result = objective(drafter, batch, target.features(batch["input_ids"]))
+        result = objective(batch, target.features(batch["input_ids"]))
     assert losses[0] == pytest.approx(float(result.losses.sum() / objective.divisor(batch)), rel=1e-5)
 
 
 def test_decoding_is_that_of_the_engine():
     target, drafter = tiny_pair("llama")
     drafter.train()
-    figures = Evaluation(Cycles(2), AnchorCollator(4, 6, MASK_TOKEN), 2, PROMPTS).measure(
+    figures = DraftingEvaluation(Cycles(2), AnchorCollator(4, 6, MASK_TOKEN), 2, prompts=PROMPTS).measure(
         DFlashObjective(drafter, target)
     )
     assert drafter.training
@@ -85,7 +85,7 @@ def test_the_drafter_of_the_best_tau_is_kept(tmp_path, monkeypatch):
     # The checkpoint of the best tau is kept beside the newest one.
     assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-4", "checkpoint-6"]
     assert json.loads((tmp_path / "training.json").read_text())["log"] == log
-    assert not (tmp_path / ".drafter.part").exists()
+    assert not (tmp_path / ".saved.part").exists()
 
 
 def test_the_best_of_several():
@@ -95,11 +95,12 @@ def test_the_best_of_several():
             for step, values in enumerate(zip(*figures.values(), strict=True))
         ]
 
-    assert best_evaluation([{"step": 1, "loss": 3.0}]) is None
-    assert best_evaluation(entries(eval_loss=[3.0, 2.0, 2.0, 4.0]))["step"] == 1
-    assert best_evaluation(entries(eval_loss=[math.nan, 2.0, math.nan]))["step"] == 1
-    assert best_evaluation(entries(eval_loss=[math.nan, math.nan])) is None
-    assert best_evaluation(entries(eval_loss=[1.0, 2.0, 3.0], eval_tau=[1.0, 2.0, 2.0]))["step"] == 1
+    least_loss, highest_tau = ("loss", False), ("tau", True)
+    assert best_evaluation([{"step": 1, "loss": 3.0}], least_loss) is None
+    assert best_evaluation(entries(eval_loss=[3.0, 2.0, 2.0, 4.0]), least_loss)["step"] == 1
+    assert best_evaluation(entries(eval_loss=[math.nan, 2.0, math.nan]), least_loss)["step"] == 1
+    assert best_evaluation(entries(eval_loss=[math.nan, math.nan]), least_loss) is None
+    assert best_evaluation(entries(eval_loss=[1.0, 2.0, 3.0], eval_tau=[1.0, 2.0, 2.0]), highest_tau)["step"] == 1
 
 
 def test_without_held_out_answers_the_last_drafter_is_saved(tmp_path):
@@ -112,13 +113,13 @@ def test_without_held_out_answers_the_last_drafter_is_saved(tmp_path):
 def test_a_loss_that_is_no_number_is_shown(tmp_path, monkeypatch):
     """It is not left out of the mean of the steps that are logged together."""
     losses = iter([1.0, math.nan, 1.0, 1.0])
-    whole = DFlashObjective.__call__
+    whole = DFlashObjective.forward
 
-    def broken(self, model, *inputs):
-        result = whole(self, model, *inputs)
-        return result._replace(losses=result.losses * next(losses)) if model.training else result
+    def broken(self, *inputs):
+        result = whole(self, *inputs)
+        return result._replace(losses=result.losses * next(losses)) if self.training else result
 
-    monkeypatch.setattr(DFlashObjective, "__call__", broken)
+    monkeypatch.setattr(DFlashObjective, "forward", broken)
     target, drafter = tiny_pair("llama")
     log = train_drafter(drafter, target, Cycles(), tmp_path, Recipe(steps=4, batch_size=4, anchors=4, log_every=2))
     assert math.isnan(log[0]["loss"])

@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 from dflash_ext.models import load_drafter
+from dflash_ext.train.objectives import DFlashObjective
 from python_tests.tiny import tiny_pair
 from python_tests.train.ranks import step_and_measure, torchrun, train
 
@@ -36,7 +37,7 @@ def test_two_ranks_equal_one_with_twice_the_accumulation(tmp_path):
 def test_a_drafter_that_fsdp2_shards(tmp_path):
     """Its gradients, the figures of its evaluation and what is saved of it are those of a whole one."""
     target, drafter = tiny_pair("llama")
-    figures, gradient = step_and_measure(target, drafter, 0, 1)
+    figures, gradient = step_and_measure(DFlashObjective(drafter.train(), target), 0, 1)
     torchrun("-m", "python_tests.train.ranks", "sharded", tmp_path)
     torch.testing.assert_close(load_file(tmp_path / "gradient.safetensors")["gradient"], gradient, rtol=1e-3, atol=1e-5)
     theirs = json.loads((tmp_path / "figures.json").read_text())

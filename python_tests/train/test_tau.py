@@ -5,7 +5,7 @@ import torch
 
 from dflash_ext.decode import decode
 from dflash_ext.train import AnchorCollator
-from dflash_ext.train.objectives import DFlashObjective
+from dflash_ext.train.objectives import DFlashObjective, Losses
 from dflash_ext.train.tau import TauOfBlocks, commit_limits
 from python_tests.tiny import MASK_TOKEN, tiny_pair
 
@@ -22,7 +22,7 @@ def perfect_tau(*answers: int, block_size: int = 6, first_slot: int = 1, anchors
     batch = AnchorCollator(anchors, block_size, MASK_TOKEN, first_slot)(samples)
     blocks = TauOfBlocks()
     counts = batch["counts"][:, :, first_slot:]
-    blocks.add(batch["anchors"], counts, batch["limits"])
+    blocks.add(batch, Losses(counts.float(), counts, torch.ones_like(counts)))
     tokens, cycles = blocks.take()
     return float(tokens / cycles)
 
@@ -74,14 +74,13 @@ def test_with_all_anchors_it_is_the_tau_of_decoding(first_slot):
     optimizer = torch.optim.AdamW(drafter.parameters(), lr=3e-3)
     features = target.features(batch["input_ids"])
     for _ in range(15):
-        losses, counts, correct = objective(drafter, batch, features)
+        losses = objective(batch, features).losses
         optimizer.zero_grad()
         (losses.sum() / objective.divisor(batch)).backward()
         optimizer.step()
     blocks = TauOfBlocks()
     with torch.no_grad():
-        losses, counts, correct = objective(drafter, batch, features)
-    blocks.add(batch["anchors"], correct & counts, batch["limits"])
+        blocks.add(batch, objective(batch, features))
     tokens, cycles = blocks.take()
     committed = [
         decode(target, drafter.eval(), [prompt], max_new_tokens=length).completions[0].committed

@@ -3,6 +3,7 @@ import json
 import pytest
 import torch
 from accelerate import PartialState
+from torch import nn
 from torch._dynamo.utils import counters
 from transformers import TrainingArguments
 
@@ -10,16 +11,14 @@ from dflash_ext.decode import decode
 from dflash_ext.models import DFlashDrafter, load_drafter
 from dflash_ext.train import (
     AnchorCollator,
-    DFlashTrainer,
+    ObjectiveTrainer,
     Recipe,
     dpace,
     position_decay,
-    run,
     save_drafter,
     train_drafter,
 )
 from dflash_ext.train.objectives import DFlashObjective
-from dflash_ext.train.recipe import training_arguments
 from python_tests.tiny import MASK_TOKEN, tiny_pair
 
 
@@ -43,7 +42,7 @@ class Cycles(torch.utils.data.Dataset):
 
 def a_trainer(target, drafter, tmp_path, gamma):
     args = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none", remove_unused_columns=False)
-    return DFlashTrainer(DFlashObjective(drafter, target, gamma), args=args)
+    return ObjectiveTrainer(DFlashObjective(drafter, target, gamma), args=args)
 
 
 def reduced_vocabulary(drafter: DFlashDrafter, drafted: torch.Tensor) -> DFlashDrafter:
@@ -74,7 +73,7 @@ def test_the_loss_is_its_definition(family, first_slot, drafted, gamma, tmp_path
         drafter = reduced_vocabulary(drafter, torch.tensor(drafted))
     batch = AnchorCollator(4, 6, MASK_TOKEN, first_slot)([Cycles()[i] for i in (1, 3)])
     trainer = a_trainer(target, drafter, tmp_path, gamma)
-    loss = trainer.compute_loss(drafter, batch)
+    loss = trainer.compute_loss(trainer.model, batch)
 
     total = divisor = 0.0
     for row in range(2):
@@ -123,7 +122,7 @@ def test_accumulation_changes_nothing(gamma, tmp_path):
         batches = [collate([Cycles()[i] for i in range(begin, begin + size)]) for begin in range(0, 8, size)]
         batches, divisor = trainer.get_batch_samples(iter(batches), accumulation, torch.device("cpu"))
         for batch in batches:
-            trainer.training_step(drafter, batch, divisor)
+            trainer.training_step(trainer.model, batch, divisor)
         gradients.append(torch.cat([p.grad.flatten() for p in drafter.parameters()]))
     torch.testing.assert_close(*gradients, atol=1e-5, rtol=1e-3)
 
@@ -188,12 +187,8 @@ def test_an_interrupted_run_resumes(tmp_path):
 def test_a_compiled_training_is_two_graphs(tmp_path, monkeypatch):
     """The second one is for sequences of any length."""
 
-    def traced_alone(*arguments):  # without the time that Inductor takes
-        args = training_arguments(*arguments)
-        monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "AOT_EAGER")
-        return args
-
-    monkeypatch.setattr(run, "training_arguments", traced_alone)
+    # It is traced alone, without the time that Inductor takes.
+    monkeypatch.setattr(DFlashDrafter, "compile", lambda self, **_: nn.Module.compile(self, backend="aot_eager"))
     torch._dynamo.reset()
     counters.clear()
     target, drafter = tiny_pair("llama")
@@ -241,7 +236,7 @@ def test_saving_in_bfloat16_leaves_the_drafter_in_float32(tmp_path):
 
 
 def test_one_process_of_torchrun_saves_for_all(tmp_path, monkeypatch):
-    monkeypatch.setattr(DFlashTrainer, "is_world_process_zero", lambda self: False)
+    monkeypatch.setattr(ObjectiveTrainer, "is_world_process_zero", lambda self: False)
     monkeypatch.setattr(PartialState, "is_main_process", property(lambda self: False))
     target, drafter = tiny_pair("llama")
     assert train_drafter(drafter, target, Cycles(8), tmp_path, Recipe(steps=1, batch_size=4))

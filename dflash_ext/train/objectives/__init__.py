@@ -1,3 +1,5 @@
-from .dflash import BlockLosses, DFlashObjective
+from ..losses import Losses
+from .dflash import DFlashObjective
+from .objective import Objective
 
-__all__ = ["BlockLosses", "DFlashObjective"]
+__all__ = ["DFlashObjective", "Losses", "Objective"]

@@ -3,62 +3,80 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ...models import DFlashDrafter, Target
 from ...ops import linear_cross_entropy
 from ..anchors import dpace, position_decay
+from ..losses import Losses
+from ..parallel import is_sharded, whole_copy
+from ..tau import TauOfBlocks
+from .objective import Objective
+
+# What the drafter of a checkpoint and the one that continues it have in common.
+IDENTITY = (
+    *("hidden_size", "num_hidden_layers", "intermediate_size", "block_size", "dflash_config"),
+    *("sample_from_anchor", "is_causal", "window_convention"),
+)
 
 
-class BlockLosses(NamedTuple):
-    """The results of the K drafted slots of a batch's blocks: ``[B, N, K]`` each.
-
-    Attributes:
-        losses: float32, the weighted negative log-likelihoods of the labels, 0 where a slot does not count.
-        counts: bool, the slots that have a label which the drafter can draft.
-        correct: bool, whether the label is the drafter's most probable token.
-    """
-
-    losses: Tensor
-    counts: Tensor
-    correct: Tensor
-
-
-@dataclass
-class DFlashObjective:
-    """The losses of a drafter on a batch of ``AnchorCollator``.
+class DFlashObjective(Objective):
+    """The losses of a drafter on a batch of ``AnchorCollator``: those of the K drafted slots of its blocks, [B, N, K].
 
     The loss of a drafted slot compares its distribution, under the target's frozen head, with the token that the target
-    generated or with the target's own distribution there. It is multiplied by the slot's weight.
+    generated or with the target's own distribution there. It is multiplied by the slot's weight. A slot counts if it
+    has a label which the drafter can draft.
 
-    Attributes:
+    Args:
+        drafter: the drafter that is trained, in float32, or in the target's dtype without autocast.
+        target: tapped at the drafter's layers.
         loss: "ce", the cross-entropy of the token; "kl" or "tv", the divergence or the total variation from the
             target's distribution (`linear_cross_entropy`). 1 - tv is the probability that a sampled draft is accepted.
         teacher_mix: the share of "kl" or "tv" in the loss, the rest being the cross-entropy.
         gamma: the decay of `position_decay` (7, 5, 4 for blocks of 16, 10, 8 in the paper); None weights by `dpace`.
         max_rows: a bound on the number of slots that count (see `linear_cross_entropy`). With it nothing waits for the
             device, so that the step can be captured in a CUDA graph.
+
+    Raises:
+        ValueError: the drafter was made for another target, or this target cannot teach its distributions.
     """
 
-    drafter: DFlashDrafter
-    target: Target
-    gamma: float | None = None
-    max_rows: int | None = None
-    loss: str = "ce"
-    teacher_mix: float = 1.0
+    noun = "drafter"
+    meter = TauOfBlocks
 
-    def __post_init__(self):
-        if self.loss != "ce":
-            self.target.check_head()
+    def __init__(
+        self,
+        drafter: DFlashDrafter,
+        target: Target,
+        gamma: float | None = None,
+        max_rows: int | None = None,
+        loss: str = "ce",
+        teacher_mix: float = 1.0,
+    ):
+        super().__init__(target)
+        drafter.check_target(target)
+        if loss != "ce":
+            target.check_head()
+        self.drafter = drafter
+        self.gamma, self.max_rows, self.loss, self.teacher_mix = gamma, max_rows, loss, teacher_mix
 
-    def __call__(
-        self, model: nn.Module, batch: Mapping[str, Tensor], features: Tensor, teacher_hidden: Tensor | None = None
-    ) -> BlockLosses:
-        """Runs `model`, which is the drafter or a module that wraps it, once for all blocks of the batch.
+    @property
+    def trained(self) -> DFlashDrafter:
+        return self.drafter
+
+    def identity(self) -> dict:
+        return {name: getattr(self.drafter.config, name) for name in IDENTITY}
+
+    def drafter_to_decode(self) -> DFlashDrafter:
+        """The drafter as it decodes after training: whole, and in the target's dtype. Every rank must call this."""
+        if is_sharded(self.drafter) or self.drafter.dtype != self.target.dtype:
+            return whole_copy(self.drafter, self.target.dtype)
+        return self.drafter
+
+    def forward(self, batch: Mapping[str, Tensor], features: Tensor, teacher_hidden: Tensor | None = None) -> Losses:
+        """Runs the drafter once for all blocks of the batch.
 
         Args:
             features: the target's context features of the batch's sequences, [B, S, taps * H].
@@ -68,7 +86,7 @@ class DFlashObjective:
         context_positions = batch.get("context_positions")
         if context_positions is None:
             context_positions = torch.arange(length, device=features.device).expand(len(features), -1)
-        hidden = model(
+        hidden = drafter(
             **self._noise(batch),
             context_hidden_states=features,
             position_ids=torch.cat([context_positions, batch["positions"].flatten(1)], dim=1),
@@ -90,7 +108,7 @@ class DFlashObjective:
         losses = result.loss.view(counts.shape)
         if self.gamma is None:
             losses = losses * dpace(result.nll.view(counts.shape), counts)
-        return BlockLosses(losses, counts, result.correct.view(counts.shape))
+        return Losses(losses, counts, result.correct.view(counts.shape))
 
     def of_target(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
         """What a call takes behind the batch: the target's features, and its hidden states if the loss needs them."""
