@@ -1,3 +1,4 @@
+from .denoiser import Denoiser
 from .drafter import DFlashDrafter
 from .drafter_config import DFlashConfig, default_taps
 from .drafter_files import load_drafter, save_drafter
@@ -9,6 +10,7 @@ from .target import Target
 __all__ = [
     "DFlashConfig",
     "DFlashDrafter",
+    "Denoiser",
     "LoraAdapter",
     "LoraDrafter",
     "Target",

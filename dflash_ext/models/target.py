@@ -295,26 +295,29 @@ class Target:
             positions: int64 [B, Q], each token's position in its row, or -1 for padding.
             cache: a cache of transformers, which knows where these tokens go.
             masks: the attention masks by kind of layer, as the model's attention implementation takes them.
-            columns: those that get logits; None for all.
+            columns: those that get logits; None for all. Without any, the head does not run.
             tapped: whether the features are wanted.
             given: more arguments of the model's forward.
 
         Returns:
-            logits [B, columns, V] in the model's dtype and the context features [B, Q, taps * H] (None without taps).
+            logits [B, columns, V] in the model's dtype (None without columns) and the context features
+            [B, Q, taps * H] (None without taps).
         """
-        # An index, not a number: given a number, some models (Gemma 4) also shorten what the taps read.
-        kept = 0 if columns is None else torch.tensor(columns, device=input_ids.device)
+        has_logits = columns is None or len(columns) > 0
+        if has_logits:
+            # An index, not a number: given a number, some models (Gemma 4) also shorten what the taps read.
+            given["logits_to_keep"] = 0 if columns is None else torch.tensor(columns, device=input_ids.device)
         with self._taps.reading() as outputs:
-            output = self.model(
+            output = (self.model if has_logits else self.decoder)(
                 input_ids=input_ids,
                 attention_mask=masks if len(masks) > 1 else next(iter(masks.values())),
                 position_ids=positions.clamp(min=0),
                 **{self.cache_argument: cache},
                 use_cache=True,
-                logits_to_keep=kept,
                 **given,
             )
-        return output.logits, self._concatenate(outputs) if tapped else None
+        features = self._concatenate(outputs) if tapped else None
+        return output.logits if has_logits else None, features
 
 
 def _decoder(model: PreTrainedModel) -> PreTrainedModel:

@@ -8,8 +8,8 @@ from torch import Tensor
 from ..checks import is_int, shown
 
 # Each operator draws from a stream of its own, because a draft and its verification must be independent even if they
-# have the same seed.
-SAMPLE, VERIFY = 1, 2
+# have the same seed. So does the noise of a canvas.
+SAMPLE, VERIFY, NOISE = 1, 2, 3
 
 
 def seed_tensor(op: str, seed: int | Tensor | torch.Generator, shape: torch.Size, device: torch.device) -> Tensor:
@@ -35,6 +35,14 @@ def uniforms_of(seed: Tensor, stream: int, rows: int, count: int) -> Tensor:
     key = _mix(_mix(_mix(seed + _GOLDEN) + stream) + index * _GOLDEN)
     bits = _mix(key[:, None] + torch.arange(1, count + 1, device=seed.device) * _GOLDEN)
     return _shifted(bits, 11).double() * 2.0**-53
+
+
+def derived(seed: Tensor, counter: Tensor) -> Tensor:
+    """Seeds that are independent of each other for every seed and counter; int64, of the shape to which they broadcast.
+
+    Sums of a seed and a counter are not: seed 0 at counter 1 would be seed 1 at counter 0.
+    """
+    return _mix(_mix(seed + _GOLDEN) + counter)
 
 
 # 2^64 over the golden ratio and SplitMix64's two multipliers, as the signed numbers that torch.int64 holds.

@@ -12,7 +12,7 @@ from ...reference.numerics import softcapped
 from ..kv_cache import KVCache
 from .families import embedding_of, target_stack
 from .layers import Rows
-from .masks import causal_masks, windows_of
+from .masks import Masks, causal_masks, windows_of
 
 
 class LeanForward:
@@ -50,18 +50,23 @@ class LeanForward:
         slots: Tensor,
         taps: Sequence[int] = (),
         ends: Sequence[tuple[int, int]] | None = None,
-    ) -> tuple[Tensor, Tensor | None]:
+        masks: Masks = causal_masks,
+    ) -> tuple[Tensor | None, Tensor | None]:
         """Reads tokens [B, R], of which the first `counts` [B] of a row exist, and adds them to the cache.
 
         Args:
             positions: int64 [B, R], from `start` [B] on; -1 for tokens that do not exist.
             slots: int32 [B].
             taps: the layers whose outputs are the features.
-            ends: the row and the column of each token that is to have logits; None is for all tokens.
+            ends: the row and the column of each token that is to have logits; None is for all tokens. Without any, the
+                head does not run and the logits are None.
+            masks: `causal_masks`, or `block_masks` for a block that sees all of itself.
 
         Returns the logits [B, R, V], or [len(ends), V], and the features [B, R, taps * H], None without taps.
         """
-        hidden, features = self.hidden(tokens, positions, start, counts, slots, taps)
+        hidden, features = self.hidden(tokens, positions, start, counts, slots, taps, masks)
+        if ends is not None and not ends:
+            return None, features
         if ends is not None:
             hidden = hidden[[row for row, _ in ends], [column for _, column in ends]]
         return self.logits(hidden), features
@@ -74,10 +79,11 @@ class LeanForward:
         counts: Tensor,
         slots: Tensor,
         taps: Sequence[int] = (),
+        masks: Masks = causal_masks,
     ) -> tuple[Tensor, Tensor | None]:
         """The output of the last layer [B, R, H] and the features; the arguments are those of `read`."""
-        masks = causal_masks(self.windows, start, tokens.shape[1], counts, self.cache.capacity)
-        rows = Rows(positions, positions, slots, masks)
+        seen = masks(self.windows, start, tokens.shape[1], counts, self.cache.capacity)
+        rows = Rows(positions, positions, slots, seen)
         hidden, features = self.stack.forward(self.embed(tokens).flatten(0, 1), rows, self.cache, taps)
         return hidden.view(*tokens.shape, -1), None if features is None else features.view(*tokens.shape, -1)
 

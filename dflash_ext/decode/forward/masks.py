@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 from torch import Tensor
 
 from ...masks import IntervalMask
 from ...models import Target
+
+Masks = Callable[[Mapping[str, int | None], Tensor, int, Tensor, int], dict[str, IntervalMask]]
 
 
 def windows_of(target: Target, kinds: Iterable[str]) -> dict[str, int | None]:
@@ -28,3 +30,20 @@ def causal_masks(
     """
     options = {"q_lens": counts, "causal": True, "kv_len": kv_len}
     return {kind: IntervalMask.decode(start, rows, window=window, **options) for kind, window in windows.items()}
+
+
+def block_masks(
+    windows: Mapping[str, int | None], start: Tensor, rows: int, counts: Tensor, kv_len: int
+) -> dict[str, IntervalMask]:
+    """The masks of a block that sees all of itself, as `causal_masks` otherwise.
+
+    All of its rows see the same cached tokens: on sliding layers, those in the window of the block's first row. This is
+    how DiffusionGemma's canvas reads its prompt.
+    """
+    options = {"q_lens": counts, "kv_len": kv_len}
+    return {
+        kind: IntervalMask.decode(
+            start, rows, kv_start=0 if window is None else (start - window + 1).clamp(min=0), **options
+        )
+        for kind, window in windows.items()
+    }

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from functools import partial
 
 import torch
@@ -14,7 +14,7 @@ from ...integrations import as_attention_mask
 from ...integrations.attention import NAME
 from ...models import Target
 from ..kv_cache import block_table, capacity_of
-from .masks import causal_masks, windows_of
+from .masks import Masks, causal_masks, windows_of
 
 
 class _Placement:
@@ -146,33 +146,37 @@ class ModuleForward:
         slots: Tensor,
         taps: Sequence[int] = (),
         ends: Sequence[tuple[int, int]] | None = None,
-    ) -> tuple[Tensor, Tensor | None]:
+        masks: Masks = causal_masks,
+    ) -> tuple[Tensor | None, Tensor | None]:
         """As that of `LeanForward`."""
-        masks = causal_masks(self.windows, start, tokens.shape[1], counts, self.capacity)
+        seen = masks(self.windows, start, tokens.shape[1], counts, self.capacity)
         given = {}
         if self.reads_slots:
-            masks = {kind: as_attention_mask(mask) for kind, mask in masks.items()}
+            seen = {kind: as_attention_mask(mask) for kind, mask in seen.items()}
             given["block_table"] = block_table(slots)
         else:
-            masks = {kind: mask.to_dense(self.target.dtype) for kind, mask in masks.items()}
+            seen = {kind: mask.to_dense(self.target.dtype) for kind, mask in seen.items()}
         self.cache.place(slots, positions, gathers=not self.reads_slots)
-        columns = None if ends is None else sorted({column for _, column in ends} or {0})
-        with _implementation(self.target.config, NAME if self.reads_slots else None):
+        columns = None if ends is None else sorted({column for _, column in ends})
+        with runs_block_attn([self.target]) if self.reads_slots else nullcontext():
             logits, features = self.target.step(
-                tokens, positions, self.cache, masks, columns=columns, tapped=bool(taps), **given
+                tokens, positions, self.cache, seen, columns=columns, tapped=bool(taps), **given
             )
-        if ends is not None:
+        if ends:
             rows = [row for row, _ in ends]
             logits = logits[rows, [columns.index(column) for _, column in ends]]
         return logits, features
 
 
 @contextmanager
-def _implementation(config, name: str | None) -> Iterator[None]:
-    """Sets the attention implementation of a model's config; None leaves it."""
-    before = config._attn_implementation
-    config._attn_implementation = name or before
+def runs_block_attn(modules: Iterable) -> Iterator[None]:
+    """Lets modules of transformers, or what else has their config, run with `block_attn`."""
+    configs = {id(module.config): module.config for module in modules}.values()
+    before = [config._attn_implementation for config in configs]
+    for config in configs:
+        config._attn_implementation = NAME
     try:
         yield
     finally:
-        config._attn_implementation = before
+        for config, implementation in zip(configs, before, strict=True):
+            config._attn_implementation = implementation

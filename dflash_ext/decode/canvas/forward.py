@@ -1,0 +1,117 @@
+"""The forward of a denoiser: it reads tokens into the cache, and gives the logits of canvases."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ...models import Denoiser
+from ...ops import soft_embedding
+from ..forward import target_forward
+from ..forward.masks import block_masks, causal_masks
+from .diffusion_gemma import DiffusionGemmaForward
+
+
+class CanvasForward(Protocol):
+    """What the canvas loop needs of a model.
+
+    Its methods take tokens [B, R], their positions (int64 [B, R], -1 for tokens that do not exist), how many tokens are
+    in the cache before them (`start`, int64 [B]), how many of them exist (`counts`, int64 [B]), and the slots of the
+    cache (int32 [B]). They read no host value.
+
+    mask_id: the mask token; None if there is none.
+    self_conditions: whether a step's logits are an input of the next one.
+    like: the embedding's weight, [V, H].
+    """
+
+    mask_id: int | None
+    self_conditions: bool
+    like: Tensor
+
+    def encode(self, tokens: Tensor, positions: Tensor, start: Tensor, counts: Tensor, slots: Tensor) -> None:
+        """Reads tokens of prompts into the cache."""
+
+    def commit(self, tokens: Tensor, positions: Tensor, start: Tensor, counts: Tensor, slots: Tensor) -> None:
+        """Reads finished canvases into the cache, in the form in which training saw a prefix."""
+
+    def denoise(
+        self, tokens: Tensor, positions: Tensor, start: Tensor, counts: Tensor, slots: Tensor, soft: Tensor | None
+    ) -> Tensor:
+        """The logits [B, R, V] of canvases. What the cache has behind `start` is overwritten.
+
+        soft: what `condition` returned for the step before, [B, R, H]; zeros in the first step.
+        """
+
+    def condition(self, logits: Tensor, temperature: Tensor) -> Tensor:
+        """The expected embeddings [B, R, H] of a step's logits at its temperature (float32 [B, R])."""
+
+
+class CausalForward:
+    """The forward of a `Denoiser`, whose weights both read the prompt and denoise.
+
+    Args:
+        slots, tokens: the number of rows, and the largest number of tokens in a row, as in `KVCache`.
+    """
+
+    def __init__(self, denoiser: Denoiser, *, slots: int, tokens: int):
+        self.denoiser, self.target = denoiser, denoiser.target
+        self.target.check_length(tokens, f"rows of {tokens} tokens")
+        self.forward = target_forward(self.target, slots=slots, tokens=tokens)
+        self.embedding = self.target.model.get_input_embeddings()
+        self.like = self.embedding.weight
+        self.mask_id, self.self_conditions = denoiser.mask_id, denoiser.self_conditioning is not None
+        self.block = block_masks if denoiser.attention == "bidirectional" else causal_masks
+        self.committed = block_masks if denoiser.prefix == "block_causal" else causal_masks
+
+    def encode(self, tokens: Tensor, positions: Tensor, start: Tensor, counts: Tensor, slots: Tensor) -> None:
+        self.forward.read(tokens, positions, start, counts, slots, ends=())
+
+    def commit(self, tokens: Tensor, positions: Tensor, start: Tensor, counts: Tensor, slots: Tensor) -> None:
+        self.forward.read(tokens, positions, start, counts, slots, ends=(), masks=self.committed)
+
+    def denoise(
+        self, tokens: Tensor, positions: Tensor, start: Tensor, counts: Tensor, slots: Tensor, soft: Tensor | None
+    ) -> Tensor:
+        with self._embedded(soft):
+            return self.forward.read(tokens, positions, start, counts, slots, masks=self.block)[0]
+
+    def condition(self, logits: Tensor, temperature: Tensor) -> Tensor:
+        expected = soft_embedding(logits, self.like, temperature=temperature)
+        return expected * (self.target.embedding_scale or 1.0)
+
+    @contextmanager
+    def _embedded(self, soft: Tensor | None) -> Iterator[None]:
+        """Replaces the output of the model's embedding: masked positions, then self-conditioning."""
+
+        def changed(module, args, embedded: Tensor) -> Tensor:
+            denoiser = self.denoiser
+            if denoiser.mask_embedding is not None:
+                is_masked = (args[0] == denoiser.mask_id).unsqueeze(-1)
+                embedded = torch.where(is_masked, denoiser.mask_embedding.to(embedded.dtype), embedded)
+            return denoiser.self_conditioning(embedded, soft) if denoiser.self_conditioning else embedded
+
+        handle = self.embedding.register_forward_hook(changed)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+
+def canvas_forward(model: Denoiser | PreTrainedModel, *, slots: int, tokens: int) -> CanvasForward:
+    """The forward of a denoiser or of a DiffusionGemma.
+
+    Raises:
+        ValueError: the model is neither of these, or rows of so many tokens do not fit.
+    """
+    if isinstance(model, Denoiser):
+        return CausalForward(model, slots=slots, tokens=tokens)
+    if type(model).__name__ == "DiffusionGemmaForBlockDiffusion":
+        return DiffusionGemmaForward(model, slots=slots, tokens=tokens)
+    raise ValueError(
+        f"{type(model).__name__} cannot decode canvases; a Denoiser or DiffusionGemmaForBlockDiffusion is needed"
+    )

@@ -1,0 +1,53 @@
+"""Runs the functions of the canvas loop: as CUDA graphs on a GPU, by plain calls elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from ..graphs import SIZES
+from .cycle import CanvasCycle
+
+
+class Runner:
+    """Calls a function of a cycle for the rows in some slots.
+
+    On a GPU, a call is one replay of a CUDA graph, captured at the first use for each number of rows. What changes from
+    call to call is in tensors of the cycle, so a graph serves prompts of any length.
+    """
+
+    def __init__(self, cycle: CanvasCycle):
+        self.cycle = cycle
+        self.graphs: dict[tuple[str, int], tuple[torch.cuda.CUDAGraph, Tensor]] = {}
+        self.sizes = [*(size for size in SIZES if size < cycle.spare), cycle.spare]
+        self.pool = torch.cuda.graph_pool_handle() if cycle.device.type == "cuda" else None
+
+    def __call__(self, name: str, slots: Sequence[int]) -> None:
+        """Calls the cycle's function of this name."""
+        function = getattr(self.cycle, name)
+        if self.pool is None:
+            function(torch.tensor(slots, device=self.cycle.device))
+            return
+        size = next(size for size in self.sizes if size >= len(slots))
+        if (name, size) not in self.graphs:
+            self.graphs[name, size] = self._capture(function, size)
+        graph, places = self.graphs[name, size]
+        filled = [*slots, *[self.cycle.spare] * (size - len(slots))]
+        places.copy_(torch.tensor(filled), non_blocking=True)
+        graph.replay()
+
+    def _capture(self, function: Callable[[Tensor], None], size: int) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+        """Only the spare slot is computed while a graph is made, so that no row changes."""
+        slots = torch.full((size,), self.cycle.spare, device=self.cycle.device)
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(2):
+                function(slots)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self.pool):
+            function(slots)
+        return graph, slots

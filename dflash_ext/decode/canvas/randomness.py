@@ -1,0 +1,56 @@
+"""The random numbers of canvases: the noise, and the draws of each step."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ...ops import sample
+from ...ops.random import NOISE, derived, uniforms_of
+from ...reference import Sample
+from .rows import Rows
+
+
+class Randomness(Protocol):
+    def noise(self, rows: Rows, vocab_size: int) -> Tensor:
+        """Uniform tokens for every position of the canvases, int64 [N, L]."""
+
+    def sample(self, logits: Tensor, rows: Rows, **options) -> tuple[Sample, Tensor]:
+        """Draws from logits [N, L, V]; the options are those of `ops.sample`. Also returns the draws' confidence."""
+
+
+class Seeded:
+    """Every random number follows from a row's seed, its position in the row and the step on its canvas.
+
+    So a row's tokens depend neither on the other rows nor on its slot.
+    """
+
+    def noise(self, rows: Rows, vocab_size: int) -> Tensor:
+        seeds = self._seeds(rows)
+        uniforms = uniforms_of(seeds.flatten(), NOISE, seeds.numel(), 1)
+        return (uniforms * vocab_size).long().view_as(seeds)
+
+    def sample(self, logits: Tensor, rows: Rows, **options) -> tuple[Sample, Tensor]:
+        return sample(logits, self._seeds(rows), return_confidence=True, **options)
+
+    def _seeds(self, rows: Rows) -> Tensor:
+        return derived(derived(rows.seed[:, None], rows.positions), rows.step[:, None])
+
+
+class LikeTransformers:
+    """Takes random numbers from torch's default generator in the order in which transformers' `generate` does.
+
+    DiffusionGemma's canvases are then the same ones at the same `torch.manual_seed`, as long as a batch stays together.
+    """
+
+    def noise(self, rows: Rows, vocab_size: int) -> Tensor:
+        return torch.randint(0, vocab_size, rows.canvas.shape, device=rows.canvas.device)
+
+    def sample(self, logits: Tensor, rows: Rows, **options) -> tuple[Sample, Tensor]:
+        drawn, confidence = sample(logits, 0, return_confidence=True, **options)
+        temperature = torch.as_tensor(options["temperature"], device=logits.device)
+        probabilities = torch.softmax(logits.float() / temperature[..., None], dim=-1)
+        tokens = torch.multinomial(probabilities.flatten(0, -2), 1).view(drawn.token.shape)
+        return drawn._replace(token=tokens), confidence

@@ -1,0 +1,84 @@
+"""DiffusionGemma on our canvas loop gives transformers' own tokens at the same random numbers."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from transformers.models.diffusion_gemma.generation_diffusion_gemma import EntropyBoundSamplerConfig
+
+from dflash_ext.decode.canvas import UniformDiffusion, decode_canvas
+from python_tests.decode.canvas.models import CANVAS, tiny_diffusion_gemma
+from python_tests.tiny import random_prompts
+
+PAD = 0
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_diffusion_gemma()
+
+
+def theirs(model, prompts, process, *, new_tokens, stop=None, pad=PAD, **given):
+    """The answers of transformers' generate, with all that it puts behind their ends, and the denoising steps."""
+    model.set_attn_implementation("sdpa")
+    longest = max(map(len, prompts))
+    ids = torch.tensor([[PAD] * (longest - len(prompt)) + prompt for prompt in prompts])
+    mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+    model.generation_config.eos_token_id, model.generation_config.pad_token_id = stop, pad
+    torch.manual_seed(5)
+    out = model.generate(
+        ids,
+        attention_mask=mask,
+        max_new_tokens=new_tokens,
+        max_denoising_steps=process.steps,
+        sampler_config=EntropyBoundSamplerConfig(process.entropy_bound),
+        t_min=process.t_min,
+        t_max=process.t_max,
+        stability_threshold=process.stability,
+        confidence_threshold=process.confidence,
+        **given,
+    )
+    return out.sequences[:, longest:].tolist(), out.tokens_per_forward.tolist()
+
+
+def ours(model, prompts, process, *, new_tokens, stop=None, pad=PAD, **given):
+    torch.manual_seed(5)
+    return decode_canvas(
+        model,
+        prompts,
+        process,
+        max_new_tokens=new_tokens,
+        stop_token_ids=stop,
+        pad_token_id=pad,
+        like_transformers=True,
+        **given,
+    )
+
+
+def assert_equal(decoded, expected, per_forward):
+    for completion, tokens, rate in zip(decoded.completions, expected, per_forward, strict=True):
+        assert completion.tokens == tokens[: len(completion.tokens)]
+        assert all(token == PAD for token in tokens[len(completion.tokens) :])
+        assert sum(token != PAD for token in completion.tokens) / sum(completion.steps) == pytest.approx(rate)
+
+
+COOLING = UniformDiffusion(steps=20, entropy_bound=9.0, t_min=0.05, t_max=0.15, stability=1, confidence=2.5)
+PROCESSES = {
+    "defaults": UniformDiffusion(steps=8),
+    "one step": UniformDiffusion(steps=1),
+    "loose": UniformDiffusion(steps=6, entropy_bound=9.0, t_min=0.1, t_max=0.3),
+    "hot": UniformDiffusion(steps=6, entropy_bound=2.0, t_min=1.0, t_max=1.5),
+    "confident": replace(COOLING, stability=0, confidence=1.0),
+    "stable": COOLING,
+    "stable for two": replace(COOLING, stability=2),
+}
+
+
+@pytest.mark.parametrize("process", PROCESSES.values(), ids=PROCESSES)
+@pytest.mark.parametrize("lengths", [(14,), (17, 3, 9, 1)], ids=str)
+def test_tokens_are_those_of_transformers(model, lengths, process):
+    """Prompts of unequal length, shorter and longer than the window, over three canvases."""
+    prompts = random_prompts(*lengths)
+    expected, per_forward = theirs(model, prompts, process, new_tokens=3 * CANVAS)
+    decoded = ours(model, prompts, process, new_tokens=3 * CANVAS)
+    assert_equal(decoded, expected, per_forward)
