@@ -16,12 +16,13 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
+from torch.utils.data._utils.collate import default_collate_fn_map
 
 from .checks import check_one_device, is_int, shown
 from .native import load
 
 Length = int | Tensor
-_BOUNDS = ("ctx_lo", "ctx_hi", "blk_lo", "blk_hi")
+BOUNDS = ("ctx_lo", "ctx_hi", "blk_lo", "blk_hi")
 _INTEGERS = (torch.int32, torch.int64)
 _LARGEST = (1 << 31) - 1
 _FAR = 1 << 30  # beyond every key, and far from where int32 ends
@@ -62,14 +63,14 @@ class IntervalMask:
     planned_for: tuple | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
-        for name in _BOUNDS:
+        for name in BOUNDS:
             bound = getattr(self, name)
             if bound.dim() != 2 or bound.dtype != torch.int32 or bound.shape != self.ctx_lo.shape:
                 raise ValueError(
                     f"IntervalMask: {name} is {shown(bound)}; the four bounds are int32 [B, Lq] of one shape"
                 )
             object.__setattr__(self, name, bound.contiguous())
-        check_one_device("IntervalMask", **dict(zip(_BOUNDS, self._bounds(), strict=True)))
+        check_one_device("IntervalMask", **dict(zip(BOUNDS, self._bounds(), strict=True)))
         object.__setattr__(self, "kv_len", _int("__init__", "kv_len", self.kv_len))
 
     @property
@@ -85,9 +86,25 @@ class IntervalMask:
     def device(self) -> torch.device:
         return self.ctx_lo.device
 
-    def to(self, device: Device) -> IntervalMask:
+    def to(self, device: Device, *, non_blocking: bool = False) -> IntervalMask:
         """The same mask on another device."""
-        return IntervalMask(*(bound.to(device) for bound in self._bounds()), self.kv_len)
+        return self._of_bounds(lambda bound: bound.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> IntervalMask:
+        """The same mask in pinned memory, from which ``to(device, non_blocking=True)`` does not wait for the copy."""
+        return self._of_bounds(Tensor.pin_memory)
+
+    def __getitem__(self, entries: int | slice | Tensor) -> IntervalMask:
+        """The masks of these entries of the batch. A mask that serves all entries serves any part of them, too.
+
+        Raises IndexError for an entry that does not exist.
+        """
+        if is_int(entries):
+            return self._of_bounds(lambda bound: bound[entries][None])
+        return self if self.batch == 1 else self._of_bounds(lambda bound: bound[entries])
+
+    def _of_bounds(self, change: Callable[[Tensor], Tensor]) -> IntervalMask:
+        return IntervalMask(*map(change, self._bounds()), self.kv_len)
 
     def _bounds(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         return self.ctx_lo, self.ctx_hi, self.blk_lo, self.blk_hi
@@ -817,7 +834,7 @@ def _(cache_lens, q_lens, kv_starts, q_len, kv_start, block_len, *others):
 
 def _keyed_leaves(mask: IntervalMask) -> tuple[list[tuple[pytree.GetAttrKey, Tensor]], tuple]:
     """The tensors are leaves. kv_len and planned_for are structure, so that compile and export keep the numbers."""
-    names = _BOUNDS + (() if mask.tiles is None else ("tiles",))
+    names = BOUNDS + (() if mask.tiles is None else ("tiles",))
     return [(pytree.GetAttrKey(name), getattr(mask, name)) for name in names], (mask.kv_len, mask.planned_for)
 
 
@@ -830,7 +847,7 @@ def _from_leaves(leaves: Iterable, structure: tuple) -> IntervalMask:
     """Makes a mask without checks, because a tree_map may put anything in the place of the tensors."""
     mask = object.__new__(IntervalMask)
     kv_len, planned_for = structure
-    named = dict(zip((*_BOUNDS, "tiles"), leaves, strict=False), kv_len=kv_len, planned_for=planned_for)
+    named = dict(zip((*BOUNDS, "tiles"), leaves, strict=False), kv_len=kv_len, planned_for=planned_for)
     for name, value in named.items():
         object.__setattr__(mask, name, value)  # not `__dict__.update`, which torch.compile cannot trace in torch 2.11
     return mask
@@ -852,3 +869,16 @@ pytree.register_pytree_node(
 )
 # torch.load reads masks by default, with weights_only=True, once this package is imported.
 torch.serialization.add_safe_globals([IntervalMask])
+
+
+def _collate(masks: Sequence[IntervalMask], *, collate_fn_map: Any = None) -> IntervalMask:
+    """What a DataLoader makes of the masks of its samples: one for the batch."""
+    shapes = {(mask.q_len, mask.kv_len) for mask in masks}
+    if len(shapes) > 1:
+        raise ValueError(
+            f"IntervalMask: masks of {sorted(shapes)} rows and keys do not make a batch; pad them to one size"
+        )
+    return IntervalMask(*map(torch.cat, zip(*(mask._bounds() for mask in masks), strict=True)), masks[0].kv_len)
+
+
+default_collate_fn_map[IntervalMask] = _collate

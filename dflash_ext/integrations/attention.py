@@ -177,14 +177,15 @@ def block_attention(
     else:
         causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
         mask = _default(query.shape[2], key.shape[2], causal, sliding_window, query.device)
-    if s_aux is None and block_table is not None:
+    if block_table is not None and s_aux is None and value.shape == key.shape:
         pages = key.transpose(1, 2), value.transpose(1, 2)
         out = block_attn_decode(query, *pages, mask, block_table=block_table, scale=scaling, softcap=softcap)
-    elif s_aux is None:
+        return out.transpose(1, 2).contiguous(), None
+    if block_table is not None:
+        key, value = key[block_table[:, 0]], value[block_table[:, 0]]
+    if s_aux is None:
         out = _attend(query, key, value, mask, scale=scaling, softcap=softcap)
     else:
-        if block_table is not None:
-            key, value = key[block_table[:, 0]], value[block_table[:, 0]]
         out, lse = block_attn(query, key, value, mask, scale=scaling, softcap=softcap, return_lse=True)
         # The share of the softmax that the keys keep beside the sink: e^lse / (e^lse + e^sink).
         out = out * torch.sigmoid(lse - s_aux.to(lse.dtype)[:, None]).unsqueeze(-1).to(out.dtype)
@@ -209,7 +210,8 @@ def _call(model: PreTrainedModel, *args, **kwargs):
 def _attend(query: Tensor, key: Tensor, value: Tensor, mask: IntervalMask, **scaling: float | None) -> Tensor:
     """Calls ``block_attn``, or ``block_attn_decode`` for few rows that need no gradient."""
     differentiated = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
-    if differentiated or query.shape[2] > DECODE_ROWS or query.shape[2] == key.shape[2]:
+    is_cached = query.shape[2] <= DECODE_ROWS and query.shape[2] != key.shape[2]
+    if differentiated or not is_cached or value.shape != key.shape:
         return block_attn(query, key, value, mask, **scaling)
     return block_attn_decode(query, key, value, mask, **scaling)
 

@@ -6,18 +6,17 @@ from typing import NoReturn
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from .. import reference
 from ..checks import check_numbers, check_tensors, shown
-from ..masks import IntervalMask, check_head_dim
+from ..masks import BOUNDS, IntervalMask, check_head_dim
 from ..native import load
-from .autograd import has_no_gradient, refuse_forward_mode, refuse_second_derivative
+from .autograd import differentiable, differentiable_once, has_no_gradient, refuse_forward_mode
 from .backends import warn_of_portable_kernels, warn_once
 from .devices import autocast
 
 load()
-_block_attn = torch.ops.dflash_ext.block_attn.default
-_block_attn_backward = torch.ops.dflash_ext.block_attn_backward.default
 _block_attn_decode = torch.ops.dflash_ext.block_attn_decode.default
 
 _GPU_DTYPES = (torch.bfloat16, torch.float16)
@@ -39,7 +38,9 @@ def block_attn(
 
     Args:
         q: ``[B, Hq, Lq, D]``, floating; D a multiple of 8, at most 512; last dimension contiguous.
-        k, v: ``[B, Hkv, Lk, D]`` of q's dtype; Hkv divides Hq, and query head h reads key head h * Hkv // Hq.
+        k: ``[B, Hkv, Lk, D]`` of q's dtype; Hkv divides Hq, and query head h reads key head h * Hkv // Hq.
+        v: ``[B, Hkv, Lk, Dv]``, Dv at most D. Narrower values (multi-head latent attention) are padded with zeros, so
+            that they take as long as ones of D.
         mask: Lq rows over Lk keys, for the B entries of the batch or for one that serves all, on q's device.
         scale: the factor of the scores; None is D ** -0.5.
         softcap: turns scores into ``softcap * tanh(scores / softcap)`` (Gemma 2); None for none.
@@ -47,7 +48,7 @@ def block_attn(
         return_lse: also return the natural log of each row's sum of exp(scores). It has a gradient, too.
 
     Returns:
-        ``[B, Hq, Lq, D]`` in q's dtype; with return_lse also float32 (float64 for float64) ``[B, Hq, Lq]``.
+        ``[B, Hq, Lq, Dv]`` in q's dtype; with return_lse also float32 (float64 for float64) ``[B, Hq, Lq]``.
         A row that sees no key has an output of 0, an LSE of -inf, and zero gradients.
 
     k and v must be finite. The kernels work on tiles, so a value that is not finite can also reach rows that do not see
@@ -68,7 +69,10 @@ def block_attn(
         tiles = mask.tiles
         if tiles is not None:
             tiles = mask.tiles_for(q.shape[1], k.shape[1], q.shape[3])
-        out, lse = _block_attn(q, k, v, *keys[0], keys[1], tiles, scale, softcap, deterministic)
+        width = v.shape[3]
+        values = v if width >= k.shape[3] else pad(v, (0, k.shape[3] - width))
+        out, lse = _block_attn(q, k, values, *keys[0], keys[1], tiles, scale, softcap, deterministic)
+        out = out if values is v else out[..., :width]
         if q.is_cuda:
             warn_of_portable_kernels(q.device)
         return (out, lse) if return_lse else out
@@ -229,7 +233,9 @@ def _check(
     batch, heads, rows, head_dim = q.shape
     kv_heads = k.shape[2 if paged else 1]
     mask_batch, mask_rows = bounds[0].shape
-    if k.shape != v.shape or head_dim != k.shape[3] or not (paged or batch == k.shape[0]):
+    narrower = op == "block_attn" and k.dim() == v.dim() and v.shape[3] < k.shape[3]
+    values = (*v.shape[:3], k.shape[3]) if narrower else v.shape
+    if k.shape != values or head_dim != k.shape[3] or not (paged or batch == k.shape[0]):
         fail("they do not fit" if op == "block_attn" or paged else "they do not fit (pages need a block_table)")
     if mask_rows != rows or mask_batch not in (1, batch):
         fail(f"the mask is for batch {mask_batch} and {mask_rows} rows, q has {batch} and {rows}")
@@ -313,6 +319,26 @@ def _backward(ctx, grad_out, grad_lse):
     return *grads, *[None] * 9
 
 
-torch.library.register_autograd("dflash_ext::block_attn", _backward, setup_context=_keep)
-refuse_second_derivative("block_attn")
+def _as_one_batch(op, info, in_dims: tuple, *inputs) -> tuple:
+    """The rule of vmap: the mapped entries join the batch. A mask that serves all of them is not repeated."""
+    names = [argument.name for argument in op._schema.arguments]
+    given = {name: (x, dim) for name, x, dim in zip(names, inputs, in_dims, strict=True)}
+    serves_all = all(dim is None and len(x) == 1 for x, dim in map(given.get, BOUNDS))
+    q, q_dim = given["q"]
+    batch = q.shape[0 if q_dim is None else int(q_dim == 0)]
+
+    def joined(name: str, x, dim: int | None):
+        if name == "plan" or not isinstance(x, Tensor):
+            return None if name == "plan" else x
+        if name in BOUNDS and serves_all:
+            return x
+        x = x.expand(info.batch_size, *x.shape) if dim is None else x.movedim(dim, 0)
+        return x.expand(-1, batch, *x.shape[2:]).flatten(0, 1)
+
+    results = op(*(joined(name, *given[name]) for name in names))
+    return tuple(x.unflatten(0, (info.batch_size, batch)) for x in results), (0,) * len(results)
+
+
+_block_attn_backward = differentiable_once("block_attn", _as_one_batch)
+_block_attn = differentiable("block_attn", _keep, _backward, _as_one_batch)
 has_no_gradient("block_attn_decode")

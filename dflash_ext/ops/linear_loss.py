@@ -8,10 +8,9 @@ from ..reference import CrossEntropy
 from .autograd import refuse_forward_mode
 from .backends import warn_of_portable_kernels
 from .devices import autocast
-from .linear_loss_ops import loss_of_rows
+from .linear_loss_ops import loss_of_rows, traced_loss_of_rows
 from .loss import DTYPES, check_normaliser, check_rows, options_of, real_dtype, reduced, weight_of
 
-_native = torch.ops.dflash_ext
 _OP = "linear_cross_entropy"
 
 # How many logits the loss kernel handles at a time. On a GPU these are enough rows for the matrix products to run at
@@ -137,7 +136,7 @@ def linear_cross_entropy(
         # The size of what is kept has to be known.
         keep = train_head and (weight is None or max_rows is not None)
         made = per_row, train_hidden and not train_head, keep
-        losses, nll, correct, entropy, *_ = _native.linear_cross_entropy(*sized, *made, *numbers)
+        losses, nll, correct, entropy, *_ = traced_loss_of_rows(*sized, *made, *numbers)
     else:
         losses, nll, correct, entropy = loss_of_rows(sized, numbers, per_row, train_hidden, train_head)
     warn_of_portable_kernels(hidden.device)

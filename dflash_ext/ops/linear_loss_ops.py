@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .autograd import first_derivatives, refuse_second_derivative
+from .autograd import differentiable, differentiable_once, first_derivatives
 from .loss import OPTIONS_SCHEMA, real_dtype
 
 _native = torch.ops.dflash_ext
@@ -415,9 +415,9 @@ def _backward(ctx, grad_losses, *_):
     if grad_losses is None:
         return tuple(nothing)
     trained = ctx.needs_input_grad[:2]
-    grads = _native.linear_cross_entropy_backward(grad_losses, *ctx.saved_tensors, *ctx.sizes, *trained, *ctx.options)
+    grads = _loss_backward(grad_losses, *ctx.saved_tensors, *ctx.sizes, *trained, *ctx.options)
     return *(grad if train else None for grad, train in zip(grads, trained, strict=True)), *nothing[2:]
 
 
-_forward.register_autograd(_backward, setup_context=_keep)
-refuse_second_derivative("linear_cross_entropy")
+_loss_backward = differentiable_once(_OP)
+traced_loss_of_rows = differentiable(_OP, _keep, _backward)

@@ -9,7 +9,7 @@ from torch import Tensor
 from ..checks import check_numbers, check_one_device, shown
 from ..native import load
 from ..reference import CrossEntropy
-from .autograd import refuse_forward_mode, refuse_second_derivative
+from .autograd import differentiable, differentiable_once, refuse_forward_mode
 from .devices import autocast_dtype
 
 load()
@@ -114,7 +114,7 @@ def masked_cross_entropy(
     target = target.to(torch.int64).reshape(rows).contiguous()
     weight = None if weight is None else weight.reshape(rows)
     weight = weight_of(target, weight, ignore_index, real_dtype(logits))
-    losses, nll, correct, entropy, _ = _native.masked_cross_entropy(
+    losses, nll, correct, entropy, _ = _losses(
         logits,
         target,
         weight,
@@ -262,9 +262,9 @@ def _backward(ctx, grad_losses, *_):
     if grad_losses is None:
         return (None,) * 9
     saved = ctx.saved_tensors
-    grad = _native.masked_cross_entropy_backward(grad_losses.contiguous(), *saved, *ctx.options)
+    grad = _losses_backward(grad_losses.contiguous(), *saved, *ctx.options)
     return grad, *[None] * 8
 
 
-torch.library.register_autograd("dflash_ext::masked_cross_entropy", _backward, setup_context=_keep)
-refuse_second_derivative("masked_cross_entropy")
+_losses_backward = differentiable_once("masked_cross_entropy")
+_losses = differentiable("masked_cross_entropy", _keep, _backward)

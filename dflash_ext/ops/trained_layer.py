@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .. import reference
 from ..native import load
-from .autograd import refuse_forward_mode, refuse_second_derivative
+from .autograd import differentiable, differentiable_once, refuse_forward_mode
 from .devices import autocast
 from .layer import ACTIVATIONS
 from .loss import real_dtype
@@ -45,7 +45,7 @@ def rms_norm(
         normed = reference.rms_norm(total, weight, eps)
         return normed if update is None else (total, normed)
     rows = _rows(x)
-    total, normed = _ops.rms_norm(rows, None if update is None else _rows(update), weight.to(x.dtype), eps)
+    total, normed = _rms_norm(rows, None if update is None else _rows(update), weight.to(x.dtype), eps)
     normed = normed.view(x.shape)
     return normed if update is None else (total.view(x.shape), normed)
 
@@ -70,7 +70,7 @@ def rotate_heads(x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, *, eps: fl
         return reference.rotate_heads(x, weight, cos, sin, eps)
     real = real_dtype(x)
     tables = (table.detach().to(real).expand(*x.shape[:2], -1).flatten(0, 1).contiguous() for table in (cos, sin))
-    return _ops.rotate_heads(x.flatten(0, 1).contiguous(), weight.to(real), *tables, eps).view(x.shape)
+    return _rotate_heads(x.flatten(0, 1).contiguous(), weight.to(real), *tables, eps).view(x.shape)
 
 
 def gated_linear(gate: Tensor, up: Tensor, weight: Tensor, activation: str = "silu") -> Tensor:
@@ -95,7 +95,7 @@ def gated_linear(gate: Tensor, up: Tensor, weight: Tensor, activation: str = "si
     gate, up, weight = autocast(gate, up, weight)
     if gate.is_cuda and gate.dtype == torch.float64:
         return reference.gated_linear(gate, up, weight, activation)
-    out = _ops.gated_linear(_rows(gate), _rows(up), weight, ACTIVATIONS.index(activation))
+    out = _linear_of_pair(_rows(gate), _rows(up), weight, ACTIVATIONS.index(activation))
     return out.view(*gate.shape[:-1], len(weight))
 
 
@@ -135,12 +135,12 @@ def _norm_backward(ctx, grad_total, grad):
     if grad is None:
         return grad_total, grad_total if ctx.has_update else None, None, None
     grad_total = grad_total.contiguous() if ctx.has_update and grad_total is not None else None
-    grad_x, parts = _ops.rms_norm_backward(grad.contiguous(), grad_total, total, weight, ctx.eps)
+    grad_x, parts = _rms_norm_backward(grad.contiguous(), grad_total, total, weight, ctx.eps)
     return grad_x, grad_x if ctx.has_update else None, parts.sum(0).to(weight.dtype), None
 
 
-torch.library.register_autograd("dflash_ext::rms_norm", _norm_backward, setup_context=_keep_norm)
-refuse_second_derivative("rms_norm")
+_rms_norm_backward = differentiable_once("rms_norm")
+_rms_norm = differentiable("rms_norm", _keep_norm, _norm_backward)
 
 
 # ------------------------------------------------------------------- rotate_heads
@@ -162,12 +162,12 @@ def _keep_heads(ctx, inputs, output):
 
 
 def _heads_backward(ctx, grad):
-    grad_x, parts = _ops.rotate_heads_backward(grad.contiguous(), *ctx.saved_tensors, ctx.eps)
+    grad_x, parts = _rotate_heads_backward(grad.contiguous(), *ctx.saved_tensors, ctx.eps)
     return grad_x, parts.sum(0), None, None, None
 
 
-torch.library.register_autograd("dflash_ext::rotate_heads", _heads_backward, setup_context=_keep_heads)
-refuse_second_derivative("rotate_heads")
+_rotate_heads_backward = differentiable_once("rotate_heads")
+_rotate_heads = differentiable("rotate_heads", _keep_heads, _heads_backward)
 
 
 # ------------------------------------------------------------------- gated_linear
@@ -218,9 +218,9 @@ def _keep_pair(ctx, inputs, output):
 
 def _pair_backward(ctx, grad):
     train_weight = ctx.needs_input_grad[2]
-    grads = _ops.gated_linear_backward(grad.contiguous(), *ctx.saved_tensors, ctx.activation, train_weight)
+    grads = _linear_backward(grad.contiguous(), *ctx.saved_tensors, ctx.activation, train_weight)
     return *grads[:2], grads[2] if train_weight else None, None
 
 
-_gated_linear.register_autograd(_pair_backward, setup_context=_keep_pair)
-refuse_second_derivative("gated_linear")
+_linear_backward = differentiable_once("gated_linear")
+_linear_of_pair = differentiable("gated_linear", _keep_pair, _pair_backward)

@@ -9,7 +9,7 @@ from python_tests.decode.test_families import tiny
 from python_tests.tiny import FAMILIES, random_prompts, tiny_model
 
 # Attention that block_attn serves in its place, and attention that gets copies of the slots and dense masks.
-READS_SLOTS = {"gpt2": True, "gpt_oss": True, "gemma4_text": True, "deepseek_v3": False, "xglm": False}
+READS_SLOTS = {"gpt2": True, "gpt_oss": True, "gemma4_text": True, "deepseek_v3": True, "xglm": False}
 
 
 def model_of(family: str):

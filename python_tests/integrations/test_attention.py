@@ -361,6 +361,23 @@ def test_sinks_of_a_row_that_sees_nothing():
     assert not out.any() and not any(grad.any() for grad in torch.autograd.grad(out.sum(), (*qkv, sinks)))
 
 
+@pytest.mark.parametrize("rows", [6, 2])
+@pytest.mark.parametrize("train", [False, True])
+def test_values_narrower_than_keys(rows, train):
+    module, query, key, value = attention_inputs(rows=rows)
+    with torch.set_grad_enabled(train):
+        got, want = (
+            block_attention(module, query, key, padded, None)[0]
+            for padded in (value[..., :8], torch.nn.functional.pad(value[..., :8], (0, 8)))
+        )
+        torch.testing.assert_close(got, want[..., :8])
+        slots = torch.tensor([[1], [0]], dtype=torch.int32)
+        mask = IntervalMask.full(6, q_len=rows)
+        own = block_attention(module, query, key, value[..., :8], None, interval_mask=mask, block_table=slots)[0]
+        swapped = block_attention(module, query, key.flip(0), value.flip(0)[..., :8], None, interval_mask=mask)[0]
+        torch.testing.assert_close(own, swapped)
+
+
 @pytest.mark.parametrize(("is_causal", "module_is_causal"), [(None, True), (True, False), (None, False), (False, True)])
 def test_without_a_mask_the_layer_says_whether_it_is_causal(is_causal, module_is_causal):
     module, *qkv = attention_inputs()

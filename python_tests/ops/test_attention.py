@@ -147,6 +147,22 @@ def test_every_ratio_of_heads(heads, kv_heads):
     check_as_exact_as_torch(mask, *inputs(mask, heads=heads, kv_heads=kv_heads))
 
 
+@pytest.mark.parametrize("softcap", [None, 3.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_values_narrower_than_keys(device, dtype, softcap):
+    """Multi-head latent attention, as DeepSeek's: gradients and the LSE, too."""
+    mask = MASKS["prefix_block"]().to(device)
+    q, k, v = (torch.randn(2, heads, 203, width, dtype=dtype) for heads, width in ((4, 24), (2, 24), (2, 16)))
+    q, k, v = (x.to(device).requires_grad_() for x in (q, k, v))
+    got = block_attn(q, k, v, mask, softcap=softcap, return_lse=True)
+    want = reference.block_attn(*(x.double() for x in (q, k, v)), mask, softcap=softcap, return_lse=True)
+    grads = [torch.autograd.grad(out.double().cos().sum() + lse.sum(), (q, k, v)) for out, lse in (got, want)]
+    for ours, exact in zip((*got, *grads[0]), (*want, *grads[1]), strict=True):
+        assert ours.shape == exact.shape
+        error = (ours.double() - exact.double()).abs().max() / exact.abs().max()
+        assert error < (1e-5 if dtype == torch.float32 else 2e-2)
+
+
 @pytest.mark.parametrize(("rows", "keys", "head_dim"), [(1, 512, 256), (4, 100, 512), (7, 64, 256)])
 def test_few_rows(rows, keys, head_dim):
     mask = IntervalMask.full(keys, q_len=rows)
