@@ -9,12 +9,14 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.data_loader import prepare_data_loader
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, default_collate
 
 import dflash_ext.masks
 from dflash_ext import IntervalMask, block_attn, reference
@@ -832,3 +834,48 @@ def test_a_file_is_checked_like_any_bounds():
 def test_the_examples_of_docstrings():
     ran = doctest.testmod(dflash_ext.masks)
     assert ran.attempted and not ran.failed
+
+
+def three_masks():
+    return [IntervalMask.prefix_block(6, cut, max_len=6) for cut in (1, 3, 4)]
+
+
+def test_a_data_loader_makes_one_mask_of_its_samples():
+    """Also where accelerate divides every batch among processes, and where Trainer moves it."""
+    samples = [{"x": torch.zeros(6), "mask": mask} for mask in three_masks()]
+    for loader in (DataLoader(samples, batch_size=3), Accelerator(cpu=True).prepare(DataLoader(samples, batch_size=3))):
+        (batch,) = loader
+        assert type(batch["mask"]) is IntervalMask and batch["x"].shape == (3, 6)
+        assert torch.equal(batch["mask"].to_bool(), torch.cat([mask.to_bool() for mask in three_masks()]))
+    for rank in range(2):
+        halves = [prepare_data_loader(DataLoader(samples[:2], batch_size=2), **PROCESSES, process_index=rank)]
+        (half,) = halves[0]
+        assert torch.equal(half["mask"].to_bool(), three_masks()[rank].to_bool())
+    with pytest.raises(ValueError, match=r"masks of \[\(6, 6\), \(7, 7\)\] rows and keys do not make a batch"):
+        default_collate([IntervalMask.causal(6), IntervalMask.causal(7)])
+
+
+PROCESSES = {"num_processes": 2, "split_batches": True, "put_on_device": False}
+
+
+def test_entries_of_a_batch():
+    batch = default_collate(three_masks())
+    dense = batch.to_bool()
+    for entries in (slice(1, None), torch.tensor([2, 0]), torch.tensor([True, False, True]), [2, 1]):
+        assert torch.equal(batch[entries].to_bool(), dense[entries])
+    assert torch.equal(batch[-1].to_bool(), dense[2:])
+    with pytest.raises(IndexError):
+        batch[3]
+    assert len(list(batch)) == 3
+    for_all = three_masks()[0]
+    assert for_all[1:] is for_all and for_all[0].batch == 1
+
+
+@pytest.mark.gpu
+def test_pinned_memory():
+    mask = three_masks()[1]
+    pinned = mask.pin_memory()
+    assert pinned.ctx_lo.is_pinned() and pinned.blk_hi.is_pinned()
+    assert torch.equal(pinned.to("cuda", non_blocking=True).to_bool().cpu(), mask.to_bool())
+    (batch,) = DataLoader(three_masks(), batch_size=3, pin_memory=True)
+    assert batch.ctx_hi.is_pinned()
