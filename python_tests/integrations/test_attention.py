@@ -365,16 +365,14 @@ def test_sinks_of_a_row_that_sees_nothing():
 @pytest.mark.parametrize("train", [False, True])
 def test_values_narrower_than_keys(rows, train):
     module, query, key, value = attention_inputs(rows=rows)
+    mask = IntervalMask.full(6, q_len=rows)
+    wide = torch.nn.functional.pad(value[..., :8], (0, 8))
     with torch.set_grad_enabled(train):
-        got, want = (
-            block_attention(module, query, key, padded, None)[0]
-            for padded in (value[..., :8], torch.nn.functional.pad(value[..., :8], (0, 8)))
-        )
+        got, want = (block_attention(module, query, key, v, None, interval_mask=mask)[0] for v in (wide[..., :8], wide))
         torch.testing.assert_close(got, want[..., :8])
         slots = torch.tensor([[1], [0]], dtype=torch.int32)
-        mask = IntervalMask.full(6, q_len=rows)
-        own = block_attention(module, query, key, value[..., :8], None, interval_mask=mask, block_table=slots)[0]
-        swapped = block_attention(module, query, key.flip(0), value.flip(0)[..., :8], None, interval_mask=mask)[0]
+        own = block_attention(module, query, key, wide[..., :8], None, interval_mask=mask, block_table=slots)[0]
+        swapped = block_attention(module, query, key.flip(0), wide.flip(0)[..., :8], None, interval_mask=mask)[0]
         torch.testing.assert_close(own, swapped)
 
 
