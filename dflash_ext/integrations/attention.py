@@ -16,7 +16,8 @@ an IntervalMask, run the model on all of the prompt but its last token, with ``i
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -55,6 +56,20 @@ def register() -> None:
     AttentionMaskInterface.register(NAME, interval_attention_mask)
     if "__call__" not in vars(PreTrainedModel):
         PreTrainedModel.__call__ = _call
+
+
+@contextmanager
+def runs_block_attn(modules: Iterable) -> Iterator[None]:
+    """Lets modules of transformers, or what else has their config, run with `block_attn`."""
+    configs = {id(module.config): module.config for module in modules}.values()
+    before = [config._attn_implementation for config in configs]
+    for config in configs:
+        config._attn_implementation = NAME
+    try:
+        yield
+    finally:
+        for config, implementation in zip(configs, before, strict=True):
+            config._attn_implementation = implementation
 
 
 def as_attention_mask(mask: IntervalMask) -> Tensor:
@@ -140,6 +155,7 @@ def block_attention(
     s_aux: Tensor | None = None,
     interval_mask: IntervalMask | dict[str, IntervalMask] | None = None,
     block_table: Tensor | None = None,
+    context_states: Sequence[tuple[Tensor, Tensor]] | None = None,
     **kwargs,
 ) -> tuple[Tensor, None]:
     """The attention function of ``block_attn``, with the arguments that transformers' attention modules pass.
@@ -158,6 +174,9 @@ def block_attention(
             or the chunk of chunked ones.
         block_table: an argument of the model's forward: int32 ``[B, 1]``, the entry of ``key`` and ``value`` that each
             row reads, if the cache has other entries than the batch has rows.
+        context_states: an argument of the model's forward: for each layer the keys and values ``[B, Hkv, S, D]`` of
+            tokens that were read before. They stand before the keys of the rows, and ``interval_mask`` counts them.
+            Unlike a cache they are only read, so that layers may be computed again in the backward.
 
     Returns:
         ``[B, Lq, Hq, D]``, and None for the weights.
@@ -170,6 +189,9 @@ def block_attention(
     for name, meaning in REFUSED.items():
         if kwargs.get(name) is not None and kwargs[name] is not False:
             raise ValueError(f"block_attn does not support {meaning}")
+    if context_states is not None:
+        earlier_key, earlier_value = context_states[module.layer_idx]
+        key, value = torch.cat([earlier_key, key], dim=2), torch.cat([earlier_value, value], dim=2)
     if interval_mask is not None:
         mask = _given(module, interval_mask, attention_mask, sliding_window)
     elif attention_mask is not None:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import functools
 import hashlib
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..integrations.attention import NAME
+from ..integrations.fused_layers import fused_forwards
 from ..masks import IntervalMask
 from ..reference.numerics import softcapped
 from .taps import Taps
@@ -149,6 +150,12 @@ class Target:
         return self.model.dtype
 
     @property
+    def windows(self) -> dict[str, int | None]:
+        """The window of each kind of layer; None for layers that see all earlier tokens."""
+        kinds = self.attention_kinds
+        return {kind: self.config.sliding_window if kind == "sliding_attention" else None for kind in kinds}
+
+    @property
     def fingerprint(self) -> str:
         """A hash of the first numbers of every tensor, in bf16, so that the dtype of loading does not matter."""
         digest = hashlib.sha256()
@@ -270,6 +277,11 @@ class Target:
         tokens = torch.arange(8, device=self.device)[None]
         positions = torch.arange(8, device=self.device)[None] % 4
         return self._equal(self._run_whole(tokens, positions)[:, 4:], self._run_whole(tokens[:, 4:]))
+
+    @functools.cached_property
+    def fused_forwards(self) -> dict[nn.Module, Callable]:
+        """The forwards of the decoder's modules that `fused_layers` has operators for."""
+        return fused_forwards(self.decoder)
 
     def _equal(self, first: Tensor, second: Tensor) -> bool:
         """Whether hidden states are equal but for rounding."""

@@ -87,16 +87,37 @@ def gated_linear(gate: Tensor, up: Tensor, weight: Tensor, activation: str = "si
     Raises ValueError for another activation, and RuntimeError for tensors that do not fit together and for a second
     derivative.
     """
-    if activation not in ACTIVATIONS:
-        raise ValueError(
-            f"gated_linear: activation is {activation!r}; {' and '.join(map(repr, ACTIVATIONS))} are supported"
-        )
+    _check_activation("gated_linear", activation)
     refuse_forward_mode("gated_linear", gate, up, weight)
     gate, up, weight = autocast(gate, up, weight)
     if gate.is_cuda and gate.dtype == torch.float64:
         return reference.gated_linear(gate, up, weight, activation)
     out = _linear_of_pair(_rows(gate), _rows(up), weight, ACTIVATIONS.index(activation))
     return out.view(*gate.shape[:-1], len(weight))
+
+
+def gated_pair(gate: Tensor, up: Tensor, activation: str = "silu") -> Tensor:
+    """``activation(gate) * up``, which keeps no more than gate and up.
+
+    It is for gated MLPs whose last product is not a plain one; `gated_linear` has that product, too.
+
+    Args:
+        gate, up: ``[..., I]`` floating, of one dtype.
+        activation: as in `gated_linear`.
+
+    Raises ValueError for another activation, and RuntimeError for tensors that do not fit together and for a second
+    derivative.
+    """
+    _check_activation("gated_pair", activation)
+    refuse_forward_mode("gated_pair", gate, up)
+    if gate.is_cuda and gate.dtype == torch.float64:
+        return reference.gated_pair(gate, up, activation)
+    return _gated_pair(_rows(gate), _rows(up), ACTIVATIONS.index(activation)).view(gate.shape)
+
+
+def _check_activation(op: str, activation: str) -> None:
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"{op}: activation is {activation!r}; {' and '.join(map(repr, ACTIVATIONS))} are supported")
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -136,7 +157,8 @@ def _norm_backward(ctx, grad_total, grad):
         return grad_total, grad_total if ctx.has_update else None, None, None
     grad_total = grad_total.contiguous() if ctx.has_update and grad_total is not None else None
     grad_x, parts = _rms_norm_backward(grad.contiguous(), grad_total, total, weight, ctx.eps)
-    return grad_x, grad_x if ctx.has_update else None, parts.sum(0).to(weight.dtype), None
+    grad_weight = parts.sum(0).to(weight.dtype) if ctx.needs_input_grad[2] else None
+    return grad_x, grad_x if ctx.has_update else None, grad_weight, None
 
 
 _rms_norm_backward = differentiable_once("rms_norm")
@@ -170,7 +192,7 @@ _rotate_heads_backward = differentiable_once("rotate_heads")
 _rotate_heads = differentiable("rotate_heads", _keep_heads, _heads_backward)
 
 
-# ------------------------------------------------------------------- gated_linear
+# -------------------------------------------------------- gated_pair, gated_linear
 
 
 @torch.library.register_fake("dflash_ext::gated_pair")
@@ -181,6 +203,31 @@ def _(gate, up, activation):
 @torch.library.register_fake("dflash_ext::gated_pair_backward_")
 def _(grad, other, gate, up, activation):
     return None
+
+
+@torch.library.custom_op("dflash_ext::gated_pair_backward", mutates_args=())
+def _both_gradients(grad: Tensor, gate: Tensor, up: Tensor, activation: int) -> tuple[Tensor, Tensor]:
+    grad_gate, grad_up = grad.clone(memory_format=torch.contiguous_format), torch.empty_like(up)
+    _ops.gated_pair_backward_(grad_gate, grad_up, gate, up, activation)
+    return grad_gate, grad_up
+
+
+@_both_gradients.register_fake
+def _(grad, gate, up, activation):
+    return torch.empty_like(gate), torch.empty_like(up)
+
+
+def _keep_both(ctx, inputs, output):
+    *tensors, ctx.activation = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _gated_backward(ctx, grad):
+    return *_gated_pair_backward(grad, *ctx.saved_tensors, ctx.activation), None
+
+
+_gated_pair_backward = differentiable_once("gated_pair")
+_gated_pair = differentiable("gated_pair", _keep_both, _gated_backward)
 
 
 @torch.library.custom_op("dflash_ext::gated_linear", mutates_args=())
@@ -211,11 +258,6 @@ def _(grad, gate, up, weight, activation, train_weight):
     return torch.empty_like(gate), torch.empty_like(up), grad_weight
 
 
-def _keep_pair(ctx, inputs, output):
-    *tensors, ctx.activation = inputs
-    ctx.save_for_backward(*tensors)
-
-
 def _pair_backward(ctx, grad):
     train_weight = ctx.needs_input_grad[2]
     grads = _linear_backward(grad.contiguous(), *ctx.saved_tensors, ctx.activation, train_weight)
@@ -223,4 +265,4 @@ def _pair_backward(ctx, grad):
 
 
 _linear_backward = differentiable_once("gated_linear")
-_linear_of_pair = differentiable("gated_linear", _keep_pair, _pair_backward)
+_linear_of_pair = differentiable("gated_linear", _keep_both, _pair_backward)

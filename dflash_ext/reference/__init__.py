@@ -14,7 +14,7 @@ from .penalties import penalised_logits
 from .reveal import reveal, reveal_count, reveal_limit
 from .sampling import Sample, filter_logits, sample
 from .soft_embedding import soft_embedding
-from .trained_layer import gated_linear, rms_norm, rotate_heads
+from .trained_layer import gated_linear, gated_pair, rms_norm, rotate_heads
 from .verify import Verification, verify
 
 __all__ = [
@@ -26,6 +26,7 @@ __all__ = [
     "decode_mask",
     "filter_logits",
     "gated_linear",
+    "gated_pair",
     "kv_inject",
     "linear",
     "linear_cross_entropy",

@@ -21,6 +21,9 @@ def rotate_heads(x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, eps: float
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
 
 
+def gated_pair(gate: Tensor, up: Tensor, activation: str) -> Tensor:
+    return (F.silu(gate) if activation == "silu" else F.gelu(gate, approximate="tanh")) * up
+
+
 def gated_linear(gate: Tensor, up: Tensor, weight: Tensor, activation: str) -> Tensor:
-    activated = F.silu(gate) if activation == "silu" else F.gelu(gate, approximate="tanh")
-    return F.linear(activated * up, weight)
+    return F.linear(gated_pair(gate, up, activation), weight)

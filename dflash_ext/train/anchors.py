@@ -19,16 +19,37 @@ def sample_anchors(loss_mask: Tensor, count: int, generator: torch.Generator | N
     Returns:
         anchors: int64 [B, count], ascending, and keep: bool [B, count], False where a row had too few valid positions.
     """
+    valid = _valid(loss_mask)
+    return _first(torch.rand(valid.shape, generator=generator), valid, count)
+
+
+def fixed_anchors(loss_mask: Tensor, count: int, block_size: int) -> tuple[Tensor, Tensor]:
+    """Anchors side by side: the first valid one of each row, and from there every `block_size`-th, up to `count`.
+
+    Which positions are valid, and what is returned, is as in `sample_anchors`.
+    """
+    valid = _valid(loss_mask)
+    valid &= (valid.cumsum(dim=1) - 1) % block_size == 0
+    order = torch.arange(valid.shape[1], device=valid.device) / valid.shape[1]
+    return _first(order.expand(valid.shape), valid, count)
+
+
+def _valid(loss_mask: Tensor) -> Tensor:
     valid = torch.zeros_like(loss_mask)
     valid[:, :-1] = loss_mask[:, :-1] & loss_mask[:, 1:]
-    order = torch.rand(valid.shape, generator=generator).masked_fill(~valid, 2.0)
-    if (missing := count - order.shape[1]) > 0:
+    return valid
+
+
+def _first(order: Tensor, valid: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The `count` valid positions that come first in the order, which is below 1."""
+    length = order.shape[1]
+    order = order.masked_fill(~valid, 2.0)
+    if (missing := count - length) > 0:
         order = torch.nn.functional.pad(order, (0, missing), value=2.0)
     drawn, anchors = order.topk(count, dim=1, largest=False)
-    keep = drawn < 2.0
     # Dropped anchors sort last and point at position 0, which every row has.
-    anchors = anchors.masked_fill(~keep, loss_mask.shape[1]).sort(dim=1).values
-    keep = anchors < loss_mask.shape[1]
+    anchors = anchors.masked_fill(drawn >= 2.0, length).sort(dim=1).values
+    keep = anchors < length
     return anchors.masked_fill(~keep, 0), keep
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from .anchors import Blocks, build_blocks, sample_anchors
+from .anchors import Blocks, build_blocks, fixed_anchors, sample_anchors
 from .randomness import generator
 from .tau import commit_limits
 
@@ -36,6 +36,11 @@ class AnchorCollator:
         noise_ratio: the share of blocks whose drafted slots all hold the mask token. The others show the right tokens
             of a random number of leading slots, as a later step of denoising sees them; these do not count. Below 1,
             batches have `revealed` [B, N], that number.
+        slot_noise: the share of drafted slots that hold the mask token. Each of the others, drawn one by one, shows its
+            right token and does not count.
+        context_ratio: the share of each sample that is context alone and has no anchor; a pair (least, most) draws it
+            for each sample.
+        fixed: the anchors stand side by side (`fixed_anchors`) instead of being drawn.
         block_sizes: the sizes of blocks in a curriculum, such as (4, 8, 16), each for an equal part of `steps`. The
             slots beyond the size do not count. It is for samples whose "key" has a step.
         steps: those of the run.
@@ -48,6 +53,9 @@ class AnchorCollator:
     mask_token_id: int
     first_slot: int = 1
     noise_ratio: float = 1.0
+    slot_noise: float = 1.0
+    context_ratio: float | tuple[float, float] = 0.0
+    fixed: bool = False
     block_sizes: Sequence[int] = ()
     steps: int = 1
     pack_length: int | None = None
@@ -64,7 +72,7 @@ class AnchorCollator:
     def _of_sample(self, sample: Mapping) -> dict[str, Tensor]:
         """The entries of a sample in a row of its own, without the dimension of rows."""
         ids, mask, key = sample["input_ids"][None], sample["loss_mask"][None], sample.get("key")
-        anchors, keep = sample_anchors(mask, self.num_anchors, key and generator("anchors", *key))
+        anchors, keep = self._anchors(mask, key)
         size = self._size(key)
         drafted = size - self.first_slot
         limits = commit_limits(mask, anchors, keep, drafted, is_cut=sample.get("cut", False))
@@ -83,7 +91,22 @@ class AnchorCollator:
         if self.noise_ratio < 1:
             made["revealed"] = self._reveal(ids, blocks, key and generator("noise", *key))
             made["limits"] = limits.masked_fill(made["revealed"] > 0, 0)
+        if self.slot_noise < 1:
+            draws = torch.rand(blocks.counts.shape, generator=key and generator("slots", *key))
+            shown = blocks.counts & (draws >= self.slot_noise)
+            self._show(ids, blocks, shown)
+            blocks.counts[shown] = False
+            made["limits"] = made["limits"].masked_fill(shown.any(dim=-1), 0)
         return {name: value[0] for name, value in made.items()}
+
+    def _anchors(self, mask: Tensor, key: tuple | None) -> tuple[Tensor, Tensor]:
+        if self.context_ratio:
+            least, most = self.context_ratio if isinstance(self.context_ratio, tuple) else (self.context_ratio,) * 2
+            share = least + (most - least) * torch.rand(1, generator=key and generator("context", *key))
+            mask = mask & (torch.arange(mask.shape[1]) >= share * mask.shape[1])
+        if self.fixed:
+            return fixed_anchors(mask, self.num_anchors, self.block_size)
+        return sample_anchors(mask, self.num_anchors, key and generator("anchors", *key))
 
     def _size(self, key: tuple | None) -> int:
         """The slots of the blocks in a sample's step."""
@@ -98,9 +121,14 @@ class AnchorCollator:
         is_noise = torch.rand(labels.shape, generator=generator) < self.noise_ratio
         revealed = shown.masked_fill(is_noise | (labels < 2), 0)  # at least one slot is left to draft
         slots = torch.arange(self.block_size)
-        right = ids[0, blocks.positions.clamp(max=ids.shape[1] - 1)]
-        blocks.noise_ids[:] = torch.where((slots > 0) & (slots <= revealed[:, :, None]), right, blocks.noise_ids)
+        self._show(ids, blocks, (slots > 0) & (slots <= revealed[:, :, None]))
         return revealed
+
+    @staticmethod
+    def _show(ids: Tensor, blocks: Blocks, slots: Tensor) -> None:
+        """Puts the right tokens into these slots, bool [1, N, block_size]."""
+        right = ids[0, blocks.positions.clamp(max=ids.shape[1] - 1)]
+        blocks.noise_ids[:] = torch.where(slots, right, blocks.noise_ids)
 
 
 def shared_rows(lengths: Sequence[int], most: int) -> list[list[int]]:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from dflash_ext import reference
-from dflash_ext.ops.trained_layer import gated_linear, rms_norm, rotate_heads
+from dflash_ext.ops.trained_layer import gated_linear, gated_pair, rms_norm, rotate_heads
 from python_tests.exactness import allowed_error
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -86,6 +86,17 @@ def test_gated_linear(device, activation, rows, inner):
     )
 
 
+@pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
+@pytest.mark.parametrize("rows, inner", [(3, 8), (130, 96)])
+def test_gated_pair(device, activation, rows, inner):
+    check(
+        device,
+        lambda *leaves: gated_pair(*leaves, activation),
+        lambda *leaves: reference.gated_pair(*leaves, activation),
+        [(rows, inner), (rows, inner)],
+    )
+
+
 def test_large_gates(device):
     gate = torch.tensor([[-60000.0, 60000.0, -100.0, 100.0, 0.0, -3.0, 3.0, 0.5]], device=device, requires_grad=True)
     up, weight = torch.ones_like(gate), torch.eye(8, device=device)
@@ -151,6 +162,8 @@ def test_second_derivatives_are_refused(device):
 def test_an_unknown_activation_is_refused():
     with pytest.raises(ValueError, match="gated_linear: activation is 'relu'; 'silu' and 'gelu_tanh' are supported"):
         gated_linear(*torch.ones(3, 1, 1), "relu")
+    with pytest.raises(ValueError, match="gated_pair: activation is 'relu'"):
+        gated_pair(*torch.ones(2, 1, 1), "relu")
 
 
 def test_opcheck(device):
@@ -165,7 +178,8 @@ def test_opcheck(device):
     torch.library.opcheck(ops.rotate_heads.default, (heads, weight, table, table.clone(), EPS))
     arguments = (heads.detach(), heads.detach().clone(), plain[2], table, table.clone(), EPS)
     torch.library.opcheck(ops.rotate_heads_backward.default, arguments)
-    torch.library.opcheck(ops.gated_pair.default, (*plain[:2], 0))
+    torch.library.opcheck(ops.gated_pair.default, (x, update, 0))
+    torch.library.opcheck(ops.gated_pair_backward.default, (plain[0], *plain[:2], 0))
     torch.library.opcheck(ops.gated_pair_backward_.default, (plain[0].clone(), plain[1].clone(), *plain[:2], 1))
     head = torch.randn(5, 16, device=device, requires_grad=True)
     torch.library.opcheck(ops.gated_linear.default, (x, update, head, 0))
@@ -183,6 +197,7 @@ def test_only_inputs_are_kept(device):
     head, table = torch.randn(5, 16, device=device, requires_grad=True), torch.ones(1, 6, 8, device=device)
     assert kept(lambda: rms_norm(rows, weight)) == rows.numel() + weight.numel()
     assert kept(lambda: rms_norm(rows, weight, update=rows.detach())) == rows.numel() + weight.numel()  # the sum
+    assert kept(lambda: gated_pair(rows, rows.detach())) == 2 * rows.numel()
     assert kept(lambda: gated_linear(rows, rows.detach(), head)) == 2 * rows.numel() + head.numel()
     heads = rows.view(1, 6, 1, 16)
     assert kept(lambda: rotate_heads(heads, weight, table, table)) == rows.numel() + weight.numel() + 2 * table.numel()

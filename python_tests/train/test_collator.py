@@ -122,3 +122,45 @@ def test_a_run_for_several_steps_of_denoising(tmp_path):
     assert {"eval_tau", "eval_tau_2_steps", "eval_tau_3_steps"} <= log[-2].keys()
     with pytest.raises(ValueError, match="block sizes .4, 9.: the drafter's blocks have 6 slots"):
         train_drafter(drafter, target, Cycles(), tmp_path, replace(recipe, block_sizes=(4, 9)))
+
+
+def test_drafted_slots_are_revealed_one_by_one():
+    """A revealed slot shows its right token and does not count. Every slot is drawn for itself."""
+    options = dict(num_anchors=30, block_size=6, mask_token_id=MASK_TOKEN)
+    whole, part = (AnchorCollator(**options, slot_noise=noise)(samples()) for noise in (1.0, 0.6))
+    assert torch.equal(whole["labels"], part["labels"]) and torch.equal(whole["anchors"], part["anchors"])
+    is_masked = part["noise_ids"] == MASK_TOKEN
+    revealed = whole["counts"] & ~is_masked
+    assert torch.equal(part["counts"], whole["counts"] & is_masked)
+    assert torch.equal(part["noise_ids"][revealed], part["labels"][revealed])
+    shares = revealed.sum(dim=(0, 1))[1:] / whole["counts"].sum(dim=(0, 1))[1:]
+    assert (shares - 0.4).abs().max() < 0.2
+    assert (revealed[..., 1:].int().diff(dim=-1) > 0).any(), "a slot is revealed behind one that is not"
+    assert torch.equal(part["limits"], whole["limits"].masked_fill(revealed.any(dim=-1), 0))
+
+
+@pytest.mark.parametrize("ratio", [0.5, (0.2, 0.8)])
+def test_the_context_has_no_anchor(ratio):
+    """The share is of each sample, and if it is drawn, each sample has another one."""
+    ids = torch.arange(3, 43)
+    rows = [{"input_ids": ids, "loss_mask": torch.ones(40, dtype=torch.bool), "key": (0, 0, i)} for i in range(50)]
+    collator = AnchorCollator(40, 6, MASK_TOKEN, context_ratio=ratio)
+    batch = collator(rows)
+    first = torch.where(batch["keep"], batch["anchors"], 99).min(dim=1).values
+    assert batch["counts"].any()
+    if ratio == 0.5:
+        assert (first == 20).all()
+    else:
+        assert 8 <= first.min() < 12 and 28 < first.max() <= 32 and len(first.unique()) > 15
+    again = collator(rows[7:8])
+    assert torch.equal(again["anchors"][0], batch["anchors"][7]), "the draw follows from the key alone"
+
+
+def test_fixed_anchors_stand_side_by_side():
+    mask = torch.ones(40, dtype=torch.bool)
+    mask[:9] = False
+    sample = {"input_ids": torch.arange(3, 43), "loss_mask": mask}
+    batch = AnchorCollator(4, 6, MASK_TOKEN, fixed=True)([sample])
+    assert batch["anchors"].tolist() == [[9, 15, 21, 27]] and batch["keep"].all()
+    batch = AnchorCollator(9, 6, MASK_TOKEN, fixed=True, context_ratio=0.5)([sample])
+    assert batch["anchors"][batch["keep"]].tolist() == [20, 26, 32, 38]

@@ -11,11 +11,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ...integrations import as_attention_mask
+from ...integrations.attention import runs_block_attn
 from ...models.target import cache_argument
 from ...ops import soft_embedding
 from ...reference.numerics import softcapped
 from ..forward.masks import Masks, block_masks, causal_masks
-from ..forward.modules import SlotCache, runs_block_attn
+from ..forward.modules import SlotCache
 from ..kv_cache import block_table
 
 

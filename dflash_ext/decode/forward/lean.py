@@ -12,7 +12,7 @@ from ...reference.numerics import softcapped
 from ..kv_cache import KVCache
 from .families import embedding_of, target_stack
 from .layers import Rows
-from .masks import Masks, causal_masks, windows_of
+from .masks import Masks, causal_masks
 
 
 class LeanForward:
@@ -39,7 +39,7 @@ class LeanForward:
         )
         self.stack = replace(target_stack(target, self.cache.capacity), exact=exact)
         self.embed = embedding_of(target)
-        self.windows = windows_of(target, self.stack.rotary)
+        self.windows = target.windows
 
     def read(
         self,

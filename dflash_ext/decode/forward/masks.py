@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 
 from torch import Tensor
 
 from ...masks import IntervalMask
-from ...models import Target
 
 Masks = Callable[[Mapping[str, int | None], Tensor, int, Tensor, int], dict[str, IntervalMask]]
-
-
-def windows_of(target: Target, kinds: Iterable[str]) -> dict[str, int | None]:
-    """The window of each kind of layer; None for layers that see all earlier tokens."""
-    return {kind: target.config.sliding_window if kind == "sliding_attention" else None for kind in kinds}
 
 
 def causal_masks(
@@ -23,7 +17,7 @@ def causal_masks(
     """The causal masks of each kind of layer for `rows` new tokens in each row of the batch.
 
     Args:
-        windows: as from `windows_of`.
+        windows: those of `Target.windows`.
         start: int [B], the number of cached tokens before them.
         counts: int [B], how many of the new tokens exist.
         kv_len: the capacity of the cache.

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import nullcontext
 from functools import partial
 
 import torch
@@ -11,10 +11,10 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from ...integrations import as_attention_mask
-from ...integrations.attention import NAME
+from ...integrations.attention import runs_block_attn
 from ...models import Target
 from ..kv_cache import block_table, capacity_of
-from .masks import Masks, causal_masks, windows_of
+from .masks import Masks, causal_masks
 
 
 class _Placement:
@@ -115,7 +115,7 @@ class ModuleForward:
             raise ValueError(f"exact=True is not supported: the engine has no forward of its own for this {name}")
         self.target, self.cache = target, SlotCache(slots, tokens)
         self.capacity = self.cache.capacity
-        self.windows = windows_of(target, target.attention_kinds)
+        self.windows = target.windows
         # The first forward makes the layers of the cache, and says what block_attn must give.
         self.reads_slots = False
         expected = self._first_logits(slots - 1)
@@ -166,17 +166,3 @@ class ModuleForward:
             rows = [row for row, _ in ends]
             logits = logits[rows, [columns.index(column) for _, column in ends]]
         return logits, features
-
-
-@contextmanager
-def runs_block_attn(modules: Iterable) -> Iterator[None]:
-    """Lets modules of transformers, or what else has their config, run with `block_attn`."""
-    configs = {id(module.config): module.config for module in modules}.values()
-    before = [config._attn_implementation for config in configs]
-    for config in configs:
-        config._attn_implementation = NAME
-    try:
-        yield
-    finally:
-        for config, implementation in zip(configs, before, strict=True):
-            config._attn_implementation = implementation

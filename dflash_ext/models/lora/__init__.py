@@ -5,6 +5,7 @@ from .config import LoraDrafterConfig
 from .drafter import LoraDrafter
 from .files import is_lora_drafter, load_lora_drafter, save_lora_drafter
 from .peft_files import load_adapter, save_adapter
+from .rows import read_context
 from .sampler import SamplerHead
 from .targets import PRESETS, linear_paths
 
@@ -18,6 +19,7 @@ __all__ = [
     "linear_paths",
     "load_adapter",
     "load_lora_drafter",
+    "read_context",
     "save_adapter",
     "save_lora_drafter",
 ]

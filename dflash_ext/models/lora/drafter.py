@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
+from ...masks import IntervalMask
 from ..target import Target
 from .adapter import LoraAdapter
 from .config import LoraDrafterConfig, identity_of
+from .rows import States, recomputed, run_rows
 from .sampler import SamplerHead
 
 
@@ -36,6 +40,7 @@ class LoraDrafter(nn.Module):
         size = config.base["hidden_size"]
         self.mask_embedding = nn.Parameter(torch.zeros(size))
         self.sampler = SamplerHead(size, config.sampler_width) if config.sampler_width else None
+        self.recomputes = False  # whether the backward computes the base's layers again
 
     @classmethod
     def for_target(
@@ -70,3 +75,81 @@ class LoraDrafter(nn.Module):
         embedded = target.model.get_input_embeddings()(ids)
         is_mask = (ids == self.config.mask_token_id).unsqueeze(-1)
         return torch.where(is_mask, self.mask_embedding.to(embedded.dtype), embedded)
+
+    def context_masks(self, target: Target, positions: Tensor) -> dict[str, IntervalMask]:
+        """The causal masks, by kind of layer, of a context whose tokens are at these positions of their samples.
+
+        positions: int64 [B, S]. A row may hold several samples, one behind the other.
+        """
+        none = positions[:, :0]
+        return self._masks(target, positions, none, none.bool(), block_size=1, include_context=True)
+
+    def anchor_masks(self, target: Target, positions: Tensor, anchors: Tensor, keep: Tensor) -> dict[str, IntervalMask]:
+        """What the rows of training blocks see, by kind of layer.
+
+        Args:
+            positions: int64 [B, S], as in `context_masks`. The context's keys come first.
+            anchors, keep: int64 and bool [B, N], the columns of the anchors and which of them there are.
+
+        Returns:
+            Masks of the N * `drafted` mask rows of a gated drafter, and of the S + N * `block_size` rows of a whole
+            one, its context's rows being the first.
+        """
+        if self.config.kind == "whole":
+            size = self.config.block_size
+            return self._masks(target, positions, anchors, keep, block_size=size, include_context=True)
+        # A gated block sees its anchor as a token of the context. For the mask, its first row is the anchor.
+        return self._masks(target, positions, anchors + 1, keep, block_size=self.config.drafted)
+
+    def _masks(
+        self,
+        target: Target,
+        positions: Tensor,
+        anchors: Tensor,
+        keep: Tensor,
+        *,
+        block_size: int,
+        include_context: bool = False,
+    ) -> dict[str, IntervalMask]:
+        length = positions.shape[1]
+        starts = torch.arange(length, device=positions.device) - positions  # where each token's sample starts
+        blocks = partial(
+            IntervalMask.anchor_blocks,
+            length,
+            anchors,
+            block_size,
+            keep=keep,
+            context_start=starts if include_context else starts.gather(1, anchors),
+            convention="zlab",
+            causal=self.config.causal,
+            include_context=include_context,
+        )
+        return {kind: blocks(window=window) for kind, window in target.windows.items()}
+
+    def forward(
+        self,
+        target: Target,
+        inputs: Tensor,
+        positions: Tensor,
+        masks: Mapping[str, IntervalMask],
+        context: States | None = None,
+    ) -> Tensor:
+        """Runs rows with the adapter, whatever their kind: hidden states [B, Q, H] to which the base's head is applied.
+
+        Args:
+            inputs: [B, Q, H], as from `embed`.
+            positions: int64 [B, Q].
+            masks: by kind of layer.
+            context: keys and values that the rows see before their own, as from `read_context`.
+        """
+        with ExitStack() as acting:
+            acting.enter_context(self.adapter.applied(target.model))
+            if self.recomputes:
+                acting.enter_context(recomputed(target, partial(self.adapter.applied, target.model)))
+            return run_rows(target, inputs, positions, masks, context)
+
+    def gradient_checkpointing_enable(self, **_) -> None:
+        """Makes each layer of the base compute its results again in the backward."""
+        self.recomputes = True
+
+    activation_checkpointing_enable = gradient_checkpointing_enable  # the name from transformers 5.24 on

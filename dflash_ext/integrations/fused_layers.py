@@ -1,0 +1,75 @@
+"""Fused operators in the place of modules of transformers while a frozen model's rows are differentiated.
+
+The norms and gated MLPs of transformers run as a dozen kernels each, and keep what each of them reads for the backward.
+The operators of `ops.trained_layer` are one kernel each and keep their inputs alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from transformers.activations import ACT2FN
+
+from ..ops.trained_layer import gated_pair, rms_norm
+
+Forward = Callable[[Tensor], Tensor]
+_ACTIVATIONS = {type(ACT2FN["silu"]): "silu", type(ACT2FN["gelu_pytorch_tanh"]): "gelu_tanh"}
+
+
+def fused_forwards(model: nn.Module) -> dict[nn.Module, Forward]:
+    """The fused forward of every RMS norm and gated MLP in a model, whatever its family.
+
+    What a module computes, a row of random numbers tells. A module that computes something else has none.
+    """
+    forwards = {}
+    for module in model.modules():
+        for forward in (*_norms(module), *_gated_mlps(module)):
+            if _gives(module, forward):
+                forwards[module] = forward
+                break
+    return forwards
+
+
+@contextmanager
+def replaced_forwards(forwards: Mapping[nn.Module, Callable]) -> Iterator[None]:
+    """Within it, these modules run these forwards."""
+    own = {module: vars(module).get("forward") for module in forwards}
+    for module, forward in forwards.items():
+        module.forward = forward
+    try:
+        yield
+    finally:
+        for module, forward in own.items():
+            del module.forward
+            if forward is not None:
+                module.forward = forward
+
+
+def _norms(module: nn.Module) -> Iterator[Forward]:
+    """The forwards of an RMS norm that multiplies by its weight, or by 1 + its weight."""
+    weight, eps = getattr(module, "weight", None), getattr(module, "variance_epsilon", getattr(module, "eps", None))
+    if not (type(module).__name__.endswith("RMSNorm") and isinstance(weight, Tensor) and isinstance(eps, float)):
+        return
+    yield lambda x: rms_norm(x, weight, eps=eps)
+    yield lambda x: rms_norm(x, weight.float() + 1, eps=eps)
+
+
+def _gated_mlps(module: nn.Module) -> Iterator[Forward]:
+    linears = [getattr(module, name, None) for name in ("gate_proj", "up_proj", "down_proj")]
+    activation = _ACTIVATIONS.get(type(getattr(module, "act_fn", None)))
+    if activation and all(isinstance(linear, nn.Linear) for linear in linears):
+        gate, up, down = linears
+        yield lambda x: down(gated_pair(gate(x), up(x), activation))
+
+
+@torch.no_grad()
+def _gives(module: nn.Module, forward: Forward) -> bool:
+    """Whether a module gives what this forward gives, but for rounding."""
+    weight = next(module.parameters())
+    width = weight.shape[-1]
+    row = torch.randn(1, 1, width, generator=torch.Generator().manual_seed(0)).to(weight.device, weight.dtype)
+    want, got = module(row).float(), forward(row).float()
+    return bool((got - want).abs().max() <= torch.finfo(weight.dtype).eps ** 0.5 * want.abs().max())

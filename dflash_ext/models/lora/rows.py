@@ -1,0 +1,88 @@
+"""Runs a base's own modules on rows whose positions, inputs and masks are given."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+from transformers import DynamicCache
+
+from ...integrations import as_attention_mask
+from ...integrations.attention import runs_block_attn
+from ...integrations.fused_layers import replaced_forwards
+from ...masks import IntervalMask
+from ..target import Target
+
+States = Sequence[tuple[Tensor, Tensor]]
+
+
+@torch.no_grad()
+def read_context(
+    target: Target, ids: Tensor, positions: Tensor, masks: Mapping[str, IntervalMask]
+) -> tuple[Tensor, States]:
+    """The hidden states [B, S, H] of tokens [B, S] after the final norm, and their keys and values in every layer.
+
+    The latter are [B, Hkv, S, D] each, those of all tokens in layers with a window, too.
+    """
+    cache = DynamicCache()
+    hidden = _run(target, positions, masks, input_ids=ids, use_cache=True, **{target.cache_argument: cache})
+    return hidden, [(layer.keys, layer.values) for layer in cache.layers]
+
+
+def run_rows(
+    target: Target, inputs: Tensor, positions: Tensor, masks: Mapping[str, IntervalMask], context: States | None = None
+) -> Tensor:
+    """The hidden states [B, Q, H] of rows after the final norm.
+
+    Args:
+        inputs: [B, Q, H], as the first layer takes them.
+        positions: int64 [B, Q].
+        masks: by kind of layer, over the keys of the context and, behind them, of the rows.
+        context: as from `read_context`.
+    """
+    given = {} if context is None else {"context_states": context}
+    return _run(target, positions, masks, inputs_embeds=inputs, use_cache=False, **given)
+
+
+def _run(target: Target, positions: Tensor, masks: Mapping[str, IntervalMask], **given) -> Tensor:
+    packed = {kind: as_attention_mask(_planned(target, mask)) for kind, mask in masks.items()}
+    mask = packed if len(packed) > 1 else next(iter(packed.values()))
+    with _operators(target):
+        return target.decoder(attention_mask=mask, position_ids=positions, **given)[0]
+
+
+@contextmanager
+def _operators(target: Target) -> Iterator[None]:
+    """Within it, attention, norms and gated MLPs of the base run through this package's operators."""
+    with runs_block_attn([target]), replaced_forwards(target.fused_forwards):
+        yield
+
+
+def _planned(target: Target, mask: IntervalMask) -> IntervalMask:
+    """The mask with the tile lists of the attention kernels, made once for all layers."""
+    config = target.config
+    heads = config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    return mask.plan(heads, getattr(config, "num_key_value_heads", None) or heads, head_dim)
+
+
+@contextmanager
+def recomputed(target: Target, acting: Callable[[], AbstractContextManager]) -> Iterator[None]:
+    """Within it, every layer of the base keeps only its inputs for the backward, which runs the layer again.
+
+    Args:
+        acting: makes the context manager within which a layer is run again.
+    """
+
+    @contextmanager
+    def again() -> Iterator[None]:
+        with acting(), _operators(target):
+            yield
+
+    options = {"use_reentrant": False, "context_fn": lambda: (nullcontext(), again())}
+    with replaced_forwards({layer: partial(checkpoint, layer.forward, **options) for layer in target.layers}):
+        yield
