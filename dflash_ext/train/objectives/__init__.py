@@ -1,5 +1,6 @@
 from ..losses import Losses
 from .dflash import DFlashObjective
+from .lora import LoraObjective
 from .objective import Objective
 
-__all__ = ["DFlashObjective", "Losses", "Objective"]
+__all__ = ["DFlashObjective", "LoraObjective", "Losses", "Objective"]
