@@ -279,10 +279,11 @@ def _given(
     """The mask that the user's interval_mask has for this layer."""
     if attention_mask is not None and attention_mask.dtype != torch.int32:
         raise ValueError("block_attn: interval_mask and a 4-D attention_mask were both given; one is needed")
-    config, layer = getattr(module, "config", None), getattr(module, "layer_idx", None)
-    kind = getattr(module, "layer_type", None)
-    if kind is None and layer is not None and getattr(config, "layer_types", None):
-        kind = config.layer_types[layer]
+    config, kind = getattr(module, "config", None), getattr(module, "layer_type", None)
+    kinds = getattr(config, "layer_types", None)
+    # The layer's number is read only where it counts, because torch.compile makes a graph for every number.
+    if kind is None and kinds and getattr(module, "layer_idx", None) is not None:
+        kind = kinds[module.layer_idx]
     elif kind is None:
         kind = "sliding_attention" if sliding_window else "full_attention"
     mask = given.get(kind) if isinstance(given, dict) else given

@@ -8,6 +8,7 @@ import types
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from torch._dynamo.testing import CompileCounter
 from transformers import (
     AttentionInterface,
     AttentionMaskInterface,
@@ -607,6 +608,19 @@ def test_compiles_whole():
         torch.testing.assert_close(compiled(ids, **inputs).logits, model(ids, **inputs).logits)
     with pytest.raises(RuntimeError, match="more than two runs"):
         compiled(ids, use_cache=False, attention_mask=THREE_RUNS)
+
+
+@pytest.mark.parametrize(("family", "graphs"), [("llama", 1), ("qwen3", 2), ("gemma3", 2)])
+def test_compiled_layers_of_a_kind_share_a_graph(family, graphs):
+    model, masks = model_of(family), layer_masks(family, prefix_len=5)
+    embeds = torch.randn(2, LENGTH, model.config.get_text_config().hidden_size, requires_grad=True)
+    model.set_attn_implementation("block_attn")
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    for layer in model.model.layers:
+        layer.compile(backend=counter, fullgraph=True)
+    model(inputs_embeds=embeds, use_cache=False, interval_mask=masks)
+    assert counter.frame_count == graphs
 
 
 @pytest.mark.parametrize(
