@@ -367,10 +367,11 @@ def test_every_reason_for_the_portable_kernel_is_named_once():
         q, k = torch.randn(1, 1, 48, 65, **HALF)[..., 1:], torch.randn(1, 1, 48, 64, **HALF)
         block_attn(q, k, k, full())
 
-    def gradients(head_dim=64, odd=0, **options):
-        q, k = (torch.randn(1, 1, 48, head_dim, **HALF).requires_grad_() for _ in range(2))
-        upstream = torch.randn(1, 1, 48, head_dim + odd, **HALF)[..., odd:]
-        torch.autograd.grad(block_attn(q, k, k, full(), **options), q, upstream)
+    def gradients(keys=48, odd=0, **options):
+        q, k = (torch.randn(1, 1, length, 64, **HALF).requires_grad_() for length in (48, keys))
+        upstream = torch.randn(1, 1, 48, 64 + odd, **HALF)[..., odd:]
+        mask = IntervalMask.full(keys, q_len=48, device="cuda")
+        torch.autograd.grad(block_attn(q, k, k, mask, **options), q, upstream)
 
     causes = [
         forward,
@@ -381,7 +382,7 @@ def test_every_reason_for_the_portable_kernel_is_named_once():
         partial(loss, 1001),
         partial(loss, 480_000),
         partial(gradients, odd=1),
-        partial(gradients, head_dim=136, deterministic=True),
+        partial(gradients, keys=262_145, deterministic=True),
     ]
     for (op, reason), cause in zip(backends.PORTABLE, causes, strict=True):
         assert [f"dflash_ext.{op}: {reason}: " in message for message in warned(cause)] == [True]

@@ -135,9 +135,9 @@ def test_a_compiled_step_keeps_products_alone(device):
 
     products = layer(distinct, blocks) + layer(blocks, drafted) + blocks * config.hidden_size  # of the first o_proj
     ends = (context + drafted) * config.hidden_size  # what the norms of the context and of the result start from
-    tables = 2 * (context + blocks) * config.head_dim
+    tables = 2 * (context + blocks + blocks) * config.head_dim  # cosines and sines of keys, and of queries
     assert config.num_hidden_layers == 2
-    assert sum(kept.values()) <= 1.02 * (products + ends + tables)
+    assert sum(kept.values()) <= products + ends + tables
 
 
 @pytest.mark.gpu
