@@ -42,7 +42,7 @@ def flex_flash(case: Case, pattern: Pattern) -> Attend:
 def flash_attention_4(case: Case, pattern: Pattern) -> Attend:
     from bench.flash_attention_4 import attention
 
-    return attention(pattern)
+    return attention(pattern, case.head_dim)
 
 
 def dense(backend: SDPBackend) -> Callable[[Case, Pattern], Attend]:

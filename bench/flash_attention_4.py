@@ -17,7 +17,10 @@ from torch.nn.attention.flex_attention import create_block_mask
 
 from bench.cases import Pattern
 
-BLOCK = (128, 128)
+
+def block_sizes(head_dim: int) -> tuple[tuple[int, int], tuple[int, int]]:
+    """The rows and keys of a block in the lists of the forward and of the backward. The kernels take no other lists."""
+    return ((128, 80), (128, 64)) if head_dim > 192 else ((128, 128), (128, 128))
 
 
 def prefix_block(prefix: int) -> Callable:
@@ -48,21 +51,22 @@ def anchor_blocks(context: int, block: int, _anchors: Tensor) -> Callable:
     return mask_mod
 
 
-def attention(pattern: Pattern) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+def attention(pattern: Pattern, head_dim: int) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     """The function of q, k, v ``[B, heads, L, D]`` that FlashAttention-4's users would write for this pattern."""
     if pattern.is_causal:
         options = {"causal": True}
     else:
-        blocks = create_block_mask(
-            pattern.mask_mod, None, None, pattern.mask.q_len, pattern.mask.kv_len, device="cuda", BLOCK_SIZE=BLOCK
+        sizes, lengths = block_sizes(head_dim), (pattern.mask.q_len, pattern.mask.kv_len)
+        forward, backward = (
+            create_block_mask(pattern.mask_mod, None, None, *lengths, device="cuda", BLOCK_SIZE=size) for size in sizes
         )
-        of_rows = blocks.kv_num_blocks, blocks.kv_indices, blocks.full_kv_num_blocks, blocks.full_kv_indices
-        of_keys = blocks.q_num_blocks, blocks.q_indices, blocks.full_q_num_blocks, blocks.full_q_indices
+        of_rows = forward.kv_num_blocks, forward.kv_indices, forward.full_kv_num_blocks, forward.full_kv_indices
+        of_keys = backward.q_num_blocks, backward.q_indices, backward.full_q_num_blocks, backward.full_q_indices
         options = {
             "mask_mod": globals()[pattern.flash](*pattern.arguments),
             "aux_tensors": [x for x in pattern.arguments if isinstance(x, Tensor)] or None,
-            "block_sparse_tensors": BlockSparseTensorsTorch(*of_rows, block_size=BLOCK),
-            "block_sparse_tensors_bwd": BlockSparseTensorsTorch(*of_keys, block_size=BLOCK),
+            "block_sparse_tensors": BlockSparseTensorsTorch(*of_rows, block_size=sizes[0]),
+            "block_sparse_tensors_bwd": BlockSparseTensorsTorch(*of_keys, block_size=sizes[1]),
         }
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

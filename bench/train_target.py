@@ -2,7 +2,7 @@
 FlexAttention and SDPA: ``python -m bench.train_target [part of a case's name]``.
 
 A target has four layers of its real size, no head, and a prefix-block mask. The layers of every implementation are
-compiled.
+compiled, all of them at the same time.
 """
 
 from __future__ import annotations
@@ -77,6 +77,7 @@ class Step:
 
     def __call__(self) -> Tensor:
         self.model.zero_grad(set_to_none=True)
+        self.embeds.grad = None
         out = self.model(inputs_embeds=self.embeds, use_cache=False, **self.masks).last_hidden_state
         out.backward(self.upstream)
         return out.detach()
@@ -103,6 +104,7 @@ def make(case: str, implementation: str) -> Step:
     kinds = list(dict.fromkeys(kinds_of(model)))
     shape = BATCH, LENGTH, model.config.hidden_size
     embeds, upstream = (torch.randn(shape, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    embeds.requires_grad_()  # otherwise the first layer needs a graph of its own
     for layer in model.layers:
         layer.compile(dynamic=False)
     step = Step(model, masks_of(implementation, kinds), embeds, upstream)
@@ -137,10 +139,9 @@ def errors(steps: dict[str, Remote]) -> dict[str, float]:
     return found
 
 
-def rows_of(case: str, matmul_tflops: float) -> list[dict]:
+def rows_of(case: str, steps: dict[str, Remote], matmul_tflops: float) -> list[dict]:
     name = f"{case}, {LAYERS} layers, prefix {PREFIX} + block {LENGTH - PREFIX}, B{BATCH}"
     print(name, flush=True)
-    steps = {implementation: Remote(make, case, implementation) for implementation in IMPLEMENTATIONS}
     timings, wrong, needed, rows = process_turns(steps), errors(steps), flops(case), []
     for implementation, timing in timings.items():
         rate, off = needed / timing.ms / 1e9, wrong[implementation]
@@ -155,10 +156,12 @@ def main() -> None:
     warnings.simplefilter("ignore")
     wanted = sys.argv[1] if len(sys.argv) > 1 else ""
     name, ceilings = f"train_target_{runner.gpu_name()}", runner.gpu_ceilings()
-    rows = []
-    for case in CASES:
-        if wanted in case:
-            rows += rows_of(case, ceilings["matmul_8192_bf16_tflops"])
+    cases = {
+        case: {implementation: Remote(make, case, implementation) for implementation in IMPLEMENTATIONS}
+        for case in CASES
+        if wanted in case
+    }
+    rows = [row for case, steps in cases.items() for row in rows_of(case, steps, ceilings["matmul_8192_bf16_tflops"])]
     if not wanted:
         print(runner.write(name, rows, ceilings))
 
