@@ -240,9 +240,9 @@ class DFlashDrafter(PreTrainedModel):
 
         The table is the target's unless the drafter has its own; the result has the drafter's dtype.
         """
-        table = self.embed_tokens if self.config.own_embeddings else target.model.get_input_embeddings()
+        table = self.embed_tokens.weight if self.config.own_embeddings else target.embedding
         scale = self.config.optional("input_embedding_scale")
-        embeds = nn.functional.embedding(token_ids, table.weight)
+        embeds = nn.functional.embedding(token_ids, table)
         return (embeds if scale is None else embeds * scale).to(self.dtype)
 
     def head(self, target: Target) -> Tensor:

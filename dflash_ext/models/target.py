@@ -8,6 +8,7 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
+from accelerate.utils import align_module_device
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -26,6 +27,11 @@ def cache_argument(model: nn.Module | type[nn.Module]) -> str:
     Transformers 5.24 renamed `past_key_values` to `cache`; models with code of their own may keep the older name.
     """
     return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+
+
+def _plain(weight: Tensor) -> Tensor:
+    """The weight itself, or the numbers that one of torchao's quantised weights stands for."""
+    return weight if type(weight.data) is Tensor else weight.dequantize()
 
 
 class Target:
@@ -143,7 +149,18 @@ class Target:
 
     @property
     def device(self) -> torch.device:
-        return self.model.get_input_embeddings().weight.device
+        """The device that takes the tokens, to which accelerate also loads the weights of an offloaded model."""
+        embedding = self.model.get_input_embeddings()
+        if embedding.weight.is_meta:
+            return torch.device(embedding._hf_hook.execution_device)
+        return embedding.weight.device
+
+    def _loaded(self, module: nn.Module) -> Tensor:
+        """The weight of a module as a plain tensor, also if accelerate has offloaded it or torchao quantised it."""
+        if not module.weight.is_meta:
+            return _plain(module.weight)
+        with align_module_device(module, self.device):
+            return module.weight.detach()
 
     @property
     def dtype(self) -> torch.dtype:
@@ -159,19 +176,30 @@ class Target:
     def fingerprint(self) -> str:
         """A hash of the first numbers of every tensor, in bf16, so that the dtype of loading does not matter."""
         digest = hashlib.sha256()
-        for parameter in self.model.parameters():
-            start = parameter.detach().flatten()[:16].to(torch.bfloat16)
+        tied = self.model.get_output_embeddings() if getattr(self.config, "tie_word_embeddings", False) else None
+        for name, parameter in self.model.named_parameters():
+            path, _, leaf = name.rpartition(".")
+            module = self.model.get_submodule(path)
+            if parameter.is_meta and module is tied:  # accelerate has offloaded the one tensor twice
+                continue
+            with align_module_device(module):
+                start = _plain(getattr(module, leaf)).detach().flatten()[:16].to(torch.bfloat16)
             digest.update(start.view(torch.int16).cpu().numpy().tobytes())
         return digest.hexdigest()[:16]
 
     @property
     def vocab_size(self) -> int:
-        return self.head.shape[0]
+        return self.model.get_output_embeddings().weight.shape[0]
 
     @property
     def head(self) -> Tensor:
         """The weight of the language-model head, [V, H]."""
-        return self.model.get_output_embeddings().weight
+        return self._loaded(self.model.get_output_embeddings())
+
+    @property
+    def embedding(self) -> Tensor:
+        """The table of the embedding, without its scale: [V, `embedding_size`]."""
+        return self._loaded(self.model.get_input_embeddings())
 
     @property
     def softcap(self) -> float | None:
@@ -190,7 +218,7 @@ class Target:
         return float(scale) if scale is not None else None
 
     def _concatenate(self, outputs: dict[int, Tensor]) -> Tensor | None:
-        return torch.cat([outputs[tap] for tap in self.tap_ids], dim=-1) if self.tap_ids else None
+        return torch.cat([outputs[tap].to(self.device) for tap in self.tap_ids], dim=-1) if self.tap_ids else None
 
     @torch.no_grad()
     def features(self, input_ids: Tensor, positions: Tensor | None = None) -> Tensor:

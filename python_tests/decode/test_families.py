@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     AutoModelForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
@@ -98,19 +99,23 @@ def test_a_family_is_equal_or_refused_in_one_line(model_type):
     if model is None:
         assert model_type not in MUST_BE_EQUAL
         pytest.skip("the common fields make no tiny model of this family")
+    check(model, model_type, model_type in MUST_BE_EQUAL)
+
+
+def check(model: PreTrainedModel, name: str, must_be_equal: bool) -> None:
     try:
         target = Target(model)
         options = dict(mask_token_id=MASK_TOKEN, num_layers=1, block_size=BLOCK, taps=[0, 2, 3])
         drafter = DFlashDrafter.for_target(target, **options).eval()
         known = answers(model)
         if known is None:
-            assert model_type not in MUST_BE_EQUAL
+            assert not must_be_equal
             pytest.skip("`generate` does not work with the tiny model of this family")
         plain = decode(target, None, PROMPTS, max_new_tokens=NEW)
         target.features(torch.tensor([PROMPTS[0]]))
     except ValueError as refusal:
-        assert model_type not in MUST_BE_EQUAL and "\n" not in str(refusal)
-        print(f"{model_type}: {refusal}")
+        assert not must_be_equal and "\n" not in str(refusal)
+        print(f"{name}: {refusal}")
         return
 
     expected = [tokens[:NEW] for tokens in known]
@@ -128,6 +133,30 @@ def test_a_family_is_equal_or_refused_in_one_line(model_type):
     positions = torch.arange(13)[None]
     states = model(ids, position_ids=positions, output_hidden_states=True, use_cache=False).hidden_states
     torch.testing.assert_close(tapped.features(ids), torch.cat([states[i] for i in (1, 3, 4)], dim=-1))
+
+
+@pytest.mark.parametrize("model_type", ["gemma3", "llava", "mistral3", "qwen2_5_vl", "qwen3_vl"])
+def test_models_that_also_see_images_decode_text(model_type):
+    tower = dict(intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14)
+    if "qwen" in model_type:
+        tower = dict(depth=1, hidden_size=16, num_heads=2, intermediate_size=16, out_hidden_size=SHAPE["hidden_size"])
+        tower |= dict(deepstack_visual_indexes=[0]) if model_type == "qwen3_vl" else {}
+    else:
+        tower |= dict(hidden_size=16)
+    config_class = CONFIG_MAPPING[model_type]
+    text = config_class().text_config
+    for name, value in (FIELDS | {"num_key_value_heads": 2}).items():
+        if hasattr(text, name):
+            setattr(text, name, value)
+    text.layer_types = ["sliding_attention", "full_attention"] * 2 if model_type == "gemma3" else None
+    if "qwen" in model_type:
+        text.layer_types = ["full_attention"] * 4
+        text.rope_parameters = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}
+    vision = config_class().vision_config.model_type
+    torch.manual_seed(0)
+    config = config_class(text_config=text.to_dict(), vision_config=tower | {"model_type": vision})
+    model = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[config_class](config).eval().requires_grad_(False)
+    check(model, model_type, must_be_equal=True)
 
 
 def pair(model: PreTrainedModel, taps: list[int]) -> tuple[Target, DFlashDrafter]:

@@ -1,10 +1,13 @@
+import copy
 from concurrent.futures import ThreadPoolExecutor
 
+import accelerate
 import pytest
 import torch
 
-from dflash_ext.models import Target
-from python_tests.tiny import FAMILIES, random_prompts, tiny_model
+from dflash_ext.decode import decode
+from dflash_ext.models import DFlashDrafter, Target
+from python_tests.tiny import FAMILIES, MASK_TOKEN, VOCAB, random_prompts, tiny_model
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -39,3 +42,66 @@ def test_a_target_leaves_its_model_as_it_was():
 def test_refuses_taps_out_of_range():
     with pytest.raises(ValueError, match="tap 6 is out of range.*layers 0 to 5"):
         Target(tiny_model("llama"), [1, 6])
+
+
+@pytest.fixture(params=["in memory", "on disk", "quantised"])
+def elsewhere(request, tmp_path):
+    """A model whose weights are no plain tensors in their places, and the model that it was made from."""
+    model = tiny_model("llama", tie_word_embeddings=request.param == "in memory")
+    moved = copy.deepcopy(model)
+    if request.param == "in memory":
+        accelerate.cpu_offload(moved, torch.device("cpu"))
+    elif request.param == "on disk":
+        names = ("embed_tokens", "norm", "rotary_emb", *(f"layers.{i}" for i in range(6)))
+        places = {f"model.{name}": "disk" if "layers" in name else "cpu" for name in names} | {"lm_head": "disk"}
+        accelerate.dispatch_model(moved, places, main_device="cpu", offload_dir=str(tmp_path), force_hooks=True)
+    else:
+        for module in (moved.lm_head, *moved.model.layers.modules()):
+            if type(module) is torch.nn.Linear:
+                module.weight = torch.nn.Parameter(Quantised(module.weight.data), requires_grad=False)
+    return moved, model
+
+
+class Quantised(torch.Tensor):
+    """A weight that, like torchao's, serves `linear` and `dequantize` alone."""
+
+    @staticmethod
+    def __new__(cls, numbers):
+        shape = dict(dtype=numbers.dtype, device=numbers.device)
+        return torch.Tensor._make_wrapper_subclass(cls, numbers.shape, **shape)
+
+    def __init__(self, numbers):
+        self.numbers = numbers
+
+    def dequantize(self):
+        return self.numbers
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        if function is torch.nn.functional.linear:
+            return function(args[0], args[1].numbers, *args[2:])
+        return super().__torch_function__(function, types, args, kwargs or {})
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        if function is not torch.ops.aten.detach.default:
+            raise NotImplementedError(f"{function} of a quantised weight")
+        return cls(args[0].numbers)
+
+
+def test_weights_that_are_elsewhere(elsewhere):
+    """Targets that accelerate offloads or torchao quantises are decoded, and tapped for training, as any other."""
+    moved, model = elsewhere
+    drafter = DFlashDrafter.for_target(Target(moved), mask_token_id=MASK_TOKEN, num_layers=1, block_size=4, taps=2)
+    target, plain = (Target(each, drafter.config.target_layer_ids) for each in (moved, model))
+    prompts = random_prompts(9, 4, 6)
+    want = decode(plain, None, prompts, max_new_tokens=7)
+    for choice in (None, drafter):
+        got = decode(target, choice, prompts, max_new_tokens=7)
+        assert [each.tokens for each in got.completions] == [each.tokens for each in want.completions]
+    ids = torch.tensor(prompts[:1])
+    torch.testing.assert_close(target.features(ids), plain.features(ids))
+    torch.testing.assert_close(target.head, plain.head)
+    assert (target.fingerprint, target.device, target.vocab_size) == (plain.fingerprint, plain.device, VOCAB)
+    drafter.check_target(target)
+    target.check_head()

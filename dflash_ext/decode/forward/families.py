@@ -26,18 +26,21 @@ _ACTIVATIONS = {type(ACT2FN["silu"]): "silu", type(ACT2FN["gelu_pytorch_tanh"]):
 def has_lean_forward(target: Target) -> bool:
     """Whether `target_stack` can be made: the family is known, and its modules are what transformers makes them.
 
-    An adapter or a quantised weight, layers on several devices, and sizes that the kernels do not have are not.
+    That is not so with an adapter, a quantised or offloaded weight, layers on several devices, or sizes that the
+    kernels do not have.
     """
     model = target.model
     if type(model).__name__ not in FAMILIES or not type(model).__module__.startswith("transformers.models."):
         return False
     head = model.get_output_embeddings()
     projections = [projection for layer in target.layers for projection in _linears(layer)]
-    kinds = {(p.dtype, p.device) for p in model.parameters()}
+    kinds = {(type(p.data), p.dtype, p.device) for p in model.parameters()}
     first = target.layers[0]
     return (
         all(type(module) is nn.Linear for module in [*projections, head])
         and len(kinds) == 1
+        and type(head.weight.data) is Tensor
+        and not head.weight.is_meta
         and head.bias is None
         and type(first.mlp.act_fn) in _ACTIVATIONS
         and first.self_attn.head_dim % 8 == 0

@@ -62,7 +62,7 @@ class LoraDrafter(nn.Module):
         config = LoraDrafterConfig(identity_of(target), mask_token_id, **settings)
         drafter = cls(config, LoraAdapter.for_target(target, targets=targets, rank=rank, alpha=alpha))
         with torch.no_grad():
-            mean = target.model.get_input_embeddings().weight.float().mean(dim=0)
+            mean = target.embedding.float().mean(dim=0)
             drafter.mask_embedding.copy_(mean * (target.embedding_scale or 1.0))
         return drafter
 
