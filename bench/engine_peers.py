@@ -95,8 +95,8 @@ def zlab_loop(target: Target, drafter: DFlashDrafter, prompts: Tensor, *, block:
     """
     from dflash.model import DFlashDraftModel, dflash_generate
 
-    with torch.device("cuda"):
-        theirs = DFlashDraftModel(drafter.config).to(torch.bfloat16).eval()
+    with torch.device(target.device):
+        theirs = DFlashDraftModel(drafter.config).to(drafter.dtype).eval()
     theirs.load_state_dict(drafter.state_dict())
 
     def generate():

@@ -123,13 +123,14 @@ class Engine:
         with torch.no_grad():
             draft = BlockDraft(drafter, target, width=width, **sizes, **drafting) if drafter else None
             self.cycle = Cycle(self.state, target_forward(target, **sizes, exact=exact), draft)
-        self.runner = runner(self.cycle)
+            self.runner = runner(self.cycle)
         self.pace = Pace(draft_widths(width)) if block_size == AUTO and width else None
         self.costs = Costs(self.pace.widths, costs) if self.pace else None
         self.waiting: deque[Request] = deque()
         self.rows: dict[int, Request] = {}  # by slot, in the order of admission
         self.free = list(range(slots))
         self.records: deque[Record] = deque()
+        self.most: dict[bool, int] = {}  # the rows of a prefill (True) or cycle that memory sufficed for, if it ran out
         self.fault: BaseException | None = None  # the first one since `run` began
         self.cycles = 0
 
@@ -247,21 +248,30 @@ class Engine:
         """Does `work` for these requests and keeps its record.
 
         If it fails, it is done for each half of them, which takes less memory. So a request ends only by what it raises
-        alone.
+        alone. After a lack of memory, later work is done for as many requests at a time as did fit, until the engine
+        has been empty.
         """
-        try:
-            values = work(requests)
-        except Exception as error:
-            fault = detached(error)
-        else:
-            self.records.append(Record.of(requests, values, is_prefill=is_prefill))
-            return
-        if len(requests) == 1:
-            self._fail(requests[0], fault)
-            return
-        half = len(requests) // 2
-        for part in requests[:half], requests[half:]:
-            self._together(part, work, is_prefill=is_prefill)
+        most = self.most.get(is_prefill, len(requests))
+        parts = deque(requests[first : first + most] for first in range(0, len(requests), most))
+        lacks_memory, fitted = False, 1
+        while parts:
+            part = parts.popleft()
+            try:
+                values = work(part)
+            except Exception as error:
+                lacks_memory |= len(part) > 1 and isinstance(error, torch.OutOfMemoryError)
+                fault = detached(error)
+            else:
+                self.records.append(Record.of(part, values, is_prefill=is_prefill))
+                fitted = max(fitted, len(part))
+                continue
+            if len(part) == 1:
+                self._fail(part[0], fault)
+            else:
+                half = len(part) // 2
+                parts.extendleft((part[half:], part[:half]))
+        if lacks_memory:
+            self.most[is_prefill] = fitted
 
     def _admit(self, requests: list[Request]) -> None:
         for request in requests:
@@ -352,6 +362,8 @@ class Engine:
             return
         del self.rows[request.slot]
         self.free.append(request.slot)
+        if not self.rows:
+            self.most.clear()
         self.state.freeze(torch.tensor([request.slot], device=self.state.device))
         if request.completion.finish_reason in ("error", "cancelled"):
             self.cycle.clear(request.slot)  # what such a row leaves there may not be finite

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import time
+import traceback
+import warnings
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -137,7 +140,8 @@ class GraphRunner(PlainRunner):
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            for _ in range(2):
+            self.cycle(slots, drawing, width, Stopwatch(self.device))
+            with _waiting_raises():  # which would spoil a capture, together with the process's CUDA state
                 self.cycle(slots, drawing, width, Stopwatch(self.device))
         torch.cuda.current_stream().wait_stream(stream)
         graph, watch = torch.cuda.CUDAGraph(), Stopwatch(self.device, captured=True)
@@ -146,10 +150,42 @@ class GraphRunner(PlainRunner):
         return Graph(graph, slots, records, watch, shown=[])
 
 
+@contextmanager
+def _waiting_raises() -> Iterator[None]:
+    """Within it, an operator that waits for the device raises RuntimeError."""
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+
+
 def runner(cycle: Cycle) -> PlainRunner:
-    """The runner for the device and dtype of the target."""
+    """The runner for the device and dtype of the target.
+
+    Whether a model's own modules can be captured, a first graph of one row finds out.
+    """
     halves = cycle.target.target.dtype in (torch.bfloat16, torch.float16)
-    if cycle.state.device.type != "cuda" or not halves or isinstance(cycle.target, ModuleForward):
+    if cycle.state.device.type != "cuda" or not halves:
         return PlainRunner(cycle)
     most = cycle.state.spare
-    return GraphRunner(cycle, [*(size for size in SIZES if size < most), most])
+    graphs = GraphRunner(cycle, [*(size for size in SIZES if size < most), most])
+    if isinstance(cycle.target, ModuleForward):
+        try:
+            graphs.run([cycle.state.spare], Drawing(), cycle.width)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            name = type(cycle.target.target.model).__name__
+            warnings.warn(f"{name} is decoded without CUDA graphs: {_reason(error)}", stacklevel=2)
+            return PlainRunner(cycle)
+    return graphs
+
+
+def _reason(error: BaseException) -> str:
+    """The first of the errors that led to this one, in a line, and where it was raised."""
+    while error.__context__ is not None:
+        error = error.__context__
+    where = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{str(error).partition(chr(10))[0]} ({where.filename}, line {where.lineno})"
