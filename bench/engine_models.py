@@ -73,8 +73,8 @@ def loaded(target: Target, drafter: DFlashDrafter | None, batch: int, context: i
     """An engine in which `batch` rows have `context` tokens of random keys and values."""
     engine = Engine(target, drafter, slots=batch, max_length=context + ROOM, **options)
     for cache in caches_of(engine):
-        cache.keys.normal_()
-        cache.values.normal_()
+        for buffer in cache.buffers.values():
+            buffer.normal_()
     for _ in range(batch):
         engine.submit([3], max_new_tokens=context + ROOM - 1)
     while engine.waiting:

@@ -71,28 +71,38 @@ struct Stack {
 
 std::tuple<Tensor, Tensor> run_layers(
     Tensor hidden, std::vector<Tensor> weights, std::vector<int64_t> kinds, std::vector<Tensor> k_caches,
-    std::vector<Tensor> v_caches, Tensor positions, Tensor places, Tensor slots, std::vector<Tensor> rotary,
+    std::vector<Tensor> v_caches, std::vector<Tensor> positions, std::vector<Tensor> places, std::vector<Tensor> pages,
+    std::vector<Tensor> tables, std::vector<Tensor> rotary,
     std::vector<Tensor> bounds, int64_t kv_len, std::vector<int64_t> taps, double eps, bool plus_one, int64_t gate,
     double scale, std::optional<double> softcap) {
   const int64_t layers = kinds.size();
   check(hidden.dim() == 2 && int64_t(weights.size()) == layers * kWeights && int64_t(k_caches.size()) == layers &&
             int64_t(v_caches.size()) == layers && bounds.size() == 2 * rotary.size(),
         kOp, ": hidden must be [T, H], with ", int64_t(kWeights), " weights and two caches for each layer");
-  const Tensor table = torch::stable::unsqueeze(slots, 1);
+  for (const auto* where : {&positions, &places, &pages, &tables}) {
+    check(2 * where->size() == rotary.size(), kOp, ": positions, places, pages and tables are needed for each kind");
+  }
   const Stack stack{weights, eps, plus_one, gate};
   const Tensor tapped = new_empty(hidden, {hidden.size(0), int64_t(taps.size()), hidden.size(1)}, hidden.scalar_type());
   CpuQueue queue;
   int64_t bytes = 0;
   for (int64_t i = 0; i < layers; ++i) {
-    check(0 <= kinds[i] && 2 * kinds[i] < int64_t(rotary.size()), kOp, ": layer ", i, " is of kind ", kinds[i]);
-    const Tensor *cos_sin = &rotary[2 * kinds[i]], *mask = &bounds[4 * kinds[i]];
+    const int64_t kind = kinds[i];
+    check(0 <= kind && 2 * kind < int64_t(rotary.size()), kOp, ": layer ", i, " is of kind ", kind);
+    const Tensor *cos_sin = &rotary[2 * kind], *mask = &bounds[4 * kind];
     const Tensor projected = stack.multiply(hidden, i, kQkv, kQkvBias, stack.at(i, kAttentionNorm), 0, std::nullopt);
-    const Tensor queries =
-        rotate_to_cache_op(projected, k_caches[i], v_caches[i], positions, places, slots, cos_sin[0], cos_sin[1],
-                           stack.at(i, kQNorm), stack.at(i, kKNorm), eps, plus_one);
+    Tensor queries =
+        rotate_to_cache_op(projected, k_caches[i], v_caches[i], positions[kind], places[kind], pages[kind], cos_sin[0],
+                           cos_sin[1], stack.at(i, kQNorm), stack.at(i, kKNorm), eps, plus_one);
+    // A token that is an entry of its own becomes a row of the batch's entry again.
+    const int64_t batch = tables[kind].size(0);
+    queries = torch::stable::transpose(
+        torch::stable::view(torch::stable::transpose(queries, 1, 2),
+                            {batch, hidden.size(0) / batch, queries.size(1), queries.size(3)}), 1, 2);
     const Tensor attended = block_attn_decode_op(queries, torch::stable::transpose(k_caches[i], 1, 2),
                                                  torch::stable::transpose(v_caches[i], 1, 2), mask[0], mask[1], mask[2],
-                                                 mask[3], kv_len, table, std::nullopt, false, false, scale, softcap);
+                                                 mask[3], kv_len, tables[kind], std::nullopt, false, false, scale,
+                                                 softcap);
     const Tensor rows =
         torch::stable::view(torch::stable::transpose(attended, 1, 2), {hidden.size(0), attended.numel() / hidden.size(0)});
     const Tensor middle = stack.add(hidden, rows, i, kOut, kOutBias, kAfterAttention);
@@ -117,7 +127,8 @@ std::tuple<Tensor, Tensor> run_layers(
 STABLE_TORCH_LIBRARY_FRAGMENT(dflash_ext, m) {
   m.def(
       "run_layers(Tensor hidden, Tensor[] weights, int[] kinds, Tensor(a!)[] k_caches, Tensor(b!)[] v_caches, "
-      "Tensor positions, Tensor places, Tensor slots, Tensor[] rotary, Tensor[] bounds, int kv_len, int[] taps, "
+      "Tensor[] positions, Tensor[] places, Tensor[] pages, Tensor[] tables, Tensor[] rotary, Tensor[] bounds, "
+      "int kv_len, int[] taps, "
       "float eps, bool plus_one, int gate, float scale, float? softcap) -> (Tensor output, Tensor tapped)");
 }
 

@@ -11,10 +11,11 @@ from ..ops import count_tokens_
 from ..ops.cycle import FIELDS, begin_cycle
 from .cycle import Cycle
 from .drawing import Drawing, draw
+from .kv_cache import MOST_ROWS
 from .request import Request
 from .state import PENALTIES, State
 
-CHUNK = 256  # tokens of a row that are read at a time
+CHUNK = MOST_ROWS  # tokens of a row that are read at a time
 TOKENS = 2048  # tokens of all rows that are read at a time
 
 

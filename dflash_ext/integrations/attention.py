@@ -154,7 +154,7 @@ def block_attention(
     softcap: float | None = None,
     s_aux: Tensor | None = None,
     interval_mask: IntervalMask | dict[str, IntervalMask] | None = None,
-    block_table: Tensor | None = None,
+    block_table: dict[int, Tensor] | None = None,
     context_states: Sequence[tuple[Tensor, Tensor]] | None = None,
     **kwargs,
 ) -> tuple[Tensor, None]:
@@ -172,8 +172,8 @@ def block_attention(
             the padding, too. A dict has a mask for each kind of layer ("full_attention", "sliding_attention",
             "chunked_attention"). A single mask for all layers may have no more keys than the window of sliding layers
             or the chunk of chunked ones.
-        block_table: an argument of the model's forward: int32 ``[B, 1]``, the entry of ``key`` and ``value`` that each
-            row reads, if the cache has other entries than the batch has rows.
+        block_table: an argument of the model's forward, if ``key`` and ``value`` are pages ``[pages, Hkv, size, D]``:
+            by the size of a page, the block table int32 ``[B, pages]`` of ``dflash_ext.block_attn_decode``.
         context_states: an argument of the model's forward: for each layer the keys and values ``[B, Hkv, S, D]`` of
             tokens that were read before. They stand before the keys of the rows, and ``interval_mask`` counts them.
             Unlike a cache they are only read, so that layers may be computed again in the backward.
@@ -199,12 +199,13 @@ def block_attention(
     else:
         causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
         mask = _default(query.shape[2], key.shape[2], causal, sliding_window, query.device)
-    if block_table is not None and s_aux is None and value.shape == key.shape:
-        pages = key.transpose(1, 2), value.transpose(1, 2)
-        out = block_attn_decode(query, *pages, mask, block_table=block_table, scale=scaling, softcap=softcap)
-        return out.transpose(1, 2).contiguous(), None
     if block_table is not None:
-        key, value = key[block_table[:, 0]], value[block_table[:, 0]]
+        table = block_table[key.shape[2]]
+        if s_aux is None and value.shape == key.shape:
+            pages = key.transpose(1, 2), value.transpose(1, 2)
+            out = block_attn_decode(query, *pages, mask, block_table=table, scale=scaling, softcap=softcap)
+            return out.transpose(1, 2).contiguous(), None
+        key, value = gathered(key, table), gathered(value, table)
     if s_aux is None:
         out = _attend(query, key, value, mask, scale=scaling, softcap=softcap)
     else:
@@ -212,6 +213,11 @@ def block_attention(
         # The share of the softmax that the keys keep beside the sink: e^lse / (e^lse + e^sink).
         out = out * torch.sigmoid(lse - s_aux.to(lse.dtype)[:, None]).unsqueeze(-1).to(out.dtype)
     return out.transpose(1, 2).contiguous(), None
+
+
+def gathered(pages: Tensor, table: Tensor) -> Tensor:
+    """The keys or values ``[B, Hkv, S, D]`` of rows whose pages ``[pages, Hkv, size, D]`` a block table names."""
+    return pages[table].transpose(1, 2).flatten(2, 3)
 
 
 def _call(model: PreTrainedModel, *args, **kwargs):

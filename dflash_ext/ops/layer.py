@@ -111,9 +111,10 @@ def run_layers(
     kinds: Sequence[int],
     k_caches: Sequence[Tensor],
     v_caches: Sequence[Tensor],
-    positions: Tensor,
-    places: Tensor,
-    slots: Tensor,
+    positions: Sequence[Tensor],
+    places: Sequence[Tensor],
+    pages: Sequence[Tensor],
+    tables: Sequence[Tensor],
     rotary: Sequence[Tensor],
     masks: Sequence[IntervalMask],
     *,
@@ -132,11 +133,13 @@ def run_layers(
     Args:
         hidden: ``[B * R, H]``, contiguous.
         weights: those of the first layer in the order of WEIGHTS, then those of the next. An empty tensor is none.
-        kinds: the kind of each layer, by its place in ``rotary`` and ``masks``.
+        kinds: the kind of each layer, by its place in the arguments below.
         k_caches, v_caches: of each layer, ``[N, Hkv, S, D]``, as in ``rotate_to_cache``; written in place.
-        positions, places: int64 ``[B, R]``. slots: int32 ``[B]``. As in ``rotate_to_cache``.
+        positions, places, pages: of each kind, int64 ``[E, B * R / E]`` twice and int32 ``[E]``, as positions, places
+            and caches in ``rotate_to_cache``.
+        tables: of each kind, int32 ``[B, pages]``, the block table of ``block_attn_decode``.
         rotary: cos and sin of the first kind, then of the next.
-        masks: of each kind, over S keys.
+        masks: of each kind, over ``kv_len`` keys.
         taps: the layers whose outputs are wanted.
         eps, plus_one: of all norms. activation: of the gate. scale, softcap: of the attention's scores.
 
@@ -146,7 +149,7 @@ def run_layers(
     Raises RuntimeError for tensors that do not fit together.
     """
     bounds = [bound for mask in masks for bound in (mask.ctx_lo, mask.ctx_hi, mask.blk_lo, mask.blk_hi)]
-    where = positions, places, slots, rotary, bounds, masks[0].kv_len
+    where = positions, places, pages, tables, rotary, bounds, masks[0].kv_len
     gate = 1 + ACTIVATIONS.index(activation)
     return _run_layers(hidden, weights, kinds, k_caches, v_caches, *where, taps, eps, plus_one, gate, scale, softcap)
 
@@ -169,5 +172,5 @@ def _(gate_up, activation):
 
 @torch.library.register_fake("dflash_ext::run_layers")
 def _(hidden, *others):
-    taps = others[10]
+    taps = others[11]
     return torch.empty_like(hidden), hidden.new_empty(len(hidden), len(taps), hidden.shape[1])

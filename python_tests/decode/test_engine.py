@@ -75,16 +75,20 @@ def test_rows_of_other_temperatures_and_seeds_do_not_change_a_row():
         assert request.completion.tokens == own_output(target.model, prompt, 20)
 
 
-def test_a_long_prompt_is_read_in_chunks_beside_short_ones():
-    model = tiny_model("gemma3", max_position_embeddings=1000)
+@pytest.mark.parametrize("window", [8, 200])
+def test_long_prompts_are_read_in_chunks_and_a_window_leaves_its_pages_behind(window):
+    """Layers with a window have 512 places for rows of 900 tokens, which are read and decoded across them."""
+    model = tiny_model("gemma3", max_position_embeddings=1000, sliding_window=window)
     drafter = DFlashDrafter.for_target(Target(model), mask_token_id=MASK_TOKEN, num_layers=1, taps=1, block_size=4)
     target = Target(model, drafter.config.target_layer_ids)
-    engine = Engine(target, drafter.eval(), slots=2, max_length=800)
-    prompts = random_prompts(700, 3, 300)
-    requests = [engine.submit(prompt, max_new_tokens=6) for prompt in prompts]
+    engine = Engine(target, drafter.eval(), slots=2, max_length=900)
+    assert {tuple(keys.shape) for keys, _ in engine.cycle.target.cache.layers} == {(3, 2, 1024, 16), (6, 2, 256, 16)}
+    prompts = random_prompts(760, 3, 505, 300)
+    lengths = [12, 6, 12, 6]
+    requests = [engine.submit(p, max_new_tokens=n) for p, n in zip(prompts, lengths, strict=True)]
     engine.run()
-    for request, prompt in zip(requests, prompts, strict=True):
-        assert request.completion.tokens == own_output(target.model, prompt, 6)
+    for request, prompt, length in zip(requests, prompts, lengths, strict=True):
+        assert request.completion.tokens == own_output(target.model, prompt, length)
 
 
 def test_a_finished_slot_writes_nothing_until_it_is_taken_again():

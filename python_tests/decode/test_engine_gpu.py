@@ -54,13 +54,17 @@ def test_rows_that_join_and_leave_get_the_targets_tokens(family):
 @torch.no_grad()
 @pytest.mark.parametrize("name", MODELS)
 def test_every_family_is_served_in_bfloat16(name):
-    """Windows of 8 keys are shorter than the prompts and than the answers. Graphs are replayed across them."""
+    """Windows of 8 keys are shorter than the prompts and than the answers. Graphs are replayed across them.
+
+    Layers with a window have 512 places, which the longest row passes while it is decoded.
+    """
     model = MODELS[name]().to("cuda", torch.bfloat16).eval().requires_grad_(False)
+    model.config.max_position_embeddings = 1024
     options = dict(mask_token_id=MASK_TOKEN, num_layers=2, block_size=6, taps=3)
     drafter = DFlashDrafter.for_target(Target(model), **options).to("cuda", torch.bfloat16).eval()
-    target, prompts = Target(model, drafter.config.target_layer_ids), random_prompts(3, 300, 40)
+    target, prompts = Target(model, drafter.config.target_layer_ids), random_prompts(3, 500, 40)
     for draft in (drafter, None):
-        engine = Engine(target, draft, slots=2, max_length=400)
+        engine = Engine(target, draft, slots=2, max_length=600)
         assert isinstance(engine.runner, GraphRunner)
         requests = [engine.submit(prompt, max_new_tokens=24) for prompt in prompts]
         engine.run()
@@ -289,7 +293,9 @@ def test_modules_that_wait_for_the_device_run_without_graphs():
     model = tiny("gpt2").to("cuda", torch.bfloat16)
     model.transformer.h[1].register_forward_hook(lambda module, given, output: output if output[0].sum() else output)
     prompts = random_prompts(3, 40, 17)
-    with pytest.warns(UserWarning, match="GPT2LMHeadModel is decoded without CUDA graphs: .*synchronizing.*test_engine"):
+    with pytest.warns(
+        UserWarning, match="GPT2LMHeadModel is decoded without CUDA graphs: .*synchronizing.*test_engine"
+    ):
         engine = Engine(Target(model), None, slots=2, max_length=60)
     assert type(engine.runner) is PlainRunner
     requests = [engine.submit(prompt, max_new_tokens=16) for prompt in prompts]

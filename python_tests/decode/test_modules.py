@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from dflash_ext.decode import kv_cache
 from dflash_ext.decode.forward import ModuleForward
 from dflash_ext.models import Target
 from python_tests.decode.test_families import tiny
@@ -17,13 +18,19 @@ def model_of(family: str):
 
 
 @pytest.mark.parametrize("family", [*FAMILIES, *READS_SLOTS])
-def test_rows_in_pieces_equal_one_pass(family):
-    """Rows of different lengths and slots, fed in pieces with padding and a rejected tail."""
+def test_rows_in_pieces_equal_one_pass(family, monkeypatch):
+    """Rows of different lengths and slots, fed in pieces with padding and a rejected tail.
+
+    Layers with a window of 8 have pages of 4 keys, the first of which are used again.
+    """
+    monkeypatch.setattr(kv_cache, "ALIGNMENT", 4)
     model = model_of(family)
     target = Target(model, [1, 3])
-    forward = ModuleForward(target, slots=5, tokens=40)
+    forward = ModuleForward(target, slots=5, tokens=40, rows=11)
+    sizes = {layer.keys.shape[2] for layer in forward.cache.layers}
+    assert sizes == ({4, 104} if family in ("gemma3", "gpt_oss", "gemma4_text") else {104})
     assert forward.reads_slots == READS_SLOTS.get(family, True)
-    rows, slots = random_prompts(20, 13), torch.tensor([3, 0], dtype=torch.int32)
+    rows, slots = random_prompts(25, 13), torch.tensor([3, 0], dtype=torch.int32)
 
     def read(pieces: list[list[int]], starts: list[int], ends=None):
         width = max(map(len, pieces))
@@ -35,9 +42,10 @@ def test_rows_in_pieces_equal_one_pass(family):
 
     implementation = model.config._attn_implementation
     read([rows[0][:9], rows[1][:4]], [0, 0])
-    read([[50, 51, 52], [53, 54, 55]], [9, 4])  # rejected: written over below
-    logits, features = read([rows[0][9:], rows[1][4:]], [9, 4])
-    last, _ = read([rows[0][19:], rows[1][11:]], [19, 11], [(1, 1), (0, 0)])
+    read([rows[0][9:14], []], [9, 4])
+    read([[50, 51, 52], [53, 54, 55]], [14, 4])  # rejected: written over below
+    logits, features = read([rows[0][14:], rows[1][4:]], [14, 4])
+    last, _ = read([rows[0][24:], rows[1][11:]], [24, 11], [(1, 1), (0, 0)])
     assert model.config._attn_implementation == implementation
     for row, (tokens, kept) in enumerate(zip(rows, (11, 9), strict=True)):
         whole = torch.tensor([tokens])

@@ -160,7 +160,10 @@ KINDS["Gemma"] = ("q_norm", "k_norm", "after_attention", "after_mlp", "gate_up_b
 
 
 def stack(dtype, optional, *, layers=3, heads=4, kv_heads=2, head_dim=16, inner=40, rows=3):
-    """Weights by layer and name, and the arguments of run_layers behind them."""
+    """Weights by layer and name, and the arguments of run_layers behind them.
+
+    Layers of the first kind have a page of 32 keys a slot, and those of the second kind 2 pages of 8 keys in turns.
+    """
     width = 24
     sizes = {"qkv": ((heads + 2 * kv_heads) * head_dim, width), "out": (width, heads * head_dim)}
     sizes |= {"gate_up": (2 * inner, width), "down": (width, inner)}
@@ -171,20 +174,27 @@ def stack(dtype, optional, *, layers=3, heads=4, kv_heads=2, head_dim=16, inner=
         {name: torch.randn(sizes.get(name, (width,))).div(4).to(dtype) if name in given else None for name in WEIGHTS}
         for _ in range(layers)
     ]
-    start = torch.tensor([5, 0])
+    start = torch.tensor([15, 0])
     positions = start[:, None] + torch.arange(rows)
     slots = torch.tensor([2, 0], dtype=torch.int32)
     phase = torch.rand(32, head_dim // 2, dtype=torch.promote_types(dtype, torch.float32))
     rotary = [phase.cos(), phase.sin(), phase.sin(), phase.cos()]
     masks = [IntervalMask.decode(start, rows, causal=True, kv_len=32, window=window) for window in (None, 4)]
-    caches = [torch.randn(layers, 3, kv_heads, 32, head_dim).to(dtype) for _ in range(2)]
-    return weights, [[0, 1, 0][:layers], *map(list, caches), positions, positions, slots, rotary, masks]
+    kinds, forms = [0, 1, 0][:layers], [(3, 32), (6, 8)]
+    caches = [
+        [torch.randn(forms[kind][0], kv_heads, forms[kind][1], head_dim).to(dtype) for kind in kinds] for _ in range(2)
+    ]
+    pages = (2 * slots[:, None] + positions // 8 % 2).int().view(-1)
+    tables = [slots[:, None], 2 * slots[:, None] + torch.tensor([0, 1, 0, 1], dtype=torch.int32)]
+    one_by_one = positions.view(-1, 1)
+    where = [[positions, one_by_one], [positions, one_by_one % 8], [slots, pages], tables]
+    return weights, [kinds, *caches, *where, rotary, masks]
 
 
 def layer_by_layer(hidden, weights, kinds, k_caches, v_caches, *where, softcap, **norm):
     """The operators one by one."""
     eps, plus_one = norm["eps"], norm["plus_one"]
-    positions, places, slots, rotary, masks = where
+    positions, places, pages, tables, rotary, masks = where
     outputs = []
     for layer, kind, k, v in zip(weights, kinds, k_caches, v_caches, strict=True):
 
@@ -200,10 +210,11 @@ def layer_by_layer(hidden, weights, kinds, k_caches, v_caches, *where, softcap, 
 
         projected = product(hidden, "qkv", norm=layer["attention_norm"])
         q_norm, k_norm = layer["q_norm"], layer["k_norm"]
-        to = positions, places, slots, *rotary[2 * kind : 2 * kind + 2]
+        to = positions[kind], places[kind], pages[kind], *rotary[2 * kind : 2 * kind + 2]
         q = rotate_to_cache(projected, k, v, *to, q_norm=q_norm, k_norm=k_norm, **norm)
-        pages = k.transpose(1, 2), v.transpose(1, 2)
-        out = block_attn_decode(q, *pages, masks[kind], block_table=slots[:, None], scale=0.3, softcap=softcap)
+        q = q.transpose(1, 2).reshape(*positions[0].shape, *q.shape[1::2]).transpose(1, 2)
+        of_pages = k.transpose(1, 2), v.transpose(1, 2)
+        out = block_attn_decode(q, *of_pages, masks[kind], block_table=tables[kind], scale=0.3, softcap=softcap)
         hidden = add(hidden, out.transpose(1, 2).flatten(2).flatten(0, 1), "out", layer["after_attention"])
         inner = product(hidden, "gate_up", norm=layer["mlp_norm"], gate="silu")
         hidden = add(hidden, inner, "down", layer["after_mlp"])

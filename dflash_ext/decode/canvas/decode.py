@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from ...checks import is_int, shown
 from ...models import Denoiser
 from ..arguments import integer, positive, stop_ids, stop_texts, token_ids
+from ..prefill import CHUNK
 from ..request import Request
 from ..text import Text
 from .completion import CanvasCompletion, CanvasDecoded
@@ -88,7 +89,8 @@ def decode_canvas(
     slots = min(batch_size, len(prompts))
     longest = max(map(len, prompts))
     room = max(length if canvas is None else len(canvas) for canvas in given) + max_new_tokens - 1
-    forward = canvas_forward(model, slots=slots + 1, tokens=longest + -(-room // length) * length)
+    tokens = longest + -(-room // length) * length
+    forward = canvas_forward(model, slots=slots + 1, tokens=tokens, rows=max(length, CHUNK))
     _check_process(process, forward.mask_id)
     vocab_size = forward.like.shape[0]
     for index, tokens in enumerate(prompts):

@@ -17,7 +17,6 @@ from ...ops import soft_embedding
 from ...reference.numerics import softcapped
 from ..forward.masks import Masks, block_masks, causal_masks
 from ..forward.modules import SlotCache
-from ..kv_cache import block_table
 
 
 class DiffusionGemmaForward:
@@ -28,7 +27,7 @@ class DiffusionGemmaForward:
     length, beyond the sliding window too.
 
     Args:
-        slots, tokens: the number of rows, and the largest number of tokens in a row, as in `KVCache`.
+        slots, tokens, rows: as in `LeanForward`.
 
     Raises:
         ValueError: rows of so many tokens do not fit, or the encoder sees later tokens.
@@ -36,7 +35,7 @@ class DiffusionGemmaForward:
 
     mask_id, self_conditions = None, True
 
-    def __init__(self, model: PreTrainedModel, *, slots: int, tokens: int):
+    def __init__(self, model: PreTrainedModel, *, slots: int, tokens: int, rows: int):
         self.config = model.config.get_text_config()
         if tokens > self.config.max_position_embeddings:
             raise ValueError(
@@ -48,11 +47,11 @@ class DiffusionGemmaForward:
         self.head, self.softcap = model.lm_head.weight, model.final_logit_softcapping
         self.embedding = self.decoder.embed_tokens
         self.like = self.embedding.weight
-        self.cache = SlotCache(slots, tokens)
         self.windows = {
             kind: self.config.sliding_window if kind == "sliding_attention" else None
             for kind in set(self.config.layer_types)
         }
+        self.cache = SlotCache(slots, tokens, [self.windows[kind] for kind in self.config.layer_types], rows)
         self.attentions = [layer.self_attn for stack in (self.encoder, self.decoder) for layer in stack.layers]
         self.cache_argument = cache_argument(self.encoder)
 
@@ -90,10 +89,10 @@ class DiffusionGemmaForward:
 
     def _given(self, masks: Masks, positions: Tensor, start: Tensor, counts: Tensor, slots: Tensor) -> dict:
         """What all layers get, beside the masks by kind of layer."""
-        self.cache.place(slots, positions, gathers=False)
+        tables = self.cache.place(slots, positions, gathers=False)
         seen = masks(self.windows, start, positions.shape[1], counts, self.cache.capacity)
         packed = {kind: as_attention_mask(mask) for kind, mask in seen.items()}
-        return {"masks": packed, self.cache_argument: self.cache, "block_table": block_table(slots)}
+        return {"masks": packed, self.cache_argument: self.cache, "block_table": tables}
 
     @contextmanager
     def _writing(self) -> Iterator[None]:

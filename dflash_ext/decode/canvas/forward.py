@@ -55,13 +55,13 @@ class CausalForward:
     """The forward of a `Denoiser`, whose weights both read the prompt and denoise.
 
     Args:
-        slots, tokens: the number of rows, and the largest number of tokens in a row, as in `KVCache`.
+        slots, tokens, rows: as in `LeanForward`.
     """
 
-    def __init__(self, denoiser: Denoiser, *, slots: int, tokens: int):
+    def __init__(self, denoiser: Denoiser, *, slots: int, tokens: int, rows: int):
         self.denoiser, self.target = denoiser, denoiser.target
         self.target.check_length(tokens, f"rows of {tokens} tokens")
-        self.forward = target_forward(self.target, slots=slots, tokens=tokens)
+        self.forward = target_forward(self.target, slots=slots, tokens=tokens, rows=rows)
         self.embedding = self.target.model.get_input_embeddings()
         self.like = self.embedding.weight
         self.mask_id, self.self_conditions = denoiser.mask_id, denoiser.self_conditioning is not None
@@ -102,16 +102,16 @@ class CausalForward:
             handle.remove()
 
 
-def canvas_forward(model: Denoiser | PreTrainedModel, *, slots: int, tokens: int) -> CanvasForward:
-    """The forward of a denoiser or of a DiffusionGemma.
+def canvas_forward(model: Denoiser | PreTrainedModel, *, slots: int, tokens: int, rows: int) -> CanvasForward:
+    """The forward of a denoiser or of a DiffusionGemma; the sizes are those of `LeanForward`.
 
     Raises:
         ValueError: the model is neither of these, or rows of so many tokens do not fit.
     """
     if isinstance(model, Denoiser):
-        return CausalForward(model, slots=slots, tokens=tokens)
+        return CausalForward(model, slots=slots, tokens=tokens, rows=rows)
     if type(model).__name__ == "DiffusionGemmaForBlockDiffusion":
-        return DiffusionGemmaForward(model, slots=slots, tokens=tokens)
+        return DiffusionGemmaForward(model, slots=slots, tokens=tokens, rows=rows)
     raise ValueError(
         f"{type(model).__name__} cannot decode canvases; a Denoiser or DiffusionGemmaForBlockDiffusion is needed"
     )

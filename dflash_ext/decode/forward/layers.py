@@ -12,7 +12,7 @@ from torch import Tensor
 from ...masks import IntervalMask
 from ...ops import block_attn_decode, linear
 from ...ops.layer import WEIGHTS, add_rms_norm, rotate_to_cache, run_layers
-from ..kv_cache import KVCache, block_table
+from ..kv_cache import KVCache, Where
 
 
 @dataclass(frozen=True)
@@ -98,26 +98,29 @@ class Stack:
         """
         if hidden.device.type == "cpu":
             return self._on_cpu(hidden, rows, cache, taps)
-        masks, table = self.planned(rows.masks), block_table(rows.slots)
+        masks, where = self.planned(rows.masks), self._where(rows, cache)
         tapped, is_kept = {}, False
         for index, layer in enumerate(self.layers):
+            to = where[layer.kind]
             queries = rotate_to_cache(
                 self._linear(hidden, layer.qkv, layer.qkv_bias, norm=layer.attention_norm),
                 *cache.layers[index],
-                rows.positions,
-                rows.places,
-                rows.slots,
+                to.positions,
+                to.places,
+                to.pages,
                 *self.rotary[layer.kind],
                 q_norm=layer.q_norm,
                 k_norm=layer.k_norm,
                 eps=self.eps,
                 plus_one=self.plus_one,
             )
+            # A token that is an entry of its own becomes a row of the batch's entry again.
+            queries = queries.transpose(1, 2).reshape(*rows.positions.shape, self.heads, self.head_dim)
             attended = block_attn_decode(
-                queries,
-                *cache.pages[index],
+                queries.transpose(1, 2),
+                *(pages.transpose(1, 2) for pages in cache.layers[index]),
                 masks[layer.kind],
-                block_table=table,
+                block_table=to.table,
                 scale=self.scale,
                 softcap=self.softcap,
                 exact=self.exact,
@@ -132,14 +135,18 @@ class Stack:
                 tapped[index] = self.normed(hidden) if index == len(self.layers) - 1 else hidden
         return hidden, torch.cat([tapped[tap] for tap in taps], dim=1) if taps else None
 
+    def _where(self, rows: Rows, cache: KVCache) -> dict[str, Where]:
+        """Where the rows lie in the layers of each kind."""
+        layers = {layer.kind: index for index, layer in enumerate(self.layers)}
+        return {kind: cache.where(layers[kind], rows.positions, rows.places, rows.slots) for kind in self.rotary}
+
     def _on_cpu(self, hidden: Tensor, rows: Rows, cache: KVCache, taps: Sequence[int]) -> tuple[Tensor, Tensor | None]:
+        where = self._where(rows, cache)
         hidden, features = run_layers(
             hidden,
             *self._for_cpu,
             *zip(*cache.layers, strict=True),
-            rows.positions,
-            rows.places,
-            rows.slots,
+            *zip(*(where[kind] for kind in self.rotary), strict=True),
             [table for tables in self.rotary.values() for table in tables],
             [rows.masks[kind] for kind in self.rotary],
             taps=taps,

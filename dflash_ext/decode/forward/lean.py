@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ...models import Target
 from ...reference.numerics import softcapped
-from ..kv_cache import KVCache
+from ..kv_cache import MOST_ROWS, KVCache, capacity_of
 from .families import embedding_of, target_stack
 from .layers import Rows
 from .masks import Masks, causal_masks
@@ -20,14 +20,17 @@ class LeanForward:
 
     Args:
         slots, tokens: the number of rows, and the largest number of tokens in a row, as in `KVCache`.
+        rows: the largest number of a row's tokens in one forward.
         exact: the bits of a row depend on that row alone, whatever is computed beside it.
     """
 
-    def __init__(self, target: Target, *, slots: int, tokens: int, exact: bool = False):
+    def __init__(self, target: Target, *, slots: int, tokens: int, rows: int = MOST_ROWS, exact: bool = False):
         self.target = target
         like = target.head
         config = target.config
         head_dim = target.layers[0].self_attn.head_dim
+        self.stack = replace(target_stack(target, capacity_of(tokens)), exact=exact)
+        self.windows = target.windows
         self.cache = KVCache(
             target.num_layers,
             slots,
@@ -36,10 +39,10 @@ class LeanForward:
             tokens,
             dtype=like.dtype,
             device=like.device,
+            windows=[self.windows[layer.kind] for layer in self.stack.layers],
+            rows=rows,
         )
-        self.stack = replace(target_stack(target, self.cache.capacity), exact=exact)
         self.embed = embedding_of(target)
-        self.windows = target.windows
 
     def read(
         self,

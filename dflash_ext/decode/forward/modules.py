@@ -2,42 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from functools import partial
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from ...integrations import as_attention_mask
-from ...integrations.attention import runs_block_attn
+from ...integrations.attention import gathered, runs_block_attn
 from ...models import Target
-from ..kv_cache import block_table, capacity_of
+from ..kv_cache import MOST_ROWS, Pages, capacity_of
 from .masks import Masks, causal_masks
 
 
 class _Placement:
-    """Where the next tokens go, and what a forward reads. The layers of one cache share it."""
+    """Where the next tokens go, and what a forward reads. The layers of one cache share it.
 
-    slots: Tensor
-    places: Tensor
+    at: by the form of a layer's pages, the page and the place in it of each token, and the block table.
+    """
+
+    at: dict[Pages, tuple[Tensor, Tensor, Tensor]]
     gathers: bool
 
 
 class _SlotLayer(CacheLayerMixin):
-    """Keys and values of one layer, [slots, Hkv, capacity, D] each. The last slot also receives what padding writes."""
+    """Keys and values of one layer, [pages, Hkv, size, D] each. The last slot also receives what padding writes."""
 
     is_sliding = False
 
-    def __init__(self, placement: _Placement, slots: int, capacity: int):
+    def __init__(self, placement: _Placement, slots: int, pages: Pages):
         super().__init__()
-        self.placement, self.slots, self.capacity = placement, slots, capacity
+        self.placement, self.slots, self.pages = placement, slots, pages
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         # Zeros, because masked keys and values are multiplied, too.
         self.keys, self.values = (
-            states.new_zeros(self.slots, states.shape[1], self.capacity, states.shape[3])
+            states.new_zeros(self.slots * self.pages.count, states.shape[1], self.pages.size, states.shape[3])
             for states in (key_states, value_states)
         )
         self.is_initialized = True
@@ -45,24 +46,21 @@ class _SlotLayer(CacheLayerMixin):
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        slots, places = self.placement.slots, self.placement.places
-        there = places >= 0
-        slots, places = slots.where(there, self.slots - 1), places.clamp(min=0)
-        self.keys[slots, :, places] = key_states.transpose(1, 2)
-        self.values[slots, :, places] = value_states.transpose(1, 2)
+        pages, places, table = self.placement.at[self.pages]
+        self.keys[pages, :, places] = key_states.transpose(1, 2)
+        self.values[pages, :, places] = value_states.transpose(1, 2)
         if not self.placement.gathers:
             return self.keys, self.values
-        rows = self.placement.slots[:, 0]
-        return self.keys[rows], self.values[rows]
+        return gathered(self.keys, table), gathered(self.values, table)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.capacity, 0
+        return self.pages.capacity, 0
 
     def get_seq_length(self) -> int:
-        return self.capacity
+        return self.pages.capacity
 
     def get_max_length(self) -> int:
-        return self.capacity
+        return self.pages.capacity
 
     get_max_cache_shape = get_max_length
 
@@ -74,28 +72,41 @@ class SlotCache(Cache):
 
     Args:
         slots, tokens: the number of rows, and the largest number of tokens in a row.
+        windows, rows: as in `KVCache`.
     """
 
-    def __init__(self, slots: int, tokens: int):
-        self.placement, self.capacity = _Placement(), capacity_of(tokens)
-        super().__init__(layer_class_to_replicate=partial(_SlotLayer, self.placement, slots, self.capacity))
+    def __init__(self, slots: int, tokens: int, windows: Sequence[int | None], rows: int = MOST_ROWS):
+        self.placement, self.slots, self.capacity = _Placement(), slots, capacity_of(tokens)
+        self.forms = [Pages.of(self.capacity, window, rows) for window in windows]
+        super().__init__(layers=[_SlotLayer(self.placement, slots, pages) for pages in self.forms])
 
-    def place(self, slots: Tensor, places: Tensor, *, gathers: bool) -> None:
+    def place(self, slots: Tensor, places: Tensor, *, gathers: bool) -> dict[int, Tensor]:
         """Says where the next tokens go: to `places` (int64 [B, R], -1: nowhere) of these `slots` (int32 [B]).
 
-        gathers: layers get copies of the rows' slots, and else all slots, which they read by a block table.
+        gathers: layers get copies of the rows' slots, and else all pages, which they read by a block table.
+
+        Returns the block tables, by the size of their pages.
         """
-        self.placement.slots, self.placement.places = slots.long()[:, None], places
-        self.placement.gathers = gathers
+        self.placement.at, self.placement.gathers = {}, gathers
+        for form in set(self.forms):
+            pages, within = form.find(slots, places)
+            pages = pages.long().where(within >= 0, (self.slots - 1) * form.count)
+            self.placement.at[form] = pages, within.clamp(min=0), form.table(slots)
+        return {form.size: table for form, (_, _, table) in self.placement.at.items()}
+
+    def _used(self) -> Iterator[_SlotLayer]:
+        """The layers that have keys of their own."""
+        return (layer for layer in self.layers if layer.is_initialized)
 
     @property
     def bytes(self) -> int:
-        return sum(x.numel() * x.element_size() for layer in self.layers for x in (layer.keys, layer.values))
+        return sum(x.numel() * x.element_size() for layer in self._used() for x in (layer.keys, layer.values))
 
     def clear(self, slot: int) -> None:
-        for layer in self.layers:
-            layer.keys[slot] = 0
-            layer.values[slot] = 0
+        for layer in self._used():
+            pages = slice(slot * layer.pages.count, (slot + 1) * layer.pages.count)
+            layer.keys[pages] = 0
+            layer.values[pages] = 0
 
 
 class ModuleForward:
@@ -109,13 +120,14 @@ class ModuleForward:
     Args: as those of `LeanForward`.
     """
 
-    def __init__(self, target: Target, *, slots: int, tokens: int, exact: bool = False):
+    def __init__(self, target: Target, *, slots: int, tokens: int, rows: int = MOST_ROWS, exact: bool = False):
         if exact:
             name = type(target.model).__name__
             raise ValueError(f"exact=True is not supported: the engine has no forward of its own for this {name}")
-        self.target, self.cache = target, SlotCache(slots, tokens)
+        self.target, self.windows = target, target.windows
+        kinds = getattr(target.config, "layer_types", None) or [*self.windows] * target.num_layers
+        self.cache = SlotCache(slots, tokens, [self.windows[kind] for kind in kinds], rows)
         self.capacity = self.cache.capacity
-        self.windows = target.windows
         # The first forward makes the layers of the cache, and says what block_attn must give.
         self.reads_slots = False
         expected = self._first_logits(slots - 1)
@@ -151,12 +163,12 @@ class ModuleForward:
         """As that of `LeanForward`."""
         seen = masks(self.windows, start, tokens.shape[1], counts, self.capacity)
         given = {}
+        tables = self.cache.place(slots, positions, gathers=not self.reads_slots)
         if self.reads_slots:
             seen = {kind: as_attention_mask(mask) for kind, mask in seen.items()}
-            given["block_table"] = block_table(slots)
+            given["block_table"] = tables
         else:
             seen = {kind: mask.to_dense(self.target.dtype) for kind, mask in seen.items()}
-        self.cache.place(slots, positions, gathers=not self.reads_slots)
         columns = None if ends is None else sorted({column for _, column in ends})
         with runs_block_attn([self.target]) if self.reads_slots else nullcontext():
             logits, features = self.target.step(
