@@ -158,6 +158,17 @@ def tap_choice(taps: str) -> int | list[int]:
     return [integer(tap, "--taps") for tap in taps.split(",")] if "," in taps else integer(taps, "--taps")
 
 
+def shares(text: str, option: str) -> float | tuple[float, float]:
+    """One share, or the least and the largest one, divided by a comma."""
+    try:
+        values = [float(part) for part in text.split(",")]
+    except ValueError:
+        values = []
+    if len(values) not in (1, 2):
+        raise ValueError(f"{option} is '{text}': a share such as 0.5, or two such as 0.1,0.6, are expected")
+    return values[0] if len(values) == 1 else (values[0], values[1])
+
+
 def integer(text: str, option: str) -> int:
     try:
         return int(text)

@@ -26,13 +26,31 @@ from .options import (
     TargetName,
     Tokenizer,
     integer,
+    shares,
     tap_choice,
 )
 
+# The options that only one kind of drafter has, by the names of their parameters.
+OPTIONS_OF = {
+    "dflash": ("layers", "taps", "intermediate_size", "features", "loss", "teacher_mix", "compile"),
+    "lora": (
+        *("lora_kind", "rank", "alpha", "linear_layers", "causal", "sampler_width"),
+        *("kl_weight", "context_ratio", "fixed_anchors"),
+    ),
+}
+
 
 def train(
+    ctx: typer.Context,
     output: Annotated[Path, typer.Option(help="The folder for the drafter, its log and the answers.")],
     target: TargetName,
+    drafter: Annotated[
+        str,
+        typer.Option(
+            help="The kind of the drafter: dflash, a small model of its own; or lora, an adapter with which the target "
+            "drafts for itself."
+        ),
+    ] = "dflash",
     prompts: Prompts = None,
     answers: Annotated[
         Path | None, typer.Option(help="Train on this answers file of an earlier run instead of new answers.")
@@ -72,9 +90,46 @@ def train(
     ] = None,
     layers: Annotated[int, typer.Option(min=1, help="The number of the drafter's layers.")] = 5,
     taps: Taps = "5",
-    block_size: Annotated[int, typer.Option(help="Slots of a drafted block, the anchor included.")] = 16,
+    block_size: Annotated[
+        int | None,
+        typer.Option(
+            help="Slots of a drafted block, the anchor included. The default is 16, and 8 for a LoRA drafter."
+        ),
+    ] = None,
     intermediate_size: Annotated[
         int | None, typer.Option(min=1, help="The width of the drafter's MLPs. The default is the target's.")
+    ] = None,
+    lora_kind: Annotated[
+        str,
+        typer.Option(
+            help="With --drafter lora: gated, the adapter acts on mask tokens alone and the target's cache serves "
+            "both; or whole, it acts on every token while drafting."
+        ),
+    ] = "gated",
+    rank: Annotated[int, typer.Option(min=1, help="With --drafter lora: the rank of the adapter.")] = 64,
+    alpha: Annotated[
+        float | None,
+        typer.Option(help="With --drafter lora: updates are multiplied by alpha / rank. The default is the rank."),
+    ] = None,
+    linear_layers: Annotated[
+        str,
+        typer.Option(
+            metavar="<names>",
+            help="With --drafter lora: the linear layers of the adapter: all, attention, mlp, or names such as "
+            "q_proj,o_proj.",
+        ),
+    ] = "all",
+    causal: Annotated[
+        bool,
+        typer.Option("--causal", help="With --drafter lora: a slot of a block sees only the slots up to itself."),
+    ] = False,
+    sampler_width: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="With --drafter lora: train a sampler head of this width, which lets a drafted token depend on the "
+            "one before it.",
+        ),
     ] = None,
     steps: Annotated[int, typer.Option(min=1, help="The number of optimizer steps.")] = 1000,
     batch_size: Annotated[int, typer.Option(min=1, help="Sequences in a forward pass.")] = 8,
@@ -85,7 +140,8 @@ def train(
         float,
         typer.Option(
             help="The share of blocks that are drafted from mask tokens alone. The others show some leading tokens, "
-            "which trains for several steps of denoising."
+            "which trains for several steps of denoising. With --drafter lora, the share of slots that hold the mask "
+            "token; the others show their tokens."
         ),
     ] = 1.0,
     curriculum: Annotated[
@@ -119,6 +175,26 @@ def train(
     teacher_mix: Annotated[
         float, typer.Option(help="The share of kl or tv in the loss; the rest is the cross-entropy.")
     ] = 1.0,
+    kl_weight: Annotated[
+        float,
+        typer.Option(
+            min=0,
+            help="With --drafter lora: the weight of the divergence from the target's distributions, beside the "
+            "cross-entropy of its tokens.",
+        ),
+    ] = 0.0,
+    context_ratio: Annotated[
+        str,
+        typer.Option(
+            metavar="<share>",
+            help="With --drafter lora: the share of each sequence that is context alone and has no block. Two shares, "
+            "such as 0.1,0.6, draw it for each sequence.",
+        ),
+    ] = "0",
+    fixed_anchors: Annotated[
+        bool,
+        typer.Option("--fixed-anchors", help="With --drafter lora: put blocks side by side instead of drawing them."),
+    ] = False,
     gamma: Annotated[
         float | None,
         typer.Option(help="The decay of the loss weights over a block's slots. Without it, D-PACE weights are used."),
@@ -172,8 +248,10 @@ def train(
     from ..data import LeftOut, Server, conversation_numbers, read_conversations
     from ..data.parsing import require_file
     from ..models import Target, stop_tokens
-    from ..train import Recipe, new_drafter, train_on_answers, train_on_prompts
+    from ..train import LoraRecipe, Recipe, new_drafter, new_lora_drafter, train_on_answers, train_on_prompts
 
+    _check_kind(ctx, drafter)
+    is_lora = drafter == "lora"
     if (prompts is None) == (answers is None):
         raise ValueError("train needs either --prompts, which the target answers first, or --answers")
     if server and answers:
@@ -190,7 +268,8 @@ def train(
     if output.exists() and not output.is_dir():
         raise ValueError(f"--output {output}: a folder is expected, this is a file")
     chosen_taps = tap_choice(taps)
-    recipe = Recipe(
+    block_size = block_size or (8 if is_lora else 16)
+    settings = dict(
         steps=steps,
         batch_size=batch_size,
         accumulation=accumulation,
@@ -200,8 +279,6 @@ def train(
         pack_length=pack_length,
         learning_rate=learning_rate,
         optimizer=optimizer,
-        loss=loss,
-        teacher_mix=teacher_mix,
         gamma=gamma,
         seed=seed,
         save_every=save_every,
@@ -209,26 +286,38 @@ def train(
         evaluate_prompts=evaluate_prompts,
         report_to=tuple(report_to or ()),
         checkpoint_activations=checkpoint_activations,
-        compile=compile,
     )
+    if is_lora:
+        ratio = shares(context_ratio, "--context-ratio")
+        recipe = LoraRecipe(**settings, kl_weight=kl_weight, context_ratio=ratio, fixed_anchors=fixed_anchors)
+    else:
+        recipe = Recipe(**settings, loss=loss, teacher_mix=teacher_mix, compile=compile)
     model, tok = load_target(target, tokenizer, dtype, device)
-    drafter = new_drafter(
-        Target(model),
-        seed,
-        mask_token_id=_mask_token(tok, mask_token),
-        num_layers=layers,
-        block_size=block_size,
-        taps=chosen_taps,
-        intermediate_size=intermediate_size,
-    )
-    parameters = sum(p.numel() for p in drafter.parameters())
-    shown.print(
-        f"drafter: {layers} layers, {parameters / 1e6:.1f} M parameters, taps {drafter.config.target_layer_ids}"
-    )
-    tapped = Target(model, drafter.config.target_layer_ids)
+    made = dict(mask_token_id=_mask_token(tok, mask_token), block_size=block_size)
+    if is_lora:
+        trained = new_lora_drafter(
+            Target(model),
+            seed,
+            kind=lora_kind,
+            rank=rank,
+            alpha=alpha,
+            targets=linear_layers.split(",") if "," in linear_layers else linear_layers,
+            causal=causal,
+            sampler_width=sampler_width,
+            **made,
+        )
+        tapped = Target(model)
+        what = f"a {lora_kind} adapter of rank {rank} on {len(trained.adapter.paths)} linear layers"
+    else:
+        options = dict(num_layers=layers, taps=chosen_taps, intermediate_size=intermediate_size)
+        trained = new_drafter(Target(model), seed, **options, **made)
+        tapped = Target(model, trained.config.target_layer_ids)
+        what = f"{layers} layers, taps {trained.config.target_layer_ids}"
+    parameters = sum(p.numel() for p in trained.parameters())
+    shown.print(f"drafter: {parameters / 1e6:.1f} M parameters, {what}")
     options = dict(max_length=max_length, held_out=held_out, resume=resume, console=shown)
     if answers is not None:
-        train_on_answers(drafter, tapped, answers, output, recipe, features=features, **options)
+        train_on_answers(trained, tapped, answers, output, recipe, features=features, **options)
     else:
         encoded = encode_for(
             tapped,
@@ -241,7 +330,7 @@ def train(
             chat_template_args=chat_template_args,
         )
         train_on_prompts(
-            drafter,
+            trained,
             tapped,
             encoded,
             output,
@@ -256,6 +345,16 @@ def train(
             **options,
         )
     shown.print(f"the drafter is in {output}")
+
+
+def _check_kind(ctx: typer.Context, kind: str) -> None:
+    """Raises a ValueError for an unknown kind of drafter, and for an option that only another kind has."""
+    if kind not in OPTIONS_OF:
+        raise ValueError(f"--drafter '{kind}' is not known: choose one of {', '.join(OPTIONS_OF)}")
+    for other, names in OPTIONS_OF.items():
+        for name in names:
+            if other != kind and ctx.get_parameter_source(name).name == "COMMANDLINE":
+                raise ValueError(f"--{name.replace('_', '-')} is an option of --drafter {other}, not of {kind}")
 
 
 def _mask_token(tokenizer, given: str | None) -> int:

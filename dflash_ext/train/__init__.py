@@ -4,8 +4,8 @@ from .collator import AnchorCollator
 from .curve import plot_curve
 from .drafters import train_drafter, train_on_answers, train_on_prompts
 from .evaluation import DraftingEvaluation, Evaluation, HeldOutPrompts
-from .randomness import new_drafter
-from .recipe import Recipe, RunRecipe
+from .randomness import new_drafter, new_lora_drafter
+from .recipe import LoraRecipe, Recipe, RunRecipe
 from .run import run
 from .trainer import ObjectiveTrainer
 
@@ -15,12 +15,14 @@ __all__ = [
     "DraftingEvaluation",
     "Evaluation",
     "HeldOutPrompts",
+    "LoraRecipe",
     "ObjectiveTrainer",
     "Recipe",
     "RunRecipe",
     "build_blocks",
     "dpace",
     "new_drafter",
+    "new_lora_drafter",
     "plot_curve",
     "position_decay",
     "run",

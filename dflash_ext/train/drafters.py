@@ -14,25 +14,25 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ..data import AnswerDataset, FeatureDataset, Server, answer_prompts
-from ..models import DFlashDrafter, Target, save_drafter
+from ..models import LoraDrafter, Target, save_drafter, save_lora_drafter
 from ..progress import progress
 from .checkpoints import newest_checkpoint
 from .collator import AnchorCollator
 from .evaluation import DraftingEvaluation, HeldOutPrompts
-from .objectives import DFlashObjective, Objective
-from .parallel import is_sharded, whole_copy
-from .recipe import Recipe
+from .objectives import DFlashObjective, LoraObjective, Objective
+from .parallel import Drafter, is_sharded, whole_copy
+from .recipe import DraftingRecipe, LoraRecipe, Recipe
 from .run import run
 
 Collator = Callable[[list[Mapping]], dict[str, Tensor]]
 
 
 def train_on_prompts(
-    drafter: DFlashDrafter,
+    drafter: Drafter,
     target: Target,
     prompts: Mapping[int, Sequence[int]],
     output: str | Path,
-    recipe: Recipe,
+    recipe: DraftingRecipe,
     *,
     max_new_tokens: int = 256,
     temperatures: Sequence[float] = (0.0,),
@@ -82,11 +82,11 @@ def train_on_prompts(
 
 
 def train_on_answers(
-    drafter: DFlashDrafter,
+    drafter: Drafter,
     target: Target,
     answers: str | Path,
     output: str | Path,
-    recipe: Recipe,
+    recipe: DraftingRecipe,
     *,
     max_length: int = 1024,
     held_out: float = 0.0,
@@ -115,7 +115,7 @@ def train_on_answers(
         kept_out.prompts()[: recipe.evaluate_prompts],
         max_new_tokens=dataset.header["max_new_tokens"],
         stop_token_ids=dataset.header["stop_token_ids"],
-        denoising_steps=(1,) if recipe.noise_ratio == 1 else (1, 2, 3),
+        denoising_steps=recipe.denoising_steps,
     )
     counts = {
         "to train on": len(trained),
@@ -132,11 +132,11 @@ def train_on_answers(
 
 
 def train_drafter(
-    drafter: DFlashDrafter,
+    drafter: Drafter,
     target: Target,
     answers: Dataset,
     output: str | Path,
-    recipe: Recipe,
+    recipe: DraftingRecipe,
     *,
     held_out: Dataset | None = None,
     prompts: HeldOutPrompts | None = None,
@@ -185,26 +185,38 @@ class Parts(NamedTuple):
     save: Callable[[Path], None]
 
 
-def parts_of(drafter: DFlashDrafter, target: Target, recipe: Recipe) -> Parts:
-    """The parts of a run that trains `drafter`, by its kind."""
-    config = drafter.config
-    if any(not config.first_draft_slot < size <= config.block_size for size in recipe.block_sizes):
-        raise ValueError(f"block sizes {recipe.block_sizes}: the drafter's blocks have {config.block_size} slots")
-    collator = AnchorCollator(
-        recipe.anchors,
-        config.block_size,
-        config.mask_token_id,
-        config.first_draft_slot,
-        noise_ratio=recipe.noise_ratio,
-        block_sizes=recipe.block_sizes,
-        steps=recipe.steps,
-        pack_length=recipe.pack_length,
+def parts_of(drafter: Drafter, target: Target, recipe: DraftingRecipe) -> Parts:
+    """The parts of a run that trains `drafter`, by its kind.
+
+    Raises:
+        ValueError: the recipe is one for another kind of drafter, or has blocks that the drafter does not have.
+    """
+    is_lora = isinstance(drafter, LoraDrafter)
+    needed, first_slot = (LoraRecipe, 1) if is_lora else (Recipe, drafter.config.first_draft_slot)
+    if not isinstance(recipe, needed):
+        raise ValueError(f"a {type(drafter).__name__} is trained by a {needed.__name__}, not {type(recipe).__name__}")
+    size = drafter.config.block_size
+    if any(not first_slot < each <= size for each in recipe.block_sizes):
+        raise ValueError(f"block sizes {recipe.block_sizes}: the drafter's blocks have {size} slots")
+    as_decoded = AnchorCollator(
+        recipe.anchors, size, drafter.config.mask_token_id, first_slot, pack_length=recipe.pack_length
     )
+    collator = replace(as_decoded, block_sizes=recipe.block_sizes, steps=recipe.steps)
+    if is_lora:
+        options = dict(context_ratio=recipe.context_ratio, fixed=recipe.fixed_anchors)
+        collator = replace(collator, slot_noise=recipe.noise_ratio, **options)
+        objective = LoraObjective(drafter, target, gamma=recipe.gamma, kl_weight=recipe.kl_weight)
+    else:
+        collator = replace(collator, noise_ratio=recipe.noise_ratio)
+        objective = DFlashObjective(drafter, target, recipe.gamma, loss=recipe.loss, teacher_mix=recipe.teacher_mix)
 
     def save(folder: Path) -> None:
         whole = whole_copy(drafter) if is_sharded(drafter) else drafter
-        if PartialState().is_main_process:
+        if not PartialState().is_main_process:
+            return
+        if is_lora:
+            save_lora_drafter(whole, folder, base_name=target.model.config.name_or_path or None, dtype=torch.bfloat16)
+        else:
             save_drafter(whole, folder, dtype=torch.bfloat16)
 
-    objective = DFlashObjective(drafter, target, recipe.gamma, loss=recipe.loss, teacher_mix=recipe.teacher_mix)
-    return Parts(objective, collator, replace(collator, noise_ratio=1.0, block_sizes=()), save)
+    return Parts(objective, collator, as_decoded, save)

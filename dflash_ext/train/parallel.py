@@ -6,7 +6,9 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from ..models import DFlashDrafter
+from ..models import DFlashDrafter, LoraDrafter
+
+Drafter = DFlashDrafter | LoraDrafter
 
 
 def is_sharded(module: nn.Module) -> bool:
@@ -14,7 +16,7 @@ def is_sharded(module: nn.Module) -> bool:
     return any(isinstance(parameter, DTensor) for parameter in module.parameters())
 
 
-def whole_copy(drafter: DFlashDrafter, dtype: torch.dtype | None = None) -> DFlashDrafter:
+def whole_copy(drafter: Drafter, dtype: torch.dtype | None = None) -> Drafter:
     """A copy of a drafter with whole tensors, in evaluation mode, to decode with or to save.
 
     Every rank must call this if the drafter is sharded, and every rank gets the copy.
@@ -24,7 +26,7 @@ def whole_copy(drafter: DFlashDrafter, dtype: torch.dtype | None = None) -> DFla
     """
     tensors = {name: _whole(tensor) for name, tensor in drafter.state_dict().items()}
     with torch.random.fork_rng(devices=[]):
-        copy = DFlashDrafter(drafter.config)
+        copy = drafter.new_like() if isinstance(drafter, LoraDrafter) else DFlashDrafter(drafter.config)
     copy.load_state_dict(tensors)
     return copy.to(next(iter(tensors.values())).device, dtype or drafter.dtype).eval()
 

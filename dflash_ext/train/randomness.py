@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from ..data.fingerprints import hash_of
-from ..models import DFlashDrafter, Target
+from ..models import DFlashDrafter, LoraDrafter, Target
 
 
 def generator(*key: int | str) -> torch.Generator:
@@ -25,3 +25,10 @@ def new_drafter(target: Target, seed: int, **options) -> DFlashDrafter:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return DFlashDrafter.for_target(target, **options).to(target.device)
+
+
+def new_lora_drafter(target: Target, seed: int, **options) -> LoraDrafter:
+    """As `new_drafter`, a LoRA drafter. `options` are those of `LoraDrafter.for_target`."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return LoraDrafter.for_target(target, **options).to(target.device)

@@ -77,16 +77,15 @@ class RunRecipe:
 
 
 @dataclass
-class Recipe(RunRecipe):
-    """The settings of a drafter's training. Defaults are the DFlash paper's where a small budget allows
-    (arXiv 2602.06036).
+class DraftingRecipe(RunRecipe):
+    """The settings of the training of any drafter.
 
     Attributes:
         anchors: blocks drawn from each sequence.
-        noise_ratio, block_sizes: as in `AnchorCollator`. Below a noise ratio of 1, evaluations report the tau at 1, 2
-            and 3 steps of denoising.
+        noise_ratio: the share of mask tokens; each kind of drafter has a rule of its own for the rest.
+        block_sizes: as in `AnchorCollator`.
         pack_length: sequences share rows of this number of tokens; None gives each a row of its own.
-        loss, teacher_mix, gamma: as in `DFlashObjective`.
+        gamma: the decay of the loss weights over a block's slots; None weights by D-PACE.
         evaluate_prompts: the largest number of held-out prompts that an evaluation decodes.
     """
 
@@ -94,19 +93,70 @@ class Recipe(RunRecipe):
     noise_ratio: float = 1.0
     block_sizes: tuple[int, ...] = ()
     pack_length: int | None = None
-    loss: str = "ce"
-    teacher_mix: float = 1.0
     gamma: float | None = None
     evaluate_prompts: int = 32
 
     def __post_init__(self):
         super().__post_init__()
         self._check_at_least_one("anchors")
-        self._check_choice("loss", ("ce", "kl", "tv"))
-        for name in ("noise_ratio", "teacher_mix"):
-            self._check_share(name)
+        self._check_share("noise_ratio")
         if self.gamma is not None and not self.gamma > 0:
             raise ValueError(f"gamma is {self.gamma}: a decay above 0 is needed, or none for D-PACE weights")
+
+    @property
+    def denoising_steps(self) -> tuple[int, ...]:
+        """The numbers of denoising steps that an evaluation decodes with."""
+        return (1,)
+
+
+@dataclass
+class Recipe(DraftingRecipe):
+    """The settings of a DFlash drafter's training. Defaults are the paper's where a small budget allows
+    (arXiv 2602.06036).
+
+    Attributes:
+        noise_ratio: as in `AnchorCollator`. Below 1, evaluations report the tau at 1, 2 and 3 steps of denoising.
+        loss, teacher_mix: as in `DFlashObjective`.
+    """
+
+    loss: str = "ce"
+    teacher_mix: float = 1.0
+
+    def __post_init__(self):
+        super().__post_init__()
+        self._check_choice("loss", ("ce", "kl", "tv"))
+        self._check_share("teacher_mix")
+
+    @property
+    def denoising_steps(self) -> tuple[int, ...]:
+        return (1,) if self.noise_ratio == 1 else (1, 2, 3)
+
+
+@dataclass
+class LoraRecipe(DraftingRecipe):
+    """The settings of a LoRA drafter's training.
+
+    Attributes:
+        noise_ratio: the share of drafted slots that hold the mask token (`AnchorCollator.slot_noise`).
+        kl_weight: as in `LoraObjective`.
+        context_ratio: as in `AnchorCollator`.
+        fixed_anchors: anchors stand side by side instead of being drawn.
+    """
+
+    kl_weight: float = 0.0
+    context_ratio: float | tuple[float, float] = 0.0
+    fixed_anchors: bool = False
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not 0 <= self.kl_weight < math.inf:
+            raise ValueError(f"kl_weight is {self.kl_weight}: a finite weight from 0 on is needed")
+        ratio = self.context_ratio
+        least, most = ratio if isinstance(ratio, tuple) else (ratio, ratio)
+        if not 0 <= least <= most < 1:
+            raise ValueError(f"context_ratio is {ratio}: a share from 0 on and below 1 is needed, or two such shares")
+        if self.compile:
+            raise ValueError("compile is not supported for LoRA drafters: their base runs fused operators of its own")
 
 
 class OneDeviceArguments(TrainingArguments):

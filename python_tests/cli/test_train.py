@@ -3,7 +3,7 @@ import json
 import pytest
 
 from dflash_ext.data import AnswerDataset
-from dflash_ext.models import load_drafter
+from dflash_ext.models import Target, load_drafter, load_lora_drafter, load_target
 from python_tests.data.words import word_tokenizer
 
 
@@ -151,3 +151,39 @@ def test_training_on_written_features(workspace, run):
         for folder in (out, workspace / "again")
     ]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_a_lora_drafter(workspace, run):
+    out = workspace / "trained"
+    train = [
+        *("train", "--target", workspace / "target", "--prompts", workspace / "prompts.jsonl", "--output", out),
+        *("--mask-token", "w096", "--drafter", "lora", "--lora-kind", "whole", "--linear-layers", "o_proj"),
+        *("--rank", 4, "--block-size", 4, "--steps", 2, "--batch-size", 2, "--anchors", 4),
+        *("--max-new-tokens", 16, "--held-out", 0),
+        *("--kl-weight", 0.5, "--context-ratio", "0.1,0.3", "--noise-ratio", 0.9, "--causal", "--sampler-width", 8),
+    ]
+    code, printed, errors = run(*train)
+    assert code == 0, errors
+    assert "a whole adapter of rank 4 on 6 linear layers" in printed
+    drafter = load_lora_drafter(out, Target(load_target(workspace / "target")[0]))
+    config = drafter.config
+    assert (config.kind, config.block_size, config.causal, config.sampler_width) == ("whole", 4, True, 8)
+    recipe = json.loads((out / "training.json").read_text())["recipe"]
+    assert (recipe["kl_weight"], recipe["context_ratio"], recipe["noise_ratio"]) == (0.5, [0.1, 0.3], 0.9)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--drafter", "eagle"], "--drafter 'eagle' is not known: choose one of dflash, lora"),
+        (["--drafter", "lora", "--taps", "1,3"], "--taps is an option of --drafter dflash, not of lora"),
+        (["--kl-weight", "1"], "--kl-weight is an option of --drafter lora, not of dflash"),
+        (["--drafter", "lora", "--context-ratio", "half"], "--context-ratio is 'half': a share such as 0.5, or two"),
+        (["--drafter", "lora", "--lora-kind", "both", "--mask-token", "w096"], "the kind of a LoRA drafter is 'both'"),
+    ],
+)
+def test_options_of_another_kind_of_drafter_are_refused(workspace, run, options, message):
+    base = ["train", "--target", workspace / "target", "--prompts", workspace / "prompts.jsonl"]
+    code, _, errors = run(*base, "--output", workspace / "trained", *options)
+    assert code == 1 and message in errors
+    assert not (workspace / "trained").exists()

@@ -37,7 +37,7 @@ class LoraAdapter(nn.Module):
             raise ValueError(f"the rank of an adapter is {rank}: at least 1 is needed")
         self.rank, self.alpha = rank, float(rank if alpha is None else alpha)
         self.scale = self.alpha / rank
-        self.paths = tuple(shapes)
+        self.shapes, self.paths = dict(shapes), tuple(shapes)
         self._index = {path: index for index, path in enumerate(self.paths)}
         self.lora_a = nn.ParameterList(torch.empty(rank, inputs) for _, inputs in shapes.values())
         self.lora_b = nn.ParameterList(torch.zeros(outputs, rank) for outputs, _ in shapes.values())

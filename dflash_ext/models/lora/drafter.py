@@ -66,6 +66,11 @@ class LoraDrafter(nn.Module):
             drafter.mask_embedding.copy_(mean * (target.embedding_scale or 1.0))
         return drafter
 
+    def new_like(self) -> LoraDrafter:
+        """A new drafter of the same shapes, in float32 on the CPU."""
+        adapter = self.adapter
+        return LoraDrafter(self.config, LoraAdapter(adapter.shapes, adapter.rank, adapter.alpha))
+
     @property
     def dtype(self) -> torch.dtype:
         return self.mask_embedding.dtype

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from copy import deepcopy
 
 import torch
 from torch import Tensor
@@ -13,6 +12,7 @@ from ...models.lora import read_context
 from ...ops import linear_cross_entropy
 from ..anchors import dpace, position_decay
 from ..losses import Losses
+from ..parallel import whole_copy
 from ..tau import TauOfBlocks
 from .objective import Objective
 
@@ -58,8 +58,8 @@ class LoraObjective(Objective):
         return own | {"rank": adapter.rank, "alpha": adapter.alpha, "linear layers": linears, "base": config.base}
 
     def drafter_to_decode(self) -> LoraDrafter:
-        """The drafter as it decodes after training: in the target's dtype. Every rank must call this."""
-        return deepcopy(self.drafter).to(self.target.dtype).eval()
+        """The drafter as it decodes after training: whole, and in the target's dtype. Every rank must call this."""
+        return whole_copy(self.drafter, self.target.dtype)
 
     def of_target(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
         """The base's hidden states [B, S, H], and for a gated drafter its keys and values, two tensors a layer.
