@@ -304,8 +304,7 @@ class Engine:
         if self.pace is None:
             return self.runner.run(slots, drawing, self.cycle.width)
         rows = self.runner.size(len(slots))
-        table = self.costs.table(rows)
-        width = self.costs.first(rows) if table is None else self.pace.choose(table)
+        width = self.costs.choose(rows, self.pace)
         if self.costs.is_measured(rows, width):
             return self.runner.run(slots, drawing, width)
         records, seconds = self.runner.timed_run(slots, drawing, width)

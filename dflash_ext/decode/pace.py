@@ -21,9 +21,10 @@ def draft_widths(most: int) -> tuple[int, ...]:
 class Costs:
     """The seconds of a cycle, by its number of rows and of drafted tokens.
 
-    They are measured once, in the first cycles of each kind, which decode tokens as all others do. What is not measured
-    yet is estimated: between two measured widths along a straight line, and else from the table of a number of rows
-    that is at most twice or half as large. A given table serves all numbers of rows.
+    They are measured once, in the first cycles of each kind, which decode tokens as all others do: plain ones first,
+    which lose nothing against plain decoding, and then drafts that grow as long as they promise to pay. What is not
+    measured is estimated from the measured widths, and from the table of a number of rows that is at most twice or half
+    as large. A given table serves all numbers of rows.
 
     Args:
         widths: the numbers of drafted tokens to choose from.
@@ -35,7 +36,7 @@ class Costs:
         self.is_given = given is not None
         self.seconds: dict[int, dict[int, float]] = {rows: dict(table) for rows, table in (given or {}).items()}
         self.runs: Counter[tuple[int, int]] = Counter()
-        if self.is_given and not any(self._is_known(rows) for rows in self.seconds):
+        if self.is_given and not any(table.keys() >= {0, widths[-1]} for table in self.seconds.values()):
             raise ValueError(f"costs has no table with the costs of cycles that draft 0 and {widths[-1]} tokens")
 
     def add(self, rows: int, width: int, seconds: float) -> None:
@@ -49,40 +50,55 @@ class Costs:
 
     def table(self, rows: int) -> dict[int, float] | None:
         """The costs of all widths, None as long as nothing can be said of them."""
-        measured = self.seconds.get(rows, {})
-        if self._is_known(rows):
-            return {width: _between(measured, width) for width in self.widths}
-        others = [other for other in self.seconds if self._is_known(other) and self._serves(other, rows)]
-        if not others:
+        base = self._base(rows)
+        if base is None:
             return None
-        near = self.seconds[min(others, key=lambda other: abs(math.log(other / rows)))]
-        ratios = [seconds / _between(near, width) for width, seconds in measured.items()]
+        measured = self.seconds.get(rows, {})
+        ratios = [seconds / _estimate(base, width) for width, seconds in measured.items()]
         scale = sum(ratios) / len(ratios) if ratios else 1.0
-        return {width: measured.get(width, scale * _between(near, width)) for width in self.widths}
+        return {width: measured.get(width, scale * _estimate(base, width)) for width in self.widths}
 
     def tables(self) -> dict[int, dict[int, float]]:
         """The table of each number of rows that cycles had, with estimates in the place of what is not measured."""
         tables = {rows: self.table(rows) for rows in self.seconds}
         return {rows: table for rows, table in tables.items() if table is not None}
 
-    def first(self, rows: int) -> int:
-        """The width to measure first, while there is no `table`: that of the drafter, then none."""
-        return 0 if self.widths[-1] in self.seconds.get(rows, {}) else self.widths[-1]
+    def choose(self, rows: int, pace: Pace) -> int:
+        """The number of tokens that a cycle of so many rows drafts.
 
-    def _serves(self, other: int, rows: int) -> bool:
-        return self.is_given or max(other, rows) <= 2 * min(other, rows)
+        Drafts get no longer than the next width until two widths show how fast costs grow.
+        """
+        table, base = self.table(rows), self._base(rows)
+        if table is None:
+            return 0
+        width, known = pace.choose(table), max(base)
+        return min(width, self.widths[self.widths.index(known) + 1]) if width > known and len(base) < 3 else width
 
-    def _is_known(self, rows: int) -> bool:
-        return self.seconds[rows].keys() >= {0, self.widths[-1]} if rows in self.seconds else False
+    def _base(self, rows: int) -> dict[int, float] | None:
+        """The measurements that tell most of cycles with so many rows."""
+        like = [
+            other
+            for other, table in self.seconds.items()
+            if 0 in table and self.is_measured(other, 0) and (self.is_given or max(other, rows) <= 2 * min(other, rows))
+        ]
+        nearest = sorted(like, key=lambda other: abs(math.log(other / rows)))
+        return max((self.seconds[other] for other in nearest), key=len, default=None)
 
 
-def _between(table: Mapping[int, float], width: int) -> float:
-    """The cost of a width on the straight line between the nearest ones of a table that has 0 and the widest."""
+def _estimate(table: Mapping[int, float], width: int) -> float:
+    """The cost of a width, on the straight line through its neighbours in a table that has 0.
+
+    Beyond the widest it is on that of the two widest drafts, but not below the widest, and with one draft on its level.
+    """
     if width in table:
         return table[width]
-    below, above = max(known for known in table if known < width), min(known for known in table if known > width)
-    part = (width - below) / (above - below)
-    return (1 - part) * table[below] + part * table[above]
+    known = sorted(table)
+    above = next((each for each in known if each > width), known[-1])
+    below = max((each for each in known if each < above), default=above)
+    slope = (table[above] - table[below]) / max(above - below, 1)
+    if width > above:
+        slope = max(slope, 0.0) if len(known) > 2 else 0.0
+    return table[above] + slope * (width - above)
 
 
 class Pace:

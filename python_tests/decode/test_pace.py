@@ -10,9 +10,11 @@ from dflash_ext.decode.pace import PROBE, RUNS, Costs, Pace, draft_widths
 from python_tests.decode.oracle import Oracle, own_output
 from python_tests.tiny import random_prompts, tiny_pair
 
-# Cycles of a GPU, where a draft costs a third of a step at any width, and of a CPU, which pays for every slot.
+# Cycles of a GPU, where a draft costs a third of a step at any width, and of a CPU, which pays for every slot, with one
+# row and with seven.
 GPU = {0: 1.0, 1: 1.3, 3: 1.3, 7: 1.32, 15: 1.35}
 CPU = {0: 1.0, 1: 1.3, 3: 1.5, 7: 2.0, 15: 3.2}
+SEVEN = {0: 1.0, 1: 1.53, 3: 2.7, 7: 4.3, 15: 7.4}
 
 
 def settled(costs: dict[int, float], rate: float, seed: int = 0) -> list[int]:
@@ -25,6 +27,40 @@ def settled(costs: dict[int, float], rate: float, seed: int = 0) -> list[int]:
             accepted += 1
         pace.observe(chosen[-1], accepted)
     return chosen[-200:]
+
+
+def seconds(costs: dict[int, float], rate: float, seed: int, *, rows: int, tokens: int, width: int | None) -> float:
+    """What answers of so many tokens take with drafts of one width, or with those that are chosen from costs that are
+    measured on the way. A measurement is up to a quarter more than the cost."""
+    chance, pace = random.Random(seed), Pace(draft_widths(15))
+    measured, left, total = Costs(pace.widths), [tokens] * rows, 0.0
+    while any(count > 0 for count in left):
+        drafted = measured.choose(rows, pace) if width is None else width
+        total += costs[drafted]
+        if not measured.is_measured(rows, drafted):
+            measured.add(rows, drafted, costs[drafted] * chance.uniform(1, 1.25))
+        for row in (row for row, count in enumerate(left) if count > 0):
+            accepted = 0
+            while accepted < drafted and chance.random() < rate:
+                accepted += 1
+            pace.observe(drafted, accepted)
+            left[row] -= accepted + 1
+    return total
+
+
+@pytest.mark.parametrize("costs, rows", [(GPU, 1), (CPU, 1), (SEVEN, 7)], ids=["gpu", "cpu", "seven"])
+@pytest.mark.parametrize("rate", [0.02, 0.4, 0.7, 0.9])
+def test_what_is_chosen_while_costs_are_measured_pays(costs, rows, rate):
+    """Short answers take at most a twentieth more than plain ones, and longer ones little more than with the best
+    width."""
+    runs = range(20)
+    mean = {
+        (width, tokens): sum(seconds(costs, rate, seed, rows=rows, tokens=tokens, width=width) for seed in runs) / 20
+        for width in (None, 0, 1, 3, 7, 15)
+        for tokens in (96, 256)
+    }
+    assert mean[None, 96] < 1.05 * 96 and mean[None, 256] < 1.05 * 256
+    assert mean[None, 256] < 1.25 * min(mean[width, 256] for width in (0, 1, 3, 7, 15))
 
 
 def test_widths():
@@ -96,19 +132,27 @@ def test_costs_are_measured_in_cycles_that_are_needed_anyway():
 
 
 def test_costs_that_are_not_measured_are_estimated():
-    costs = Costs((0, 1, 3, 7))
-    assert costs.table(2) is None and costs.first(2) == 7
-    costs.add(2, 7, 8.0)
-    assert costs.table(2) is None and costs.first(2) == 0
-    costs.add(2, 0, 1.0)
-    assert costs.table(2) == {0: 1.0, 1: 2.0, 3: 4.0, 7: 8.0}
-    costs.add(2, 3, 2.0)
-    costs.add(2, 3, 3.0)
-    assert costs.table(2) == pytest.approx({0: 1.0, 1: 4 / 3, 3: 2.0, 7: 8.0})
+    costs, pace = Costs((0, 1, 3, 7)), Pace((0, 1, 3, 7))
+    assert costs.table(2) is None and costs.choose(2, pace) == 0
+    for seconds in (1.5, 1.0):
+        costs.add(2, 0, seconds)
+    assert costs.table(2) is None  # plain cycles are measured three times first
+    costs.add(2, 0, 1.2)
+    assert costs.table(2) == {0: 1.0, 1: 1.0, 3: 1.0, 7: 1.0} and costs.choose(2, pace) == 1
+    costs.add(2, 1, 1.4)
+    assert costs.table(2) == {0: 1.0, 1: 1.4, 3: 1.4, 7: 1.4} and costs.choose(2, pace) == 3
+    costs.add(2, 3, 1.5)
+    assert Costs((0, 1, 3, 7), {2: {0: 1.0, 1: 1.4, 7: 1.2}}).table(2)[3] == pytest.approx(4 / 3)
+    assert costs.table(2) == pytest.approx({0: 1.0, 1: 1.4, 3: 1.5, 7: 1.7}) and costs.choose(2, pace) == 7
+    costs.add(2, 7, 3.5)
+    costs.add(2, 7, 3.0)
+    assert costs.table(2) == {0: 1.0, 1: 1.4, 3: 1.5, 7: 3.0}
     costs.add(4, 0, 2.0)  # twice as much as for two rows
-    assert costs.table(4) == pytest.approx({0: 2.0, 1: 8 / 3, 3: 4.0, 7: 16.0})
+    assert costs.table(4) == {0: 2.0, 1: 2.8, 3: 3.0, 7: 6.0}
     assert costs.table(5) is None  # more than twice as many rows are measured anew
     assert costs.table(1) == costs.table(2) and {*costs.tables()} == {2, 4}
+    given = Costs((0, 1, 3, 7), {2: {0: 1.0, 7: 8.0}})
+    assert given.table(2) == given.table(9) == {0: 1.0, 1: 2.0, 3: 4.0, 7: 8.0}
     assert Costs((0, 1, 3, 7), costs.tables()).table(4) == costs.table(4)
     with pytest.raises(ValueError, match="^costs has no table with the costs of cycles that draft 0 and 7 tokens"):
         Costs((0, 1, 3, 7), {2: {0: 1.0, 3: 2.0}})
