@@ -55,7 +55,7 @@ def _answer(name: str, prompt: str, completion: Completion, detokenize: Callable
     spans = [f'<span class="cycle first" title="by the prompt alone">{escape(texts[0])}</span>']
     drafts = zip(completion.accepted, completion.drafted, cuts[2::2], texts[1::2], texts[2::2], strict=True)
     for number, (accepted, drafted, end, kept, own) in enumerate(drafts, 1):
-        told = f"cycle {number}: {accepted} of {len(drafted)} drafted tokens accepted"
+        told = f"cycle {number}: {f'{accepted} of {len(drafted)} drafted tokens accepted' if drafted else 'no draft'}"
         if rejected := drafted[accepted:]:
             before = tokens[max(0, end - _CONTEXT) : end]
             _, text = _pieces([*before, *rejected], [0, len(before), len(before) + len(rejected)], detokenize)

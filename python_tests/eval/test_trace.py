@@ -84,3 +84,5 @@ def test_a_rejected_draft_goes_on_with_the_character_before_it():
     answer = Completion([1, 2, 4], finish_reason="length", committed=[2], accepted=[1], drafted=[[2, 3, 1]])
     _, told = Page(trace_page([("p", "", answer)], detokenize, title="t")).titles
     assert told == "cycle 1: 1 of 3 drafted tokens accepted, rejected: éa"
+    plain = Completion([1, 4], finish_reason="length", committed=[1], accepted=[0], drafted=[[]])
+    assert Page(trace_page([("p", "", plain)], detokenize, title="t")).titles[1] == "cycle 1: no draft"
