@@ -66,7 +66,8 @@ def pair(shape: Shape) -> tuple[Target, DFlashDrafter]:
 
 
 def caches_of(engine: Engine) -> list:
-    return [engine.cycle.target.cache] + ([engine.cycle.draft.cache] if engine.cycle.draft else [])
+    draft = engine.cycle.draft
+    return [engine.cycle.target.cache] + ([draft.cache] if draft and draft.cache else [])
 
 
 def loaded(target: Target, drafter: DFlashDrafter | None, batch: int, context: int, **options) -> Engine:

@@ -75,19 +75,19 @@ def gpu_turns(calls: dict[str, Call], *, rounds: int = 15, graphs: bool = True) 
     for call in calls.values():
         for _ in range(3):
             call()
-    fastest = min(timing.ms for timing in _event_turns(calls, rounds=5).values())
+    fastest = min(timing.ms for timing in event_turns(calls, rounds=5).values())
     if fastest > LAUNCH_MS or not graphs:
-        return _event_turns(calls, rounds)
+        return event_turns(calls, rounds)
     timings = graph_turns(calls, rounds=rounds)
     if min(timing.ms for timing in timings.values()) < SHORT_MS:
         return timings
-    return _event_turns({name: _graph(call, 1).replay for name, call in calls.items()}, rounds)
+    return event_turns({name: _graph(call, 1).replay for name, call in calls.items()}, rounds)
 
 
 def graph_turns(calls: dict[str, Call], *, rounds: int = 15) -> dict[str, Timing]:
     """Times each call as one of 32 in a CUDA graph."""
     replays = {name: _graph(call, GRAPH_CALLS).replay for name, call in calls.items()}
-    timings = _event_turns(replays, rounds)
+    timings = event_turns(replays, rounds)
     return {name: Timing(*(value / GRAPH_CALLS for value in timing)) for name, timing in timings.items()}
 
 
@@ -110,7 +110,7 @@ def gpu_time_in_a_row(call: Call) -> float:
     return start.elapsed_time(end)
 
 
-def _event_turns(calls: dict[str, Call], rounds: int) -> dict[str, Timing]:
+def event_turns(calls: dict[str, Call], rounds: int) -> dict[str, Timing]:
     # Reading leaves the cache full of clean lines. Dirty lines would have to be written back during the timed call.
     flush = torch.zeros(FLUSHED_BYTES // 4, device="cuda").sum
     events = {name: [] for name in calls}

@@ -615,9 +615,12 @@ class IntervalMask:
         own = rows + member - slot
         behind, first, last = block_window(slot, group, causal, window, "zlab")
         seen = cached + row + 1
-        low = 0 if behind is None else (seen - behind).clamp(min=0)
-        block = cached + own + first, torch.where(drafts, cached + own + last, 0)
-        return _intervals(kv_len, count, (low, seen), block, rows=row < exist)
+        low = torch.zeros_like(seen) if behind is None else (seen - behind).clamp(min=0)
+        # A row that verifies sees the cache as context, and the rows up to itself as its block, as in `decode`.
+        context = low, torch.where(drafts, seen, cached)
+        lo = torch.where(drafts, cached + own + first, torch.maximum(low, cached))
+        block = lo, torch.where(drafts, cached + own + last, seen)
+        return _intervals(kv_len, count, context, block, rows=row < exist)
 
     # ---- other forms -------------------------------------------------------------------------------------
 

@@ -19,6 +19,7 @@ from .options import (
     Dtype,
     Exact,
     Field,
+    Forwards,
     GreedyDraft,
     Limit,
     MaxPromptTokens,
@@ -30,7 +31,7 @@ from .options import (
 
 def check_lossless(
     target: TargetName,
-    drafter: Annotated[Path, typer.Option(help="Folder or hub name of the DFlash drafter to check.")],
+    drafter: Annotated[Path, typer.Option(help="Folder or hub name of the drafter to check.")],
     prompts: Annotated[Path, typer.Option(metavar="<path>", help="A file of prompts.")],
     field: Field = None,
     limit: Limit = 20,
@@ -50,6 +51,7 @@ def check_lossless(
     block_size: BlockSize = None,
     denoising_steps: DenoisingSteps = 1,
     greedy_draft: GreedyDraft = False,
+    forwards: Forwards = None,
     batch_size: DecodeBatch = 8,
     seed: Seed = 0,
     exact: Exact = False,
@@ -78,7 +80,7 @@ def check_lossless(
     )
     numbers, asked = list(encoded), list(encoded.values())
     drafting = {"block_size": block_size, "denoising_steps": denoising_steps, "greedy_draft": greedy_draft}
-    options = drafting | {"batch_size": batch_size, "exact": exact}
+    options = drafting | {"forwards": forwards, "batch_size": batch_size, "exact": exact}
     stops = stop_tokens(tok, model)
     found = greedy_divergences(tapped, draft, asked, max_new_tokens=max_new_tokens, stop_token_ids=stops, **options)
     wrong = [each for each in found if each.regret > tolerance]

@@ -20,6 +20,7 @@ from .options import (
     Dtype,
     Exact,
     Field,
+    Forwards,
     GreedyDraft,
     Limit,
     MaxPromptTokens,
@@ -36,7 +37,7 @@ from .output import check_output, replacing
 
 def evaluate(
     target: TargetName,
-    drafter: Annotated[Path, typer.Option(help="Folder or hub name of the DFlash drafter to measure.")],
+    drafter: Annotated[Path, typer.Option(help="Folder or hub name of the drafter to measure.")],
     prompts: Annotated[
         list[Path],
         typer.Option(
@@ -59,6 +60,7 @@ def evaluate(
     block_size: BlockSize = None,
     denoising_steps: DenoisingSteps = 1,
     greedy_draft: GreedyDraft = False,
+    forwards: Forwards = None,
     batch_size: DecodeBatch = 8,
     seed: Seed = 0,
     exact: Exact = False,
@@ -136,6 +138,7 @@ def evaluate(
                         block_size=size,
                         denoising_steps=denoising_steps,
                         greedy_draft=greedy_draft,
+                        forwards=forwards if drafting else None,
                         batch_size=batch_size,
                         seed=seed,
                         exact=exact,

@@ -21,6 +21,7 @@ from .options import (
     Dtype,
     Exact,
     Field,
+    Forwards,
     FrequencyPenalty,
     GreedyDraft,
     Limit,
@@ -48,7 +49,10 @@ def generate(
         list[str] | None, typer.Argument(help="The prompts. To read them from a file, use --prompts instead.")
     ] = None,
     drafter: Annotated[
-        Path | None, typer.Option(help="Folder or hub name of a DFlash drafter. Without one, decoding is plain.")
+        Path | None,
+        typer.Option(
+            help="Folder or hub name of a DFlash drafter, or folder of a LoRA drafter. Without one, decoding is plain."
+        ),
     ] = None,
     prompts: Prompts = None,
     field: Field = None,
@@ -76,6 +80,7 @@ def generate(
     ] = None,
     denoising_steps: DenoisingSteps = 1,
     greedy_draft: GreedyDraft = False,
+    forwards: Forwards = None,
     batch_size: DecodeBatch = 8,
     seed: Seed = 0,
     exact: Exact = False,
@@ -163,6 +168,7 @@ def generate(
             costs=known_costs,
             denoising_steps=denoising_steps,
             greedy_draft=greedy_draft,
+            forwards=forwards,
             batch_size=batch_size,
             seed=seed,
             exact=exact,

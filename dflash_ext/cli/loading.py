@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from ..data import Conversation, LeftOut
-    from ..models import DFlashDrafter, Target
+    from ..models import DFlashDrafter, LoraDrafter, Target
 
 
 def load_target(
@@ -40,12 +40,15 @@ def load_target(
     return models.load_target(name, tokenizer=tokenizer, dtype=kinds.get(dtype), device=where)
 
 
-def load_pair(model: PreTrainedModel, path: Path | None) -> tuple[Target, DFlashDrafter | None]:
+def load_pair(model: PreTrainedModel, path: Path | None) -> tuple[Target, DFlashDrafter | LoraDrafter | None]:
     """The target and the drafter at `path`; the target is tapped for it. Without a path, the target alone, and None."""
-    from ..models import Target, load_drafter
+    from ..models import Target, is_lora_drafter, load_drafter, load_lora_drafter
 
     if path is None:
         return Target(model), None
+    if is_lora_drafter(path):
+        target = Target(model)
+        return target, load_lora_drafter(path, target)
     drafter = load_drafter(path, dtype=model.dtype, device=model.device)
     return Target(model, drafter.config.target_layer_ids), drafter
 

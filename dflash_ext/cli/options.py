@@ -124,6 +124,15 @@ DenoisingSteps = Annotated[
 GreedyDraft = Annotated[
     bool, typer.Option("--greedy-draft", help="Draft the likeliest tokens also at a temperature above 0.")
 ]
+Forwards = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        max=2,
+        help="The forwards of a cycle with a gated LoRA drafter: 2, or 1, which verifies a draft and makes the next "
+        "one. The default is 1 on a GPU as long as it has few rows.",
+    ),
+]
 DecodeBatch = Annotated[int, typer.Option("--batch-size", min=1, help="The number of prompts decoded at a time.")]
 Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="The seed of all random draws.")]
 Tokenizer = Annotated[

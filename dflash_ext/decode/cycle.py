@@ -1,6 +1,7 @@
 """A cycle: from one state of the rows to the next, on the device alone.
 
-With a drafter: draft, verify, commit. Without one: the same without a draft, which is plain decoding.
+With a drafter: draft, verify, commit. Without one: the same without a draft, which is plain decoding. A cycle of one
+forward, which verifies a draft and makes the next one, is in `one_forward`.
 """
 
 from __future__ import annotations
@@ -10,8 +11,9 @@ from torch import Tensor
 
 from ..ops import count_tokens_, verify
 from ..ops.cycle import CycleRows, begin_cycle, end_cycle
-from .draft import BlockDraft
-from .drawing import Drawing, draw
+from ..reference import Verification
+from .drafts import Draft
+from .drawing import Drawing
 from .forward import TargetForward
 from .state import State
 from .stopwatch import Stopwatch
@@ -22,44 +24,45 @@ class Cycle:
 
     Args:
         draft: None decodes plainly.
+
+    Attributes:
+        width: the largest number of drafted tokens.
+        taps: the target's layers whose outputs the drafter reads.
+        lead: the number of cycles that pass, after one without a draft, until one verifies a draft again.
     """
 
-    def __init__(self, state: State, target: TargetForward, draft: BlockDraft | None):
+    lead = 0
+
+    def __init__(self, state: State, target: TargetForward, draft: Draft | None):
         self.state, self.target, self.draft = state, target, draft
         self.width = draft.width if draft else 0
-        self.taps = target.target.tap_ids if draft else ()
+        self.taps = draft.taps if draft else ()
+
+    def begin(self, slots: Tensor, drawing: Drawing) -> None:
+        """What is to be done for new rows, whose prompts have been read."""
 
     def __call__(self, slots: Tensor, drawing: Drawing, width: int, watch: Stopwatch) -> Tensor:
         """Advances the rows in these slots (int64 [B]) by one cycle that drafts `width` tokens.
 
         Returns the records of `end_cycle`, int64 [B, 4 + K].
         """
-        state = self.state
-        rows = begin_cycle(state.numbers, slots, width, self.draft.block_len(width) if self.draft else 0)
-        filters, changes = state.options_of(slots, drawing.filters), state.changes_of(slots, drawing.changes)
+        rows = begin_cycle(self.state.numbers, slots, width, self.draft.block_len(width) if self.draft else 0)
+        filters, changes = self._options(slots, drawing)
         tokens = rows.anchor[:, None]
         drafted, drawn = tokens[:, :0], {}
         if width:
             watch.start("draft")
-            drafted, drawn = self._draft(rows, width, filters, changes)
+            drafted, drawn = self.draft.draft(rows, width, filters, changes)
             tokens = torch.cat([tokens, drafted], dim=1)
         watch.start("verify")
         placed = rows.positions, rows.start, rows.q_len, rows.slots
         logits, features = self.target.read(tokens, *placed, self.taps)
-        chance = filters and {"seed": rows.seed + rows.start} | filters
-        # Drafted tokens for which the row has no room are padding for the target, and are not verified.
-        result = verify(drafted, logits, draft_lens=rows.room, **chance, **drawn, **changes)
+        result = self._verify(rows, drafted, drawn, logits, filters, changes)
         watch.start("commit")
-        records, kept = end_cycle(
-            state.numbers, slots, state.stops, rows, drafted, result.accepted, result.next_token, logits
-        )
+        records, kept = self._end(slots, rows, drafted, result, logits)
         if self.draft is not None:
-            self.draft.inject(features, kept, rows.slots)
-        if "token_counts" in changes:  # last, because a cycle that fails is run again
-            ends = result.accepted[:, None]
-            committed = torch.cat([drafted, result.next_token[:, None]], dim=1)
-            committed = committed.scatter(1, ends, result.next_token[:, None])
-            count_tokens_(state.counts, committed, lens=(ends[:, 0] + 1) * rows.active, table_rows=slots)
+            self.draft.commit(tokens, features, kept, rows.slots)
+        self._count(slots, rows, drafted, result, changes)
         watch.stop()
         return records
 
@@ -67,26 +70,40 @@ class Cycle:
         """Empties a slot of the caches."""
         self.target.cache.clear(slot)
         if self.draft is not None:
-            self.draft.cache.clear(slot)
+            self.draft.clear(slot)
 
-    def _draft(
-        self, rows: CycleRows, width: int, filters: dict[str, Tensor], changes: dict[str, Tensor]
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The drafted tokens [B, K], and what `verify` must know of their draw.
+    def _options(self, slots: Tensor, drawing: Drawing) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """The filters and the changes of logits of the rows in these slots."""
+        return self.state.options_of(slots, drawing.filters), self.state.changes_of(slots, drawing.changes)
 
-        Every step of denoising draws the next tokens, from left to right, and sees those that were drawn before. So a
-        token is drawn from logits that depend on the tokens before it alone, which is the q that `verify` needs. A
-        greedy draft is a point mass, which needs none. It follows the penalties and the bias, as far as the tokens
-        before the block go.
-        """
-        how = ({}, changes) if self.draft.greedy or not filters else (filters, {})
-        known, parts, facts = rows.anchor[:, None], [], []
-        for count in self.draft.shares(width):
-            logits = self.draft.denoise(rows, known, count)
-            drafted, drawn = draw(logits, rows.seed, rows.start + known.shape[1], *how)
-            known = torch.cat([known, drafted], dim=1) if self.draft.steps > 1 else known
-            parts.append(drafted)
-            facts.append(drawn)
-        if len(parts) == 1:
-            return parts[0], facts[0]
-        return torch.cat(parts, dim=1), {name: torch.cat([each[name] for each in facts], dim=1) for name in facts[0]}
+    def _verify(
+        self,
+        rows: CycleRows,
+        drafted: Tensor,
+        drawn: dict[str, Tensor],
+        logits: Tensor,
+        filters: dict[str, Tensor],
+        changes: dict[str, Tensor],
+    ) -> Verification:
+        """Verifies drafted tokens [B, K], of which `drawn` says how they were drawn, by the target's logits."""
+        chance = filters and {"seed": rows.seed + rows.start} | filters
+        # Drafted tokens for which the row has no room are padding for the target, and are not verified.
+        return verify(drafted, logits, draft_lens=rows.room, **chance, **drawn, **changes)
+
+    def _end(
+        self, slots: Tensor, rows: CycleRows, drafted: Tensor, result: Verification, logits: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Commits in the state, and returns what `end_cycle` does."""
+        state = self.state
+        return end_cycle(state.numbers, slots, state.stops, rows, drafted, result.accepted, result.next_token, logits)
+
+    def _count(
+        self, slots: Tensor, rows: CycleRows, drafted: Tensor, result: Verification, changes: dict[str, Tensor]
+    ) -> None:
+        """Counts committed tokens for penalties. It comes last, because a cycle that fails is run again."""
+        if "token_counts" not in changes:
+            return
+        ends = result.accepted[:, None]
+        committed = torch.cat([drafted, result.next_token[:, None]], dim=1)
+        committed = committed.scatter(1, ends, result.next_token[:, None])
+        count_tokens_(self.state.counts, committed, lens=(ends[:, 0] + 1) * rows.active, table_rows=slots)

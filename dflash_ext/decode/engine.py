@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..models import DFlashDrafter, Target
+from ..models import Target
 from ..ops.backends import hopper_kernels_serve
 from .arguments import (
     AUTO,
@@ -24,12 +24,10 @@ from .arguments import (
     token_bias,
 )
 from .completion import Completion, Decoded
-from .cycle import Cycle
-from .draft import BlockDraft
 from .drawing import Drawing
 from .faults import detached
-from .forward import target_forward
 from .graphs import runner
+from .kinds import Drafter, make_cycle
 from .pace import Costs, Pace, draft_widths
 from .prefill import prefill, wave
 from .request import Request
@@ -81,6 +79,9 @@ class Engine:
             it have drafted.
         greedy_draft: the draft is the likeliest one also at a temperature above 0. Such a token x is accepted with the
             probability that the target gives it, and what replaces it is drawn from the target's other tokens.
+        forwards: of a cycle with a gated LoRA drafter. 1 verifies a draft and makes the next one in the same forward,
+            which has a group of mask rows behind every row that it verifies; 2 drafts first, and then knows one token
+            more. The default is 1 on a GPU as long as all slots together have few rows (`decode.kinds`), and else 2.
         exact: greedy tokens depend on the prompt alone, to the bit, also in bfloat16 or float16 on a GPU (Hopper): not
             on the drafter, on what it drafts, or on other requests. On a CPU that is so without this option.
         tokenizer: a tokenizer of transformers, from which completions get their text. Stop strings need it.
@@ -98,7 +99,7 @@ class Engine:
     def __init__(
         self,
         target: Target,
-        drafter: DFlashDrafter | None = None,
+        drafter: Drafter | None = None,
         *,
         slots: int = 8,
         max_length: int = 4096,
@@ -106,6 +107,7 @@ class Engine:
         costs: Mapping[int, Mapping[int, float]] | None = None,
         denoising_steps: int = 1,
         greedy_draft: bool = False,
+        forwards: int | None = None,
         exact: bool = False,
         tokenizer=None,
     ):
@@ -115,16 +117,15 @@ class Engine:
         if exact and target.device.type == "cuda" and not (halves and hopper_kernels_serve(target.device)):
             raise ValueError(f"exact=True on a GPU needs Hopper and bfloat16 or float16; the target is {target.dtype}")
         width = draft_width(target, drafter, None if block_size == AUTO else block_size)
-        drafting = {"steps": denoising(denoising_steps), "greedy": greedy_draft}
+        drafting = {"forwards": forwards, "steps": denoising(denoising_steps), "greedy": greedy_draft}
         self.target, self.max_length, self.tokenizer = target, max_length, tokenizer
         self.watch = Stopwatch(target.device)
         self.state = State(slots, target.vocab_size, target.device)
-        sizes = {"slots": slots + 1, "tokens": max_length}
+        sizes = {"slots": slots + 1, "max_length": max_length, "width": width}
         with torch.no_grad():
-            draft = BlockDraft(drafter, target, width=width, **sizes, **drafting) if drafter else None
-            self.cycle = Cycle(self.state, target_forward(target, **sizes, exact=exact), draft)
+            self.cycle = make_cycle(self.state, target, drafter, **sizes, **drafting, exact=exact)
             self.runner = runner(self.cycle)
-        self.pace = Pace(draft_widths(width)) if block_size == AUTO and width else None
+        self.pace = Pace(draft_widths(self.cycle.width), self.cycle.lead) if block_size == AUTO and width else None
         self.costs = Costs(self.pace.widths, costs) if self.pace else None
         self.waiting: deque[Request] = deque()
         self.rows: dict[int, Request] = {}  # by slot, in the order of admission

@@ -107,10 +107,14 @@ class Pace:
     The promise is `1 + sum over k of P(the first k tokens are accepted)` tokens, by the acceptance rate of each
     position, divided by the cost of the cycle. The choice depends on accepted counts of earlier cycles alone, so that
     output keeps the target's distribution; given the costs, equal seeds give equal choices.
+
+    Args:
+        widths: the numbers of drafted tokens to choose from.
+        lead: the number of cycles that pass, after one without a draft, until one verifies a draft again.
     """
 
-    def __init__(self, widths: Sequence[int]):
-        self.widths = widths
+    def __init__(self, widths: Sequence[int], lead: int = 0):
+        self.widths, self.lead = widths, lead
         self.tried = [0.0] * widths[-1]
         self.kept = [0.0] * widths[-1]
         self.without = 0  # cycles without a draft in a row
@@ -143,5 +147,6 @@ class Pace:
         self.without = 0 if best else self.without + 1
         if self.without < PROBE or len(self.widths) == 1:
             return best
-        self.without = 0
+        if self.without == PROBE + self.lead:
+            self.without = 0
         return self.widths[1]

@@ -58,7 +58,7 @@ def prefill(cycle: Cycle, requests: Sequence[Request], drawing: Drawing) -> Tens
         ends = [(row, n - 1 - first) for row, n in enumerate(lengths) if first < n <= first + part.shape[1]]
         logits, features = cycle.target.read(part, positions, begin, counts, rows.slots, cycle.taps, ends)
         if cycle.draft is not None:
-            cycle.draft.inject(features, positions, rows.slots)
+            cycle.draft.inject(part, features, positions, rows.slots)
         if ends:
             ended = torch.tensor([row for row, _ in ends], device=state.device)
             anchors[ended] = _first_tokens(state, slots[ended], logits, drawing)
@@ -66,6 +66,7 @@ def prefill(cycle: Cycle, requests: Sequence[Request], drawing: Drawing) -> Tens
         count_tokens_(state.counts, anchors[:, None], table_rows=slots)
     stopped = (anchors[:, None] == state.stops.index_select(0, slots)).any(1)
     state.set_anchors(slots, anchors.clamp(min=0), (anchors >= 0) & ~stopped & (rows.start <= rows.last))
+    cycle.begin(slots, drawing)
     return anchors
 
 

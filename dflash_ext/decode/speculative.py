@@ -15,16 +15,17 @@ import torch
 from torch import Tensor
 
 from ..checks import shown
-from ..models import DFlashDrafter, Target
+from ..models import Target
 from .arguments import AUTO, check_prompt, integer, per_prompt, positive, stop_ids, stop_texts
 from .completion import Completion, Decoded
 from .engine import Engine
+from .kinds import Drafter
 
 
 @torch.no_grad()
 def decode(
     target: Target,
-    drafter: DFlashDrafter | None,
+    drafter: Drafter | None,
     prompts: Sequence[Sequence[int]],
     *,
     max_new_tokens: int,
@@ -43,6 +44,7 @@ def decode(
     costs: Mapping[int, Mapping[int, float]] | None = None,
     denoising_steps: int = 1,
     greedy_draft: bool = False,
+    forwards: int | None = None,
     batch_size: int = 32,
     seed: int | Sequence[int] = 0,
     exact: bool = False,
@@ -72,7 +74,7 @@ def decode(
         block_size: slots of a drafted block, anchor included. The drafter's own number is the default and the largest.
             "auto" chooses before each cycle, as in `Engine`.
         costs: as in `Engine`: with "auto", the `costs` of an earlier call, so that a seed repeats its answers.
-        denoising_steps, greedy_draft: as in `Engine`.
+        denoising_steps, greedy_draft, forwards: as in `Engine`.
         batch_size: the number of rows that are decoded at a time. Prompts of similar length share a batch.
         seed: the seed of all draws, or one for each prompt, below 2**62. A prompt's draws do not depend on the other
             prompts of the batch.
@@ -124,6 +126,7 @@ def decode(
         costs=costs,
         denoising_steps=denoising_steps,
         greedy_draft=greedy_draft,
+        forwards=forwards,
         exact=exact,
         tokenizer=tokenizer,
     )

@@ -9,11 +9,12 @@ from dataclasses import dataclass
 
 import torch
 
-from ..decode import decode
-from ..models import DFlashDrafter, Target
+from ..decode import Drafter, decode
+from ..models import Target
 
 # Chi-square statistics of fair draws, as standard deviations, are beyond this about once in 10^5 prompts.
 LARGEST_Z = 4.26
+DRAFTING = ("block_size", "forwards")  # options of `decode` that need a drafter
 
 
 @dataclass(frozen=True)
@@ -32,12 +33,12 @@ class Divergence:
 
 
 def greedy_divergences(
-    target: Target, drafter: DFlashDrafter, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, **options
+    target: Target, drafter: Drafter, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, **options
 ) -> list[Divergence]:
     """Decodes prompts plainly and speculatively, and finds where the outputs part. `options` are those of `decode`."""
     plain, speculative = (
         decode(target, draft, prompts, max_new_tokens=max_new_tokens, **given)
-        for draft, given in ((None, {k: v for k, v in options.items() if k != "block_size"}), (drafter, options))
+        for draft, given in ((None, {k: v for k, v in options.items() if k not in DRAFTING}), (drafter, options))
     )
     found = []
     for index, (one, other) in enumerate(zip(plain.completions, speculative.completions, strict=True)):
@@ -54,7 +55,7 @@ def greedy_divergences(
 
 def sampling_z(
     target: Target,
-    drafter: DFlashDrafter,
+    drafter: Drafter,
     prompt: Sequence[int],
     *,
     draws: int,

@@ -119,11 +119,11 @@ def test_a_cycle_that_fails_after_its_commit_is_repeated_from_its_beginning(monk
     inject = engine.cycle.draft.inject
     faults = iter([True, False, True, False, False] * 100)
 
-    def fail_at_times(features, positions, slots):
+    def fail_at_times(tokens, features, positions, slots):
         is_cycle = positions.shape[1] == 1 + engine.cycle.width
         if is_cycle and len(slots) > 1 and next(faults):
             out_of_memory()
-        inject(features, positions, slots)
+        inject(tokens, features, positions, slots)
 
     monkeypatch.setattr(engine.cycle.draft, "inject", fail_at_times)
     requests = submit_all(engine, random_prompts(4, 9, 17, 3))

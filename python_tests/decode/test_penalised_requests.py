@@ -89,10 +89,10 @@ def test_a_cycle_that_fails_counts_no_token_twice(monkeypatch):
     engine = Engine(target, drafter, slots=4, max_length=100)
     inject, faults = engine.cycle.draft.inject, itertools.cycle([True, False, False])
 
-    def fail_at_times(features, positions, slots):
+    def fail_at_times(tokens, features, positions, slots):
         if positions.shape[1] == 1 + engine.cycle.width and len(slots) > 1 and next(faults):
             raise torch.OutOfMemoryError("out of memory")
-        inject(features, positions, slots)
+        inject(tokens, features, positions, slots)
 
     monkeypatch.setattr(engine.cycle.draft, "inject", fail_at_times)
     changes = dict(frequency_penalty=0.3)

@@ -259,10 +259,10 @@ def opinionated(drafter: DFlashDrafter) -> DFlashDrafter:
     return drafter
 
 
-def exact_distribution(model, prompt, temperature, top_k, top_p, min_p) -> dict[tuple[int, ...], float]:
-    """The target's exact probability of every continuation, with the filters written out anew."""
+def exact_distribution(model, prompt, count, temperature, top_k, top_p, min_p) -> dict[tuple[int, ...], float]:
+    """The target's exact probability of every continuation of `count` tokens, with the filters written out anew."""
     exact = {}
-    for tokens in itertools.product(range(VOCAB), repeat=NEW):
+    for tokens in itertools.product(range(VOCAB), repeat=count):
         logits = model(torch.tensor([prompt + list(tokens)])).logits[0, len(prompt) - 1 : -1].double() / temperature
         probability = 1.0
         for row, token in zip(logits, tokens, strict=True):
@@ -316,7 +316,7 @@ def test_sampling_keeps_the_targets_distribution(drafted, temperature, top_k, to
     target, drafter = small_pair(0.7)
     prompt = [1, 3, 0]
     filters = dict(zip(FILTERS, (temperature, top_k, top_p, min_p), strict=True))
-    exact = exact_distribution(target.model, prompt, **filters)
+    exact = exact_distribution(target.model, prompt, NEW, **filters)
     drafter = drafter if drafted else None
     decoded = decode(target, drafter, [prompt] * ROWS, max_new_tokens=NEW, batch_size=1000, seed=11, **filters)
     expect_distribution(decoded.completions, exact)
@@ -343,7 +343,7 @@ def test_ways_of_drafting_keep_the_targets_distribution(drafting, top_k):
     filters = dict(zip(FILTERS, (1.0, top_k, None, None), strict=True))
     options = dict(max_new_tokens=NEW, batch_size=1000, seed=12)
     decoded = decode(target, drafter, [prompt] * ROWS, **options, **filters, **drafting)
-    expect_distribution(decoded.completions, exact_distribution(target.model, prompt, **filters))
+    expect_distribution(decoded.completions, exact_distribution(target.model, prompt, NEW, **filters))
     accepted = [a for c in decoded.completions for a in c.accepted]
     assert 0 < sum(accepted) < sum(v for c in decoded.completions for v in c.verified)
 

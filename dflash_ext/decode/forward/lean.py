@@ -26,23 +26,31 @@ class LeanForward:
 
     def __init__(self, target: Target, *, slots: int, tokens: int, rows: int = MOST_ROWS, exact: bool = False):
         self.target = target
-        like = target.head
-        config = target.config
-        head_dim = target.layers[0].self_attn.head_dim
         self.stack = replace(target_stack(target, capacity_of(tokens)), exact=exact)
         self.windows = target.windows
-        self.cache = KVCache(
+        self.cache = self.make_cache(slots, tokens, rows)
+        self.capacity = self.cache.capacity
+        self.embed = embedding_of(target)
+
+    def make_cache(self, slots: int, tokens: int, rows: int) -> KVCache:
+        """A cache for the target's keys and values; the arguments are those of `KVCache`."""
+        target, like = self.target, self.target.head
+        return KVCache(
             target.num_layers,
             slots,
-            config.num_key_value_heads,
-            head_dim,
+            target.config.num_key_value_heads,
+            self.stack.head_dim,
             tokens,
             dtype=like.dtype,
             device=like.device,
             windows=[self.windows[layer.kind] for layer in self.stack.layers],
             rows=rows,
         )
-        self.embed = embedding_of(target)
+
+    @property
+    def positions(self) -> int:
+        """The number of positions that rows may have."""
+        return min(len(cos) for cos, _ in self.stack.rotary.values())
 
     def read(
         self,
@@ -85,7 +93,7 @@ class LeanForward:
         masks: Masks = causal_masks,
     ) -> tuple[Tensor, Tensor | None]:
         """The output of the last layer [B, R, H] and the features; the arguments are those of `read`."""
-        seen = masks(self.windows, start, tokens.shape[1], counts, self.cache.capacity)
+        seen = masks(self.windows, start, tokens.shape[1], counts, self.capacity)
         rows = Rows(positions, positions, slots, seen)
         hidden, features = self.stack.forward(self.embed(tokens).flatten(0, 1), rows, self.cache, taps)
         return hidden.view(*tokens.shape, -1), None if features is None else features.view(*tokens.shape, -1)

@@ -5,25 +5,21 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..models import DFlashDrafter, Target
-from ..ops import kv_inject, linear
-from ..ops.cycle import CycleRows
-from ..ops.layer import add_rms_norm
-from .forward.families import drafter_stack
-from .forward.layers import Rows
-from .kv_cache import KVCache, block_table
+from ...models import DFlashDrafter, Target
+from ...ops import kv_inject, linear
+from ...ops.cycle import CycleRows
+from ...ops.layer import add_rms_norm
+from ..forward.families import drafter_stack
+from ..forward.layers import Rows
+from ..kv_cache import KVCache, block_table
+from .base import Draft, narrow
 
 
-class BlockDraft:
-    """Drafts up to `width` tokens behind the anchors of rows.
-
-    The engine knows a drafter by its two methods: what it keeps of newly committed tokens (`inject`), and the logits
-    of the tokens that it drafts (`denoise`).
+class BlockDraft(Draft):
+    """Drafts from the target's features, which become keys and values of the drafter's layers.
 
     Args:
-        width: the largest number of drafted tokens in a cycle.
-        steps: the number of denoising steps that fill a block.
-        greedy: the draft is the likeliest one, whatever the temperature of the row.
+        width, steps, greedy: as in `Draft`.
         slots, tokens: the number of rows, and the largest number of tokens in a row, as in `KVCache`.
     """
 
@@ -38,8 +34,8 @@ class BlockDraft:
         steps: int = 1,
         greedy: bool = False,
     ):
-        self.drafter, self.target, self.width = drafter, target, width
-        self.steps, self.greedy = steps, greedy
+        super().__init__(target, width=width, steps=steps, greedy=greedy, taps=target.tap_ids)
+        self.drafter = drafter
         config = drafter.config
         layers, heads, head_dim = config.num_hidden_layers, config.num_key_value_heads, config.head_dim
         weight = drafter.fc.weight
@@ -50,14 +46,11 @@ class BlockDraft:
         projections = [p for layer in drafter.layers for p in (layer.self_attn.k_proj, layer.self_attn.v_proj)]
         self.weight = torch.cat([p.weight.detach() for p in projections])
         self.bias = torch.cat([p.bias.detach() for p in projections]) if config.attention_bias else None
-        # On a CPU half of the drafting time goes into reading the head, and a draft needs no float32.
-        head = drafter.head(target)
-        is_narrow = head.device.type == "cpu" and head.dtype == weight.dtype == torch.float32
-        self.head = head.detach().bfloat16() if is_narrow else head.detach()
+        self.head = narrow(drafter.head(target), weight.dtype)
         self.k_norm = torch.stack([layer.self_attn.k_norm.weight.detach() for layer in drafter.layers])
 
-    def inject(self, features: Tensor, positions: Tensor, slots: Tensor) -> None:
-        """Adds the features [B, R, taps * H] of tokens at `positions` (int64 [B, R], -1: none) to the context."""
+    def inject(self, tokens: Tensor, features: Tensor | None, positions: Tensor, slots: Tensor) -> None:
+        """Adds the features to the context."""
         fused = linear(features.flatten(0, 1).to(self.weight.dtype), self.drafter.fc.weight.detach())
         eps = self.drafter.config.rms_norm_eps
         context = add_rms_norm(fused, self.drafter.hidden_norm.weight.detach(), eps=eps)
@@ -73,17 +66,7 @@ class BlockDraft:
             block_table=block_table(slots),
         )
 
-    def shares(self, width: int) -> list[int]:
-        """How many of `width` drafted tokens each step of denoising gives, from left to right."""
-        steps = min(self.steps, width)
-        return [width // steps + (step < width % steps) for step in range(steps)]
-
-    def denoise(self, rows: CycleRows, known: Tensor, count: int) -> Tensor:
-        """The logits [B, count, V] of the next tokens of the blocks, in the target's vocabulary and dtype.
-
-        `rows` says how many slots there are, which `block_len` gives. `known` int64 [B, n] are the tokens of the first
-        slots: the anchors, and what was drafted in earlier steps.
-        """
+    def denoise(self, rows: CycleRows, known: Tensor, count: int) -> tuple[Tensor, None]:
         drafter = self.drafter
         first = known.shape[1] - 1 + drafter.config.first_draft_slot
         block = torch.full_like(rows.block_positions, drafter.config.mask_token_id)
@@ -93,8 +76,10 @@ class BlockDraft:
         where = Rows(rows.block_positions, rows.block_places, rows.slots, masks)
         output, _ = self.stack.forward(hidden, where, self.cache)
         wanted = self.stack.normed(output).view(*block.shape, -1)[:, first : first + count]
-        return drafter.logits(self.target, wanted, self.head)
+        return drafter.logits(self.target, wanted, self.head), None
 
     def block_len(self, width: int) -> int:
-        """The slots of a block that drafts `width` tokens."""
         return width + self.drafter.config.first_draft_slot if width else 0
+
+    def clear(self, slot: int) -> None:
+        self.cache.clear(slot)

@@ -1,0 +1,84 @@
+"""Which cycle decodes: by the drafter, and with a gated LoRA drafter by the number of rows that its one forward has."""
+
+from __future__ import annotations
+
+from ..models import DFlashDrafter, Target
+from ..models.lora import LoraDrafter
+from .cycle import Cycle
+from .drafts import BlockDraft, GatedDraft, WholeDraft
+from .forward import LeanForward, target_forward
+from .kv_cache import MOST_ROWS, SCRATCH
+from .one_forward import OneForwardCycle
+from .state import State
+
+Drafter = DFlashDrafter | LoraDrafter
+
+# On an H100 so many rows cost little more than one, so that a forward saved is worth more than the longer drafts of
+# two forwards, which know the bonus token.
+FEW_ROWS = 128
+
+
+def one_forward_rows(width: int) -> int:
+    """The rows of a cycle of one forward with groups of `width` mask rows: the draft's, and a group behind each."""
+    return width * (1 + width)
+
+
+def forwards_of(
+    drafter: Drafter | None, target: Target, forwards: int | None, *, slots: int, width: int, steps: int
+) -> int:
+    """The forwards of a cycle. By default a gated LoRA drafter has one on a GPU if all slots have at most FEW_ROWS
+    rows in it, and else two. A CPU's time grows with the rows, so that two forwards of few rows are faster there.
+
+    Raises ValueError for a number that the drafter does not have.
+    """
+    if forwards not in (None, 1, 2):
+        raise ValueError(f"forwards is {forwards}: 1 and 2 are supported")
+    if not isinstance(drafter, LoraDrafter):
+        if forwards == 1:
+            raise ValueError("forwards is 1: only a gated LoRA drafter verifies and drafts in one forward")
+        return 2
+    can = drafter.config.kind == "gated" and width >= 2 and steps == 1
+    if forwards == 1:
+        drafter.config.check_one_forward()
+        if not can:
+            raise ValueError("forwards is 1: this takes blocks of 3 slots or more, and one denoising step")
+    few = target.device.type == "cuda" and slots * one_forward_rows(width) <= FEW_ROWS
+    return forwards or (1 if can and few else 2)
+
+
+def make_cycle(
+    state: State,
+    target: Target,
+    drafter: Drafter | None,
+    *,
+    slots: int,
+    max_length: int,
+    width: int,
+    forwards: int | None,
+    exact: bool,
+    steps: int,
+    greedy: bool,
+) -> Cycle:
+    """The cycle for a drafter.
+
+    Args:
+        slots: those of the caches, the spare one included.
+        width: the most drafted tokens of a block.
+
+    Raises ValueError for a drafter that the target's forward does not serve.
+    """
+    forwards = forwards_of(drafter, target, forwards, slots=slots - 1, width=width, steps=steps)
+    is_lora = isinstance(drafter, LoraDrafter)
+    rows = one_forward_rows(width) if is_lora and forwards == 1 else 0
+    sizes = {"slots": slots, "tokens": max_length + max(0, rows - SCRATCH)}
+    options = {"width": width, "steps": steps, "greedy": greedy}
+    forward = target_forward(target, **sizes, rows=max(rows, MOST_ROWS), exact=exact)
+    if not is_lora:
+        return Cycle(state, forward, BlockDraft(drafter, target, **sizes, **options) if drafter else None)
+    if not isinstance(forward, LeanForward):
+        name = type(target.model).__name__
+        raise ValueError(f"LoRA drafters are not supported: the engine has no forward of its own for this {name}")
+    if drafter.config.kind == "whole":
+        return Cycle(state, forward, WholeDraft(drafter, forward, **sizes, **options))
+    draft = GatedDraft(drafter, forward, **options)
+    return OneForwardCycle(state, forward, draft) if forwards == 1 else Cycle(state, forward, draft)

@@ -1,0 +1,301 @@
+"""LoRA drafters on the engine: what they draft, in one forward and in two, and that no output changes by it."""
+
+import operator
+
+import pytest
+import torch
+
+from dflash_ext import IntervalMask
+from dflash_ext.decode import Engine, decode
+from dflash_ext.models import LoraDrafter, Target
+from python_tests.decode.oracle import own_output
+from python_tests.decode.test_families import tiny
+from python_tests.decode.test_speculative import (
+    FILTERS,
+    ROWS,
+    exact_distribution,
+    expect_distribution,
+    small_pair,
+)
+from python_tests.tiny import FAMILIES, MASK_TOKEN, random_prompts, tiny_model, tiny_pair
+
+PROMPTS = random_prompts(1, 5, 9, 17)
+KINDS = {
+    "one forward": ({"kind": "gated"}, {"forwards": 1}),
+    "two forwards": ({"kind": "gated"}, {"forwards": 2}),
+    "whole": ({"kind": "whole"}, {}),
+}
+COUNTS = operator.attrgetter("accepted"), operator.attrgetter("verified")
+CYCLES = pytest.mark.parametrize("cycle", KINDS)
+WAYS = pytest.mark.parametrize("merged", [True, False], indirect=True, ids=["merged", "beside"])
+
+
+@pytest.fixture
+def merged(request, monkeypatch):
+    """Whether the adapter is added to a copy of the weights, or runs in products of its own."""
+    if not request.param:
+        monkeypatch.setattr("dflash_ext.decode.forward.adapted.MOST_MERGED", 0)
+
+
+def pair(family: str, cycle: str, **options) -> tuple[Target, LoraDrafter, dict]:
+    """A target, a drafter for this kind of cycle, some of whose drafts are accepted, and the option of `decode`."""
+    settings, forwards = KINDS[cycle]
+    target = Target(tiny_model(family))
+    torch.manual_seed(1)
+    drafter = LoraDrafter.for_target(target, mask_token_id=MASK_TOKEN, rank=4, block_size=6, **settings, **options)
+    drafter.requires_grad_(False)
+    for weight in [*drafter.adapter.lora_b, *([drafter.sampler.outer.weight] if drafter.sampler else [])]:
+        weight.normal_(std=0.05)
+    return target, drafter, forwards
+
+
+@CYCLES
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "merged, causal, sampler, batch_size", [(False, False, None, 4), (True, True, 8, 1)], indirect=["merged"]
+)
+def test_greedy_equals_the_target(merged, cycle, family, causal, sampler, batch_size):
+    target, drafter, forwards = pair(family, cycle, causal=causal, sampler_width=sampler)
+    decoded = decode(target, drafter, PROMPTS, max_new_tokens=30, batch_size=batch_size, **forwards)
+    assert [c.tokens for c in decoded.completions] == [own_output(target.model, p, 30) for p in PROMPTS]
+    assert any(a for c in decoded.completions for a in c.accepted) or family != "llama"
+
+
+@torch.no_grad()
+def reference_draft(target: Target, drafter: LoraDrafter, text: list[int], count: int) -> list[int]:
+    """The tokens of `count` mask rows behind a text, by the model's own modules under the mask of training."""
+    config, context, embed = drafter.config, torch.tensor([text]), target.model.get_input_embeddings()
+    is_whole, end = int(config.kind == "whole"), len(text)
+    masked = torch.full((1, count), config.mask_token_id)
+    block = torch.cat([context[:, -1:], masked], dim=1) if is_whole else masked
+    anchors = torch.tensor([[end - 1]])
+    options = dict(include_context=True, convention="zlab", causal=config.causal)
+    masks = {}
+    for kind, window in target.windows.items():
+        # A gated group sees the context up to and with its anchor: one more token of context, which nothing else sees.
+        padded = IntervalMask.anchor_blocks(
+            end + (1 - is_whole), anchors + (1 - is_whole), block.shape[1], window=window, **options
+        )
+        keep = [key for key in range(padded.kv_len) if is_whole or key != end]
+        masks[kind] = padded.to_dense(torch.float32)[:, :, keep][..., keep]
+    ids = torch.cat([context, block], dim=1)
+    inputs = torch.cat([embed(ids[:, : ids.shape[1] - count]), drafter.embed(target, masked)], dim=1)
+    positions = torch.cat([torch.arange(end), torch.arange(block.shape[1]) + end - is_whole])[None]
+    rows = None if is_whole else torch.arange(ids.shape[1])[None] >= end
+    with drafter.adapter.applied(target.model, rows):
+        logits = target.model(
+            inputs_embeds=inputs,
+            attention_mask=masks if len(masks) > 1 else next(iter(masks.values())),
+            position_ids=positions,
+        ).logits[0, -count:]
+    logits[:, config.mask_token_id] = -torch.inf
+    return logits.argmax(-1).tolist()
+
+
+@CYCLES
+@WAYS
+@pytest.mark.parametrize("family, causal", [("llama", False), ("qwen3", True), ("gemma3", False), ("gemma3", True)])
+def test_drafts_are_those_of_the_models_own_modules(cycle, merged, family, causal, monkeypatch):
+    """Rows of unequal lengths, beside each other: what a row drafts in each of its cycles."""
+    monkeypatch.setattr("dflash_ext.decode.drafts.lora.narrow", lambda head, dtype: head)
+    target, drafter, forwards = pair(family, cycle, causal=causal)
+    decoded = decode(target, drafter, PROMPTS, max_new_tokens=12, **forwards)
+    count = drafter.config.drafted
+    for prompt, completion in zip(PROMPTS, decoded.completions, strict=True):
+        known = len(prompt) + 1
+        for at, drafted in enumerate(completion.drafted):
+            text = [*prompt, *completion.tokens][:known]
+            if cycle == "one forward" and at > 0:  # the group did not know the anchor, for which its first row stood
+                expected = reference_draft(target, drafter, text[:-1], count)[1:]
+            else:
+                expected = reference_draft(target, drafter, text, count)
+            assert drafted == expected[: len(drafted)], (at, text)
+            known += completion.committed[at]
+
+
+def test_one_forward_drafts_one_token_less():
+    target, drafter, forwards = pair("llama", "one forward")
+    assert decode(target, drafter, PROMPTS, max_new_tokens=8, **forwards).draft_width == 4
+    assert decode(target, drafter, PROMPTS, max_new_tokens=8).draft_width == 5  # a CPU has two forwards
+
+
+@WAYS
+@torch.no_grad()
+def test_the_targets_keys_and_values_keep_their_bits(merged):
+    target, drafter, forwards = pair("qwen3", "one forward")
+    caches = []
+    for draft in (None, drafter):
+        engine = Engine(target, draft, slots=2, max_length=60, **(forwards if draft else {}))
+        requests = [engine.submit(prompt, max_new_tokens=40) for prompt in PROMPTS[1:3]]
+        engine.run()
+        cache = engine.cycle.target.cache
+        caches.append(
+            [cache.layers[i][j][r.slot, :, : len(r.prompt) + 38] for i in range(6) for j in (0, 1) for r in requests]
+        )
+    assert all(torch.equal(*pair) for pair in zip(*caches, strict=True))
+
+
+@CYCLES
+def test_rows_join_and_leave(cycle):
+    target, drafter, forwards = pair("llama", cycle, sampler_width=8)
+    prompts = random_prompts(1, 5, 9, 17, 3, 12, 2)
+    expected = [own_output(target.model, p, 30) for p in prompts]
+    stop = expected[0][12]
+    engine = Engine(target, drafter, slots=3, max_length=60, **forwards)
+    requests = [
+        engine.submit(prompt, max_new_tokens=10 + 3 * i, stop_token_ids=stop) for i, prompt in enumerate(prompts)
+    ]
+    for _ in range(3):
+        engine.step()
+    engine.cancel(requests[1])
+    engine.run()
+    for i, (tokens, request) in enumerate(zip(expected, requests, strict=True)):
+        tokens = tokens[: 10 + 3 * i]
+        tokens = tokens[: tokens.index(stop) + 1] if stop in tokens else tokens
+        got = request.completion.tokens
+        assert got == (tokens[: len(got)] if i == 1 else tokens)
+
+
+@CYCLES
+@pytest.mark.parametrize("block_size", [3, 6, 17, "auto"])
+def test_blocks_of_other_sizes(cycle, block_size):
+    """One forward has 16 + 16 * 16 rows in a block of 17 slots, more than there are places behind a row's tokens."""
+    target, drafter, forwards = pair("gemma3", cycle, causal=True)
+    options = dict(block_size=block_size, costs={1: {0: 1.0, 5: 1.1, 4: 1.1}}) if block_size == "auto" else {}
+    options = options or dict(block_size=block_size)
+    decoded = decode(target, drafter, PROMPTS, max_new_tokens=20, **options, **forwards)
+    assert [c.tokens for c in decoded.completions] == [own_output(target.model, p, 20) for p in PROMPTS]
+
+
+@CYCLES
+def test_a_row_that_fills_all_positions(cycle):
+    """Mask rows stand beyond the last position of the target."""
+    target, drafter, forwards = pair("llama", cycle)
+    prompt = random_prompts(500)
+    decoded = decode(target, drafter, prompt, max_new_tokens=12, **forwards)
+    assert decoded.completions[0].tokens == decode(target, None, prompt, max_new_tokens=12).completions[0].tokens
+
+
+@pytest.mark.parametrize("cycle", ["two forwards", "whole"])
+def test_steps_of_denoising(cycle):
+    target, drafter, forwards = pair("qwen3", cycle, sampler_width=8)
+    options = dict(max_new_tokens=20, denoising_steps=3, **forwards)
+    decoded = decode(target, drafter, PROMPTS, **options)
+    assert [c.tokens for c in decoded.completions] == [own_output(target.model, p, 20) for p in PROMPTS]
+    once = decode(target, drafter, PROMPTS, max_new_tokens=20, **forwards)
+    assert [c.drafted for c in decoded.completions] != [c.drafted for c in once.completions]
+
+
+@pytest.mark.parametrize("cycle", ["one forward", "two forwards"])
+def test_penalties_and_a_bias(cycle):
+    target, drafter, forwards = pair("llama", cycle, sampler_width=8)
+    changes = dict(repetition_penalty=1.3, frequency_penalty=0.4, logit_bias={5: 0.5, 9: -float("inf")})
+    plain = decode(target, None, PROMPTS, max_new_tokens=20, **changes)
+    decoded = decode(target, drafter, PROMPTS, max_new_tokens=20, **changes, **forwards)
+    assert [c.tokens for c in decoded.completions] == [c.tokens for c in plain.completions]
+
+
+def test_costs_decide_between_no_draft_and_one():
+    """Where drafting does not pay, a probe of two cycles sees whether it does again: the first makes a draft."""
+    target, drafter, forwards = pair("llama", "one forward")
+    options = dict(max_new_tokens=90, block_size="auto", costs={1: {0: 1.0, 4: 9.0}}, **forwards)
+    decoded = decode(target, drafter, PROMPTS[:1], **options)
+    verified = decoded.completions[0].verified
+    assert decoded.completions[0].tokens == own_output(target.model, PROMPTS[0], 90)
+    assert sum(v > 0 for v in verified) in (2, 3) and verified[0] == 0
+
+
+# ---- sampling ------------------------------------------------------------------------------------------------
+
+
+def small_lora(cycle: str, **options) -> tuple[Target, LoraDrafter, dict]:
+    """A target of five tokens with pronounced preferences, and a drafter that disagrees with it."""
+    target, _ = small_pair(0.7)
+    settings, forwards = KINDS[cycle]
+    torch.manual_seed(5)
+    target = Target(target.model)
+    drafter = LoraDrafter.for_target(target, mask_token_id=4, rank=4, block_size=4, **settings, **options)
+    drafter.requires_grad_(False)
+    for weight in [*drafter.adapter.lora_b, *([drafter.sampler.outer.weight] if drafter.sampler else [])]:
+        weight.normal_(std=0.3)
+    return target, drafter, forwards
+
+
+@CYCLES
+@pytest.mark.parametrize(
+    ["sampler", *FILTERS],
+    [(None, 1.0, None, None, None), (8, 0.7, 3, None, None), (8, 1.3, None, 0.8, None), (None, 1.0, None, None, 0.4)],
+)
+def test_sampling_keeps_the_targets_distribution(cycle, sampler, temperature, top_k, top_p, min_p):
+    """Answers are long enough that drafts are verified which one forward has drawn without the bonus token."""
+    target, drafter, forwards = small_lora(cycle, sampler_width=sampler)
+    filters = dict(zip(FILTERS, (temperature, top_k, top_p, min_p), strict=True))
+    exact = exact_distribution(target.model, [1, 3, 0], 4, **filters)
+    options = dict(max_new_tokens=4, batch_size=1000, seed=11, **forwards, **filters)
+    decoded = decode(target, drafter, [[1, 3, 0]] * ROWS, **options)
+    expect_distribution(decoded.completions, exact)
+    for first in (0, 1):  # both acceptance and rejection took part, in first cycles and in later ones
+        accepted, verified = ([n for c in decoded.completions for n in each(c)[first:]] for each in COUNTS)
+        assert 0 < sum(accepted) < sum(verified)
+
+
+def test_a_greedy_draft_is_a_point_mass():
+    target, drafter, forwards = small_lora("one forward", sampler_width=8)
+    exact = exact_distribution(target.model, [1, 3, 0], 4, 1.0, None, None, None)
+    options = dict(max_new_tokens=4, batch_size=1000, seed=11, temperature=1.0, greedy_draft=True, **forwards)
+    expect_distribution(decode(target, drafter, [[1, 3, 0]] * ROWS, **options).completions, exact)
+
+
+def test_greedy_and_sampled_rows_mix():
+    """They join at different times, so that the rows of a cycle need different draws than those of the one before."""
+    target, drafter, forwards = pair("llama", "one forward")
+    engine = Engine(target, drafter, slots=2, max_length=60, **forwards)
+    temperatures = [0.0, 1.0, 0.0, 0.0, 0.7, 0.0]
+    prompts = random_prompts(1, 5, 9, 17, 3, 12)
+    requests = [
+        engine.submit(p, max_new_tokens=9 + 4 * i, temperature=t, top_p=0.9 if i == 4 else None, seed=i)
+        for i, (p, t) in enumerate(zip(prompts, temperatures, strict=True))
+    ]
+    engine.run()
+    for i, request in enumerate(requests):
+        expected = own_output(target.model, prompts[i], 9 + 4 * i)
+        assert (request.completion.tokens == expected) == (temperatures[i] == 0)
+
+
+@CYCLES
+def test_a_rows_draws_do_not_depend_on_the_others(cycle):
+    target, drafter, forwards = pair("qwen3", cycle, sampler_width=8)
+    options = dict(max_new_tokens=20, temperature=1.0, seed=[3, 4, 5, 6], **forwards)
+    together, alone = (decode(target, drafter, PROMPTS, batch_size=n, **options) for n in (4, 1))
+    assert [c.tokens for c in together.completions] == [c.tokens for c in alone.completions]
+
+
+# ---- refusals ------------------------------------------------------------------------------------------------
+
+
+def tiny_stablelm() -> tuple[Target, LoraDrafter]:
+    target = Target(tiny("stablelm"))
+    return target, LoraDrafter.for_target(target, mask_token_id=MASK_TOKEN, rank=2)
+
+
+def test_refusals_are_one_line():
+    target, drafter = pair("llama", "one forward")[:2]
+    whole = pair("llama", "whole")[1]
+    block_target, block_drafter = tiny_pair("llama")
+    for (model, draft), options, message in [
+        ((target, whole), dict(forwards=1), "a whole LoRA drafter acts on every row"),
+        ((target, drafter), dict(forwards=3), "forwards is 3: 1 and 2 are supported"),
+        ((block_target, block_drafter), dict(forwards=1), "only a gated LoRA drafter"),
+        ((target, drafter), dict(forwards=1, denoising_steps=2), "3 slots or more, and one denoising step"),
+        ((target, drafter), dict(forwards=1, block_size=2), "3 slots or more"),
+        ((target, drafter), dict(block_size=1), "block size 1 .* 2 to 64 slots"),
+        ((Target(tiny_model("qwen3")), drafter), {}, "made for another base"),
+        (
+            tiny_stablelm(),
+            {},
+            "not supported: the engine has no forward of its own for this StableLm",
+        ),
+    ]:
+        with pytest.raises(ValueError, match=message) as refusal:
+            decode(model, draft, PROMPTS, max_new_tokens=4, **options)
+        assert "\n" not in str(refusal.value)

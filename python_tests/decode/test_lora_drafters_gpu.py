@@ -1,0 +1,90 @@
+"""LoRA drafters in CUDA graphs, in bfloat16."""
+
+import pytest
+import torch
+
+from dflash_ext.decode import Engine, decode
+from dflash_ext.decode.graphs import GraphRunner
+from dflash_ext.decode.kinds import FEW_ROWS, one_forward_rows
+from dflash_ext.decode.one_forward import OneForwardCycle
+from dflash_ext.models import LoraDrafter, Target
+from python_tests.decode.test_engine_gpu import FAMILIES, SHAPES, graphs_and_calls, regret
+from python_tests.decode.test_lora_drafters import CYCLES, KINDS
+from python_tests.tiny import MASK_TOKEN, random_prompts, tiny_model
+
+pytestmark = pytest.mark.gpu
+
+
+def pair(family: str, cycle: str, **options) -> tuple[Target, LoraDrafter, dict]:
+    settings, forwards = KINDS[cycle]
+    target = Target(tiny_model(family, **SHAPES[family]).to("cuda", torch.bfloat16))
+    torch.manual_seed(1)
+    drafter = LoraDrafter.for_target(target, mask_token_id=MASK_TOKEN, rank=8, block_size=6, **settings, **options)
+    drafter.requires_grad_(False)
+    for weight in [*drafter.adapter.lora_b, *([drafter.sampler.outer.weight] if drafter.sampler else [])]:
+        weight.normal_(std=0.05)
+    return target, drafter, forwards
+
+
+@CYCLES
+@pytest.mark.parametrize("family", FAMILIES)
+def test_rows_that_join_and_leave_get_the_targets_tokens(family, cycle):
+    target, drafter, forwards = pair(family, cycle, causal=family == "llama", sampler_width=16)
+    prompts = random_prompts(3, 300, 17, 40, 5, 1, 60, 9)
+    for batch_size in (1, 3):
+        options = dict(max_new_tokens=24, batch_size=batch_size, stop_token_ids=[7, 8])
+        decoded = decode(target, drafter, prompts, **options, **forwards)
+        for completion in decoded.completions:
+            assert completion.tokens[-1] in (7, 8) or len(completion.tokens) == 24
+        assert regret(target.model, prompts, [completion.tokens for completion in decoded.completions]) < 0.05
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_exact_mode_gives_the_same_bits_whatever_is_drafted(family):
+    prompts = random_prompts(300, 3, 40)
+    texts = []
+    for cycle in (None, *KINDS):
+        target, drafter, forwards = pair(family, cycle or "whole")
+        options = dict(max_new_tokens=60, exact=True, batch_size=2)
+        decoded = (
+            decode(target, drafter, prompts, **options, **forwards)
+            if cycle
+            else decode(target, None, prompts, **options)
+        )
+        texts.append([completion.tokens for completion in decoded.completions])
+    assert texts[0] == texts[1] == texts[2] == texts[3]
+
+
+@CYCLES
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("sampler", [None, 16])
+def test_a_graph_does_what_the_cycle_does(cycle, temperature, sampler):
+    target, drafter, forwards = pair("qwen3", cycle, sampler_width=sampler)
+    options = dict(max_new_tokens=40, temperature=temperature, top_p=0.9 if temperature else None)
+    texts = graphs_and_calls(target, drafter, random_prompts(4, 9, 70, 31), engine_options=forwards, **options)
+    assert texts[0] == texts[1]
+
+
+@CYCLES
+def test_nothing_waits_for_the_device_in_a_cycle(cycle):
+    target, drafter, forwards = pair("llama", cycle, sampler_width=16)
+    engine = Engine(target, drafter, slots=2, max_length=200, **forwards)
+    assert isinstance(engine.runner, GraphRunner)
+    for prompt in random_prompts(4, 9):
+        engine.submit(prompt, max_new_tokens=30)
+    for _ in range(3):
+        engine.step()
+    slots, (_, drawing, width) = list(engine.rows), next(iter(engine.runner.graphs))
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        engine.runner.run(slots, drawing, width)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    engine.run()
+
+
+def test_few_rows_take_one_forward():
+    target, drafter, _ = pair("llama", "one forward")
+    most = FEW_ROWS // one_forward_rows(5)
+    kinds = [type(Engine(target, drafter, slots=n, max_length=100).cycle) is OneForwardCycle for n in (most, most + 1)]
+    assert kinds == [True, False]
