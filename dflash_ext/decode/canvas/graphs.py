@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 
 import torch
@@ -14,25 +15,31 @@ from .cycle import CanvasCycle
 class Runner:
     """Calls a function of a cycle for the rows in some slots.
 
-    On a GPU, a call is one replay of a CUDA graph, captured at the first use for each number of rows. What changes from
-    call to call is in tensors of the cycle, so a graph serves prompts of any length.
+    On a GPU, in bfloat16 or float16, a call is one replay of a CUDA graph, captured at the first use for each number of
+    rows. What changes from call to call is in tensors of the cycle, so a graph serves prompts of any length. A model
+    that reads values on the host cannot be captured. It runs by plain calls, with a warning.
     """
 
     def __init__(self, cycle: CanvasCycle):
         self.cycle = cycle
         self.graphs: dict[tuple[str, int], tuple[torch.cuda.CUDAGraph, Tensor]] = {}
         self.sizes = [*(size for size in SIZES if size < cycle.spare), cycle.spare]
-        self.pool = torch.cuda.graph_pool_handle() if cycle.device.type == "cuda" else None
+        halves = cycle.forward.like.dtype in (torch.bfloat16, torch.float16)
+        self.pool = torch.cuda.graph_pool_handle() if cycle.device.type == "cuda" and halves else None
 
     def __call__(self, name: str, slots: Sequence[int]) -> None:
         """Calls the cycle's function of this name."""
         function = getattr(self.cycle, name)
+        size = next(size for size in self.sizes if size >= len(slots))
+        if self.pool is not None and (name, size) not in self.graphs:
+            try:
+                self.graphs[name, size] = self._capture(function, size)
+            except RuntimeError as error:
+                self.pool = None
+                warnings.warn(f"canvases run without a CUDA graph: {str(error).splitlines()[0]}", stacklevel=2)
         if self.pool is None:
             function(torch.tensor(slots, device=self.cycle.device))
             return
-        size = next(size for size in self.sizes if size >= len(slots))
-        if (name, size) not in self.graphs:
-            self.graphs[name, size] = self._capture(function, size)
         graph, places = self.graphs[name, size]
         filled = [*slots, *[self.cycle.spare] * (size - len(slots))]
         places.copy_(torch.tensor(filled), non_blocking=True)

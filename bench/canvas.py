@@ -1,0 +1,166 @@
+"""A denoising step of DiffusionGemma 26B-A4B's shapes against transformers' own loop and against what its parts must
+read and compute: ``python -m bench.canvas``.
+
+The model has random weights, the sizes of the published one, and two layers (a sliding and a full one). The prompt has
+4,096 tokens and a canvas 256. Random weights never end a canvas early, so that both loops make the same steps.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+
+import torch
+from torch.nn.functional import linear
+from transformers import DiffusionGemmaConfig, DiffusionGemmaForBlockDiffusion, DiffusionGemmaTextConfig
+
+from bench import runner
+from bench.timing import Timing, gpu_turns
+from dflash_ext import IntervalMask, block_attn_decode, sample, soft_embedding
+from dflash_ext.decode.canvas import UniformDiffusion, decode_canvas
+from dflash_ext.decode.canvas.cycle import CanvasCycle
+from dflash_ext.decode.canvas.forward import canvas_forward
+from dflash_ext.decode.canvas.graphs import Runner
+from dflash_ext.decode.canvas.randomness import Seeded
+
+CANVAS, PROMPT, STEPS = 256, 4096, 8
+VOCAB, HIDDEN, SOFTCAP, WINDOW = 262_144, 2816, 30.0, 1024
+HEADS = 16
+KINDS = {"sliding": (8, 256, WINDOW - 1), "full": (2, 512, PROMPT)}  # key heads, head_dim, keys of the prompt
+
+
+def model() -> DiffusionGemmaForBlockDiffusion:
+    experts = dict(num_experts=128, top_k_experts=8, moe_intermediate_size=704)
+    heads = dict(num_attention_heads=HEADS, num_key_value_heads=8, head_dim=256, num_global_key_value_heads=2)
+    kinds = dict(layer_types=["sliding_attention", "full_attention"], num_hidden_layers=2, sliding_window=WINDOW)
+    sizes = dict(vocab_size=VOCAB, hidden_size=HIDDEN, intermediate_size=2112)
+    text = DiffusionGemmaTextConfig(**sizes, **heads, **kinds, **experts)
+    vision = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, head_dim=8)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device("cuda"):
+            made = DiffusionGemmaForBlockDiffusion(
+                DiffusionGemmaConfig(text_config=text, vision_config=vision, canvas_length=CANVAS)
+            )
+    finally:
+        torch.set_default_dtype(before)
+    return made.eval().requires_grad_(False)
+
+
+def process(steps: int) -> UniformDiffusion:
+    return UniformDiffusion(steps=steps)
+
+
+def seconds(call) -> float:
+    call()
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    call()
+    torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def loops(target, prompt: list[int]) -> list[dict]:
+    """Both loops over one canvas, the prompt's encoding included, and a step alone."""
+    ids = torch.tensor([prompt], device="cuda")
+    options = dict(max_new_tokens=CANVAS, eos_token_id=None, disable_compile=True)
+    rows = []
+    target.set_attn_implementation("sdpa")
+    theirs = {n: seconds(lambda n=n: target.generate(ids, max_denoising_steps=n, **options)) for n in (1, STEPS)}
+    ours = {
+        n: seconds(lambda n=n: decode_canvas(target, [prompt], process(n), max_new_tokens=CANVAS)) for n in (1, STEPS)
+    }
+    for impl, times in (("transformers", theirs), ("dflash_ext, graphs captured in the call", ours)):
+        step = 1e3 * (times[STEPS] - times[1]) / (STEPS - 1)
+        rows.append({"case": "loop", "pass": "step, by the host's clock", "impl": impl, "ms": step})
+    return rows
+
+
+@torch.no_grad()
+def step(target, prompt: list[int]) -> list[dict]:
+    """A replay of a step's graph."""
+    forward = canvas_forward(target, slots=2, tokens=PROMPT + CANVAS)
+    cycle = CanvasCycle(forward, process(10**6), Seeded(), slots=1, length=CANVAS)
+    device = dict(device="cuda")
+    tokens, none = torch.tensor([prompt], **device), torch.tensor([0], **device)
+    start, slot = torch.tensor([PROMPT], **device), torch.tensor([0], **device)
+    for first in range(0, PROMPT, 256):
+        part = tokens[:, first : first + 256]
+        positions = first + torch.arange(256, **device)[None]
+        forward.encode(part, positions, none + first, none + 256, slot.int())
+    cycle.admit(slot, start, none, None, none + CANVAS)
+    run = Runner(cycle)
+    run("step", [0])
+    timing = gpu_turns({"step": lambda: run("step", [0])}, graphs=False)["step"]
+    if "--profile" in sys.argv:
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            run("step", [0])
+            torch.cuda.synchronize()
+        print(
+            profile.key_averages().table(sort_by="cuda_time_total", row_limit=30, max_name_column_width=90), flush=True
+        )
+    return [{"case": "loop", "pass": "step, on the GPU", "impl": "dflash_ext", **timing.row()}]
+
+
+@torch.no_grad()
+def parts() -> list[dict]:
+    """Attention of both layers, head, soft embedding and sampling, each beside its bound."""
+    options = dict(device="cuda", dtype=torch.bfloat16)
+    hidden = torch.randn(CANVAS, HIDDEN, **options)
+    table = torch.randn(VOCAB, HIDDEN, **options) * 0.02
+    logits = linear(hidden, table)
+    temperature = torch.full((CANVAS,), 0.6, device="cuda")
+    calls, bounds = {}, {}
+    block_table = torch.zeros(1, 1, device="cuda", dtype=torch.int32)
+    for kind, (kv_heads, head_dim, keys) in KINDS.items():
+        capacity = PROMPT + 2 * CANVAS
+        query = torch.randn(1, HEADS, CANVAS, head_dim, **options)
+        caches = [torch.randn(1, kv_heads, capacity, head_dim, **options).transpose(1, 2) for _ in range(2)]
+        lens = torch.tensor([PROMPT], device="cuda")
+        mask = IntervalMask.decode(lens, CANVAS, kv_start=lens - keys, kv_len=capacity)
+        mask = mask.plan(HEADS, kv_heads, head_dim, decode=True)
+        calls[f"attention, {kind}"] = lambda q=query, c=caches, m=mask: block_attn_decode(
+            q, *c, m, block_table=block_table, scale=1.0
+        )
+        flop = 4 * HEADS * CANVAS * (keys + CANVAS) * head_dim
+        moved = 2 * 2 * ((keys + CANVAS) * kv_heads * head_dim + HEADS * CANVAS * head_dim)
+        bounds[f"attention, {kind}"] = flop, moved
+    product = 2 * CANVAS * VOCAB * HIDDEN
+    moved = 2 * (VOCAB * HIDDEN + CANVAS * VOCAB)
+    calls["head"], bounds["head"] = lambda: linear(hidden, table), (product, moved)
+    calls["soft embedding"] = lambda: soft_embedding(logits, table, temperature=temperature, softcap=SOFTCAP)
+    bounds["soft embedding"] = product, moved
+    calls["sampling"] = lambda: sample(logits, 0, temperature=temperature)
+    bounds["sampling"] = 0, 2 * CANVAS * VOCAB
+    ceilings = runner.gpu_ceilings()
+    rows, total, least = [], 0.0, 0.0
+    for name, call in calls.items():
+        timing: Timing = gpu_turns({name: call})[name]
+        flop, moved = bounds[name]
+        bound = max(flop / ceilings["matmul_8192_bf16_tflops"], moved / ceilings["copy_tbs"]) / 1e9
+        rows.append({"case": "parts", "pass": name, "impl": "dflash_ext", **timing.row(), "bound_ms": bound})
+        total, least = total + timing.ms, least + bound
+    rows.append({"case": "parts", "pass": "sum", "impl": "dflash_ext", "ms": total, "bound_ms": least})
+    return rows
+
+
+def main() -> None:
+    rows = []
+
+    def add(new: list[dict]) -> None:
+        rows.extend(new)
+        for row in new:
+            print(json.dumps(row), flush=True)
+
+    add(parts())
+    target = model()
+    prompt = torch.randint(3, VOCAB, (PROMPT,), generator=torch.Generator().manual_seed(0)).tolist()
+    add(step(target, prompt))
+    add(loops(target, prompt))
+    print(runner.write(f"canvas_{runner.gpu_name()}", rows))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,92 @@
+"""Canvases on a GPU: graphs replayed over changing lengths and rows, in bfloat16."""
+
+import pytest
+import torch
+
+from dflash_ext.decode.canvas import MaskedDiffusion, UniformDiffusion, decode_canvas
+from dflash_ext.decode.canvas.forward import canvas_forward
+from dflash_ext.decode.canvas.graphs import Runner
+from dflash_ext.models import Denoiser, Target
+from python_tests.decode.canvas.models import tiny_diffusion_gemma
+from python_tests.decode.test_engine_gpu import SHAPES
+from python_tests.integrations.test_attention import model_of
+from python_tests.tiny import MASK_TOKEN, random_prompts, tiny_model
+
+pytestmark = pytest.mark.gpu
+
+MASKED = MaskedDiffusion(steps=3)
+LIMITED = MaskedDiffusion(schedule=None, threshold=0.2)
+UNIFORM = UniformDiffusion(steps=5, entropy_bound=6.0, stability=0, confidence=3.0)
+
+
+def denoiser(family):
+    model = tiny_model(family, **SHAPES[family]).to("cuda", torch.bfloat16)
+    return Denoiser(Target(model), mask_id=MASK_TOKEN)
+
+
+def with_modules():
+    """Gemma 4, for which the engine has no forward of its own."""
+    model = model_of("gemma4").requires_grad_(False).to("cuda", torch.bfloat16)
+    return Denoiser(Target(model), mask_id=MASK_TOKEN)
+
+
+def diffusion_gemma():
+    return tiny_diffusion_gemma().to("cuda", torch.bfloat16)
+
+
+CASES = {
+    "llama": (lambda: denoiser("llama"), MASKED),
+    "gemma3": (lambda: denoiser("gemma3"), LIMITED),
+    "gemma4": (with_modules, MASKED),
+    "diffusion_gemma": (diffusion_gemma, UNIFORM),
+}
+
+
+def plainly(self, name, slots):
+    """What a replay does, without a graph."""
+    size = next(size for size in self.sizes if size >= len(slots))
+    filled = [*slots, *[self.cycle.spare] * (size - len(slots))]
+    getattr(self.cycle, name)(torch.tensor(filled, device="cuda"))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_graphs_give_the_tokens_of_plain_calls(case, monkeypatch):
+    """Prompts of unequal lengths in turns, canvases that are done at different steps, and rows that come and go."""
+    make, process = CASES[case]
+    options = dict(max_new_tokens=40, batch_size=3, canvas_length=6, seed=4)
+    prompts = random_prompts(300, 4, 31, 1, 60, 17)
+    graphed = decode_canvas(make(), prompts, process, **options)
+    monkeypatch.setattr(Runner, "__call__", plainly)
+    plain = decode_canvas(make(), prompts, process, **options)
+    assert [c.tokens for c in graphed.completions] == [c.tokens for c in plain.completions]
+    assert [c.steps for c in graphed.completions] == [c.steps for c in plain.completions]
+    assert all(c.finish_reason == "length" for c in graphed.completions)
+
+
+def test_one_graph_serves_prompts_of_any_length(monkeypatch):
+    captured = []
+    capture = Runner._capture
+    monkeypatch.setattr(Runner, "_capture", lambda self, f, size: captured.append(f.__name__) or capture(self, f, size))
+    prompts = random_prompts(300, 1, 31, 7)
+    decode_canvas(diffusion_gemma(), prompts, UNIFORM, max_new_tokens=12, batch_size=1)
+    assert sorted(captured) == ["extend", "step"]
+
+
+@torch.no_grad()
+def test_logits_are_as_exact_as_those_of_transformers():
+    """Of a canvas behind a prompt that is longer than the window, against the same weights in float32."""
+    model = diffusion_gemma()
+    exact = tiny_diffusion_gemma()
+    exact.load_state_dict({name: x.float().cpu() for name, x in model.state_dict().items()})
+    prompt, canvas = (torch.tensor(random_prompts(n)) for n in (40, 6))
+    expected = exact(prompt, decoder_input_ids=canvas).logits
+    model.set_attn_implementation("sdpa")
+    theirs = model(prompt.cuda(), decoder_input_ids=canvas.cuda()).logits
+    forward = canvas_forward(model, slots=2, tokens=64)
+    start, none, slot = torch.tensor([40]).cuda(), torch.tensor([0]).cuda(), torch.zeros(1, dtype=torch.int32).cuda()
+    forward.encode(prompt.cuda(), torch.arange(40)[None].cuda(), none, start, slot)
+    soft = torch.zeros(1, 6, forward.like.shape[1], dtype=torch.bfloat16).cuda()
+    positions = 40 + torch.arange(6)[None].cuda()
+    ours = forward.denoise(canvas.cuda(), positions, start, torch.tensor([6]).cuda(), slot, soft)
+    errors = [(logits.cpu().float() - expected).pow(2).mean().sqrt() for logits in (ours, theirs)]
+    assert errors[0] <= 1.5 * errors[1], errors
