@@ -77,8 +77,9 @@ def decode_canvas(
     prompts = [token_ids(index, prompt) for index, prompt in enumerate(prompts)]
     max_new_tokens = positive("max_new_tokens", max_new_tokens, "token is decoded")
     batch_size = positive("batch_size", batch_size, "row is decoded at a time")
-    default = model.config.canvas_length if isinstance(model, PreTrainedModel) else 32
-    length = positive("canvas_length", default if canvas_length is None else canvas_length, "token is in a canvas")
+    if canvas_length is None:
+        canvas_length = getattr(getattr(model, "config", None), "canvas_length", 32)
+    length = positive("canvas_length", canvas_length, "token is in a canvas")
     given = _first_canvases(canvases, len(prompts), length)
     seeds = _seeds(seed, len(prompts))
     stops, strings = stop_ids(stop_token_ids), stop_texts(stop_strings, tokenizer)

@@ -82,3 +82,40 @@ def test_tokens_are_those_of_transformers(model, lengths, process):
     expected, per_forward = theirs(model, prompts, process, new_tokens=3 * CANVAS)
     decoded = ours(model, prompts, process, new_tokens=3 * CANVAS)
     assert_equal(decoded, expected, per_forward)
+
+
+@pytest.mark.parametrize("pad", [PAD, None])
+def test_rows_that_end_ride_along(model, pad):
+    """Rows end within different canvases. Until all have ended, they take part in the draws, behind tokens of padding."""
+    prompts, process = random_prompts(12, 4, 8), UniformDiffusion(steps=4, entropy_bound=9.0)
+    whole = ours(model, prompts, process, new_tokens=3 * CANVAS).completions
+    stop = [whole[0].tokens[CANVAS + 2], whole[2].tokens[1]]
+    expected, _ = theirs(model, prompts, process, new_tokens=3 * CANVAS, stop=stop, pad=pad)
+    decoded = ours(model, prompts, process, new_tokens=3 * CANVAS, stop=stop, pad=pad)
+    for completion, tokens in zip(decoded.completions, expected, strict=True):
+        assert completion.tokens == tokens[: len(completion.tokens)]
+    assert [completion.finish_reason for completion in decoded.completions].count("stop") >= 2
+    assert len({len(completion.steps) for completion in decoded.completions}) > 1
+
+
+def test_a_first_canvas_is_given(model):
+    """The answer is cut at a length that is no multiple of the canvas."""
+    prompts, process = random_prompts(12, 4), UniformDiffusion(steps=3, entropy_bound=2.0)
+    canvases = random_prompts(CANVAS, CANVAS, seed=1)
+    given = dict(decoder_input_ids=torch.tensor(canvases))
+    expected, _ = theirs(model, prompts, process, new_tokens=2 * CANVAS - 2, **given)
+    decoded = ours(model, prompts, process, new_tokens=2 * CANVAS - 2, canvases=canvases)
+    for completion, tokens in zip(decoded.completions, expected, strict=True):
+        assert completion.tokens == tokens[: 2 * CANVAS - 2]
+        assert completion.finish_reason == "length"
+
+
+def test_an_encoder_that_is_not_causal_is_refused(model):
+    changed = tiny_diffusion_gemma(use_bidirectional_attention="all")
+    with pytest.raises(ValueError, match="canvases need a causal encoder"):
+        decode_canvas(changed, [[3]], UniformDiffusion())
+
+
+def test_a_batch_that_does_not_stay_together_is_refused(model):
+    with pytest.raises(ValueError, match="decodes all 3 prompts at a time"):
+        decode_canvas(model, [[3], [4], [5]], UniformDiffusion(), like_transformers=True, batch_size=2)
