@@ -81,7 +81,7 @@ def loops(target, prompt: list[int]) -> list[dict]:
 @torch.no_grad()
 def step(target, prompt: list[int]) -> list[dict]:
     """A replay of a step's graph."""
-    forward = canvas_forward(target, slots=2, tokens=PROMPT + CANVAS)
+    forward = canvas_forward(target, slots=2, tokens=PROMPT + CANVAS, rows=CANVAS)
     cycle = CanvasCycle(forward, process(10**6), Seeded(), slots=1, length=CANVAS)
     device = dict(device="cuda")
     tokens, none = torch.tensor([prompt], **device), torch.tensor([0], **device)

@@ -4,6 +4,7 @@ The commands import the library when they run, so that `--help` is quick.
 """
 
 from .app import app
+from .canvas import canvas
 from .check_lossless import check_lossless
 from .demo import demo
 from .doctor import doctor
@@ -13,7 +14,17 @@ from .generate import generate
 from .probe import probe
 from .train import train
 
-for command in (demo, train, features, generate, evaluate, check_lossless, doctor, probe):  # in the order of the help
+for command in (
+    demo,
+    train,
+    features,
+    generate,
+    canvas,
+    evaluate,
+    check_lossless,
+    doctor,
+    probe,
+):  # in the order of the help
     app.command()(command)
 
 

@@ -14,13 +14,16 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from ..data import Conversation, LeftOut
-    from ..models import DFlashDrafter, LoraDrafter, Target
+    from ..models import Denoiser, DFlashDrafter, LoraDrafter, Target
 
 
 def load_target(
-    name: str, tokenizer: str | None, dtype: str | None, device: str | None
+    name: str, tokenizer: str | None, dtype: str | None, device: str | None, *, or_canvas_model: bool = False
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The target and its tokenizer. Under torchrun, every process uses a GPU of its own."""
+    """The target and its tokenizer. Under torchrun, every process uses a GPU of its own.
+
+    or_canvas_model: a DiffusionGemma will do, too.
+    """
     import torch
 
     from .. import models
@@ -37,7 +40,24 @@ def load_target(
     if where is not None and where.type == "cuda" and (where.index or 0) >= torch.cuda.device_count():
         found = torch.cuda.device_count()
         raise ValueError(f"there is no CUDA device for --device {device} ({found} found); the default needs none")
-    return models.load_target(name, tokenizer=tokenizer, dtype=kinds.get(dtype), device=where)
+    options = {"dtype": kinds.get(dtype), "device": where, "or_canvas_model": or_canvas_model}
+    return models.load_target(name, tokenizer=tokenizer, **options)
+
+
+def load_canvas_model(
+    name: str, denoiser: Path | None, tokenizer: str | None, dtype: str | None, device: str | None
+) -> tuple[Denoiser | PreTrainedModel, PreTrainedModel, PreTrainedTokenizerBase]:
+    """What `decode_canvas` takes, the model in it, and its tokenizer."""
+    from .. import models
+
+    model, tok = load_target(name, tokenizer, dtype, device, or_canvas_model=True)
+    if models.is_diffusion_gemma(model):
+        if denoiser is not None:
+            raise ValueError(f"'{name}' is a DiffusionGemma, which needs no --denoiser")
+        return model, model, tok
+    if denoiser is None:
+        raise ValueError(f"'{name}' is a causal LM: name a denoiser that was trained for it with --denoiser")
+    return models.load_denoiser(model, denoiser), model, tok
 
 
 def load_pair(model: PreTrainedModel, path: Path | None) -> tuple[Target, DFlashDrafter | LoraDrafter | None]:
@@ -54,7 +74,7 @@ def load_pair(model: PreTrainedModel, path: Path | None) -> tuple[Target, DFlash
 
 
 def encode_for(
-    target: Target,
+    target: Target | None,
     tokenizer: PreTrainedTokenizerBase,
     conversations: list[Conversation],
     source: str | Path,
@@ -66,14 +86,14 @@ def encode_for(
 ) -> dict[int, list[int]]:
     """The token ids of the conversations by their index.
 
-    Prompts that are too long for the option or for the target are left out. One line on standard error
-    says what was left out of `source`, and another names a variable that the chat template does not have.
+    Prompts that are too long for the option, or for the target if there is one, are left out. One line on standard
+    error says what was left out of `source`, and another names a variable that the chat template does not have.
     """
     from ..data import encode_all, unused_template_args
 
     for name in unused_template_args(tokenizer, chat_template_args or {}):
         say(f"dflash-ext: the tokenizer's chat template has no variable '{name}', so it changes nothing")
-    if target.max_tokens is not None and target.max_tokens > max_new_tokens:
+    if target is not None and target.max_tokens is not None and target.max_tokens > max_new_tokens:
         max_prompt_tokens = min(max_prompt_tokens, target.max_tokens - max_new_tokens)
     prompts = encode_all(
         conversations,

@@ -36,9 +36,14 @@ def trace_page(
         detokenize: the text of tokens.
     """
     parts = [_answer(name, prompt, completion, detokenize) for name, prompt, completion in answers]
+    return page_of(parts, title=title, style=_STYLE, legend=_LEGEND)
+
+
+def page_of(parts: Sequence[str], *, title: str, style: str, legend: str) -> str:
+    """A self-contained HTML page. The parts and the legend are HTML, the title is text."""
     return (
         f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<title>{escape(title)}</title>\n'
-        f"<style>{_STYLE}</style>\n</head>\n<body>\n<h1>{escape(title)}</h1>\n<p>{_LEGEND}</p>\n"
+        f"<style>{style}</style>\n</head>\n<body>\n<h1>{escape(title)}</h1>\n<p>{legend}</p>\n"
         + "\n".join(parts)
         + "\n</body>\n</html>\n"
     )

@@ -2,7 +2,7 @@ from .denoiser import Denoiser
 from .drafter import DFlashDrafter
 from .drafter_config import DFlashConfig, default_taps
 from .drafter_files import load_drafter, save_drafter
-from .loading import load_target, stop_tokens
+from .loading import is_diffusion_gemma, load_target, stop_tokens
 from .lora import LoraAdapter, LoraDrafter, is_lora_drafter, load_lora_drafter, save_lora_drafter
 from .probe import Verdict, probe
 from .target import Target
@@ -16,6 +16,7 @@ __all__ = [
     "Target",
     "Verdict",
     "default_taps",
+    "is_diffusion_gemma",
     "is_lora_drafter",
     "load_drafter",
     "load_lora_drafter",

@@ -18,7 +18,8 @@ class Denoiser:
 
     Attributes:
         target: the model, with an adapter on it or merged into it.
-        mask_id: the token that stands for a masked position. None is for uniform-state diffusion, which has none.
+        mask_id: the token that stands for a masked position. With an embedding of its own it may be the first number
+            behind the vocabulary. None is for uniform-state diffusion, which has no such token.
         mask_embedding: ``[H]``, the input embedding of masked positions, after any scale of the model's embedding. None
             is the row of the model's own table.
         attention: whether the rows of a block see all of their block ("bidirectional") or only what is before them
@@ -44,7 +45,11 @@ class Denoiser:
         for name, value, known in (("attention", self.attention, ATTENTION), ("prefix", self.prefix, PREFIX)):
             if value not in known:
                 raise ValueError(f"Denoiser: {name} is {value!r}; {' and '.join(known)} are supported")
-        if self.mask_id is not None and not 0 <= self.mask_id < self.target.vocab_size:
-            raise ValueError(
-                f"Denoiser: the mask token is {self.mask_id}; the vocabulary has {self.target.vocab_size} tokens"
-            )
+        known = self.target.vocab_size + (self.mask_embedding is not None)
+        if self.mask_id is not None and not 0 <= self.mask_id < known:
+            raise ValueError(f"Denoiser: the mask token is {self.mask_id}; {known} tokens have an embedding")
+
+    @property
+    def stand_in(self) -> int:
+        """The token that the model reads at masked positions. Gemma 4 embeds tokens in each layer, too."""
+        return self.mask_id if self.mask_id < self.target.vocab_size else 0

@@ -16,7 +16,7 @@ from huggingface_hub.errors import (
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
 )
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..progress import without_library_bars
 
@@ -35,6 +35,7 @@ def load_target(
     tokenizer: str | os.PathLike | None = None,
     dtype: torch.dtype | None = None,
     device: torch.device | None = None,
+    or_canvas_model: bool = False,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A causal LM in evaluation mode, frozen, and its tokenizer.
 
@@ -44,6 +45,7 @@ def load_target(
             (`dflash_ext.integrations.gguf`).
         tokenizer: the folder or hub name of the tokenizer, `name` by default.
         dtype: float32 on the CPU and bfloat16 on a GPU by default.
+        or_canvas_model: whether a DiffusionGemma will do, too.
 
     Raises:
         ValueError: `name` cannot be read as a causal LM, or the tokenizer is another model's.
@@ -51,6 +53,10 @@ def load_target(
     device = device or default_device()
     dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
     load = AutoModelForCausalLM.from_pretrained
+    if or_canvas_model and _read("a model", name, AutoConfig.from_pretrained).model_type == "diffusion_gemma":
+        from transformers import DiffusionGemmaForBlockDiffusion  # slow to import
+
+        load = DiffusionGemmaForBlockDiffusion.from_pretrained
     model, info = _read("a target", name, load, dtype=dtype, use_safetensors=True, output_loading_info=True)
     tok = _read("a tokenizer", tokenizer or name, AutoTokenizer.from_pretrained)
     if missing := sorted(info.get("missing_keys") or ()):
@@ -63,6 +69,11 @@ def load_target(
         raise ValueError(f"there is no tokenizer in '{tokenizer or name}': name a place that has one with --tokenizer")
     check_tokenizer(tok, model)
     return model.to(device).eval().requires_grad_(False), tok
+
+
+def is_diffusion_gemma(model: PreTrainedModel) -> bool:
+    """Whether it is transformers' DiffusionGemmaForBlockDiffusion."""
+    return type(model).__name__ == "DiffusionGemmaForBlockDiffusion"
 
 
 def _read(what: str, name: str | os.PathLike, load: Callable, **options: Any) -> Any:

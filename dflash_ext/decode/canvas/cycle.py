@@ -36,7 +36,7 @@ class CanvasCycle:
             soft = torch.zeros(slots + 1, length, hidden_size, dtype=forward.like.dtype, device=self.device)
         self.rows = Rows.empty(slots + 1, length, self.device, soft)
         self.bias = None
-        if forward.mask_id is not None:
+        if forward.mask_id is not None and forward.mask_id < self.vocab_size:
             self.bias = torch.zeros(self.vocab_size, device=self.device)
             self.bias[forward.mask_id] = -torch.inf  # a mask token is never drawn
 

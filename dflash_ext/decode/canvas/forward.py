@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ...models import Denoiser
+from ...models import Denoiser, is_diffusion_gemma
 from ...ops import soft_embedding
 from ..forward import target_forward
 from ..forward.masks import block_masks, causal_masks
@@ -77,7 +77,10 @@ class CausalForward:
     def denoise(
         self, tokens: Tensor, positions: Tensor, start: Tensor, counts: Tensor, slots: Tensor, soft: Tensor | None
     ) -> Tensor:
-        with self._embedded(soft):
+        is_masked = tokens == self.mask_id if self.mask_id is not None else None
+        if is_masked is not None:
+            tokens = tokens.masked_fill(is_masked, self.denoiser.stand_in)
+        with self._embedded(is_masked, soft):
             return self.forward.read(tokens, positions, start, counts, slots, masks=self.block)[0]
 
     def condition(self, logits: Tensor, temperature: Tensor) -> Tensor:
@@ -85,14 +88,13 @@ class CausalForward:
         return expected * (self.target.embedding_scale or 1.0)
 
     @contextmanager
-    def _embedded(self, soft: Tensor | None) -> Iterator[None]:
+    def _embedded(self, is_masked: Tensor | None, soft: Tensor | None) -> Iterator[None]:
         """Replaces the output of the model's embedding: masked positions, then self-conditioning."""
 
         def changed(module, args, embedded: Tensor) -> Tensor:
             denoiser = self.denoiser
             if denoiser.mask_embedding is not None:
-                is_masked = (args[0] == denoiser.mask_id).unsqueeze(-1)
-                embedded = torch.where(is_masked, denoiser.mask_embedding.to(embedded.dtype), embedded)
+                embedded = torch.where(is_masked.unsqueeze(-1), denoiser.mask_embedding.to(embedded.dtype), embedded)
             return denoiser.self_conditioning(embedded, soft) if denoiser.self_conditioning else embedded
 
         handle = self.embedding.register_forward_hook(changed)
@@ -110,7 +112,7 @@ def canvas_forward(model: Denoiser | PreTrainedModel, *, slots: int, tokens: int
     """
     if isinstance(model, Denoiser):
         return CausalForward(model, slots=slots, tokens=tokens, rows=rows)
-    if type(model).__name__ == "DiffusionGemmaForBlockDiffusion":
+    if is_diffusion_gemma(model):
         return DiffusionGemmaForward(model, slots=slots, tokens=tokens, rows=rows)
     raise ValueError(
         f"{type(model).__name__} cannot decode canvases; a Denoiser or DiffusionGemmaForBlockDiffusion is needed"

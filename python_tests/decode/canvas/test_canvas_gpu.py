@@ -82,7 +82,7 @@ def test_logits_are_as_exact_as_those_of_transformers():
     expected = exact(prompt, decoder_input_ids=canvas).logits
     model.set_attn_implementation("sdpa")
     theirs = model(prompt.cuda(), decoder_input_ids=canvas.cuda()).logits
-    forward = canvas_forward(model, slots=2, tokens=64)
+    forward = canvas_forward(model, slots=2, tokens=64, rows=64)
     start, none, slot = torch.tensor([40]).cuda(), torch.tensor([0]).cuda(), torch.zeros(1, dtype=torch.int32).cuda()
     forward.encode(prompt.cuda(), torch.arange(40)[None].cuda(), none, start, slot)
     soft = torch.zeros(1, 6, forward.like.shape[1], dtype=torch.bfloat16).cuda()

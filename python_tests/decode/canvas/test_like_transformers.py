@@ -86,7 +86,7 @@ def test_tokens_are_those_of_transformers(model, lengths, process):
 
 @pytest.mark.parametrize("pad", [PAD, None])
 def test_rows_that_end_ride_along(model, pad):
-    """Rows end within different canvases. Until all have ended, they take part in the draws, behind tokens of padding."""
+    """Rows end within different canvases, and take part in the draws until all have ended."""
     prompts, process = random_prompts(12, 4, 8), UniformDiffusion(steps=4, entropy_bound=9.0)
     whole = ours(model, prompts, process, new_tokens=3 * CANVAS).completions
     stop = [whole[0].tokens[CANVAS + 2], whole[2].tokens[1]]

@@ -123,6 +123,7 @@ def test_families_without_a_forward_of_our_own(family):
 
 
 def test_a_mask_embedding_stands_for_masked_positions():
+    """Whether the mask is a token of the vocabulary or a new one."""
     denoiser = tiny_denoiser("gemma3")
     model = denoiser.target.model
     changed = copy.deepcopy(model)
@@ -133,8 +134,9 @@ def test_a_mask_embedding_stands_for_masked_positions():
     prompts = random_prompts(5)
     options = dict(canvas_length=LENGTH, max_new_tokens=LENGTH)
     expected = plain_loop(Denoiser(Target(changed), mask_id=MASK_TOKEN), prompts[0], GREEDY, LENGTH)
-    decoded = decode_canvas(replace(denoiser, mask_embedding=embedding), prompts, GREEDY, **options)
-    assert decoded.completions[0].tokens == expected
+    for given in (denoiser, Denoiser(Target(model), len(model.model.embed_tokens.weight), embedding)):
+        decoded = decode_canvas(replace(given, mask_embedding=embedding), prompts, GREEDY, **options)
+        assert decoded.completions[0].tokens == expected
     assert decode_canvas(denoiser, prompts, GREEDY, **options).completions[0].tokens != expected
 
 
@@ -240,3 +242,16 @@ def test_settings_that_are_refused(options, message):
 def test_arguments_that_are_refused(prompts, options, message):
     with pytest.raises(ValueError, match=message):
         decode_canvas(tiny_denoiser(), prompts, GREEDY, **options)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (dict(attention="full"), "attention is 'full'; bidirectional and causal are supported"),
+        (dict(prefix="none"), "prefix is 'none'; causal and block_causal are supported"),
+        (dict(mask_id=97), "the mask token is 97; 97 tokens have an embedding"),
+    ],
+)
+def test_denoisers_that_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        tiny_denoiser(**options)
