@@ -45,6 +45,7 @@ from dflash_ext import IntervalMask, block_attn_decode
 from dflash_ext.integrations import as_attention_mask, register
 from dflash_ext.integrations.attention import block_attention, interval_attention_mask
 from dflash_ext.models.target import cache_argument
+from python_tests.exactness import allowed_error
 from python_tests.tiny import SHAPE, tiny_model
 
 FAMILIES = ["llama", "qwen3", "gemma2", "gemma3", "gemma4", "llama4", "diffusion_gemma"]
@@ -209,6 +210,29 @@ def test_interval_masks(family):
     assert_same(model, ids, eager, dict(interval_mask=masks))
     assert_same(model, ids, eager, dict(attention_mask=each(masks, as_attention_mask)))
     assert_same(model, ids, eager, dict(interval_mask=masks, attention_mask=padding("right")))  # replaced
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3", "gemma4"])
+def test_a_step_in_bfloat16_is_as_exact_as_eager(family, device):
+    model, masks = model_of(family), layer_masks(family, prefix_len=torch.tensor([5, 9]))
+    errors = []
+    for seed in range(4):
+        ids = torch.randint(3, 96, (2, LENGTH), generator=torch.Generator().manual_seed(seed))
+
+        def gradients(implementation, dtype, device, ids=ids):
+            step = copy.deepcopy(model).to(device, dtype)
+            on_device = each(masks, lambda mask: mask.to(device))
+            dense = each(on_device, lambda mask: mask.to_dense(dtype))
+            inputs = dict(interval_mask=on_device) if implementation == "block_attn" else dict(attention_mask=dense)
+            out = forward(step, implementation, ids.to(device), use_cache=False, **inputs)
+            out.double().log_softmax(-1)[..., 3].sum().backward()
+            return torch.cat([x.grad.flatten().double().cpu() for x in step.parameters() if x.grad is not None])
+
+        exact = gradients("eager", torch.float64, "cpu")
+        ours, eagers = (gradients(name, torch.bfloat16, device) for name in ("block_attn", "eager"))
+        errors.append([((grads - exact).norm() / exact.norm()).item() for grads in (ours, eagers)])
+    our_error, eagers_error = torch.tensor(errors).log().mean(0).exp().tolist()
+    assert our_error <= allowed_error(eagers_error, torch.finfo(torch.bfloat16).eps / 4)
 
 
 def test_interval_mask_under_gradient_checkpointing():
