@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch._functorch.config
@@ -21,9 +22,9 @@ Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 torch._functorch.config.donated_buffer = False
 
 
-def dflash_ext(case: Case, pattern: Pattern) -> Attend:
+def dflash_ext(case: Case, pattern: Pattern, deterministic: bool = False) -> Attend:
     planned = pattern.mask.plan(case.heads, case.kv_heads, case.head_dim)
-    return lambda q, k, v: block_attn(q, k, v, planned)
+    return lambda q, k, v: block_attn(q, k, v, planned, deterministic=deterministic)
 
 
 def flex(case: Case, pattern: Pattern, **options) -> Attend:
@@ -78,8 +79,8 @@ def causal(backend: SDPBackend) -> Callable[[Case, Pattern], Attend]:
     return make
 
 
-OURS = "dflash_ext"
-PEERS = {OURS: dflash_ext, "flex": flex}
+OURS, DETERMINISTIC = "dflash_ext", "dflash_ext, deterministic"
+PEERS = {OURS: dflash_ext, DETERMINISTIC: partial(dflash_ext, deterministic=True), "flex": flex}
 if importlib.util.find_spec("flash_attn"):
     PEERS |= {"flex FLASH": flex_flash, "flash-attn-4": flash_attention_4}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import os
 import platform
 import subprocess
 from pathlib import Path
@@ -16,13 +17,16 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def gpu_name() -> str:
-    """The short name of the GPU, such as h100, after which result files are named."""
+    """The short name of the GPU, such as h100, after which result files are named.
+
+    It is h100_portable if DFLASH_EXT_GPU asks for the portable kernels.
+    """
     if not torch.cuda.is_available():
         raise SystemExit(
             "this bench needs a GPU and a torch with CUDA; attention_cpu, loss_cpu and sampling_cpu need none"
         )
     names = torch.cuda.get_device_name().replace("NVIDIA", "").split()
-    return names[0].lower()
+    return "_".join([names[0].lower(), *filter(None, [os.environ.get("DFLASH_EXT_GPU")])])
 
 
 def gpu_ceilings() -> dict[str, float]:
