@@ -1,5 +1,6 @@
 """Every example runs, the README quotes the examples' files, and its table of operators is right."""
 
+import gzip
 import re
 import subprocess
 import sys
@@ -7,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from dflash_ext.data import read_texts
 from dflash_ext.ops.backends import SERVED_BY
 from dflash_ext.train import save_drafter
 from python_tests.data.words import word_tokenizer
@@ -55,3 +57,22 @@ def test_decode(tmp_path):
     word_tokenizer().save_pretrained(tmp_path / "target")
     save_drafter(drafter, tmp_path / "drafter")
     assert "tau" in run("examples/decode.py", tmp_path / "target", tmp_path / "drafter", "w005 w006")
+
+
+def test_debian_text(tmp_path):
+    """A page, a source of documentation and a dictionary become documents; a second copy of one does not."""
+    source = tmp_path / "unpacked"
+    source.mkdir()
+    body = "".join(f"<p>Sentence {i} of the page.</p>" for i in range(60))
+    for name in ("a.html", "b.html"):
+        (source / name).write_text(
+            f"<html><head><title>no</title></head><body>{body}<script>no()</script></body></html>"
+        )
+    (source / "c.rst.txt").write_text("Title\n=====\n\n\n\n" + "A sentence of the source.\n" * 40)
+    with gzip.open(source / "d.dict.dz", "wt") as file:
+        file.write("entry\n   its meaning\n" * 1000)
+    (source / "e.png").write_bytes(b"\x89PNG")
+    run("examples/debian_text.py", tmp_path / "corpus", source)
+    texts = list(read_texts([tmp_path / "corpus"]))
+    assert len(texts) == 5 and sum(text.startswith("Sentence 0") for text in texts) == 1
+    assert not any("no()" in text or "\n\n\n" in text for text in texts)

@@ -3,6 +3,7 @@
 The commands import the library when they run, so that `--help` is quick.
 """
 
+from .adapt import adapt
 from .app import app
 from .canvas import canvas
 from .check_lossless import check_lossless
@@ -14,17 +15,8 @@ from .generate import generate
 from .probe import probe
 from .train import train
 
-for command in (
-    demo,
-    train,
-    features,
-    generate,
-    canvas,
-    evaluate,
-    check_lossless,
-    doctor,
-    probe,
-):  # in the order of the help
+# In the order of the help.
+for command in (demo, train, adapt, features, generate, canvas, evaluate, check_lossless, doctor, probe):
     app.command()(command)
 
 

@@ -105,3 +105,22 @@ def encode_for(
     if left_out:
         say(f"dflash-ext: left out of {source}: {left_out}")
     return prompts
+
+
+def mask_token_id(tokenizer: PreTrainedTokenizerBase, given: str | None, new: int | None = None) -> int:
+    """The id of the mask token, which is given by its text or id; None stands for the tokenizer's own.
+
+    If the tokenizer has none, it is `new`, the id of a new token, or without it a ValueError is raised.
+    """
+    if given is None:
+        if tokenizer.mask_token_id is None and new is not None:
+            return new
+        if tokenizer.mask_token_id is None:
+            raise ValueError("the tokenizer has no mask token: name a spare one, by text or id, with --mask-token")
+        return tokenizer.mask_token_id
+    if given.isascii() and given.isdigit():
+        return int(given)
+    token = tokenizer.convert_tokens_to_ids(given)
+    if token is None or token == tokenizer.unk_token_id:
+        raise ValueError(f"mask token '{given}' is not in the tokenizer's vocabulary")
+    return token

@@ -161,6 +161,47 @@ MaxLength = Annotated[
     int, typer.Option(min=4, help="Training sequences are cut to this number of tokens, the prompt included.")
 ]
 
+MaskToken = Annotated[
+    str | None,
+    typer.Option(help="The mask token, as text or as an id. The default is the tokenizer's own, if it has one."),
+]
+ReportTo = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="<name>",
+        help="Send the log to tensorboard, wandb or another integration of transformers. Its package is needed.",
+    ),
+]
+CheckpointActivations = Annotated[
+    bool,
+    typer.Option("--checkpoint-activations", help="Compute each layer again in the backward, which takes less memory."),
+]
+Compile = Annotated[bool, typer.Option("--compile", help="Train under torch.compile.")]
+Resume = Annotated[
+    bool,
+    typer.Option(
+        "--resume",
+        help="Continue from the newest complete checkpoint in the output folder. If there is none, training starts "
+        "at step 0, and a line says so.",
+    ),
+]
+SaveEvery = Annotated[
+    int, typer.Option(min=0, help="The number of steps between checkpoints. With 0 there are no checkpoints.")
+]
+LinearLayers = Annotated[
+    str,
+    typer.Option(
+        "--linear-layers",
+        metavar="<names>",
+        help="The linear layers of the adapter: all, attention, mlp, or names such as q_proj,o_proj.",
+    ),
+]
+
+
+def linear_layer_names(text: str) -> str | list[str]:
+    """What `linear_paths` takes for the text of `LinearLayers`."""
+    return text.split(",") if "," in text else text
+
 
 def tap_choice(taps: str) -> int | list[int]:
     """The number of taps, or their layers."""

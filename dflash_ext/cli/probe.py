@@ -9,22 +9,9 @@ from rich.text import Text
 
 from .app import console
 from .loading import load_target
-from .options import Device, Dtype, Tokenizer
+from .options import Device, Dtype, LinearLayers, Tokenizer, linear_layer_names
 
 COLOURS = {"ok": "green", "note": "yellow", "wrong": "red"}
-
-LoraTargets = Annotated[
-    str,
-    typer.Option(
-        "--targets",
-        help="The linear layers to adapt: all, attention or mlp; or their names, such as q_proj,v_proj.",
-    ),
-]
-
-
-def lora_targets(text: str) -> str | list[str]:
-    """What `linear_paths` takes for the text of the option."""
-    return text.split(",") if "," in text else text
 
 
 def probe(
@@ -32,7 +19,7 @@ def probe(
     attention: Annotated[
         str, typer.Option(help="The attention implementation that training would use.")
     ] = "block_attn",
-    targets: LoraTargets = "all",
+    linear_layers: LinearLayers = "all",
     tokenizer: Tokenizer = None,
     dtype: Dtype = None,
     device: Device = None,
@@ -45,7 +32,7 @@ def probe(
 
     loaded, tok = load_target(model, tokenizer, dtype, device)
     wrong = False
-    for verdict in models.probe(loaded, tok, targets=lora_targets(targets), implementation=attention):
+    for verdict in models.probe(loaded, tok, targets=linear_layer_names(linear_layers), implementation=attention):
         line = Text(f"{verdict.level:5} {verdict.subject}: {verdict.found}")
         line.stylize(COLOURS[verdict.level], 0, 5)
         console.print(line, soft_wrap=True)

@@ -10,22 +10,29 @@ import typer
 from rich.console import Console
 
 from .app import console
-from .loading import encode_for, load_target
+from .loading import encode_for, load_target, mask_token_id
 from .options import (
     AtLeastTwoNewTokens,
     ChatTemplateArgs,
+    CheckpointActivations,
+    Compile,
     Device,
     Dtype,
     Field,
     Limit,
+    MaskToken,
     MaxLength,
     MaxPromptTokens,
     Prompts,
+    ReportTo,
+    Resume,
+    SaveEvery,
     Seed,
     Taps,
     TargetName,
     Tokenizer,
     integer,
+    linear_layer_names,
     shares,
     tap_choice,
 )
@@ -84,10 +91,7 @@ def train(
         ),
     ] = None,
     decode_batch: Annotated[int, typer.Option(min=1, help="The number of prompts answered at a time.")] = 32,
-    mask_token: Annotated[
-        str | None,
-        typer.Option(help="The mask token, as text or as an id. The default is the tokenizer's own, if it has one."),
-    ] = None,
+    mask_token: MaskToken = None,
     layers: Annotated[int, typer.Option(min=1, help="The number of the drafter's layers.")] = 5,
     taps: Taps = "5",
     block_size: Annotated[
@@ -214,31 +218,11 @@ def train(
     evaluate_prompts: Annotated[
         int, typer.Option(min=1, help="The largest number of held-out prompts that an evaluation decodes.")
     ] = 32,
-    report_to: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="<name>",
-            help="Send the log to tensorboard, wandb or another integration of transformers. Its package is needed.",
-        ),
-    ] = None,
-    checkpoint_activations: Annotated[
-        bool,
-        typer.Option(
-            "--checkpoint-activations", help="Compute each layer again in the backward, which takes less memory."
-        ),
-    ] = False,
-    compile: Annotated[bool, typer.Option("--compile", help="Train the drafter under torch.compile.")] = False,
-    resume: Annotated[
-        bool,
-        typer.Option(
-            "--resume",
-            help="Continue from the newest complete checkpoint in the output folder. If there is none, training starts "
-            "at step 0, and a line says so.",
-        ),
-    ] = False,
-    save_every: Annotated[
-        int, typer.Option(min=0, help="The number of steps between checkpoints. With 0 there are no checkpoints.")
-    ] = 0,
+    report_to: ReportTo = None,
+    checkpoint_activations: CheckpointActivations = False,
+    compile: Compile = False,
+    resume: Resume = False,
+    save_every: SaveEvery = 0,
     seed: Seed = 0,
     tokenizer: Tokenizer = None,
     dtype: Dtype = None,
@@ -293,7 +277,7 @@ def train(
     else:
         recipe = Recipe(**settings, loss=loss, teacher_mix=teacher_mix, compile=compile)
     model, tok = load_target(target, tokenizer, dtype, device)
-    made = dict(mask_token_id=_mask_token(tok, mask_token), block_size=block_size)
+    made = dict(mask_token_id=mask_token_id(tok, mask_token), block_size=block_size)
     if is_lora:
         trained = new_lora_drafter(
             Target(model),
@@ -301,7 +285,7 @@ def train(
             kind=lora_kind,
             rank=rank,
             alpha=alpha,
-            targets=linear_layers.split(",") if "," in linear_layers else linear_layers,
+            targets=linear_layer_names(linear_layers),
             causal=causal,
             sampler_width=sampler_width,
             **made,
@@ -355,17 +339,3 @@ def _check_kind(ctx: typer.Context, kind: str) -> None:
         for name in names:
             if other != kind and ctx.get_parameter_source(name).name == "COMMANDLINE":
                 raise ValueError(f"--{name.replace('_', '-')} is an option of --drafter {other}, not of {kind}")
-
-
-def _mask_token(tokenizer, given: str | None) -> int:
-    """The id of the mask token, which is given by its text or id; None stands for the tokenizer's own."""
-    if given is None:
-        if tokenizer.mask_token_id is None:
-            raise ValueError("the tokenizer has no mask token: name a spare one, by text or id, with --mask-token")
-        return tokenizer.mask_token_id
-    if given.isascii() and given.isdigit():
-        return int(given)
-    token = tokenizer.convert_tokens_to_ids(given)
-    if token is None or token == tokenizer.unk_token_id:
-        raise ValueError(f"mask token '{given}' is not in the tokenizer's vocabulary")
-    return token

@@ -6,8 +6,10 @@ from .encoding import encode, encode_all, unused_template_args
 from .errors import DataError, PromptError, PromptTooLong
 from .features import FeatureDataset, write_features
 from .left_out import LeftOut
+from .noised import NoiseCollator
 from .prompts import Conversation, Message, read_conversations
 from .server import Server
+from .text import TextDataset, read_texts
 
 __all__ = [
     "AnswerDataset",
@@ -16,14 +18,17 @@ __all__ = [
     "FeatureDataset",
     "LeftOut",
     "Message",
+    "NoiseCollator",
     "PromptError",
     "PromptTooLong",
     "Server",
+    "TextDataset",
     "answer_prompts",
     "conversation_numbers",
     "encode",
     "encode_all",
     "read_conversations",
+    "read_texts",
     "unused_template_args",
     "write_features",
 ]

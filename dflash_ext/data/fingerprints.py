@@ -6,6 +6,8 @@ import hashlib
 from array import array
 from collections.abc import Mapping, Sequence
 
+import torch
+
 
 def of_prompts(prompts: Mapping[int, Sequence[int]]) -> str:
     digest = hashlib.sha256()
@@ -22,3 +24,12 @@ def hash_of(*key: int | float | str) -> int:
 def seed_of(*key: int | float) -> int:
     """A seed of 62 bits that follows from `key`."""
     return hash_of(*key) >> 2
+
+
+def generator(*key: int | str) -> torch.Generator:
+    """A generator on the CPU whose draws follow from `key`, such as ("anchors", seed, step, index).
+
+    A run that resumes, more ranks or more workers draw the same numbers, because the key names what is drawn and not
+    who draws it or when.
+    """
+    return torch.Generator().manual_seed(hash_of(*key) >> 1)

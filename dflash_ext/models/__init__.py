@@ -1,3 +1,4 @@
+from .adaptation import Adaptation, load_adaptation, save_adaptation
 from .denoiser import Denoiser
 from .drafter import DFlashDrafter
 from .drafter_config import DFlashConfig, default_taps
@@ -8,6 +9,7 @@ from .probe import Verdict, probe
 from .target import Target
 
 __all__ = [
+    "Adaptation",
     "DFlashConfig",
     "DFlashDrafter",
     "Denoiser",
@@ -18,10 +20,12 @@ __all__ = [
     "default_taps",
     "is_diffusion_gemma",
     "is_lora_drafter",
+    "load_adaptation",
     "load_drafter",
     "load_lora_drafter",
     "load_target",
     "probe",
+    "save_adaptation",
     "save_drafter",
     "save_lora_drafter",
     "stop_tokens",

@@ -2,6 +2,7 @@ from ..models import save_drafter
 from .anchors import Blocks, build_blocks, dpace, position_decay, sample_anchors
 from .collator import AnchorCollator
 from .curve import plot_curve
+from .denoisers import train_denoiser
 from .drafters import train_drafter, train_on_answers, train_on_prompts
 from .evaluation import DraftingEvaluation, Evaluation, HeldOutPrompts
 from .randomness import new_drafter, new_lora_drafter
@@ -28,6 +29,7 @@ __all__ = [
     "run",
     "sample_anchors",
     "save_drafter",
+    "train_denoiser",
     "train_drafter",
     "train_on_answers",
     "train_on_prompts",

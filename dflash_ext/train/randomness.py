@@ -4,17 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from ..data.fingerprints import hash_of
+from ..data.fingerprints import generator
 from ..models import DFlashDrafter, LoraDrafter, Target
 
-
-def generator(*key: int | str) -> torch.Generator:
-    """A generator on the CPU whose draws follow from `key`, such as ("anchors", seed, step, index).
-
-    A run that resumes, more ranks or more workers draw the same numbers, because the key names what is drawn and not
-    who draws it or when.
-    """
-    return torch.Generator().manual_seed(hash_of(*key) >> 1)
+__all__ = ["generator", "new_drafter", "new_lora_drafter"]
 
 
 def new_drafter(target: Target, seed: int, **options) -> DFlashDrafter:

@@ -12,7 +12,10 @@ import dflash_ext
 from dflash_ext.cli import app
 from dflash_ext.cli.output import replacing
 
-COMMANDS = ("demo", "train", "features", "generate", "canvas", "evaluate", "check-lossless", "doctor", "probe")
+COMMANDS = (
+    *("demo", "train", "adapt", "features", "generate", "canvas", "evaluate"),
+    *("check-lossless", "doctor", "probe"),
+)
 
 
 def test_the_module_is_the_command():

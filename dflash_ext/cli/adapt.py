@@ -1,0 +1,204 @@
+"""`dflash-ext adapt`."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+
+from .app import console
+from .loading import load_target, mask_token_id
+from .options import (
+    CheckpointActivations,
+    Compile,
+    Device,
+    Dtype,
+    LinearLayers,
+    MaskToken,
+    ReportTo,
+    Resume,
+    SaveEvery,
+    Seed,
+    Tokenizer,
+    linear_layer_names,
+    shares,
+)
+
+if TYPE_CHECKING:
+    from ..noise import Share
+
+Text = Annotated[
+    list[Path],
+    typer.Option(
+        metavar="<path>",
+        help="A text file (a document), a JSONL file with a 'text' in each row, or a folder of such files; also .gz, "
+        ".xz and .bz2. May be given several times.",
+    ),
+]
+RowLength = Annotated[int, typer.Option(min=8, help="Tokens of a row, in which documents are packed.")]
+PrefixShare = Annotated[
+    str,
+    typer.Option(
+        metavar="<share>",
+        help="The share of a document that is left as it is before the tokens to denoise; two bounds such as 0.2,0.8 "
+        "are drawn between.",
+    ),
+]
+Span = Annotated[float, typer.Option(min=1, help="The mean length of hidden spans; 1 hides single tokens.")]
+
+
+def share(text: str, option: str) -> Share:
+    """A share, or the bounds of one that is drawn, as an option gives it."""
+    from ..noise import Share
+
+    bounds = shares(text, option)
+    return Share(*(bounds if isinstance(bounds, tuple) else (bounds, bounds)))
+
+
+def adapt(
+    model: Annotated[str, typer.Option(help="A folder or hub name of a causal LM, or 'smollm2'.")],
+    text: Text,
+    output: Annotated[Path, typer.Option(help="The folder for the adapter, its log and its plot.")],
+    pattern: Annotated[
+        str,
+        typer.Option(
+            help="Who sees whom: causal (L1); prefix_block, a causal prefix and a block that sees both directions (L2);"
+            " or block_causal, blocks in both directions behind a context of right tokens."
+        ),
+    ] = "prefix_block",
+    block_size: Annotated[
+        int | None, typer.Option(min=1, help="Tokens of a block, with the pattern block_causal.")
+    ] = None,
+    context: Annotated[
+        str,
+        typer.Option(
+            help="With the pattern block_causal, how right tokens see each other: causal, or block_causal for blocks "
+            "that see both directions."
+        ),
+    ] = "causal",
+    prefix_share: PrefixShare = "0.5",
+    mask_rate: Annotated[
+        str,
+        typer.Option(
+            metavar="<share>", help="The share of a block that is hidden; two bounds such as 0.1,0.9 are drawn between."
+        ),
+    ] = "0.25",
+    span: Span = 3.0,
+    complementary: Annotated[
+        bool,
+        typer.Option("--complementary", help="Train on each row twice, the second time with the other tokens hidden."),
+    ] = False,
+    inverse_rate: Annotated[
+        bool,
+        typer.Option("--inverse-rate", help="Weigh hidden tokens by 1 / p, p being the hidden share of their block."),
+    ] = False,
+    ar_weight: Annotated[
+        float, typer.Option(min=0, help="Add this times the loss of the next token on right tokens.")
+    ] = 0.0,
+    kl_weight: Annotated[
+        float, typer.Option(min=0, help="Add this times the divergence from the model without the adapter.")
+    ] = 0.0,
+    mask_token: MaskToken = None,
+    rank: Annotated[int, typer.Option(min=1, help="The rank of the adapter.")] = 16,
+    alpha: Annotated[float, typer.Option(min=0, help="The adapter's update is multiplied by alpha / rank.")] = 32.0,
+    linear_layers: LinearLayers = "all",
+    length: RowLength = 2048,
+    steps: Annotated[int, typer.Option(min=1, help="The number of optimizer steps.")] = 500,
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows in a forward pass.")] = 8,
+    accumulation: Annotated[int, typer.Option(min=1, help="Forward passes in an optimizer step.")] = 1,
+    learning_rate: Annotated[
+        float, typer.Option(min=0, help="The peak learning rate. A cosine decay to 0 follows.")
+    ] = 5e-4,
+    held_out: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--held-out", metavar="<path>", help="Text to measure the loss on, as --text. The best adapter is kept."
+        ),
+    ] = None,
+    held_out_rows: Annotated[int, typer.Option(min=1, help="The largest number of held-out rows.")] = 64,
+    evaluate_every: Annotated[
+        int, typer.Option(min=0, help="The number of steps between evaluations; with 0 there is one, at the end.")
+    ] = 0,
+    attention: Annotated[
+        str, typer.Option(help="The attention implementation: block_attn, or another one, which gets a dense mask.")
+    ] = "block_attn",
+    report_to: ReportTo = None,
+    checkpoint_activations: CheckpointActivations = False,
+    compile: Compile = False,
+    resume: Resume = False,
+    save_every: SaveEvery = 0,
+    log_every: Annotated[int, typer.Option(min=1, help="The number of steps between entries of the log.")] = 10,
+    seed: Seed = 0,
+    tokenizer: Tokenizer = None,
+    dtype: Dtype = None,
+    device: Device = None,
+) -> None:
+    """Turn a causal LM into a denoiser that fills in hidden tokens, by an adapter."""
+    from ..data import NoiseCollator, TextDataset, read_texts
+    from ..models import Adaptation, Target
+    from ..noise import MaskNoise
+    from ..train import RunRecipe, train_denoiser
+
+    shown = Console(quiet=True) if int(os.environ.get("RANK", 0)) else console  # the first process prints for all
+    # Everything that does not need the model is checked before it is loaded.
+    if output.exists() and not output.is_dir():
+        raise ValueError(f"--output {output}: a folder is expected, this is a file")
+    collator = NoiseCollator(
+        MaskNoise(share(mask_rate, "--mask-rate"), span),
+        share(prefix_share, "--prefix-share"),
+        block_size,
+        complementary,
+        inverse_rate,
+    )
+    recipe = RunRecipe(
+        steps=steps,
+        batch_size=batch_size,
+        accumulation=accumulation,
+        learning_rate=learning_rate,
+        seed=seed,
+        save_every=save_every,
+        evaluate_every=evaluate_every,
+        log_every=log_every,
+        checkpoint_activations=checkpoint_activations,
+        compile=compile,
+        report_to=tuple(report_to or ()),
+    )
+    loaded, tok = load_target(model, tokenizer, dtype, device)
+    target = Target(loaded)
+    target.decoder.set_attn_implementation(attention)
+    adaptation = Adaptation.for_target(
+        target,
+        mask_id=mask_token_id(tok, mask_token, new=target.vocab_size),
+        pattern=pattern,
+        context=context,
+        block_size=block_size,
+        rank=rank,
+        alpha=alpha,
+        targets=linear_layer_names(linear_layers),
+        seed=seed,
+    )
+    rows = TextDataset(read_texts(text), tok, length)
+    kept_out = TextDataset(read_texts(held_out), tok, length).first(held_out_rows) if held_out else None
+    size = sum(parameter.numel() for parameter in adaptation.parameters())
+    shown.print(
+        f"denoiser: rank {rank} on {len(adaptation.adapter.paths)} linear layers, {size / 1e6:.1f} M parameters; "
+        f"text: {rows.documents} documents, {len(rows)} rows of {length} tokens",
+        soft_wrap=True,
+        highlight=False,
+    )
+    train_denoiser(
+        adaptation,
+        rows,
+        output,
+        recipe,
+        collator=collator,
+        held_out=kept_out,
+        ar_weight=ar_weight,
+        kl_weight=kl_weight,
+        resume=resume,
+        console=shown,
+    )
+    shown.print(f"the denoiser is in {output}", soft_wrap=True, highlight=False)

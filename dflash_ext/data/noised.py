@@ -1,0 +1,77 @@
+"""Batches of noised text: where each document's denoising block starts, and which of its tokens are hidden."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..noise import MaskNoise, Share
+from .fingerprints import generator
+
+SHORTEST = 4  # tokens of a document that has a block to denoise
+
+
+@dataclass(frozen=True)
+class NoiseCollator:
+    """Draws prefixes and hidden tokens of the rows of a `TextDataset`.
+
+    Each document of a row has a prefix, which stays as it is, and a denoising block behind it, in which tokens are
+    hidden. A document of less than `SHORTEST` tokens is all prefix.
+
+    Samples may have an entry "key", a tuple (seed, step, index) from which everything drawn for them follows. Nothing
+    depends on who sees whom, so that causal and bidirectional denoisers train on the same batches.
+
+    Batches hold, each [B, S]:
+
+    - "input_ids": int64, the right tokens, the hidden ones included.
+    - "hidden": bool, the hidden tokens, which are the labels.
+    - "starts", "ends", "blocks": int32, the columns at which each token's document starts, ends (exclusively) and has
+      its denoising block. Where there is no block, "blocks" is "ends".
+    - "weights": float32, what the loss of a hidden token counts; 0 for the others.
+
+    Attributes:
+        prefix: the share of a document that is its prefix. At least one token is.
+        block_size: noise is drawn for this number of tokens at a time; None draws it for the whole rest of a document.
+        complementary: every sample gives two rows. The second one hides those tokens of the blocks that the first one
+            shows, so that their rates are p and 1 - p (Fast-dLLM v2, arXiv 2509.26328).
+        inverse_rate: a hidden token weighs 1 / p, p being the hidden share of its block, which makes the loss a bound
+            on the likelihood of the text (arXiv 2406.07524). Otherwise every hidden token weighs 1.
+    """
+
+    noise: MaskNoise = MaskNoise(span=3)
+    prefix: Share = Share(0.5, 0.5)
+    block_size: int | None = None
+    complementary: bool = False
+    inverse_rate: bool = False
+
+    def __call__(self, samples: list[Mapping]) -> dict[str, Tensor]:
+        rows = [row for sample in samples for row in self._rows(sample)]
+        return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+
+    def _rows(self, sample: Mapping) -> list[dict[str, Tensor]]:
+        ids, key = sample["input_ids"], sample.get("key")
+        draws = None if key is None else generator("noise", *key)
+        starts = torch.cat([sample["starts"], torch.tensor([len(ids)])])
+        lengths = starts.diff()
+        hidden, rates = torch.zeros(len(ids), dtype=torch.bool), torch.zeros(len(ids))
+        prefixes = lengths.clone()
+        for number, (start, length) in enumerate(zip(starts.tolist(), lengths.tolist(), strict=False)):
+            if length < SHORTEST:
+                continue
+            prefixes[number] = prefix = min(max(round(self.prefix.draw(draws) * length), 1), length - 1)
+            size = self.block_size or length
+            for first in range(start + prefix, start + length, size):
+                block = slice(first, min(first + size, start + length))
+                hidden[block] = self.noise.draw(block.stop - block.start, draws)
+                rates[block] = hidden[block].float().mean()
+        bounds = {"starts": starts[:-1], "ends": starts[1:], "blocks": starts[:-1] + prefixes}
+        row = {name: of.repeat_interleave(lengths).int() for name, of in bounds.items()} | {"input_ids": ids}
+        in_block = torch.arange(len(ids)) >= row["blocks"]
+        pairs = [(hidden, rates), (in_block & ~hidden, 1 - rates)] if self.complementary else [(hidden, rates)]
+        return [row | {"hidden": mask, "weights": self._weights(mask, rate)} for mask, rate in pairs]
+
+    def _weights(self, hidden: Tensor, rates: Tensor) -> Tensor:
+        return torch.where(hidden, 1 / rates if self.inverse_rate else 1.0, 0.0)

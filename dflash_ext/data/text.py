@@ -1,0 +1,121 @@
+"""Text files as rows of tokens of one length, in which documents keep their boundaries."""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+import hashlib
+import lzma
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from .errors import DataError
+from .parsing import excerpt, json_value, require_file, utf8_text
+
+OPENERS = {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open}
+AT_A_TIME = 256  # documents that the tokenizer encodes at a time
+
+
+def read_texts(paths: Sequence[Path]) -> Iterator[str]:
+    """The documents of text files: the rows of a JSONL file, or one for any other file.
+
+    Args:
+        paths: files, or folders of which all files are read, in the order of their names. A file that ends in .gz, .xz
+            or .bz2 is decompressed. A row of a JSONL file is a string, or an object whose `text` is one.
+
+    Raises:
+        DataError: a file is missing or not UTF-8, or a row is neither.
+    """
+    for path in paths:
+        files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
+        for file in files:
+            require_file(file)
+            try:
+                with OPENERS.get(file.suffix, open)(file, "rb") as opened:
+                    content = opened.read()
+            except (OSError, EOFError, lzma.LZMAError) as error:
+                raise DataError(f"{file}: cannot be read: {error}") from None
+            text = utf8_text(content, str(file))
+            is_jsonl = ".jsonl" in file.suffixes[-2:]
+            yield from _rows(text, file) if is_jsonl else [text] if text.strip() else []
+
+
+def _rows(text: str, file: Path) -> Iterator[str]:
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
+        where = f"{file}, line {number}"
+        row = json_value(line, where)
+        found = row.get("text") if isinstance(row, dict) else row
+        if not isinstance(found, str):
+            raise DataError(f"{where}: a string, or an object with a string 'text', is expected: {excerpt(row)}")
+        if found.strip():
+            yield found
+
+
+class TextDataset(Dataset):
+    """Documents behind each other in rows of `length` tokens: {"input_ids": int64 [length], "starts": int64 [n]}.
+
+    `starts` has the column at which each document of a row starts, so that no mask, position or loss crosses from one
+    document into the next. A document that goes on in the next row is a document of its own there. The rest that does
+    not fill a row is left out. Each document ends with the tokenizer's end token.
+
+    Args:
+        texts: documents, as from `read_texts`.
+
+    Raises:
+        DataError: the documents have fewer tokens than a row.
+    """
+
+    def __init__(self, texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, length: int):
+        tokens, starts = array("i"), array("q")
+        end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+        texts = iter(texts)
+        while some := list(islice(texts, AT_A_TIME)):
+            for ids in tokenizer(some, verbose=False)["input_ids"]:
+                if ids[-1:] != end:
+                    ids = ids + end
+                if ids:
+                    starts.append(len(tokens))
+                    tokens.extend(ids)
+        self.length = length
+        self.documents = len(starts)
+        if len(tokens) < length:
+            raise DataError(f"the text has {len(tokens)} tokens: at least a row of {length} is needed")
+        self._tokens = torch.frombuffer(tokens, dtype=torch.int32)
+        self._starts = torch.frombuffer(starts, dtype=torch.int64)
+        self._rows = torch.arange(len(tokens) // length)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        first = int(self._rows[index]) * self.length
+        input_ids = self._tokens[first : first + self.length].long()
+        low, high = torch.searchsorted(self._starts, torch.tensor([first + 1, first + self.length])).tolist()
+        starts = torch.cat([torch.zeros(1, dtype=torch.int64), self._starts[low:high] - first])
+        return {"input_ids": input_ids, "starts": starts}
+
+    @property
+    def lengths(self) -> Tensor:
+        """The number of tokens of each row: int64 [len(self)]."""
+        return torch.full((len(self),), self.length)
+
+    def fingerprint(self) -> str:
+        """A hash of all tokens and of where documents start."""
+        digest = hashlib.sha256(self._starts.numpy().tobytes())
+        digest.update(self._tokens.numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+    def first(self, rows: int) -> TextDataset:
+        """The first rows alone, or all if there are fewer."""
+        part = object.__new__(TextDataset)
+        part.__dict__ = self.__dict__ | {"_rows": self._rows[:rows]}
+        return part

@@ -1,0 +1,221 @@
+"""What turns a causal LM into a denoiser: a LoRA adapter and the embedding of a masked token, trained beside it."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from ..masks import IntervalMask
+from .denoising_masks import CONTEXTS, PATTERNS, denoising_masks
+from .loading import first_line
+from .lora import LoraAdapter
+from .lora.config import identity_of
+from .lora.peft_files import load_adapter, save_adapter
+from .target import Target
+
+CONFIG, WEIGHTS = "denoiser.json", "denoiser.safetensors"
+
+
+@dataclass(frozen=True)
+class AdaptationConfig:
+    """How a denoiser was trained, as far as decoding and evaluation need to know it.
+
+    Attributes:
+        base: what the base is known by (`identity_of`).
+        mask_id: the token that stands for a masked position. It may be the first number behind the vocabulary, for
+            bases that have no token to spare.
+        pattern, context, block_size: as in `denoising_masks`.
+
+    Raises:
+        ValueError: a setting is out of range.
+    """
+
+    base: dict[str, Any]
+    mask_id: int
+    pattern: str = "prefix_block"
+    context: str = "causal"
+    block_size: int | None = None
+
+    def __post_init__(self):
+        for name, value, known in (("pattern", self.pattern, PATTERNS), ("context", self.context, CONTEXTS)):
+            if value not in known:
+                raise ValueError(f"{name} is '{value}': {', '.join(known)} are supported")
+        if (self.pattern == "block_causal") != (self.block_size is not None):
+            raise ValueError("a block size goes with the pattern block_causal, and only with it")
+        if self.block_size is not None and self.block_size < 1:
+            raise ValueError(f"block_size is {self.block_size}: at least 1 is needed")
+        if self.context == "block_causal" and self.pattern != "block_causal":
+            raise ValueError(f"with the pattern {self.pattern} the context is causal")
+        if not 0 <= self.mask_id <= self.base["vocab_size"]:
+            raise ValueError(f"mask token {self.mask_id}: the base has {self.base['vocab_size']} tokens")
+
+    def check_target(self, target: Target) -> None:
+        """Raises a ValueError, which names the first difference, unless the adaptation was made for this base."""
+        for name, value in identity_of(target).items():
+            if self.base.get(name) != value:
+                raise ValueError(
+                    f"the denoiser was made for another base: its {name} is {self.base.get(name)!r}, this model's is "
+                    f"{value!r}"
+                )
+
+
+class Adaptation(nn.Module):
+    """A LoRA adapter on the language model's layers, and the embedding that stands in for masked tokens.
+
+    The base is never changed, and its table never has the mask's embedding: with tied weights that would change the
+    head, too. The logits of a position predict the token at that same position.
+
+    Args:
+        target: the base, frozen. It is no submodule.
+
+    Attributes:
+        mask_embedding: [H], as the first layer takes it: a scale of the base's embedding (Gemma) is already in it.
+    """
+
+    def __init__(self, target: Target, config: AdaptationConfig, adapter: LoraAdapter):
+        super().__init__()
+        config.check_target(target)
+        self.target, self.config, self.adapter = target, config, adapter
+        self.mask_embedding = nn.Parameter(torch.empty(target.embedding_size))
+
+    @classmethod
+    def for_target(
+        cls,
+        target: Target,
+        *,
+        mask_id: int,
+        pattern: str = "prefix_block",
+        context: str = "causal",
+        block_size: int | None = None,
+        rank: int = 16,
+        alpha: float | None = 32,
+        targets: str | list[str] = "all",
+        seed: int = 0,
+    ) -> Adaptation:
+        """A new adaptation in float32 on the target's device, whose random weights follow from `seed`.
+
+        The mask's embedding starts as that of the mask token, or for a new token as the mean over the vocabulary.
+
+        Args:
+            rank, alpha, targets: as in `LoraAdapter.for_target`.
+        """
+        config = AdaptationConfig(identity_of(target), mask_id, pattern, context, block_size)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            adaptation = cls(target, config, LoraAdapter.for_target(target, targets=targets, rank=rank, alpha=alpha))
+        embedding = target.model.get_input_embeddings()
+        with torch.no_grad():
+            if mask_id < embedding.weight.shape[0]:
+                start = embedding(torch.tensor([mask_id], device=target.device))[0]
+            else:
+                start = embedding.weight.float().mean(dim=0) * (target.embedding_scale or 1.0)
+            adaptation.mask_embedding.copy_(start)
+        return adaptation.to(target.device)
+
+    @property
+    def stand_in(self) -> int:
+        """The token that the base reads at masked positions, where a model embeds tokens per layer, too (Gemma 4)."""
+        return self.config.mask_id if self.config.mask_id < self.target.vocab_size else 0
+
+    def forward(
+        self, input_ids: Tensor, hidden: Tensor, positions: Tensor, masks: Mapping[str, IntervalMask]
+    ) -> Tensor:
+        """The hidden states [B, L, H] of tokens, after the final norm; the head turns them into logits.
+
+        Args:
+            input_ids: int64 [B, L].
+            hidden: bool [B, L], the tokens that are masked, whatever `input_ids` has there.
+            positions: int64 [B, L].
+            masks: by kind of layer.
+        """
+
+        def embed(module: nn.Module, inputs: tuple, output: Tensor) -> Tensor:
+            return torch.where(hidden.unsqueeze(-1), self.mask_embedding.to(output.dtype), output)
+
+        hook = self.target.model.get_input_embeddings().register_forward_hook(embed)
+        try:
+            with self.adapter.applied(self.target.model):
+                return self._run(input_ids.masked_fill(hidden, self.stand_in), positions, masks)
+        finally:
+            hook.remove()
+
+    def inputs(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor, dict[str, IntervalMask]]:
+        """What `forward` takes for a batch of `NoiseCollator`.
+
+        With the pattern block_causal, the rows of [B, 2 S] tokens hold the noised ones and, behind them, the right
+        ones.
+        """
+        config = self.config
+        masks = denoising_masks(
+            batch, self.target.windows, config.pattern, context=config.context, block_size=config.block_size
+        )
+        ids, hidden, positions = batch["input_ids"], batch["hidden"], positions_of(batch)
+        if config.pattern == "block_causal":
+            ids, positions = (torch.cat([rows, rows], dim=1) for rows in (ids, positions))
+            hidden = torch.cat([hidden, torch.zeros_like(hidden)], dim=1)
+        return ids, hidden, positions, masks
+
+    @torch.no_grad()
+    def base_states(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """The hidden states [B, S, H] of the base, without the adapter, on the right tokens under a causal mask."""
+        return self._run(batch["input_ids"], positions_of(batch), denoising_masks(batch, self.target.windows, "causal"))
+
+    def _run(self, ids: Tensor, positions: Tensor, masks: Mapping[str, IntervalMask]) -> Tensor:
+        given = self.target.mask_arguments(masks)
+        return self.target.decoder(input_ids=ids, position_ids=positions, use_cache=False, **given)[0]
+
+
+def positions_of(batch: Mapping[str, Tensor]) -> Tensor:
+    """The position of each token in its document: int64 [B, S]."""
+    starts = batch["starts"]
+    return torch.arange(starts.shape[1], device=starts.device) - starts
+
+
+def save_adaptation(
+    adaptation: Adaptation,
+    folder: str | os.PathLike,
+    *,
+    base_name: str | None = None,
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Writes an adaptation. PEFT reads the folder as that of a plain adapter.
+
+    Args:
+        base_name: the base's folder or name on the hub, for PEFT's users.
+        dtype: that of the tensors, the adaptation's own by default.
+    """
+    folder = Path(folder)
+    save_adapter(adaptation.adapter, folder, base_name=base_name, dtype=dtype)
+    embedding = adaptation.mask_embedding.detach()
+    save_file({"mask_embedding": embedding.to("cpu", dtype or embedding.dtype).contiguous()}, folder / WEIGHTS)
+    (folder / CONFIG).write_text(json.dumps(asdict(adaptation.config), indent=1) + "\n")
+
+
+def load_adaptation(folder: str | os.PathLike, target: Target) -> Adaptation:
+    """Reads an adaptation for `target` in its own dtype, on the target's device.
+
+    Raises:
+        ValueError: there is none, it was made for another base, or its tensors do not fit.
+    """
+    folder = Path(folder)
+    if not (folder / CONFIG).is_file():
+        raise ValueError(f"no denoiser in '{folder}': there is no {CONFIG}")
+    try:
+        config = AdaptationConfig(**json.loads((folder / CONFIG).read_text()))
+        embedding = load_file(folder / WEIGHTS)["mask_embedding"]
+    except Exception as error:  # safetensors raises many kinds
+        raise ValueError(f"cannot read the denoiser in '{folder}': {first_line(error)}") from error
+    adaptation = Adaptation(target, config, load_adapter(folder, target))
+    if embedding.shape != adaptation.mask_embedding.shape:
+        raise ValueError(f"the denoiser in '{folder}' embeds a mask in {len(embedding)} numbers, the base in others")
+    with torch.no_grad():
+        adaptation.mask_embedding.copy_(embedding)
+    return adaptation.to(target.device)

@@ -1,0 +1,68 @@
+import json
+
+import pytest
+
+from dflash_ext.models import Target, load_adaptation, load_target
+
+
+@pytest.fixture
+def text(workspace):
+    rows = [" ".join(f"w{3 + (5 * i + j) % 90:03}" for j in range(6 + i % 9)) for i in range(20)]
+    (workspace / "text.jsonl").write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
+    return workspace / "text.jsonl"
+
+
+def words(workspace, text):
+    return [
+        *("adapt", "--model", workspace / "target", "--text", text, "--output", workspace / "denoiser"),
+        *("--length", 32, "--steps", 2, "--batch-size", 2, "--device", "cpu"),
+    ]
+
+
+def test_adapt(workspace, text, run):
+    """The defaults are those of the build log; every setting reaches the run."""
+    code, out, errors = run(*words(workspace, text), "--held-out", text, "--save-every", 1)
+    assert code == 0, errors
+    assert "denoiser: rank 16 on 42 linear layers" in out and "20 documents, 6 rows of 32 tokens" in out
+    model, _ = load_target(workspace / "target")
+    adaptation = load_adaptation(workspace / "denoiser", Target(model))
+    assert (adaptation.config.pattern, adaptation.adapter.scale, adaptation.config.mask_id) == ("prefix_block", 2.0, 97)
+    settings = json.loads((workspace / "denoiser" / "training.json").read_text())["recipe"]
+    assert (settings["steps"], settings["batch_size"]) == (2, 2)
+    assert (workspace / "denoiser" / "curve.png").exists()
+    code, out, errors = run(*words(workspace, text), "--held-out", text, "--resume")
+    assert code == 0 and "checkpoint-2" in out, errors
+
+
+def test_every_option(workspace, text, run):
+    code, _, errors = run(
+        *words(workspace, text),
+        *("--pattern", "block_causal", "--block-size", 4, "--context", "causal", "--prefix-share", "0.1,0.5"),
+        *("--mask-rate", "0.2,0.8", "--span", 1, "--complementary", "--inverse-rate", "--ar-weight", 0.2),
+        *("--kl-weight", 0.1, "--mask-token", "w096", "--rank", 4, "--alpha", 8, "--linear-layers", "q_proj,v_proj"),
+        *("--learning-rate", 1e-3, "--attention", "sdpa", "--accumulation", 2, "--seed", 3),
+    )
+    assert code == 0, errors
+    model, _ = load_target(workspace / "target")
+    adaptation = load_adaptation(workspace / "denoiser", Target(model))
+    config, adapter = adaptation.config, adaptation.adapter
+    assert (config.pattern, config.context, config.block_size, config.mask_id) == ("block_causal", "causal", 4, 96)
+    assert (adapter.rank, adapter.scale, len(adapter.paths)) == (4, 2.0, 12)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--mask-rate", "much"), "--mask-rate is 'much': a share such as 0.5, or two such as 0.1,0.6, are expected"),
+        (("--prefix-share", "0.8,0.2"), "0.8 to 0.2 is no share"),
+        (("--mask-rate", "0"), "a mask rate of 0 hides no token"),
+        (("--pattern", "diagonal"), "pattern is 'diagonal': causal, prefix_block, block_causal are supported"),
+        (("--block-size", 4), "a block size goes with the pattern block_causal, and only with it"),
+        (("--length", 5000), "the text has"),
+        (("--mask-token", "w999"), "mask token 'w999' is not in the tokenizer's vocabulary"),
+        (("--text", "nowhere.txt"), "nowhere.txt: no such file"),
+    ],
+)
+def test_mistakes_take_one_line(workspace, text, run, options, message):
+    code, _, errors = run(*words(workspace, text), *options)
+    assert code == 1 and message in errors and len(errors.strip().splitlines()) == 1, errors

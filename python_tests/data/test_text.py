@@ -1,0 +1,82 @@
+import gzip
+import json
+import lzma
+
+import pytest
+import torch
+
+from dflash_ext.data import DataError, TextDataset, read_texts
+from python_tests.data.words import word_tokenizer
+
+END = 2  # the end token of word_tokenizer
+
+
+def words(*tokens):
+    return " ".join(f"w{token:03}" for token in tokens)
+
+
+def test_documents_are_packed_with_their_boundaries():
+    documents = [words(*range(3, 8)), words(10), words(*range(20, 30))]
+    dataset = TextDataset(documents, word_tokenizer(), 6)
+    assert len(dataset) == 3 and dataset.documents == 3 and dataset.lengths.tolist() == [6, 6, 6]
+    rows = [dataset[row] for row in range(3)]
+    assert [row["input_ids"].tolist() for row in rows] == [
+        [3, 4, 5, 6, 7, END],
+        [10, END, 20, 21, 22, 23],
+        [24, 25, 26, 27, 28, 29],  # the end token of the last document fills no row
+    ]
+    # A document that goes on in the next row is a document of its own there.
+    assert [row["starts"].tolist() for row in rows] == [[0], [0, 2], [0]]
+
+
+def test_every_row_and_boundary_of_many_documents():
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.randint(1, 40, (300,), generator=generator).tolist()
+    dataset = TextDataset([words(*([5] * length)) for length in lengths], word_tokenizer(), 64)
+    ids = torch.cat([dataset[row]["input_ids"] for row in range(len(dataset))])
+    starts = torch.cat([dataset[row]["starts"] + 64 * row for row in range(len(dataset))])
+    behind_ends = (ids == END).nonzero().flatten() + 1
+    want = torch.cat([behind_ends[behind_ends < len(ids)], torch.arange(0, len(ids), 64)]).unique()
+    assert torch.equal(starts, want) and len(dataset) == (sum(lengths) + 300) // 64
+
+
+def test_the_first_rows_alone():
+    dataset = TextDataset([words(*[7] * 50)], word_tokenizer(), 10)
+    part = dataset.first(2)
+    assert len(part) == 2 and len(dataset) == 5 and torch.equal(part[1]["input_ids"], dataset[1]["input_ids"])
+    assert part.fingerprint() == dataset.fingerprint()
+
+
+def test_files(tmp_path):
+    (tmp_path / "a.txt").write_text("one\ntext")
+    (tmp_path / "b.jsonl").write_text(json.dumps({"text": "two"}) + "\n\n" + json.dumps("three") + "\n")
+    with gzip.open(tmp_path / "c.txt.gz", "wt") as file:
+        file.write("four")
+    with lzma.open(tmp_path / "d.jsonl.xz", "wt") as file:
+        file.write('{"text": "five"}\n{"text": "  "}\n')
+    (tmp_path / "empty.txt").write_text(" \n")
+    assert list(read_texts([tmp_path])) == ["one\ntext", "two", "three", "four", "five"]
+    assert list(read_texts([tmp_path / "d.jsonl.xz", tmp_path / "a.txt"])) == ["five", "one\ntext"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", b'{"text": "x"}\n{"body": "y"}\n', r"a\.jsonl, line 2: a string, or an object with"),
+        ("a.jsonl", b"{", r"a\.jsonl, line 1: not valid JSON"),
+        ("a.txt", b"\xff\xfe\xfa", r"a\.txt: not UTF-8"),
+        ("a.txt.gz", b"no gzip", r"a\.txt\.gz: cannot be read"),
+        ("a.txt.xz", b"no xz", r"a\.txt\.xz: cannot be read"),
+    ],
+)
+def test_files_that_cannot_be_used(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=message):
+        list(read_texts([tmp_path / name]))
+
+
+def test_no_file_and_too_little_text(tmp_path):
+    with pytest.raises(DataError, match="no such file"):
+        list(read_texts([tmp_path / "a.txt"]))
+    with pytest.raises(DataError, match="the text has 3 tokens: at least a row of 4 is needed"):
+        TextDataset([words(3, 4)], word_tokenizer(), 4)

@@ -1,0 +1,157 @@
+import json
+
+import peft
+import pytest
+import torch
+
+from dflash_ext.data import NoiseCollator
+from dflash_ext.models import Adaptation, Target, load_adaptation, save_adaptation
+from python_tests.tiny import MASK_TOKEN, VOCAB, tiny_gemma4, tiny_model
+
+
+def target_of(family):
+    target = Target(tiny_gemma4() if family == "gemma4" else tiny_model(family))
+    target.decoder.set_attn_implementation("block_attn")
+    return target
+
+
+def adaptation_of(family, **options):
+    """An adaptation whose adapter changes something."""
+    adaptation = Adaptation.for_target(target_of(family), **{"mask_id": MASK_TOKEN, "rank": 4} | options)
+    for half in adaptation.adapter.lora_b:
+        torch.nn.init.normal_(half, std=0.1, generator=torch.Generator().manual_seed(half.numel()))
+    return adaptation
+
+
+def batch_of(rows=2, length=20):
+    ids = torch.randint(3, MASK_TOKEN, (rows, length), generator=torch.Generator().manual_seed(0))
+    starts = torch.tensor([0, 11])
+    return NoiseCollator()([{"input_ids": row, "starts": starts, "key": (0, 0, i)} for i, row in enumerate(ids)])
+
+
+def states(adaptation, batch):
+    with torch.no_grad():
+        return adaptation(*adaptation.inputs(batch))
+
+
+FAMILIES = ["llama", "gemma3", "gemma4"]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_mask_embedding_stands_in_for_hidden_tokens(family):
+    """With the embedding of a token in its place, hiding is the same as putting that token there."""
+    adaptation, batch = adaptation_of(family), batch_of()
+    ids, hidden, positions, masks = adaptation.inputs(batch)
+    embedding = adaptation.target.model.get_input_embeddings()
+    start = embedding(torch.tensor([MASK_TOKEN]))[0]
+    torch.testing.assert_close(adaptation.mask_embedding.detach(), start)  # a scale of the embedding is in it
+    with torch.no_grad():
+        given = adaptation(ids.masked_fill(hidden, MASK_TOKEN), torch.zeros_like(hidden), positions, masks)
+        torch.testing.assert_close(states(adaptation, batch), given)
+        adaptation.mask_embedding += 1
+        assert (states(adaptation, batch) - given).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("pattern", ["causal", "prefix_block", "block_causal"])
+def test_hidden_tokens_are_not_read(family, pattern):
+    size = 64 if pattern == "block_causal" else None  # one block, whose right tokens nothing reads
+    adaptation, batch = adaptation_of(family, pattern=pattern, block_size=size), batch_of()
+    before = states(adaptation, batch)
+    other = batch | {"input_ids": batch["input_ids"].masked_fill(batch["hidden"], 7)}
+    after = states(adaptation, other)
+    length = batch["input_ids"].shape[1]
+    torch.testing.assert_close(after[:, :length], before[:, :length])
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_other_implementations_get_a_dense_mask(family, implementation):
+    adaptation, batch = adaptation_of(family), batch_of()
+    ours = states(adaptation, batch)
+    adaptation.target.decoder.set_attn_implementation(implementation)
+    torch.testing.assert_close(states(adaptation, batch), ours, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_document_has_the_same_states_alone_and_packed(family):
+    adaptation, batch = adaptation_of(family), batch_of(1)
+    alone = {name: row[:, 11:] for name, row in batch.items()}
+    alone |= {name: alone[name] - 11 for name in ("starts", "ends", "blocks")}
+    torch.testing.assert_close(states(adaptation, alone), states(adaptation, batch)[:, 11:], atol=1e-4, rtol=1e-4)
+
+
+def test_the_base_stays_as_it_is():
+    adaptation, batch = adaptation_of("gemma4"), batch_of()
+    model = adaptation.target.model
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    plain = adaptation.base_states(batch)
+    loss = adaptation(*adaptation.inputs(batch)).square().sum()
+    loss.backward()
+    assert torch.equal(adaptation.base_states(batch), plain)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert all(parameter.grad is not None for parameter in adaptation.parameters())
+    assert all(path.startswith("model.language_model.layers.") for path in adaptation.adapter.paths)
+
+
+def test_base_states_predict_the_next_token_as_the_base_does():
+    adaptation, batch = adaptation_of("llama"), batch_of(1)
+    document = batch["input_ids"][:, 11:]
+    model = adaptation.target.model
+    logits = model.lm_head(adaptation.base_states(batch)[:, 11:])
+    torch.testing.assert_close(logits, model(document).logits, atol=1e-4, rtol=1e-4)
+
+
+def test_a_new_mask_token():
+    adaptation, batch = adaptation_of("gemma3", mask_id=VOCAB), batch_of()
+    embedding = adaptation.target.model.get_input_embeddings()
+    mean = embedding(torch.arange(VOCAB)).mean(0)
+    torch.testing.assert_close(adaptation.mask_embedding.detach(), mean, atol=1e-5, rtol=1e-4)
+    assert states(adaptation, batch).isfinite().all()
+    with pytest.raises(ValueError, match="mask token 98: the base has 97 tokens"):
+        adaptation_of("gemma3", mask_id=VOCAB + 1)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma4"])
+def test_files(tmp_path, family):
+    adaptation, batch = adaptation_of(family, pattern="block_causal", context="block_causal", block_size=4), batch_of()
+    save_adaptation(adaptation, tmp_path, base_name="a/base")
+    again = load_adaptation(tmp_path, target_of(family))
+    assert again.config == adaptation.config
+    torch.testing.assert_close(states(again, batch), states(adaptation, batch))
+    # PEFT reads the adapter unchanged.
+    model = peft.PeftModel.from_pretrained(target_of(family).model, tmp_path)
+    wrapped = {name for name, module in model.base_model.model.named_modules() if hasattr(module, "lora_A")}
+    assert wrapped == set(adaptation.adapter.paths)
+
+
+def test_files_that_do_not_fit(tmp_path):
+    save_adaptation(adaptation_of("llama"), tmp_path)
+    with pytest.raises(ValueError, match="made for another base: its class is 'LlamaForCausalLM', this model's is"):
+        load_adaptation(tmp_path, target_of("gemma3"))
+    with pytest.raises(ValueError, match="no denoiser in .*: there is no denoiser.json"):
+        load_adaptation(tmp_path / "nowhere", target_of("llama"))
+    settings = json.loads((tmp_path / "denoiser.json").read_text())
+    (tmp_path / "denoiser.json").write_text(json.dumps(settings | {"pattern": "diagonal"}))
+    with pytest.raises(ValueError, match="cannot read the denoiser in .*: pattern is 'diagonal'"):
+        load_adaptation(tmp_path, target_of("llama"))
+    (tmp_path / "denoiser.json").write_text(json.dumps(settings))
+    (tmp_path / "denoiser.safetensors").write_bytes(b"")
+    with pytest.raises(ValueError, match="cannot read the denoiser in"):
+        load_adaptation(tmp_path, target_of("llama"))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"pattern": "block_causal"}, "a block size goes with the pattern block_causal"),
+        ({"block_size": 4}, "a block size goes with the pattern block_causal"),
+        ({"context": "block_causal"}, "with the pattern prefix_block the context is causal"),
+        ({"context": "full"}, "context is 'full': causal, block_causal are supported"),
+        ({"targets": "c_attn"}, "no linear layer c_attn"),
+    ],
+)
+def test_settings_out_of_range(options, message):
+    with pytest.raises(ValueError, match=message):
+        adaptation_of("llama", **options)
