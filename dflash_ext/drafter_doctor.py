@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from rich.console import Console
@@ -17,10 +17,10 @@ from rich.table import Table
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from .decode import decode
-from .models import DFlashDrafter, Target
+from .decode import Drafter, decode
+from .models import DFlashDrafter, LoraDrafter, Target
 from .train import AnchorCollator
-from .train.objectives import DFlashObjective
+from .train.objectives import DFlashObjective, LoraObjective
 from .train.tau import TauOfBlocks
 
 AS_CONFIGURED = "as its config says"
@@ -37,14 +37,14 @@ class Findings:
         accuracy: of each drafted slot under the config's own reading, the share of right tokens, over all blocks.
         decoded_tau: tokens per cycle of decoding the same prompts.
         logit_difference: the largest difference between the drafter's logits as it is trained and as it decodes,
-            relative to the largest logit.
+            relative to the largest logit. A LoRA drafter's are not compared: its rows are the target's own in both.
         dtype: of the target and the drafter.
     """
 
     readings: dict[str, float]
     accuracy: list[float]
     decoded_tau: float
-    logit_difference: float
+    logit_difference: float | None
     dtype: torch.dtype
 
     @property
@@ -68,14 +68,14 @@ class Findings:
                 f"tau is {self.decoded_tau:.2f}, and the accuracy of the slots implies {self.implied_tau:.2f}: "
                 "decoding gives the drafter something else than training did"
             )
-        if self.logit_difference > 10 * torch.finfo(self.dtype).eps ** 0.75:
+        if self.logit_difference is not None and self.logit_difference > 10 * torch.finfo(self.dtype).eps ** 0.75:
             said.append(f"training and decoding give different logits (by {self.logit_difference:.1e} of the largest)")
         return said
 
 
 def examine(
     target: Target,
-    drafter: DFlashDrafter,
+    drafter: Drafter,
     tokenizer: PreTrainedTokenizerBase,
     prompts: dict[str, Sequence[Sequence[int]]],
     *,
@@ -92,7 +92,9 @@ def examine(
         stop_token_ids: tokens that end an answer.
         on_reading: called with the name of each reading before it is tried, and the number of readings.
     """
-    own = [(AS_CONFIGURED, target, drafter), *other_readings(target, drafter, tokenizer)]
+    is_lora = isinstance(drafter, LoraDrafter)
+    others = lora_readings(target, drafter) if is_lora else other_readings(target, drafter, tokenizer)
+    own = [(AS_CONFIGURED, target, drafter), *others]
     total = len(own) + len(prompts) - 1
     limits = {"max_new_tokens": max_new_tokens, "stop_token_ids": stop_token_ids}
     readings: dict[str, float] = {}
@@ -108,24 +110,27 @@ def examine(
             readings[name], right = teacher_forced(tapped, read, texts)
             if name == AS_CONFIGURED:
                 accuracy = right
-        committed = [answer.committed for answer in decode(target, drafter, asked, **limits).completions]
+        committed = [answer.committed for answer in decode(target, drafter, asked, forwards=2, **limits).completions]
         decoded_tau = sum(map(sum, committed)) / max(sum(map(len, committed)), 1)
-        difference = _logit_difference(target, drafter, texts[0])
+        difference = None if is_lora else _logit_difference(target, drafter, texts[0])
     return Findings(readings, accuracy, decoded_tau, difference, target.dtype)
 
 
 @torch.no_grad()
 def teacher_forced(
-    target: Target, drafter: DFlashDrafter, texts: Sequence[tuple[list[int], list[int]]]
+    target: Target, drafter: Drafter, texts: Sequence[tuple[list[int], list[int]]]
 ) -> tuple[float, list[float]]:
     """Tau, as decoding has it, on prompts with the target's greedy answers, and the accuracy of each drafted slot."""
-    config = drafter.config
-    objective, tau = DFlashObjective(drafter, target), TauOfBlocks()
+    config, tau = drafter.config, TauOfBlocks()
+    if isinstance(drafter, LoraDrafter):
+        objective, first_slot = LoraObjective(drafter, target), 1
+    else:
+        objective, first_slot = DFlashObjective(drafter, target), config.first_draft_slot
     right = counted = 0
     for prompt, answer in texts:
         ids = torch.tensor(prompt + answer)
         sample = {"input_ids": ids, "loss_mask": torch.arange(len(ids)) >= len(prompt)}
-        collate = AnchorCollator(len(answer), config.block_size, config.mask_token_id, config.first_draft_slot)
+        collate = AnchorCollator(len(answer), config.block_size, config.mask_token_id, first_slot)
         batch = {name: value.to(target.device) for name, value in collate([sample]).items()}
         result = objective(batch, *objective.of_target(batch))
         tau.add(batch, result)
@@ -166,6 +171,20 @@ def other_readings(
     if theirs.get("rope_theta") and theirs["rope_theta"] != config.rope_parameters.get("rope_theta"):
         rope = config.rope_parameters | {"rope_theta": theirs["rope_theta"]}
         yield f"the target's rope_theta, {theirs['rope_theta']:g}", target, _read_as(drafter, rope_parameters=rope)
+
+
+def lora_readings(target: Target, drafter: LoraDrafter) -> Iterator[tuple[str, Target, LoraDrafter]]:
+    """A LoRA drafter under other configs that its publisher may have meant."""
+    config = drafter.config
+    other = "whole" if config.kind == "gated" else "gated"
+    changes = {
+        f"{'bidirectional' if config.causal else 'causal'} attention within a block": {"causal": not config.causal},
+        f"an adapter of the other kind, {other}": {"kind": other},
+    }
+    for name, changed in changes.items():
+        read = copy.copy(drafter)
+        read.config = replace(config, **changed)
+        yield name, target, read
 
 
 def _read_as(drafter: DFlashDrafter, **changes) -> DFlashDrafter:
@@ -220,11 +239,10 @@ def report(findings: Findings, console: Console) -> None:
     console.print(table)
     shares = " ".join(f"{100 * share:.0f}" for share in findings.accuracy)
     console.print(f"right tokens by slot, %: {shares}", soft_wrap=True)
-    console.print(
-        f"tau of decoding {findings.decoded_tau:.2f}, implied by these shares {findings.implied_tau:.2f}; logits of "
-        f"training and decoding differ by {findings.logit_difference:.1e} of the largest",
-        soft_wrap=True,
-    )
+    said = f"tau of decoding {findings.decoded_tau:.2f}, implied by these shares {findings.implied_tau:.2f}"
+    if findings.logit_difference is not None:
+        said += f"; logits of training and decoding differ by {findings.logit_difference:.1e} of the largest"
+    console.print(said, soft_wrap=True)
     for warning in findings.warnings():
         console.print(f"warning: {warning}", style="yellow", soft_wrap=True)
     if not findings.warnings():

@@ -1,6 +1,7 @@
 """The doctor finds how a drafter was trained when its config says something else."""
 
 import copy
+import dataclasses
 from types import SimpleNamespace
 
 import pytest
@@ -9,11 +10,11 @@ import torch
 from dflash_ext import drafter_doctor
 from dflash_ext.decode import decode
 from dflash_ext.drafter_doctor import AS_CONFIGURED, Findings, examine
-from dflash_ext.models import Target
+from dflash_ext.models import LoraDrafter, Target
 from dflash_ext.train import AnchorCollator
-from dflash_ext.train.objectives import DFlashObjective
+from dflash_ext.train.objectives import DFlashObjective, LoraObjective
 from python_tests.data.letters import letters
-from python_tests.tiny import MASK_TOKEN, tiny_pair
+from python_tests.tiny import MASK_TOKEN, tiny_model, tiny_pair
 
 PROMPTS = [[10 + (i * i + shift) % 7 for i in range(12)] for shift in range(4)]
 
@@ -92,3 +93,39 @@ def test_logits_that_differ_are_said(trained, monkeypatch):
     )
     findings = found(target, wrong)
     assert any("training and decoding give different logits" in warning for warning in findings.warnings())
+
+
+@pytest.fixture(scope="module", params=["gated", "whole"])
+def trained_lora(request):
+    """A LoRA drafter that has learnt the target's answers to the prompts."""
+    target = Target(tiny_model("llama"))
+    torch.manual_seed(0)
+    options = dict(mask_token_id=MASK_TOKEN, rank=16, block_size=6, kind=request.param, causal=True)
+    drafter = LoraDrafter.for_target(target, **options)
+    answers = decode(target, None, PROMPTS, max_new_tokens=24).completions
+    samples = []
+    for prompt, answer in zip(PROMPTS, answers, strict=True):
+        ids = torch.tensor(prompt + answer.tokens)
+        samples.append({"input_ids": ids, "loss_mask": torch.arange(len(ids)) >= len(prompt)})
+    objective = LoraObjective(drafter, target, gamma=4.0)
+    batch = AnchorCollator(24, 6, MASK_TOKEN)(samples)
+    of_target = objective.of_target(batch)
+    optimizer = torch.optim.AdamW(drafter.parameters(), lr=1e-2)
+    for _ in range(60):
+        optimizer.zero_grad()
+        (objective(batch, *of_target).losses.sum() / objective.divisor(batch)).backward()
+        optimizer.step()
+    return target, drafter.requires_grad_(False).eval()
+
+
+def test_a_lora_drafter_that_is_read_as_it_was_trained_is_right(trained_lora):
+    findings = found(*trained_lora)
+    assert findings.best == AS_CONFIGURED and not findings.warnings()
+    assert findings.readings[AS_CONFIGURED] == findings.decoded_tau > 2
+
+
+def test_a_lora_drafter_of_the_other_kind_is_found(trained_lora):
+    target, drafter = trained_lora
+    kind, wrong = drafter.config.kind, copy.copy(drafter)
+    wrong.config = dataclasses.replace(drafter.config, kind="whole" if kind == "gated" else "gated")
+    assert found(target, wrong).best == f"an adapter of the other kind, {kind}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from os import PathLike
 
 import torch
 from torch import Tensor
@@ -27,7 +28,7 @@ from .completion import Completion, Decoded
 from .drawing import Drawing
 from .faults import detached
 from .graphs import runner
-from .kinds import Drafter, make_cycle
+from .kinds import Drafter, loaded, make_cycle
 from .pace import Costs, Pace, draft_widths
 from .prefill import prefill, wave
 from .request import Request
@@ -65,8 +66,8 @@ class Engine:
     """Decodes requests that may come and go at any time.
 
     Args:
-        target: the verifier; with a drafter, tapped at the drafter's `target_layer_ids`.
-        drafter: None decodes plainly, one token per pass.
+        target: the verifier; with a DFlash drafter, tapped at the drafter's `target_layer_ids`.
+        drafter: one of either kind, or its folder. None decodes plainly, one token per pass.
         slots: the number of requests that are decoded at a time. Others wait.
         max_length: the largest number of tokens of a request, prompt and answer together. The caches have room for it
             in every slot.
@@ -99,7 +100,7 @@ class Engine:
     def __init__(
         self,
         target: Target,
-        drafter: Drafter | None = None,
+        drafter: Drafter | str | PathLike | None = None,
         *,
         slots: int = 8,
         max_length: int = 4096,
@@ -116,6 +117,7 @@ class Engine:
         halves = target.dtype in (torch.bfloat16, torch.float16)
         if exact and target.device.type == "cuda" and not (halves and hopper_kernels_serve(target.device)):
             raise ValueError(f"exact=True on a GPU needs Hopper and bfloat16 or float16; the target is {target.dtype}")
+        drafter = loaded(drafter, target)
         width = draft_width(target, drafter, None if block_size == AUTO else block_size)
         drafting = {"forwards": forwards, "steps": denoising(denoising_steps), "greedy": greedy_draft}
         self.target, self.max_length, self.tokenizer = target, max_length, tokenizer

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from ..models import DFlashDrafter, Target
-from ..models.lora import LoraDrafter
+from os import PathLike
+
+from ..models import DFlashDrafter, LoraDrafter, Target, is_lora_drafter, load_drafter, load_lora_drafter
 from .cycle import Cycle
 from .drafts import BlockDraft, GatedDraft, WholeDraft
 from .forward import LeanForward, target_forward
@@ -13,9 +14,22 @@ from .state import State
 
 Drafter = DFlashDrafter | LoraDrafter
 
+
 # On an H100 so many rows cost little more than one, so that a forward saved is worth more than the longer drafts of
 # two forwards, which know the bonus token.
 FEW_ROWS = 128
+
+
+def loaded(drafter: Drafter | str | PathLike | None, target: Target) -> Drafter | None:
+    """A drafter, or the one in this folder, in the target's dtype and on its device.
+
+    Raises ValueError if there is none, or if it was made for another target.
+    """
+    if not isinstance(drafter, str | PathLike):
+        return drafter
+    if is_lora_drafter(drafter):
+        return load_lora_drafter(drafter, target)
+    return load_drafter(drafter, dtype=target.dtype, device=target.device)
 
 
 def one_forward_rows(width: int) -> int:

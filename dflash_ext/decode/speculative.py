@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
+from os import PathLike
 
 import torch
 from torch import Tensor
@@ -25,7 +26,7 @@ from .kinds import Drafter
 @torch.no_grad()
 def decode(
     target: Target,
-    drafter: Drafter | None,
+    drafter: Drafter | str | PathLike | None,
     prompts: Sequence[Sequence[int]],
     *,
     max_new_tokens: int,
@@ -55,8 +56,8 @@ def decode(
     """Completes prompts with the target's own output, drafted by `drafter`.
 
     Args:
-        target: the verifier; with a drafter, tapped at the drafter's `target_layer_ids`.
-        drafter: None decodes plainly, one token per pass.
+        target: the verifier; with a DFlash drafter, tapped at the drafter's `target_layer_ids`.
+        drafter: one of either kind, or its folder. None decodes plainly, one token per pass.
         prompts: token ids, at least one per prompt.
         max_new_tokens: the length at which an answer ends if nothing ended it before.
         temperature: 0 is greedy.
