@@ -5,6 +5,7 @@
 # make newest        run all tests in a fresh environment with the newest version of every package but torch
 # make gpu           run the GPU tests, then the GPU benches, which overwrite bench/results/*_<gpu>.json
 # make sanitize      run the tests on a build with the address and undefined-behaviour sanitizers
+# make wheel         write a wheel to dist/, which installs without a compiler
 # make lint          run ruff
 # make constraints   renew constraints*.txt, which every target but `newest` installs by
 # make clean         remove the environment and everything that was built
@@ -25,7 +26,7 @@ INSTALL := -m pip install --quiet --disable-pip-version-check
 PIP := $(BIN)/python $(INSTALL) --constraint constraints.txt
 NATIVE := $(shell find csrc -type f) CMakeLists.txt
 
-.PHONY: demo test test-oldest test-newest newest constraints gpu lint sanitize clean
+.PHONY: demo test test-oldest test-newest newest constraints gpu wheel lint sanitize clean
 
 demo: .venv/ready
 	$(BIN)/dflash-ext demo $(ARGS)
@@ -67,6 +68,9 @@ gpu: .venv/ready
 	$(BIN)/python -m bench.decode
 	$(BIN)/python -m bench.train
 	$(BIN)/python -m bench.train_target
+
+wheel: .venv/ready
+	$(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
 
 lint: .venv/ready
 	$(BIN)/ruff check .

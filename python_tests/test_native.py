@@ -4,6 +4,8 @@ import os
 import re
 import subprocess
 import sys
+import sysconfig
+import venv
 from pathlib import Path
 
 import pytest
@@ -120,3 +122,32 @@ def test_every_kernel_has_a_name_of_its_own():
 def test_every_family_of_kernels_is_described():
     for source in (ROOT / "csrc").glob("*/params.h"):
         assert (source.parent / "README.md").exists(), source.parent
+
+
+USES_THE_WHEEL = """
+import sys, torch, dflash_ext, dflash_ext.decode
+from dflash_ext import IntervalMask, block_attn, native
+assert native.PATH.is_relative_to(sys.prefix), native.PATH
+q = torch.randn(1, 2, 5, 16)
+block_attn(q, q, q, IntervalMask.causal(5))
+print(native.summary())
+"""
+
+
+def test_a_wheel_needs_no_compiler(tmp_path):
+    """It is installed into a new environment, which sees this one's packages but neither compiler nor checkout."""
+    kernels = {} if native.build_info()["cuda_version"] else {"DFLASH_EXT_KERNELS": "none"}
+    build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir"]
+    subprocess.run([*build, tmp_path, ROOT], check=True, env=os.environ | kernels)
+    (wheel,) = tmp_path.glob("*.whl")
+    venv.create(tmp_path / "environment", with_pip=False)
+    python = tmp_path / "environment/bin/python"
+    packages = f"lib/python{sys.version_info.major}.{sys.version_info.minor}/site-packages"
+    (tmp_path / "environment" / packages / "others.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    elsewhere = {"cwd": tmp_path, "env": {"PATH": str(python.parent), "OMP_NUM_THREADS": "1"}, "check": True}
+    install = ["-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--ignore-installed", wheel]
+    subprocess.run([python, *install], **elsewhere)
+    used = subprocess.run([python, "-c", USES_THE_WHEEL], **elsewhere, capture_output=True, text=True)
+    assert used.stdout.strip() == native.summary()
+    told = subprocess.run([python.parent / "dflash-ext", "doctor"], **elsewhere, capture_output=True, text=True)
+    assert "block_attn" in told.stdout
