@@ -20,8 +20,8 @@ from transformers import LlamaForCausalLM, TrainerCallback
 from bench.engine_models import SHAPES
 from dflash_ext.models import Target
 from dflash_ext.train import AnchorCollator, ObjectiveTrainer, Recipe, new_drafter
+from dflash_ext.train.arguments import training_arguments
 from dflash_ext.train.objectives import DFlashObjective
-from dflash_ext.train.recipe import training_arguments
 
 STEPS, WARMUP = 14, 4
 GLOBAL_BATCH, BATCH, LENGTH, ANCHORS, BLOCK = 128, 16, 384, 64, 16

@@ -23,6 +23,7 @@ from .options import (
     SaveEvery,
     Seed,
     Tokenizer,
+    TrainerArg,
     linear_layer_names,
     shares,
 )
@@ -126,6 +127,7 @@ def adapt(
         str, typer.Option(help="The attention implementation: block_attn, or another one, which gets a dense mask.")
     ] = "block_attn",
     report_to: ReportTo = None,
+    trainer_arg: TrainerArg = None,
     checkpoint_activations: CheckpointActivations = False,
     compile: Compile = False,
     resume: Resume = False,
@@ -141,6 +143,7 @@ def adapt(
     from ..models import Adaptation, Target
     from ..noise import MaskNoise
     from ..train import RunRecipe, train_denoiser
+    from ..train.arguments import trainer_arguments
 
     shown = Console(quiet=True) if int(os.environ.get("RANK", 0)) else console  # the first process prints for all
     # Everything that does not need the model is checked before it is loaded.
@@ -165,6 +168,7 @@ def adapt(
         checkpoint_activations=checkpoint_activations,
         compile=compile,
         report_to=tuple(report_to or ()),
+        trainer_args=trainer_arguments(trainer_arg or ()),
     )
     loaded, tok = load_target(model, tokenizer, dtype, device)
     target = Target(loaded)

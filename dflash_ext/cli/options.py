@@ -165,6 +165,13 @@ MaskToken = Annotated[
     str | None,
     typer.Option(help="The mask token, as text or as an id. The default is the tokenizer's own, if it has one."),
 ]
+TrainerArg = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="<name=value>",
+        help="Set any other argument of transformers' TrainingArguments, such as max_grad_norm=0.5. May be repeated.",
+    ),
+]
 ReportTo = Annotated[
     list[str] | None,
     typer.Option(

@@ -31,6 +31,7 @@ from .options import (
     Taps,
     TargetName,
     Tokenizer,
+    TrainerArg,
     integer,
     linear_layer_names,
     shares,
@@ -219,6 +220,7 @@ def train(
         int, typer.Option(min=1, help="The largest number of held-out prompts that an evaluation decodes.")
     ] = 32,
     report_to: ReportTo = None,
+    trainer_arg: TrainerArg = None,
     checkpoint_activations: CheckpointActivations = False,
     compile: Compile = False,
     resume: Resume = False,
@@ -233,6 +235,7 @@ def train(
     from ..data.parsing import require_file
     from ..models import Target, stop_tokens
     from ..train import LoraRecipe, Recipe, new_drafter, new_lora_drafter, train_on_answers, train_on_prompts
+    from ..train.arguments import trainer_arguments
 
     _check_kind(ctx, drafter)
     is_lora = drafter == "lora"
@@ -269,6 +272,7 @@ def train(
         evaluate_every=evaluate_every,
         evaluate_prompts=evaluate_prompts,
         report_to=tuple(report_to or ()),
+        trainer_args=trainer_arguments(trainer_arg or ()),
         checkpoint_activations=checkpoint_activations,
     )
     if is_lora:

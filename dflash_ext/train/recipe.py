@@ -1,20 +1,10 @@
-"""The settings of a training run, and transformers' TrainingArguments made from them."""
+"""The settings of a training run."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from pathlib import Path
-
-import torch
-from transformers import TrainingArguments
-
-from .muon import MuonWithAdamW
-
-# Transformers 5.24 renamed the argument.
-CHECKPOINTING = next(
-    name for name in ("activation_checkpointing", "gradient_checkpointing") if hasattr(TrainingArguments, name)
-)
+from dataclasses import dataclass, field
+from typing import Any
 
 
 @dataclass
@@ -36,6 +26,7 @@ class RunRecipe:
         checkpoint_activations: compute the results of each layer again in the backward instead of keeping them.
         compile: run what is trained under torch.compile.
         report_to: where Trainer sends the log, such as ("tensorboard",); each needs its package.
+        trainer_args: any other arguments of transformers' TrainingArguments, by name.
 
     Raises:
         ValueError: a setting is out of range.
@@ -55,6 +46,7 @@ class RunRecipe:
     checkpoint_activations: bool = False
     compile: bool = False
     report_to: tuple[str, ...] = ()
+    trainer_args: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self):
         for name in ("steps", "batch_size", "accumulation"):
@@ -157,66 +149,3 @@ class LoraRecipe(DraftingRecipe):
             raise ValueError(f"context_ratio is {ratio}: a share from 0 on and below 1 is needed, or two such shares")
         if self.compile:
             raise ValueError("compile is not supported for LoRA drafters: their base runs fused operators of its own")
-
-
-class OneDeviceArguments(TrainingArguments):
-    """Arguments of a process that trains on one device.
-
-    If Trainer sees several GPUs, it wraps the model in DataParallel, which cannot split a drafter's inputs. To use
-    several GPUs, torchrun starts one process for each.
-    """
-
-    pinned: torch.device | None = None
-
-    @property
-    def n_gpu(self) -> int:
-        return min(super().n_gpu, 1)
-
-    @property
-    def device(self) -> torch.device:
-        return self.pinned or super().device
-
-
-def training_arguments(output: Path, recipe: RunRecipe, device: torch.device) -> OneDeviceArguments:
-    """The arguments of a run that writes to `output`, on `device` unless torchrun started the process."""
-    on_gpu = device.type == "cuda"
-    args = OneDeviceArguments(
-        output_dir=str(output),
-        max_steps=recipe.steps,
-        per_device_train_batch_size=recipe.batch_size,
-        per_device_eval_batch_size=recipe.batch_size,
-        gradient_accumulation_steps=recipe.accumulation,
-        learning_rate=recipe.learning_rate,
-        weight_decay=recipe.weight_decay,
-        lr_scheduler_type="cosine",
-        warmup_steps=round(recipe.warmup * recipe.steps),
-        max_grad_norm=1.0,
-        bf16=on_gpu,
-        use_cpu=not on_gpu,
-        optim="adamw_torch_fused" if on_gpu else "adamw_torch",
-        **{CHECKPOINTING: recipe.checkpoint_activations},
-        torch_compile=recipe.compile,
-        logging_steps=min(recipe.log_every, recipe.steps),
-        save_strategy="steps" if recipe.save_every else "no",
-        save_steps=recipe.save_every or 500,
-        save_total_limit=1,
-        eval_steps=recipe.evaluate_every or recipe.steps,  # Trainer always evaluates after the last step
-        seed=recipe.seed,
-        train_sampling_strategy="sequential",  # TrainingOrder decides
-        remove_unused_columns=False,
-        dataloader_num_workers=4 if on_gpu else 0,
-        dataloader_pin_memory=on_gpu,
-        logging_nan_inf_filter=False,
-        report_to=list(recipe.report_to) or "none",
-        disable_tqdm=True,
-        ddp_find_unused_parameters=False,  # every parameter that is trained is used in every step
-    )
-    if on_gpu and args.world_size == 1:
-        args.pinned = device
-        torch.cuda.set_device(device)  # Accelerate places batches on the current device
-    return args
-
-
-def optimizer_of(recipe: RunRecipe) -> tuple[type[torch.optim.Optimizer], dict] | None:
-    """The class and the options of an optimizer that Trainer does not have; None for one that it has."""
-    return (MuonWithAdamW, {"lr": recipe.learning_rate}) if recipe.optimizer == "muon" else None

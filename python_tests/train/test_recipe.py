@@ -1,9 +1,12 @@
+import re
+
 import pytest
 import torch
 from transformers import TrainingArguments
 
 from dflash_ext.train import train_drafter
-from dflash_ext.train.recipe import Recipe, training_arguments
+from dflash_ext.train.arguments import trainer_arguments, training_arguments
+from dflash_ext.train.recipe import Recipe
 from python_tests.tiny import tiny_pair
 from python_tests.train.test_training import Cycles
 
@@ -78,3 +81,28 @@ def test_each_choice_trains_and_resumes(tmp_path, change):
     target, cut = tiny_pair("llama")
     train_drafter(cut, target, Cycles(), tmp_path / "cut", recipe, resume=True)
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(whole.parameters(), cut.parameters(), strict=True))
+
+
+def test_any_argument_of_trainer_can_be_set(tmp_path):
+    words = ["max_grad_norm=0.5", "lr_scheduler_type=linear", "bf16=false", "optim_args=a=1", "logging_first_step=true"]
+    given = trainer_arguments([*words, 'lr_scheduler_kwargs={"power": 2}'])
+    args = training_arguments(tmp_path, Recipe(trainer_args=given), torch.device("cpu"))
+    assert (args.max_grad_norm, args.lr_scheduler_type, args.bf16) == (0.5, "linear", False)
+    assert args.optim_args == "a=1" and args.logging_first_step is True and args.lr_scheduler_kwargs == {"power": 2}
+    assert args.max_steps == Recipe().steps
+
+
+@pytest.mark.parametrize(
+    "word, message",
+    [
+        ("max_grad_norm", "'max_grad_norm': name=value is expected"),
+        ("max_gradnorm=1", "Trainer has no argument max_gradnorm; did you mean max_grad_norm?"),
+        ("max_steps=7", "the argument max_steps of Trainer is set by --steps"),
+        ("max_grad_norm=much", "'max_grad_norm=much': invalid float value: 'much'"),
+        ("lr_scheduler_type=square", "'lr_scheduler_type=square': invalid choice"),
+        ("bf16=maybe", "'bf16=maybe': "),
+    ],
+)
+def test_a_wrong_argument_of_trainer_is_refused(word, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        trainer_arguments([word])
