@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # Jordan's coefficients
 STEPS = 5
@@ -26,8 +26,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
         betas, eps: of AdamW.
         weight_decay: decoupled, for both.
 
-    Raises:
-        ValueError: a matrix is sharded: an update needs the whole matrix.
+    An update needs the whole matrix. One that is sharded is gathered for it on every rank, and each keeps its shard.
     """
 
     def __init__(
@@ -41,8 +40,6 @@ class MuonWithAdamW(torch.optim.Optimizer):
         weight_decay: float = 0.0,
     ):
         super().__init__(params, dict(lr=lr, momentum=momentum, betas=betas, eps=eps, weight_decay=weight_decay))
-        if any(isinstance(parameter, DTensor) for group in self.param_groups for parameter in group["params"]):
-            raise ValueError("muon needs whole matrices, and these are sharded: use adamw with FSDP, or muon with DDP")
 
     @torch.no_grad()
     def step(self, closure=None) -> None:
@@ -59,7 +56,12 @@ class MuonWithAdamW(torch.optim.Optimizer):
         if not state:
             state["momentum"] = torch.zeros_like(parameter)
         state["momentum"].lerp_(parameter.grad, 1 - beta)
-        update = orthogonalised(parameter.grad.lerp(state["momentum"], beta))
+        update = parameter.grad.lerp(state["momentum"], beta)
+        if isinstance(update, DTensor):
+            whole = orthogonalised(update.full_tensor())
+            update = distribute_tensor(whole, update.device_mesh, update.placements, src_data_rank=None)
+        else:
+            update = orthogonalised(update)
         return update * (0.2 * math.sqrt(max(parameter.shape)))
 
     def _adam(self, parameter: nn.Parameter, group: dict) -> Tensor:

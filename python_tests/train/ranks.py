@@ -25,7 +25,9 @@ def torchrun(*words, processes: int = 2) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-def train(output: Path, ranks: int, trainer_args: dict | None = None, **options) -> list[dict]:
+def train(
+    output: Path, ranks: int, optimizer: str = "adamw", trainer_args: dict | None = None, **options
+) -> list[dict]:
     """The same training whatever the number of ranks: fewer ranks accumulate more batches."""
     target, drafter = tiny_pair("llama")
     recipe = Recipe(
@@ -36,6 +38,7 @@ def train(output: Path, ranks: int, trainer_args: dict | None = None, **options)
         log_every=1,
         evaluate_every=2,
         save_every=2,
+        optimizer=optimizer,
         trainer_args=trainer_args or {},
     )
     prompts = HeldOutPrompts(random_prompts(5, 7, 9), max_new_tokens=8)
@@ -59,19 +62,21 @@ class SeesShards(TrainerCallback):
         assert is_sharded(model)
 
 
-def train_sharded(output: Path) -> None:
+def train_sharded(output: Path, optimizer: str) -> None:
     """Trains with FSDP2; then again, from the checkpoint of its second step."""
     shard_on_a_cpu()
     DEFAULT_CALLBACKS.append(SeesShards)
-    train(output, ranks=2, trainer_args={"fsdp": True})
+    options = dict(ranks=2, optimizer=optimizer, trainer_args={"fsdp": True})
+    train(output, **options)
     if PartialState().is_main_process:
         shutil.copytree(output, output / "again", ignore=shutil.ignore_patterns("checkpoint-3", "training.json"))
     PartialState().wait_for_everyone()
-    train(output / "again", ranks=2, trainer_args={"fsdp": True}, resume=True)
+    train(output / "again", **options, resume=True)
 
 
 if __name__ == "__main__":
-    if sys.argv[1] == "sharded":
-        train_sharded(Path(sys.argv[2]))
+    how, folder, chosen = sys.argv[1:]
+    if how == "sharded":
+        train_sharded(Path(folder), optimizer=chosen)
     else:
-        train(Path(sys.argv[1]), ranks=2)
+        train(Path(folder), ranks=2, optimizer=chosen)

@@ -11,14 +11,6 @@ from python_tests.train.ranks import torchrun, train
 FIGURES = ("loss", "tau", "grad_norm", "eval_loss", "eval_accuracy", "eval_tau", "eval_acceptance_1")
 
 
-@pytest.fixture(scope="module")
-def one(tmp_path_factory):
-    """The folder of the run of one process."""
-    folder = tmp_path_factory.mktemp("one")
-    train(folder, ranks=1)
-    return folder
-
-
 def assert_equal(one, two, first_step=1):
     logs = [json.loads((folder / "training.json").read_text())["log"] for folder in (one, two)]
     ours, theirs = ([entry for entry in log if entry["step"] >= first_step] for log in logs)
@@ -33,16 +25,20 @@ def assert_equal(one, two, first_step=1):
         torch.testing.assert_close(ours[name], theirs[name], rtol=1e-2, atol=1e-3)  # they are saved in bfloat16
 
 
-def test_two_ranks_equal_one_with_twice_the_accumulation(tmp_path, one):
-    torchrun("-m", "python_tests.train.ranks", tmp_path)
-    assert_equal(one, tmp_path)
+def test_two_ranks_equal_one_with_twice_the_accumulation(tmp_path):
+    train(tmp_path / "one", ranks=1)
+    torchrun("-m", "python_tests.train.ranks", "replicated", tmp_path / "two", "adamw")
+    assert_equal(tmp_path / "one", tmp_path / "two")
 
 
-def test_fsdp2_equals_one_rank_also_after_a_resume(tmp_path, one):
-    torchrun("-m", "python_tests.train.ranks", "sharded", tmp_path)
-    assert_equal(one, tmp_path)
-    assert_equal(one, tmp_path / "again")
-    checkpoints = [load_file(folder / "checkpoint-2" / "model.safetensors") for folder in (one, tmp_path)]
+def test_fsdp2_equals_one_rank_also_after_a_resume(tmp_path):
+    """Muon gathers its matrices, and steps other parameters by AdamW, sharded."""
+    one, two = tmp_path / "one", tmp_path / "two"
+    train(one, ranks=1, optimizer="muon")
+    torchrun("-m", "python_tests.train.ranks", "sharded", two, "muon")
+    assert_equal(one, two)
+    assert_equal(one, two / "again")
+    checkpoints = [load_file(folder / "checkpoint-2" / "model.safetensors") for folder in (one, two)]
     assert checkpoints[0].keys() == checkpoints[1].keys()
     for name, ours in checkpoints[0].items():  # whole, and in float32
         torch.testing.assert_close(ours, checkpoints[1][name], rtol=1e-3, atol=1e-5)
