@@ -1,12 +1,15 @@
 """Every example runs, the README quotes the examples' files, and its table of operators is right."""
 
 import gzip
+import json
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from dflash_ext.data import read_texts
 from dflash_ext.ops.backends import SERVED_BY
@@ -57,6 +60,25 @@ def test_decode(tmp_path):
     word_tokenizer().save_pretrained(tmp_path / "target")
     save_drafter(drafter, tmp_path / "drafter")
     assert "tau" in run("examples/decode.py", tmp_path / "target", tmp_path / "drafter", "w005 w006")
+
+
+@pytest.mark.parametrize("name", ["llada.py", "bd3lm.py"])
+def test_trainers_of_masked_diffusion(name):
+    """They learn to count: by chance, 5% of the tokens would be right."""
+    right = re.search(r"(\d+)% of the tokens are right", run(f"examples/{name}", 200))
+    assert int(right[1]) >= 80
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a server would start")
+@pytest.mark.parametrize("server", ["vllm", "sglang"])
+def test_serve(tmp_path, server):
+    save_drafter(tiny_pair("llama")[1], tmp_path / "drafter")
+    words = ["examples/serve.py", server, "TARGET", tmp_path / "drafter"]
+    done = subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr == f"{server} decodes with a drafter on a GPU alone, and here is none\n"
+    documented = (ROOT / "docs/serving.md").read_text()
+    assert all(word in documented for word in shlex.split(done.stdout) if word.startswith("--"))
+    assert server != "vllm" or json.loads(shlex.split(done.stdout)[-1])["num_speculative_tokens"] == 5
 
 
 def test_debian_text(tmp_path):
