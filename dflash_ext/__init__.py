@@ -17,6 +17,7 @@ from .ops import (
     sample,
     sharded_linear_cross_entropy,
     soft_embedding,
+    softcapped_logits,
     verify,
 )
 
@@ -39,5 +40,6 @@ __all__ = [
     "sample",
     "sharded_linear_cross_entropy",
     "soft_embedding",
+    "softcapped_logits",
     "verify",
 ]

@@ -119,4 +119,12 @@ struct ScaledExpParams {
   float* embedded;  // [rows, width], the sum of weights times embeddings so far
 };
 
+// Logits that are replaced by softcap * tanh(logits / softcap).
+struct SoftcapParams {
+  DType dtype;
+  int64_t count;
+  void* logits;  // [count]; read as `dtype`, and written as float16 or float32, of the same size
+  float softcap;
+};
+
 }  // namespace dflash

@@ -25,6 +25,7 @@ SERVED_BY = {
     "verify": {"cpu": NATIVE, "cuda": f"{NATIVE}, float64 by {_REFERENCE}"},
     "count_tokens_": {"cpu": "PyTorch", "cuda": "PyTorch"},
     "reveal": {"cpu": NATIVE, "cuda": NATIVE},
+    "softcapped_logits": {"cpu": "PyTorch", "cuda": f"{NATIVE}, float64 by PyTorch"},
     "soft_embedding": {"cpu": "PyTorch", "cuda": f"PyTorch GEMM and {NATIVE}, float64 by PyTorch"},
     "linear": {"cpu": NATIVE, "cuda": f"{NATIVE} (bf16, fp16, on Hopper), else PyTorch's operators"},
     "kv_inject": {"cpu": f"PyTorch GEMM and {NATIVE}", "cuda": f"PyTorch GEMM and {NATIVE}"},
@@ -38,7 +39,7 @@ _LAYOUT = "an address or stride that is not a multiple of 16 bytes, or a stride 
 PORTABLE = (
     ("block_attn", _LAYOUT),
     ("block_attn_decode", _LAYOUT),
-    ("block_attn_decode", "a head_dim above 256"),
+    ("block_attn_decode", "a head_dim above 256 and less than 64 rows, or exact=True"),
     ("block_attn_decode", "more than 64 query heads for a key head"),
     ("block_attn_decode", "pages whose size is no multiple of 16"),
     ("linear_cross_entropy", "a vocabulary whose rows of logits are no multiples of 16 bytes"),

@@ -26,6 +26,7 @@ from dflash_ext import (
     reveal,
     sample,
     soft_embedding,
+    softcapped_logits,
     verify,
 )
 from dflash_ext.ops import backends
@@ -158,6 +159,7 @@ def calls(device="cuda"):
         "verify": lambda: verify(target[:4].view(2, 2), vocabulary).next_token,
         "reveal": lambda: reveal(logits, logits > 0, count=5),
         "soft_embedding": lambda: soft_embedding(logits, head),
+        "softcapped_logits": lambda: softcapped_logits(vocabulary.bfloat16(), 5.0),
     }
 
 

@@ -55,7 +55,7 @@ class CanvasCycle:
     def extend(self, slots: Tensor) -> None:
         """Commits the canvases of these rows, whose tokens are in `rows.best`, and begins the next ones."""
         rows = self.rows.take(slots)
-        self.forward.commit(rows.best, *self._placed(rows, slots))
+        self.forward.commit(rows.best.clamp(min=0), *self._placed(rows, slots))  # a row of padding has no tokens
         rows.start = rows.start + rows.length
         rows.length = torch.where(rows.length > 0, self.length, 0)
         self.process.begin(rows, self.forward.mask_id, self.vocab_size, self.randomness)

@@ -13,8 +13,7 @@ from transformers import PreTrainedModel
 from ...integrations import as_attention_mask
 from ...integrations.attention import runs_block_attn
 from ...models.target import cache_argument
-from ...ops import soft_embedding
-from ...reference.numerics import softcapped
+from ...ops import soft_embedding, softcapped_logits
 from ..forward.masks import Masks, block_masks, causal_masks
 from ..forward.modules import SlotCache
 
@@ -80,8 +79,7 @@ class DiffusionGemmaForward:
                     position_ids=positions,
                     **given,
                 )
-        logits = torch.nn.functional.linear(decoder.norm(hidden), self.head)
-        return softcapped(logits.float(), self.softcap)
+        return softcapped_logits(torch.nn.functional.linear(decoder.norm(hidden), self.head), self.softcap)
 
     def condition(self, logits: Tensor, temperature: Tensor) -> Tensor:
         expected = soft_embedding(logits, self.like, temperature=temperature)

@@ -36,7 +36,7 @@ class Seeded:
         return sample(logits, self._seeds(rows), return_confidence=True, **options)
 
     def _seeds(self, rows: Rows) -> Tensor:
-        return derived(derived(rows.seed[:, None], rows.positions), rows.step[:, None])
+        return derived(rows.seed, rows.step)[:, None] + rows.positions
 
 
 class LikeTransformers:
