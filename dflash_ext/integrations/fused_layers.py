@@ -53,8 +53,9 @@ def _norms(module: nn.Module) -> Iterator[Forward]:
     weight, eps = getattr(module, "weight", None), getattr(module, "variance_epsilon", getattr(module, "eps", None))
     if not (type(module).__name__.endswith("RMSNorm") and isinstance(weight, Tensor) and isinstance(eps, float)):
         return
-    yield lambda x: rms_norm(x, weight, eps=eps)
-    yield lambda x: rms_norm(x, weight.float() + 1, eps=eps)
+    # The weight is read in each call, because FSDP puts another one in its place.
+    yield lambda x: rms_norm(x, module.weight, eps=eps)
+    yield lambda x: rms_norm(x, module.weight.float() + 1, eps=eps)
 
 
 def _gated_mlps(module: nn.Module) -> Iterator[Forward]:

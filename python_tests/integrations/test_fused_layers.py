@@ -42,6 +42,15 @@ def test_norms_and_mlps_of_every_family_are_replaced_and_compute_the_same(family
     assert torch.equal(gradient(model), want) and not any("forward" in vars(module) for module in model.modules())
 
 
+def test_a_weight_that_is_put_in_the_place_of_another_is_read():
+    """As FSDP does."""
+    model = tiny_model("llama")
+    norm = model.model.norm
+    forward, row = fused_forwards(model)[norm], torch.randn(1, 64)
+    norm.weight = nn.Parameter(torch.rand(64))
+    torch.testing.assert_close(forward(row), norm(row))
+
+
 def test_a_module_that_computes_something_else_keeps_its_forward():
     model = tiny_model("llama")
     norm, mlp = model.model.norm, model.model.layers[0].mlp

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
+from ...integrations.fused_layers import replaced_forwards
 from ..target import Target
+from .linear import lora_linear
 from .targets import linear_paths
 
 
@@ -66,17 +69,22 @@ class LoraAdapter(nn.Module):
             rows: bool [B, L], the rows of the forward on which the adapter acts. The others keep the bits that the base
                 gives them. None is for all rows.
         """
-        with ExitStack() as hooks:
-            for path, a, b in zip(self.paths, self.lora_a, self.lora_b, strict=True):
-                handle = model.get_submodule(path).register_forward_hook(self._hook(a, b, rows))
-                hooks.callback(handle.remove)
+        modules = map(model.get_submodule, self.paths)
+        forwards = {
+            module: partial(_adapted, module, module.forward, a, b, self.scale, rows)
+            for module, a, b in zip(modules, self.lora_a, self.lora_b, strict=True)
+        }
+        with replaced_forwards(forwards):
             yield
 
-    def _hook(self, a: Tensor, b: Tensor, rows: Tensor | None):
-        def add_update(module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor:
-            x, flat = inputs[0].to(output.dtype), output.flatten(0, -2)
-            inner = nn.functional.linear(x.flatten(0, -2), a.to(output.dtype))
-            updated = torch.addmm(flat, inner, b.to(output.dtype).T, alpha=self.scale).view_as(output)
-            return updated if rows is None else torch.where(rows.unsqueeze(-1), updated, output)
 
-        return add_update
+def _adapted(
+    module: nn.Module, forward: Callable, a: Tensor, b: Tensor, scale: float, rows: Tensor | None, x: Tensor
+) -> Tensor:
+    """The output of a linear layer, whose own is `forward`, with its update."""
+    if rows is None and type(module) is nn.Linear:
+        return lora_linear(x, module.weight, module.bias, a, b, scale)
+    output = forward(x)
+    inner = nn.functional.linear(x.to(output.dtype), a.to(output.dtype))
+    updated = output + scale * nn.functional.linear(inner, b.to(output.dtype))
+    return updated if rows is None else torch.where(rows.unsqueeze(-1), updated, output)
