@@ -42,7 +42,7 @@ from .options import (
 OPTIONS_OF = {
     "dflash": ("layers", "taps", "intermediate_size", "features", "loss", "teacher_mix", "compile"),
     "lora": (
-        *("lora_kind", "rank", "alpha", "linear_layers", "causal", "sampler_width"),
+        *("lora_kind", "rank", "alpha", "linear_layers", "causal", "sampler_width", "start_from"),
         *("kl_weight", "context_ratio", "fixed_anchors"),
     ),
 }
@@ -134,6 +134,13 @@ def train(
             min=1,
             help="With --drafter lora: train a sampler head of this width, which lets a drafted token depend on the "
             "one before it.",
+        ),
+    ] = None,
+    start_from: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="<folder>",
+            help="With --drafter lora: begin with this LoRA drafter. If its rank is larger, its updates are reduced.",
         ),
     ] = None,
     steps: Annotated[int, typer.Option(min=1, help="The number of optimizer steps.")] = 1000,
@@ -231,9 +238,11 @@ def train(
     device: Device = None,
 ) -> None:
     """Train a drafter on a target's own answers to your prompts."""
+    import torch
+
     from ..data import LeftOut, Server, conversation_numbers, read_conversations
     from ..data.parsing import require_file
-    from ..models import Target, stop_tokens
+    from ..models import Target, load_lora_drafter, stop_tokens
     from ..train import LoraRecipe, Recipe, new_drafter, new_lora_drafter, train_on_answers, train_on_prompts
     from ..train.arguments import trainer_arguments
 
@@ -295,6 +304,8 @@ def train(
             **made,
         )
         tapped = Target(model)
+        if start_from is not None:
+            trained.start_from(load_lora_drafter(start_from, tapped, dtype=torch.float32))
         what = f"a {lora_kind} adapter of rank {rank} on {len(trained.adapter.paths)} linear layers"
     else:
         options = dict(num_layers=layers, taps=chosen_taps, intermediate_size=intermediate_size)

@@ -1,6 +1,7 @@
 import json
 
 import pytest
+import torch
 
 from dflash_ext.data import AnswerDataset
 from dflash_ext.models import Target, load_drafter, load_lora_drafter, load_target
@@ -170,6 +171,10 @@ def test_a_lora_drafter(workspace, run):
     assert (config.kind, config.block_size, config.causal, config.sampler_width) == ("whole", 4, True, 8)
     recipe = json.loads((out / "training.json").read_text())["recipe"]
     assert (recipe["kl_weight"], recipe["context_ratio"], recipe["noise_ratio"]) == (0.5, [0.1, 0.3], 0.9)
+    again = [*train, "--output", workspace / "smaller", "--rank", 2, "--learning-rate", 1e-9, "--start-from", out]
+    assert run(*again)[0] == 0
+    smaller = load_lora_drafter(workspace / "smaller", Target(load_target(workspace / "target")[0]))
+    assert smaller.adapter.rank == 2 and torch.equal(smaller.mask_embedding, drafter.mask_embedding)
 
 
 @pytest.mark.parametrize(

@@ -61,6 +61,30 @@ class LoraAdapter(nn.Module):
         index = self._index[path]
         return self.lora_a[index], self.lora_b[index]
 
+    @torch.no_grad()
+    def start_from(self, other: LoraAdapter) -> None:
+        """Takes over the updates of another adapter, in the best approximation that this one's rank allows.
+
+        Linear layers that this adapter does not have keep no update, and those that the other one does not have keep
+        theirs.
+
+        Raises:
+            ValueError: a linear layer that both have is of another shape.
+        """
+        for path in set(self.paths) & set(other.paths):
+            ours, theirs = self.shapes[path], other.shapes[path]
+            if ours != theirs:
+                raise ValueError(f"{path} has the shape {ours}, and that of the adapter to start from {theirs}")
+            (a, b), (theirs_a, theirs_b) = self.halves(path), (half.float() for half in other.halves(path))
+            # The singular values of B A are those of the product of the factors' triangles.
+            left, r_left = torch.linalg.qr(theirs_b * (other.scale / self.scale))
+            right, r_right = torch.linalg.qr(theirs_a.T)
+            u, sizes, v = torch.linalg.svd(r_left @ r_right.T)
+            kept = min(self.rank, len(sizes))
+            root = sizes[:kept].sqrt()
+            b.zero_()[:, :kept] = left @ (u[:, :kept] * root)
+            a[:kept] = (right @ (v[:kept].T * root)).T
+
     @contextmanager
     def applied(self, model: nn.Module, rows: Tensor | None = None) -> Iterator[None]:
         """Within it, every linear layer of the adapter puts out `W x + scale * B A x`.

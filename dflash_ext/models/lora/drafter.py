@@ -71,6 +71,15 @@ class LoraDrafter(nn.Module):
         adapter = self.adapter
         return LoraDrafter(self.config, LoraAdapter(adapter.shapes, adapter.rank, adapter.alpha))
 
+    @torch.no_grad()
+    def start_from(self, other: LoraDrafter) -> None:
+        """Takes over the updates of another drafter's adapter (`LoraAdapter.start_from`), its mask embedding and, where
+        both have one of the same width, its sampler head."""
+        self.adapter.start_from(other.adapter)
+        self.mask_embedding.copy_(other.mask_embedding)
+        if self.sampler is not None and other.config.sampler_width == self.config.sampler_width:
+            self.sampler.load_state_dict(other.sampler.state_dict())
+
     @property
     def dtype(self) -> torch.dtype:
         return self.mask_embedding.dtype

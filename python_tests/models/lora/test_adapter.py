@@ -80,6 +80,22 @@ def test_only_the_adapter_gets_gradients():
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
+@pytest.mark.parametrize("rank", [2, 4, 7])
+def test_an_adapter_starts_from_another_one(rank):
+    """With as much rank or more it computes the same, and with less it has the best approximation of each update."""
+    target = Target(tiny_model("llama"))
+    first = trained_adapter(target)
+    second = LoraAdapter.for_target(target, rank=rank, alpha=3)
+    second.start_from(first)
+    for path in first.paths:
+        want, got = (each.scale * each.halves(path)[1] @ each.halves(path)[0] for each in (first, second))
+        u, sizes, v = torch.linalg.svd(want)
+        best = (u[:, :rank] * sizes[:rank]) @ v[:rank] if rank < 4 else want
+        torch.testing.assert_close(got, best, atol=1e-4, rtol=1e-4)
+    with pytest.raises(ValueError, match="has the shape .*, and that of the adapter to start from"):
+        second.start_from(LoraAdapter.for_target(Target(tiny_model("llama", hidden_size=32)), rank=2))
+
+
 def test_a_new_adapter_changes_nothing():
     model = tiny_model("gemma3")
     adapter = LoraAdapter.for_target(Target(model), rank=2)
