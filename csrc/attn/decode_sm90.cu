@@ -105,8 +105,7 @@ cudaError_t launch_decode(const DecodeParams& p, cudaStream_t stream) {
     return shape;
   };
 
-  // As many blocks share an item as there are multiprocessors for, as long as all clusters are resident at once. At
-  // head_dim 64 a block waits for its own products more than for memory, and two of them share a multiprocessor.
+  // As many blocks share an item as there are multiprocessors for, as long as all clusters are resident at once.
   cudaError_t status = allow_shared_memory(kernel, kBytes);
   if (status != cudaSuccess) return status;
   const int processors = multiprocessors_of(stream);
@@ -122,8 +121,7 @@ cudaError_t launch_decode(const DecodeParams& p, cudaStream_t stream) {
     }
     return clusters;
   });
-  const int64_t blocks = processors * (Tiling::kDim == 64 ? Tiling::kBlocks : 1);
-  const int64_t wanted = std::min({blocks / items, p.kv_len / Tiling::kKeys, int64_t(Tiling::kMaxCluster)});
+  const int64_t wanted = std::min({processors / items, p.kv_len / Tiling::kKeys, int64_t(Tiling::kMaxCluster)});
   int ranks = static_cast<int>(std::max<int64_t>(wanted, 1));
   while (ranks > 1 && resident[ranks] < items) --ranks;
   if (p.exact) ranks = Tiling::kMaxCluster;

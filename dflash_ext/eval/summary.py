@@ -9,7 +9,7 @@ from ..decode import Decoded
 
 _CAPTION = """tau: tokens committed per cycle, bonus included, as the mean over prompts
 ms: drafting, verifying and committing in a cycle of the whole batch
-accepted: the share of all cycles that accepted the drafted token"""
+accepted: the share of all cycles that accepted the drafted token, position by position"""
 
 
 def summarize(decoded: Decoded) -> dict:
@@ -36,10 +36,10 @@ def summarize(decoded: Decoded) -> dict:
 def table(results: dict[str, Decoded], *, title: str | None = None) -> Table:
     """A table with one row per named run."""
     view = Table(title=title, caption=_CAPTION, caption_justify="left", box=SIMPLE)
-    view.add_column("", no_wrap=True)
+    view.add_column("")
     for column in ("prompts", "tau", "tokens/s", "ms"):
         view.add_column(column, justify="right", no_wrap=True)
-    view.add_column("accepted by position, %", min_width=18)
+    view.add_column("accepted, %", min_width=11)
     for name, decoded in results.items():
         row = summarize(decoded)
         accepted = " ".join(f"{100 * share:.0f}" for share in row["acceptance"]) or "-"

@@ -64,3 +64,10 @@ def test_the_table_has_a_row_for_each_run(decoded):
         ["speculative", "2", "2.25", "3.5", "125.0+325.0+50.0", "67 67 67"],
         ["plain", "1", "1.00", "4.0", "0.0+250.0+0.0", "-"],
     ]
+
+
+def test_a_narrow_table_loses_nothing():
+    shares = Decoded([Completion([1], committed=[1], verified=[15], accepted=[15])], 15, cycles=1, draft_seconds=2.0)
+    out = io.StringIO()
+    Console(file=out, width=80).print(table({"humaneval, drafter": shares}))
+    assert out.getvalue().count("100") == 15
