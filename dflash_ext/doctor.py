@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from . import __version__, native
+from .integrations.diffusion_gemma import static_cache_difference
 from .ops.backends import NATIVE, PORTABLE, SERVED_BY
 
 
@@ -22,6 +23,7 @@ def report(console: Console) -> None:
     facts.add_row("Python", platform.python_version())
     facts.add_row("torch", f"{torch.__version__}, threads: {torch.get_num_threads()}")
     facts.add_row("transformers", transformers.__version__)
+    facts.add_row("its DiffusionGemma", _static_cache())
     facts.add_row("GPU", torch.cuda.get_device_name() if torch.cuda.is_available() else "none")
     facts.add_row("operator library", _operator_library())
     build = native.build_info()
@@ -54,6 +56,17 @@ def report(console: Console) -> None:
         console.print(portable)
     if build and build["kernels"]:
         console.print(_kernels(build["kernels"]))
+
+
+def _static_cache() -> str:
+    """Whether transformers' own loop over canvases may be used with a static cache, which it needs to be compiled."""
+    difference = static_cache_difference()
+    if difference < 1e-3:
+        return "its static cache gives the logits of its dynamic one"
+    return (
+        f"behind a prompt as long as the sliding window its static cache is wrong (logits differ by {difference:.0%}); "
+        "its dynamic cache and dflash-ext canvas are right"
+    )
 
 
 def _without_kernels(served_by: str) -> str:

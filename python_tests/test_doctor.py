@@ -21,6 +21,11 @@ def kernel(name, arch, registers, shared=0, spilled=0):
     return {"name": name, "arch": arch, "registers": registers, "shared_bytes": shared, "spill_bytes": spilled}
 
 
+@pytest.fixture(autouse=True)
+def _no_models(monkeypatch):
+    monkeypatch.setattr(doctor, "static_cache_difference", lambda: 0.5)
+
+
 def printed() -> list[list[str]]:
     """The cells of the rows that are printed, by line."""
     out = io.StringIO()
