@@ -30,11 +30,14 @@ from .faults import detached
 from .graphs import runner
 from .kinds import Drafter, loaded, make_cycle
 from .pace import Costs, Pace, draft_widths
-from .prefill import prefill, wave
+from .prefill import TOKENS, prefill, wave
 from .request import Request
 from .state import State
 from .stopwatch import Stopwatch
 from .text import Text
+
+SLOTS_A_WAVE = 32  # where requests wait, one of so many slots has to be free before some are admitted
+TOKENS_A_SLOT = 8  # tokens that are read at a time, by the number of slots
 
 
 @dataclass
@@ -132,6 +135,8 @@ class Engine:
         self.waiting: deque[Request] = deque()
         self.rows: dict[int, Request] = {}  # by slot, in the order of admission
         self.free = list(range(slots))
+        # Many slots become free one by one. A prefill for several of them takes little more time than one for one.
+        self.least, self.most_read = max(1, slots // SLOTS_A_WAVE), max(TOKENS, TOKENS_A_SLOT * slots)
         self.records: deque[Record] = deque()
         self.most: dict[bool, int] = {}  # the rows of a prefill (True) or cycle that memory sufficed for, if it ran out
         self.fault: BaseException | None = None  # the first one since `run` began
@@ -237,8 +242,8 @@ class Engine:
         handed out.
         """
         on_gpu = self.state.device.type == "cuda"
-        if self.waiting and self.free:
-            self._admit(wave(self.waiting, len(self.free)))
+        if self.waiting and len(self.free) >= min(len(self.waiting), self.least):
+            self._admit(wave(self.waiting, len(self.free), self.most_read))
         if not on_gpu:
             self._read_but(0)
         if self.rows:

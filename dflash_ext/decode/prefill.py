@@ -16,16 +16,16 @@ from .request import Request
 from .state import PENALTIES, State
 
 CHUNK = MOST_ROWS  # tokens of a row that are read at a time
-TOKENS = 2048  # tokens of all rows that are read at a time
+TOKENS = 2048  # tokens of all rows that are read at a time; an engine of many slots reads more
 
 
-def wave(waiting: Sequence[Request], free: int) -> list[Request]:
-    """The requests from the head of the queue that are read together."""
+def wave(waiting: Sequence[Request], free: int, tokens: int = TOKENS) -> list[Request]:
+    """The requests from the head of the queue that are read together: at most `free`, and about `tokens` at a time."""
     rows = [request for request, _ in zip(waiting, range(free), strict=False)]
     longest = 0
     for count, request in enumerate(rows):
         longest = max(longest, min(CHUNK, len(request.prompt)))
-        if count and longest * (count + 1) > TOKENS:
+        if count and longest * (count + 1) > tokens:
             return rows[:count]
     return rows
 

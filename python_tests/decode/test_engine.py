@@ -143,3 +143,23 @@ def test_refuses_numbers_and_targets():
     target.layers[0].mlp.act_fn = torch.nn.ReLU()
     with pytest.raises(ValueError, match="exact=True is not supported: .* no forward of its own for this LlamaFor"):
         Engine(target, drafter, max_length=100, exact=True)
+
+
+def test_many_slots_are_filled_again_several_at_a_time(monkeypatch):
+    """Where requests wait. One that finds a slot free among few, or that is the last, does not wait for others."""
+    engine, target = engine_of("llama", drafted=False, slots=64)
+    prompts = random_prompts(*(1 + i % 5 for i in range(100)))
+    admitted = []
+    admit = engine._admit
+    monkeypatch.setattr(engine, "_admit", lambda requests: (admitted.append(len(requests)), admit(requests)))
+    requests = [engine.submit(prompt, max_new_tokens=2 + i % 7) for i, prompt in enumerate(prompts)]
+    engine.run()
+    assert sum(admitted) == 100 and admitted[0] == 64 and min(admitted[:-1]) >= 2
+    for i in range(0, 100, 9):
+        assert requests[i].completion.tokens == own_output(target.model, prompts[i], 2 + i % 7)
+    few, _ = engine_of("llama", drafted=False, slots=2)
+    requests = [few.submit(prompt, max_new_tokens=2 + 5 * i) for i, prompt in enumerate(prompts[:3])]
+    while not requests[0].done:
+        few.step()
+    few.step()
+    assert requests[2].slot is not None and not requests[1].done
