@@ -28,6 +28,8 @@ _LARGEST = (1 << 31) - 1
 _FAR = 1 << 30  # beyond every key, and far from where int32 ends
 Device = torch.device | str | None
 
+_KNOWN_OFFSETS: dict[tuple, Tensor] = {}
+
 load()
 _decode_mask = torch.ops.dflash_ext.decode_mask.default
 _DECODE_CONVENTIONS = (None, "zlab", "speculators")  # the native operator takes an index into this
@@ -607,20 +609,10 @@ class IntervalMask:
         cached = _column(cache_lens, device, where, "cache_lens")
         exist = _column(rows if q_lens is None else q_lens, cached.device, where, "q_lens")
 
-        query = _arange(count, cached.device)
-        member = query - rows
-        drafts = member >= 0
-        slot = torch.where(drafts, member % group, -1)  # in the group; a row that verifies stands before the first
-        row = torch.where(drafts, member // group, query)
-        own = rows + member - slot
-        behind, first, last = block_window(slot, group, causal, window, "zlab")
-        seen = cached + row + 1
-        low = torch.zeros_like(seen) if behind is None else (seen - behind).clamp(min=0)
-        # A row that verifies sees the cache as context, and the rows up to itself as its block, as in `decode`.
-        context = low, torch.where(drafts, seen, cached)
-        lo = torch.where(drafts, cached + own + first, torch.maximum(low, cached))
-        block = lo, torch.where(drafts, cached + own + last, seen)
-        return _intervals(kv_len, count, context, block, rows=row < exist)
+        offsets = _draft_offsets(rows, group, causal, window, cached)
+        bounds = (cached + offsets[:4, None]).clamp(0, kv_len)
+        bounds = torch.where(offsets[4] < exist, bounds, 0)
+        return _from_leaves(bounds.unbind(), (kv_len, None))
 
     # ---- other forms -------------------------------------------------------------------------------------
 
@@ -718,6 +710,30 @@ def block_window(
     if convention == "zlab":
         last = last.minimum(slot + window)
     return window - 1 - slot, first, last
+
+
+def _draft_offsets(rows: int, group: int, causal: bool, window: int | None, cached: Tensor) -> Tensor:
+    """int32 [5, rows * (1 + group)]: the bounds of `verify_and_draft` less the cached length, and the row that each
+    query verifies or stands behind. They are kept for later calls."""
+    key = rows, group, causal, window, cached.device
+    if key in _KNOWN_OFFSETS and _has_values(cached):
+        return _KNOWN_OFFSETS[key]
+    query = _arange(rows * (1 + group), cached.device)
+    member = query - rows
+    drafts = member >= 0
+    slot = torch.where(drafts, member % group, -1)  # in the group; a row that verifies stands before the first
+    row = torch.where(drafts, member // group, query)
+    own = rows + member - slot
+    behind, first, last = block_window(slot, group, causal, window, "zlab")
+    low = torch.full_like(row, -_FAR) if behind is None else row + 1 - behind
+    # A row that verifies sees the cache as context, and the rows up to itself as its block, as in `decode`.
+    context = low, torch.where(drafts, row + 1, 0)
+    block = torch.where(drafts, own + first, low.clamp(min=0)), torch.where(drafts, own + last, row + 1)
+    offsets = torch.cat([*context, *block, row])
+    is_captured = offsets.is_cuda and torch.cuda.is_current_stream_capturing()  # whose memory is the graph's own
+    if _has_values(cached) and not is_captured:
+        _KNOWN_OFFSETS[key] = offsets
+    return offsets
 
 
 def _check_convention(where: str, convention: str, supported: tuple[str, ...]) -> None:

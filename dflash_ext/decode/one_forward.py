@@ -48,6 +48,8 @@ class OneForwardCycle(Cycle):
         self.tokens = torch.zeros(slots, self.width, dtype=torch.int64, device=state.device)
         self.lens = torch.zeros(slots, dtype=torch.int64, device=state.device)
         self.drawn: dict[str, Tensor] = {}
+        # Of the groups' rows from the anchor, by the number of rows that verify: positions, and places in the cache.
+        self.offsets: dict[int, tuple[Tensor, Tensor]] = {}
 
     def begin(self, slots: Tensor, drawing: Drawing) -> None:
         """Makes the first draft of new rows, with their anchors known."""
@@ -86,9 +88,11 @@ class OneForwardCycle(Cycle):
         if not width:
             return self.target.hidden(tokens, rows.positions, rows.start, rows.q_len, rows.slots)[0], None
         verified, group = width + 1, self.group
-        column = torch.arange(verified * group, device=tokens.device)
-        positions = rows.start[:, None] + (1 + column // group + column % group)
-        places = torch.where(rows.active[:, None] > 0, rows.start[:, None] + (verified + column), -1)
+        if verified not in self.offsets:
+            column = torch.arange(verified * group, device=tokens.device)
+            self.offsets[verified] = 1 + column // group + column % group, verified + column
+        positions, places = (rows.start[:, None] + offset for offset in self.offsets[verified])
+        places = torch.where(rows.active[:, None] > 0, places, -1)
         where = Rows(
             torch.cat([rows.positions, self.draft.positions(positions)], dim=1),
             torch.cat([rows.positions, places], dim=1),

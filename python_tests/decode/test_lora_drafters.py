@@ -30,13 +30,6 @@ CYCLES = pytest.mark.parametrize("cycle", KINDS)
 WAYS = pytest.mark.parametrize("merged", [True, False], indirect=True, ids=["merged", "beside"])
 
 
-@pytest.fixture
-def merged(request, monkeypatch):
-    """Whether the adapter is added to a copy of the weights, or runs in products of its own."""
-    if not request.param:
-        monkeypatch.setattr("dflash_ext.decode.forward.adapted.MOST_MERGED", 0)
-
-
 def pair(family: str, cycle: str, **options) -> tuple[Target, LoraDrafter, dict]:
     """A target, a drafter for this kind of cycle, some of whose drafts are accepted, and the option of `decode`."""
     settings, forwards = KINDS[cycle]

@@ -9,7 +9,7 @@ from dflash_ext.decode.kinds import FEW_ROWS, one_forward_rows
 from dflash_ext.decode.one_forward import OneForwardCycle
 from dflash_ext.models import LoraDrafter, Target
 from python_tests.decode.test_engine_gpu import FAMILIES, SHAPES, graphs_and_calls, regret
-from python_tests.decode.test_lora_drafters import CYCLES, KINDS
+from python_tests.decode.test_lora_drafters import CYCLES, KINDS, WAYS
 from python_tests.tiny import MASK_TOKEN, random_prompts, tiny_model
 
 pytestmark = pytest.mark.gpu
@@ -27,8 +27,9 @@ def pair(family: str, cycle: str, **options) -> tuple[Target, LoraDrafter, dict]
 
 
 @CYCLES
+@WAYS
 @pytest.mark.parametrize("family", FAMILIES)
-def test_rows_that_join_and_leave_get_the_targets_tokens(family, cycle):
+def test_rows_that_join_and_leave_get_the_targets_tokens(family, merged, cycle):
     target, drafter, forwards = pair(family, cycle, causal=family == "llama", sampler_width=16)
     prompts = random_prompts(3, 300, 17, 40, 5, 1, 60, 9)
     for batch_size in (1, 3):
@@ -39,8 +40,9 @@ def test_rows_that_join_and_leave_get_the_targets_tokens(family, cycle):
         assert regret(target.model, prompts, [completion.tokens for completion in decoded.completions]) < 0.05
 
 
+@WAYS
 @pytest.mark.parametrize("family", FAMILIES)
-def test_exact_mode_gives_the_same_bits_whatever_is_drafted(family):
+def test_exact_mode_gives_the_same_bits_whatever_is_drafted(family, merged):
     prompts = random_prompts(300, 3, 40)
     texts = []
     for cycle in (None, *KINDS):
@@ -56,9 +58,9 @@ def test_exact_mode_gives_the_same_bits_whatever_is_drafted(family):
 
 
 @CYCLES
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
-@pytest.mark.parametrize("sampler", [None, 16])
-def test_a_graph_does_what_the_cycle_does(cycle, temperature, sampler):
+@WAYS
+@pytest.mark.parametrize("temperature, sampler", [(0.0, None), (1.0, 16)])
+def test_a_graph_does_what_the_cycle_does(cycle, merged, temperature, sampler):
     target, drafter, forwards = pair("qwen3", cycle, sampler_width=sampler)
     options = dict(max_new_tokens=40, temperature=temperature, top_p=0.9 if temperature else None)
     texts = graphs_and_calls(target, drafter, random_prompts(4, 9, 70, 31), engine_options=forwards, **options)

@@ -10,9 +10,10 @@ from torch import Tensor
 
 from ...models.lora import LoraAdapter
 from ..kv_cache import KVCache
+from .beside import BesideStack
 from .layers import LayerWeights, Rows
 from .lean import LeanForward
-from .lora import Adapted, LayerHalves, halves_of
+from .lora import LayerHalves, halves_of
 
 # Elements of a layer's largest weight. Up to here a layer's time on a GPU is the latency of its kernels, so that a copy
 # of the weights with the adapter added is faster than kernels for the adapter. Larger weights are read once for all.
@@ -28,9 +29,13 @@ class AdaptedForward:
     def __init__(self, forward: LeanForward, adapter: LoraAdapter):
         self.forward = forward
         stack, halves = forward.stack, halves_of(adapter, forward.target)
-        is_small = max(layer.gate_up.numel() for layer in stack.layers) <= MOST_MERGED
-        self.adapted = None if is_small else Adapted(halves)
-        self.merged = replace(stack, layers=_merged(stack.layers, halves), exact=False) if is_small else None
+        self.beside, self.merged, self.side = None, None, None
+        if max(layer.gate_up.numel() for layer in stack.layers) > MOST_MERGED:
+            self.beside = BesideStack.of(stack, halves)
+            return
+        self.merged = replace(stack, layers=_merged(stack.layers, halves), exact=False)
+        if forward.target.device.type == "cuda":
+            self.side = torch.cuda.Stream(forward.target.device)
 
     def run(self, base: Tensor, others: Tensor, where: Rows, cache: KVCache | None = None) -> tuple[Tensor, Tensor]:
         """The outputs of the last layer [B, n, H] of the base's rows and [B, m, H] of the others.
@@ -42,17 +47,35 @@ class AdaptedForward:
         """
         entries, first, width = base.shape
         cache = cache or self.forward.cache
-        if self.merged is None:
-            rows = torch.cat([base, others], dim=1) if first else others
-            hidden, _ = self.forward.stack.forward(
-                rows.flatten(0, 1), where, cache, adapted=self.adapted.on(first, entries)
-            )
-            hidden = hidden.view(entries, -1, width)
+        if self.beside is not None:
+            rows = torch.cat([base, others], dim=1).flatten(0, 1)
+            hidden = self.beside.on(first, entries).forward(rows, where, cache)[0].view(entries, -1, width)
             return hidden[:, :first], hidden[:, first:]
-        if first:
-            base = self.forward.stack.forward(base.flatten(0, 1), where.part(0, first), cache)[0].view_as(base)
-        where = where.part(first, None)
-        return base, self.merged.forward(others.flatten(0, 1), where, cache)[0].view_as(others)
+        own, behind = where.part(0, first), where.part(first, None)
+        given = base.flatten(0, 1), others.flatten(0, 1)
+        if first and self.side is not None:
+            outputs = self._together(*given, own, behind, cache)
+        else:
+            outputs = (
+                self.forward.stack.forward(given[0], own, cache)[0] if first else given[0],
+                self.merged.forward(given[1], behind, cache)[0],
+            )
+        return outputs[0].view_as(base), outputs[1].view_as(others)
+
+    def _together(self, base: Tensor, others: Tensor, own: Rows, behind: Rows, cache: KVCache) -> tuple[Tensor, Tensor]:
+        """Runs both in two streams of a GPU. The others are a layer behind, so that the base's keys are there."""
+        main = torch.cuda.current_stream()
+        self.side.wait_stream(main)
+        base_layers = self.forward.stack.layer_by_layer(base, own, cache)
+        other_layers = self.merged.layer_by_layer(others, behind, cache)
+        for _ in self.merged.layers:
+            base = next(base_layers)
+            written = main.record_event()
+            with torch.cuda.stream(self.side):
+                self.side.wait_event(written)
+                others = next(other_layers)
+        main.wait_stream(self.side)
+        return base, others
 
 
 def _merged(layers: Sequence[LayerWeights], halves: Sequence[LayerHalves]) -> list[LayerWeights]:

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ...masks import IntervalMask
 from ...ops import block_attn_decode, linear
-from ...ops.layer import WEIGHTS, add_rms_norm, gated, rotate_to_cache, run_layers
+from ...ops.layer import WEIGHTS, add_rms_norm, rotate_to_cache, run_layers
 from ..kv_cache import KVCache, Where
-from .lora import NO_HALVES, Adapted, Halves
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,15 @@ class Rows:
         return Rows(
             self.positions[:, first:last].contiguous(), self.places[:, first:last].contiguous(), self.slots, masks
         )
+
+
+class Placed(NamedTuple):
+    """What the layers of one forward share: B and R, the planned masks, and where the rows lie, by kind of layer."""
+
+    shape: tuple[int, int]
+    masks: dict[str, IntervalMask]
+    where: dict[str, Where]
+    cache: KVCache
 
 
 @dataclass(frozen=True)
@@ -77,6 +86,9 @@ class Stack:
     exact: the bits of a row depend on that row alone.
     """
 
+    # A row sees, as its context, tokens that are older than the forward alone.
+    context_is_older: ClassVar[bool] = True
+
     layers: Sequence[LayerWeights]
     final_norm: Tensor
     heads: int
@@ -96,65 +108,71 @@ class Stack:
         return {kind: mask.plan(*shapes, decode=True) for kind, mask in masks.items()}
 
     def forward(
-        self,
-        hidden: Tensor,
-        rows: Rows,
-        cache: KVCache,
-        taps: Sequence[int] = (),
-        adapted: Adapted | None = None,
+        self, hidden: Tensor, rows: Rows, cache: KVCache, taps: Sequence[int] = ()
     ) -> tuple[Tensor, Tensor | None]:
         """Runs rows through all layers and adds their keys and values to the cache.
 
         Args:
             hidden: [B * R, H], the embedded tokens, contiguous. It is overwritten.
             taps: the layers whose outputs are wanted. The last layer's is the output of the final norm.
-            adapted: a LoRA adapter, and the rows on which it acts.
 
         Returns:
             The output of the last layer before the final norm [B * R, H], and the tapped outputs side by side,
             [B * R, taps * H] (None without taps).
         """
-        if hidden.device.type == "cpu" and adapted is None:
+        if hidden.device.type == "cpu":
             return self._on_cpu(hidden, rows, cache, taps)
-        masks, where = self.planned(rows.masks), self._where(rows, cache)
-        tapped, is_kept = {}, False
-        for index, layer in enumerate(self.layers):
-            to = where[layer.kind]
-            halves = adapted.layers[index] if adapted else NO_HALVES
-            queries = rotate_to_cache(
-                self._project(hidden, layer.qkv, layer.qkv_bias, layer.attention_norm, halves.qkv, adapted),
-                *cache.layers[index],
-                to.positions,
-                to.places,
-                to.pages,
-                *self.rotary[layer.kind],
-                q_norm=layer.q_norm,
-                k_norm=layer.k_norm,
-                eps=self.eps,
-                plus_one=self.plus_one,
-            )
-            # A token that is an entry of its own becomes a row of the batch's entry again.
-            queries = queries.transpose(1, 2).reshape(*rows.positions.shape, self.heads, self.head_dim)
-            attended = block_attn_decode(
-                queries.transpose(1, 2),
-                *(pages.transpose(1, 2) for pages in cache.layers[index]),
-                masks[layer.kind],
-                block_table=to.table,
-                scale=self.scale,
-                softcap=self.softcap,
-                exact=self.exact,
-                # Cached tokens are older than this forward, but a group of mask rows also sees rows of it as context.
-                constant_context=adapted is None,
-            )
-            attended = attended.transpose(1, 2).reshape(len(hidden), -1)
-            out = layer.out, layer.out_bias, layer.after_attention
-            hidden = self._add(hidden, attended, *out, halves.out, adapted, is_kept)
-            inner = self._middle(hidden, layer, halves.gate_up, adapted)
-            hidden = self._add(hidden, inner, layer.down, layer.down_bias, layer.after_mlp, halves.down, adapted)
-            is_kept = index in taps
-            if is_kept:
+        tapped = {}
+        for index, output in enumerate(self.layer_by_layer(hidden, rows, cache, taps)):
+            hidden = output
+            if index in taps:
                 tapped[index] = self.normed(hidden) if index == len(self.layers) - 1 else hidden
         return hidden, torch.cat([tapped[tap] for tap in taps], dim=1) if taps else None
+
+    def layer_by_layer(self, hidden: Tensor, rows: Rows, cache: KVCache, taps: Sequence[int] = ()) -> Iterator[Tensor]:
+        """The output of each layer [B * R, H], by kernels of their own. Those of `taps` are not overwritten."""
+        placed = self._placed(rows, cache)
+        for index, layer in enumerate(self.layers):
+            projected = self._linear(hidden, layer.qkv, layer.qkv_bias, norm=layer.attention_norm)
+            attended = self._attended(index, projected, placed)
+            out = layer.out, layer.out_bias, layer.after_attention
+            hidden = self._add(hidden, attended, *out, is_kept=index - 1 in taps)
+            inner = self._linear(hidden, layer.gate_up, layer.gate_up_bias, norm=layer.mlp_norm, gate=self.activation)
+            hidden = self._add(hidden, inner, layer.down, layer.down_bias, layer.after_mlp)
+            yield hidden
+
+    def _placed(self, rows: Rows, cache: KVCache) -> Placed:
+        return Placed(rows.positions.shape, self.planned(rows.masks), self._where(rows, cache), cache)
+
+    def _attended(self, index: int, projected: Tensor, placed: Placed) -> Tensor:
+        """The attention of a layer: the projections [B * R, (Hq + 2 * Hkv) * D] to [B * R, Hq * D]."""
+        layer, keys_values = self.layers[index], placed.cache.layers[index]
+        to = placed.where[layer.kind]
+        queries = rotate_to_cache(
+            projected,
+            *keys_values,
+            to.positions,
+            to.places,
+            to.pages,
+            *self.rotary[layer.kind],
+            q_norm=layer.q_norm,
+            k_norm=layer.k_norm,
+            eps=self.eps,
+            plus_one=self.plus_one,
+        )
+        # A token that is an entry of its own becomes a row of the batch's entry again.
+        queries = queries.transpose(1, 2).reshape(*placed.shape, self.heads, self.head_dim)
+        attended = block_attn_decode(
+            queries.transpose(1, 2),
+            *(pages.transpose(1, 2) for pages in keys_values),
+            placed.masks[layer.kind],
+            block_table=to.table,
+            scale=self.scale,
+            softcap=self.softcap,
+            exact=self.exact,
+            constant_context=self.context_is_older,
+        )
+        return attended.transpose(1, 2).reshape(len(projected), -1)
 
     def _where(self, rows: Rows, cache: KVCache) -> dict[str, Where]:
         """Where the rows lie in the layers of each kind."""
@@ -197,40 +215,6 @@ class Stack:
         """The final norm and a head [V, H]: [..., H] to [..., V]."""
         return self._linear(hidden, weight, norm=self.final_norm)
 
-    def _project(
-        self,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        norm: Tensor,
-        halves: Halves | None,
-        adapted: Adapted | None,
-    ) -> Tensor:
-        """The product of the normalised rows, with the adapter's beside it."""
-        if halves is None:
-            return self._linear(hidden, weight, bias, norm=norm)
-        normed = add_rms_norm(hidden, norm, eps=self.eps, plus_one=self.plus_one)
-        # The call of a forward without an adapter has the bits of one.
-        rows, around = (hidden, {"norm": norm}) if self._keeps_bits(hidden) else (normed, {})
-        product = self._linear(rows, weight, bias, **around)
-        adapted.add(product, normed, halves)
-        return product
-
-    def _middle(self, hidden: Tensor, layer: LayerWeights, halves: Halves | None, adapted: Adapted | None) -> Tensor:
-        """The middle of the gated MLP."""
-        if halves is None:
-            return self._linear(hidden, layer.gate_up, layer.gate_up_bias, norm=layer.mlp_norm, gate=self.activation)
-        around = layer.gate_up, layer.gate_up_bias, layer.mlp_norm, halves
-        if not (adapted.first and self._keeps_bits(hidden)):
-            return gated(self._project(hidden, *around, adapted), self.activation)
-        kept, others = adapted.split(hidden)
-        kept = self._linear(kept, layer.gate_up, layer.gate_up_bias, norm=layer.mlp_norm, gate=self.activation)
-        return adapted.joined(kept, gated(self._project(others, *around, adapted.on_others()), self.activation))
-
-    def _keeps_bits(self, rows: Tensor) -> bool:
-        """Whether the bits of a row are to depend on that row alone."""
-        return self.exact or not rows.is_cuda
-
     def _add(
         self,
         hidden: Tensor,
@@ -238,23 +222,17 @@ class Stack:
         weight: Tensor,
         bias: Tensor | None,
         norm: Tensor | None,
-        halves: Halves | None,
-        adapted: Adapted | None,
         is_kept: bool = False,
     ) -> Tensor:
         """The residual stream after a sublayer, whose output may pass a norm of its own.
 
         The result may overwrite `hidden`, unless is_kept says that `hidden` is still needed.
         """
-        if is_kept and (norm is not None or halves is not None):
-            hidden, is_kept = hidden.clone(), False
         if norm is None:
-            if halves is not None:
-                adapted.add(hidden, rows, halves)
             return self._linear(rows, weight, bias, residual=hidden, overwrites_residual=not is_kept)
         update = self._linear(rows, weight, bias)
-        if halves is not None:
-            adapted.add(update, rows, halves)
+        if is_kept:
+            hidden = hidden.clone()
         add_rms_norm(hidden, norm, update=update, update_norm=norm, eps=self.eps, plus_one=self.plus_one)
         return hidden
 
