@@ -20,7 +20,7 @@ from .checkpoints import newest_checkpoint
 from .collator import AnchorCollator
 from .evaluation import DraftingEvaluation, HeldOutPrompts
 from .objectives import DFlashObjective, LoraObjective, Objective
-from .parallel import Drafter, is_sharded, whole_copy
+from .parallel import Drafter, asks_for_fsdp, is_sharded, whole_copy
 from .recipe import DraftingRecipe, LoraRecipe, Recipe
 from .run import run
 
@@ -152,7 +152,8 @@ def train_drafter(
         drafter: float32 on the target's device; on a GPU it trains under bfloat16 autocast.
         answers: samples {"input_ids", "loss_mask"} of the target's own answers, as `AnchorCollator` describes them.
         held_out: samples of answers to prompts that are not trained on, to measure the loss on.
-        prompts: held-out prompts, to measure the tau and the speed of decoding.
+        prompts: held-out prompts, to measure the tau and the speed of decoding. If FSDP shards the target, nothing is
+            decoded, and a line says so.
 
     Returns:
         The log of `run`, whose docstring describes the other arguments, too.
@@ -161,6 +162,10 @@ def train_drafter(
         ValueError: the checkpoint to resume from is of another drafter, or there is no sample to train on.
     """
     parts = parts_of(drafter, target, recipe)
+    if prompts is not None and parts.objective.shards_target and asks_for_fsdp(recipe.trainer_args):
+        prompts = None
+        if console is not None:
+            console.print("evaluations decode nothing: FSDP shards the target", soft_wrap=True)
     evaluation = None
     if held_out is not None and len(held_out):
         options = dict(seed=recipe.seed, prompts=prompts)
@@ -211,7 +216,7 @@ def parts_of(drafter: Drafter, target: Target, recipe: DraftingRecipe) -> Parts:
         objective = DFlashObjective(drafter, target, recipe.gamma, loss=recipe.loss, teacher_mix=recipe.teacher_mix)
 
     def save(folder: Path) -> None:
-        whole = whole_copy(drafter) if is_sharded(drafter) else drafter
+        whole = whole_copy(drafter) if is_sharded(objective) else drafter
         if not PartialState().is_main_process:
             return
         if is_lora:

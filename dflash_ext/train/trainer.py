@@ -15,6 +15,7 @@ from .checkpoints import load_trained, save_trained
 from .evaluation import Evaluation
 from .objectives import Objective
 from .order import TrainingOrder
+from .parallel import shard_layers
 
 
 class ObjectiveTrainer(Trainer):
@@ -58,6 +59,8 @@ class ObjectiveTrainer(Trainer):
             objective.trained.compile(backend=args.torch_compile_backend, mode=args.torch_compile_mode)
             args.torch_compile, args.torch_compile_backend, args.torch_compile_mode = False, None, None
         super().__init__(model=objective, args=args, train_dataset=train_dataset, **kwargs)
+        if self.is_fsdp_enabled and objective.shards_target:
+            shard_layers(objective.target)
         self.objective = objective
         self.evaluation = evaluation
         self.model_accepts_loss_kwargs = True  # compute_loss divides by the whole step's divisor itself

@@ -11,8 +11,9 @@ from accelerate.utils import DistributedType
 from transformers import TrainerCallback
 from transformers.trainer import DEFAULT_CALLBACKS
 
-from dflash_ext.train import HeldOutPrompts, Recipe, train_drafter
+from dflash_ext.train import HeldOutPrompts, LoraRecipe, Recipe, train_drafter
 from dflash_ext.train.parallel import is_sharded
+from python_tests.models.lora.test_drafter import tiny_lora
 from python_tests.tiny import random_prompts, tiny_pair
 from python_tests.train.test_training import Cycles
 
@@ -26,11 +27,20 @@ def torchrun(*words, processes: int = 2) -> None:
 
 
 def train(
-    output: Path, ranks: int, optimizer: str = "adamw", trainer_args: dict | None = None, **options
+    output: Path,
+    ranks: int,
+    optimizer: str = "adamw",
+    kind: str = "dflash",
+    trainer_args: dict | None = None,
+    **options,
 ) -> list[dict]:
-    """The same training whatever the number of ranks: fewer ranks accumulate more batches."""
-    target, drafter = tiny_pair("llama")
-    recipe = Recipe(
+    """The same training whatever the number of ranks: fewer ranks accumulate more batches.
+
+    kind: "dflash", or that of a LoRA drafter, whose layers are computed again in the backward.
+    """
+    is_lora = kind != "dflash"
+    target, drafter = tiny_lora("llama", kind=kind, sampler_width=8) if is_lora else tiny_pair("llama")
+    recipe = (LoraRecipe if is_lora else Recipe)(
         steps=STEPS,
         batch_size=2,
         accumulation=GLOBAL_BATCH // 2 // ranks,
@@ -39,9 +49,10 @@ def train(
         evaluate_every=2,
         save_every=2,
         optimizer=optimizer,
+        checkpoint_activations=is_lora,
         trainer_args=trainer_args or {},
     )
-    prompts = HeldOutPrompts(random_prompts(5, 7, 9), max_new_tokens=8)
+    prompts = None if is_lora else HeldOutPrompts(random_prompts(5, 7, 9), max_new_tokens=8)
     return train_drafter(drafter, target, Cycles(24), output, recipe, held_out=Cycles(5), prompts=prompts, **options)
 
 
@@ -59,14 +70,14 @@ def shard_on_a_cpu() -> None:
 
 class SeesShards(TrainerCallback):
     def on_step_end(self, args, state, control, model=None, **kwargs):
-        assert is_sharded(model)
+        assert is_sharded(model) and is_sharded(model.target.model) == model.shards_target
 
 
-def train_sharded(output: Path, optimizer: str) -> None:
+def train_sharded(output: Path, optimizer: str, kind: str) -> None:
     """Trains with FSDP2; then again, from the checkpoint of its second step."""
     shard_on_a_cpu()
     DEFAULT_CALLBACKS.append(SeesShards)
-    options = dict(ranks=2, optimizer=optimizer, trainer_args={"fsdp": True})
+    options = dict(ranks=2, optimizer=optimizer, kind=kind, trainer_args={"fsdp": True})
     train(output, **options)
     if PartialState().is_main_process:
         shutil.copytree(output, output / "again", ignore=shutil.ignore_patterns("checkpoint-3", "training.json"))
@@ -75,8 +86,8 @@ def train_sharded(output: Path, optimizer: str) -> None:
 
 
 if __name__ == "__main__":
-    how, folder, chosen = sys.argv[1:]
+    how, folder, optimizer, kind = sys.argv[1:]
     if how == "sharded":
-        train_sharded(Path(folder), optimizer=chosen)
+        train_sharded(Path(folder), optimizer, kind)
     else:
-        train(Path(folder), ranks=2, optimizer=chosen)
+        train(Path(folder), ranks=2, optimizer=optimizer, kind=kind)

@@ -19,23 +19,27 @@ def assert_equal(one, two, first_step=1):
         assert mine.keys() == other.keys()
         for name in mine.keys() & FIGURES:
             assert mine[name] == pytest.approx(other[name], rel=1e-4), name
-    ours, theirs = (load_file(folder / "model.safetensors") for folder in (one, two))
+    name = "adapter_model.safetensors" if (one / "adapter_model.safetensors").exists() else "model.safetensors"
+    ours, theirs = (load_file(folder / name) for folder in (one, two))
     assert ours.keys() == theirs.keys()
     for name in ours:
         torch.testing.assert_close(ours[name], theirs[name], rtol=1e-2, atol=1e-3)  # they are saved in bfloat16
 
 
-def test_two_ranks_equal_one_with_twice_the_accumulation(tmp_path):
-    train(tmp_path / "one", ranks=1)
-    torchrun("-m", "python_tests.train.ranks", "replicated", tmp_path / "two", "adamw")
+@pytest.mark.parametrize("kind", ["dflash", "whole"])
+def test_two_ranks_equal_one_with_twice_the_accumulation(tmp_path, kind):
+    train(tmp_path / "one", ranks=1, kind=kind)
+    torchrun("-m", "python_tests.train.ranks", "replicated", tmp_path / "two", "adamw", kind)
     assert_equal(tmp_path / "one", tmp_path / "two")
 
 
-def test_fsdp2_equals_one_rank_also_after_a_resume(tmp_path):
-    """Muon gathers its matrices, and steps other parameters by AdamW, sharded."""
+@pytest.mark.parametrize("optimizer, kind", [("muon", "dflash"), ("adamw", "gated")])
+def test_fsdp2_equals_one_rank_also_after_a_resume(tmp_path, optimizer, kind):
+    """Muon gathers its matrices, and steps other parameters by AdamW, sharded. With a LoRA drafter, the layers of its
+    base are sharded, too."""
     one, two = tmp_path / "one", tmp_path / "two"
-    train(one, ranks=1, optimizer="muon")
-    torchrun("-m", "python_tests.train.ranks", "sharded", two, "muon")
+    train(one, ranks=1, optimizer=optimizer, kind=kind)
+    torchrun("-m", "python_tests.train.ranks", "sharded", two, optimizer, kind)
     assert_equal(one, two)
     assert_equal(one, two / "again")
     checkpoints = [load_file(folder / "checkpoint-2" / "model.safetensors") for folder in (one, two)]

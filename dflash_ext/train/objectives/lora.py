@@ -40,6 +40,7 @@ class LoraObjective(Objective):
 
     noun = "drafter"
     meter = TauOfBlocks
+    shards_target = True  # it is the model that runs, and by far the larger part
 
     def __init__(self, drafter: LoraDrafter, target: Target, *, gamma: float | None = None, kl_weight: float = 0.0):
         super().__init__(target)

@@ -22,10 +22,12 @@ class Objective(nn.Module):
         target: the frozen model that teaches.
         noun: what is trained, for messages.
         meter: makes the meter of the figure that the log has beside the loss.
+        shards_target: whether FSDP shards the layers of the target, too.
     """
 
     noun = "model"
     meter: type[Meter] = Accuracy
+    shards_target = False
 
     def __init__(self, target: Target):
         super().__init__()
