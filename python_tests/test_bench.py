@@ -1,9 +1,10 @@
 """What the benches of the engine measure is the engine: rows that stand at a context, and move on."""
 
+import pytest
 import torch
 
 from bench.engine_models import bytes_of, loaded, replay
-from dflash_ext.models import DFlashDrafter, Target
+from dflash_ext.models import DFlashDrafter, LoraDrafter, Target
 from dflash_ext.ops.cycle import FIELDS
 from python_tests.tiny import MASK_TOKEN, tiny_model
 
@@ -23,3 +24,16 @@ def test_a_loaded_engine_moves_on_from_its_context():
         after = engine.state.numbers[list(engine.rows), FIELDS.index("start")]
         assert (after > before).all()
     assert bytes_of(target, drafter, 3, 40) > bytes_of(target, None, 3, 40) > bytes_of(target, None, 1, 40)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind, forwards, drafted", [("gated", 1, 4), ("gated", 2, 5), ("whole", None, 5)])
+def test_a_loaded_engine_with_a_lora_drafter(kind, forwards, drafted):
+    target = Target(tiny_model("qwen3", max_position_embeddings=1024))
+    drafter = LoraDrafter.for_target(target, mask_token_id=MASK_TOKEN, rank=2, block_size=6, kind=kind)
+    engine = loaded(target, drafter.eval(), 2, 40, forwards=forwards)
+    run = replay(engine, 2)
+    for _ in range(2):
+        records = run()
+        assert records[:, 0].tolist() == [1] * 2 and records.shape == (2, 4 + drafted)
+        assert records[:, 1].tolist() == [drafted] * 2  # a cycle of one forward has a draft to verify

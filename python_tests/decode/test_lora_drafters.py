@@ -1,5 +1,6 @@
 """LoRA drafters on the engine: what they draft, in one forward and in two, and that no output changes by it."""
 
+import itertools
 import operator
 
 import pytest
@@ -196,6 +197,24 @@ def test_costs_decide_between_no_draft_and_one():
     verified = decoded.completions[0].verified
     assert decoded.completions[0].tokens == own_output(target.model, PROMPTS[0], 90)
     assert sum(v > 0 for v in verified) in (2, 3) and verified[0] == 0
+
+
+@CYCLES
+def test_a_cycle_that_lacks_memory_is_repeated_for_fewer_rows(cycle, monkeypatch):
+    target, drafter, forwards = pair("llama", cycle)
+    engine = Engine(target, drafter, slots=4, max_length=60, **forwards)
+    draw, faults = engine.cycle.draft.draw, itertools.cycle([True, False, False])
+
+    def fail_at_times(logits, *others):
+        if len(logits) > 1 and next(faults):
+            raise torch.OutOfMemoryError("out of memory")
+        return draw(logits, *others)
+
+    monkeypatch.setattr(engine.cycle.draft, "draw", fail_at_times)
+    requests = [engine.submit(prompt, max_new_tokens=20) for prompt in PROMPTS]
+    engine.run()
+    expected = [own_output(target.model, p, 20) for p in PROMPTS]
+    assert [request.completion.tokens for request in requests] == expected
 
 
 # ---- sampling ------------------------------------------------------------------------------------------------

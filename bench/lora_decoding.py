@@ -1,0 +1,80 @@
+"""Real decoding with LoRA drafters, beside plain decoding and a DFlash drafter: ``python -m bench.lora_decoding``.
+
+    python -m bench.lora_decoding --target smollm2 --prompts gsm8k_test.jsonl mt_bench.jsonl \\
+        --drafters dflash_ext/drafters/smollm2-135m-instruct my-lora
+
+Each folder is a drafter of either kind; a gated LoRA drafter is measured with one forward a cycle and with two. A row
+has tau and the tokens per second of all rows of a batch, prefill and captures of graphs left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel
+
+from bench import runner
+from dflash_ext.data import encode_all, read_conversations
+from dflash_ext.decode import decode
+from dflash_ext.models import Target, is_lora_drafter, load_drafter, load_lora_drafter, load_target, stop_tokens
+
+
+def ways(model: PreTrainedModel, folders: Sequence[Path]) -> Iterator[tuple[str, Target, object, dict]]:
+    """Plain decoding, and each drafter with each number of forwards that it has."""
+    target = Target(model)
+    yield "plain", target, None, {}
+    for folder in folders:
+        if not is_lora_drafter(folder):
+            drafter = load_drafter(folder, dtype=model.dtype, device=model.device)
+            yield folder.name, Target(model, drafter.config.target_layer_ids), drafter, {}
+            continue
+        drafter = load_lora_drafter(folder, target)
+        for forwards in (1, 2) if drafter.config.kind == "gated" else (2,):
+            yield f"{folder.name}, {drafter.config.kind}, {forwards} a cycle", target, drafter, {"forwards": forwards}
+
+
+def parameters(drafter: torch.nn.Module | None) -> int:
+    return sum(p.numel() for p in drafter.parameters()) if drafter else 0
+
+
+@torch.no_grad()
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--target", default="smollm2")
+    parser.add_argument("--prompts", nargs="+", type=Path, required=True)
+    parser.add_argument("--drafters", nargs="+", type=Path, required=True)
+    parser.add_argument("--batches", nargs="*", type=int, default=[1, 8, 32])
+    parser.add_argument("--temperatures", nargs="*", type=float, default=[0.0, 1.0])
+    parser.add_argument("--limit", type=int, default=80)
+    parser.add_argument("--max-new-tokens", type=int, default=256)
+    given = parser.parse_args()
+    name = f"lora_decoding_{runner.gpu_name()}"
+    model, tokenizer = load_target(given.target)
+    limits = {"max_new_tokens": given.max_new_tokens, "stop_token_ids": stop_tokens(tokenizer, model)}
+    rows = []
+    for path in given.prompts:
+        asked = read_conversations(path, limit=given.limit)
+        prompts = list(encode_all(asked, tokenizer, max_prompt_tokens=2048).values())
+        for batch in given.batches:
+            for temperature in given.temperatures:
+                case, plain = f"{path.stem}, batch {batch}, T={temperature:g}", None
+                for impl, target, drafter, options in ways(model, given.drafters):
+                    torch.cuda.reset_peak_memory_stats()
+                    options = options | {"batch_size": batch, "temperature": temperature}
+                    decoded = decode(target, drafter, prompts, **limits, **options)
+                    speed = decoded.tokens_per_second
+                    plain = plain or speed
+                    row = {"case": case, "impl": impl, "tau": decoded.tau, "tokens_per_second": speed}
+                    row |= {"times_plain": speed / plain, "parameters": parameters(drafter)}
+                    row["peak_mb"] = torch.cuda.max_memory_allocated() / 1e6
+                    rows.append(row)
+                    told = f"tau {decoded.tau:5.2f}  {speed:8.0f} tokens/s  {speed / plain:5.2f} x plain"
+                    print(f"  {case:32} {impl:44} {told}", flush=True)
+                print(runner.write(name, rows, {}), flush=True)
+
+
+if __name__ == "__main__":
+    main()
