@@ -4,11 +4,13 @@ The commands import the library when they run, so that `--help` is quick.
 """
 
 from .adapt import adapt
-from .app import app
+from .app import app, evaluations
 from .canvas import canvas
 from .check_lossless import check_lossless
 from .demo import demo
 from .doctor import doctor
+from .eval_ablate import ablate
+from .eval_reconstruct import reconstruct
 from .evaluate import evaluate
 from .features import features
 from .generate import generate
@@ -18,6 +20,9 @@ from .train import train
 # In the order of the help.
 for command in (demo, train, adapt, features, generate, canvas, evaluate, check_lossless, doctor, probe):
     app.command()(command)
+for command in (reconstruct, ablate):
+    evaluations.command()(command)
+app.add_typer(evaluations)
 
 
 def main() -> None:

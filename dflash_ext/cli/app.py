@@ -43,6 +43,13 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,  # rich's help shows a type for flags, which take no value
 )
+# Measures models that fill in tokens; `dflash-ext evaluate` measures drafters.
+evaluations = typer.Typer(
+    name="eval",
+    help="Measure denoisers: how well they fill in hidden tokens, and what they write under several samplers.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
 
 
 def _print_version(asked: bool) -> None:

@@ -1,5 +1,6 @@
 from .adaptation import Adaptation, load_adaptation, save_adaptation
 from .denoiser import Denoiser
+from .denoiser_files import load_denoiser
 from .drafter import DFlashDrafter
 from .drafter_config import DFlashConfig, default_taps
 from .drafter_files import load_drafter, save_drafter
@@ -21,6 +22,7 @@ __all__ = [
     "is_diffusion_gemma",
     "is_lora_drafter",
     "load_adaptation",
+    "load_denoiser",
     "load_drafter",
     "load_lora_drafter",
     "load_target",

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from ..integrations.fused_layers import replaced_forwards
 from ..masks import IntervalMask
 from .denoising_masks import CONTEXTS, PATTERNS, denoising_masks
 from .loading import first_line
 from .lora import LoraAdapter
 from .lora.config import identity_of
 from .lora.peft_files import load_adapter, save_adapter
+from .lora.rows import planned, recomputed
 from .target import Target
 
 CONFIG, WEIGHTS = "denoiser.json", "denoiser.safetensors"
@@ -85,6 +88,7 @@ class Adaptation(nn.Module):
         config.check_target(target)
         self.target, self.config, self.adapter = target, config, adapter
         self.mask_embedding = nn.Parameter(torch.empty(target.embedding_size))
+        self.recomputes = False
 
     @classmethod
     def for_target(
@@ -140,12 +144,30 @@ class Adaptation(nn.Module):
         def embed(module: nn.Module, inputs: tuple, output: Tensor) -> Tensor:
             return torch.where(hidden.unsqueeze(-1), self.mask_embedding.to(output.dtype), output)
 
-        hook = self.target.model.get_input_embeddings().register_forward_hook(embed)
-        try:
-            with self.adapter.applied(self.target.model):
-                return self._run(input_ids.masked_fill(hidden, self.stand_in), positions, masks)
-        finally:
-            hook.remove()
+        with ExitStack() as acting:
+            hook = self.target.model.get_input_embeddings().register_forward_hook(embed)
+            acting.callback(hook.remove)
+            acting.enter_context(self._acting())
+            if self.recomputes and torch.is_grad_enabled():
+                acting.enter_context(recomputed(self.target, self._acting))
+            return self._run(input_ids.masked_fill(hidden, self.stand_in), positions, masks)
+
+    @contextmanager
+    def _acting(self) -> Iterator[None]:
+        """Within it, the layers of the base run with the adapter."""
+        with self.adapter.applied(self.target.model), replaced_forwards(self._fused):
+            yield
+
+    @property
+    def _fused(self) -> dict[nn.Module, Callable]:
+        """The operators that norms and gated MLPs run through. torch.compile fuses the modules' own forwards."""
+        return {} if torch.compiler.is_compiling() else self.target.fused_forwards
+
+    def gradient_checkpointing_enable(self, **_) -> None:
+        """Makes each layer of the base compute its results again in the backward."""
+        self.recomputes = True
+
+    activation_checkpointing_enable = gradient_checkpointing_enable  # the name from transformers 5.24 on
 
     def inputs(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor, dict[str, IntervalMask]]:
         """What `forward` takes for a batch of `NoiseCollator`.
@@ -154,9 +176,7 @@ class Adaptation(nn.Module):
         ones.
         """
         config = self.config
-        masks = denoising_masks(
-            batch, self.target.windows, config.pattern, context=config.context, block_size=config.block_size
-        )
+        masks = self._masks(batch, config.pattern, context=config.context, block_size=config.block_size)
         ids, hidden, positions = batch["input_ids"], batch["hidden"], positions_of(batch)
         if config.pattern == "block_causal":
             ids, positions = (torch.cat([rows, rows], dim=1) for rows in (ids, positions))
@@ -166,7 +186,12 @@ class Adaptation(nn.Module):
     @torch.no_grad()
     def base_states(self, batch: Mapping[str, Tensor]) -> Tensor:
         """The hidden states [B, S, H] of the base, without the adapter, on the right tokens under a causal mask."""
-        return self._run(batch["input_ids"], positions_of(batch), denoising_masks(batch, self.target.windows, "causal"))
+        masks = self._masks(batch, "causal")
+        with replaced_forwards(self._fused):
+            return self._run(batch["input_ids"], positions_of(batch), masks)
+
+    def _masks(self, batch: Mapping[str, Tensor], pattern: str, **options) -> dict[str, IntervalMask]:
+        return planned(self.target, denoising_masks(batch, self.target.windows, pattern, **options))
 
     def _run(self, ids: Tensor, positions: Tensor, masks: Mapping[str, IntervalMask]) -> Tensor:
         given = self.target.mask_arguments(masks)

@@ -118,3 +118,13 @@ def test_rows_longer_than_the_model(tmp_path):
     adaptation = Adaptation.for_target(target_of("llama"), mask_id=MASK_TOKEN)
     with pytest.raises(ValueError, match="rows of 600 tokens do not fit: the target has 512 positions"):
         train_denoiser(adaptation, text(60, 600), tmp_path, RunRecipe(steps=1), collator=COLLATOR)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma4"])
+def test_layers_computed_again_give_the_same_run(tmp_path, family):
+    losses = []
+    for again in (False, True):
+        recipe = RunRecipe(steps=3, batch_size=2, learning_rate=1e-2, log_every=1, checkpoint_activations=again)
+        _, log = train(tmp_path / str(again), recipe, family=family, kl_weight=0.1)
+        losses.append([entry["loss"] for entry in log if "loss" in entry])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)

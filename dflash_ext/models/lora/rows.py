@@ -49,25 +49,33 @@ def run_rows(
 
 
 def _run(target: Target, positions: Tensor, masks: Mapping[str, IntervalMask], **given) -> Tensor:
-    packed = {kind: as_attention_mask(_planned(target, mask)) for kind, mask in masks.items()}
+    packed = {kind: as_attention_mask(mask) for kind, mask in planned(target, masks).items()}
     mask = packed if len(packed) > 1 else next(iter(packed.values()))
-    with _operators(target):
+    with operators(target):
         return target.decoder(attention_mask=mask, position_ids=positions, **given)[0]
 
 
 @contextmanager
-def _operators(target: Target) -> Iterator[None]:
+def operators(target: Target) -> Iterator[None]:
     """Within it, attention, norms and gated MLPs of the base run through this package's operators."""
     with runs_block_attn([target]), replaced_forwards(target.fused_forwards):
         yield
 
 
-def _planned(target: Target, mask: IntervalMask) -> IntervalMask:
-    """The mask with the tile lists of the attention kernels, made once for all layers."""
-    config = target.config
-    heads = config.num_attention_heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-    return mask.plan(heads, getattr(config, "num_key_value_heads", None) or heads, head_dim)
+def planned(target: Target, masks: Mapping[str, IntervalMask]) -> dict[str, IntervalMask]:
+    """The masks of each kind of layer with the tile lists of the attention kernels, made once for all its layers.
+
+    Kinds of layers may differ in their heads (Gemma 4). Those whose modules do not tell are planned in each call.
+    """
+    made = {}
+    for kind, mask in masks.items():
+        layer = target.layers[target.layer_kinds.index(kind)]
+        attention = next((part for part in layer.modules() if hasattr(part, "num_key_value_groups")), None)
+        if attention is not None:
+            heads = target.config.num_attention_heads
+            mask = mask.plan(heads, heads // attention.num_key_value_groups, attention.head_dim)
+        made[kind] = mask
+    return made
 
 
 @contextmanager
@@ -75,14 +83,8 @@ def recomputed(target: Target, acting: Callable[[], AbstractContextManager]) -> 
     """Within it, every layer of the base keeps only its inputs for the backward, which runs the layer again.
 
     Args:
-        acting: makes the context manager within which a layer is run again.
+        acting: makes the context manager within which a layer is run again, as it was run at first.
     """
-
-    @contextmanager
-    def again() -> Iterator[None]:
-        with acting(), _operators(target):
-            yield
-
-    options = {"use_reentrant": False, "context_fn": lambda: (nullcontext(), again())}
+    options = {"use_reentrant": False, "context_fn": lambda: (nullcontext(), acting())}
     with replaced_forwards({layer: partial(checkpoint, layer.forward, **options) for layer in target.layers}):
         yield
