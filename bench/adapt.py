@@ -9,8 +9,8 @@ transformers alone: the mask is dense, the model gives all logits, and those of 
 from __future__ import annotations
 
 import json
-import statistics
 import sys
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
 from bench import runner
-from bench.timing import gpu_time_in_a_row
+from bench.timing import gpu_turns
 from dflash_ext.data import NoiseCollator
 from dflash_ext.models import Adaptation, Target
 from dflash_ext.train.objectives import DenoisingObjective
@@ -95,32 +95,29 @@ def _peer(model: FullLogits, batch: dict[str, Tensor]) -> Tensor:
     return loss.detach()
 
 
+def peak_of(step: Callable[[], Tensor]) -> tuple[float, int]:
+    """The loss of a step, and the bytes that it takes beyond what is there before it."""
+    loss = float(step())
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    step()
+    torch.cuda.synchronize()
+    return loss, torch.cuda.max_memory_allocated() - before
+
+
 def main(*sizes: int) -> None:
     results = []
     for rows in sizes or (8, 1):
-        losses = {}
-        for name, step in steps(rows).items():
-            losses[name] = float(step())
-            for _ in range(2):
-                step()
-            torch.cuda.synchronize()
-            before = torch.cuda.memory_allocated()
-            torch.cuda.reset_peak_memory_stats()
-            ms = statistics.median(gpu_time_in_a_row(step) for _ in range(7))
-            peak = torch.cuda.max_memory_allocated() - before
-            results.append(
-                {
-                    "case": f"Gemma 3 270M, batch {rows} x {LENGTH}",
-                    "impl": name,
-                    "ms": ms,
-                    "tokens_per_s": 1e3 * rows * LENGTH / ms,
-                    "peak_gb": peak / 1e9,
-                    "loss": losses[name],
-                }
-            )
+        calls = steps(rows)
+        peaks = {name: peak_of(step) for name, step in calls.items()}
+        for name, timing in gpu_turns(calls, graphs=False).items():
+            loss, peak = peaks[name]
+            case = {"case": f"Gemma 3 270M, batch {rows} x {LENGTH}", "impl": name, "loss": loss, "peak_gb": peak / 1e9}
+            results.append(case | timing.row() | {"tokens_per_s": 1e3 * rows * LENGTH / timing.ms})
             print(json.dumps(results[-1]), flush=True)
         ours, peer = results[-2:]
-        print(f"batch {rows}: {peer['ms'] / ours['ms']:.2f}x the peer's speed", flush=True)
+        print(f"batch {rows}: {peer['ms'] / ours['ms']:.2f} times the peer's speed", flush=True)
     (runner.RESULTS / f"adapt_{runner.gpu_name()}.json").write_text(json.dumps(results, indent=1) + "\n")
 
 

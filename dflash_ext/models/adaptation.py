@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from ..masks import IntervalMask
 from .denoising_masks import CONTEXTS, PATTERNS, denoising_masks
 from .loading import first_line
 from .lora import LoraAdapter
+from .lora.adapter import with_update
 from .lora.config import identity_of
 from .lora.peft_files import load_adapter, save_adapter
 from .lora.rows import planned, recomputed
@@ -89,6 +91,7 @@ class Adaptation(nn.Module):
         self.target, self.config, self.adapter = target, config, adapter
         self.mask_embedding = nn.Parameter(torch.empty(target.embedding_size))
         self.recomputes = False
+        self._compiled: Callable | None = None
 
     @classmethod
     def for_target(
@@ -154,14 +157,29 @@ class Adaptation(nn.Module):
 
     @contextmanager
     def _acting(self) -> Iterator[None]:
-        """Within it, the layers of the base run with the adapter."""
-        with self.adapter.applied(self.target.model), replaced_forwards(self._fused):
-            yield
+        """Within it, the layers of the base run with the adapter: compiled, or with fused norms and gated MLPs."""
+        if self._compiled is not None:
+            with replaced_forwards(
+                {layer: partial(self._compiled, layer, *of) for layer, of in self._halves().items()}
+            ):
+                yield
+        else:
+            with self.adapter.applied(self.target.model), replaced_forwards(self.target.fused_forwards):
+                yield
 
-    @property
-    def _fused(self) -> dict[nn.Module, Callable]:
-        """The operators that norms and gated MLPs run through. torch.compile fuses the modules' own forwards."""
-        return {} if torch.compiler.is_compiling() else self.target.fused_forwards
+    def _halves(self) -> dict[nn.Module, tuple[tuple[str, ...], list[tuple[Tensor, Tensor]], float]]:
+        """What `_with_adapter` takes behind each layer."""
+        adapter, found = self.adapter, {}
+        names = {module: name for name, module in self.target.model.named_modules()}
+        for layer in self.target.layers:
+            own = [path for path in adapter.paths if path.startswith(names[layer] + ".")]
+            relative = tuple(path.removeprefix(names[layer] + ".") for path in own)
+            found[layer] = relative, [adapter.halves(path) for path in own], adapter.scale
+        return found
+
+    def compile(self, **options: Any) -> None:
+        """Compiles the base's layers with their parts of the adapter. Layers of a kind share one graph."""
+        self._compiled = torch.compile(_with_adapter, **options)
 
     def gradient_checkpointing_enable(self, **_) -> None:
         """Makes each layer of the base compute its results again in the backward."""
@@ -187,7 +205,7 @@ class Adaptation(nn.Module):
     def base_states(self, batch: Mapping[str, Tensor]) -> Tensor:
         """The hidden states [B, S, H] of the base, without the adapter, on the right tokens under a causal mask."""
         masks = self._masks(batch, "causal")
-        with replaced_forwards(self._fused):
+        with replaced_forwards(self.target.fused_forwards):
             return self._run(batch["input_ids"], positions_of(batch), masks)
 
     def _masks(self, batch: Mapping[str, Tensor], pattern: str, **options) -> dict[str, IntervalMask]:
@@ -196,6 +214,20 @@ class Adaptation(nn.Module):
     def _run(self, ids: Tensor, positions: Tensor, masks: Mapping[str, IntervalMask]) -> Tensor:
         given = self.target.mask_arguments(masks)
         return self.target.decoder(input_ids=ids, position_ids=positions, use_cache=False, **given)[0]
+
+
+def _with_adapter(
+    layer: nn.Module, names: tuple[str, ...], halves: list[tuple[Tensor, Tensor]], scale: float, *args, **kwargs
+) -> Any:
+    """A layer's own forward with the adapter's halves on the linear layers of these names."""
+    with ExitStack() as hooks:
+        for name, (a, b) in zip(names, halves, strict=True):
+
+            def update(_, inputs: tuple[Tensor], output: Tensor, a: Tensor = a, b: Tensor = b) -> Tensor:
+                return with_update(output, inputs[0], a, b, scale)
+
+            hooks.callback(layer.get_submodule(name).register_forward_hook(update).remove)
+        return type(layer).forward(layer, *args, **kwargs)
 
 
 def positions_of(batch: Mapping[str, Tensor]) -> Tensor:

@@ -23,6 +23,14 @@ def workspace(tmp_path):
 
 
 @pytest.fixture
+def text(workspace):
+    """A file of documents in the words of the target's tokenizer."""
+    rows = [" ".join(f"w{3 + (5 * i + j) % 90:03}" for j in range(6 + i % 9)) for i in range(20)]
+    (workspace / "text.jsonl").write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
+    return workspace / "text.jsonl"
+
+
+@pytest.fixture
 def run() -> Callable[..., tuple[int, str, str]]:
     """Runs a command line; returns its exit code and what it wrote to standard output and standard error."""
 

@@ -5,13 +5,6 @@ import pytest
 from dflash_ext.models import Target, load_adaptation, load_target
 
 
-@pytest.fixture
-def text(workspace):
-    rows = [" ".join(f"w{3 + (5 * i + j) % 90:03}" for j in range(6 + i % 9)) for i in range(20)]
-    (workspace / "text.jsonl").write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
-    return workspace / "text.jsonl"
-
-
 def words(workspace, text):
     return [
         *("adapt", "--model", workspace / "target", "--text", text, "--output", workspace / "denoiser"),

@@ -14,7 +14,7 @@ from dflash_ext.cli.output import replacing
 
 COMMANDS = (
     *("demo", "train", "adapt", "features", "generate", "canvas", "evaluate"),
-    *("check-lossless", "doctor", "probe"),
+    *("check-lossless", "doctor", "probe", "eval"),
 )
 
 
@@ -26,8 +26,11 @@ def test_the_module_is_the_command():
 def test_every_command_and_option_has_a_help_text_that_is_a_sentence(run):
     group = get_command(app)
     assert tuple(group.commands) == COMMANDS
-    for name, command in group.commands.items():
-        assert run(name, "--help")[0] == 0
+    assert tuple(group.commands["eval"].commands) == ("reconstruct", "ablate")
+    commands = {(name,): command for name, command in group.commands.items()}
+    commands |= {("eval", name): command for name, command in group.commands["eval"].commands.items()}
+    for name, command in commands.items():
+        assert run(*name, "--help")[0] == 0
         assert command.help.endswith(".") and command.help[0].isupper()
         for option in command.params:
             assert option.help.endswith(".") and option.help[0].isupper(), (name, option.name)

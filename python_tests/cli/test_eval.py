@@ -3,7 +3,6 @@ import json
 import pytest
 
 from dflash_ext.models import save_adaptation
-from python_tests.cli.test_adapt import text  # noqa: F401
 from python_tests.models.test_adaptation import adaptation_of
 
 
@@ -15,7 +14,7 @@ def denoisers(workspace):
     return workspace / "causal", workspace / "prefix_block"
 
 
-def test_reconstruct(workspace, text, denoisers, run):  # noqa: F811
+def test_reconstruct(workspace, text, denoisers, run):
     words = ("eval", "reconstruct", "--model", workspace / "target", "--text", text, "--length", 32, "--device", "cpu")
     out, plot = workspace / "figures.json", workspace / "plot.png"
     code, printed, errors = run(

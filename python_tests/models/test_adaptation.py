@@ -155,3 +155,31 @@ def test_files_that_do_not_fit(tmp_path):
 def test_settings_out_of_range(options, message):
     with pytest.raises(ValueError, match=message):
         adaptation_of("llama", **options)
+
+
+@pytest.mark.parametrize(("family", "graphs"), [("llama", 1), ("gemma3", 2)])
+def test_compiled_layers_of_a_kind_share_a_graph(family, graphs):
+    """And the base stays without the adapter, whose halves are read anew in each step."""
+    adaptation, batch = adaptation_of(family), batch_of()
+
+    def gradients():
+        adaptation.zero_grad()
+        found = adaptation(*adaptation.inputs(batch))
+        (found * torch.cos(torch.arange(found.numel())).view(found.shape)).sum().backward()
+        return [found.detach(), *(parameter.grad for parameter in adaptation.parameters())]
+
+    want, base = gradients(), adaptation.base_states(batch)
+    torch._dynamo.utils.counters.clear()
+    adaptation.compile(backend="aot_eager")
+    for got, wanted in zip(gradients(), want, strict=True):
+        assert (got - wanted).abs().max() <= 1e-3 * wanted.abs().max()
+    counters = torch._dynamo.utils.counters
+    assert counters["stats"]["unique_graphs"] == graphs and not counters["graph_break"]
+    assert torch.equal(adaptation.base_states(batch), base)
+    with torch.no_grad():
+        for half in adaptation.adapter.lora_b:
+            half.mul_(2)
+    again = gradients()[0]
+    assert (again - want[0]).abs().max() > 1e-3
+    adaptation._compiled = None
+    torch.testing.assert_close(again, states(adaptation, batch), atol=1e-3, rtol=1e-3)

@@ -109,6 +109,11 @@ def _adapted(
     if rows is None and type(module) is nn.Linear:
         return lora_linear(x, module.weight, module.bias, a, b, scale)
     output = forward(x)
-    inner = nn.functional.linear(x.to(output.dtype), a.to(output.dtype))
-    updated = output + scale * nn.functional.linear(inner, b.to(output.dtype))
+    updated = with_update(output, x, a, b, scale)
     return updated if rows is None else torch.where(rows.unsqueeze(-1), updated, output)
+
+
+def with_update(output: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
+    """The output of a linear layer with the update of an adapter, for the layer's input `x`."""
+    inner = nn.functional.linear(x.to(output.dtype), a.to(output.dtype))
+    return output + scale * nn.functional.linear(inner, b.to(output.dtype))
