@@ -10,6 +10,7 @@ from .check_lossless import check_lossless
 from .demo import demo
 from .doctor import doctor
 from .eval_ablate import ablate
+from .eval_canvas import canvas_front
 from .eval_reconstruct import reconstruct
 from .evaluate import evaluate
 from .features import features
@@ -22,6 +23,7 @@ for command in (demo, train, adapt, features, generate, canvas, evaluate, check_
     app.command()(command)
 for command in (reconstruct, ablate):
     evaluations.command()(command)
+evaluations.command("canvas")(canvas_front)
 app.add_typer(evaluations)
 
 

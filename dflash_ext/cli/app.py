@@ -46,7 +46,7 @@ app = typer.Typer(
 # Measures models that fill in tokens; `dflash-ext evaluate` measures drafters.
 evaluations = typer.Typer(
     name="eval",
-    help="Measure denoisers: how well they fill in hidden tokens, and what they write under several samplers.",
+    help="Measure denoisers: how well they fill in hidden tokens, and what they write how fast.",
     no_args_is_help=True,
     rich_markup_mode=None,
 )

@@ -26,7 +26,7 @@ def test_the_module_is_the_command():
 def test_every_command_and_option_has_a_help_text_that_is_a_sentence(run):
     group = get_command(app)
     assert tuple(group.commands) == COMMANDS
-    assert tuple(group.commands["eval"].commands) == ("reconstruct", "ablate")
+    assert tuple(group.commands["eval"].commands) == ("reconstruct", "ablate", "canvas")
     commands = {(name,): command for name, command in group.commands.items()}
     commands |= {("eval", name): command for name, command in group.commands["eval"].commands.items()}
     for name, command in commands.items():

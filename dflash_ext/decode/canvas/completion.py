@@ -52,12 +52,15 @@ class CanvasDecoded:
 
     Attributes:
         steps: the number of denoising forwards, each for a whole batch.
-        prefill_seconds, decode_seconds: the time in which prompts were read, and that of everything else.
+        prefill_seconds: the time in which prompts were read.
+        capture_seconds: that in which CUDA graphs were made.
+        decode_seconds: that of everything else.
     """
 
     completions: list[CanvasCompletion]
     steps: int = 0
     prefill_seconds: float = 0.0
+    capture_seconds: float = 0.0
     decode_seconds: float = 0.0
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import warnings
 from collections.abc import Callable, Sequence
 
@@ -25,6 +26,7 @@ class Runner:
         self.graphs: dict[tuple[str, int], tuple[torch.cuda.CUDAGraph, Tensor]] = {}
         self.sizes = [*(size for size in SIZES if size < cycle.spare), cycle.spare]
         halves = cycle.forward.like.dtype in (torch.bfloat16, torch.float16)
+        self.capture_seconds = 0.0
         self.pool = torch.cuda.graph_pool_handle() if cycle.device.type == "cuda" and halves else None
 
     def __call__(self, name: str, slots: Sequence[int]) -> None:
@@ -32,11 +34,14 @@ class Runner:
         function = getattr(self.cycle, name)
         size = next(size for size in self.sizes if size >= len(slots))
         if self.pool is not None and (name, size) not in self.graphs:
+            start = time.perf_counter()
             try:
                 self.graphs[name, size] = self._capture(function, size)
             except RuntimeError as error:
                 self.pool = None
                 warnings.warn(f"canvases run without a CUDA graph: {str(error).splitlines()[0]}", stacklevel=2)
+            torch.cuda.synchronize(self.cycle.device)
+            self.capture_seconds += time.perf_counter() - start
         if self.pool is None:
             function(torch.tensor(slots, device=self.cycle.device))
             return

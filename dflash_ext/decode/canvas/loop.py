@@ -47,7 +47,9 @@ class CanvasLoop:
                 self._admit(waiting, given)
             self._step()
         self.decoded.completions = [request.completion for request in requests]
-        self.decoded.decode_seconds = time.perf_counter() - begin - self.decoded.prefill_seconds
+        self.decoded.capture_seconds = self.run.capture_seconds
+        spent = self.decoded.prefill_seconds + self.decoded.capture_seconds
+        self.decoded.decode_seconds = time.perf_counter() - begin - spent
         return self.decoded
 
     def _admit(self, waiting: deque[Request], given: dict[int, Sequence[int] | None]) -> None:

@@ -1,0 +1,37 @@
+import json
+
+import pytest
+
+from python_tests.cli.test_canvas import denoiser, gemma  # noqa: F401  (fixtures)
+
+
+def test_steps_and_settings_are_crossed(workspace, run, denoiser):  # noqa: F811
+    out, plot = workspace / "front.json", workspace / "front.png"
+    code, printed, told = run(
+        *("eval", "canvas", *denoiser, "--prompts", workspace / "prompts.jsonl", "--canvas-length", 6),
+        *("--max-new-tokens", 6, "--steps", 2, "--steps", 3, "--output", out, "--plot", plot),
+        *("--process", "{}", "--process", '{"order": "left_to_right"}'),
+    )
+    assert code == 0, told
+    names = ["2 steps", "3 steps", "2 steps, order left_to_right", "3 steps, order left_to_right"]
+    figures = json.loads(out.read_text())
+    assert list(figures) == [*names, "base, token by token"]
+    assert "tokens/s" in printed
+    assert len(figures["2 steps"]["answers"]) == 3 and figures["2 steps"]["nll"] > 0
+    assert plot.stat().st_size > 0
+
+
+def test_a_diffusion_gemma_has_no_base_but_may_have_a_judge(gemma, run):  # noqa: F811
+    out = gemma / "front.json"
+    words = ["eval", "canvas", "--model", gemma / "gemma", "--prompts", gemma / "prompts.jsonl", "--output", out]
+    words += ["--max-new-tokens", 6, "--steps", 2, "--limit", 1]
+    assert run(*words)[0] == 0
+    assert json.loads(out.read_text())["2 steps"]["nll"] is None
+    assert run(*words, "--judge", gemma / "target")[0] == 0
+    assert json.loads(out.read_text())["2 steps"]["nll"] > 0
+
+
+@pytest.mark.parametrize("process", ["{", '{"order": "up"}', '{"t_max": 1}'])
+def test_settings_that_are_refused(workspace, run, denoiser, process):  # noqa: F811
+    code, _, told = run("eval", "canvas", *denoiser, "--prompts", workspace / "prompts.jsonl", "--process", process)
+    assert code == 1 and told.startswith(f"dflash-ext: --process {process}")
