@@ -154,22 +154,25 @@ def test_training_on_written_features(workspace, run):
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
-def test_a_lora_drafter(workspace, run):
+@pytest.mark.parametrize("kind", ["gated", "whole"])
+def test_a_lora_drafter(workspace, run, kind):
     out = workspace / "trained"
     train = [
         *("train", "--target", workspace / "target", "--prompts", workspace / "prompts.jsonl", "--output", out),
-        *("--mask-token", "w096", "--drafter", "lora", "--lora-kind", "whole", "--linear-layers", "o_proj"),
+        *("--mask-token", "w096", "--drafter", "lora", "--lora-kind", kind, "--linear-layers", "o_proj"),
         *("--rank", 4, "--block-size", 4, "--steps", 2, "--batch-size", 2, "--anchors", 4),
-        *("--max-new-tokens", 16, "--held-out", 0),
+        *("--max-new-tokens", 16, "--held-out", 0.34),
         *("--kl-weight", 0.5, "--context-ratio", "0.1,0.3", "--noise-ratio", 0.9, "--causal", "--sampler-width", 8),
     ]
     code, printed, errors = run(*train)
     assert code == 0, errors
-    assert "a whole adapter of rank 4 on 6 linear layers" in printed
+    assert f"a {kind} adapter of rank 4 on 6 linear layers" in printed
     drafter = load_lora_drafter(out, Target(load_target(workspace / "target")[0]))
     config = drafter.config
-    assert (config.kind, config.block_size, config.causal, config.sampler_width) == ("whole", 4, True, 8)
-    recipe = json.loads((out / "training.json").read_text())["recipe"]
+    assert (config.kind, config.block_size, config.causal, config.sampler_width) == (kind, 4, True, 8)
+    written = json.loads((out / "training.json").read_text())
+    recipe, tau = written["recipe"], [entry["eval_tau"] for entry in written["log"] if "eval_tau" in entry]
+    assert len(tau) == 1 and tau[0] >= 1, "an evaluation decodes held-out prompts"
     assert (recipe["kl_weight"], recipe["context_ratio"], recipe["noise_ratio"]) == (0.5, [0.1, 0.3], 0.9)
     again = [*train, "--output", workspace / "smaller", "--rank", 2, "--learning-rate", 1e-9, "--start-from", out]
     assert run(*again)[0] == 0
