@@ -152,7 +152,7 @@ class Adaptation(nn.Module):
             acting.callback(hook.remove)
             acting.enter_context(self._acting())
             if self.recomputes and torch.is_grad_enabled():
-                acting.enter_context(recomputed(self.target, self._acting))
+                acting.enter_context(recomputed(self.target))
             return self._run(input_ids.masked_fill(hidden, self.stand_in), positions, masks)
 
     @contextmanager

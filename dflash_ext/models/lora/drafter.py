@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from functools import partial
 
 import torch
@@ -13,7 +13,7 @@ from ...masks import IntervalMask
 from ..target import Target
 from .adapter import LoraAdapter
 from .config import LoraDrafterConfig, identity_of
-from .rows import States, operators, recomputed, run_rows
+from .rows import States, recomputed, run_rows
 from .sampler import SamplerHead
 
 
@@ -159,13 +159,8 @@ class LoraDrafter(nn.Module):
         with ExitStack() as acting:
             acting.enter_context(self.adapter.applied(target.model))
             if self.recomputes:
-                acting.enter_context(recomputed(target, partial(self._again, target)))
+                acting.enter_context(recomputed(target))
             return run_rows(target, inputs, positions, masks, context)
-
-    @contextmanager
-    def _again(self, target: Target) -> Iterator[None]:
-        with self.adapter.applied(target.model), operators(target):
-            yield
 
     def gradient_checkpointing_enable(self, **_) -> None:
         """Makes each layer of the base compute its results again in the backward."""

@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache
 
@@ -79,12 +79,24 @@ def planned(target: Target, masks: Mapping[str, IntervalMask]) -> dict[str, Inte
 
 
 @contextmanager
-def recomputed(target: Target, acting: Callable[[], AbstractContextManager]) -> Iterator[None]:
-    """Within it, every layer of the base keeps only its inputs for the backward, which runs the layer again.
+def recomputed(target: Target) -> Iterator[None]:
+    """Within it, every layer of the base keeps only its inputs for the backward, which runs the layer again, with the
+    forwards that its modules had in the first place (`replaced_forwards`) and `block_attn`."""
 
-    Args:
-        acting: makes the context manager within which a layer is run again, as it was run at first.
-    """
-    options = {"use_reentrant": False, "context_fn": lambda: (nullcontext(), acting())}
-    with replaced_forwards({layer: partial(checkpoint, layer.forward, **options) for layer in target.layers}):
+    def contexts(layer: nn.Module) -> tuple[AbstractContextManager, AbstractContextManager]:
+        inside = {part: vars(part)["forward"] for part in layer.modules() if "forward" in vars(part)}
+        del inside[layer]
+        return nullcontext(), _again(target, inside)
+
+    wrapped = {}
+    for layer in target.layers:
+        options = {"use_reentrant": False, "context_fn": partial(contexts, layer)}
+        wrapped[layer] = partial(checkpoint, layer.forward, **options)
+    with replaced_forwards(wrapped):
+        yield
+
+
+@contextmanager
+def _again(target: Target, forwards: Mapping[nn.Module, Callable]) -> Iterator[None]:
+    with runs_block_attn([target]), replaced_forwards(forwards):
         yield
