@@ -177,6 +177,9 @@ def runner(cycle: Cycle) -> PlainRunner:
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
+            # A capture that failed leaves PyTorch's random numbers as within a capture. One that succeeds ends that.
+            with torch.cuda.graph(torch.cuda.CUDAGraph()):
+                torch.zeros(1, device=graphs.device)
             name = type(cycle.target.target.model).__name__
             warnings.warn(f"{name} is decoded without CUDA graphs: {_reason(error)}", stacklevel=2)
             return PlainRunner(cycle)

@@ -10,7 +10,7 @@ MEMORY = 0.98  # the weight of earlier cycles, per cycle of a row
 FIRST_GUESS = 0.7  # the rate at which a first drafted token is taken to be accepted before anything is known
 TRUST = 2.0  # as many cycles as an estimate counts, which a position takes over from the one before
 RUNS = 3  # a cost is the time of the fastest of so many cycles
-PROBE = 32  # among so many cycles without a draft one has the shortest draft, to see whether drafting pays again
+PROBE = 64  # among so many cycles without a draft one has the shortest draft, to see whether drafting pays again
 
 
 def draft_widths(most: int) -> tuple[int, ...]:
@@ -66,13 +66,16 @@ class Costs:
     def choose(self, rows: int, pace: Pace) -> int:
         """The number of tokens that a cycle of so many rows drafts.
 
-        Drafts get no longer than the next width until two widths show how fast costs grow.
+        Until two drafts show how fast costs grow, the next longer one is run if the longest one so far pays most.
         """
         table, base = self.table(rows), self._base(rows)
         if table is None:
             return 0
-        width, known = pace.choose(table), max(base)
-        return min(width, self.widths[self.widths.index(known) + 1]) if width > known and len(base) < 3 else width
+        if len(base) > 2 or self.widths[-1] in base:
+            return pace.choose(table)
+        longest = max(base)
+        width = pace.choose({width: table[width] for width in self.widths if width <= longest})
+        return self.widths[self.widths.index(longest) + 1] if width == longest else width
 
     def _base(self, rows: int) -> dict[int, float] | None:
         """The measurements that tell most of cycles with so many rows."""
@@ -143,7 +146,7 @@ class Pace:
             chance *= rate
             tokens += chance
             expected[count] = tokens
-        best = max(self.widths, key=lambda width: expected[width] / costs[width])
+        best = max(costs, key=lambda width: expected[width] / costs[width])
         self.without = 0 if best else self.without + 1
         if self.without < PROBE or len(self.widths) == 1:
             return best

@@ -28,9 +28,9 @@ def pair(family: str) -> tuple[Target, DFlashDrafter]:
 
 
 def regret(model, prompts: list[list[int]], answers: list[list[int]]) -> float:
-    """How much less likely than the best token a greedy token was at most, in nats, under the model in float64."""
-    exact = type(model)(model.config).double().eval()
-    exact.load_state_dict({name: x.double().cpu() for name, x in model.state_dict().items()})
+    """How much less likely than the best token a greedy token was at most, in nats, under the model in float32."""
+    exact = type(model)(model.config).float().eval()
+    exact.load_state_dict({name: x.float().cpu() for name, x in model.state_dict().items()})
     worst = 0.0
     for prompt, tokens in zip(prompts, answers, strict=True):
         logp = exact(torch.tensor([prompt + tokens])).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
@@ -265,6 +265,7 @@ MODULES = {
     "phi3": True,
     "olmo2": True,
     "gpt_neox": True,
+    "falcon": False,
     "cohere2": True,
     "gpt_oss": True,
     "gemma4_text": True,
@@ -289,14 +290,21 @@ def test_a_models_own_modules_on_the_engine(name):
         assert all(len(tokens) == 16 for tokens in answers) and regret(model, prompts, answers) < 0.05
 
 
-def test_modules_that_wait_for_the_device_run_without_graphs():
+@pytest.mark.parametrize(
+    "wait, message",
+    [
+        (lambda output: bool(output[0].sum()), "called a synchronizing CUDA operation .*test_engine_gpu.py, line"),
+        (lambda output: torch.cuda.synchronize(), "operation not permitted when stream is capturing"),
+    ],
+    ids=["seen before the capture", "within the capture"],
+)
+def test_modules_that_wait_for_the_device_run_without_graphs(wait, message):
     model = tiny("gpt2").to("cuda", torch.bfloat16)
-    model.transformer.h[1].register_forward_hook(lambda module, given, output: output if output[0].sum() else output)
+    model.transformer.h[1].register_forward_hook(lambda module, given, output: output if wait(output) else output)
     prompts = random_prompts(3, 40, 17)
-    with pytest.warns(
-        UserWarning, match="GPT2LMHeadModel is decoded without CUDA graphs: .*synchronizing.*test_engine"
-    ):
+    with pytest.warns(UserWarning, match=f"GPT2LMHeadModel is decoded without CUDA graphs: .*{message}"):
         engine = Engine(Target(model), None, slots=2, max_length=60)
+    assert torch.rand(3, device="cuda").shape == (3,)
     assert type(engine.runner) is PlainRunner
     requests = [engine.submit(prompt, max_new_tokens=16) for prompt in prompts]
     engine.run()
