@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -80,13 +81,27 @@ def adapt(
             "that see both directions."
         ),
     ] = "causal",
-    prefix_share: PrefixShare = "0.5",
-    mask_rate: Annotated[
+    noise: Annotated[
         str,
         typer.Option(
-            metavar="<share>", help="The share of a block that is hidden; two bounds such as 0.1,0.9 are drawn between."
+            help="What a block is trained on: masked hides tokens; uniform puts random ones in their place, as "
+            "DiffusionGemma does, and trains a module that conditions a step on the one before."
         ),
-    ] = "0.25",
+    ] = "masked",
+    prefix_share: PrefixShare = "0.5",
+    mask_rate: Annotated[
+        str | None,
+        typer.Option(
+            metavar="<share>",
+            show_default=False,
+            help="The share of a block that is hidden or replaced; two bounds such as 0.1,0.9 are drawn between. The "
+            "default is 0.25, and 0.001,1 with uniform noise.",
+        ),
+    ] = None,
+    decay: Annotated[
+        float | None,
+        typer.Option(help="Uniform noise: the i-th token of a block weighs exp(-i / decay). By default all weigh 1."),
+    ] = None,
     span: Span = 3.0,
     complementary: Annotated[
         bool,
@@ -139,8 +154,8 @@ def adapt(
     device: Device = None,
 ) -> None:
     """Turn a causal LM into a denoiser that fills in hidden tokens, by an adapter."""
-    from ..data import NoiseCollator, TextDataset, read_texts
-    from ..models import Adaptation, Target
+    from ..data import NoiseCollator, TextDataset, UniformCollator, read_texts
+    from ..models import Adaptation, Target, UniformAdaptation
     from ..noise import MaskNoise
     from ..train import RunRecipe, train_denoiser
     from ..train.arguments import trainer_arguments
@@ -149,13 +164,17 @@ def adapt(
     # Everything that does not need the model is checked before it is loaded.
     if output.exists() and not output.is_dir():
         raise ValueError(f"--output {output}: a folder is expected, this is a file")
-    collator = NoiseCollator(
-        MaskNoise(share(mask_rate, "--mask-rate"), span),
-        share(prefix_share, "--prefix-share"),
-        block_size,
-        complementary,
-        inverse_rate,
-    )
+    if noise not in ("masked", "uniform"):
+        raise ValueError(f"--noise {noise}: masked and uniform are supported")
+    is_uniform = noise == "uniform"
+    if is_uniform and (pattern == "causal" or mask_token is not None):
+        raise ValueError("with uniform noise a block sees both directions and there is no mask token")
+    if decay is not None and not is_uniform:
+        raise ValueError("--decay goes with --noise uniform")
+    drawn = share(mask_rate or ("0.001,1" if is_uniform else "0.25"), "--mask-rate")
+    noising = MaskNoise(drawn, 1.0 if is_uniform else span)
+    options = noising, share(prefix_share, "--prefix-share"), block_size, complementary, inverse_rate
+    collator = UniformCollator(*options, 1, decay) if is_uniform else NoiseCollator(*options)
     recipe = RunRecipe(
         steps=steps,
         batch_size=batch_size,
@@ -173,9 +192,11 @@ def adapt(
     loaded, tok = load_target(model, tokenizer, dtype, device)
     target = Target(loaded)
     target.decoder.set_attn_implementation(attention)
-    adaptation = Adaptation.for_target(
+    if is_uniform:
+        collator = replace(collator, vocab_size=target.vocab_size)
+    adaptation = (UniformAdaptation if is_uniform else Adaptation).for_target(
         target,
-        mask_id=mask_token_id(tok, mask_token, new=target.vocab_size),
+        mask_id=None if is_uniform else mask_token_id(tok, mask_token, new=target.vocab_size),
         pattern=pattern,
         context=context,
         block_size=block_size,

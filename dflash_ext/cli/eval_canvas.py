@@ -100,13 +100,14 @@ def canvas_front(
         max_new_tokens=max_new_tokens,
         chat_template_args=chat_template_args,
     )
+    is_masked = getattr(loaded, "mask_id", None) is not None
     with console.status("decoding") as status:
         points = front.canvas_front(
             loaded,
             base,
             tok,
             list(encoded.values()),
-            _processes(process or ["{}"], steps or [4, 8, 16, 32], is_masked=denoiser is not None),
+            _processes(process or ["{}"], steps or [4, 8, 16, 32], is_masked=is_masked),
             temperature=temperature,
             canvas_length=canvas_length,
             max_new_tokens=max_new_tokens,

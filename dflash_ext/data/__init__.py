@@ -10,6 +10,7 @@ from .noised import NoiseCollator
 from .prompts import Conversation, Message, read_conversations
 from .server import Server
 from .text import TextDataset, read_texts
+from .uniform import UniformCollator
 
 __all__ = [
     "AnswerDataset",
@@ -23,6 +24,7 @@ __all__ = [
     "PromptTooLong",
     "Server",
     "TextDataset",
+    "UniformCollator",
     "answer_prompts",
     "conversation_numbers",
     "encode",

@@ -8,6 +8,7 @@ from .loading import is_diffusion_gemma, load_target, stop_tokens
 from .lora import LoraAdapter, LoraDrafter, is_lora_drafter, load_lora_drafter, save_lora_drafter
 from .probe import Verdict, probe
 from .target import Target
+from .uniform import UniformAdaptation
 
 __all__ = [
     "Adaptation",
@@ -17,6 +18,7 @@ __all__ = [
     "LoraAdapter",
     "LoraDrafter",
     "Target",
+    "UniformAdaptation",
     "Verdict",
     "default_taps",
     "is_diffusion_gemma",

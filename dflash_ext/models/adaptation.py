@@ -36,7 +36,7 @@ class AdaptationConfig:
     Attributes:
         base: what the base is known by (`identity_of`).
         mask_id: the token that stands for a masked position. It may be the first number behind the vocabulary, for
-            bases that have no token to spare.
+            bases that have no token to spare. None is for uniform-state diffusion (`UniformAdaptation`).
         pattern, context, block_size: as in `denoising_masks`.
 
     Raises:
@@ -44,7 +44,7 @@ class AdaptationConfig:
     """
 
     base: dict[str, Any]
-    mask_id: int
+    mask_id: int | None
     pattern: str = "prefix_block"
     context: str = "causal"
     block_size: int | None = None
@@ -59,7 +59,7 @@ class AdaptationConfig:
             raise ValueError(f"block_size is {self.block_size}: at least 1 is needed")
         if self.context == "block_causal" and self.pattern != "block_causal":
             raise ValueError(f"with the pattern {self.pattern} the context is causal")
-        if not 0 <= self.mask_id <= self.base["vocab_size"]:
+        if self.mask_id is not None and not 0 <= self.mask_id <= self.base["vocab_size"]:
             raise ValueError(f"mask token {self.mask_id}: the base has {self.base['vocab_size']} tokens")
 
     def check_target(self, target: Target) -> None:
@@ -98,7 +98,7 @@ class Adaptation(nn.Module):
         cls,
         target: Target,
         *,
-        mask_id: int,
+        mask_id: int | None,
         pattern: str = "prefix_block",
         context: str = "causal",
         block_size: int | None = None,
@@ -118,14 +118,18 @@ class Adaptation(nn.Module):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             adaptation = cls(target, config, LoraAdapter.for_target(target, targets=targets, rank=rank, alpha=alpha))
-        embedding = target.model.get_input_embeddings()
-        with torch.no_grad():
-            if mask_id < embedding.weight.shape[0]:
-                start = embedding(torch.tensor([mask_id], device=target.device))[0]
-            else:
-                start = embedding.weight.float().mean(dim=0) * (target.embedding_scale or 1.0)
-            adaptation.mask_embedding.copy_(start)
+        adaptation.begin()
         return adaptation.to(target.device)
+
+    @torch.no_grad()
+    def begin(self) -> None:
+        """Gives the mask its first embedding."""
+        mask_id, embedding = self.config.mask_id, self.target.model.get_input_embeddings()
+        if mask_id < embedding.weight.shape[0]:
+            start = embedding(torch.tensor([mask_id], device=self.target.device))[0]
+        else:
+            start = embedding.weight.float().mean(dim=0) * (self.target.embedding_scale or 1.0)
+        self.mask_embedding.copy_(start)
 
     @property
     def stand_in(self) -> int:
@@ -145,7 +149,7 @@ class Adaptation(nn.Module):
         """
 
         def embed(module: nn.Module, inputs: tuple, output: Tensor) -> Tensor:
-            return torch.where(hidden.unsqueeze(-1), self.mask_embedding.to(output.dtype), output)
+            return self.embedded(output, hidden)
 
         with ExitStack() as acting:
             hook = self.target.model.get_input_embeddings().register_forward_hook(embed)
@@ -186,6 +190,15 @@ class Adaptation(nn.Module):
         self.recomputes = True
 
     activation_checkpointing_enable = gradient_checkpointing_enable  # the name from transformers 5.24 on
+
+    def embedded(self, embedded: Tensor, hidden: Tensor) -> Tensor:
+        """The input of the layers [B, L, H], given the base's embeddings and the masked tokens (bool [B, L])."""
+        return torch.where(hidden.unsqueeze(-1), self.mask_embedding.to(embedded.dtype), embedded)
+
+    def own_tensors(self) -> dict[str, Tensor]:
+        """What is trained beside the adapter, by name."""
+        adapter = {id(parameter) for parameter in self.adapter.parameters()}
+        return {name: each.detach() for name, each in self.named_parameters() if id(each) not in adapter}
 
     def inputs(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor, dict[str, IntervalMask]]:
         """What `forward` takes for a batch of `NoiseCollator`.
@@ -251,13 +264,13 @@ def save_adaptation(
     """
     folder = Path(folder)
     save_adapter(adaptation.adapter, folder, base_name=base_name, dtype=dtype)
-    embedding = adaptation.mask_embedding.detach()
-    save_file({"mask_embedding": embedding.to("cpu", dtype or embedding.dtype).contiguous()}, folder / WEIGHTS)
+    own = {name: each.to("cpu", dtype or each.dtype).contiguous() for name, each in adaptation.own_tensors().items()}
+    save_file(own, folder / WEIGHTS)
     (folder / CONFIG).write_text(json.dumps(asdict(adaptation.config), indent=1) + "\n")
 
 
 def load_adaptation(folder: str | os.PathLike, target: Target) -> Adaptation:
-    """Reads an adaptation for `target` in its own dtype, on the target's device.
+    """Reads an adaptation for `target` in its own dtype, on the target's device. Without a mask token, it is uniform.
 
     Raises:
         ValueError: there is none, it was made for another base, or its tensors do not fit.
@@ -267,12 +280,16 @@ def load_adaptation(folder: str | os.PathLike, target: Target) -> Adaptation:
         raise ValueError(f"no denoiser in '{folder}': there is no {CONFIG}")
     try:
         config = AdaptationConfig(**json.loads((folder / CONFIG).read_text()))
-        embedding = load_file(folder / WEIGHTS)["mask_embedding"]
+        own = load_file(folder / WEIGHTS)
     except Exception as error:  # safetensors raises many kinds
         raise ValueError(f"cannot read the denoiser in '{folder}': {first_line(error)}") from error
-    adaptation = Adaptation(target, config, load_adapter(folder, target))
-    if embedding.shape != adaptation.mask_embedding.shape:
-        raise ValueError(f"the denoiser in '{folder}' embeds a mask in {len(embedding)} numbers, the base in others")
-    with torch.no_grad():
-        adaptation.mask_embedding.copy_(embedding)
+    kind = Adaptation
+    if config.mask_id is None:
+        from .uniform import UniformAdaptation as kind
+    adaptation = kind(target, config, load_adapter(folder, target))
+    for name, tensor in adaptation.own_tensors().items():
+        if name not in own or own[name].shape != tensor.shape:
+            found = "no" if name not in own else f"another shape of, {list(own[name].shape)},"
+            raise ValueError(f"the denoiser in '{folder}' has {found} {name}; {list(tensor.shape)} is needed")
+        tensor.copy_(own[name])
     return adaptation.to(target.device)

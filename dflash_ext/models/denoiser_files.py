@@ -13,6 +13,7 @@ from .adaptation import Adaptation, load_adaptation
 from .denoiser import Denoiser
 from .lora import LoraAdapter
 from .target import Target
+from .uniform import UniformAdaptation
 
 
 def load_denoiser(model: PreTrainedModel, folder: str | os.PathLike) -> Denoiser:
@@ -27,10 +28,14 @@ def load_denoiser(model: PreTrainedModel, folder: str | os.PathLike) -> Denoiser
 def denoiser_of(adaptation: Adaptation) -> Denoiser:
     """An adaptation as the canvas loop takes it: merged into a copy of the base, which keeps its own weights."""
     target, config = adaptation.target, adaptation.config
+    own = {"mask_id": config.mask_id}
+    if isinstance(adaptation, UniformAdaptation):
+        own["self_conditioning"] = copy.deepcopy(adaptation.self_conditioning).to(target.dtype).requires_grad_(False)
+    else:
+        own["mask_embedding"] = adaptation.mask_embedding.detach().to(target.dtype)
     return Denoiser(
         Target(_merged(target.model, adaptation.adapter)),
-        mask_id=config.mask_id,
-        mask_embedding=adaptation.mask_embedding.detach().to(target.dtype),
+        **own,
         attention="causal" if config.pattern == "causal" else "bidirectional",
         prefix=config.context,
     )

@@ -8,9 +8,9 @@ from accelerate import PartialState
 from rich.console import Console
 
 from ..data import NoiseCollator, TextDataset
-from ..models import Adaptation, save_adaptation
+from ..models import Adaptation, UniformAdaptation, save_adaptation
 from .evaluation import Evaluation
-from .objectives import DenoisingObjective
+from .objectives import DenoisingObjective, UniformObjective
 from .recipe import RunRecipe
 from .run import run
 
@@ -32,7 +32,8 @@ def train_denoiser(
 
     Args:
         adaptation: float32 on the target's device; on a GPU it trains under bfloat16 autocast.
-        collator: hides tokens of the rows. With the pattern block_causal it draws noise for each block of its own.
+        collator: hides tokens of the rows, or replaces them (`UniformCollator`) for a `UniformAdaptation`. With the
+            pattern block_causal it draws noise for each block of its own.
         held_out: rows to measure the loss on, `recipe.evaluate_every` steps apart; the best adaptation is then kept.
         ar_weight, kl_weight: as in `DenoisingObjective`.
         resume, console: as in `run`, whose log is returned.
@@ -46,11 +47,17 @@ def train_denoiser(
         if PartialState().is_main_process:
             save_adaptation(adaptation, folder, base_name=adaptation.target.model.name_or_path or None)
 
+    if isinstance(adaptation, UniformAdaptation):
+        if kl_weight:
+            raise ValueError("with uniform noise there is no divergence from the base: kl_weight must be 0")
+        objective = UniformObjective(adaptation, ar_weight=ar_weight)
+    else:
+        objective = DenoisingObjective(adaptation, ar_weight=ar_weight, kl_weight=kl_weight)
     evaluation = None
     if held_out is not None:
         evaluation = Evaluation(held_out, collator, recipe.batch_size, recipe.seed)
     return run(
-        DenoisingObjective(adaptation, ar_weight=ar_weight, kl_weight=kl_weight),
+        objective,
         text,
         output,
         recipe,

@@ -1,0 +1,63 @@
+"""A causal LM learns uniform-state diffusion, and decodes by it."""
+
+import json
+
+import pytest
+import torch
+
+from dflash_ext.models import Target, UniformAdaptation, load_adaptation, load_denoiser, load_target
+
+
+def words(workspace, text):
+    return [
+        *("adapt", "--noise", "uniform", "--model", workspace / "target", "--text", text),
+        *("--output", workspace / "denoiser", "--length", 32, "--steps", 2, "--batch-size", 2, "--device", "cpu"),
+    ]
+
+
+def test_adapt_then_canvas(workspace, text, run):
+    code, _, errors = run(
+        *words(workspace, text),
+        *("--pattern", "block_causal", "--block-size", 4, "--prefix-share", "0.1,0.5", "--ar-weight", 0.5),
+        *("--decay", 4, "--held-out", text, "--save-every", 1, "--learning-rate", 1e-2),
+    )
+    assert code == 0, errors
+    model, _ = load_target(workspace / "target")
+    adaptation = load_adaptation(workspace / "denoiser", Target(model))
+    assert isinstance(adaptation, UniformAdaptation) and adaptation.config.mask_id is None
+    assert adaptation.self_conditioning.down.weight.abs().max() > 0  # it has learnt from zeros
+    denoiser = load_denoiser(model, workspace / "denoiser")
+    assert denoiser.mask_id is None and denoiser.prefix == "causal"
+    torch.testing.assert_close(denoiser.self_conditioning.state_dict(), adaptation.self_conditioning.state_dict())
+    out = workspace / "out.jsonl"
+    code, _, errors = run(
+        *("canvas", "--model", workspace / "target", "--denoiser", workspace / "denoiser"),
+        *("--prompts", workspace / "prompts.jsonl", "--canvas-length", 4, "--max-new-tokens", 8, "--steps", 3),
+        *("--confidence", 0, "--output", out),
+    )
+    assert code == 0, errors
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert len(rows) == 3 and all(set(row["steps"]) == {3} for row in rows)
+
+
+def test_hidden_tokens_cannot_be_filled_in(workspace, text, run):
+    assert run(*words(workspace, text))[0] == 0
+    denoiser = ["--model", workspace / "target", "--denoiser", workspace / "denoiser"]
+    code, _, errors = run("eval", "reconstruct", *denoiser, "--text", text, "--length", 32)
+    assert code == 1 and "has no mask token, and cannot fill in hidden tokens" in errors
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--noise", "gaussian"), "--noise gaussian: masked and uniform are supported"),
+        (("--pattern", "causal"), "a block sees both directions and there is no mask token"),
+        (("--mask-token", "w096"), "a block sees both directions and there is no mask token"),
+        (("--complementary",), "all tokens of a block count"),
+        (("--kl-weight", 1), "kl_weight must be 0"),
+        (("--noise", "masked", "--decay", 3), "--decay goes with --noise uniform"),
+    ],
+)
+def test_mistakes_take_one_line(workspace, text, run, options, message):
+    code, _, errors = run(*words(workspace, text), *options)
+    assert code == 1 and message in errors and len(errors.strip().splitlines()) == 1, errors
