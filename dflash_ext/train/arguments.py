@@ -39,6 +39,7 @@ DECIDED = {
     "report_to": "--report-to",
     "resume_from_checkpoint": "--resume",
     "use_cpu": "--device",
+    "auto_find_batch_size": "no option, the order of the samples",
     "metric_for_best_model": "no option, the evaluation",
     "greater_is_better": "no option, the evaluation",
     "train_sampling_strategy": "no option, the seed",
