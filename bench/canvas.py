@@ -188,11 +188,12 @@ def main() -> None:
             print(json.dumps(row), flush=True)
 
     add(parts())
-    add(smollm2())
     target = model()
     prompt = torch.randint(3, VOCAB, (PROMPT,), generator=torch.Generator().manual_seed(0)).tolist()
     add(step(target, prompt))
     add(loops(target, prompt))
+    del target
+    add(smollm2())
     print(runner.write(f"canvas_{runner.gpu_name()}", rows))
 
 
