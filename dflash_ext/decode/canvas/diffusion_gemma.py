@@ -12,7 +12,6 @@ from transformers import PreTrainedModel
 
 from ...integrations import as_attention_mask
 from ...integrations.attention import runs_block_attn
-from ...integrations.fused_layers import fused_forwards, replaced_forwards
 from ...models.target import cache_argument
 from ...ops import soft_embedding, softcapped_logits
 from ..forward.masks import Masks, block_masks, causal_masks
@@ -54,14 +53,11 @@ class DiffusionGemmaForward:
         self.cache = SlotCache(slots, tokens, [self.windows[kind] for kind in self.config.layer_types], rows)
         self.attentions = [layer.self_attn for stack in (self.encoder, self.decoder) for layer in stack.layers]
         self.cache_argument = cache_argument(self.encoder)
-        # On a GPU the norms of transformers run as half a dozen kernels each.
-        layers = [*self.encoder.layers, *self.decoder.layers] if self.like.is_cuda else []
-        self.fused = fused_forwards(torch.nn.ModuleList(layers))
 
     def encode(self, tokens: Tensor, positions: Tensor, start: Tensor, counts: Tensor, slots: Tensor) -> None:
         given = self._given(causal_masks, positions, start, counts, slots)
         masks = given.pop("masks")
-        with runs_block_attn(self.attentions), replaced_forwards(self.fused):
+        with runs_block_attn(self.attentions):
             self.encoder(input_ids=tokens, attention_mask=masks, position_ids=positions.clamp(min=0), **given)
 
     commit = encode
@@ -74,7 +70,7 @@ class DiffusionGemmaForward:
         decoder, positions = self.decoder, positions.clamp(min=0)
         hidden = decoder.self_conditioning(self.embedding(tokens), soft)
         rotary = {kind: decoder.rotary_emb(hidden, positions, kind) for kind in self.windows}
-        with runs_block_attn(self.attentions), replaced_forwards(self.fused), self._writing():
+        with runs_block_attn(self.attentions), self._writing():
             for layer, kind in zip(decoder.layers, self.config.layer_types, strict=True):
                 hidden = layer(
                     hidden,
