@@ -111,7 +111,7 @@ def main(*sizes: int) -> None:
     for rows in sizes or (8, 1):
         calls = steps(rows)
         peaks = {name: peak_of(step) for name, step in calls.items()}
-        for name, timing in gpu_turns(calls, graphs=False).items():
+        for name, timing in gpu_turns(calls, rounds=7, graphs=False).items():
             loss, peak = peaks[name]
             case = {"case": f"Gemma 3 270M, batch {rows} x {LENGTH}", "impl": name, "loss": loss, "peak_gb": peak / 1e9}
             results.append(case | timing.row() | {"tokens_per_s": 1e3 * rows * LENGTH / timing.ms})

@@ -67,22 +67,20 @@ def documents(folder: Path) -> Iterator[str]:
 
 def main(output: Path, folders: list[Path]) -> None:
     output.mkdir(parents=True, exist_ok=True)
-    seen: set[int] = set()
-    counts = dict.fromkeys(("train", "held_out"), 0)
-    files = {name: lzma.open(output / f"{name}.jsonl.xz", "wt", encoding="utf-8") for name in counts}
+    found: dict[int, str] = {}
     for folder in folders:
         for document in documents(folder):
             text = re.sub(r"\n{3,}", "\n\n", re.sub(r"[ \t]+\n", "\n", document)).strip()
-            name = zlib.crc32(text.encode())
-            if len(text) < SHORTEST or name in seen:
-                continue
-            seen.add(name)
-            where = "train" if name % HELD_OUT else "held_out"
-            files[where].write(json.dumps({"text": text}) + "\n")
-            counts[where] += len(text)
-    for name, file in files.items():
-        file.close()
-        print(f"{output / name}.jsonl.xz: {counts[name] / 1e6:.1f} million characters")
+            if len(text) >= SHORTEST:
+                found[zlib.crc32(text.encode())] = text
+    # In the order of their hashes, so that the first rows of a file are of all packages.
+    parts = {"train": lambda number: number % HELD_OUT, "held_out": lambda number: not number % HELD_OUT}
+    for name, is_in in parts.items():
+        texts = [found[number] for number in sorted(found) if is_in(number)]
+        path = output / f"{name}.jsonl.xz"
+        with lzma.open(path, "wt", encoding="utf-8") as file:
+            file.writelines(json.dumps({"text": text}) + "\n" for text in texts)
+        print(f"{path}: {len(texts)} documents, {sum(map(len, texts)) / 1e6:.1f} million characters")
 
 
 if __name__ == "__main__":

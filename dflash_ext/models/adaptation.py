@@ -19,7 +19,7 @@ from ..integrations.fused_layers import replaced_forwards
 from ..masks import IntervalMask
 from .denoising_masks import CONTEXTS, PATTERNS, denoising_masks
 from .loading import first_line
-from .lora import LoraAdapter
+from .lora import LoraAdapter, LoraDrafter, LoraDrafterConfig, save_lora_drafter
 from .lora.adapter import with_update
 from .lora.config import identity_of
 from .lora.peft_files import load_adapter, save_adapter
@@ -130,6 +130,26 @@ class Adaptation(nn.Module):
         else:
             start = embedding.weight.float().mean(dim=0) * (self.target.embedding_scale or 1.0)
         self.mask_embedding.copy_(start)
+
+    def as_drafter(self, block_size: int = 8) -> LoraDrafter:
+        """A drafter for the base: with the adapter it drafts a block, and without it it verifies.
+
+        A block is a denoising block whose first token, the anchor, is right and whose others are masked. What comes
+        before it is the prefix, which the adapter reads, too.
+
+        Args:
+            block_size: the slots of a block, the anchor included. Decoding may choose another number.
+        """
+        config = LoraDrafterConfig(
+            self.config.base,
+            self.stand_in,
+            kind="whole",
+            block_size=block_size,
+            causal=self.config.pattern == "causal",
+        )
+        drafter = LoraDrafter(config, self.adapter)
+        drafter.mask_embedding = self.mask_embedding
+        return drafter
 
     @property
     def stand_in(self) -> int:
@@ -258,12 +278,17 @@ def save_adaptation(
 ) -> None:
     """Writes an adaptation. PEFT reads the folder as that of a plain adapter.
 
+    With a mask token it is the folder of a whole LoRA drafter, too.
+
     Args:
         base_name: the base's folder or name on the hub, for PEFT's users.
         dtype: that of the tensors, the adaptation's own by default.
     """
     folder = Path(folder)
-    save_adapter(adaptation.adapter, folder, base_name=base_name, dtype=dtype)
+    if adaptation.config.mask_id is None:
+        save_adapter(adaptation.adapter, folder, base_name=base_name, dtype=dtype)
+    else:
+        save_lora_drafter(adaptation.as_drafter(), folder, base_name=base_name, dtype=dtype)
     own = {name: each.to("cpu", dtype or each.dtype).contiguous() for name, each in adaptation.own_tensors().items()}
     save_file(own, folder / WEIGHTS)
     (folder / CONFIG).write_text(json.dumps(asdict(adaptation.config), indent=1) + "\n")

@@ -5,8 +5,9 @@ import pytest
 import torch
 
 from dflash_ext.data import NoiseCollator
+from dflash_ext.decode import decode
 from dflash_ext.models import Adaptation, Target, load_adaptation, save_adaptation
-from python_tests.tiny import MASK_TOKEN, VOCAB, tiny_gemma4, tiny_model
+from python_tests.tiny import MASK_TOKEN, VOCAB, random_prompts, tiny_gemma4, tiny_model
 
 
 def target_of(family):
@@ -183,3 +184,26 @@ def test_compiled_layers_of_a_kind_share_a_graph(family, graphs):
     assert (again - want[0]).abs().max() > 1e-3
     adaptation._compiled = None
     torch.testing.assert_close(again, states(adaptation, batch), atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("pattern", ["causal", "prefix_block"])
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_a_denoiser_drafts_for_its_base(tmp_path, family, pattern):
+    """The drafted tokens are what the denoiser fills in behind the anchor, and the base's output stays as it is.
+
+    Prompt and block fit into the window of Gemma's layers. Beyond it, each row of a drafted block has its own context.
+    """
+    adaptation, prompts = adaptation_of(family, pattern=pattern), random_prompts(3, 2, 1)
+    save_adaptation(adaptation, tmp_path)
+    target = Target(adaptation.target.model)
+    plain = decode(target, None, prompts, max_new_tokens=12)
+    drafted = decode(target, tmp_path, prompts, max_new_tokens=12, block_size=5)
+    for prompt, got, want in zip(prompts, drafted.completions, plain.completions, strict=True):
+        assert got.tokens == want.tokens
+        tokens, bounds = torch.tensor([[*prompt, want.tokens[0], 0, 0, 0, 0]]), {}
+        for name, value in (("starts", 0), ("ends", tokens.shape[1]), ("blocks", len(prompt))):
+            bounds[name] = torch.full(tokens.shape, value, dtype=torch.int32)
+        hidden = torch.arange(tokens.shape[1])[None] > len(prompt)
+        logits = states(adaptation, bounds | {"input_ids": tokens, "hidden": hidden}) @ target.head.T
+        logits[..., MASK_TOKEN] = -torch.inf
+        assert got.drafted[0] == logits[0, -4:].argmax(-1).tolist()
