@@ -10,6 +10,8 @@ from torch import Tensor
 
 from ..ops.cycle import mark_time
 
+MOST_MARKS = 8  # of the clock, in a captured cycle
+
 
 class Stopwatch:
     """Adds up the seconds of named phases: wall time on the CPU, CUDA events on a GPU, which wait for nothing.
@@ -23,12 +25,14 @@ class Stopwatch:
         self.device, self.cuda, self.captured = device, device.type == "cuda", captured
         self.marks: list[tuple[str, object, object]] = []
         self.running: tuple[str, object] | None = None
+        # Graphs share memory, so that one overwrites what another has left in its own. Times are kept outside.
+        self.times = iter(torch.zeros(MOST_MARKS, dtype=torch.int64, device=device) if captured else ())
 
     def _now(self):
         if not self.cuda:
             return time.perf_counter()
         if self.captured:
-            return mark_time(torch.empty(0, device=self.device))
+            return next(self.times).copy_(mark_time(torch.empty(0, device=self.device)))
         event = torch.cuda.Event(enable_timing=True)
         event.record()
         return event

@@ -111,6 +111,18 @@ class Scripted(DFlashDrafter):
         return torch.nn.functional.one_hot(tokens, target.vocab_size).to(target.dtype)
 
 
+def test_the_times_of_a_graph_outlast_the_replays_of_others():
+    """Graphs share their memory. One that was captured earlier runs again before the times are read."""
+    target, drafter = pair("qwen3")
+    engine = Engine(target, drafter, slots=8, max_length=200)
+    for count in (8, 1, 8):
+        for prompt in random_prompts(*[5] * count):
+            engine.submit(prompt, max_new_tokens=20)
+        engine.run()
+    assert len(engine.runner.graphs) >= 2
+    assert all(0 < seconds < 10 for seconds in engine.runner.seconds().values())
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_exact_mode_gives_the_same_bits_whatever_is_drafted(family):
     """Requests of one prompt and several lengths, so that rows of other lengths stand beside each."""
