@@ -301,6 +301,23 @@ def test_graph_of_forward_and_backward(head_dim, deterministic):
     assert all(is_same(a, b, deterministic) for a, b in zip(captured, step(), strict=True))
 
 
+@pytest.mark.parametrize("deterministic", [True, False])
+@pytest.mark.parametrize("head_dim", [64, 128, 256, 512])
+def test_memory(head_dim, deterministic):
+    """Beside inputs and results at most float32 sums of all gradients and two numbers a row."""
+    mask = IntervalMask.prefix_block(2048, 1024, device="cuda")
+    leaves = [x.requires_grad_() for x in inputs(mask, "cuda", torch.bfloat16, head_dim=head_dim)]
+    out, lse = block_attn(*leaves, mask, deterministic=deterministic, return_lse=True)
+    upstream = torch.randn_like(out)
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    grads = torch.autograd.grad(out, leaves, upstream)
+    needed = torch.cuda.max_memory_allocated() - before - sum(x.nbytes for x in grads)
+    tables = 1 << 20  # of tiles and turns
+    assert needed <= 4 * sum(x.numel() for x in leaves) + 2 * lse.nbytes + tables
+
+
 @pytest.mark.parametrize("is_planned", [True, False])
 def test_a_call_without_a_plan_makes_it_once(is_planned):
     """The backward writes its own table of tiles along with the first values that it computes."""
