@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from bench import answers
 from bench.engine_models import bytes_of, loaded, replay
 from dflash_ext.models import DFlashDrafter, LoraDrafter, Target
 from dflash_ext.ops.cycle import FIELDS
@@ -37,3 +38,14 @@ def test_a_loaded_engine_with_a_lora_drafter(kind, forwards, drafted):
         records = run()
         assert records[:, 0].tolist() == [1] * 2 and records.shape == (2, 4 + drafted)
         assert records[:, 1].tolist() == [drafted] * 2  # a cycle of one forward has a draft to verify
+
+
+def test_a_queue_of_prompts_is_answered_whole(monkeypatch):
+    monkeypatch.setattr(answers, "PROMPT", (2, 9))
+    monkeypatch.setattr(answers, "ANSWER", (3, 12))
+    target = Target(tiny_model("llama"))
+    asked = answers.requests(21, target.vocab_size)
+    assert len({tokens for _, tokens in asked}) > 3 and max(len(prompt) for prompt, _ in asked) <= 9
+    row = answers.measure(target, 4, 20, at_once=True)
+    seconds = sum(tokens for _, tokens in asked[1:]) / row["tokens_per_second"]
+    assert row["host"].keys() == {"prefill", "cycle", "read"} and 0 < sum(row["host"].values()) < seconds
