@@ -8,9 +8,9 @@ from functools import partial
 
 import pytest
 import torch
-from test_attention import MASKS, distance, inputs, sdpa, with_gradients
 
 from dflash_ext import IntervalMask, block_attn, reference
+from python_tests.ops.test_attention import MASKS, distance, inputs, sdpa, with_gradients
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("poisoned_memory")]
 

@@ -7,10 +7,10 @@ import sys
 
 import pytest
 import torch
-from test_attention import MASKS, distance, inputs, sdpa
 
 from dflash_ext import IntervalMask, block_attn, reference
 from python_tests.exactness import allowed_error
+from python_tests.ops.test_attention import MASKS, distance, inputs, sdpa
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("poisoned_memory")]
 

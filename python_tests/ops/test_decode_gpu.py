@@ -4,10 +4,10 @@ import math
 
 import pytest
 import torch
-from test_attention import any_int32, distance
 
 from dflash_ext import IntervalMask, block_attn_decode, reference
 from dflash_ext.ops.layer import rotate_to_cache
+from python_tests.ops.test_attention import any_int32, distance
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("poisoned_memory")]
 

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from test_kv import random_case
 
 from dflash_ext import kv_inject, reference
+from python_tests.ops.test_kv import random_case
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("poisoned_memory")]
 

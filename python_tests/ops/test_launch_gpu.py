@@ -13,7 +13,6 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from test_attention import distance
 
 from dflash_ext import (
     IntervalMask,
@@ -30,6 +29,7 @@ from dflash_ext import (
     verify,
 )
 from dflash_ext.ops import backends
+from python_tests.ops.test_attention import distance
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("poisoned_memory")]
 
@@ -205,7 +205,7 @@ SHARE = """
 import sys, torch
 from concurrent.futures import ThreadPoolExecutor
 sys.path[:0] = sys.argv[1:3]
-from test_launch_gpu import calls
+from python_tests.ops.test_launch_gpu import calls
 print(torch.cuda.get_device_properties(0).multi_processor_count)
 
 def in_a_thread(call):  # of its own, which has made no CUDA call yet
@@ -297,7 +297,7 @@ def test_a_build_of_ptx_alone(tmp_path):
 KERNELS = """
 import json, sys, torch
 sys.path[:0] = sys.argv[1:3]
-from test_launch_gpu import calls
+from python_tests.ops.test_launch_gpu import calls
 found = {}
 for name, call in calls().items():
     with torch.profiler.profile() as profile:

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from test_linear import OPTIONS, bits, random_case, widened
 
 from dflash_ext import linear, reference
 from python_tests.exactness import allowed_error
+from python_tests.ops.test_linear import OPTIONS, bits, random_case, widened
 
 pytestmark = [
     pytest.mark.gpu,

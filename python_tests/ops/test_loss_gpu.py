@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from test_loss import OPTIONS, relative_error
 
 from dflash_ext import reference
 from python_tests.exactness import allowed_error
+from python_tests.ops.test_loss import OPTIONS, relative_error
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("poisoned_memory")]
 

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from test_reveal import LIMITS, canvas
 
 from dflash_ext import reveal
+from python_tests.ops.test_reveal import LIMITS, canvas
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("poisoned_memory")]
 

@@ -4,10 +4,10 @@ import math
 
 import pytest
 import torch
-from test_sampling import FILTERS, SEED, check_draws, close, exact, rows
 
 from dflash_ext import reference, sample
 from dflash_ext.ops.random import SAMPLE, uniforms_of
+from python_tests.ops.test_sampling import FILTERS, SEED, check_draws, close, exact, rows
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("poisoned_memory")]
 

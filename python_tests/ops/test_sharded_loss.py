@@ -4,9 +4,9 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
-from test_linear_loss import inputs, run
 
 from dflash_ext import linear_cross_entropy, reference, sharded_linear_cross_entropy
+from python_tests.ops.test_linear_loss import inputs, run
 
 ROWS, VOCAB = 30, 50
 CASES = [

@@ -4,9 +4,9 @@ import math
 
 import pytest
 import torch
-from test_verify import DRAFTED, OPTIONS, case, same
 
 from dflash_ext import reference, sample, verify
+from python_tests.ops.test_verify import DRAFTED, OPTIONS, case, same
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("poisoned_memory")]
 
