@@ -29,11 +29,9 @@ class BackwardPass {
         part_bytes_(warp_ % kParts * Tile::kWarpDim * 2) {
     const unsigned heads = kOfKeys ? p.kv_heads : p.heads >> launch.fold_bits;
     const unsigned count = gridDim.x / heads / static_cast<unsigned>(p.batch);
-    // Additions to dQ are fastest in the L2 cache, so blocks that add to the same sums run at the same time.
-    const unsigned tile = Tile::kAddsGradQ ? blockIdx.x % count : blockIdx.x / heads / static_cast<unsigned>(p.batch);
-    const unsigned head = Tile::kAddsGradQ ? blockIdx.x / count : blockIdx.x;
-    batch_ = head / heads % static_cast<unsigned>(p.batch);
-    head_ = head % heads;
+    const unsigned tile = blockIdx.x / heads / static_cast<unsigned>(p.batch);
+    batch_ = blockIdx.x / heads % static_cast<unsigned>(p.batch);
+    head_ = blockIdx.x % heads;
     // Under causal masks the first keys have the most rows, and the last rows have the most keys. Those blocks start
     // first.
     first_ = static_cast<int>(kOfKeys ? tile : count - 1 - tile) * kStill;
