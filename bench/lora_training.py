@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from bench import runner
-from bench.timing import gpu_turns
+from bench.timing import event_turns
 from dflash_ext.models import LoraDrafter, Target
 from dflash_ext.train import AnchorCollator
 from dflash_ext.train.objectives import LoraObjective
@@ -108,7 +108,7 @@ def main(layers: int = 36) -> None:
     for name, make in makers.items():
         step = make()
         loss, peak = peak_of(step)
-        timing = gpu_turns({name: step}, rounds=5, graphs=False)[name]
+        timing = event_turns({name: step}, rounds=5)[name]
         rows.append({"case": f"{layers} layers, {LENGTH} tokens", "impl": name, "loss": loss, "peak_gb": peak / 1e9})
         rows[-1] |= timing.row()
         print(json.dumps(rows[-1]), flush=True)
