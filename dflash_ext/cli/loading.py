@@ -62,15 +62,9 @@ def load_canvas_model(
 
 def load_pair(model: PreTrainedModel, path: Path | None) -> tuple[Target, DFlashDrafter | LoraDrafter | None]:
     """The target and the drafter at `path`; the target is tapped for it. Without a path, the target alone, and None."""
-    from ..models import Target, is_lora_drafter, load_drafter, load_lora_drafter
+    from .. import models
 
-    if path is None:
-        return Target(model), None
-    if is_lora_drafter(path):
-        target = Target(model)
-        return target, load_lora_drafter(path, target)
-    drafter = load_drafter(path, dtype=model.dtype, device=model.device)
-    return Target(model, drafter.config.target_layer_ids), drafter
+    return (models.Target(model), None) if path is None else models.load_pair(model, path)
 
 
 def encode_for(

@@ -6,6 +6,7 @@ from .drafter_config import DFlashConfig, default_taps
 from .drafter_files import load_drafter, save_drafter
 from .loading import is_diffusion_gemma, load_target, stop_tokens
 from .lora import LoraAdapter, LoraDrafter, is_lora_drafter, load_lora_drafter, save_lora_drafter
+from .pairs import load_pair
 from .probe import Verdict, probe
 from .target import Target
 from .uniform import UniformAdaptation
@@ -27,6 +28,7 @@ __all__ = [
     "load_denoiser",
     "load_drafter",
     "load_lora_drafter",
+    "load_pair",
     "load_target",
     "probe",
     "save_adaptation",

@@ -5,9 +5,9 @@ import torch
 
 from dflash_ext.data import Conversation, encode
 from dflash_ext.decode import decode
-from dflash_ext.demo.real import DRAFTER, PROMPTS
+from dflash_ext.demo.real import DRAFTER, LORA_DRAFTER, PROMPTS
 from dflash_ext.integrations.gguf import smollm2_path
-from dflash_ext.models import DFlashDrafter, Target, load_drafter, load_target, stop_tokens
+from dflash_ext.models import DFlashDrafter, Target, load_pair, load_target, stop_tokens
 
 pytestmark = pytest.mark.model
 NEW = 32
@@ -48,13 +48,17 @@ def own_output(smollm2):
     return outputs
 
 
-def test_the_shipped_drafter_is_lossless_and_accepted(smollm2, own_output):
+@pytest.mark.parametrize(
+    "folder, options, tau",
+    [(DRAFTER, {}, 1.8), (LORA_DRAFTER, {"forwards": 2}, 2.0), (LORA_DRAFTER, {"forwards": 1}, 1.5)],
+)
+def test_the_shipped_drafters_are_lossless_and_accepted(smollm2, own_output, folder, options, tau):
     model, prompts, stops = smollm2
-    drafter = load_drafter(DRAFTER, dtype=torch.float32, device=torch.device("cpu"))
-    target = Target(model, drafter.config.target_layer_ids)
-    decoded = decode(target, drafter, prompts, max_new_tokens=NEW, stop_token_ids=stops, batch_size=5)
+    decoded = decode(
+        *load_pair(model, folder), prompts, max_new_tokens=NEW, stop_token_ids=stops, batch_size=5, **options
+    )
     assert [c.tokens for c in decoded.completions] == own_output
-    assert decoded.tau > 1.8
+    assert decoded.tau > tau
 
 
 def test_a_random_drafter_is_lossless(smollm2, own_output):

@@ -1,0 +1,25 @@
+"""A target together with its drafter, of whichever kind."""
+
+from __future__ import annotations
+
+import os
+
+from transformers import PreTrainedModel
+
+from .drafter import DFlashDrafter
+from .drafter_files import load_drafter
+from .lora import LoraDrafter, is_lora_drafter, load_lora_drafter
+from .target import Target
+
+
+def load_pair(model: PreTrainedModel, name: str | os.PathLike) -> tuple[Target, DFlashDrafter | LoraDrafter]:
+    """A target, tapped as its drafter needs it, and the drafter, in the model's dtype and on its device.
+
+    Args:
+        name: the folder of a LoRA drafter, or what `load_drafter` takes.
+    """
+    if is_lora_drafter(name):
+        target = Target(model)
+        return target, load_lora_drafter(name, target)
+    drafter = load_drafter(name, dtype=model.dtype, device=model.device)
+    return Target(model, drafter.config.target_layer_ids), drafter
