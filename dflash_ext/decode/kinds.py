@@ -15,8 +15,8 @@ from .state import State
 Drafter = DFlashDrafter | LoraDrafter
 
 
-# On an H100 so many rows cost little more than one, so that a forward saved is worth more than the longer drafts of
-# two forwards, which know the bonus token.
+# A forward of so many rows is taken to cost little more than one of a single row, so that a forward saved is worth more
+# than the longer drafts of two forwards, which know the bonus token. Measured on an H100 at 56 rows alone.
 FEW_ROWS = 128
 
 

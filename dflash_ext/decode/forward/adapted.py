@@ -29,13 +29,11 @@ class AdaptedForward:
     def __init__(self, forward: LeanForward, adapter: LoraAdapter):
         self.forward = forward
         stack, halves = forward.stack, halves_of(adapter, forward.target)
-        self.beside, self.merged, self.side = None, None, None
+        self.beside, self.merged = None, None
         if max(layer.gate_up.numel() for layer in stack.layers) > MOST_MERGED:
             self.beside = BesideStack.of(stack, halves)
-            return
-        self.merged = replace(stack, layers=_merged(stack.layers, halves), exact=False)
-        if forward.target.device.type == "cuda":
-            self.side = torch.cuda.Stream(forward.target.device)
+        else:
+            self.merged = replace(stack, layers=_merged(stack.layers, halves), exact=False)
 
     def run(self, base: Tensor, others: Tensor, where: Rows, cache: KVCache | None = None) -> tuple[Tensor, Tensor]:
         """The outputs of the last layer [B, n, H] of the base's rows and [B, m, H] of the others.
@@ -51,31 +49,11 @@ class AdaptedForward:
             rows = torch.cat([base, others], dim=1).flatten(0, 1)
             hidden = self.beside.on(first, entries).forward(rows, where, cache)[0].view(entries, -1, width)
             return hidden[:, :first], hidden[:, first:]
-        own, behind = where.part(0, first), where.part(first, None)
-        given = base.flatten(0, 1), others.flatten(0, 1)
-        if first and self.side is not None:
-            outputs = self._together(*given, own, behind, cache)
-        else:
-            outputs = (
-                self.forward.stack.forward(given[0], own, cache)[0] if first else given[0],
-                self.merged.forward(given[1], behind, cache)[0],
-            )
-        return outputs[0].view_as(base), outputs[1].view_as(others)
-
-    def _together(self, base: Tensor, others: Tensor, own: Rows, behind: Rows, cache: KVCache) -> tuple[Tensor, Tensor]:
-        """Runs both in two streams of a GPU. The others are a layer behind, so that the base's keys are there."""
-        main = torch.cuda.current_stream()
-        self.side.wait_stream(main)
-        base_layers = self.forward.stack.layer_by_layer(base, own, cache)
-        other_layers = self.merged.layer_by_layer(others, behind, cache)
-        for _ in self.merged.layers:
-            base = next(base_layers)
-            written = main.record_event()
-            with torch.cuda.stream(self.side):
-                self.side.wait_event(written)
-                others = next(other_layers)
-        main.wait_stream(self.side)
-        return base, others
+        if first:
+            own = where.part(0, first)
+            base = self.forward.stack.forward(base.flatten(0, 1), own, cache)[0].view_as(base)
+        where = where.part(first, None)
+        return base, self.merged.forward(others.flatten(0, 1), where, cache)[0].view_as(others)
 
 
 def _merged(layers: Sequence[LayerWeights], halves: Sequence[LayerHalves]) -> list[LayerWeights]:
