@@ -1,4 +1,5 @@
+from .canvas import canvas_model
 from .real import real_model
 from .tiny import tiny_model
 
-__all__ = ["real_model", "tiny_model"]
+__all__ = ["canvas_model", "real_model", "tiny_model"]

@@ -28,17 +28,9 @@ ANSWERS, ANSWER_TOKENS = 160, 64
 
 def tiny_model(console: Console) -> None:
     """Trains, decodes and prints. Raises RuntimeError if the speculative output is not the target's own."""
-    torch.manual_seed(0)
     console.rule("a tiny target and its drafter, trained on the spot")
     began = time.perf_counter()
-    files = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
-    texts = [path.read_text(encoding="utf-8", errors="ignore") for path in files]
-    # Every eighth file is kept for the prompts.
-    seen, unseen = [t for i, t in enumerate(texts) if i % 8], texts[::8]
-    console.print(f"text: {len(seen)} files of the standard library, {sum(map(len, seen)) / 1e6:.1f} M characters")
-    tokenizer = _tokenizer(seen)
-    model = _train_target(console, tokenizer, seen)
-
+    model, tokenizer, seen, unseen = trained_on_source_code(console)
     drafter = DFlashDrafter.for_target(
         Target(model), mask_token_id=tokenizer.mask_token_id, num_layers=2, block_size=8, taps=2
     )
@@ -64,6 +56,19 @@ def tiny_model(console: Console) -> None:
     }
     compare(console, tapped, drafter.eval(), tokenizer, prompts, max_new_tokens=64, stop_token_ids=())
     console.print(f"this part took {time.perf_counter() - began:.0f} s")
+
+
+def trained_on_source_code(
+    console: Console,
+) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast, list[str], list[str]]:
+    """A causal LM and its tokenizer, the files that they have seen, and every eighth file, which they have not."""
+    torch.manual_seed(0)
+    files = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
+    texts = [path.read_text(encoding="utf-8", errors="ignore") for path in files]
+    seen, unseen = [t for i, t in enumerate(texts) if i % 8], texts[::8]
+    console.print(f"text: {len(seen)} files of the standard library, {sum(map(len, seen)) / 1e6:.1f} M characters")
+    tokenizer = _tokenizer(seen)
+    return _train_target(console, tokenizer, seen), tokenizer, seen, unseen
 
 
 def _tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
