@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from statistics import median
 
 MEMORY = 0.98  # the weight of earlier cycles, per cycle of a row
 FIRST_GUESS = 0.7  # the rate at which a first drafted token is taken to be accepted before anything is known
 TRUST = 2.0  # as many cycles as an estimate counts, which a position takes over from the one before
-RUNS = 3  # a cost is the time of the fastest of so many cycles
+RUNS = 3  # a cost is the median time of so many cycles
 PROBE = 64  # among so many cycles without a draft one has the shortest draft, to see whether drafting pays again
 
 
@@ -35,18 +36,17 @@ class Costs:
         self.widths = widths
         self.is_given = given is not None
         self.seconds: dict[int, dict[int, float]] = {rows: dict(table) for rows, table in (given or {}).items()}
-        self.runs: Counter[tuple[int, int]] = Counter()
+        self.runs: defaultdict[tuple[int, int], list[float]] = defaultdict(list)
         if self.is_given and not any(table.keys() >= {0, widths[-1]} for table in self.seconds.values()):
             raise ValueError(f"costs has no table with the costs of cycles that draft 0 and {widths[-1]} tokens")
 
     def add(self, rows: int, width: int, seconds: float) -> None:
         """Takes note of what a cycle took."""
-        table = self.seconds.setdefault(rows, {})
-        table[width] = min(seconds, table.get(width, math.inf))
-        self.runs[rows, width] += 1
+        self.runs[rows, width].append(seconds)
+        self.seconds.setdefault(rows, {})[width] = median(self.runs[rows, width])
 
     def is_measured(self, rows: int, width: int) -> bool:
-        return self.is_given or self.runs[rows, width] >= RUNS
+        return self.is_given or len(self.runs.get((rows, width), ())) >= RUNS
 
     def table(self, rows: int) -> dict[int, float] | None:
         """The costs of all widths, None as long as nothing can be said of them."""
