@@ -5,11 +5,65 @@
 
 #include "common/cp_async.h"
 #include "common/shared_memory.h"
-#include "sample/row_batches.h"
-#include "sample/row_tiles.h"
+#include "sample/logits_gpu.h"
 #include "sample/team.h"
 
 namespace dflash::DFLASH_ISA {
+
+constexpr int kThreads = 512, kWarps = kThreads / 32;
+constexpr int kLoads = 8;  // chunks of 16 bytes that a lane loads at once
+constexpr int kMaxTiles = 512;
+
+// Tokens that a warp loads at once.
+template <class Source>
+constexpr int kStep = 32 * kLoads * Source::kSize;
+
+template <class Source>
+constexpr uint32_t tile_size_of(int64_t vocab) {
+  constexpr int64_t kLargestStep = int64_t(kStep<Source>) * kMaxTiles;
+  return (vocab + kLargestStep - 1) / kLargestStep * kStep<Source>;
+}
+
+// The tiles of a block.
+template <class Source>
+constexpr int share_of(int64_t vocab, int team_size) {
+  const int64_t tile_size = tile_size_of<Source>(vocab), tiles = (vocab + tile_size - 1) / tile_size;
+  return (tiles + team_size - 1) / team_size;
+}
+
+// Bytes of dynamic shared memory in which a team that keeps its row has a block's share of it.
+template <class Source>
+constexpr int64_t kept_bytes(int64_t vocab, int team_size) {
+  const int64_t tokens = share_of<Source>(vocab, team_size) * int64_t(tile_size_of<Source>(vocab));
+  return tokens / Source::kSize * sizeof(typename Source::Values);
+}
+
+// Integers in the order of floats.
+DFLASH_INLINE int ordered_bits(float x) {
+  const int bits = __float_as_int(x);
+  return bits ^ ((bits >> 31) & 0x7fffffff);
+}
+DFLASH_INLINE float from_ordered_bits(int bits) { return __int_as_float(bits ^ ((bits >> 31) & 0x7fffffff)); }
+DFLASH_INLINE float warp_max(float x) { return from_ordered_bits(__reduce_max_sync(~0u, ordered_bits(x))); }
+DFLASH_INLINE float warp_min(float x) { return from_ordered_bits(__reduce_min_sync(~0u, ordered_bits(x))); }
+
+// The sum of e = 2^d, d = (x - the row's maximum) * rate, and the sum of e * d, over a tile or a row.
+struct Sums {
+  float e, e_exponent;
+  DFLASH_INLINE float entropy() const { return logf(e) - kLn2 * e_exponent / e; }  // nats
+};
+
+struct Tile {
+  Best best;
+  float e, e_exponent;  // as Sums, but relative to the tile's own maximum
+};
+
+// Shared memory of every block of a team. What belongs to a tile is written into that of all blocks by the warp that
+// has the tile.
+struct RowMemory {
+  Tile tiles[kMaxTiles];
+  Sums kept[kMaxTiles];  // of the tiles, after the filters
+};
 
 // Source: PlainLogits or PenalisedLogits.
 template <class Source, class Team>
@@ -285,6 +339,59 @@ class Row {
   }
 
  private:
+  // A batch of this lane's chunks. Chunk c holds the logits of the tokens from first + c * 32 * kSize on; past the end
+  // of the row they are -inf. These were loaded at once.
+  template <int kChunks>
+  struct LoadedBatch {
+    using Values = Row::Values;
+    static constexpr int kCount = kChunks;
+    static constexpr bool kIsLoaded = true;
+    uint32_t first;
+    Values chunks[kCount];
+
+    template <class F>
+    DFLASH_INLINE void for_each(F&& f) const {
+#pragma unroll
+      for (int c = 0; c < kCount; ++c) f(c, first + c * 32 * kSize, chunks[c]);
+    }
+  };
+
+  // These come one by one from where the team keeps the row. The code of such a loop stays in the instruction cache; a
+  // few rows would wait for the code of an unrolled one.
+  template <int kChunks>
+  struct KeptBatch {
+    using Values = Row::Values;
+    static constexpr int kCount = kChunks;
+    static constexpr bool kIsLoaded = false;
+    uint32_t first;
+    const Values* chunks;
+
+    template <class F>
+    DFLASH_INLINE void for_each(F&& f) const {
+#pragma unroll 1
+      for (int c = 0; c < kCount; ++c) f(c, first + c * 32 * kSize, chunks[c * 32]);
+    }
+  };
+
+  // These are loaded one by one: in the last tile, and in rows that are not aligned.
+  template <int kChunks>
+  struct Batch {
+    using Values = Row::Values;
+    static constexpr int kCount = kChunks;
+    static constexpr bool kIsLoaded = false;
+    uint32_t first;
+    Source logits;
+
+    template <class F>
+    DFLASH_INLINE void for_each(F&& f) const {
+#pragma unroll 1
+      for (int c = 0; c < kCount; ++c) {
+        const uint32_t token = first + c * 32 * kSize;
+        f(c, token, logits.at(token));
+      }
+    }
+  };
+
   // Calls f(batch) for the batches of this lane's chunks in a tile. kKept: they come from where the team keeps the row;
   // otherwise from global memory.
   template <int kCount, bool kKept = Team::kKeepsRow, class F>
@@ -295,18 +402,18 @@ class Row {
     for (uint32_t begin = tile_begin; begin < tile_end; begin += kTokens) {
       const uint32_t first = begin + lane_id() * kSize;
       if constexpr (kKept) {
-        f(KeptBatch<Source, kCount>{first, kept_chunk(first)});
+        f(KeptBatch<kCount>{first, kept_chunk(first)});
       } else {
         if constexpr (Source::kIsPlain) {
           if (logits_.is_whole(begin + kTokens)) {
-            LoadedBatch<Source, kCount> batch{first};
+            LoadedBatch<kCount> batch{first};
 #pragma unroll
             for (int c = 0; c < kCount; ++c) batch.chunks[c] = logits_.load_whole(first + c * 32 * kSize);
             f(batch);
             continue;
           }
         }
-        f(Batch<Source, kCount>{first, logits_.within(begin, begin + kTokens)});
+        f(Batch<kCount>{first, logits_.within(begin, begin + kTokens)});
       }
     }
   }
@@ -349,7 +456,7 @@ class Row {
         }
       };
       if constexpr (Team::kKeepsRow) {
-        KeptBatch<Source, kLoads>{batch.first, kept_chunk(batch.first)}.for_each(add_masses);
+        KeptBatch<kLoads>{batch.first, kept_chunk(batch.first)}.for_each(add_masses);
       } else {
         batch.for_each(add_masses);
       }
@@ -373,7 +480,7 @@ class Row {
   // The same as token_at among 32 chunks.
   template <class Mass>
   DFLASH_INLINE Token token_in_chunks(uint32_t first, float target, const Mass& mass) const {
-    const Batch<Source, 1> batch{first + lane_id() * kSize, logits_};
+    const Batch<1> batch{first + lane_id() * kSize, logits_};
     const Values x = at(batch.first);
     float own[kSize], sum = 0;
     mass.of(batch)(own, 0, batch.first, x);
