@@ -396,7 +396,7 @@ def test_values_narrower_than_keys(rows, train):
         got, want = (block_attention(module, query, key, v, None, interval_mask=mask)[0] for v in (wide[..., :8], wide))
         torch.testing.assert_close(got, want[..., :8])
         slots = torch.tensor([[1], [0]], dtype=torch.int32)
-        own = block_attention(module, query, key, wide[..., :8], None, interval_mask=mask, block_table=slots)[0]
+        own = block_attention(module, query, key, wide[..., :8], None, interval_mask=mask, block_table={6: slots})[0]
         swapped = block_attention(module, query, key.flip(0), wide.flip(0)[..., :8], None, interval_mask=mask)[0]
         torch.testing.assert_close(own, swapped)
 

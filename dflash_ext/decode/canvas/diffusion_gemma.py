@@ -7,6 +7,8 @@ from contextlib import ExitStack, contextmanager
 from types import MethodType
 
 import torch
+import transformers
+from packaging import version
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -16,6 +18,8 @@ from ...models.target import cache_argument
 from ...ops import soft_embedding, softcapped_logits
 from ..forward.masks import Masks, block_masks, causal_masks
 from ..forward.modules import SlotCache
+
+OLDEST = "5.17"  # before, the decoder reads the cache's tensors themselves, past the cache's own methods
 
 
 class DiffusionGemmaForward:
@@ -29,12 +33,17 @@ class DiffusionGemmaForward:
         slots, tokens, rows: as in `LeanForward`.
 
     Raises:
-        ValueError: rows of so many tokens do not fit, or the encoder sees later tokens.
+        ValueError: rows of so many tokens do not fit, the encoder sees later tokens, or this release of transformers is
+            older than `OLDEST`.
     """
 
     mask_id, self_conditions = None, True
 
     def __init__(self, model: PreTrainedModel, *, slots: int, tokens: int, rows: int):
+        if version.parse(transformers.__version__) < version.parse(OLDEST):
+            raise ValueError(
+                f"canvases of DiffusionGemma need transformers {OLDEST} or newer; this is {transformers.__version__}"
+            )
         self.config = model.config.get_text_config()
         if tokens > self.config.max_position_embeddings:
             raise ValueError(

@@ -1,8 +1,12 @@
 """Tiny random models that denoise canvases."""
 
+import pytest
 import torch
+import transformers
+from packaging import version
 from transformers import DiffusionGemmaConfig, DiffusionGemmaForBlockDiffusion, DiffusionGemmaTextConfig
 
+from dflash_ext.decode.canvas.diffusion_gemma import OLDEST
 from dflash_ext.models import Denoiser, Target
 from python_tests.tiny import MASK_TOKEN, SHAPE, tiny_model
 
@@ -15,6 +19,8 @@ def tiny_diffusion_gemma(**changes) -> DiffusionGemmaForBlockDiffusion:
 
     The weights are large enough for logits to differ, and small enough for two ways of computing them to stay close.
     """
+    if version.parse(transformers.__version__) < version.parse(OLDEST):
+        pytest.skip(f"canvases of DiffusionGemma need transformers {OLDEST}")
     torch.manual_seed(0)
     kinds = dict(num_hidden_layers=4, sliding_window=WINDOW, layer_types=["sliding_attention", "full_attention"] * 2)
     experts = dict(num_experts=4, top_k_experts=2, moe_intermediate_size=16)

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from dflash_ext import reference
-from dflash_ext.decode.canvas import MaskedDiffusion, UniformDiffusion, decode_canvas
+from dflash_ext.decode.canvas import MaskedDiffusion, UniformDiffusion, decode_canvas, diffusion_gemma
 from dflash_ext.decode.canvas.forward import CausalForward
 from python_tests.decode.canvas.models import CANVAS, tiny_denoiser, tiny_diffusion_gemma
 from python_tests.tiny import random_prompts
@@ -117,6 +117,13 @@ def test_models_that_do_not_share_an_attention_implementation_are_left_as_they_w
 def test_settings_that_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         UniformDiffusion(**options)
+
+
+def test_an_older_transformers_is_refused(monkeypatch):
+    model = tiny_diffusion_gemma()
+    monkeypatch.setattr(diffusion_gemma, "OLDEST", "99.0")
+    with pytest.raises(ValueError, match="DiffusionGemma need transformers 99.0 or newer; this is 5"):
+        decode_canvas(model, [[3]], UniformDiffusion())
 
 
 def test_a_process_must_fit_the_model():
