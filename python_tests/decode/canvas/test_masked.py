@@ -119,6 +119,7 @@ def test_forms(family, attention, prefix):
 def test_families_without_a_forward_of_our_own(family):
     """Gemma 4 has embeddings of its own in each layer, shared caches, and layers of different widths."""
     model = model_of(family).requires_grad_(False)
+    model.set_attn_implementation("eager")  # under SDPA, transformers 5.11 drops Gemma 2's soft cap of scores
     assert_as_plain(Denoiser(Target(model), mask_id=MASK_TOKEN))
 
 
