@@ -121,7 +121,7 @@ def trained_lora(request):
 def test_a_lora_drafter_that_is_read_as_it_was_trained_is_right(trained_lora):
     findings = found(*trained_lora)
     assert findings.best == AS_CONFIGURED and not findings.warnings()
-    assert findings.readings[AS_CONFIGURED] == findings.decoded_tau > 2
+    assert findings.readings[AS_CONFIGURED] == findings.decoded_tau > 1.5
 
 
 def test_a_lora_drafter_of_the_other_kind_is_found(trained_lora):
