@@ -19,23 +19,26 @@ from python_tests.tiny import MASK_TOKEN, tiny_model, tiny_pair
 PROMPTS = [[10 + (i * i + shift) % 7 for i in range(12)] for shift in range(4)]
 
 
-@pytest.fixture(scope="module", params=["full", "sliding"])
-def trained(request):
-    """A drafter that has learnt the target's answers to the prompts, so that each wrong reading costs it tau."""
-    target, drafter = tiny_pair("llama", sliding=request.param == "sliding")
-    answers = decode(Target(target.model), None, PROMPTS, max_new_tokens=24).completions
+def learn(objective, rate: float) -> None:
+    """Trains a drafter on the target's own answers to the prompts, so that each wrong reading costs it tau."""
+    answers = decode(Target(objective.target.model), None, PROMPTS, max_new_tokens=24).completions
     samples = []
     for prompt, answer in zip(PROMPTS, answers, strict=True):
         ids = torch.tensor(prompt + answer.tokens)
         samples.append({"input_ids": ids, "loss_mask": torch.arange(len(ids)) >= len(prompt)})
-    objective = DFlashObjective(drafter, target, gamma=4.0)
     batch = AnchorCollator(24, 6, MASK_TOKEN)(samples)
-    features = objective.of_target(batch)
-    optimizer = torch.optim.AdamW(drafter.parameters(), lr=3e-3)
+    of_target = objective.of_target(batch)
+    optimizer = torch.optim.AdamW(objective.parameters(), lr=rate)
     for _ in range(100):
         optimizer.zero_grad()
-        (objective(batch, *features).losses.sum() / objective.divisor(batch)).backward()
+        (objective(batch, *of_target).losses.sum() / objective.divisor(batch)).backward()
         optimizer.step()
+
+
+@pytest.fixture(scope="module", params=["full", "sliding"])
+def trained(request):
+    target, drafter = tiny_pair("llama", sliding=request.param == "sliding")
+    learn(DFlashObjective(drafter, target, gamma=4.0), 3e-3)
     return target, drafter.eval()
 
 
@@ -97,31 +100,18 @@ def test_logits_that_differ_are_said(trained, monkeypatch):
 
 @pytest.fixture(scope="module", params=["gated", "whole"])
 def trained_lora(request):
-    """A LoRA drafter that has learnt the target's answers to the prompts."""
     target = Target(tiny_model("llama"))
     torch.manual_seed(0)
     options = dict(mask_token_id=MASK_TOKEN, rank=16, block_size=6, kind=request.param, causal=True)
     drafter = LoraDrafter.for_target(target, **options)
-    answers = decode(target, None, PROMPTS, max_new_tokens=24).completions
-    samples = []
-    for prompt, answer in zip(PROMPTS, answers, strict=True):
-        ids = torch.tensor(prompt + answer.tokens)
-        samples.append({"input_ids": ids, "loss_mask": torch.arange(len(ids)) >= len(prompt)})
-    objective = LoraObjective(drafter, target, gamma=4.0)
-    batch = AnchorCollator(24, 6, MASK_TOKEN)(samples)
-    of_target = objective.of_target(batch)
-    optimizer = torch.optim.AdamW(drafter.parameters(), lr=1e-2)
-    for _ in range(60):
-        optimizer.zero_grad()
-        (objective(batch, *of_target).losses.sum() / objective.divisor(batch)).backward()
-        optimizer.step()
+    learn(LoraObjective(drafter, target, gamma=4.0), 5e-3)
     return target, drafter.requires_grad_(False).eval()
 
 
 def test_a_lora_drafter_that_is_read_as_it_was_trained_is_right(trained_lora):
     findings = found(*trained_lora)
     assert findings.best == AS_CONFIGURED and not findings.warnings()
-    assert findings.readings[AS_CONFIGURED] == findings.decoded_tau > 1.5
+    assert findings.readings[AS_CONFIGURED] == findings.decoded_tau > 2
 
 
 def test_a_lora_drafter_of_the_other_kind_is_found(trained_lora):
