@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
 from bench import runner
+from bench.memory import peak_bytes
 from bench.timing import gpu_turns
 from dflash_ext.data import NoiseCollator
 from dflash_ext.models import Adaptation, Target
@@ -95,22 +95,11 @@ def _peer(model: FullLogits, batch: dict[str, Tensor]) -> Tensor:
     return loss.detach()
 
 
-def peak_of(step: Callable[[], Tensor]) -> tuple[float, int]:
-    """The loss of a step, and the bytes that it takes beyond what is there before it."""
-    loss = float(step())
-    torch.cuda.synchronize()
-    before = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    step()
-    torch.cuda.synchronize()
-    return loss, torch.cuda.max_memory_allocated() - before
-
-
 def main(*sizes: int) -> None:
     results = []
     for rows in sizes or (8, 1):
         calls = steps(rows)
-        peaks = {name: peak_of(step) for name, step in calls.items()}
+        peaks = {name: (float(step()), peak_bytes(step)) for name, step in calls.items()}
         for name, timing in gpu_turns(calls, rounds=7, graphs=False).items():
             loss, peak = peaks[name]
             case = {"case": f"Gemma 3 270M, batch {rows} x {LENGTH}", "impl": name, "loss": loss, "peak_gb": peak / 1e9}

@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from bench import runner
+from bench.memory import peak_bytes
 from bench.timing import event_turns
 from dflash_ext.models import LoraDrafter, Target
 from dflash_ext.train import AnchorCollator
@@ -85,17 +86,6 @@ def peer(model: Qwen3ForCausalLM) -> Callable[[], Tensor]:
     return step
 
 
-def peak_of(step: Callable[[], Tensor]) -> tuple[float, int]:
-    """The loss of a step, and the bytes that it takes beyond what is there before it, gradients included."""
-    loss = float(step())
-    torch.cuda.synchronize()
-    before = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    step()
-    torch.cuda.synchronize()
-    return loss, torch.cuda.max_memory_allocated() - before
-
-
 def main(layers: int = 36) -> None:
     model = qwen3_8b(layers)
     makers = {
@@ -107,7 +97,7 @@ def main(layers: int = 36) -> None:
     rows = []
     for name, make in makers.items():
         step = make()
-        loss, peak = peak_of(step)
+        loss, peak = float(step()), peak_bytes(step)
         timing = event_turns({name: step}, rounds=5)[name]
         rows.append({"case": f"{layers} layers, {LENGTH} tokens", "impl": name, "loss": loss, "peak_gb": peak / 1e9})
         rows[-1] |= timing.row()

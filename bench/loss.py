@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench import runner
+from bench.memory import peak_bytes
 from bench.timing import gpu_turns
 from dflash_ext import linear_cross_entropy, masked_cross_entropy
 
@@ -243,15 +244,11 @@ def step(function: Callable[[Inputs], Tensor], data: Inputs) -> Tensor:
     return loss.detach()
 
 
-def peak_bytes(function: Callable[[Inputs], Tensor], data: Inputs) -> int:
+def peak_of(function: Callable[[Inputs], Tensor], data: Inputs) -> int:
+    """The bytes that a step takes beyond weights and inputs."""
     for leaf in data.trained():
         leaf.grad = None
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    step(function, data)
-    torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated() - before
+    return peak_bytes(lambda: step(function, data))
 
 
 def errors(function: Callable[[Inputs], Tensor], data: Inputs, exact: list[Tensor]) -> list[float]:
@@ -266,7 +263,7 @@ def measured(case: Case, chosen: list[str], rounds: int = 15) -> list[dict]:
     exact = [step(torchs, wide), *(leaf.grad for leaf in wide.trained())]
     del wide
     found = {
-        name: {"max_err": max(parts), "errors": parts, "peak_gb": peak_bytes(function, data) / 1e9}
+        name: {"max_err": max(parts), "errors": parts, "peak_gb": peak_of(function, data) / 1e9}
         for name, function in functions.items()
         for parts in [errors(function, data, exact)]
     }

@@ -4,10 +4,13 @@ from collections.abc import Callable
 import pytest
 from typer.testing import CliRunner
 
+from dflash_ext import models
 from dflash_ext.cli import app
+from dflash_ext.models import Denoiser, Target
 from dflash_ext.train import save_drafter
 from python_tests.data.words import word_tokenizer
-from python_tests.tiny import random_prompts, tiny_pair
+from python_tests.decode.canvas.models import tiny_diffusion_gemma
+from python_tests.tiny import MASK_TOKEN, random_prompts, tiny_pair
 
 
 @pytest.fixture
@@ -20,6 +23,23 @@ def workspace(tmp_path):
     rows = [{"prompt": " ".join(f"w{i:03}" for i in p)} for p in random_prompts(5, 7, 9)]
     (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return tmp_path
+
+
+@pytest.fixture
+def gemma(workspace):
+    """A workspace with a DiffusionGemma, too."""
+    tiny_diffusion_gemma().save_pretrained(workspace / "gemma")
+    word_tokenizer().save_pretrained(workspace / "gemma")
+    return workspace
+
+
+@pytest.fixture
+def denoiser(workspace, monkeypatch):
+    """A folder that is read as a denoiser."""
+    monkeypatch.setattr(
+        models, "load_denoiser", lambda model, folder: Denoiser(Target(model), MASK_TOKEN), raising=False
+    )
+    return ["--model", workspace / "target", "--denoiser", workspace / "drafter"]
 
 
 @pytest.fixture

@@ -8,26 +8,9 @@ from dflash_ext import models
 from dflash_ext.decode.canvas import MaskedDiffusion, UniformDiffusion, decode_canvas
 from dflash_ext.models import Denoiser, Target
 from python_tests.data.words import word_tokenizer
-from python_tests.decode.canvas.models import tiny_diffusion_gemma
 from python_tests.tiny import MASK_TOKEN, random_prompts
 
 PROMPTS = random_prompts(5, 7, 9)
-
-
-@pytest.fixture
-def gemma(workspace):
-    tiny_diffusion_gemma().save_pretrained(workspace / "gemma")
-    word_tokenizer().save_pretrained(workspace / "gemma")
-    return workspace
-
-
-@pytest.fixture
-def denoiser(workspace, monkeypatch):
-    """A folder that is read as a denoiser."""
-    monkeypatch.setattr(
-        models, "load_denoiser", lambda model, folder: Denoiser(Target(model), MASK_TOKEN), raising=False
-    )
-    return ["--model", workspace / "target", "--denoiser", workspace / "drafter"]
 
 
 def texts(completions):

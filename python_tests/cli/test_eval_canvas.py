@@ -2,10 +2,8 @@ import json
 
 import pytest
 
-from python_tests.cli.test_canvas import denoiser, gemma  # noqa: F401  (fixtures)
 
-
-def test_steps_and_settings_are_crossed(workspace, run, denoiser):  # noqa: F811
+def test_steps_and_settings_are_crossed(workspace, run, denoiser):
     out, plot = workspace / "front.json", workspace / "front.png"
     code, printed, told = run(
         *("eval", "canvas", *denoiser, "--prompts", workspace / "prompts.jsonl", "--canvas-length", 6),
@@ -21,7 +19,7 @@ def test_steps_and_settings_are_crossed(workspace, run, denoiser):  # noqa: F811
     assert plot.stat().st_size > 0
 
 
-def test_a_diffusion_gemma_has_no_base_but_may_have_a_judge(gemma, run):  # noqa: F811
+def test_a_diffusion_gemma_has_no_base_but_may_have_a_judge(gemma, run):
     out = gemma / "front.json"
     words = ["eval", "canvas", "--model", gemma / "gemma", "--prompts", gemma / "prompts.jsonl", "--output", out]
     words += ["--max-new-tokens", 6, "--steps", 2, "--limit", 1]
@@ -32,6 +30,6 @@ def test_a_diffusion_gemma_has_no_base_but_may_have_a_judge(gemma, run):  # noqa
 
 
 @pytest.mark.parametrize("process", ["{", '{"order": "up"}', '{"t_max": 1}'])
-def test_settings_that_are_refused(workspace, run, denoiser, process):  # noqa: F811
+def test_settings_that_are_refused(workspace, run, denoiser, process):
     code, _, told = run("eval", "canvas", *denoiser, "--prompts", workspace / "prompts.jsonl", "--process", process)
     assert code == 1 and told.startswith(f"dflash-ext: --process {process}")

@@ -32,11 +32,15 @@ WAYS = pytest.mark.parametrize("merged", [True, False], indirect=True, ids=["mer
 
 
 def pair(family: str, cycle: str, **options) -> tuple[Target, LoraDrafter, dict]:
+    return pair_of(tiny_model(family), cycle, **options)
+
+
+def pair_of(model, cycle: str, rank: int = 4, **options) -> tuple[Target, LoraDrafter, dict]:
     """A target, a drafter for this kind of cycle, some of whose drafts are accepted, and the option of `decode`."""
     settings, forwards = KINDS[cycle]
-    target = Target(tiny_model(family))
+    target = Target(model)
     torch.manual_seed(1)
-    drafter = LoraDrafter.for_target(target, mask_token_id=MASK_TOKEN, rank=4, block_size=6, **settings, **options)
+    drafter = LoraDrafter.for_target(target, mask_token_id=MASK_TOKEN, rank=rank, block_size=6, **settings, **options)
     drafter.requires_grad_(False)
     for weight in [*drafter.adapter.lora_b, *([drafter.sampler.outer.weight] if drafter.sampler else [])]:
         weight.normal_(std=0.05)

@@ -4,26 +4,18 @@ import pytest
 import torch
 
 from dflash_ext.decode import Engine, decode
-from dflash_ext.decode.graphs import GraphRunner
 from dflash_ext.decode.kinds import FEW_ROWS, one_forward_rows
 from dflash_ext.decode.one_forward import OneForwardCycle
 from dflash_ext.models import LoraDrafter, Target
-from python_tests.decode.test_engine_gpu import FAMILIES, SHAPES, graphs_and_calls, regret
-from python_tests.decode.test_lora_drafters import CYCLES, KINDS, WAYS
-from python_tests.tiny import MASK_TOKEN, random_prompts, tiny_model
+from python_tests.decode.test_engine_gpu import FAMILIES, SHAPES, assert_nothing_waits, graphs_and_calls, regret
+from python_tests.decode.test_lora_drafters import CYCLES, KINDS, WAYS, pair_of
+from python_tests.tiny import random_prompts, tiny_model
 
 pytestmark = pytest.mark.gpu
 
 
 def pair(family: str, cycle: str, **options) -> tuple[Target, LoraDrafter, dict]:
-    settings, forwards = KINDS[cycle]
-    target = Target(tiny_model(family, **SHAPES[family]).to("cuda", torch.bfloat16))
-    torch.manual_seed(1)
-    drafter = LoraDrafter.for_target(target, mask_token_id=MASK_TOKEN, rank=8, block_size=6, **settings, **options)
-    drafter.requires_grad_(False)
-    for weight in [*drafter.adapter.lora_b, *([drafter.sampler.outer.weight] if drafter.sampler else [])]:
-        weight.normal_(std=0.05)
-    return target, drafter, forwards
+    return pair_of(tiny_model(family, **SHAPES[family]).to("cuda", torch.bfloat16), cycle, rank=8, **options)
 
 
 @CYCLES
@@ -70,19 +62,7 @@ def test_a_graph_does_what_the_cycle_does(cycle, merged, temperature, sampler):
 @CYCLES
 def test_nothing_waits_for_the_device_in_a_cycle(cycle):
     target, drafter, forwards = pair("llama", cycle, sampler_width=16)
-    engine = Engine(target, drafter, slots=2, max_length=200, **forwards)
-    assert isinstance(engine.runner, GraphRunner)
-    for prompt in random_prompts(4, 9):
-        engine.submit(prompt, max_new_tokens=30)
-    for _ in range(3):
-        engine.step()
-    slots, (_, drawing, width) = list(engine.rows), next(iter(engine.runner.graphs))
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        engine.runner.run(slots, drawing, width)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    engine.run()
+    assert_nothing_waits(Engine(target, drafter, slots=2, max_length=200, **forwards))
 
 
 def test_few_rows_take_one_forward():

@@ -5,10 +5,9 @@ import io
 from rich.console import Console
 
 from dflash_ext.demo import canvas
-from python_tests.demo.test_tiny import small  # noqa: F401  (a fixture)
 
 
-def test_the_whole_path(small, monkeypatch):  # noqa: F811
+def test_the_whole_path(small, monkeypatch):
     for name, value in {"STEPS": 2, "NEW_TOKENS": 16, "PROMPTS": 2}.items():
         monkeypatch.setattr(canvas, name, value)
     out = io.StringIO()

@@ -2,22 +2,9 @@
 
 import io
 
-import pytest
 from rich.console import Console
 
 from dflash_ext.demo import tiny
-
-FILES = 12
-
-
-@pytest.fixture
-def small(monkeypatch, tmp_path):
-    for index in range(FILES):
-        lines = (f"def function_{index}_{line}(argument):\n    return argument + {line}\n" for line in range(80))
-        (tmp_path / f"file_{index:02}.py").write_text(f"# file {index}\n" + "".join(lines))
-    monkeypatch.setattr(tiny.sysconfig, "get_path", lambda _: str(tmp_path))
-    for name, value in {"TARGET_STEPS": 3, "DRAFTER_STEPS": 3, "ANSWERS": 8, "ANSWER_TOKENS": 16}.items():
-        monkeypatch.setattr(tiny, name, value)
 
 
 def test_the_whole_path(small, monkeypatch):
@@ -26,7 +13,7 @@ def test_the_whole_path(small, monkeypatch):
     out = io.StringIO()
     tiny.tiny_model(Console(file=out, width=160))
     shown = out.getvalue()
-    assert len(trained_on) == FILES - 2 and f"{FILES - 2} files" in shown
+    assert len(trained_on) == small - 2 and f"{small - 2} files" in shown
     for line in ("target: ", "drafter: loss ", "speculative decoding is ", "this part took "):
         assert line in shown
     # Files 0 and 8 are kept for the prompts: one line each, and nothing was trained on them.
