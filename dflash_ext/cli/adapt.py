@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 
-from .app import console
+from .app import console_of_this_process
 from .loading import load_target, mask_token_id
 from .options import (
+    Accumulation,
+    AttentionName,
     CheckpointActivations,
     Compile,
     Device,
     Dtype,
+    LearningRate,
     LinearLayers,
     MaskToken,
     ReportTo,
@@ -25,9 +26,11 @@ from .options import (
     Seed,
     Tokenizer,
     TrainerArg,
+    TrainingSteps,
     linear_layer_names,
     shares,
 )
+from .output import check_folder
 
 if TYPE_CHECKING:
     from ..noise import Share
@@ -122,12 +125,10 @@ def adapt(
     alpha: Annotated[float, typer.Option(min=0, help="The adapter's update is multiplied by alpha / rank.")] = 32.0,
     linear_layers: LinearLayers = "all",
     length: RowLength = 2048,
-    steps: Annotated[int, typer.Option(min=1, help="The number of optimizer steps.")] = 500,
+    steps: TrainingSteps = 500,
     batch_size: Annotated[int, typer.Option(min=1, help="Rows in a forward pass.")] = 8,
-    accumulation: Annotated[int, typer.Option(min=1, help="Forward passes in an optimizer step.")] = 1,
-    learning_rate: Annotated[
-        float, typer.Option(min=0, help="The peak learning rate. A cosine decay to 0 follows.")
-    ] = 5e-4,
+    accumulation: Accumulation = 1,
+    learning_rate: LearningRate = 5e-4,
     held_out: Annotated[
         list[Path] | None,
         typer.Option(
@@ -138,9 +139,7 @@ def adapt(
     evaluate_every: Annotated[
         int, typer.Option(min=0, help="The number of steps between evaluations; with 0 there is one, at the end.")
     ] = 0,
-    attention: Annotated[
-        str, typer.Option(help="The attention implementation: block_attn, or another one, which gets a dense mask.")
-    ] = "block_attn",
+    attention: AttentionName = "block_attn",
     report_to: ReportTo = None,
     trainer_arg: TrainerArg = None,
     checkpoint_activations: CheckpointActivations = False,
@@ -160,10 +159,9 @@ def adapt(
     from ..train import RunRecipe, train_denoiser
     from ..train.arguments import trainer_arguments
 
-    shown = Console(quiet=True) if int(os.environ.get("RANK", 0)) else console  # the first process prints for all
+    shown = console_of_this_process()
     # Everything that does not need the model is checked before it is loaded.
-    if output.exists() and not output.is_dir():
-        raise ValueError(f"--output {output}: a folder is expected, this is a file")
+    check_folder(output)
     if noise not in ("masked", "uniform"):
         raise ValueError(f"--noise {noise}: masked and uniform are supported")
     is_uniform = noise == "uniform"

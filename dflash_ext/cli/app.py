@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Annotated, Any
 
 import typer
@@ -12,6 +13,11 @@ from .. import __version__
 
 console = Console()
 errors = Console(stderr=True)
+
+
+def console_of_this_process() -> Console:
+    """Where a training shows its progress: under torchrun, the first process prints for all."""
+    return Console(quiet=True) if int(os.environ.get("RANK", 0)) else console
 
 
 def say(line: str, **style: str) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -11,8 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .app import console, say
-from .loading import encode_for, load_canvas_model
+from .loading import asked, encode_for, load_canvas_model
 from .options import (
+    AnswersFile,
     ChatTemplateArgs,
     DecodeBatch,
     Device,
@@ -23,13 +23,14 @@ from .options import (
     MaxPromptTokens,
     MinP,
     Prompts,
+    PromptTexts,
     Seed,
     StopStrings,
     Tokenizer,
     TopK,
     TopP,
 )
-from .output import check_output, replacing
+from .output import check_output, replacing, write_text
 
 if TYPE_CHECKING:
     from ..decode.canvas import MaskedDiffusion, UniformDiffusion
@@ -59,9 +60,7 @@ Steps = Annotated[
 
 def canvas(
     model: CanvasModel,
-    prompt: Annotated[
-        list[str] | None, typer.Argument(help="The prompts. To read them from a file, use --prompts instead.")
-    ] = None,
+    prompt: PromptTexts = None,
     denoiser: DenoiserFolder = None,
     prompts: Prompts = None,
     field: Field = None,
@@ -142,7 +141,7 @@ def canvas(
     stop: StopStrings = None,
     batch_size: DecodeBatch = 8,
     seed: Seed = 0,
-    output: Annotated[Path | None, typer.Option(help="Write the answers to this JSONL file.")] = None,
+    output: AnswersFile = None,
     trace: Annotated[
         Path | None,
         typer.Option(
@@ -154,18 +153,13 @@ def canvas(
     device: Device = None,
 ) -> None:
     """Decode prompts by diffusion: canvases of tokens are denoised in steps, one canvas after the other."""
-    from ..data import Conversation, LeftOut, read_conversations
+    from ..data import LeftOut
     from ..decode.canvas import decode_canvas
     from ..eval.canvas_trace import canvas_trace_page
     from ..models import stop_tokens
 
-    if bool(prompt) == (prompts is not None):
-        raise ValueError("canvas needs prompts, either as arguments or in a file that --prompts names")
     left_out = LeftOut()
-    if prompt:
-        conversations = [Conversation.user(text) for text in prompt]
-    else:
-        conversations = read_conversations(prompts, field=field, limit=limit, left_out=left_out)
+    conversations = asked("canvas", prompt, prompts, field, limit, left_out)
     check_output(output)
     check_output(trace, "--trace")
     loaded, pretrained, tok = load_canvas_model(model, denoiser, tokenizer, dtype, device)
@@ -187,10 +181,6 @@ def canvas(
     )
     streaming = len(encoded) == 1 and not output
 
-    def stream(_index: int, text: str) -> None:
-        sys.stdout.write(text)
-        sys.stdout.flush()
-
     decoded = decode_canvas(
         loaded,
         list(encoded.values()),
@@ -203,7 +193,7 @@ def canvas(
         seed=seed,
         batch_size=batch_size,
         tracing=trace is not None,
-        on_text=stream if streaming else None,
+        on_text=write_text if streaming else None,
     )
     answers = list(zip(encoded, decoded.completions, strict=True))
     with replacing(output) if output else nullcontext() as file:

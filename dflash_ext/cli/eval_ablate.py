@@ -11,7 +11,7 @@ import typer
 from .app import console
 from .eval_reconstruct import ModelName
 from .loading import load_target
-from .options import Device, Dtype, Seed, Tokenizer
+from .options import Device, Dtype, FiguresAndAnswersFile, Plot, Seed, Tokenizer
 from .output import check_output, replacing
 
 if TYPE_CHECKING:
@@ -41,10 +41,8 @@ def ablate(
     canvas_length: Annotated[int, typer.Option(min=1, help="Tokens of a canvas.")] = 96,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="The largest number of tokens in an answer.")] = 96,
     batch_size: Annotated[int, typer.Option(min=1, help="Answers that are decoded at a time.")] = 16,
-    output: Annotated[Path | None, typer.Option(help="Write figures and answers to this JSON file.")] = None,
-    plot: Annotated[
-        Path | None, typer.Option(metavar="<path>", help="Draw the figures into this PNG or SVG file.")
-    ] = None,
+    output: FiguresAndAnswersFile = None,
+    plot: Plot = None,
     answers: Annotated[
         Path | None, typer.Option(metavar="<path>", help="Write an answer of each variant to this Markdown file.")
     ] = None,

@@ -18,6 +18,7 @@ from .options import (
     Device,
     Dtype,
     Field,
+    FiguresAndAnswersFile,
     Limit,
     MaxNewTokens,
     MaxPromptTokens,
@@ -63,7 +64,7 @@ def canvas_front(
             "default is the denoiser's base.",
         ),
     ] = None,
-    output: Annotated[Path | None, typer.Option(help="Write figures and answers to this JSON file.")] = None,
+    output: FiguresAndAnswersFile = None,
     plot: Annotated[
         Path | None, typer.Option(metavar="<path>", help="Draw quality against speed into this PNG or SVG file.")
     ] = None,

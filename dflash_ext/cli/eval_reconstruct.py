@@ -11,7 +11,7 @@ import typer
 from .adapt import PrefixShare, RowLength, Span, Text, share
 from .app import console
 from .loading import load_target
-from .options import Device, Dtype, Seed, Tokenizer
+from .options import AttentionName, Device, Dtype, FiguresFile, Plot, Seed, Tokenizer
 from .output import check_output, replacing
 
 ModelName = Annotated[str, typer.Option(help="The denoisers' base: a folder or hub name of a causal LM, or 'smollm2'.")]
@@ -42,13 +42,9 @@ def reconstruct(
     span: Span = 3.0,
     length: RowLength = 1024,
     batch_size: Annotated[int, typer.Option(min=1, help="Rows in a forward pass.")] = 8,
-    attention: Annotated[
-        str, typer.Option(help="The attention implementation: block_attn, or another one, which gets a dense mask.")
-    ] = "block_attn",
-    output: Annotated[Path | None, typer.Option(help="Write the figures to this JSON file.")] = None,
-    plot: Annotated[
-        Path | None, typer.Option(metavar="<path>", help="Draw the figures into this PNG or SVG file.")
-    ] = None,
+    attention: AttentionName = "block_attn",
+    output: FiguresFile = None,
+    plot: Plot = None,
     seed: Seed = 0,
     tokenizer: Tokenizer = None,
     dtype: Dtype = None,

@@ -20,6 +20,7 @@ from .options import (
     Dtype,
     Exact,
     Field,
+    FiguresFile,
     Forwards,
     GreedyDraft,
     Limit,
@@ -67,7 +68,7 @@ def evaluate(
     tau_only: Annotated[
         bool, typer.Option("--tau-only", help="Leave out the runs with the block size 'auto' and of plain decoding.")
     ] = False,
-    output: Annotated[Path | None, typer.Option(help="Write the figures to this JSON file.")] = None,
+    output: FiguresFile = None,
     plot: Annotated[
         Path | None,
         typer.Option(metavar="<path>", help="Draw acceptance rates and speeds into this PNG or SVG file."),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated
@@ -11,8 +10,9 @@ from typing import Annotated
 import typer
 
 from .app import console, errors
-from .loading import encode_for, load_pair, load_target
+from .loading import asked, encode_for, load_pair, load_target
 from .options import (
+    AnswersFile,
     AutoBlockSize,
     ChatTemplateArgs,
     DecodeBatch,
@@ -31,6 +31,7 @@ from .options import (
     MinP,
     PresencePenalty,
     Prompts,
+    PromptTexts,
     RepetitionPenalty,
     Seed,
     StopStrings,
@@ -40,14 +41,12 @@ from .options import (
     TopK,
     TopP,
 )
-from .output import check_output, replacing
+from .output import check_output, replacing, write_text
 
 
 def generate(
     target: TargetName,
-    prompt: Annotated[
-        list[str] | None, typer.Argument(help="The prompts. To read them from a file, use --prompts instead.")
-    ] = None,
+    prompt: PromptTexts = None,
     drafter: Annotated[
         Path | None,
         typer.Option(
@@ -84,7 +83,7 @@ def generate(
     batch_size: DecodeBatch = 8,
     seed: Seed = 0,
     exact: Exact = False,
-    output: Annotated[Path | None, typer.Option(help="Write the answers to this JSONL file.")] = None,
+    output: AnswersFile = None,
     trace: Annotated[
         Path | None,
         typer.Option(
@@ -96,19 +95,14 @@ def generate(
     device: Device = None,
 ) -> None:
     """Decode prompts, speculatively if there is a drafter."""
-    from ..data import Conversation, LeftOut, read_conversations
+    from ..data import LeftOut
     from ..decode import decode
     from ..eval import table
     from ..eval.trace import trace_page
     from ..models import stop_tokens
 
-    if bool(prompt) == (prompts is not None):
-        raise ValueError("generate needs prompts, either as arguments or in a file that --prompts names")
     left_out = LeftOut()
-    if prompt:
-        conversations = [Conversation.user(text) for text in prompt]
-    else:
-        conversations = read_conversations(prompts, field=field, limit=limit, left_out=left_out)
+    conversations = asked("generate", prompt, prompts, field, limit, left_out)
     check_output(output)
     check_output(trace, "--trace")
     check_output(costs)
@@ -127,10 +121,6 @@ def generate(
     )
     numbers = list(encoded)
     streaming = len(conversations) == 1
-
-    def stream(_index: int, text: str) -> None:
-        sys.stdout.write(text)
-        sys.stdout.flush()
 
     def finish(index: int, completion) -> None:
         number = numbers[index]
@@ -172,7 +162,7 @@ def generate(
             batch_size=batch_size,
             seed=seed,
             exact=exact,
-            on_text=stream if streaming else None,
+            on_text=write_text if streaming else None,
             on_finish=finish,
         )
     if streaming:

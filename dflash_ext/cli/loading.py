@@ -67,6 +67,24 @@ def load_pair(model: PreTrainedModel, path: Path | None) -> tuple[Target, DFlash
     return (models.Target(model), None) if path is None else models.load_pair(model, path)
 
 
+def asked(
+    command: str,
+    texts: list[str] | None,
+    file: Path | None,
+    field: str | None,
+    limit: int | None,
+    left_out: LeftOut,
+) -> list[Conversation]:
+    """The prompts of a command that takes them as arguments or in a file, but not both."""
+    from ..data import Conversation, read_conversations
+
+    if bool(texts) == (file is not None):
+        raise ValueError(f"{command} needs prompts, either as arguments or in a file that --prompts names")
+    if texts:
+        return [Conversation.user(text) for text in texts]
+    return read_conversations(file, field=field, limit=limit, left_out=left_out)
+
+
 def encode_for(
     target: Target | None,
     tokenizer: PreTrainedTokenizerBase,

@@ -45,6 +45,19 @@ ChatTemplateArgs = Annotated[
         help="""Variables for the tokenizer's chat template, such as '{"enable_thinking": false}'.""",
     ),
 ]
+PromptTexts = Annotated[
+    list[str] | None, typer.Argument(help="The prompts. To read them from a file, use --prompts instead.")
+]
+AnswersFile = Annotated[Path | None, typer.Option(help="Write the answers to this JSONL file.")]
+FiguresFile = Annotated[Path | None, typer.Option(help="Write the figures to this JSON file.")]
+FiguresAndAnswersFile = Annotated[Path | None, typer.Option(help="Write figures and answers to this JSON file.")]
+Plot = Annotated[Path | None, typer.Option(metavar="<path>", help="Draw the figures into this PNG or SVG file.")]
+TrainingSteps = Annotated[int, typer.Option(min=1, help="The number of optimizer steps.")]
+Accumulation = Annotated[int, typer.Option(min=1, help="Forward passes in an optimizer step.")]
+LearningRate = Annotated[float, typer.Option(min=0, help="The peak learning rate. A cosine decay to 0 follows.")]
+AttentionName = Annotated[
+    str, typer.Option(help="The attention implementation: block_attn, or another one, which gets a dense mask.")
+]
 MaxNewTokens = Annotated[int, typer.Option(min=1, help="The largest number of tokens in an answer.")]
 # Prefill gives the first token, so that only an answer of two tokens has a cycle to measure or to learn from.
 AtLeastTwoNewTokens = Annotated[int, typer.Option(min=2, help="The largest number of tokens in an answer.")]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +16,18 @@ def check_output(path: Path | None, option: str = "--output") -> None:
     """Raises ValueError if `path`, which this option names, cannot be a file. None means that no file is wanted."""
     if path and (path.is_dir() or not path.parent.is_dir()):
         raise ValueError(f"{option} {path}: a file in a folder that exists is expected")
+
+
+def check_folder(path: Path) -> None:
+    """Raises ValueError if `path`, which --output names, cannot be a folder."""
+    if path.exists() and not path.is_dir():
+        raise ValueError(f"--output {path}: a folder is expected, this is a file")
+
+
+def write_text(_index: int, text: str) -> None:
+    """Shows a piece of the one answer of a command as it comes."""
+    sys.stdout.write(text)
+    sys.stdout.flush()
 
 
 @contextmanager

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
-from .app import console
+from .app import console_of_this_process
 from .loading import encode_for, load_target, mask_token_id
 from .options import (
+    Accumulation,
     AtLeastTwoNewTokens,
     ChatTemplateArgs,
     CheckpointActivations,
@@ -19,6 +18,7 @@ from .options import (
     Device,
     Dtype,
     Field,
+    LearningRate,
     Limit,
     MaskToken,
     MaxLength,
@@ -32,11 +32,13 @@ from .options import (
     TargetName,
     Tokenizer,
     TrainerArg,
+    TrainingSteps,
     integer,
     linear_layer_names,
     shares,
     tap_choice,
 )
+from .output import check_folder
 
 # The options that only one kind of drafter has, by the names of their parameters.
 OPTIONS_OF = {
@@ -143,9 +145,9 @@ def train(
             help="With --drafter lora: begin with this LoRA drafter. If its rank is larger, its updates are reduced.",
         ),
     ] = None,
-    steps: Annotated[int, typer.Option(min=1, help="The number of optimizer steps.")] = 1000,
+    steps: TrainingSteps = 1000,
     batch_size: Annotated[int, typer.Option(min=1, help="Sequences in a forward pass.")] = 8,
-    accumulation: Annotated[int, typer.Option(min=1, help="Forward passes in an optimizer step.")] = 1,
+    accumulation: Accumulation = 1,
     anchors: Annotated[int, typer.Option(min=1, help="Blocks drawn from each sequence.")] = 64,
     max_length: MaxLength = 1024,
     noise_ratio: Annotated[
@@ -171,9 +173,7 @@ def train(
             help="Put several sequences into rows of this number of tokens. No sequence sees another one.",
         ),
     ] = None,
-    learning_rate: Annotated[
-        float, typer.Option(min=0, help="The peak learning rate. A cosine decay to 0 follows.")
-    ] = 6e-4,
+    learning_rate: LearningRate = 6e-4,
     optimizer: Annotated[
         str, typer.Option(help="The optimizer: adamw, or muon for matrices and AdamW for all else.")
     ] = "adamw",
@@ -254,15 +254,14 @@ def train(
         raise ValueError("--server answers prompts, and --answers has answers already: only one of them may be given")
     if features and not answers:
         raise ValueError("--features are features of --answers, which must be given, too")
-    shown = Console(quiet=True) if int(os.environ.get("RANK", 0)) else console  # the first process prints for all
+    shown = console_of_this_process()
     # Everything that does not need the target is checked before it is loaded.
     left_out = LeftOut()
     if answers is None:
         conversations = read_conversations(prompts, field=field, limit=limit, left_out=left_out)
     else:
         require_file(answers)
-    if output.exists() and not output.is_dir():
-        raise ValueError(f"--output {output}: a folder is expected, this is a file")
+    check_folder(output)
     chosen_taps = tap_choice(taps)
     block_size = block_size or (8 if is_lora else 16)
     settings = dict(

@@ -6,15 +6,28 @@ from dataclasses import dataclass, field
 
 
 @dataclass
-class Completion:
-    """The answer to one prompt.
+class Answer:
+    """The answer to one prompt, whatever decoded it.
 
     Attributes:
         tokens: the new tokens, including the stop token if one ended the row. A stop string is left out, and so is a
             token that holds any part of it.
-        text: the text of the answer, up to a stop string. It is None unless the engine has a tokenizer.
+        text: the text of the answer, up to a stop string. It is None without a tokenizer.
         finish_reason: "stop", "length", "cancelled" or "error".
         error: what ended the request if it failed.
+    """
+
+    tokens: list[int] = field(default_factory=list)
+    text: str | None = None
+    finish_reason: str | None = None
+    error: BaseException | None = None
+
+
+@dataclass
+class Completion(Answer):
+    """The answer to one prompt, token by token or by drafts.
+
+    Attributes:
         committed: the number of tokens that each cycle added to the row, bonus token included. The first token of the
             row comes from prefill and is not counted here.
         verified: the number of drafted tokens that each cycle verified. It is less than the drafted number where the
@@ -23,10 +36,6 @@ class Completion:
         drafted: the verified tokens of each cycle.
     """
 
-    tokens: list[int] = field(default_factory=list)
-    text: str | None = None
-    finish_reason: str | None = None
-    error: BaseException | None = None
     committed: list[int] = field(default_factory=list)
     verified: list[int] = field(default_factory=list)
     accepted: list[int] = field(default_factory=list)

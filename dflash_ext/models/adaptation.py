@@ -21,7 +21,7 @@ from .denoising_masks import CONTEXTS, PATTERNS, denoising_masks
 from .loading import first_line
 from .lora import LoraAdapter, LoraDrafter, LoraDrafterConfig, save_lora_drafter
 from .lora.adapter import with_update
-from .lora.config import identity_of
+from .lora.config import check_identity, identity_of
 from .lora.peft_files import load_adapter, save_adapter
 from .lora.rows import planned, recomputed
 from .target import Target
@@ -64,12 +64,7 @@ class AdaptationConfig:
 
     def check_target(self, target: Target) -> None:
         """Raises a ValueError, which names the first difference, unless the adaptation was made for this base."""
-        for name, value in identity_of(target).items():
-            if self.base.get(name) != value:
-                raise ValueError(
-                    f"the denoiser was made for another base: its {name} is {self.base.get(name)!r}, this model's is "
-                    f"{value!r}"
-                )
+        check_identity(self.base, target, "denoiser", "model")
 
 
 class Adaptation(nn.Module):

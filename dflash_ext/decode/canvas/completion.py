@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from ..completion import Answer
+
 
 @dataclass(frozen=True)
 class Step:
@@ -21,22 +23,14 @@ class Step:
 
 
 @dataclass
-class CanvasCompletion:
-    """The answer to one prompt.
+class CanvasCompletion(Answer):
+    """The answer to one prompt, canvas by canvas. It is an error if the logits of a canvas were not finite.
 
     Attributes:
-        tokens: the new tokens, including the stop token if one ended the row.
-        text: the text of the answer, up to a stop string. It is None without a tokenizer.
-        finish_reason: "stop", "length", or "error" for a canvas whose logits were not finite.
-        error: what ended the request if it failed.
         steps: the number of denoising steps of each canvas.
         canvases: if the call traces, the steps of each canvas.
     """
 
-    tokens: list[int] = field(default_factory=list)
-    text: str | None = None
-    finish_reason: str | None = None
-    error: BaseException | None = None
     steps: list[int] = field(default_factory=list)
     canvases: list[list[Step]] = field(default_factory=list)
 

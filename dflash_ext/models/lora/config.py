@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -56,12 +57,7 @@ class LoraDrafterConfig:
 
     def check_target(self, target: Target) -> None:
         """Raises a ValueError, which names the first difference, unless the drafter was made for this base."""
-        for name, value in identity_of(target).items():
-            if self.base.get(name) != value:
-                raise ValueError(
-                    f"the LoRA drafter was made for another base: its {name} is {self.base.get(name)!r}, this target's "
-                    f"is {value!r}"
-                )
+        check_identity(self.base, target, "LoRA drafter", "target")
 
     def check_one_forward(self) -> None:
         """Raises a ValueError unless one forward can verify a draft and make the next one."""
@@ -95,3 +91,17 @@ def identity_of(target: Target) -> dict[str, Any]:
         "vocab_size": target.vocab_size,
         "weights": target.fingerprint,
     }
+
+
+def check_identity(base: Mapping[str, Any], target: Target, made: str, its: str) -> None:
+    """Raises a ValueError, which names the first difference, unless `target` is the base that something was made for.
+
+    Args:
+        base: what that base is known by.
+        made, its: what was made, and what `target` is to it, for the message.
+    """
+    for name, value in identity_of(target).items():
+        if base.get(name) != value:
+            raise ValueError(
+                f"the {made} was made for another base: its {name} is {base.get(name)!r}, this {its}'s is {value!r}"
+            )
