@@ -1,7 +1,8 @@
 """Training on several GPUs against one GPU at an equal global batch: ``python -m bench.train_scaling [FILE]``.
 
-It prints the samples per second, the efficiency, and how far the losses differ. The target has the
-shapes of SmolLM2-135M and random weights, and the drafter those of the drafter that comes with the package.
+It prints the samples per second, the efficiency, and how far the losses differ, with the drafter on every GPU (DDP) and
+with its parts on all of them (FSDP2). The target has the shapes of SmolLM2-135M and random weights, and the drafter those
+of the drafter that comes with the package.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from dflash_ext.train.arguments import training_arguments
 from dflash_ext.train.objectives import DFlashObjective
 
 STEPS, WARMUP = 14, 4
-GLOBAL_BATCH, BATCH, LENGTH, ANCHORS, BLOCK = 128, 16, 384, 64, 16
+GLOBAL_BATCH, BATCH, LENGTH, ANCHORS, BLOCK = 256, 32, 384, 64, 16
 
 
 class Answers(torch.utils.data.Dataset):
@@ -46,7 +47,7 @@ class Clock(TrainerCallback):
             self.began = time.perf_counter()
 
 
-def rank(device: torch.device) -> dict:
+def rank(device: torch.device, sharded: bool) -> dict:
     """Trains as one process of torchrun; returns the losses and the samples per second of all processes."""
     torch.manual_seed(0)
     with device:
@@ -55,7 +56,15 @@ def rank(device: torch.device) -> dict:
     drafter = new_drafter(target, 0, mask_token_id=16, num_layers=3, intermediate_size=1024, block_size=BLOCK)
     with tempfile.TemporaryDirectory() as folder:
         accumulation = GLOBAL_BATCH // BATCH // int(os.environ["WORLD_SIZE"])
-        recipe = Recipe(steps=STEPS, batch_size=BATCH, accumulation=accumulation, anchors=ANCHORS, log_every=1)
+        arguments = {"fsdp": True} if sharded else {}
+        recipe = Recipe(
+            steps=STEPS,
+            batch_size=BATCH,
+            accumulation=accumulation,
+            anchors=ANCHORS,
+            log_every=1,
+            trainer_args=arguments,
+        )
         trainer = ObjectiveTrainer(
             DFlashObjective(drafter, Target(target.model, drafter.config.target_layer_ids)),
             args=training_arguments(Path(folder), recipe, device),
@@ -68,26 +77,26 @@ def rank(device: torch.device) -> dict:
     return {"losses": losses, "samples_per_second": GLOBAL_BATCH * (STEPS - WARMUP) / clock.seconds}
 
 
-def of_ranks(ranks: int) -> dict:
+def of_ranks(ranks: int, kind: str) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
         out = Path(folder) / "out.json"
-        subprocess.run([*torchrun, "-m", "bench.train_scaling", "--rank", str(out)], check=True)
+        subprocess.run([*torchrun, "-m", "bench.train_scaling", "--rank", str(out), kind], check=True)
         return json.loads(out.read_text())
 
 
 def main(output: str | None = None) -> None:
-    rows = {}
-    for ranks in (1, 2, 4, 8):
+    rows: list[dict] = []
+    for ranks, kind in ((1, "DDP"), (2, "DDP"), (4, "DDP"), (8, "DDP"), (2, "FSDP2"), (4, "FSDP2"), (8, "FSDP2")):
         if ranks > torch.cuda.device_count():
-            break
-        row = of_ranks(ranks)
-        one = rows[1] if rows else row
+            continue
+        row = {"gpus": ranks, "kind": kind} | of_ranks(ranks, kind)
+        one = rows[0] if rows else row
         row["efficiency"] = row["samples_per_second"] / one["samples_per_second"] / ranks
         row["loss_difference"] = max(abs(a - b) / a for a, b in zip(one["losses"], row["losses"], strict=True))
-        rows[ranks] = row
+        rows.append(row)
         print(
-            f"{ranks} GPUs: {row['samples_per_second']:.0f} samples/s, efficiency {row['efficiency']:.2f}, "
+            f"{ranks} GPUs, {kind}: {row['samples_per_second']:.0f} samples/s, efficiency {row['efficiency']:.2f}, "
             f"losses differ by at most {row['loss_difference']:.1e} of one GPU's",
             flush=True,
         )
@@ -100,7 +109,7 @@ if __name__ == "__main__":
     if sys.argv[1:2] == ["--rank"]:
         local = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(local)
-        result = rank(local)
+        result = rank(local, sys.argv[3] == "FSDP2")
         if int(os.environ["RANK"]) == 0:
             Path(sys.argv[2]).write_text(json.dumps(result))
     else:

@@ -4,6 +4,7 @@ The commands import the library when they run, so that `--help` is quick.
 """
 
 from .adapt import adapt
+from .answers import answers
 from .app import app, evaluations
 from .canvas import canvas
 from .check_lossless import check_lossless
@@ -19,7 +20,7 @@ from .probe import probe
 from .train import train
 
 # In the order of the help.
-for command in (demo, train, adapt, features, generate, canvas, evaluate, check_lossless, doctor, probe):
+for command in (demo, train, answers, features, adapt, generate, canvas, evaluate, check_lossless, doctor, probe):
     app.command()(command)
 for command in (reconstruct, ablate):
     evaluations.command()(command)

@@ -18,11 +18,18 @@ if TYPE_CHECKING:
 
 
 def load_target(
-    name: str, tokenizer: str | None, dtype: str | None, device: str | None, *, or_canvas_model: bool = False
+    name: str,
+    tokenizer: str | None,
+    dtype: str | None,
+    device: str | None,
+    *,
+    or_canvas_model: bool = False,
+    share_gpus: bool = False,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The target and its tokenizer. Under torchrun, every process uses a GPU of its own.
 
     or_canvas_model: a DiffusionGemma will do, too.
+    share_gpus: there may be more processes than GPUs.
     """
     import torch
 
@@ -30,7 +37,7 @@ def load_target(
 
     local_rank = os.environ.get("LOCAL_RANK")  # torchrun sets it
     if local_rank and device in (None, "cuda") and torch.cuda.is_available():
-        device = f"cuda:{local_rank}"
+        device = f"cuda:{int(local_rank) % torch.cuda.device_count() if share_gpus else local_rank}"
     kinds = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     if dtype is not None and dtype not in kinds:
         raise ValueError(f"dtype '{dtype}' is not supported; choose one of {', '.join(kinds)}")
@@ -114,7 +121,7 @@ def encode_for(
         chat_template_args=chat_template_args,
         left_out=left_out,
     )
-    if left_out:
+    if left_out and not int(os.environ.get("RANK", 0)):
         say(f"dflash-ext: left out of {source}: {left_out}")
     return prompts
 

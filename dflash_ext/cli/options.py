@@ -48,6 +48,31 @@ ChatTemplateArgs = Annotated[
 PromptTexts = Annotated[
     list[str] | None, typer.Argument(help="The prompts. To read them from a file, use --prompts instead.")
 ]
+AnswerTemperatures = Annotated[
+    list[float] | None,
+    typer.Option(
+        "--temperature",
+        min=0,
+        metavar="<float>",
+        help="The sampling temperature of the answers; 0, the default, is greedy. Repeat the option to get an "
+        "answer at each temperature.",
+    ),
+]
+AnswersAtATime = Annotated[
+    int, typer.Option("--decode-batch", min=1, help="The number of prompts answered at a time.")
+]
+ServerUrl = Annotated[
+    str | None,
+    typer.Option(
+        "--server",
+        metavar="<url>",
+        help="Let this OpenAI-compatible server of the target answer the prompts, such as vLLM or SGLang at "
+        "http://localhost:8000.",
+    ),
+]
+ServerModel = Annotated[
+    str | None, typer.Option(help="The server's name for the target. The default is its first model.")
+]
 AnswersFile = Annotated[Path | None, typer.Option(help="Write the answers to this JSONL file.")]
 FiguresFile = Annotated[Path | None, typer.Option(help="Write the figures to this JSON file.")]
 FiguresAndAnswersFile = Annotated[Path | None, typer.Option(help="Write figures and answers to this JSON file.")]

@@ -11,6 +11,8 @@ from .app import console_of_this_process
 from .loading import encode_for, load_target, mask_token_id
 from .options import (
     Accumulation,
+    AnswersAtATime,
+    AnswerTemperatures,
     AtLeastTwoNewTokens,
     ChatTemplateArgs,
     CheckpointActivations,
@@ -28,6 +30,8 @@ from .options import (
     Resume,
     SaveEvery,
     Seed,
+    ServerModel,
+    ServerUrl,
     Taps,
     TargetName,
     Tokenizer,
@@ -68,32 +72,15 @@ def train(
     features: Annotated[
         Path | None, typer.Option(help="The folder that `dflash-ext features` wrote for these --answers.")
     ] = None,
-    server: Annotated[
-        str | None,
-        typer.Option(
-            metavar="<url>",
-            help="Let this OpenAI-compatible server of the target answer the prompts, such as vLLM or SGLang at "
-            "http://localhost:8000.",
-        ),
-    ] = None,
-    server_model: Annotated[
-        str | None, typer.Option(help="The server's name for the target. The default is its first model.")
-    ] = None,
+    server: ServerUrl = None,
+    server_model: ServerModel = None,
     field: Field = None,
     limit: Limit = None,
     max_prompt_tokens: MaxPromptTokens = 512,
     chat_template_args: ChatTemplateArgs = None,
     max_new_tokens: AtLeastTwoNewTokens = 256,
-    temperature: Annotated[
-        list[float] | None,
-        typer.Option(
-            min=0,
-            metavar="<float>",
-            help="The sampling temperature of the answers; 0, the default, is greedy. Repeat the option to get an "
-            "answer at each temperature.",
-        ),
-    ] = None,
-    decode_batch: Annotated[int, typer.Option(min=1, help="The number of prompts answered at a time.")] = 32,
+    temperature: AnswerTemperatures = None,
+    decode_batch: AnswersAtATime = 32,
     mask_token: MaskToken = None,
     layers: Annotated[int, typer.Option(min=1, help="The number of the drafter's layers.")] = 5,
     taps: Taps = "5",
@@ -239,6 +226,7 @@ def train(
 ) -> None:
     """Train a drafter on a target's own answers to your prompts."""
     import torch
+    from accelerate import PartialState
 
     from ..data import LeftOut, Server, conversation_numbers, read_conversations
     from ..data.parsing import require_file
@@ -317,6 +305,7 @@ def train(
     if answers is not None:
         train_on_answers(trained, tapped, answers, output, recipe, features=features, **options)
     else:
+        PartialState(cpu=model.device.type == "cpu")  # lets the processes of torchrun encode a part each
         encoded = encode_for(
             tapped,
             tok,

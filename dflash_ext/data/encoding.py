@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch.distributed as dist
 from transformers import PreTrainedTokenizerBase
 
 from .errors import PromptError, PromptTooLong
@@ -72,6 +73,8 @@ def encode_all(
 ) -> dict[int, list[int]]:
     """The token ids of every conversation that can be encoded, by its index in `conversations`.
 
+    The processes of a distributed run each encode a part, and all of them get all.
+
     Args:
         max_prompt_tokens, chat_template_args: as for `encode`.
         left_out: counts the conversations that are too long or that the tokenizer or its chat template refuses.
@@ -80,18 +83,28 @@ def encode_all(
         PromptError: no conversation can be encoded. The error is that of the first one.
     """
     left_out = LeftOut() if left_out is None else left_out
-    prompts: dict[int, list[int]] = {}
-    first_error = None
-    for index, conversation in enumerate(conversations):
+    rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    made: dict[int, list[int] | PromptError] = {}
+    for index in range(rank, len(conversations), ranks):
         try:
-            prompts[index] = encode(
-                conversation, tokenizer, max_prompt_tokens=max_prompt_tokens, chat_template_args=chat_template_args
+            made[index] = encode(
+                conversations[index],
+                tokenizer,
+                max_prompt_tokens=max_prompt_tokens,
+                chat_template_args=chat_template_args,
             )
         except PromptError as error:
-            first_error = first_error or error
-            left_out[error.kind] += 1
-    if first_error and not prompts:
-        raise first_error
+            made[index] = error
+    parts = [made]
+    if ranks > 1:
+        parts = [{}] * ranks
+        dist.all_gather_object(parts, made)
+    encoded = [parts[index % ranks][index] for index in range(len(conversations))]
+    prompts = {index: ids for index, ids in enumerate(encoded) if not isinstance(ids, PromptError)}
+    errors = [error for error in encoded if isinstance(error, PromptError)]
+    left_out.update(error.kind for error in errors)
+    if errors and not prompts:
+        raise errors[0]
     return prompts
 
 

@@ -16,6 +16,9 @@ class PromptError(DataError):
         super().__init__(message)
         self.kind = kind
 
+    def __reduce__(self):  # processes send them to each other
+        return type(self), (str(self), self.kind)
+
 
 class PromptTooLong(PromptError):
     """A prompt with more tokens than were allowed."""

@@ -25,3 +25,26 @@ def test_ranks_divide_the_prompts_of_the_command(workspace, run):
         for folder in (one, two)
     ]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_answers_of_several_processes(workspace, run):
+    """`answers` writes what `train` would, and `train --answers` reads it. Processes encode and answer parts, and what
+    is left out is counted over all of them."""
+    asked = ["--target", workspace / "target", "--prompts", workspace / "prompts.jsonl", "--max-new-tokens", 16]
+    train = words(workspace)
+    assert run(*train, "--output", workspace / "trained")[0] == 0
+    expected = (workspace / "trained" / "answers.jsonl").read_bytes().splitlines()
+    code, printed, errors = run("answers", *asked, "--output", workspace / "one.jsonl")
+    assert code == 0 and "the answers are in" in printed, errors
+    assert (workspace / "one.jsonl").read_bytes().splitlines() == expected
+    torchrun("--module", "dflash_ext", "answers", *asked, "--output", workspace / "two.jsonl")
+    assert sorted((workspace / "two.jsonl").read_bytes().splitlines()) == sorted(expected)
+    told = torchrun(
+        *("--module", "dflash_ext", "answers", *asked, "--output", workspace / "short.jsonl"),
+        *("--max-prompt-tokens", 8),
+    )
+    assert told.count("prompts of more than 8 tokens (1)") == 1
+    assert len((workspace / "short.jsonl").read_bytes().splitlines()) == 3
+    train[train.index("--prompts") : train.index("--prompts") + 2] = ["--answers", workspace / "two.jsonl"]
+    code, _, errors = run(*train, "--output", workspace / "again")
+    assert code == 0, errors

@@ -20,10 +20,12 @@ from python_tests.train.test_training import Cycles
 STEPS, GLOBAL_BATCH = 3, 8
 
 
-def torchrun(*words, processes: int = 2) -> None:
+def torchrun(*words, processes: int = 2) -> str:
+    """Runs a command in several processes; returns what they wrote to standard error."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", *words]
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, cwd=Path(__file__).parents[2])
     assert done.returncode == 0, done.stderr[-3000:]
+    return done.stderr
 
 
 def train(
