@@ -1,8 +1,8 @@
 """Training on several GPUs against one GPU at an equal global batch: ``python -m bench.train_scaling [FILE]``.
 
-It prints the samples per second, the efficiency, and how far the losses differ, with the drafter on every GPU (DDP) and
-with its parts on all of them (FSDP2). The target has the shapes of SmolLM2-135M and random weights, and the drafter those
-of the drafter that comes with the package.
+It prints the samples per second, the efficiency, and how far the losses differ, with the whole drafter on every GPU
+(DDP) and with its parts on all of them (FSDP2). The target has the shapes of SmolLM2-135M and random weights, and the
+drafter those of the drafter that comes with the package.
 """
 
 from __future__ import annotations

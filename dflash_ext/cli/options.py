@@ -58,9 +58,7 @@ AnswerTemperatures = Annotated[
         "answer at each temperature.",
     ),
 ]
-AnswersAtATime = Annotated[
-    int, typer.Option("--decode-batch", min=1, help="The number of prompts answered at a time.")
-]
+AnswersAtATime = Annotated[int, typer.Option("--decode-batch", min=1, help="The number of prompts answered at a time.")]
 ServerUrl = Annotated[
     str | None,
     typer.Option(
