@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from .app import console
-from .canvas import CanvasLength, CanvasModel, DenoiserFolder
+from .canvas import CanvasLength, CanvasModel
 from .loading import encode_for, load_canvas_model, load_target
 from .options import (
     ChatTemplateArgs,
@@ -23,7 +23,6 @@ from .options import (
     MaxNewTokens,
     MaxPromptTokens,
     Seed,
-    Temperature,
     Tokenizer,
 )
 from .output import check_output, replacing
@@ -32,7 +31,13 @@ from .output import check_output, replacing
 def canvas_front(
     model: CanvasModel,
     prompts: Annotated[Path, typer.Option(metavar="<path>", help="A file of prompts or conversations.")],
-    denoiser: DenoiserFolder = None,
+    denoiser: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="<path>",
+            help="Folder of a denoiser that `dflash-ext adapt` has trained for the model. Repeat the option for several.",
+        ),
+    ] = None,
     steps: Annotated[
         list[int] | None,
         typer.Option(
@@ -53,7 +58,22 @@ def canvas_front(
     chat_template_args: ChatTemplateArgs = None,
     max_new_tokens: MaxNewTokens = 128,
     canvas_length: CanvasLength = None,
-    temperature: Temperature = 1.0,
+    temperature: Annotated[
+        list[float] | None,
+        typer.Option(
+            min=0,
+            metavar="<float>",
+            help="The temperature of the base's own decoding, 1 by default; 0 is greedy. Repeat the option for several.",
+        ),
+    ] = None,
+    references: Annotated[
+        str | None,
+        typer.Option(
+            metavar="<key>",
+            help="The key under which the rows of the file have right answers, such as GSM8K's 'answer'. An answer is "
+            "right if its last number is that of the right answer.",
+        ),
+    ] = None,
     batch_size: DecodeBatch = 8,
     seed: Seed = 0,
     judge: Annotated[
@@ -76,21 +96,25 @@ def canvas_front(
 
     The base, which decodes token by token, is shown beside them and judges all answers.
     """
-    from ..data import LeftOut, read_conversations
+    from .. import models
+    from ..data import LeftOut, read_conversations, read_references
     from ..eval import canvas_front as front
     from ..eval.plot import check_plot
-    from ..models import Target, stop_tokens
 
     left_out = LeftOut()
     conversations = read_conversations(prompts, field=field, limit=limit, left_out=left_out)
+    right = read_references(prompts, references) if references else []
     check_output(output)
     check_output(plot, "--plot")
     if plot:
         check_plot(plot)
-    loaded, pretrained, tok = load_canvas_model(model, denoiser, tokenizer, dtype, device)
-    base = Target(pretrained) if denoiser else None
+    folders = denoiser or [None]
+    if len(names := [folder and folder.resolve().name for folder in folders]) > len(set(names)):
+        raise ValueError(f"denoisers are named after their folders, and two of {', '.join(names)} have the same name")
+    loaded, pretrained, tok = load_canvas_model(model, folders[0], tokenizer, dtype, device)
+    base = models.Target(pretrained) if denoiser else None
     if judge:
-        base = Target(load_target(judge, tokenizer, dtype, device)[0])
+        base = models.Target(load_target(judge, tokenizer, dtype, device)[0])
     encoded = encode_for(
         getattr(loaded, "target", None),
         tok,
@@ -101,22 +125,27 @@ def canvas_front(
         max_new_tokens=max_new_tokens,
         chat_template_args=chat_template_args,
     )
-    is_masked = getattr(loaded, "mask_id", None) is not None
+    judged = front.Judged(
+        list(encoded.values()),
+        tok,
+        base,
+        references=[right[conversations[index].row] for index in encoded] if right else [],
+        max_new_tokens=max_new_tokens,
+        stop_token_ids=models.stop_tokens(tok, pretrained),
+        batch_size=batch_size,
+        seed=seed,
+    )
+    points = {}
     with console.status("decoding") as status:
-        points = front.canvas_front(
-            loaded,
-            base,
-            tok,
-            list(encoded.values()),
-            _processes(process or ["{}"], steps or [4, 8, 16, 32], is_masked=is_masked),
-            temperature=temperature,
-            canvas_length=canvas_length,
-            max_new_tokens=max_new_tokens,
-            stop_token_ids=stop_tokens(tok, pretrained),
-            batch_size=batch_size,
-            seed=seed,
-            on_progress=lambda name: status.update(f"decoding: {name}"),
-        )
+        options = {"on_progress": lambda name: status.update(f"decoding: {name}")}
+        for name, folder in zip(names, folders, strict=True):
+            if folder != folders[0]:
+                loaded = models.load_denoiser(pretrained, folder)
+            is_masked = getattr(loaded, "mask_id", None) is not None
+            processes = _processes(process or ["{}"], steps or [4, 8, 16, 32], is_masked=is_masked)
+            found = front.canvas_points(loaded, judged, processes, canvas_length=canvas_length, **options)
+            points |= {f"{name}, {each}" if len(folders) > 1 else each: point for each, point in found.items()}
+        points |= front.base_points(judged, temperature or [1.0], **options)
     console.print(front.table(points))
     if output:
         with replacing(output) as file:

@@ -7,7 +7,7 @@ from .errors import DataError, PromptError, PromptTooLong
 from .features import FeatureDataset, write_features
 from .left_out import LeftOut
 from .noised import NoiseCollator
-from .prompts import Conversation, Message, read_conversations
+from .prompts import Conversation, Message, read_conversations, read_references
 from .server import Server
 from .text import TextDataset, read_texts
 from .uniform import UniformCollator
@@ -30,6 +30,7 @@ __all__ = [
     "encode",
     "encode_all",
     "read_conversations",
+    "read_references",
     "read_texts",
     "unused_template_args",
     "write_features",

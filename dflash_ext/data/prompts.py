@@ -100,6 +100,25 @@ def read_conversations(
     return conversations
 
 
+def read_references(path: str | Path, key: str) -> list[str]:
+    """The right answers that the rows of a JSON file have under `key`: one for each row, as `Conversation.row` counts.
+
+    Raises:
+        DataError: the file is no JSON file, or a row has no text there.
+    """
+    path = Path(path)
+    require_file(path)
+    if (reader := READERS.get(path.suffix.lower())) is None:
+        raise DataError(f"{path}: only rows of JSON have right answers")
+    found = []
+    for where, row in reader(path):
+        text = row.get(key) if isinstance(row, dict) else None
+        if not isinstance(text, str):
+            raise DataError(f"{where}: the right answer, a text under '{key}', is expected: {excerpt(row)}")
+        found.append(text)
+    return found
+
+
 def _json_lines(path: Path) -> Iterator[tuple[str, Any]]:
     with path.open("rb") as lines:
         for number, line in enumerate(lines, 1):

@@ -9,7 +9,7 @@ from rich.console import Console
 
 from ..data import Conversation, NoiseCollator, TextDataset, encode
 from ..decode.canvas import MaskedDiffusion
-from ..eval.canvas_front import canvas_front, table
+from ..eval.canvas_front import Judged, base_points, canvas_points, table
 from ..models import Adaptation, Target, load_denoiser
 from ..noise import MaskNoise, Share
 from ..train import RunRecipe, train_denoiser
@@ -55,9 +55,8 @@ def canvas_model(console: Console) -> None:
         for order in ("confidence", "left_to_right")
         for steps in (2, 4, 8, 16)
     }
-    points = canvas_front(
-        denoiser, Target(model), tokenizer, prompts, processes, canvas_length=BLOCK, max_new_tokens=NEW_TOKENS
-    )
+    judged = Judged(prompts, tokenizer, Target(model), max_new_tokens=NEW_TOKENS)
+    points = canvas_points(denoiser, judged, processes, canvas_length=BLOCK) | base_points(judged)
     console.print(table(points))
     for name in ("16 steps, confidence", "16 steps, left_to_right"):
         console.print(f"{name}: {points[name].answers[0]!r}", markup=False, highlight=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -35,6 +36,21 @@ def distinct(sequences: Sequence[Sequence[int]], n: int) -> float:
     """distinct-n (arXiv 1510.03055): different runs of n tokens, by the number of all of them in all sequences."""
     runs = [tuple(tokens[at : at + n]) for tokens in sequences for at in range(len(tokens) - n + 1)]
     return len(set(runs)) / len(runs) if runs else 0.0
+
+
+def last_number(text: str) -> float | None:
+    """The last number of a text, which in answers to exercises in arithmetic (GSM8K) is the result; None without one.
+
+    Commas between digits are left out.
+    """
+    found = re.findall(r"-?\d[\d,]*(?:\.\d+)?", text)
+    return float(found[-1].replace(",", "")) if found else None
+
+
+def is_right(answer: str, reference: str) -> bool:
+    """Whether an answer ends with the number with which the right answer does."""
+    number = last_number(answer)
+    return number is not None and number == last_number(reference)
 
 
 @torch.no_grad()
@@ -89,3 +105,11 @@ def interval(figure: float, resampled: Tensor) -> Interval:
     outside = (1 - COVERAGE) / 2
     low, high = resampled.nanquantile(torch.tensor([outside, 1 - outside], dtype=resampled.dtype)).tolist()
     return Interval(figure, low, high)
+
+
+def mean_interval(values: Sequence[float], seed: int = 0) -> Interval | None:
+    """The mean of samples and its interval; NaN does not count. None if there is nothing to count."""
+    kept = torch.tensor([value for value in values if value == value], dtype=torch.float64)
+    if not len(kept):
+        return None
+    return interval(kept.mean().item(), resamples(len(kept), seed) @ kept / len(kept))
