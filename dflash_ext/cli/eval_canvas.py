@@ -35,7 +35,7 @@ def canvas_front(
         list[Path] | None,
         typer.Option(
             metavar="<path>",
-            help="Folder of a denoiser that `dflash-ext adapt` has trained for the model. Repeat the option for several.",
+            help="Folder of a denoiser that `dflash-ext adapt` has trained for the model; several may be given.",
         ),
     ] = None,
     steps: Annotated[
@@ -63,7 +63,7 @@ def canvas_front(
         typer.Option(
             min=0,
             metavar="<float>",
-            help="The temperature of the base's own decoding, 1 by default; 0 is greedy. Repeat the option for several.",
+            help="The temperature of the base's own decoding, 1 by default; 0 is greedy. Several may be given.",
         ),
     ] = None,
     references: Annotated[

@@ -46,7 +46,7 @@ from .output import check_folder
 
 # The options that only one kind of drafter has, by the names of their parameters.
 OPTIONS_OF = {
-    "dflash": ("layers", "taps", "intermediate_size", "features", "loss", "teacher_mix", "compile"),
+    "dflash": ("layers", "taps", "intermediate_size", "features", "loss", "teacher_mix", "compile", "noise"),
     "lora": (
         *("lora_kind", "rank", "alpha", "linear_layers", "causal", "sampler_width", "start_from"),
         *("kl_weight", "context_ratio", "fixed_anchors"),
@@ -137,12 +137,19 @@ def train(
     accumulation: Accumulation = 1,
     anchors: Annotated[int, typer.Option(min=1, help="Blocks drawn from each sequence.")] = 64,
     max_length: MaxLength = 1024,
+    noise: Annotated[
+        str,
+        typer.Option(
+            help="What stands in the slots that are drafted: mask, the mask token; or uniform, random tokens, which "
+            "each step of denoising draws anew. For several steps, --noise-ratio must be below 1."
+        ),
+    ] = "mask",
     noise_ratio: Annotated[
         float,
         typer.Option(
             help="The share of blocks that are drafted from mask tokens alone. The others show some leading tokens, "
-            "which trains for several steps of denoising. With --drafter lora, the share of slots that hold the mask "
-            "token; the others show their tokens."
+            "which trains for several steps of denoising; with --noise uniform, tokens in any slots. With --drafter "
+            "lora, the share of slots that hold the mask token; the others show their tokens."
         ),
     ] = 1.0,
     curriculum: Annotated[
@@ -295,7 +302,7 @@ def train(
             trained.start_from(load_lora_drafter(start_from, tapped, dtype=torch.float32))
         what = f"a {lora_kind} adapter of rank {rank} on {len(trained.adapter.paths)} linear layers"
     else:
-        options = dict(num_layers=layers, taps=chosen_taps, intermediate_size=intermediate_size)
+        options = dict(num_layers=layers, taps=chosen_taps, intermediate_size=intermediate_size, noise=noise)
         trained = new_drafter(Target(model), seed, **options, **made)
         tapped = Target(model, trained.config.target_layer_ids)
         what = f"{layers} layers, taps {trained.config.target_layer_ids}"

@@ -6,7 +6,7 @@ from os import PathLike
 
 from ..models import DFlashDrafter, LoraDrafter, Target, is_lora_drafter, load_drafter, load_lora_drafter
 from .cycle import Cycle
-from .drafts import BlockDraft, GatedDraft, WholeDraft
+from .drafts import BlockDraft, GatedDraft, UniformDraft, WholeDraft
 from .forward import LeanForward, target_forward
 from .kv_cache import MOST_ROWS, SCRATCH
 from .one_forward import OneForwardCycle
@@ -88,7 +88,10 @@ def make_cycle(
     options = {"width": width, "steps": steps, "greedy": greedy}
     forward = target_forward(target, **sizes, rows=max(rows, MOST_ROWS), exact=exact)
     if not is_lora:
-        return Cycle(state, forward, BlockDraft(drafter, target, **sizes, **options) if drafter else None)
+        if drafter is None:
+            return Cycle(state, forward, None)
+        kind = UniformDraft if drafter.config.noise == "uniform" else BlockDraft
+        return Cycle(state, forward, kind(drafter, target, **sizes, **options))
     if not isinstance(forward, LeanForward):
         name = type(target.model).__name__
         raise ValueError(f"LoRA drafters are not supported: the engine has no forward of its own for this {name}")

@@ -12,12 +12,14 @@ from .target import Target
 
 LAYER_KINDS = ("full_attention", "sliding_attention")
 WINDOW_CONVENTIONS = ("zlab", "speculators")
+NOISES = ("mask", "uniform")
 
 # Optional keys that are written only where they are set.
 _OPTIONAL_FIELDS = {
     "is_causal": None,
     "sample_from_anchor": False,
     "window_convention": "zlab",
+    "noise": "mask",
     "own_embeddings": False,
     "own_head": False,
     "draft_vocab_size": None,
@@ -78,6 +80,8 @@ class DFlashConfig(Qwen3Config):
     - `input_embedding_scale`, `output_multiplier`, `final_logit_softcapping` (0 or less is none), in either place.
     - `window_convention`, this package's own: what a sliding window hides, "zlab" (the default) or "speculators"; see
       `IntervalMask.anchor_blocks`.
+    - `noise`, this package's own: what stands in the slots behind the anchor, "mask" (the default) for the mask token
+      or "uniform" for random tokens, which each step of denoising draws anew.
 
     `own_embeddings`, `own_head` and `draft_vocab_size` describe a checkpoint's tensors: whether it brings an embedding
     or a head instead of the target's, and the number of the target's tokens that it can draft. `load_drafter` sets
@@ -93,6 +97,7 @@ class DFlashConfig(Qwen3Config):
     is_causal: bool | None = None
     sample_from_anchor: bool = False
     window_convention: str = "zlab"
+    noise: str = "mask"
     own_embeddings: bool = False
     own_head: bool = False
     draft_vocab_size: int | None = None
@@ -151,6 +156,10 @@ class DFlashConfig(Qwen3Config):
         if self.window_convention not in WINDOW_CONVENTIONS:
             names = " and ".join(WINDOW_CONVENTIONS)
             raise ValueError(f"window_convention is {self.window_convention!r}: {names} are supported")
+        if self.noise not in NOISES:
+            raise ValueError(f"noise is {self.noise!r}: {' and '.join(NOISES)} are supported")
+        if self.noise == "uniform" and self.sample_from_anchor:
+            raise ValueError("noise is 'uniform': slot 0 is the anchor, so that sample_from_anchor is not supported")
         if not self.dflash_config.get("target_layer_ids"):
             if self.num_target_layers is None:
                 return  # transformers builds default configs; a drafter cannot be made from one
@@ -171,6 +180,7 @@ class DFlashConfig(Qwen3Config):
         block_size: int = 16,
         taps: Sequence[int] | int = 5,
         intermediate_size: int | None = None,
+        noise: str = "mask",
     ) -> DFlashConfig:
         """The configuration of a new drafter with the target's width, heads and rotary base.
 
@@ -181,6 +191,7 @@ class DFlashConfig(Qwen3Config):
             mask_token_id: the token in slots 1..B-1. It must be in the target's vocabulary.
             taps: layer ids, or the number of layers that `default_taps` chooses.
             intermediate_size: the width of the MLPs. The default is the target's.
+            noise: what stands in the slots that are drafted, as in the class.
 
         Raises:
             ValueError: a number is out of range, or the target's embedding or head is not of its hidden size.
@@ -210,6 +221,7 @@ class DFlashConfig(Qwen3Config):
             dflash["final_logit_softcapping"] = base.final_logit_softcapping
         return cls(
             block_size=block_size,
+            noise=noise,
             dflash_config=dflash,
             num_target_layers=target.num_layers,
             num_hidden_layers=num_layers,
@@ -270,6 +282,8 @@ class DFlashConfig(Qwen3Config):
             unread.append("vLLM and SGLang give each slot a window of its own instead of the anchor's")
         if self.own_tables:
             unread.append("SGLang uses the target's embedding and head instead of the drafter's own")
+        if self.noise == "uniform":
+            unread.append("vLLM and SGLang fill blocks with the mask token instead of random tokens")
         for key in ("input_embedding_scale", "output_multiplier", "final_logit_softcapping"):
             if self.optional(key) not in (None, 0, 1):
                 unread.append(f"vLLM's and SGLang's DFlash do not read {key}")
@@ -281,6 +295,8 @@ class DFlashConfig(Qwen3Config):
             return "does not read sample_from_anchor"
         if self.shared_window:
             return "keeps too little context for speculators' windows"
+        if self.noise == "uniform":
+            return "fills blocks with the mask token instead of random tokens"
         return "uses the target's embedding and head instead of the drafter's own" if self.own_tables else None
 
     @classmethod

@@ -36,6 +36,10 @@ class AnchorCollator:
         noise_ratio: the share of blocks whose drafted slots all hold the mask token. The others show the right tokens
             of a random number of leading slots, as a later step of denoising sees them; these do not count. Below 1,
             batches have `revealed` [B, N], that number.
+        random_tokens: the size of the vocabulary from which random tokens are drawn, which stand in the place of mask
+            tokens (`DFlashConfig.noise`); 0 for mask tokens. With random tokens, blocks beyond the `noise_ratio` show
+            the right tokens of a random share of their slots, and all slots count, because the drafter has to find out
+            which ones are right.
         slot_noise: the share of drafted slots that hold the mask token. Each of the others, drawn one by one, shows its
             right token and does not count.
         context_ratio: the share of each sample that is context alone and has no anchor; a pair (least, most) draws it
@@ -54,6 +58,7 @@ class AnchorCollator:
     first_slot: int = 1
     noise_ratio: float = 1.0
     slot_noise: float = 1.0
+    random_tokens: int = 0
     context_ratio: float | tuple[float, float] = 0.0
     fixed: bool = False
     block_sizes: Sequence[int] = ()
@@ -88,7 +93,10 @@ class AnchorCollator:
         blocks.counts[:, :, size:] = False
         given = {"features": sample["features"][None]} if "features" in sample else {}
         made = given | {"input_ids": ids, "anchors": anchors, "keep": keep, "limits": limits, **vars(blocks)}
-        if self.noise_ratio < 1:
+        if self.random_tokens:
+            shown = self._replace(ids, blocks, key and generator("noise", *key))
+            made["limits"] = limits.masked_fill(shown, 0)
+        elif self.noise_ratio < 1:
             made["revealed"] = self._reveal(ids, blocks, key and generator("noise", *key))
             made["limits"] = limits.masked_fill(made["revealed"] > 0, 0)
         if self.slot_noise < 1:
@@ -123,6 +131,18 @@ class AnchorCollator:
         slots = torch.arange(self.block_size)
         self._show(ids, blocks, (slots > 0) & (slots <= revealed[:, :, None]))
         return revealed
+
+    def _replace(self, ids: Tensor, blocks: Blocks, generator: torch.Generator | None) -> Tensor:
+        """Puts random tokens into slots of `blocks`, and the right ones into others. Returns which blocks have such
+        others: bool [1, N]."""
+        rows, shape = blocks.counts.shape[:2], blocks.counts.shape
+        is_noise = torch.rand(rows, generator=generator) < self.noise_ratio
+        share = torch.rand(rows, generator=generator).masked_fill(is_noise, 1.0)
+        shown = blocks.counts & (torch.rand(shape, generator=generator) >= share[:, :, None])
+        drawn = torch.randint(self.random_tokens, shape, generator=generator)
+        blocks.noise_ids[:, :, 1:] = drawn[:, :, 1:]
+        self._show(ids, blocks, shown)
+        return shown.any(dim=-1)
 
     @staticmethod
     def _show(ids: Tensor, blocks: Blocks, slots: Tensor) -> None:

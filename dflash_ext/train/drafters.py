@@ -206,6 +206,8 @@ def parts_of(drafter: Drafter, target: Target, recipe: DraftingRecipe) -> Parts:
     as_decoded = AnchorCollator(
         recipe.anchors, size, drafter.config.mask_token_id, first_slot, pack_length=recipe.pack_length
     )
+    if not is_lora and drafter.config.noise == "uniform":
+        as_decoded = replace(as_decoded, random_tokens=target.vocab_size)
     collator = replace(as_decoded, block_sizes=recipe.block_sizes, steps=recipe.steps)
     if is_lora:
         options = dict(context_ratio=recipe.context_ratio, fixed=recipe.fixed_anchors)

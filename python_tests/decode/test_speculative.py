@@ -92,11 +92,12 @@ def test_smaller_blocks_and_their_bounds():
             decode(target, drafter, PROMPTS, max_new_tokens=4, block_size=block_size)
 
 
-@pytest.mark.parametrize("family", ["llama", "sample_from_anchor"])
+@pytest.mark.parametrize("family", ["llama", "sample_from_anchor", "uniform"])
 @pytest.mark.parametrize("steps, greedy", [(1, True), (2, False), (3, True)])
 def test_steps_of_denoising_change_no_greedy_token(family, steps, greedy):
     target, drafter = tiny_pair("llama")
     drafter.config.sample_from_anchor = family == "sample_from_anchor"
+    drafter.config.noise = "uniform" if family == "uniform" else "mask"
     expected = [own_output(target.model, p, 20) for p in PROMPTS]
     options = dict(max_new_tokens=20, denoising_steps=steps, greedy_draft=greedy)
     for block_size in (2, 3, 6, "auto"):
@@ -325,6 +326,7 @@ def test_sampling_keeps_the_targets_distribution(drafted, temperature, top_k, to
         assert 0 < sum(accepted) < len(accepted) * 3  # both acceptance and rejection took part
 
 
+@pytest.mark.parametrize("noise", ["mask", "uniform"])
 @pytest.mark.parametrize(
     "drafting, top_k",
     [
@@ -336,8 +338,9 @@ def test_sampling_keeps_the_targets_distribution(drafted, temperature, top_k, to
         (dict(block_size=3, denoising_steps=3), None),
     ],
 )
-def test_ways_of_drafting_keep_the_targets_distribution(drafting, top_k):
+def test_ways_of_drafting_keep_the_targets_distribution(drafting, top_k, noise):
     target, drafter = small_pair(0.7)
+    drafter.config.noise = noise
     opinionated(drafter)
     prompt = [1, 3, 0]
     filters = dict(zip(FILTERS, (1.0, top_k, None, None), strict=True))
@@ -368,6 +371,24 @@ def test_every_step_of_denoising_sees_what_was_drafted_before():
                 ).last_hidden_state
                 assert drafter.logits(target, hidden)[0, 1 + known].argmax() == drafted[known]
     assert drafts[1] != drafts[3]
+
+
+def test_every_step_on_random_tokens_draws_the_whole_block_anew():
+    """A second step reads what the first one drew, in all slots."""
+    target, drafter = small_pair(0.7)
+    opinionated(drafter)
+    drafter.config.noise = "uniform"
+    prompts = [list(pair) for pair in itertools.product(range(4), repeat=2)]
+    once, twice = (decode(target, drafter, prompts, max_new_tokens=5, denoising_steps=n).completions for n in (1, 2))
+    for prompt, first, second in zip(prompts, once, twice, strict=True):
+        hidden = drafter(
+            noise_embeds=drafter.embed(target, torch.tensor([[first.tokens[0], *first.drafted[0]]])),
+            context_hidden_states=target.features(torch.tensor([prompt])),
+            position_ids=torch.arange(len(prompt) + 4)[None],
+        ).last_hidden_state
+        logits = drafter.logits(target, hidden, target.head.bfloat16())  # as the engine on a CPU does
+        assert logits[0, 1:].argmax(-1).tolist() == second.drafted[0]
+    assert [c.drafted for c in once] != [c.drafted for c in twice]
 
 
 def test_a_row_draws_the_same_alone_and_in_a_batch():

@@ -214,6 +214,7 @@ def test_refuses(change, message):
     [
         ({"sample_from_anchor": True}, "does not read sample_from_anchor: decode with dflash_ext.decode"),
         ({"window_convention": "speculators"}, "keeps too little context for speculators' windows"),
+        ({"noise": "uniform"}, "fills blocks with the mask token instead of random tokens"),
         ({"own_head": True}, "uses the target's embedding and head instead of the drafter's own"),
     ],
 )

@@ -122,6 +122,8 @@ def test_a_key_that_changes_nothing_is_read_over(tmp_path):
         ({"layer_types": ["full_attention", "chunked_attention"]}, "layer_types has 'chunked_attention'"),
         ({"layer_types": ["full_attention", "sliding_attention"], "sliding_window": 4}, "use_sliding_window and a"),
         ({"window_convention": "mine"}, "window_convention is 'mine': zlab and speculators are supported"),
+        ({"noise": "gauss"}, "noise is 'gauss': mask and uniform are supported"),
+        ({"noise": "uniform", "sample_from_anchor": True}, "so that sample_from_anchor is not supported"),
         ({"block_size": 1}, "block_size is 1: a block is an anchor and"),
         ({"block_size": -1, "sample_from_anchor": True}, "block_size is -1: a block is at least one slot"),
         ({"block_size": 0}, "block_size is 0: a block is an anchor and"),

@@ -70,6 +70,7 @@ def test_a_drafter_that_everybody_reads_is_saved_without_a_warning(tmp_path):
     [
         ({"sample_from_anchor": True}, "does not read sample_from_anchor"),
         ({"window_convention": "speculators", "layer_types": ["sliding_attention"] * 2}, "a window of its own"),
+        ({"noise": "uniform"}, "instead of random tokens"),
         ({"dflash_config": {"output_multiplier": 0.5}}, "vLLM's and SGLang's DFlash do not read output_multiplier"),
     ],
 )

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from dflash_ext.models import load_drafter
 from dflash_ext.train import AnchorCollator, HeldOutPrompts, Recipe, train_drafter
 from dflash_ext.train.collator import shared_rows
 from dflash_ext.train.objectives import DFlashObjective
@@ -111,6 +112,32 @@ def test_a_curriculum_of_block_sizes():
         batch = collate([sample | {"key": (0, step, 0)} for sample in samples()])
         assert batch["counts"].any(dim=(0, 1)).tolist() == [0 < slot < size for slot in range(6)]
         assert batch["limits"].max() == size
+
+
+def test_random_tokens_stand_in_the_place_of_mask_tokens():
+    """Alone, or among right ones. Every slot counts, and a block that shows right tokens says nothing of tau."""
+    collator = AnchorCollator(30, 6, MASK_TOKEN, random_tokens=1_000_000)
+    masked, whole = (each(samples()) for each in (replace(collator, random_tokens=0), collator))
+    part = replace(collator, noise_ratio=0.4)(samples())
+    kept, counts = whole["keep"], masked["counts"]
+    right = whole["labels"]
+    for batch in (whole, part):
+        assert torch.equal(batch["noise_ids"][..., 0], masked["noise_ids"][..., 0])
+        assert torch.equal(batch["counts"], counts) and torch.equal(batch["labels"], right)
+    assert not (whole["noise_ids"] == right)[counts].any() and torch.equal(whole["limits"], masked["limits"])
+    shows = ((part["noise_ids"] == right) & counts).any(-1)[kept]
+    assert 0.3 < shows.float().mean() < 0.7
+    assert torch.equal(part["limits"][kept], whole["limits"][kept].masked_fill(shows, 0))
+
+
+def test_a_run_with_uniform_noise(tmp_path):
+    target, drafter = tiny_pair("llama")
+    drafter.config.noise = "uniform"
+    recipe = Recipe(steps=4, batch_size=4, anchors=5, noise_ratio=0.5, log_every=1)
+    prompts = HeldOutPrompts(random_prompts(5, 7), max_new_tokens=8, denoising_steps=(1, 2, 3))
+    log = train_drafter(drafter, target, Cycles(), tmp_path, recipe, held_out=Cycles(5), prompts=prompts)
+    assert {"eval_tau", "eval_tau_2_steps", "eval_tau_3_steps"} <= log[-2].keys()
+    assert load_drafter(tmp_path).config.noise == "uniform"
 
 
 def test_a_run_for_several_steps_of_denoising(tmp_path):

@@ -9,6 +9,7 @@ from ...models import DFlashDrafter, Target
 from ...ops import kv_inject, linear
 from ...ops.cycle import CycleRows
 from ...ops.layer import add_rms_norm
+from ...ops.random import NOISE, uniforms_of
 from ..forward.families import drafter_stack
 from ..forward.layers import Rows
 from ..kv_cache import KVCache, block_table
@@ -71,15 +72,42 @@ class BlockDraft(Draft):
         first = known.shape[1] - 1 + drafter.config.first_draft_slot
         block = torch.full_like(rows.block_positions, drafter.config.mask_token_id)
         block[:, : known.shape[1]] = known
+        return self.read(rows, block, first, count), None
+
+    def read(self, rows: CycleRows, block: Tensor, first: int, count: int) -> Tensor:
+        """The logits [B, count, V] of slots from `first` on, given the tokens in all slots of blocks, int64 [B, n]."""
+        drafter = self.drafter
         masks = drafter.decode_masks(rows.start, block.shape[1], self.cache.capacity)
         hidden = drafter.embed(self.target, block).flatten(0, 1)
         where = Rows(rows.block_positions, rows.block_places, rows.slots, masks)
         output, _ = self.stack.forward(hidden, where, self.cache)
         wanted = self.stack.normed(output).view(*block.shape, -1)[:, first : first + count]
-        return drafter.logits(self.target, wanted, self.head), None
+        return drafter.logits(self.target, wanted, self.head)
 
     def block_len(self, width: int) -> int:
         return width + self.drafter.config.first_draft_slot if width else 0
 
     def clear(self, slot: int) -> None:
         self.cache.clear(slot)
+
+
+class UniformDraft(BlockDraft):
+    """Drafts with a drafter of uniform noise: a block starts from random tokens, and each step draws all of it anew.
+
+    With several steps a token depends on those behind it, too. So such a draft is a point mass, and the likeliest one.
+    """
+
+    def draft(
+        self, rows: CycleRows, width: int, filters: dict[str, Tensor], changes: dict[str, Tensor]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        first = rows.start + 1
+        places = first[:, None] + torch.arange(width, device=first.device)
+        seeds = (rows.seed[:, None] + places).flatten()
+        uniforms = uniforms_of(seeds, NOISE, len(seeds), 1)
+        tokens, facts = (uniforms * self.target.vocab_size).long().view_as(places), {}
+        for _ in range(self.steps):
+            block = torch.cat([rows.anchor[:, None], tokens], dim=1)
+            logits = self.read(rows, block, 1, width)
+            known = filters if self.steps == 1 else {}
+            tokens, facts = self.draw(logits, None, rows.anchor, rows.seed, first, known, changes)
+        return tokens, facts

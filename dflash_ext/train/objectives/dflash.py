@@ -18,7 +18,7 @@ from .objective import Objective
 # What the drafter of a checkpoint and the one that continues it have in common.
 IDENTITY = (
     *("hidden_size", "num_hidden_layers", "intermediate_size", "block_size", "dflash_config"),
-    *("sample_from_anchor", "is_causal", "window_convention"),
+    *("sample_from_anchor", "is_causal", "window_convention", "noise"),
 )
 
 
@@ -157,7 +157,7 @@ class DFlashObjective(Objective):
     def _noise(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The embedded slots as the drafter takes them: the mask token once if it is in all slots but the anchors'."""
         drafter, noise = self.drafter, batch["noise_ids"]
-        if "revealed" in batch:
+        if "revealed" in batch or drafter.config.noise == "uniform":
             return {"noise_embeds": drafter.embed(self.target, noise.flatten(1))}
         embeds = drafter.embed(self.target, noise[:, :, 0])
         return {"noise_embeds": embeds, "mask_embed": drafter.embed(self.target, noise[0, 0, -1])}
