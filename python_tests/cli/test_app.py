@@ -13,7 +13,7 @@ from dflash_ext.cli import app
 from dflash_ext.cli.output import replacing
 
 COMMANDS = (
-    *("demo", "train", "adapt", "features", "generate", "canvas", "evaluate"),
+    *("demo", "train", "answers", "features", "adapt", "generate", "canvas", "evaluate"),
     *("check-lossless", "doctor", "probe", "eval"),
 )
 
