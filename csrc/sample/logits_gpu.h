@@ -112,57 +112,116 @@ DFLASH_INLINE Chunk<T> load_chunk(const T* x, uint32_t vocab, uint32_t i, bool a
 // A row of logits as they lie in memory. `Values` are the logits of a chunk of neighbouring tokens.
 template <class T>
 struct PlainLogits {
-  using Element = T;
+  using Raw = PlainLogits;  // the same row without penalties
   using Values = Chunk<T>;
   static constexpr int kSize = Chunk<T>::kSize;
   static constexpr bool kIsPlain = true;
+  static constexpr bool kIsRaw = true;  // `Values` are as they lie in memory
 
   const T* x;
   uint32_t vocab;
   bool is_aligned;
 
-  DFLASH_INLINE PlainLogits(const T* x, int64_t vocab) : x(x), vocab(vocab), is_aligned(device::is_aligned(x)) {}
+  DFLASH_INLINE PlainLogits(const void* logits, DType, int64_t offset, int64_t vocab)
+      : x(static_cast<const T*>(logits) + offset), vocab(vocab), is_aligned(device::is_aligned(x)) {}
 
   DFLASH_INLINE float operator[](int64_t token) const { return to_float(x[token]); }
+  DFLASH_INLINE const void* address(uint32_t i) const { return x + i; }
   // Returns the logits of tokens [i, i + kSize), which are -inf past the end of the row.
   DFLASH_INLINE Values at(uint32_t i) const { return load_chunk(x, vocab, i, is_aligned); }
   DFLASH_INLINE PlainLogits within(uint32_t, uint32_t) const { return *this; }
-  // The same of a chunk within an aligned row.
+  // Whether the chunks of tokens [begin, end) may be loaded at once.
+  DFLASH_INLINE bool is_whole(uint32_t end) const { return is_aligned && end <= vocab; }
   DFLASH_INLINE Values load_whole(uint32_t i) const { return *reinterpret_cast<const Values*>(x + i); }
 };
 
 template <int kCount>
-struct FloatValues {
+struct alignas(16) FloatValues {
   static constexpr int kSize = kCount;
   float values[kSize];
 };
 
-// A row of logits after its bias and its penalties.
-template <class T>
-struct PenalisedLogits {
-  using Element = T;
-  static constexpr int kSize = Chunk<T>::kSize;
+// A row as it lies in memory, of a dtype that is known only at run time. It serves rows with penalties, for which one
+// instance of a kernel is enough.
+struct AnyLogits {
+  static constexpr int kSize = 8;
+  using Raw = AnyLogits;
   using Values = FloatValues<kSize>;
+  static constexpr bool kIsRaw = false;
+
+  const char* x;
+  DType dtype;
+  uint32_t vocab;
+  bool is_aligned;
+
+  DFLASH_INLINE AnyLogits(const void* logits, DType dtype, int64_t offset, int64_t vocab)
+      : x(static_cast<const char*>(logits) + offset * size_of(dtype)), dtype(dtype), vocab(vocab),
+        is_aligned(device::is_aligned(x)) {}
+
+  DFLASH_INLINE float operator[](int64_t token) const {
+    return dtype == DType::kFloat32    ? of<float>()[token]
+           : dtype == DType::kBFloat16 ? to_float(of<__nv_bfloat16>()[token])
+                                       : to_float(of<__half>()[token]);
+  }
+  DFLASH_INLINE const void* address(uint32_t i) const { return x + int64_t(i) * size_of(dtype); }
+  DFLASH_INLINE Values at(uint32_t i) const {
+    Values own;
+    if (dtype == DType::kFloat32) {
+      load_values<float>(own.values, i);
+    } else if (dtype == DType::kBFloat16) {
+      load_values<__nv_bfloat16>(own.values, i);
+    } else {
+      load_values<__half>(own.values, i);
+    }
+    return own;
+  }
+  DFLASH_INLINE bool is_whole(uint32_t) const { return false; }
+  DFLASH_INLINE Values load_whole(uint32_t i) const { return at(i); }
+
+ private:
+  DFLASH_INLINE static int size_of(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
+  template <class T>
+  DFLASH_INLINE const T* of() const {
+    return reinterpret_cast<const T*>(x);
+  }
+  template <class T>
+  DFLASH_INLINE void load_values(float (&out)[kSize], uint32_t i) const {
+    constexpr int kPart = Chunk<T>::kSize;
+#pragma unroll
+    for (int k = 0; k < kSize; k += kPart) {
+      const Chunk<T> chunk = load_chunk(of<T>(), vocab, i + k, is_aligned);
+#pragma unroll
+      for (int n = 0; n < kPart; ++n) out[k + n] = to_float(chunk.values[n]);
+    }
+  }
+};
+
+// A row of logits after its bias and its penalties.
+struct PenalisedLogits {
+  static constexpr int kSize = AnyLogits::kSize;
+  using Raw = AnyLogits;
+  using Values = AnyLogits::Values;
   static constexpr bool kIsPlain = false;
 
-  const T* x;
+  AnyLogits raw;
   uint32_t vocab;
   bool is_aligned;
   int drafted;                        // 0 in parts of the row that have no drafts
   const Penalties<float>& penalties;  // in shared memory
 
-  DFLASH_INLINE PenalisedLogits(const T* x, int64_t vocab, const Penalties<float>& penalties)
-      : x(x), vocab(vocab),
-        is_aligned(device::is_aligned(x) && device::is_aligned(penalties.counts) && device::is_aligned(penalties.bias)),
+  DFLASH_INLINE PenalisedLogits(const AnyLogits& raw, const Penalties<float>& penalties)
+      : raw(raw), vocab(raw.vocab),
+        is_aligned(device::is_aligned(penalties.counts) && device::is_aligned(penalties.bias)),
         drafted(penalties.drafted), penalties(penalties) {}
 
-  DFLASH_INLINE float operator[](int64_t token) const { return penalties(to_float(x[token]), token); }
+  DFLASH_INLINE float operator[](int64_t token) const { return penalties(raw[token], token); }
+  DFLASH_INLINE const void* address(uint32_t i) const { return raw.address(i); }
   DFLASH_INLINE Values at(uint32_t i) const {
-    const Chunk<T> chunk = load_chunk(x, vocab, i, is_aligned);
+    const Values plain = raw.at(i);
     Values own;
     load_table(own.values, penalties.bias, i);
 #pragma unroll
-    for (int k = 0; k < kSize; ++k) own.values[k] += to_float(chunk.values[k]);
+    for (int k = 0; k < kSize; ++k) own.values[k] += plain.values[k];
     if (penalties.counts == nullptr) return own;
     int counts[kSize];
     load_table(counts, penalties.counts, i);
@@ -187,6 +246,8 @@ struct PenalisedLogits {
     if (!__any_sync(~0u, has)) part.drafted = 0;
     return part;
   }
+  DFLASH_INLINE bool is_whole(uint32_t) const { return false; }
+  DFLASH_INLINE Values load_whole(uint32_t i) const { return at(i); }
 
  private:
   template <class Number>
@@ -207,17 +268,19 @@ struct PenalisedLogits {
   }
 };
 
-// Returns the logits of a row, whose penalties count the drafts too. All threads of a block call this, once.
+// Returns the row of logits at an offset, whose penalties count the drafts too. All threads of a block call this, once.
 template <class Source>
-DFLASH_INLINE Source logits_of(const typename Source::Element* x, int64_t vocab, const PenaltyParams& penalties,
-                               int64_t row, const int64_t* drafts = nullptr, int64_t drafted = 0) {
+DFLASH_INLINE Source logits_of(const void* logits, DType dtype, int64_t offset, int64_t vocab,
+                               const PenaltyParams& penalties, int64_t row, const int64_t* drafts = nullptr,
+                               int64_t drafted = 0) {
+  const typename Source::Raw raw(logits, dtype, offset, vocab);
   if constexpr (Source::kIsPlain) {
-    return {x, vocab};
+    return raw;
   } else {
     __shared__ Penalties<float> own;  // it would take a quarter of the registers
     if (threadIdx.x == 0) own = Penalties<float>::of(penalties, row, vocab, drafts, drafted);
     __syncthreads();
-    return {x, vocab, own};
+    return {raw, own};
   }
 }
 

@@ -7,7 +7,8 @@ namespace dflash {
 namespace {
 
 int team_size_for(const SampleParams& p, void* stream) {
-  return team_size(p.rows, p.vocab, static_cast<cudaStream_t>(stream));
+  return team_size(p.rows, p.vocab, p.dtype, p.penalties.any(), 1,
+                   static_cast<cudaStream_t>(stream));
 }
 
 }  // namespace

@@ -13,6 +13,7 @@ namespace dflash::DFLASH_ISA {
 struct BlockTeam {
   static constexpr int kLargest = 1;
   static constexpr bool kOverlapsLaunches = false;
+  static constexpr bool kKeepsRow = false;  // in shared memory, after it has been read
   DFLASH_INLINE static void wait_for_inputs() {}
   DFLASH_INLINE static int rank() { return 0; }
   DFLASH_INLINE static int size() { return 1; }
@@ -28,6 +29,7 @@ struct BlockTeam {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
 struct ClusterTeam {
   static constexpr int kLargest = 8;
+  static constexpr bool kKeepsRow = true;
   static constexpr bool kOverlapsLaunches = true;  // they overlap the kernel before, and the next may overlap them
   // The next kernel may start only when the one before has ended, because it may read early what that one wrote.
   DFLASH_INLINE static void wait_for_inputs() {

@@ -5,6 +5,7 @@
 #include "common/launch.h"
 #include "sample/pivot_gpu.h"
 #include "sample/random.h"
+#include "sample/team_size.h"
 
 namespace dflash::DFLASH_ISA {
 
@@ -14,9 +15,8 @@ DFLASH_INLINE int64_t drafted_of(const VerifyParams& p, int64_t row) {
   return p.lens ? max(int64_t(0), min(p.lens[row], p.drafted)) : p.drafted;
 }
 
-template <class T>
-DFLASH_INLINE const T* position_of(const void* logits, const RowStrides& strides, int64_t row, int64_t k) {
-  return static_cast<const T*>(logits) + row * strides.outer + k * strides.inner;
+DFLASH_INLINE int64_t offset_of(const RowStrides& strides, int64_t row, int64_t k) {
+  return row * strides.outer + k * strides.inner;
 }
 
 // Finds the pivots and normalisers of draft logits. The pivot of a point mass is +inf, and its "normaliser" is the
@@ -29,12 +29,13 @@ __global__ void __launch_bounds__(kThreads, kVerifyBlocks) describe_drafts(const
   Team::wait_for_inputs();
   const Filters<float> filters(params.filters, row);
   if (filters.temperature == 0 || k >= drafted_of(params, row)) return;
-  const PlainLogits<T> logits(position_of<T>(params.draft_logits, params.draft_strides, row, k), params.vocab);
+  const PlainLogits<T> logits(params.draft_logits, params.dtype, offset_of(params.draft_strides, row, k), params.vocab);
   Row<PlainLogits<T>, Team> draft(logits, filters.temperature, memory);
-  draft.read(true);
+  draft.read(true, [] {});
   filter(draft, filters, pivot_memory);
-  if (Team::rank() != 0 || warp_id() != 0) return;
-  const int argmax = draft.argmax();
+  const int tile = draft.tile_of_argmax();
+  if (!draft.picks(tile, 0)) return;
+  const int argmax = draft.argmax_in(tile).id;
   float* const pivots = static_cast<float*>(params.described_drafts);
   if (lane_id() == 0) {
     pivots[n] = draft.is_certain() ? kInfinity : draft.pivot();
@@ -43,142 +44,177 @@ __global__ void __launch_bounds__(kThreads, kVerifyBlocks) describe_drafts(const
 }
 
 // The distribution q of one drafted token: a point mass, or masses of logits.
-template <class T>
-struct DraftRow {
-  static constexpr int kSize = Chunk<T>::kSize;
-  const T* x = nullptr;  // null for a point mass
-  uint32_t vocab = 0;
-  bool aligned = false;
-  int64_t point;  // the token of a point mass, if x is null
-  Masses masses{};
+template <class Raw, class Team>
+struct DraftMasses {
+  using Values = typename Raw::Values;
+  Raw logits;
+  bool is_point;
+  uint32_t point;  // the token of a point mass; no token's number if it is outside of the vocabulary
+  Masses masses;
+  const Values* kept;  // the row in shared memory, if teams keep rows
 
-  DFLASH_INLINE DraftRow(const VerifyParams& p, int64_t row, int64_t k, int64_t token, float temperature, bool is_bonus)
-      : point(token) {
-    if (p.draft == Draft::kPoint || is_bonus) return;
-    const bool is_filtered = p.draft == Draft::kFiltered;
+  DFLASH_INLINE float probability(int64_t token, float logit) const {
+    return is_point ? float(token == point) : masses(logit);
+  }
+  DFLASH_INLINE Values load(uint32_t token) const {
+    if (is_point) return {};
+    if constexpr (Team::kKeepsRow) {
+      return kept[token / Raw::kSize];
+    } else {
+      return logits.at(token);
+    }
+  }
+};
+
+// What is loaded of a draft before the target's row is read.
+template <class Raw>
+struct DraftRow {
+  const Raw logits;
+  const bool has_logits, is_filtered;
+  float pivot = kInfinity, normaliser = 0;
+
+  DFLASH_INLINE DraftRow(const VerifyParams& p, int64_t row, int64_t k, bool is_bonus)
+      : logits(p.draft_logits, p.dtype, offset_of(p.draft_strides, row, k), p.vocab),
+        has_logits(p.draft != Draft::kPoint && !is_bonus), is_filtered(p.draft == Draft::kFiltered) {
+    if (!has_logits) return;
     const int64_t n = row * p.drafted + k;
     const float* const found = static_cast<const float*>(p.described_drafts);
-    const float pivot = is_filtered ? found[n] : static_cast<const float*>(p.pivots)[n];
-    const float normaliser =
-        is_filtered ? found[p.rows * p.drafted + n] : static_cast<const float*>(p.normalisers)[n];
-    if (pivot == kInfinity) {
-      if (is_filtered) point = __float_as_int(normaliser);
-      return;
-    }
-    x = position_of<T>(p.draft_logits, p.draft_strides, row, k);
-    vocab = p.vocab;
-    aligned = is_aligned(x);
-    masses = {smallest_logit(pivot, temperature), normaliser * temperature, kLog2E / temperature, 1};
+    pivot = (is_filtered ? found : static_cast<const float*>(p.pivots))[n];
+    normaliser = (is_filtered ? found + p.rows * p.drafted : static_cast<const float*>(p.normalisers))[n];
   }
 
-  DFLASH_INLINE float probability(int64_t token) const {
-    return x == nullptr ? float(token == point) : masses(to_float(x[token]));
-  }
-  // The masses of tokens [token, token + kSize).
-  DFLASH_INLINE void operator()(float (&q)[kSize], uint32_t token, const Chunk<T>& chunk) const {
-    if (x == nullptr) {
-#pragma unroll
-      for (int k = 0; k < kSize; ++k) q[k] = float(int64_t(token) + k == point);
-    } else {
-      masses(q, chunk);
-    }
-  }
-  DFLASH_INLINE Chunk<T> load(uint32_t token) const {
-    return x == nullptr ? Chunk<T>{} : load_chunk(x, vocab, token, aligned);
+  // is_known: the token is of the vocabulary.
+  template <class Team>
+  DFLASH_INLINE DraftMasses<Raw, Team> masses(float temperature, int64_t token, bool is_known,
+                                              const typename Raw::Values* kept) const {
+    const bool is_point = pivot == kInfinity;
+    const uint32_t point = is_point && is_filtered ? __float_as_uint(normaliser) : is_known ? uint32_t(token) : ~0u;
+    return {logits, is_point, point,
+            Masses{smallest_logit(pivot, temperature), normaliser * temperature, kLog2E / temperature, 1}, kept};
   }
 };
 
 // max(p - q, 0).
-template <class T>
+template <class Raw, class Team>
 struct Residual {
-  static constexpr int kSize = Chunk<T>::kSize;
+  static constexpr int kSize = Raw::kSize;
   const Masses p;
-  const DraftRow<T>& q;
+  const DraftMasses<Raw, Team>& q;
 
   template <class Batch>
   DFLASH_INLINE auto of(const Batch& batch) const {
     using Values = typename Batch::Values;
-    const auto minus = [this](float(&own)[kSize], uint32_t token, const Values& x, const Chunk<T>& drafted) {
-      float of_draft[kSize];
+    const auto minus = [this](float(&own)[kSize], uint32_t token, const Values& x,
+                              const typename Raw::Values& drafted) {
       p(own, x);
-      q(of_draft, token, drafted);
+      if (q.is_point) {
 #pragma unroll
-      for (int k = 0; k < kSize; ++k) own[k] = fmaxf(own[k] - of_draft[k], 0.f);
+        for (int k = 0; k < kSize; ++k) own[k] -= float(token + k == q.point);
+      } else {
+#pragma unroll
+        for (int k = 0; k < kSize; ++k) own[k] -= q.masses(to_float(drafted.values[k]));
+      }
+#pragma unroll
+      for (int k = 0; k < kSize; ++k) own[k] = fmaxf(own[k], 0.f);
     };
     if constexpr (Batch::kIsLoaded) {
       LoadedChunks<Batch::kCount> drafted;
-      if (q.x != nullptr && q.aligned) {  // the batch lies within the row, and so in the draft's
+      if (!q.is_point && q.logits.is_whole(batch.first + ((Batch::kCount - 1) * 32 + 1) * kSize)) {
 #pragma unroll
-        for (int c = 0; c < Batch::kCount; ++c) {
-          drafted.chunks[c] = *reinterpret_cast<const Chunk<T>*>(q.x + batch.first + c * 32 * kSize);
-        }
+        for (int c = 0; c < Batch::kCount; ++c) drafted.chunks[c] = q.logits.load_whole(batch.first + c * 32 * kSize);
       } else {
 #pragma unroll
         for (int c = 0; c < Batch::kCount; ++c) drafted.chunks[c] = q.load(batch.first + c * 32 * kSize);
       }
-      return [=](float(&own)[kSize], int c, uint32_t token, const Values& x) { minus(own, token, x, drafted.chunks[c]); };
+      return [=](float(&own)[kSize], int c, uint32_t token, const Values& x) {
+        minus(own, token, x, drafted.chunks[c]);
+      };
     } else {
-      return [this, minus](float(&own)[kSize], int, uint32_t token, const Values& x) { minus(own, token, x, q.load(token)); };
+      return [this, minus](float(&own)[kSize], int, uint32_t token, const Values& x) {
+        minus(own, token, x, q.load(token));
+      };
     }
   }
 
  private:
   template <int kCount>
   struct LoadedChunks {
-    Chunk<T> chunks[kCount];
+    typename Raw::Values chunks[kCount];
   };
 };
 
+// Verifies position k of a draft. The whole team calls its functions, which write the verdict.
 template <class Source, class Team>
 class Verifier {
-  using T = typename Source::Element;
+  using Target = Row<Source, Team>;
+  using Raw = typename Source::Raw;
 
  public:
-
-  DFLASH_INLINE Verifier(const VerifyParams& params, Sums* residuals, int64_t row, int64_t k)
-      : p_(params), residuals_(residuals), row_(row), k_(k),
+  DFLASH_INLINE Verifier(const VerifyParams& params, int64_t row, int64_t k, bool is_bonus)
+      : p_(params), row_(row), k_(k), is_bonus_(is_bonus),
         token_(k < params.drafted ? params.tokens[row * params.drafted + k] : -1) {}
 
-  // Both return kAccepted, or the token to commit in the draft's place, to the team's first warp. The whole team calls
-  // them. `is_bonus`: there is no draft at this position.
-  DFLASH_INLINE int32_t verify_greedy(Row<Source, Team>& target, bool is_bonus) const {
-    target.read(false);
-    if (!decides()) return kAccepted;
-    const int argmax = target.argmax();
-    return !is_bonus && token_ == argmax ? kAccepted : argmax;
+  DFLASH_INLINE void verify_greedy(Target& target) const {
+    target.read(false, [] {});
+    write_argmax(target);
   }
 
-  DFLASH_INLINE int32_t verify_sampled(Row<Source, Team>& target, const Filters<float>& filters, bool is_bonus,
-                                       PivotMemory* pivot_memory) const {
-    // What needs nothing of the target's sums is loaded before the row.
-    const double accepting_number = is_bonus ? 0 : uniform(k_);
-    const bool is_known = !is_bonus && token_ >= 0 && token_ < p_.vocab;
-    const DraftRow<T> q(p_, row_, k_, token_, target.temperature(), is_bonus);
-    const float logit = is_known ? target.logit(token_) : 0.f, q_token = is_known ? q.probability(token_) : 0.f;
-    target.read(true);
-    if (pivot_memory != nullptr) filter(target, filters, *pivot_memory);
-    if (is_bonus) return drawn_from(target);
+  DFLASH_INLINE void verify_sampled(Target& target, const Filters<float>& filters, PivotMemory& memory,
+                                    float* residuals) const {
+    const DraftRow<Raw> draft(p_, row_, k_, is_bonus_);
+    constexpr bool kKeeps = Team::kKeepsRow;
+    if constexpr (kKeeps) {
+      if (draft.has_logits) target.keep_beside(draft.logits);
+    }
+    double accepting_number = 0, drawing_number = 0;
+    float logit = 0, draft_logit = 0;
+    const bool is_known = !is_bonus_ && token_ >= 0 && token_ < p_.vocab;
+    target.read(true, [&] {
+      if (is_known) logit = target.logit(token_);
+      if (is_known && draft.has_logits) draft_logit = draft.logits[token_];
+      if (!is_bonus_) accepting_number = uniform(k_);
+      drawing_number = uniform(p_.drafted);
+    });
+    filter(target, filters, memory);
+    if (is_bonus_) return write_drawn(target, drawing_number);
 
-    const Masses p = target.probabilities();
-    const float p_token = !is_known ? 0.f : target.is_certain() ? float(target.argmax() == token_) : p(logit);
+    const typename Raw::Values* kept = nullptr;
+    if constexpr (kKeeps) {
+      cp_async_wait_group<0>();
+      kept = target.template kept_beside<Raw>(0);
+    }
+    const auto q = draft.template masses<Team>(target.temperature(), token_, is_known, kept);
     // A token that q could not have drawn is rejected, for example if its logits are NaN.
-    if (q_token > 0 && accepting_number * q_token < p_token) return kAccepted;
-    if (target.is_certain()) return target.argmax();
-    const Residual<T> residual{p, q};
-    target.sum_tiles(residuals_, residual);
-    if (!decides()) return kAccepted;
-    const int token = target.draw(uniform(p_.drafted), residuals_, residual).id;
+    const float q_token = is_known ? q.probability(token_, draft_logit) : 0;
+    if (target.is_certain()) return write_argmax(target, q_token > 0);
+    const Masses p = target.probabilities();
+    if (q_token > 0 && accepting_number * q_token < p(logit)) return write_accepted();
+    const Residual<Raw, Team> residual{p, q};
+    target.sum_tiles(residuals, residual);
+    const auto place = target.place_of(drawing_number, [&](int t) { return residuals[t]; });
     // If p = q, the residual is only rounding, and so was the rejection.
-    return token < 0 ? drawn_from(target) : token;
+    if (place.tile < 0) return write_drawn(target, drawing_number);
+    if (target.picks(place.tile, 0)) write(target.token_at(place, residual).id);
   }
 
  private:
-  DFLASH_INLINE static bool decides() { return Team::rank() == 0 && warp_id() == 0; }
-
-  DFLASH_INLINE int drawn_from(const Row<Source, Team>& target) const {
-    if (!decides()) return kAccepted;
-    const int token = target.is_certain() ? -1 : target.draw(uniform(p_.drafted), target.kept_by_tile(), target.masses()).id;
-    return token < 0 ? target.argmax() : token;
+  DFLASH_INLINE void write(int32_t verdict) const {
+    if (lane_id() == 0) p_.verdicts[row_ * (p_.drafted + 1) + k_] = verdict;
+  }
+  DFLASH_INLINE void write_accepted() const {
+    if (Team::rank() == 0 && warp_id() == 0) write(kAccepted);
+  }
+  // The argmax, which is accepted if it was drafted and may be.
+  DFLASH_INLINE void write_argmax(const Target& target, bool may_accept = true) const {
+    const int tile = target.tile_of_argmax();
+    if (!target.picks(tile, 0)) return;
+    const int argmax = target.argmax_in(tile).id;
+    write(may_accept && !is_bonus_ && token_ == argmax ? kAccepted : argmax);
+  }
+  DFLASH_INLINE void write_drawn(const Target& target, double number) const {
+    const auto place = target.is_certain() ? typename Target::Place{-1, 0} : target.place_of(number);
+    if (place.tile < 0) return write_argmax(target, false);
+    if (target.picks(place.tile, 0)) write(target.token_at(place, target.masses()).id);
   }
 
   DFLASH_INLINE double uniform(int64_t column) const {
@@ -187,33 +223,31 @@ class Verifier {
   }
 
   const VerifyParams& p_;
-  Sums* const residuals_;
-  const int64_t row_, k_, token_;
+  const int64_t row_, k_;
+  const bool is_bonus_;  // there is no draft at this position
+  const int64_t token_;
 };
 
-template <class Source, class Team, bool kFilters>
+template <class Source, class Team>
 __global__ void __launch_bounds__(kThreads, kVerifyBlocks) verify_positions(const VerifyParams params) {
   __shared__ RowMemory memory;
-  __shared__ Sums residuals[kMaxTiles];
+  __shared__ PivotMemory pivot_memory;
+  __shared__ float residuals[kMaxTiles];
   const int64_t n = blockIdx.x / Team::size(), row = n / (params.drafted + 1), k = n % (params.drafted + 1);
   Team::wait_for_inputs();
   const int64_t drafted = drafted_of(params, row);
   if (k > drafted) return;
   const Filters<float> filters(params.filters, row);
-  const auto* const x = position_of<typename Source::Element>(params.target, params.target_strides, row, k);
   const int64_t* const drafts = params.tokens + row * params.drafted;  // those before k count for the penalties
-  Row<Source, Team> target(logits_of<Source>(x, params.vocab, params.penalties, row, drafts, k), filters.temperature,
-                           memory);
-  const Verifier<Source, Team> verifier(params, residuals, row, k);
-  PivotMemory* memory_of_pivots = nullptr;
-  if constexpr (kFilters) {
-    __shared__ PivotMemory pivot_memory;
-    memory_of_pivots = &pivot_memory;
+  Row<Source, Team> target(logits_of<Source>(params.target, params.dtype, offset_of(params.target_strides, row, k),
+                                             params.vocab, params.penalties, row, drafts, k),
+                           filters.temperature, memory);
+  const Verifier<Source, Team> verifier(params, row, k, k == drafted);
+  if (filters.temperature == 0) {
+    verifier.verify_greedy(target);
+  } else {
+    verifier.verify_sampled(target, filters, pivot_memory, residuals);
   }
-  const int32_t verdict = filters.temperature == 0
-                              ? verifier.verify_greedy(target, k == drafted)
-                              : verifier.verify_sampled(target, filters, k == drafted, memory_of_pivots);
-  if (Team::rank() == 0 && threadIdx.x == 0) params.verdicts[n] = verdict;
 }
 
 constexpr int kResolveWarps = 4;
@@ -239,22 +273,24 @@ __global__ void __launch_bounds__(32 * kResolveWarps) resolve_drafts(const Verif
   }
 }
 
+// How many rows a team that keeps rows has in shared memory: the target's, and the draft's.
+inline int kept_rows_of(const VerifyParams& p) { return p.draft == Draft::kPoint ? 1 : 2; }
+
 template <class T, class Team>
 cudaError_t launch_verify(const VerifyParams& p, int team_size, cudaStream_t stream) {
-  const auto shape_of = [&](int64_t positions) {
-    LaunchShape shape{positions * team_size, kThreads, 0, team_size == 1 ? 0 : team_size};
-    shape.overlaps_previous = Team::kOverlapsLaunches;
-    return shape;
-  };
   cudaError_t status = cudaSuccess;
   if (p.draft == Draft::kFiltered && p.drafted > 0) {
-    status = launch_kernel(describe_drafts<T, Team>, shape_of(p.rows * p.drafted), stream, p);
+    const LaunchShape shape = team_shape<PlainLogits<T>, Team>(p.rows * p.drafted, p.vocab, team_size);
+    status = launch_kernel(describe_drafts<T, Team>, shape, stream, p);
   }
   if (status != cudaSuccess) return status;
-  const auto kernel = p.penalties.any() ? verify_positions<PenalisedLogits<T>, Team, true>
-                      : p.filters.any   ? verify_positions<PlainLogits<T>, Team, true>
-                                        : verify_positions<PlainLogits<T>, Team, false>;
-  status = launch_kernel(kernel, shape_of(p.rows * (p.drafted + 1)), stream, p);
+  const auto launch = [&]<class Source>() {
+    LaunchShape shape = team_shape<Source, Team>(p.rows * (p.drafted + 1), p.vocab, team_size);
+    shape.shared_bytes *= kept_rows_of(p);
+    return launch_kernel(verify_positions<Source, Team>, shape, stream, p);
+  };
+  status = p.penalties.any() ? launch.template operator()<PenalisedLogits>()
+                             : launch.template operator()<PlainLogits<T>>();
   if (status != cudaSuccess) return status;
   LaunchShape shape{(p.rows + kResolveWarps - 1) / kResolveWarps, 32 * kResolveWarps};
   shape.overlaps_previous = Team::kOverlapsLaunches;

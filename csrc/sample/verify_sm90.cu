@@ -7,7 +7,8 @@ namespace dflash {
 namespace {
 
 int team_size_for(const VerifyParams& p, void* stream) {
-  return team_size(p.rows * (p.drafted + 1), p.vocab, static_cast<cudaStream_t>(stream));
+  return team_size(p.rows * (p.drafted + 1), p.vocab, p.dtype, p.penalties.any(), device::kept_rows_of(p),
+                   static_cast<cudaStream_t>(stream));
 }
 
 }  // namespace

@@ -1,0 +1,61 @@
+// Batches of a lane's chunks in a tile of logits, by where they come from. Chunk c holds the logits of the tokens from
+// first + c * 32 * kSize on; past the end of the row they are -inf.
+#pragma once
+
+#include "sample/logits_gpu.h"
+
+namespace dflash::DFLASH_ISA {
+
+// These were loaded at once.
+template <class Source, int kChunks>
+struct LoadedBatch {
+  using Values = typename Source::Values;
+  static constexpr int kCount = kChunks;
+  static constexpr bool kIsLoaded = true;
+  uint32_t first;
+  Values chunks[kCount];
+
+  template <class F>
+  DFLASH_INLINE void for_each(F&& f) const {
+#pragma unroll
+    for (int c = 0; c < kCount; ++c) f(c, first + c * 32 * Source::kSize, chunks[c]);
+  }
+};
+
+// These come one by one from where the team keeps the row. The code of such a loop stays in the instruction cache; a
+// few rows would wait for the code of an unrolled one.
+template <class Source, int kChunks>
+struct KeptBatch {
+  using Values = typename Source::Values;
+  static constexpr int kCount = kChunks;
+  static constexpr bool kIsLoaded = false;
+  uint32_t first;
+  const Values* chunks;
+
+  template <class F>
+  DFLASH_INLINE void for_each(F&& f) const {
+#pragma unroll 1
+    for (int c = 0; c < kCount; ++c) f(c, first + c * 32 * Source::kSize, chunks[c * 32]);
+  }
+};
+
+// These are loaded one by one: in the last tile, and in rows that are not aligned.
+template <class Source, int kChunks>
+struct Batch {
+  using Values = typename Source::Values;
+  static constexpr int kCount = kChunks;
+  static constexpr bool kIsLoaded = false;
+  uint32_t first;
+  Source logits;
+
+  template <class F>
+  DFLASH_INLINE void for_each(F&& f) const {
+#pragma unroll 1
+    for (int c = 0; c < kCount; ++c) {
+      const uint32_t token = first + c * 32 * Source::kSize;
+      f(c, token, logits.at(token));
+    }
+  }
+};
+
+}  // namespace dflash::DFLASH_ISA

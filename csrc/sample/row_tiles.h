@@ -1,0 +1,63 @@
+// The tiles of a row of logits on a GPU: their sizes, and what is kept of each in shared memory.
+#pragma once
+
+#include "sample/logits_gpu.h"
+
+namespace dflash::DFLASH_ISA {
+
+constexpr int kThreads = 512, kWarps = kThreads / 32;
+constexpr int kLoads = 8;  // chunks of 16 bytes that a lane loads at once
+constexpr int kMaxTiles = 512;
+
+// Tokens that a warp loads at once.
+template <class Source>
+constexpr int kStep = 32 * kLoads * Source::kSize;
+
+template <class Source>
+constexpr uint32_t tile_size_of(int64_t vocab) {
+  constexpr int64_t kLargestStep = int64_t(kStep<Source>) * kMaxTiles;
+  return (vocab + kLargestStep - 1) / kLargestStep * kStep<Source>;
+}
+
+// The tiles of a block.
+template <class Source>
+constexpr int share_of(int64_t vocab, int team_size) {
+  const int64_t tile_size = tile_size_of<Source>(vocab), tiles = (vocab + tile_size - 1) / tile_size;
+  return (tiles + team_size - 1) / team_size;
+}
+
+// Bytes of dynamic shared memory in which a team that keeps its row has a block's share of it.
+template <class Source>
+constexpr int64_t kept_bytes(int64_t vocab, int team_size) {
+  const int64_t tokens = share_of<Source>(vocab, team_size) * int64_t(tile_size_of<Source>(vocab));
+  return tokens / Source::kSize * sizeof(typename Source::Values);
+}
+
+// Integers in the order of floats.
+DFLASH_INLINE int ordered_bits(float x) {
+  const int bits = __float_as_int(x);
+  return bits ^ ((bits >> 31) & 0x7fffffff);
+}
+DFLASH_INLINE float from_ordered_bits(int bits) { return __int_as_float(bits ^ ((bits >> 31) & 0x7fffffff)); }
+DFLASH_INLINE float warp_max(float x) { return from_ordered_bits(__reduce_max_sync(~0u, ordered_bits(x))); }
+DFLASH_INLINE float warp_min(float x) { return from_ordered_bits(__reduce_min_sync(~0u, ordered_bits(x))); }
+
+// The sum of e = 2^d, d = (x - the row's maximum) * rate, and the sum of e * d, over a tile or a row.
+struct Sums {
+  float e, e_exponent;
+  DFLASH_INLINE float entropy() const { return logf(e) - kLn2 * e_exponent / e; }  // nats
+};
+
+struct Tile {
+  Best best;
+  float e, e_exponent;  // as Sums, but relative to the tile's own maximum
+};
+
+// Shared memory of every block of a team. What belongs to a tile is written into that of all blocks by the warp that
+// has the tile.
+struct RowMemory {
+  Tile tiles[kMaxTiles];
+  Sums kept[kMaxTiles];  // of the tiles, after the filters
+};
+
+}  // namespace dflash::DFLASH_ISA
