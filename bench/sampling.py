@@ -3,7 +3,7 @@ where it is installed: ``python -m bench.sampling``.
 """
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -141,27 +141,31 @@ def reveal_case(batch: int, length: int) -> list[dict]:
     return rows_of(f"reveal, B{batch} L{length}, entropy-bounded", graph_turns(functions))
 
 
+def cases() -> Iterator[list[dict]]:
+    for form in ("described", "logits", "point mass"):
+        yield verify_case(15, 151_936, form, peers=form == "point mass", temperature=0.0)
+        for filters in ({}, {"top_p": 0.9}, {"top_k": 50}):
+            yield verify_case(15, 151_936, form, peers=form == "described" and not filters, temperature=1.0, **filters)
+    for count, vocab in ((1, 151_936), (15, 151_936), (256, 262_144), (4096, 151_936)):
+        yield sample_case(count, vocab, 3.0)
+        for spread in (1.0, 3.0):
+            yield sample_case(count, vocab, spread, top_p=0.9)
+        yield sample_case(count, vocab, 3.0, top_k=50)
+        yield sample_case(count, vocab, 3.0, peers=False, min_p=0.05)
+    for count in (15, 1024):
+        yield penalised_case(count, 151_936)
+    yield soft_embedding_case(256, 262_144, 2816)
+    for batch, length in ((1, 256), (32, 1024)):
+        yield reveal_case(batch, length)
+
+
 def main() -> None:
     torch.manual_seed(0)
-    rows = []
-    for count, vocab in ((1, 151_936), (15, 151_936), (256, 262_144), (4096, 151_936)):
-        rows += sample_case(count, vocab, 3.0)
-        for spread in (1.0, 3.0):
-            rows += sample_case(count, vocab, spread, top_p=0.9)
-        rows += sample_case(count, vocab, 3.0, top_k=50)
-        rows += sample_case(count, vocab, 3.0, peers=False, min_p=0.05)
-    for count in (15, 1024):
-        rows += penalised_case(count, 151_936)
-    rows += verify_case(15, 151_936, "point mass", peers=True, temperature=0.0)
-    for form in ("described", "logits", "point mass"):
-        for filters in ({}, {"top_p": 0.9}, {"top_k": 50}):
-            rows += verify_case(
-                15, 151_936, form, peers=form == "described" and not filters, temperature=1.0, **filters
-            )
-    rows += soft_embedding_case(256, 262_144, 2816)
-    for batch, length in ((1, 256), (32, 1024)):
-        rows += reveal_case(batch, length)
-    print(runner.write(f"sampling_{runner.gpu_name()}", rows, runner.gpu_ceilings()))
+    name, ceilings, rows = f"sampling_{runner.gpu_name()}", runner.gpu_ceilings(), []
+    for case in cases():
+        rows += case
+        path = runner.write(name, rows, ceilings)
+    print(path)
 
 
 if __name__ == "__main__":
