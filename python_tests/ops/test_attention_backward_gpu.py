@@ -1,5 +1,6 @@
 """Gradients of block_attn on a GPU against the definition in float64 and PyTorch's attention in the same dtype."""
 
+import json
 import math
 import os
 import subprocess
@@ -8,6 +9,7 @@ from functools import partial
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from dflash_ext import IntervalMask, block_attn, reference
 from python_tests.ops.test_attention import MASKS, distance, inputs, sdpa, with_gradients
@@ -340,6 +342,23 @@ def test_opcheck():
     saved = (torch.randn_like(out), torch.randn_like(lse), q, k, v, *bounds, out, lse, 0.1, None, True)
     tests = ("test_schema", "test_faketensor")
     torch.library.opcheck(torch.ops.dflash_ext.block_attn_backward, saved, test_utils=tests)
+
+
+@pytest.mark.parametrize("deterministic", [True, False])
+@pytest.mark.parametrize("head_dim", [64, 128, 256, 512])
+def test_portable_kernels_take_at_most_99_kb(head_dim, deterministic, tmp_path):
+    """Blocks of compute capability 8.6 and 8.9 have no more shared memory. The profiler says what each launch took."""
+    mask = MASKS["block_causal"]().to("cuda")
+    q, k, v = inputs(mask, "cuda", torch.bfloat16, head_dim=head_dim)
+    leaves = [x.requires_grad_() for x in (F.pad(q, (1, 0))[..., 1:], k, v)]  # only the portable kernels take these
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        gradients(partial(block_attn, mask=mask, deterministic=deterministic), leaves)
+        torch.cuda.synchronize()
+    profile.export_chrome_trace(str(tmp_path / "trace.json"))
+    events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    taken = {x["name"]: x["args"]["shared memory"] for x in events if "block_attn" in x["name"] and "grid" in x["args"]}
+    assert len(taken) == 5 and all("_sm80" in name for name in taken)  # the plan, the forward, three of the backward
+    assert 32 << 10 <= max(taken.values()) <= 99 << 10
 
 
 def test_portable_kernel():
