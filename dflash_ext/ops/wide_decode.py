@@ -26,8 +26,8 @@ def in_two_parts(
 ) -> Tensor:
     """``block_attn_decode`` by ``block_attn`` with twice the rows: split-KV in two parts.
 
-    One part of each row sees the first half of its context, and the other the rest and the block. Both are rows of one
-    call, so that the keys are shared and twice as many multiprocessors have work. Pages are copied into one cache.
+    One part of each row sees the keys before the middle of its context, and the other all later ones. Both are rows of
+    one call, so that the keys are shared and twice as many multiprocessors have work. Pages are copied into one cache.
     """
     if block_table is not None:
         pages, _, kv_heads, dim = k_cache.shape
@@ -35,12 +35,27 @@ def in_two_parts(
         k_cache, v_cache = (
             cache[where].reshape(len(where), -1, kv_heads, dim).transpose(1, 2) for cache in (k_cache, v_cache)
         )
-    middle = mask.ctx_lo + (mask.ctx_hi - mask.ctx_lo).clamp(min=0) // 2
-    none = torch.zeros_like(middle)
-    bounds = (mask.ctx_lo, middle), (middle, mask.ctx_hi), (none, mask.blk_lo), (none, mask.blk_hi)
-    parts = IntervalMask(*(torch.cat(pair, dim=1) for pair in bounds), mask.kv_len)
-    keys = k_cache[:, :, : mask.kv_len], v_cache[:, :, : mask.kv_len]
-    out, lse = block_attn(torch.cat([q, q], dim=2), *keys, parts, scale=scale, softcap=softcap, return_lse=True)
+    bounds = (mask.ctx_lo, mask.blk_lo), (mask.ctx_hi, mask.blk_hi)
+    begins, ends = (torch.stack(pair).clamp(0, mask.kv_len) for pair in bounds)  # [2, B or 1, Lq]: context, block
+    ends = ends.maximum(begins)
+    middle = (begins[0] + ends[0]) // 2
+    (ctx_lo, blk_lo), (ctx_hi, blk_hi) = (
+        torch.cat([begins, begins.maximum(middle)], dim=2),
+        torch.cat([ends.minimum(middle), ends], dim=2),
+    )
+    parts = IntervalMask(ctx_lo, ctx_hi, blk_lo, blk_hi, mask.kv_len)
+    keys, values = k_cache[:, :, : mask.kv_len], v_cache[:, :, : mask.kv_len]
+    # block_attn weighs values that nobody sees by 0, which a NaN survives.
+    values = values.masked_fill(~_seen(begins, ends, mask.kv_len)[:, None, :, None], 0)
+    out, lse = block_attn(torch.cat([q, q], dim=2), keys, values, parts, scale=scale, softcap=softcap, return_lse=True)
     rows = q.shape[2]
     share = torch.sigmoid(lse[:, :, :rows] - lse[:, :, rows:]).nan_to_num(0.0).unsqueeze(-1)
     return torch.lerp(out[:, :, rows:].float(), out[:, :, :rows].float(), share).to(q.dtype)
+
+
+def _seen(begins: Tensor, ends: Tensor, kv_len: int) -> Tensor:
+    """Which keys some row of an entry sees, bool ``[B or 1, kv_len]``: there more intervals have begun than ended."""
+    bounds = torch.stack([begins, ends]).transpose(1, 2).flatten(2).sort().values
+    keys = torch.arange(kv_len, dtype=bounds.dtype, device=bounds.device).expand(*bounds.shape[:2], -1).contiguous()
+    begun, ended = torch.searchsorted(bounds, keys, right=True)
+    return begun > ended

@@ -24,11 +24,40 @@ def mask(device, **options):
 @pytest.mark.parametrize("options", [{}, {"causal": True}, {"window": 40, "causal": True}, {"kv_start": 100}], ids=str)
 def test_the_parts_make_the_whole(options):
     q, k, v = inputs("cpu")
-    k[1, :, 120:] = torch.nan  # no row sees these keys
-    got = in_two_parts(block_attn, q, k, v, mask("cpu", **options), scale=0.3, softcap=4.0)
-    want = block_attn_decode(q, k, v, mask("cpu", **options), scale=0.3, softcap=4.0)
+    seen = mask("cpu", **options)
+    got = in_two_parts(block_attn, q, k, v, seen, scale=0.3, softcap=4.0)
+    want = block_attn_decode(q, k, v, seen, scale=0.3, softcap=4.0)
     torch.testing.assert_close(got, want)
     assert not got[2, :, 5:].any()
+
+
+def test_intervals_in_any_place():
+    """They also overlap, end before they begin, and lie beyond the keys."""
+    q, k, v = inputs("cpu")
+    for case in range(20):
+        generator = torch.Generator().manual_seed(case)
+        bounds = torch.randint(-50, CAPACITY + 50, (4, 3, ROWS), dtype=torch.int32, generator=generator)
+        bounds[:, 0, ::7] = torch.tensor([-(2**31), 2**31 - 1, 2**31 - 1, -(2**31)], dtype=torch.int32)[:, None]
+        seen = IntervalMask(*bounds, CAPACITY)
+        torch.testing.assert_close(in_two_parts(block_attn, q, k, v, seen), block_attn_decode(q, k, v, seen))
+
+
+def multiplies_all(q, k, v, mask, *, scale, softcap, return_lse):
+    """An attention that hides scores, and multiplies the values of hidden keys by 0."""
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+    scores = (q @ k.mT * q.shape[-1] ** -0.5).masked_fill(~mask.to_bool(), -torch.inf)
+    lse = scores.logsumexp(-1)
+    return (scores - lse[..., None]).exp().nan_to_num(0.0) @ v, lse
+
+
+@pytest.mark.parametrize("entries", [1, 3])
+def test_keys_that_no_row_sees_may_be_nan(entries):
+    q, k, v = inputs("cpu")
+    bounds = torch.tensor([3, 40, 90, 95], dtype=torch.int32)[:, None, None].repeat(1, entries, ROWS)
+    bounds[:, 0, 5] = torch.tensor([200, 230, 150, 30])
+    seen = IntervalMask(*bounds, CAPACITY)
+    dirty = [x.masked_fill(~seen.to_bool().any(-2)[..., None], torch.nan) for x in (k, v)]
+    torch.testing.assert_close(in_two_parts(multiplies_all, q, *dirty, seen), block_attn_decode(q, k, v, seen))
 
 
 def test_pages_in_any_order():
