@@ -35,14 +35,12 @@ from .output import check_folder
 if TYPE_CHECKING:
     from ..noise import Share
 
-Text = Annotated[
-    list[Path],
-    typer.Option(
-        metavar="<path>",
-        help="A text file (a document), a JSONL file with a 'text' in each row, or a folder of such files; also .gz, "
-        ".xz and .bz2. May be given several times.",
-    ),
-]
+_TEXT = typer.Option(
+    metavar="<path>",
+    help="A text file (a document), a JSONL file with a 'text' in each row, or a folder of such files; also .gz, .xz "
+    "and .bz2. May be given several times.",
+)
+Text = Annotated[list[Path], _TEXT]
 RowLength = Annotated[int, typer.Option(min=8, help="Tokens of a row, in which documents are packed.")]
 PrefixShare = Annotated[
     str,
@@ -65,8 +63,16 @@ def share(text: str, option: str) -> Share:
 
 def adapt(
     model: Annotated[str, typer.Option(help="A folder or hub name of a causal LM, or 'smollm2'.")],
-    text: Text,
     output: Annotated[Path, typer.Option(help="The folder for the adapter, its log and its plot.")],
+    text: Annotated[list[Path] | None, _TEXT] = None,
+    answers: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="<path>",
+            help="A file of the model's own answers, as `dflash-ext train` writes it, to train on instead of --text. "
+            "Each prompt is a prefix, and its answer is what is denoised.",
+        ),
+    ] = None,
     pattern: Annotated[
         str,
         typer.Option(
@@ -153,7 +159,7 @@ def adapt(
     device: Device = None,
 ) -> None:
     """Turn a causal LM into a denoiser that fills in hidden tokens, by an adapter."""
-    from ..data import NoiseCollator, TextDataset, UniformCollator, read_texts
+    from ..data import AnswerDataset, NoiseCollator, TextDataset, UniformCollator, read_texts
     from ..models import Adaptation, Target, UniformAdaptation
     from ..noise import MaskNoise
     from ..train import RunRecipe, train_denoiser
@@ -162,6 +168,8 @@ def adapt(
     shown = console_of_this_process()
     # Everything that does not need the model is checked before it is loaded.
     check_folder(output)
+    if bool(text) == (answers is not None):
+        raise ValueError("adapt needs either --text or --answers")
     if noise not in ("masked", "uniform"):
         raise ValueError(f"--noise {noise}: masked and uniform are supported")
     is_uniform = noise == "uniform"
@@ -203,7 +211,10 @@ def adapt(
         targets=linear_layer_names(linear_layers),
         seed=seed,
     )
-    rows = TextDataset(read_texts(text), tok, length)
+    if answers is not None:
+        rows = TextDataset.of_answers(AnswerDataset(answers, length, target=target), length)
+    else:
+        rows = TextDataset(read_texts(text), tok, length)
     kept_out = TextDataset(read_texts(held_out), tok, length).first(held_out_rows) if held_out else None
     size = sum(parameter.numel() for parameter in adaptation.parameters())
     shown.print(

@@ -19,7 +19,8 @@ class NoiseCollator:
     """Draws prefixes and hidden tokens of the rows of a `TextDataset`.
 
     Each document of a row has a prefix, which stays as it is, and a denoising block behind it, in which tokens are
-    hidden. A document of less than `SHORTEST` tokens is all prefix.
+    hidden. A document of less than `SHORTEST` tokens is all prefix. Samples of answers say in "prefixes" how many tokens
+    of each document are its prompt, which is then its prefix.
 
     Samples may have an entry "key", a tuple (seed, step, index) from which everything drawn for them follows. Nothing
     depends on who sees whom, so that causal and bidirectional denoisers train on the same batches.
@@ -33,7 +34,7 @@ class NoiseCollator:
     - "weights": float32, what the loss of a hidden token counts; 0 for the others.
 
     Attributes:
-        prefix: the share of a document that is its prefix. At least one token is.
+        prefix: the share of a document that is its prefix, unless samples say so. At least one token is.
         block_size: noise is drawn for this number of tokens at a time; None draws it for the whole rest of a document.
         complementary: every sample gives two rows. The second one hides those tokens of the blocks that the first one
             shows, so that their rates are p and 1 - p (Fast-dLLM v2, arXiv 2509.26328).
@@ -52,7 +53,7 @@ class NoiseCollator:
         return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
 
     def _rows(self, sample: Mapping) -> list[dict[str, Tensor]]:
-        ids, key = sample["input_ids"], sample.get("key")
+        ids, key, given = sample["input_ids"], sample.get("key"), sample.get("prefixes")
         draws = None if key is None else generator("noise", *key)
         starts = torch.cat([sample["starts"], torch.tensor([len(ids)])])
         lengths = starts.diff()
@@ -61,7 +62,11 @@ class NoiseCollator:
         for number, (start, length) in enumerate(zip(starts.tolist(), lengths.tolist(), strict=False)):
             if length < SHORTEST:
                 continue
-            prefixes[number] = prefix = min(max(round(self.prefix.draw(draws) * length), 1), length - 1)
+            if given is None:
+                prefix = min(max(round(self.prefix.draw(draws) * length), 1), length - 1)
+            else:
+                prefix = min(max(int(given[number]), 1), length)
+            prefixes[number] = prefix
             size = self.block_size or length
             for first in range(start + prefix, start + length, size):
                 block = slice(first, min(first + size, start + length))

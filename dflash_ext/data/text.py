@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
+from .dataset import AnswerDataset
 from .errors import DataError
 from .parsing import excerpt, json_value, require_file, utf8_text
 
@@ -67,6 +68,8 @@ class TextDataset(Dataset):
     document into the next. A document that goes on in the next row is a document of its own there. The rest that does
     not fill a row is left out. Each document ends with the tokenizer's end token.
 
+    Samples of answers also have "prefixes": int64 [n], the tokens of each document that belong to the prompt.
+
     Args:
         texts: documents, as from `read_texts`.
 
@@ -85,12 +88,29 @@ class TextDataset(Dataset):
                 if ids:
                     starts.append(len(tokens))
                     tokens.extend(ids)
+        self._fill(tokens, starts, length)
+
+    @classmethod
+    def of_answers(cls, answers: AnswerDataset, length: int) -> TextDataset:
+        """Rows of prompts with their answers, each of which is a document."""
+        tokens, starts, ends = array("i"), array("q"), array("q")
+        for index in range(len(answers)):
+            sample = answers[index]
+            starts.append(len(tokens))
+            ends.append(len(tokens) + int((~sample["loss_mask"]).sum()))
+            tokens.extend(sample["input_ids"].tolist())
+        made = object.__new__(cls)
+        made._fill(tokens, starts, length, torch.frombuffer(ends, dtype=torch.int64))
+        return made
+
+    def _fill(self, tokens: array, starts: array, length: int, prompt_ends: Tensor | None = None) -> None:
         self.length = length
         self.documents = len(starts)
         if len(tokens) < length:
             raise DataError(f"the text has {len(tokens)} tokens: at least a row of {length} is needed")
         self._tokens = torch.frombuffer(tokens, dtype=torch.int32)
         self._starts = torch.frombuffer(starts, dtype=torch.int64)
+        self._prompt_ends = prompt_ends
         self._rows = torch.arange(len(tokens) // length)
 
     def __len__(self) -> int:
@@ -101,7 +121,10 @@ class TextDataset(Dataset):
         input_ids = self._tokens[first : first + self.length].long()
         low, high = torch.searchsorted(self._starts, torch.tensor([first + 1, first + self.length])).tolist()
         starts = torch.cat([torch.zeros(1, dtype=torch.int64), self._starts[low:high] - first])
-        return {"input_ids": input_ids, "starts": starts}
+        sample = {"input_ids": input_ids, "starts": starts}
+        if self._prompt_ends is not None:
+            sample["prefixes"] = (self._prompt_ends[low - 1 : high] - first - starts).clamp(min=0)
+        return sample
 
     @property
     def lengths(self) -> Tensor:
@@ -112,6 +135,8 @@ class TextDataset(Dataset):
         """A hash of all tokens and of where documents start."""
         digest = hashlib.sha256(self._starts.numpy().tobytes())
         digest.update(self._tokens.numpy().tobytes())
+        if self._prompt_ends is not None:
+            digest.update(self._prompt_ends.numpy().tobytes())
         return digest.hexdigest()[:16]
 
     def first(self, rows: int) -> TextDataset:

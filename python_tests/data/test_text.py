@@ -5,7 +5,8 @@ import lzma
 import pytest
 import torch
 
-from dflash_ext.data import DataError, TextDataset, read_texts
+from dflash_ext.data import AnswerDataset, DataError, NoiseCollator, TextDataset, read_texts
+from dflash_ext.noise import MaskNoise, Share
 from python_tests.data.words import word_tokenizer
 
 END = 2  # the end token of word_tokenizer
@@ -38,6 +39,22 @@ def test_every_row_and_boundary_of_many_documents():
     behind_ends = (ids == END).nonzero().flatten() + 1
     want = torch.cat([behind_ends[behind_ends < len(ids)], torch.arange(0, len(ids), 64)]).unique()
     assert torch.equal(starts, want) and len(dataset) == (sum(lengths) + 300) // 64
+
+
+def test_prompts_of_answers_are_prefixes(tmp_path):
+    """Also in the next row, into which a document goes on, and no token of a prompt is hidden."""
+    rows = ['{"format": "dflash_ext.responses", "vocab_size": 97}']
+    for index, (prompt, answer) in enumerate([(3, 6), (12, 4), (2, 9)]):
+        ids = {"prompt_ids": [10 + index] * prompt, "response_ids": [50 + index] * answer}
+        rows.append(json.dumps({"index": index, "temperature": 0.0} | ids))
+    (tmp_path / "answers.jsonl").write_text("\n".join(rows) + "\n")
+    dataset = TextDataset.of_answers(AnswerDataset(tmp_path / "answers.jsonl", 36), 12)
+    assert [dataset[i]["starts"].tolist() for i in range(3)] == [[0, 9], [0], [0, 1]]
+    assert [dataset[i]["prefixes"].tolist() for i in range(3)] == [[3, 12], [9], [0, 2]]
+    batch = NoiseCollator(MaskNoise(Share(1.0, 1.0)))([dataset[i] | {"key": (0, 0, i)} for i in range(3)])
+    is_answer = batch["input_ids"] >= 50
+    is_answer[2, 0] = False  # the last token of an answer, alone in its row, is too short to be denoised
+    assert torch.equal(batch["hidden"], is_answer)
 
 
 def test_the_first_rows_alone():
