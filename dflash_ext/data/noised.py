@@ -19,8 +19,8 @@ class NoiseCollator:
     """Draws prefixes and hidden tokens of the rows of a `TextDataset`.
 
     Each document of a row has a prefix, which stays as it is, and a denoising block behind it, in which tokens are
-    hidden. A document of less than `SHORTEST` tokens is all prefix. Samples of answers say in "prefixes" how many tokens
-    of each document are its prompt, which is then its prefix.
+    hidden. A document of less than `SHORTEST` tokens is all prefix. Samples of answers say in "prefixes" how many of a
+    document's tokens are its prompt, which is then its prefix.
 
     Samples may have an entry "key", a tuple (seed, step, index) from which everything drawn for them follows. Nothing
     depends on who sees whom, so that causal and bidirectional denoisers train on the same batches.

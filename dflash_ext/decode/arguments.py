@@ -10,13 +10,14 @@ import numpy as np
 from torch import Tensor
 
 from ..checks import is_int, shown
-from ..models import DFlashDrafter, Target
+from ..models import Denoiser, DFlashDrafter, Target
 from ..models.lora import LoraDrafter
 from ..ops.logits import by_row
 from .kv_cache import SCRATCH
 from .state import OFF
 
 MOST_STEPS = 3  # of denoising in a block
+CANVAS_BLOCK = 8  # slots of a block that a denoiser drafts, if nothing says otherwise
 AUTO = "auto"  # a block size that is chosen before each cycle
 
 
@@ -138,7 +139,7 @@ def check_prompt(target: Target, prompt: Sequence[int], index: int = 0) -> list[
     return tokens
 
 
-def draft_width(target: Target, drafter: DFlashDrafter | LoraDrafter | None, block_size: int | None) -> int:
+def draft_width(target: Target, drafter: DFlashDrafter | LoraDrafter | Denoiser | None, block_size: int | None) -> int:
     """The number of drafted tokens in a block, 0 without a drafter.
 
     Raises ValueError if the drafter cannot fill the block, or was made for another target or other taps.
@@ -147,10 +148,12 @@ def draft_width(target: Target, drafter: DFlashDrafter | LoraDrafter | None, blo
         if block_size is not None:
             raise ValueError(f"block size {block_size} needs a drafter: plain decoding drafts nothing")
         return 0
-    if isinstance(drafter, LoraDrafter):
+    if isinstance(drafter, Denoiser):
+        first, largest, own = 1, SCRATCH, CANVAS_BLOCK
+    elif isinstance(drafter, LoraDrafter):
         drafter.config.check_target(target)
         # Its rows know how far they are from the anchor by their positions alone, so that there may be more of them.
-        first, largest = 1, SCRATCH
+        first, largest, own = 1, SCRATCH, drafter.config.block_size
     else:
         drafter.check_target(target)
         if tuple(drafter.config.target_layer_ids) != target.tap_ids:
@@ -158,8 +161,8 @@ def draft_width(target: Target, drafter: DFlashDrafter | LoraDrafter | None, blo
                 f"the drafter reads the target's layers {drafter.config.target_layer_ids}, "
                 f"the target is tapped at {list(target.tap_ids)}"
             )
-        first, largest = drafter.config.first_draft_slot, drafter.config.block_size
-    block_size = drafter.config.block_size if block_size is None else block_size
+        first, largest, own = drafter.config.first_draft_slot, drafter.config.block_size, drafter.config.block_size
+    block_size = own if block_size is None else block_size
     if not first + 1 <= block_size <= largest:
         raise ValueError(
             f"block size {block_size} is not supported: this drafter fills blocks of {first + 1} to {largest} slots"

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from os import PathLike
 
-from ..models import DFlashDrafter, LoraDrafter, Target, is_lora_drafter, load_drafter, load_lora_drafter
+from ..models import Denoiser, DFlashDrafter, LoraDrafter, Target, load_pair
+from .canvas.draft import CanvasDraft
 from .cycle import Cycle
 from .drafts import BlockDraft, GatedDraft, UniformDraft, WholeDraft
 from .forward import LeanForward, target_forward
@@ -12,7 +13,7 @@ from .kv_cache import MOST_ROWS, SCRATCH
 from .one_forward import OneForwardCycle
 from .state import State
 
-Drafter = DFlashDrafter | LoraDrafter
+Drafter = DFlashDrafter | LoraDrafter | Denoiser
 
 
 # A forward of so many rows is taken to cost little more than one of a single row, so that a forward saved is worth more
@@ -25,11 +26,7 @@ def loaded(drafter: Drafter | str | PathLike | None, target: Target) -> Drafter 
 
     Raises ValueError if there is none, or if it was made for another target.
     """
-    if not isinstance(drafter, str | PathLike):
-        return drafter
-    if is_lora_drafter(drafter):
-        return load_lora_drafter(drafter, target)
-    return load_drafter(drafter, dtype=target.dtype, device=target.device)
+    return load_pair(target.model, drafter)[1] if isinstance(drafter, str | PathLike) else drafter
 
 
 def one_forward_rows(width: int) -> int:
@@ -90,6 +87,8 @@ def make_cycle(
     if not is_lora:
         if drafter is None:
             return Cycle(state, forward, None)
+        if isinstance(drafter, Denoiser):
+            return Cycle(state, forward, CanvasDraft(drafter, target, **sizes, **options))
         kind = UniformDraft if drafter.config.noise == "uniform" else BlockDraft
         return Cycle(state, forward, kind(drafter, target, **sizes, **options))
     if not isinstance(forward, LeanForward):

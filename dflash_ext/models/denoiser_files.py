@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import copy
 import os
+from pathlib import Path
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from .adaptation import Adaptation, load_adaptation
+from .adaptation import CONFIG, Adaptation, load_adaptation
 from .denoiser import Denoiser
 from .lora import LoraAdapter
 from .target import Target
 from .uniform import UniformAdaptation
+
+
+def is_denoiser(folder: str | os.PathLike) -> bool:
+    """Whether a folder says that it holds a denoiser. One with a mask token holds a LoRA drafter, too."""
+    return (Path(folder) / CONFIG).is_file()
 
 
 def load_denoiser(model: PreTrainedModel, folder: str | os.PathLike) -> Denoiser:

@@ -6,20 +6,24 @@ import os
 
 from transformers import PreTrainedModel
 
+from .denoiser import Denoiser
+from .denoiser_files import is_denoiser, load_denoiser
 from .drafter import DFlashDrafter
 from .drafter_files import load_drafter
 from .lora import LoraDrafter, is_lora_drafter, load_lora_drafter
 from .target import Target
 
 
-def load_pair(model: PreTrainedModel, name: str | os.PathLike) -> tuple[Target, DFlashDrafter | LoraDrafter]:
+def load_pair(model: PreTrainedModel, name: str | os.PathLike) -> tuple[Target, DFlashDrafter | LoraDrafter | Denoiser]:
     """A target, tapped as its drafter needs it, and the drafter, in the model's dtype and on its device.
 
     Args:
-        name: the folder of a LoRA drafter, or what `load_drafter` takes.
+        name: the folder of a LoRA drafter or of a denoiser of uniform noise, or what `load_drafter` takes.
     """
     if is_lora_drafter(name):
         target = Target(model)
         return target, load_lora_drafter(name, target)
+    if is_denoiser(name):
+        return Target(model), load_denoiser(model, name)
     drafter = load_drafter(name, dtype=model.dtype, device=model.device)
     return Target(model, drafter.config.target_layer_ids), drafter

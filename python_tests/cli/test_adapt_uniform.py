@@ -38,6 +38,26 @@ def test_adapt_then_canvas(workspace, text, run):
     assert code == 0, errors
     rows = [json.loads(line) for line in out.read_text().splitlines()]
     assert len(rows) == 3 and all(set(row["steps"]) == {3} for row in rows)
+    figures = workspace / "figures.json"
+    code, _, errors = run(
+        *("evaluate", "--target", workspace / "target", "--drafter", workspace / "denoiser", "--output", figures),
+        *("--prompts", workspace / "prompts.jsonl", "--max-new-tokens", 8, "--denoising-steps", 2, "--tau-only"),
+    )
+    assert code == 0, errors
+    assert json.loads(figures.read_text())["prompts"]["tau"] >= 1
+
+
+def test_own_answers_instead_of_text(workspace, run):
+    options = ["--prompts", workspace / "prompts.jsonl", "--max-new-tokens", 16, "--steps", 1, "--layers", 1]
+    options += ["--taps", 1, "--block-size", 4, "--mask-token", "w096", "--held-out", 0, "--noise", "uniform"]
+    code, _, errors = run("train", "--target", workspace / "target", "--output", workspace / "trained", *options)
+    assert code == 0, errors
+    answers = workspace / "trained" / "answers.jsonl"
+    adapt = [word for word in words(workspace, None) if word not in ("--text", None)]
+    code, said, errors = run(*adapt, "--answers", answers)
+    assert code == 0 and "text: 3 documents" in said, errors
+    code, _, errors = run(*adapt)
+    assert code == 1 and "adapt needs either --text or --answers" in errors
 
 
 def test_hidden_tokens_cannot_be_filled_in(workspace, text, run):

@@ -10,7 +10,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from dflash_ext.decode import decode
-from dflash_ext.models import DFlashDrafter, Target
+from dflash_ext.models import Denoiser, DFlashDrafter, Target
+from dflash_ext.models.uniform import SelfConditioning
 from python_tests.decode.oracle import Oracle, own_output
 from python_tests.tiny import FAMILIES, MASK_TOKEN, random_prompts, tiny_model, tiny_pair
 
@@ -326,7 +327,7 @@ def test_sampling_keeps_the_targets_distribution(drafted, temperature, top_k, to
         assert 0 < sum(accepted) < len(accepted) * 3  # both acceptance and rejection took part
 
 
-@pytest.mark.parametrize("noise", ["mask", "uniform"])
+@pytest.mark.parametrize("noise", ["mask", "uniform", "canvas"])
 @pytest.mark.parametrize(
     "drafting, top_k",
     [
@@ -340,8 +341,11 @@ def test_sampling_keeps_the_targets_distribution(drafted, temperature, top_k, to
 )
 def test_ways_of_drafting_keep_the_targets_distribution(drafting, top_k, noise):
     target, drafter = small_pair(0.7)
-    drafter.config.noise = noise
-    opinionated(drafter)
+    if noise == "canvas":
+        denoiser, target = small_pair(0.9)[0].model, Target(target.model)
+        drafter = Denoiser(Target(denoiser), self_conditioning=SelfConditioning(16, 16))
+    else:
+        opinionated(drafter).config.noise = noise
     prompt = [1, 3, 0]
     filters = dict(zip(FILTERS, (1.0, top_k, None, None), strict=True))
     options = dict(max_new_tokens=NEW, batch_size=1000, seed=12)

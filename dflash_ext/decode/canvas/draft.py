@@ -1,0 +1,97 @@
+"""A denoiser of uniform noise as a drafter: short canvases, which the base verifies."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ...models import Denoiser, Target
+from ...ops.cycle import CycleRows
+from ...ops.random import NOISE, uniforms_of
+from ..drafts.base import Draft
+from ..kv_cache import MOST_ROWS
+from .forward import CausalForward
+
+
+class CanvasDraft(Draft):
+    """Drafts canvases with a denoiser, which has a cache of its own.
+
+    A canvas stands behind the anchor and starts from random tokens. Every step reads what the one before has drawn, in
+    all positions, and is conditioned on what it expected. With several steps a token depends on those behind it, too,
+    so that such a draft is a point mass, and the likeliest one.
+
+    Args:
+        denoiser: of uniform noise. A denoiser of masked diffusion is a LoRA drafter.
+        width, steps, greedy: as in `Draft`.
+        slots, tokens: the number of rows, and the largest number of tokens in a row, as in `KVCache`.
+
+    Raises:
+        ValueError: the denoiser has a mask token.
+    """
+
+    def __init__(self, denoiser: Denoiser, target: Target, *, slots: int, tokens: int, **options):
+        if denoiser.mask_id is not None:
+            raise ValueError("a denoiser with a mask token drafts as the LoRA drafter in its folder")
+        super().__init__(target, **options)
+        self.forward = CausalForward(denoiser, slots=slots, tokens=tokens, rows=MOST_ROWS)
+        self.cache = self.forward.forward.cache
+        device = target.device
+        self.tokens = torch.zeros(slots, self.width + 1, dtype=torch.int64, device=device)
+        self.counts = torch.zeros(slots, dtype=torch.int64, device=device)
+
+    def inject(self, tokens: Tensor, features: Tensor | None, positions: Tensor, slots: Tensor) -> None:
+        """Reads a part of a prompt."""
+        counts, start = (positions >= 0).sum(dim=1), positions[:, 0].clamp(min=0)
+        self.forward.encode(tokens, positions, start, counts, slots)
+        self.counts.index_fill_(0, slots.long(), 0)
+
+    def commit(self, tokens: Tensor, features: Tensor | None, positions: Tensor, slots: Tensor) -> None:
+        """Keeps the tokens for the next draft. A cycle without a draft, of one token, has those before it read."""
+        index = slots.long()
+        if tokens.shape[1] == 1:
+            self._read(slots, positions[:, 0], positions[:, 0] >= 0)
+        self.tokens.index_copy_(0, index, torch.nn.functional.pad(tokens, (0, self.width + 1 - tokens.shape[1])))
+        self.counts.index_copy_(0, index, (positions >= 0).sum(dim=1))
+
+    def draft(
+        self, rows: CycleRows, width: int, filters: dict[str, Tensor], changes: dict[str, Tensor]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        active, first = rows.active.bool(), rows.start + 1
+        self._read(rows.slots, rows.start, active, rows.anchor)
+        places = first[:, None] + torch.arange(width, device=first.device)
+        seeds = (rows.seed[:, None] + places).flatten()
+        uniforms = uniforms_of(seeds, NOISE, len(seeds), 1)
+        tokens, facts = (uniforms * self.target.vocab_size).long().view_as(places), {}
+        where = torch.where(active[:, None], places, -1), first, rows.active * width, rows.slots
+        like = self.forward.like
+        soft = torch.zeros(*tokens.shape, like.shape[1], dtype=like.dtype, device=like.device)
+        known = filters if self.steps == 1 else {}
+        for step in range(self.steps):
+            logits = self.forward.denoise(tokens, *where, soft)
+            tokens, facts = self.draw(logits, None, rows.anchor, rows.seed, first, known, changes)
+            if step + 1 < self.steps:
+                soft = self.forward.condition(logits, torch.ones(tokens.shape, device=like.device))
+        return tokens, facts
+
+    def block_len(self, width: int) -> int:
+        return width + 1 if width else 0
+
+    def clear(self, slot: int) -> None:
+        self.cache.clear(slot)
+        self.counts[slot] = 0
+
+    def _read(self, slots: Tensor, start: Tensor, live: Tensor, anchor: Tensor | None = None) -> None:
+        """Reads what is yet to be read of the tokens before `start` (int64 [B]), and the anchor, if given.
+
+        live: bool [B], the rows that read something.
+        """
+        index = slots.long()
+        tokens, counts = self.tokens.index_select(0, index), self.counts.index_select(0, index)
+        first = (start - counts).clamp(min=0)
+        if anchor is not None:
+            tokens = torch.nn.functional.pad(tokens, (0, 1)).scatter(1, counts[:, None], anchor[:, None])
+            counts = counts + 1
+        counts = counts * live
+        column = torch.arange(tokens.shape[1], device=tokens.device)
+        positions = torch.where(column < counts[:, None], first[:, None] + column, -1)
+        self.forward.encode(tokens, positions, first, counts, slots)

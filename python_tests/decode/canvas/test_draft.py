@@ -1,0 +1,74 @@
+"""A denoiser of uniform noise drafts canvases, and its base verifies them."""
+
+import pytest
+import torch
+
+from dflash_ext.decode import decode
+from dflash_ext.decode.canvas import UniformDiffusion, decode_canvas
+from dflash_ext.models import Denoiser, Target, UniformAdaptation, load_pair, save_adaptation
+from dflash_ext.models.uniform import SelfConditioning
+from dflash_ext.ops.random import NOISE, uniforms_of
+from python_tests.decode.canvas.models import tiny_denoiser
+from python_tests.decode.oracle import own_output
+from python_tests.tiny import random_prompts, tiny_model
+
+PROMPTS = random_prompts(5, 9, 3)
+
+
+def denoiser() -> Denoiser:
+    torch.manual_seed(0)
+    made = tiny_denoiser(mask_id=None)
+    width = made.target.embedding_size
+    conditioning = SelfConditioning(width, 2 * width).requires_grad_(False)
+    torch.nn.init.normal_(conditioning.down.weight, std=0.5)
+    return Denoiser(made.target, self_conditioning=conditioning)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3])
+def test_no_greedy_token_changes(steps):
+    target, drafter = Target(tiny_model("llama")), denoiser()
+    expected = [own_output(target.model, prompt, 20) for prompt in PROMPTS]
+    for block_size in (2, 3, 8, "auto"):
+        options = dict(max_new_tokens=20, denoising_steps=steps, block_size=block_size, batch_size=2)
+        decoded = decode(target, drafter, PROMPTS, **options)
+        assert [c.tokens for c in decoded.completions] == expected
+
+
+def test_a_draft_is_a_canvas_behind_the_anchor():
+    """In every cycle: what earlier cycles committed is in the denoiser's cache. A second step draws something else."""
+    drafter, options = denoiser(), dict(max_new_tokens=16, block_size=5, seed=[7, 7, 7])
+    target = drafter.target
+    drafts = []
+    for steps in (1, 2):
+        decoded = decode(target, drafter, PROMPTS, denoising_steps=steps, **options)
+        drafts.append([completion.drafted for completion in decoded.completions])
+    for prompt, completion in zip(PROMPTS, decode(target, drafter, PROMPTS, **options).completions, strict=True):
+        known = 1
+        for drafted, accepted in zip(completion.drafted, completion.accepted, strict=True):
+            context = [*prompt, *completion.tokens[:known]]
+            places = len(context) + torch.arange(4)
+            noise = (uniforms_of(7 + places, NOISE, 4, 1)[:, 0] * target.vocab_size).long().tolist()
+            process = UniformDiffusion(steps=1)
+            canvas = decode_canvas(
+                drafter, [context], process, canvas_length=4, max_new_tokens=4, canvases=[noise]
+            ).completions[0]
+            assert canvas.tokens[: len(drafted)] == drafted
+            known += accepted + 1
+    assert drafts[0] != drafts[1]
+
+
+def test_the_folder_of_a_denoiser_is_that_of_a_drafter(tmp_path):
+    target = Target(tiny_model("llama"))
+    save_adaptation(UniformAdaptation.for_target(target, mask_id=None), tmp_path)
+    _, drafter = load_pair(target.model, tmp_path)
+    assert isinstance(drafter, Denoiser)
+    decoded = decode(target, tmp_path, PROMPTS, max_new_tokens=6)
+    assert [c.tokens for c in decoded.completions] == [own_output(target.model, prompt, 6) for prompt in PROMPTS]
+
+
+def test_what_is_refused():
+    target = Target(tiny_model("llama"))
+    with pytest.raises(ValueError, match="drafts as the LoRA drafter in its folder"):
+        decode(target, tiny_denoiser(), PROMPTS, max_new_tokens=4)
+    with pytest.raises(ValueError, match="block size 1 is not supported: this drafter fills blocks of 2 to 64 slots"):
+        decode(target, denoiser(), PROMPTS, max_new_tokens=4, block_size=1)
