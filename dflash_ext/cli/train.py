@@ -46,7 +46,10 @@ from .output import check_folder
 
 # The options that only one kind of drafter has, by the names of their parameters.
 OPTIONS_OF = {
-    "dflash": ("layers", "taps", "intermediate_size", "features", "loss", "teacher_mix", "compile", "noise"),
+    "dflash": (
+        *("layers", "taps", "intermediate_size", "features", "loss", "teacher_mix", "compile"),
+        *("noise", "sample_from_anchor"),
+    ),
     "lora": (
         *("lora_kind", "rank", "alpha", "linear_layers", "causal", "sampler_width", "start_from"),
         *("kl_weight", "context_ratio", "fixed_anchors"),
@@ -137,6 +140,14 @@ def train(
     accumulation: Accumulation = 1,
     anchors: Annotated[int, typer.Option(min=1, help="Blocks drawn from each sequence.")] = 64,
     max_length: MaxLength = 1024,
+    sample_from_anchor: Annotated[
+        bool,
+        typer.Option(
+            "--sample-from-anchor",
+            help="The slot of the anchor drafts, too: each slot predicts the token behind its own. vLLM and "
+            "transformers do not read such drafters.",
+        ),
+    ] = False,
     noise: Annotated[
         str,
         typer.Option(
@@ -303,6 +314,7 @@ def train(
         what = f"a {lora_kind} adapter of rank {rank} on {len(trained.adapter.paths)} linear layers"
     else:
         options = dict(num_layers=layers, taps=chosen_taps, intermediate_size=intermediate_size, noise=noise)
+        options["sample_from_anchor"] = sample_from_anchor
         trained = new_drafter(Target(model), seed, **options, **made)
         tapped = Target(model, trained.config.target_layer_ids)
         what = f"{layers} layers, taps {trained.config.target_layer_ids}"

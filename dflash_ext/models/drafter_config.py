@@ -181,6 +181,7 @@ class DFlashConfig(Qwen3Config):
         taps: Sequence[int] | int = 5,
         intermediate_size: int | None = None,
         noise: str = "mask",
+        sample_from_anchor: bool = False,
     ) -> DFlashConfig:
         """The configuration of a new drafter with the target's width, heads and rotary base.
 
@@ -192,6 +193,7 @@ class DFlashConfig(Qwen3Config):
             taps: layer ids, or the number of layers that `default_taps` chooses.
             intermediate_size: the width of the MLPs. The default is the target's.
             noise: what stands in the slots that are drafted, as in the class.
+            sample_from_anchor: slot 0, which holds the anchor, drafts, too.
 
         Raises:
             ValueError: a number is out of range, or the target's embedding or head is not of its hidden size.
@@ -222,6 +224,7 @@ class DFlashConfig(Qwen3Config):
         return cls(
             block_size=block_size,
             noise=noise,
+            sample_from_anchor=sample_from_anchor,
             dflash_config=dflash,
             num_target_layers=target.num_layers,
             num_hidden_layers=num_layers,

@@ -46,6 +46,16 @@ def test_the_seed_decides_what_is_drawn(workspace, run):
     assert losses[0] == losses[1] != losses[2]
 
 
+def test_the_slot_of_the_anchor_may_draft(workspace, run):
+    """A block of four slots then drafts four tokens, in the evaluation of the training, too."""
+    out = workspace / "trained"
+    code, _, errors = run(*words(workspace), "--output", out, "--sample-from-anchor")
+    assert code == 0, errors
+    assert load_drafter(out).config.first_draft_slot == 0
+    log = json.loads((out / "training.json").read_text())["log"]
+    assert any("eval_acceptance_4" in entry for entry in log)
+
+
 def test_turns_of_one_conversation_stay_together(workspace, run):
     rows = [[f"w{10 + conversation:03} w{number:03}" for number in (5, 6, 7)] for conversation in range(6)]
     chats = [{"messages": [{"role": "user", "content": turn} for turn in turns]} for turns in rows]
