@@ -18,24 +18,7 @@ namespace {
 
 template <class T, class Tile>
 __global__ void __launch_bounds__(Tile::kThreads, 1)
-    block_attn_backward_keys_sm80(const __grid_constant__ BackwardParams p,
-                                  const __grid_constant__ BackwardLaunch launch) {
-  extern __shared__ __align__(128) uint8_t shared_memory[];
-  BackwardPass<T, Tile>(p, launch, *reinterpret_cast<BackwardShared<Tile>*>(shared_memory)).run();
-}
-
-template <class T, class Tile>
-__global__ void __launch_bounds__(Tile::kThreads, 1)
-    block_attn_backward_all_sm80(const __grid_constant__ BackwardParams p,
-                                 const __grid_constant__ BackwardLaunch launch) {
-  extern __shared__ __align__(128) uint8_t shared_memory[];
-  BackwardPass<T, Tile>(p, launch, *reinterpret_cast<BackwardShared<Tile>*>(shared_memory)).run();
-}
-
-template <class T, class Tile>
-__global__ void __launch_bounds__(Tile::kThreads, 1)
-    block_attn_backward_queries_sm80(const __grid_constant__ BackwardParams p,
-                                     const __grid_constant__ BackwardLaunch launch) {
+    block_attn_backward_sm80(const __grid_constant__ BackwardParams p, const __grid_constant__ BackwardLaunch launch) {
   extern __shared__ __align__(128) uint8_t shared_memory[];
   BackwardPass<T, Tile>(p, launch, *reinterpret_cast<BackwardShared<Tile>*>(shared_memory)).run();
 }
@@ -48,16 +31,7 @@ cudaError_t run_pass(const BackwardParams& p, const BackwardLaunch& launch, cuda
   const int64_t heads = Tile::kOfKeys ? p.kv_heads : p.heads / p.fold;
   const int64_t blocks = (length + Tile::kStill - 1) / Tile::kStill * heads * p.batch;
   if (blocks == 0) return cudaSuccess;
-  const auto kernel = [] {
-    if constexpr (Tile::kAddsGradQ) {
-      return block_attn_backward_all_sm80<T, Tile>;
-    } else if constexpr (Tile::kOfKeys) {
-      return block_attn_backward_keys_sm80<T, Tile>;
-    } else {
-      return block_attn_backward_queries_sm80<T, Tile>;
-    }
-  }();
-  return launch_kernel(kernel, {blocks, Tile::kThreads, kSharedBytes}, stream, p, launch);
+  return launch_kernel(block_attn_backward_sm80<T, Tile>, {blocks, Tile::kThreads, kSharedBytes}, stream, p, launch);
 }
 
 // Rounds the sums of dQ of a tile of rows of one head group, which a block takes.
@@ -105,6 +79,7 @@ cudaError_t finish_grad_q(const BackwardParams& p, const BackwardLaunch& launch,
 template <class T, int kDim>
 cudaError_t launch_backward(const BackwardParams& p, cudaStream_t stream) {
   const BackwardLaunch launch{__builtin_ctzll(p.fold),
+                      static_cast<int>(p.heads / p.fold),
                       static_cast<int>(p.heads / p.kv_heads / p.fold),
                       rows_are_aligned(p.q, p.q_strides),
                       rows_are_aligned(p.k, p.k_strides),

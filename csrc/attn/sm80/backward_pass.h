@@ -27,7 +27,7 @@ class BackwardPass {
         warp_(threadIdx.x / 32),
         row_(warp_ / kParts * 16),
         part_bytes_(warp_ % kParts * Tile::kWarpDim * 2) {
-    const unsigned heads = kOfKeys ? p.kv_heads : p.heads >> launch.fold_bits;
+    const unsigned heads = kOfKeys ? p.kv_heads : launch.groups;
     const unsigned count = gridDim.x / heads / static_cast<unsigned>(p.batch);
     const unsigned tile = blockIdx.x / heads / static_cast<unsigned>(p.batch);
     batch_ = blockIdx.x / heads % static_cast<unsigned>(p.batch);
@@ -45,27 +45,29 @@ class BackwardPass {
     load_still(Tile::kAddsGradQ ? still_keys() : tiles_, first_source(), first_aligned(), a_);
     load_still(tiles_, second_source(), second_aligned(), b_);
     if constexpr (!kOfKeys) load_row_facts();
-    find_next(0);
-    find_next(1);
+    find(0);
+    find(1);
     __syncthreads();
-    if (shared_.moving[0].exists) copy(0, shared_.moving[0]);
-    int stage = 0, before = -1;
-    for (int i = 0; shared_.moving[i].exists; i = next_of(i), stage ^= 1) {
+    if (moving(0).exists) copy(0, moving(0));
+    int i = 0;
+    for (; moving(i).exists; ++i) {
+      const int stage = i & 1;
       cp_async_wait_group<0>();
       __syncthreads();  // the stage has arrived, and the other stage has been read and its grad_s written
-      const Moving& next = shared_.moving[next_of(i)];
-      if (next.exists) copy(stage ^ 1, next);
-      find_next(next_of(next_of(i)));
-      const Moving& moving = shared_.moving[i];
-      if (kOfKeys && moving.has_empty) clear_empty_rows(stage);
+      if (moving(i + 1).exists) copy(stage ^ 1, moving(i + 1));
+      find(i + 2);
+      if (kOfKeys && moving(i).has_empty) clear_empty_rows(stage);
+      // Half of the warps add the gradients of the tile before first, so that exponentials of some warps run beside
+      // products of others.
+      const bool adds_first = warp_ < Tile::kThreads / 64;
+      if (i > 0 && adds_first) add_grad_q(i - 1);
 #pragma unroll 1
-      for (int column = 0; column < kMoving; column += kWidth) work_on(stage, column, moving);
-      if (Tile::kAddsGradQ && before >= 0) add_grad_q(stage ^ 1, shared_.moving[before]);
-      before = i;
+      for (int column = 0; column < kMoving; column += kWidth) work_on(stage, column, moving(i));
+      if (i > 0 && !adds_first) add_grad_q(i - 1);
     }
-    if (Tile::kAddsGradQ && before >= 0) {
+    if (Tile::kAddsGradQ && i > 0) {
       __syncthreads();
-      add_grad_q(stage ^ 1, shared_.moving[before]);
+      add_grad_q(i - 1);
     }
     write();
   }
@@ -85,13 +87,13 @@ class BackwardPass {
   DFLASH_INLINE int64_t key_offset(const HeadStrides& strides, int key) const {
     return batch_ * strides.batch + key_head() * strides.head + key * strides.row;
   }
-  DFLASH_INLINE int key_head() const { return kOfKeys ? head_ : head_ / launch_.groups; }
+  DFLASH_INLINE int key_head() const { return kOfKeys ? head_ : head_ / launch_.groups_of_key_head; }
   DFLASH_INLINE bool has_row(int row) const { return position_of(row) < static_cast<int>(p_.q_len); }
   DFLASH_INLINE bool has_key(int key) const { return key < static_cast<int>(p_.kv_len); }
   // The LSEs and deltas of the tile of rows that begins at row `first` of the group.
   DFLASH_INLINE const float* stats_of(int group, int first) const {
     return p_.stats + 2 * first +
-           (batch_ * (p_.heads >> launch_.fold_bits) + group) * (int64_t(row_tiles()) * 2 * Tile::kTileRows);
+           (batch_ * launch_.groups + group) * (int64_t(row_tiles()) * 2 * Tile::kTileRows);
   }
   DFLASH_INLINE const RowKeys* keys_of_rows() const {
     return p_.keys + entry() * row_tiles() * (Tile::kTileRows >> launch_.fold_bits);
@@ -145,19 +147,18 @@ class BackwardPass {
 
   // ---- what moves
 
-  static DFLASH_INLINE int next_of(int i) { return i == Tile::kSlots - 1 ? 0 : i + 1; }
+  DFLASH_INLINE const Moving& moving(int i) const { return shared_.moving[i]; }
 
-  // The first warp finds the next tile.
-  DFLASH_INLINE void find_next(int slot) {
-    if (warp_ != 0) return;
-    const Moving moving = shared_.walk.template next<Tile::kTileRows>();
-    if (lane_ == 0) shared_.moving[slot] = moving;
+  // The first warp finds tile i.
+  DFLASH_INLINE void find(int i) {
+    if (warp_ == 0) shared_.walk.template find<Tile::kTileRows>(i, shared_.moving);
   }
 
   DFLASH_INLINE BackwardWalk<Tile> make_walk() const {
     const RowTile* const tiles = p_.tiles + entry() * row_tiles();
     if constexpr (kOfKeys) {
-      return RowTiles(tiles, row_tiles(), launch_.groups, first_, min(first_ + kStill, static_cast<int>(p_.kv_len)));
+      const int end = min(first_ + kStill, static_cast<int>(p_.kv_len));
+      return RowTiles(tiles, row_tiles(), launch_.groups_of_key_head, first_, end);
     } else {
       const int tile = first_ / Tile::kTileRows;
       return BackwardWalk<Tile>(tiles + tile, min(kStill / Tile::kTileRows, row_tiles() - tile));
@@ -167,7 +168,7 @@ class BackwardPass {
   DFLASH_INLINE void copy(int stage, const Moving& moving) {
     const uint32_t to = tiles_ + stage * 2 * Tile::kMovingBytes;
     if constexpr (kOfKeys) {
-      const int group = head_ * launch_.groups + moving.group;
+      const int group = head_ * launch_.groups_of_key_head + moving.group;
       const auto copy_tensor = [&](uint32_t to, const void* data, const HeadStrides& strides, bool aligned) {
         const CopyShare<Tile> share;
         const auto at = [&](int i) {
@@ -240,17 +241,18 @@ class BackwardPass {
     }
   }
 
-  // Adds the warp's part of dQ = dS k to the sums of a tile of rows. It comes one tile late, so that a tile needs no
+  // Adds the warp's part of dQ = dS k to the sums of tile i of rows. It comes one tile late, so that a tile needs no
   // barrier of its own between dS and dQ.
-  DFLASH_INLINE void add_grad_q(int stage, const Moving& moving) {
+  DFLASH_INLINE void add_grad_q(int i) {
+    if constexpr (!Tile::kAddsGradQ) return;
     constexpr int kColumns = Tile::kGradQColumns, kColumnWarps = Tile::kHeadDim / kColumns;
     const int row = warp_ / kColumnWarps * 16, piece = warp_ % kColumnWarps * (kColumns / 16);
     // Lane l gives the address of key l % 8 in matrix l / 8 of 8 keys and 8 rows. Matrices 1 and 3 have the later rows.
-    const uint32_t scores = shared_address(shared_.grad_s[stage]) + (lane_ / 16 * 8 + lane_ % 8) * Tile::kScoresPitch +
+    const uint32_t scores = shared_address(shared_.grad_s[i & 1]) + (lane_ / 16 * 8 + lane_ % 8) * Tile::kScoresPitch +
                             (row + lane_ / 8 % 2 * 8) * 2;
     const Pieces<Tile> keys(still_keys(), lane_ % 16, lane_ / 16);
     float sums[kColumns / 8][4] = {};
-#pragma unroll 2
+#pragma unroll
     for (int step = 0; step < kStill / 16; ++step) {
       uint32_t a[4], b[4];
       ldmatrix_x4_trans(a, scores + step * 16 * Tile::kScoresPitch);
@@ -261,8 +263,8 @@ class BackwardPass {
         mma_m16n8k16<T>(sums[2 * n + 1], a, b[2], b[3]);
       }
     }
-    const int64_t group = int64_t(batch_) * (p_.heads >> launch_.fold_bits) + head_ * launch_.groups + moving.group;
-    const int64_t first = (group * row_tiles() * Tile::kTileRows + moving.first) * Tile::kHeadDim;
+    const int64_t group = batch_ * launch_.groups + head_ * launch_.groups_of_key_head + moving(i).group;
+    const int64_t first = (group * row_tiles() * Tile::kTileRows + moving(i).first) * Tile::kHeadDim;
 #pragma unroll
     for (int j = 0; j < kColumns / 8; ++j) {
       const float(&x)[4] = sums[j];

@@ -32,10 +32,6 @@ struct BackwardTiling {
   // registers for more rows.
   static constexpr int kWidth = kHeadDim == 64 || !kOfKeys || kAddsGradQ ? std::min(kMoving, 32) : 16;
 
-  // The tiles that a block knows: the current one, the one whose copy is in flight, the one after it and, where dQ is
-  // added one tile late, the one before.
-  static constexpr int kSlots = kAddsGradQ ? 4 : 3;
-
   static constexpr int kRowBytes = kHeadDim * 2;
   static constexpr int kMovingBytes = kMoving * kRowBytes;  // of one of the two moving tensors
   static constexpr int kTileBytes = std::max(4 * kMovingBytes, kStill * kRowBytes);
@@ -56,9 +52,10 @@ DFLASH_INLINE int64_t grad_q_place(int warp, int j, int lane) {
 // What the host computes for the kernels.
 struct BackwardLaunch {
   int fold_bits;
-  int groups;  // head groups of a key head
-  // Rows begin at multiples of 16 bytes.
-  bool q_aligned, k_aligned, v_aligned, grad_out_aligned, grad_q_aligned, grad_k_aligned, grad_v_aligned;
+  int groups;  // of heads; a group's heads share a tile of rows
+  int groups_of_key_head;
+  // Whether rows begin at multiples of 16 bytes. A bool would take a register, because it is loaded as a byte.
+  int q_aligned, k_aligned, v_aligned, grad_out_aligned, grad_q_aligned, grad_k_aligned, grad_v_aligned;
 };
 
 template <class Tile>
@@ -70,7 +67,7 @@ struct BackwardShared {
   alignas(128) uint8_t tiles[Tile::kTileBytes];  // two stages of what moves; before and after, what is still
   Scores scores;
   BackwardWalk<Tile> walk;
-  Moving moving[Tile::kSlots];
+  MovingRing moving;
   // Of the rows, whether they move or are still.
   alignas(16) float stats[2][2 * (Tile::kOfKeys ? Tile::kMoving : 0)];  // LSEs, then deltas
   RowKeys keys[Tile::kOfKeys ? 2 : 1][Tile::kOfKeys ? Tile::kMoving : Tile::kStill];

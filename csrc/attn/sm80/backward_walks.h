@@ -8,7 +8,7 @@
 namespace dflash::DFLASH_ISA::sm80 {
 
 // A tile of rows or keys that moves.
-struct Moving {
+struct alignas(16) Moving {
   int first;       // the tile's first key, or its first row in the rows of a head group
   int group;       // of rows: the head group, counted from the key head's first
   bool is_full;    // all rows see all keys
@@ -16,50 +16,60 @@ struct Moving {
   bool exists;
 };
 
-// The tiles of rows that see some of the keys [lo, hi), head group by head group. A walk lies in shared memory, and all
-// lanes of a warp call next() together.
+// Moving tiles by their number. A tile takes the place of the one that came kTiles before it.
+class MovingRing {
+ public:
+  static constexpr int kTiles = 64;  // a power of two, at least the 32 that a walk finds at a time and those in use
+
+  DFLASH_INLINE Moving& operator[](int i) { return tiles_[i & (kTiles - 1)]; }
+
+ private:
+  Moving tiles_[kTiles];
+};
+
+// The tiles of rows that see some of the keys [lo, hi), head group by head group. A walk lies in shared memory.
 class RowTiles {
  public:
   DFLASH_INLINE RowTiles(const RowTile* tiles, int count, int groups, int lo, int hi)
       : tiles_(tiles), count_(count), groups_(groups), lo_(lo), hi_(hi) {}
 
+  // Writes tile `last` to the ring, unless an earlier call did, and at most 31 tiles after it. One warp calls this for
+  // 0, 1, 2 and so on.
   template <int kTileRows>
-  DFLASH_INLINE Moving next() {
+  DFLASH_INLINE void find(int last, MovingRing& ring) {
     const int lane = threadIdx.x % 32;
-    int base = base_, group = group_;
-    uint32_t seen = seen_, full = full_, empty = empty_;
-    while (seen == 0) {
+    int base = base_, group = group_, found = found_;
+    if (found > last) return;
+    while (found <= last) {
       if (base >= count_) {
         base = 0;
         ++group;
       }
-      if (group >= groups_ || count_ == 0) break;
+      const bool is_over = group >= groups_ || count_ == 0;
       TileSight sight;
-      if (base + lane < count_) sight = TileSight(tiles_[base + lane], lo_, hi_);
-      seen = __ballot_sync(~0u, sight.is_seen);
-      full = __ballot_sync(~0u, sight.is_full);
-      empty = __ballot_sync(~0u, sight.has_empty);
+      if (!is_over && base + lane < count_) sight = TileSight(tiles_[base + lane], lo_, hi_);
+      const uint32_t seen = __ballot_sync(~0u, sight.is_seen);
+      if (sight.is_seen) {
+        ring[found + __popc(seen & ((1u << lane) - 1))] = {(base + lane) * kTileRows, group, sight.is_full,
+                                                           sight.has_empty, true};
+      }
+      if (is_over && lane == 0) ring[found] = {};
+      found += is_over ? 1 : __popc(seen);
       base += 32;
     }
     __syncwarp();
     if (lane == 0) {
       base_ = base;
       group_ = group;
-      seen_ = seen & (seen - 1);
-      full_ = full;
-      empty_ = empty;
+      found_ = found;
     }
     __syncwarp();
-    if (seen == 0) return {};
-    const int bit = __ffs(seen) - 1;
-    return {(base - 32 + bit) * kTileRows, group, (full >> bit & 1) != 0, (empty >> bit & 1) != 0, true};
   }
 
  private:
   const RowTile* tiles_;
   int count_, groups_, lo_, hi_;
-  int base_ = 0, group_ = 0;
-  uint32_t seen_ = 0, full_ = 0, empty_ = 0;
+  int base_ = 0, group_ = 0, found_ = 0;
 };
 
 // Merges what consecutive tiles of rows see into one plan, as the forward has it.
@@ -101,15 +111,16 @@ class KeyTilesOfRows {
  public:
   DFLASH_INLINE KeyTilesOfRows(const RowTile* tiles, int count) : plan_(merged(tiles, count)), tiles_(plan_) {}
 
+  // Writes tile `last` to the ring. One warp calls this.
   template <int kTileRows>
-  DFLASH_INLINE Moving next() {
-    const int i = i_;
-    if (i >= tiles_.count()) return {};
-    __syncwarp();
-    if (threadIdx.x % 32 == 0) i_ = i + 1;
-    __syncwarp();
-    const int first = tiles_[i];
-    return {first, 0, tiles_.is_full(first), false, true};
+  DFLASH_INLINE void find(int last, MovingRing& ring) const {
+    if (threadIdx.x % 32 != 0) return;
+    Moving moving{};
+    if (last < tiles_.count()) {
+      const int first = tiles_[last];
+      moving = {first, 0, tiles_.is_full(first), false, true};
+    }
+    ring[last] = moving;
   }
 
   // Whether some row may see the key.
@@ -120,7 +131,6 @@ class KeyTilesOfRows {
  private:
   TilePlan plan_;
   KeyTilesByRun<kKeys> tiles_;
-  int i_ = 0;
 };
 
 }  // namespace dflash::DFLASH_ISA::sm80
