@@ -10,7 +10,6 @@ namespace device::sm90 {
 namespace {
 
 constexpr int kThreads = 2 * kWarpgroup;
-
 constexpr int kWidth = 256;  // columns that a block takes
 
 // Writes 64 rows of kWidth columns, which both warpgroups hold as fragments, through shared memory as whole rows.

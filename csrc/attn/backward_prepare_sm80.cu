@@ -13,6 +13,7 @@ namespace device::sm80 {
 namespace {
 
 constexpr int kThreads = 256;
+
 // Writes what the positions of a tile see. One warp calls this.
 DFLASH_INLINE void describe_tile(const BackwardParams& p, int64_t entry, int64_t tile) {
   const int lane = threadIdx.x % 32;

@@ -79,15 +79,15 @@ cudaError_t finish_grad_q(const BackwardParams& p, const BackwardLaunch& launch,
 template <class T, int kDim>
 cudaError_t launch_backward(const BackwardParams& p, cudaStream_t stream) {
   const BackwardLaunch launch{__builtin_ctzll(p.fold),
-                      static_cast<int>(p.heads / p.fold),
-                      static_cast<int>(p.heads / p.kv_heads / p.fold),
-                      rows_are_aligned(p.q, p.q_strides),
-                      rows_are_aligned(p.k, p.k_strides),
-                      rows_are_aligned(p.v, p.v_strides),
-                      rows_are_aligned(p.grad_out, p.grad_out_strides),
-                      rows_are_aligned(p.grad_q, p.grad_q_strides),
-                      rows_are_aligned(p.grad_k, p.grad_k_strides),
-                      rows_are_aligned(p.grad_v, p.grad_v_strides)};
+                              static_cast<int>(p.heads / p.fold),
+                              static_cast<int>(p.heads / p.kv_heads / p.fold),
+                              rows_are_aligned(p.q, p.q_strides),
+                              rows_are_aligned(p.k, p.k_strides),
+                              rows_are_aligned(p.v, p.v_strides),
+                              rows_are_aligned(p.grad_out, p.grad_out_strides),
+                              rows_are_aligned(p.grad_q, p.grad_q_strides),
+                              rows_are_aligned(p.grad_k, p.grad_k_strides),
+                              rows_are_aligned(p.grad_v, p.grad_v_strides)};
   if constexpr (kDim <= 128) {
     if (p.grad_q_sums != nullptr) {
       using Tile = BackwardTiling<kDim, BackwardOf::kAll>;

@@ -1,16 +1,26 @@
-// block_attn's backward on Hopper for head dimensions from 129 to 256.
+// block_attn's backward on Hopper for head dimensions above 128.
 //
-// The gradients of 64 keys and values in float32 take half of the registers of a multiprocessor. So the work of
-// backward_sm90.cu is shared out in another way: a cluster of two blocks holds a tile of keys and values, half of them
-// each, and each of a block's three consumers computes another gradient (sm90/backward_wide_consumers.h). The blocks
-// exchange dS, so that each computes half of the columns of dQ for all keys of the tile: the additions of dQ to float32
-// sums in global memory limit the speed, and are half as many then. They leave straight from registers.
+// The gradients of 64 keys and 256 columns in float32 take half of the registers of a multiprocessor. So the work of
+// backward_sm90.cu is shared out in another way: a cluster of two blocks holds a tile of keys and values. Up to head
+// dimension 256 each block has half of the keys, above it half of the columns. Each of a block's three consumers
+// computes another gradient:
 //
-// The table of row tiles, the deal to clusters and the last launch are those of backward_sm90.cu.
+//   of values:  S^T = K Q^T, the probabilities P, and dV = P^T dO   (sm90/backward_wide_key_consumer.h)
+//   of keys:    dP^T = V dO^T, dS = P * (dP - delta), and dK = dS^T Q
+//   of queries: dQ = dS K                                           (sm90/backward_wide_query_consumer.h)
+//
+// P goes from the first to the second through shared memory, and dS from the second to the third. If blocks split keys,
+// dS also goes to the other block, and each computes half of the columns of dQ for the keys of both: the additions of
+// dQ to float32 sums in global memory limit the speed, and are half as many then. They leave straight from registers.
+// If blocks split columns, each computes a part of S^T and dP^T, and they exchange these parts.
+//
+// The table of row tiles and the deal to clusters are those of backward_sm90.cu. A last launch rounds the sums
+// (backward_finish_sm90.cu).
 #include "attn/kernels.h"
 #include "attn/sm90/backward_launch.h"
-#include "attn/sm90/backward_wide_consumers.h"
+#include "attn/sm90/backward_wide_key_consumer.h"
 #include "attn/sm90/backward_wide_producer.h"
+#include "attn/sm90/backward_wide_query_consumer.h"
 #include "attn/sm90/block_memory.h"
 #include "common/dispatch.h"
 

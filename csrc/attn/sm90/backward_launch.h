@@ -30,7 +30,8 @@ inline cudaError_t make_backward_launch(BackwardLaunch* launch, const BackwardPa
 // Launches the kernel without or with a softcap.
 using BackwardKernel = void (*)(const BackwardParams, const BackwardLaunch);
 inline cudaError_t launch_backward_kernel(BackwardKernel uncapped, BackwardKernel capped, const LaunchShape& shape,
-                               const BackwardParams& p, int64_t keys, int64_t stored_keys, cudaStream_t stream) {
+                                          const BackwardParams& p, int64_t keys, int64_t stored_keys,
+                                          cudaStream_t stream) {
   BackwardLaunch launch;
   const cudaError_t status = make_backward_launch(&launch, p, keys, stored_keys);
   return status == cudaSuccess ? launch_kernel(p.softcap == 0 ? uncapped : capped, shape, stream, p, launch) : status;
