@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from .app import console, say
-from .loading import encode_for, load_pair, load_target
+from .loading import encode_for, load_drafter_base, load_pair, load_target
 from .options import (
     AtLeastTwoNewTokens,
     BlockSize,
@@ -16,6 +16,7 @@ from .options import (
     DecodeBatch,
     DenoisingSteps,
     Device,
+    DrafterBase,
     Dtype,
     Exact,
     Field,
@@ -33,6 +34,7 @@ def check_lossless(
     target: TargetName,
     drafter: Annotated[Path, typer.Option(help="Folder or hub name of the drafter to check.")],
     prompts: Annotated[Path, typer.Option(metavar="<path>", help="A file of prompts.")],
+    drafter_base: DrafterBase = None,
     field: Field = None,
     limit: Limit = 20,
     max_prompt_tokens: MaxPromptTokens = 2048,
@@ -67,7 +69,7 @@ def check_lossless(
     left_out = LeftOut()
     conversations = read_conversations(prompts, field=field, limit=limit, left_out=left_out)
     model, tok = load_target(target, tokenizer, dtype, device)
-    tapped, draft = load_pair(model, drafter)
+    tapped, draft = load_pair(model, drafter, load_drafter_base(drafter_base, model, tok))
     encoded = encode_for(
         tapped,
         tok,

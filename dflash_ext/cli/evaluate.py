@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from .app import console
-from .loading import encode_for, load_pair, load_target
+from .loading import encode_for, load_drafter_base, load_pair, load_target
 from .options import (
     AtLeastTwoNewTokens,
     BlockSize,
@@ -17,6 +17,7 @@ from .options import (
     DecodeBatch,
     DenoisingSteps,
     Device,
+    DrafterBase,
     Dtype,
     Exact,
     Field,
@@ -49,6 +50,7 @@ def evaluate(
         Path | None,
         typer.Option(help="Decode the same prompts with this drafter, too, and report how much its tau differs."),
     ] = None,
+    drafter_base: DrafterBase = None,
     field: Field = None,
     limit: Limit = 80,
     max_prompt_tokens: MaxPromptTokens = 2048,
@@ -99,11 +101,12 @@ def evaluate(
     if plot:
         check_plot(plot)
     model, tok = load_target(target, tokenizer, dtype, device)
-    tapped, draft = load_pair(model, drafter)
+    base = load_drafter_base(drafter_base, model, tok)
+    tapped, draft = load_pair(model, drafter, base)
     # By its name, the pair and the block size of each run. The first one is that of the drafter itself.
     runs = {"drafter": (tapped, draft, block_size)}
     if compare:
-        runs["compared"] = (*load_pair(model, compare), block_size)
+        runs["compared"] = (*load_pair(model, compare, base), block_size)
     elif not tau_only:
         if block_size is None:
             runs["auto"] = tapped, draft, "auto"

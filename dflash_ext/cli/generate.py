@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from .app import console, errors
-from .loading import asked, encode_for, load_pair, load_target
+from .loading import asked, encode_for, load_drafter_base, load_pair, load_target
 from .options import (
     AnswersFile,
     AutoBlockSize,
@@ -18,6 +18,7 @@ from .options import (
     DecodeBatch,
     DenoisingSteps,
     Device,
+    DrafterBase,
     Dtype,
     Exact,
     Field,
@@ -53,6 +54,7 @@ def generate(
             help="Folder or hub name of a DFlash drafter, or folder of a LoRA drafter. Without one, decoding is plain."
         ),
     ] = None,
+    drafter_base: DrafterBase = None,
     prompts: Prompts = None,
     field: Field = None,
     limit: Limit = None,
@@ -108,7 +110,7 @@ def generate(
     check_output(costs)
     known_costs = _read_costs(costs) if costs and costs.exists() else None
     model, tok = load_target(target, tokenizer, dtype, device)
-    tapped, draft = load_pair(model, drafter)
+    tapped, draft = load_pair(model, drafter, load_drafter_base(drafter_base, model, tok))
     encoded = encode_for(
         tapped,
         tok,

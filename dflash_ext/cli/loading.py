@@ -67,11 +67,33 @@ def load_canvas_model(
     return models.load_denoiser(model, denoiser), model, tok
 
 
-def load_pair(model: PreTrainedModel, path: Path | None) -> tuple[Target, DFlashDrafter | LoraDrafter | None]:
-    """The target and the drafter at `path`; the target is tapped for it. Without a path, the target alone, and None."""
+def load_pair(
+    model: PreTrainedModel, path: Path | None, base: PreTrainedModel | None = None
+) -> tuple[Target, DFlashDrafter | LoraDrafter | None]:
+    """The target and the drafter at `path`; the target is tapped for it. Without a path, the target alone, and None.
+
+    base: as in `models.load_pair`.
+    """
     from .. import models
 
-    return (models.Target(model), None) if path is None else models.load_pair(model, path)
+    return (models.Target(model), None) if path is None else models.load_pair(model, path, base)
+
+
+def load_drafter_base(
+    name: str | None, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> PreTrainedModel | None:
+    """The base that `--drafter-base` names, in the dtype and on the device of `model`, which verifies.
+
+    Raises ValueError if its tokens are not those of `tokenizer`.
+    """
+    if name is None:
+        return None
+    from .. import models
+
+    base, own = models.load_target(name, dtype=model.dtype, device=model.device)
+    if own.get_vocab() != tokenizer.get_vocab():
+        raise ValueError(f"--drafter-base {name}: its tokenizer has other tokens than the target's")
+    return base
 
 
 def asked(

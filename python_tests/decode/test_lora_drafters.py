@@ -111,6 +111,39 @@ def test_drafts_are_those_of_the_models_own_modules(cycle, merged, family, causa
             known += completion.committed[at]
 
 
+@pytest.mark.parametrize("family, verifier", [("llama", "llama"), ("gemma3", "qwen3")])
+def test_another_model_verifies(family, verifier, monkeypatch):
+    """The base drafts what it would draft for itself behind the same text, and the output is the verifier's own."""
+    monkeypatch.setattr("dflash_ext.decode.drafts.lora.narrow", lambda head, dtype: head)
+    base, drafter, _ = pair(family, "whole")
+    target = Target(tiny_model(verifier, num_hidden_layers=3))
+    drafter.base = base
+    decoded = decode(target, drafter, PROMPTS, max_new_tokens=20)
+    assert [c.tokens for c in decoded.completions] == [own_output(target.model, p, 20) for p in PROMPTS]
+    for prompt, completion in zip(PROMPTS, decoded.completions, strict=True):
+        known = len(prompt) + 1
+        for drafted, committed in zip(completion.drafted, completion.committed, strict=True):
+            text = [*prompt, *completion.tokens][:known]
+            assert drafted == reference_draft(base, drafter, text, drafter.config.drafted)[: len(drafted)]
+            known += committed
+
+
+def test_verifiers_that_do_not_fit_are_refused():
+    base, drafter, _ = pair("llama", "whole")
+    with pytest.raises(ValueError, match="was made for another base"):
+        decode(Target(tiny_model("llama", num_hidden_layers=3)), drafter, PROMPTS, max_new_tokens=4)
+    drafter.base = base
+    with pytest.raises(ValueError, match="vocab_size of the LoRA drafter's base is .*, that of the verifier"):
+        decode(Target(tiny_model("llama", vocab_size=base.vocab_size + 8)), drafter, PROMPTS, max_new_tokens=4)
+    drafter.base = Target(tiny_model("llama", num_hidden_layers=3))
+    with pytest.raises(ValueError, match="was made for another base"):
+        decode(base, drafter, PROMPTS, max_new_tokens=4)
+    base, drafter, _ = pair("llama", "two forwards")
+    drafter.base = base
+    with pytest.raises(ValueError, match="a gated LoRA drafter reads its base's cache"):
+        decode(Target(tiny_model("llama", num_hidden_layers=3)), drafter, PROMPTS, max_new_tokens=4)
+
+
 def test_one_forward_drafts_one_token_less():
     target, drafter, forwards = pair("llama", "one forward")
     assert decode(target, drafter, PROMPTS, max_new_tokens=8, **forwards).draft_width == 4

@@ -22,7 +22,7 @@ class LoraDraft(Draft):
     """What both kinds of LoRA drafter share.
 
     Args:
-        forward: the target's.
+        forward: that of the drafter's base, which is the target's unless another model verifies.
         width, steps, greedy: as in `Draft`.
     """
 
@@ -99,7 +99,8 @@ class WholeDraft(LoraDraft):
 
     def __init__(self, drafter: LoraDrafter, forward: LeanForward, *, slots: int, tokens: int, **options):
         super().__init__(drafter, forward, **options)
-        self.cache = forward.make_cache(slots, tokens, MOST_ROWS)
+        # The cache of a base that verifies has the keys and values without the adapter.
+        self.cache = forward.make_cache(slots, tokens, MOST_ROWS) if drafter.base is None else forward.cache
         device = forward.target.device
         self.tokens = torch.zeros(slots, self.width + 1, dtype=torch.int64, device=device)
         self.counts = torch.zeros(slots, dtype=torch.int64, device=device)

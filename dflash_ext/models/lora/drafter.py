@@ -32,11 +32,13 @@ class LoraDrafter(nn.Module):
     Attributes:
         mask_embedding: [H], as the base's first layer takes it, so that a scale of the base's embedding is already in
             it. It is no row of the base's table: where weights are tied, that would change the head.
+        base: the base, where another model verifies what a whole drafter drafts. None: the base verifies.
     """
 
     def __init__(self, config: LoraDrafterConfig, adapter: LoraAdapter):
         super().__init__()
         self.config, self.adapter = config, adapter
+        self.base: Target | None = None
         size = config.base["hidden_size"]
         self.mask_embedding = nn.Parameter(torch.zeros(size))
         self.sampler = SamplerHead(size, config.sampler_width) if config.sampler_width else None
@@ -65,6 +67,19 @@ class LoraDrafter(nn.Module):
             mean = target.embedding.float().mean(dim=0)
             drafter.mask_embedding.copy_(mean * (target.embedding_scale or 1.0))
         return drafter
+
+    def check_verifier(self, target: Target) -> None:
+        """Raises a ValueError unless what this drafter drafts can be verified by `target`: by its base or, for a whole
+        drafter that has its `base` with it, by a model of the same vocabulary and dtype on the same device."""
+        self.config.check_target(self.base or target)
+        if self.base is None:
+            return
+        if self.config.kind != "whole":
+            raise ValueError("a gated LoRA drafter reads its base's cache, so that no other model can verify")
+        for name in ("vocab_size", "dtype", "device"):
+            own, verifiers = getattr(self.base, name), getattr(target, name)
+            if own != verifiers:
+                raise ValueError(f"the {name} of the LoRA drafter's base is {own}, that of the verifier {verifiers}")
 
     def new_like(self) -> LoraDrafter:
         """A new drafter of the same shapes, in float32 on the CPU."""

@@ -45,11 +45,17 @@ def save_lora_drafter(
 
 
 def load_lora_drafter(
-    folder: str | os.PathLike, target: Target, *, dtype: torch.dtype | None = None, device: torch.device | None = None
+    folder: str | os.PathLike,
+    target: Target,
+    *,
+    base: Target | None = None,
+    dtype: torch.dtype | None = None,
+    device: torch.device | None = None,
 ) -> LoraDrafter:
     """Reads a drafter for `target`, in evaluation mode.
 
     Args:
+        base: the drafter's base, if `target` is another model, which verifies (`LoraDrafter.check_verifier`).
         dtype, device: those of the target by default.
 
     Raises:
@@ -59,8 +65,10 @@ def load_lora_drafter(
     if not is_lora_drafter(folder):
         raise ValueError(f"no LoRA drafter in '{folder}': there is no {CONFIG}")
     config = LoraDrafterConfig.load(folder / CONFIG)
-    config.check_target(target)
-    drafter = LoraDrafter(config, load_adapter(folder, target))
+    config.check_target(base or target)
+    drafter = LoraDrafter(config, load_adapter(folder, base or target))
+    drafter.base = base
+    drafter.check_verifier(target)
     try:
         own = load_file(folder / WEIGHTS)
         needed = {name: tensor for name, tensor in drafter.state_dict().items() if not name.startswith("adapter.")}
