@@ -21,9 +21,19 @@ def text(documents=24, length=32):
     return TextDataset([" ".join(f"w{word:03}" for word in row) for row in rows], word_tokenizer(), length)
 
 
-def train(folder, recipe, *, family="llama", pattern="prefix_block", collator=COLLATOR, **options):
+def train(
+    folder,
+    recipe,
+    *,
+    family="llama",
+    attention="block_attn",
+    pattern="prefix_block",
+    collator=COLLATOR,
+    **options,
+):
     block_size = collator.block_size if pattern == "block_causal" else None
     target = target_of(family)
+    target.decoder.set_attn_implementation(attention)
     # With the small weights of a new model, no hidden state gives a token much more than the others.
     torch.nn.init.normal_(target.head, std=0.3, generator=torch.Generator().manual_seed(0))
     adaptation = Adaptation.for_target(target, mask_id=MASK_TOKEN, pattern=pattern, block_size=block_size, rank=8)
@@ -120,11 +130,11 @@ def test_rows_longer_than_the_model(tmp_path):
         train_denoiser(adaptation, text(60, 600), tmp_path, RunRecipe(steps=1), collator=COLLATOR)
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma4"])
-def test_layers_computed_again_give_the_same_run(tmp_path, family):
+@pytest.mark.parametrize("family, attention", [("llama", "block_attn"), ("gemma4", "block_attn"), ("gemma4", "sdpa")])
+def test_layers_computed_again_give_the_same_run(tmp_path, family, attention):
     losses = []
     for again in (False, True):
         recipe = RunRecipe(steps=3, batch_size=2, learning_rate=1e-2, log_every=1, checkpoint_activations=again)
-        _, log = train(tmp_path / str(again), recipe, family=family, kl_weight=0.1)
+        _, log = train(tmp_path / str(again), recipe, family=family, attention=attention, kl_weight=0.1)
         losses.append([entry["loss"] for entry in log if "loss" in entry])
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)

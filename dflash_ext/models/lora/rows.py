@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache
 
 from ...integrations import as_attention_mask
-from ...integrations.attention import runs_block_attn
+from ...integrations.attention import NAME, runs_block_attn
 from ...integrations.fused_layers import replaced_forwards
 from ...masks import IntervalMask
 from ..target import Target
@@ -81,12 +81,12 @@ def planned(target: Target, masks: Mapping[str, IntervalMask]) -> dict[str, Inte
 @contextmanager
 def recomputed(target: Target) -> Iterator[None]:
     """Within it, every layer of the base keeps only its inputs for the backward, which runs the layer again, with the
-    forwards that its modules had in the first place (`replaced_forwards`) and `block_attn`."""
+    forwards that its modules had in the first place (`replaced_forwards`) and with the same attention."""
 
     def contexts(layer: nn.Module) -> tuple[AbstractContextManager, AbstractContextManager]:
         inside = {part: vars(part)["forward"] for part in layer.modules() if "forward" in vars(part)}
         del inside[layer]
-        return nullcontext(), _again(target, inside)
+        return nullcontext(), _again(target, inside, target.config._attn_implementation == NAME)
 
     wrapped = {}
     for layer in target.layers:
@@ -97,6 +97,6 @@ def recomputed(target: Target) -> Iterator[None]:
 
 
 @contextmanager
-def _again(target: Target, forwards: Mapping[nn.Module, Callable]) -> Iterator[None]:
-    with runs_block_attn([target]), replaced_forwards(forwards):
+def _again(target: Target, forwards: Mapping[nn.Module, Callable], runs_ours: bool) -> Iterator[None]:
+    with runs_block_attn([target]) if runs_ours else nullcontext(), replaced_forwards(forwards):
         yield
