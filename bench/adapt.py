@@ -1,36 +1,48 @@
-"""A denoiser's training step against SDPA with a dense mask and full logits: ``python -m bench.adapt``.
+"""A denoiser's training step against SDPA and full logits: ``python -m bench.adapt [MODEL:BATCH...]``.
 
-A step is the forward and the backward of one batch of 2,048 tokens a row at the shapes of Gemma 3 270M, with random
-weights, a LoRA adapter of rank 16, documents of unequal lengths and 25% of the second half of each one hidden. Both
-sides train the same adapter on the same batch, and both are compiled. The peer is what one would write with
-transformers alone: the mask is dense, the model gives all logits, and those of hidden tokens get a cross-entropy.
+MODEL is gemma3 (the shapes of Gemma 3 270M) or gemma4 (Gemma 4 E2B), with random weights. A step is the forward and the
+backward of a batch of rows of 2,048 tokens, with a LoRA adapter of rank 16, documents of unequal lengths and 25% of the
+second half of each one hidden. Both sides train the same adapter on the same batch, and both are compiled. The peer is
+what one would write with transformers alone: the mask is dense, the model gives all logits, and those of hidden tokens
+get a cross-entropy.
 """
 
 from __future__ import annotations
 
 import json
 import sys
-from functools import partial
 
 import torch
 from torch import Tensor, nn
-from transformers import Gemma3ForCausalLM, Gemma3TextConfig
+from transformers import (
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    Gemma4ForCausalLM,
+    Gemma4TextConfig,
+    PreTrainedModel,
+)
 
 from bench import runner
+from bench.cases import BOTH
 from bench.memory import peak_bytes
-from bench.timing import gpu_turns
+from bench.processes import Remote, process_turns
+from bench.timing import gpu_time_in_a_row
 from dflash_ext.data import NoiseCollator
 from dflash_ext.models import Adaptation, Target
+from dflash_ext.reference.numerics import softcapped
 from dflash_ext.train.objectives import DenoisingObjective
 
-LENGTH, DOCUMENT = 2048, 700  # tokens of a row, and of a document on average
+VOCAB, LENGTH, DOCUMENT = 262144, 2048, 700  # tokens of a row, and of a document on average
 OURS, PEER = "dflash_ext", "SDPA, dense mask, full logits"
+CASES = ("gemma3:8", "gemma3:1", "gemma4:8", "gemma4:1")
+ROUNDS = 7
+# Tokens of a step up to which the activations of all layers are kept. Beyond, layers are computed again, on both sides.
+MOST_KEPT = {"gemma3": 8 * LENGTH, "gemma4": 4 * LENGTH}
 
 
 def gemma3_270m() -> Gemma3ForCausalLM:
-    kinds = ["full_attention" if layer % 6 == 5 else "sliding_attention" for layer in range(18)]
     config = Gemma3TextConfig(
-        vocab_size=262144,
+        vocab_size=VOCAB,
         hidden_size=640,
         intermediate_size=2048,
         num_hidden_layers=18,
@@ -38,77 +50,121 @@ def gemma3_270m() -> Gemma3ForCausalLM:
         num_key_value_heads=1,
         head_dim=256,
         sliding_window=512,
-        layer_types=kinds,
+        layer_types=kinds_of(18, 6),
     )
+    return Gemma3ForCausalLM(config)
+
+
+def gemma4_e2b() -> Gemma4ForCausalLM:
+    config = Gemma4TextConfig(
+        vocab_size=VOCAB,
+        hidden_size=1536,
+        intermediate_size=6144,
+        num_hidden_layers=35,
+        num_attention_heads=8,
+        num_key_value_heads=1,
+        head_dim=256,
+        global_head_dim=512,
+        sliding_window=512,
+        layer_types=kinds_of(35, 5),
+        num_kv_shared_layers=20,
+        use_double_wide_mlp=True,
+        final_logit_softcapping=30.0,
+    )
+    return Gemma4ForCausalLM(config)
+
+
+def kinds_of(layers: int, period: int) -> list[str]:
+    return ["full_attention" if layer % period == period - 1 else "sliding_attention" for layer in range(layers)]
+
+
+MODELS = {"gemma3": ("Gemma 3 270M", gemma3_270m), "gemma4": ("Gemma 4 E2B", gemma4_e2b)}
+
+
+def model_of(name: str) -> PreTrainedModel:
     torch.manual_seed(0)
+    torch.set_default_dtype(torch.bfloat16)
     with torch.device("cuda"):
-        return Gemma3ForCausalLM(config).bfloat16().eval().requires_grad_(False)
+        model = MODELS[name][1]()
+    torch.set_default_dtype(torch.float32)
+    return model.eval().requires_grad_(False)
 
 
-def batch_of(rows: int, vocab: int) -> dict[str, Tensor]:
+def batch_of(rows: int) -> dict[str, Tensor]:
     """Rows of documents, of which tokens are hidden."""
     generator = torch.Generator().manual_seed(rows)
     samples = []
     for row in range(rows):
         starts = torch.randperm(LENGTH - 1, generator=generator)[: LENGTH // DOCUMENT].sort().values + 1
-        ids = torch.randint(vocab, (LENGTH,), generator=generator)
+        ids = torch.randint(VOCAB, (LENGTH,), generator=generator)
         samples.append({"input_ids": ids, "starts": torch.cat([torch.zeros(1).long(), starts]), "key": (0, 0, row)})
     return {name: value.cuda() for name, value in NoiseCollator()(samples).items()}
 
 
-class FullLogits(nn.Module):
-    """The peer: all logits, then the cross-entropy of those of hidden tokens."""
+class Step:
+    """The forward and the backward of a batch, all compiled but for the embedding: ours or the peer's."""
 
-    def __init__(self, adaptation: Adaptation):
-        super().__init__()
-        self.adaptation = adaptation
+    def __init__(self, model: str, rows: int, implementation: str):
+        target = Target(model_of(model))
+        target.decoder.set_attn_implementation("block_attn" if implementation == OURS else "sdpa")
+        self.adaptation = Adaptation.for_target(target, mask_id=4)
+        self.objective = DenoisingObjective(self.adaptation)
+        self.adaptation.compile(dynamic=False)
+        self.batch = batch_of(rows)
+        if rows * LENGTH > MOST_KEPT[model]:
+            self.adaptation.gradient_checkpointing_enable()
+        self.loss_of = self.ours if implementation == OURS else self.peers
+        self.indices = self.batch["hidden"].nonzero(as_tuple=True)
+        self()
 
-    def forward(self, inputs: tuple, labels: Tensor, hidden: Tensor) -> Tensor:
-        logits = self.adaptation.target.model.lm_head(self.adaptation(*inputs))
-        return nn.functional.cross_entropy(logits[hidden].float(), labels[hidden])
+    def __call__(self) -> Tensor:
+        with torch.autocast("cuda", torch.bfloat16):
+            loss = self.loss_of()
+        loss.backward()
+        return loss.detach()
+
+    def ours(self) -> Tensor:
+        return self.objective(self.batch).losses.sum() / self.objective.divisor(self.batch)
+
+    def peers(self) -> Tensor:
+        target = self.adaptation.target
+        states = self.adaptation(*self.adaptation.inputs(self.batch))
+        labels = self.batch["input_ids"][self.indices]
+        return full_logits_loss(states, target.model.lm_head.weight, target.softcap, self.indices, labels)
+
+    def time(self) -> float:
+        return gpu_time_in_a_row(self)
+
+    def peak(self) -> tuple[float, int]:
+        """The loss, and the bytes that a step takes beyond what is there before it."""
+        return float(self()), peak_bytes(self)
 
 
-def steps(rows: int) -> dict[str, partial]:
-    batch = batch_of(rows, 262144)
-    made = {}
-    for name in (OURS, PEER):
-        target = Target(gemma3_270m())
-        target.decoder.set_attn_implementation("block_attn" if name == OURS else "sdpa")
-        adaptation = Adaptation.for_target(target, mask_id=4)
-        objective = DenoisingObjective(adaptation)
-        adaptation.compile()
-        made[name] = partial(_ours, objective, batch) if name == OURS else partial(_peer, FullLogits(adaptation), batch)
-    return made
+@torch.compile(dynamic=False)
+def full_logits_loss(states: Tensor, head: Tensor, softcap: float | None, indices: tuple, labels: Tensor) -> Tensor:
+    """The peer's loss: all logits, then the cross-entropy of those of hidden tokens."""
+    logits = softcapped(nn.functional.linear(states, head), softcap)
+    return nn.functional.cross_entropy(logits[indices].float(), labels)
 
 
-def _ours(objective: DenoisingObjective, batch: dict[str, Tensor]) -> Tensor:
-    with torch.autocast("cuda", torch.bfloat16):
-        loss = objective(batch).losses.sum() / objective.divisor(batch)
-    loss.backward()
-    return loss.detach()
-
-
-def _peer(model: FullLogits, batch: dict[str, Tensor]) -> Tensor:
-    with torch.autocast("cuda", torch.bfloat16):
-        loss = model(model.adaptation.inputs(batch), batch["input_ids"], batch["hidden"])
-    loss.backward()
-    return loss.detach()
-
-
-def main(*sizes: int) -> None:
+def main(*cases: str) -> None:
+    chosen = [(model, int(rows)) for model, _, rows in (case.partition(":") for case in cases or CASES)]
+    # All steps of the call compile at the same time.
+    steps = {case: {each: Remote(Step, *case, each) for each in (OURS, PEER)} for case in chosen}
     results = []
-    for rows in sizes or (8, 1):
-        calls = steps(rows)
-        peaks = {name: (float(step()), peak_bytes(step)) for name, step in calls.items()}
-        for name, timing in gpu_turns(calls, rounds=7, graphs=False).items():
-            loss, peak = peaks[name]
-            case = {"case": f"Gemma 3 270M, batch {rows} x {LENGTH}", "impl": name, "loss": loss, "peak_gb": peak / 1e9}
-            results.append(case | timing.row() | {"tokens_per_s": 1e3 * rows * LENGTH / timing.ms})
-            print(json.dumps(results[-1]), flush=True)
+    for (model, rows), of_case in steps.items():
+        peaks = {implementation: step.ask("peak") for implementation, step in of_case.items()}
+        for implementation, timing in process_turns(of_case, rounds=ROUNDS).items():
+            loss, peak = peaks[implementation]
+            row = {"case": f"{MODELS[model][0]}, batch {rows} x {LENGTH}", "impl": implementation, "pass": BOTH}
+            row |= timing.row() | {"loss": loss, "peak_gb": peak / 1e9, "tokens_per_s": 1e3 * rows * LENGTH / timing.ms}
+            results.append(row)
+            print(json.dumps(row), flush=True)
         ours, peer = results[-2:]
-        print(f"batch {rows}: {peer['ms'] / ours['ms']:.2f} times the peer's speed", flush=True)
-    (runner.RESULTS / f"adapt_{runner.gpu_name()}.json").write_text(json.dumps(results, indent=1) + "\n")
+        print(f"{ours['case']}: {peer['ms'] / ours['ms']:.2f} times the peer's speed", flush=True)
+        name = "_".join(f"{model}_{rows}" for model, rows in chosen)
+        print(runner.write(f"adapt_{name}_{runner.gpu_name()}", results), flush=True)
 
 
 if __name__ == "__main__":
-    main(*(int(size) for size in sys.argv[1:]))
+    main(*sys.argv[1:])
