@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from dflash_ext.data import read_texts
+from dflash_ext.models import load_target
 from dflash_ext.ops.backends import SERVED_BY
 from dflash_ext.train import save_drafter
 from python_tests.data.words import word_tokenizer
@@ -98,3 +99,21 @@ def test_debian_text(tmp_path):
     texts = list(read_texts([tmp_path / "corpus"]))
     assert len(texts) == 5 and sum(text.startswith("Sentence 0") for text in texts) == 1
     assert not any("no()" in text or "\n\n\n" in text for text in texts)
+
+
+def test_fine_tune(tmp_path):
+    """All weights learn, and what is saved is a target for `--drafter-base`."""
+    target, _ = tiny_pair("llama")
+    target.model.save_pretrained(tmp_path / "base")
+    word_tokenizer().save_pretrained(tmp_path / "base")
+    rows = [" ".join(f"w{3 + (i + j) % 9:03}" for j in range(12)) for i in range(20)]
+    (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
+    options = "--steps", 20, "--batch-size", 4, "--length", 24, "--learning-rate", 1e-2
+    told = run(
+        "examples/fine_tune.py", tmp_path / "base", tmp_path / "tuned", "--text", tmp_path / "text.jsonl", *options
+    )
+    losses = [float(loss) for loss in re.findall(r"loss (\d+\.\d+)", told)]
+    assert losses[-1] < 0.8 * losses[0]
+    tuned, _ = load_target(tmp_path / "tuned")
+    pairs = zip(tuned.named_parameters(), target.model.named_parameters(), strict=True)
+    assert not any(torch.equal(new, old) for (_, new), (_, old) in pairs)
