@@ -29,8 +29,8 @@ DrafterBase = Annotated[
     str | None,
     typer.Option(
         metavar="<name>",
-        help="The base of a LoRA drafter that acts on every row, such as a denoiser's, if the target is another model "
-        "with the same tokens.",
+        help="The base of a denoiser, or of another LoRA drafter that acts on every row, if the target is another "
+        "model with the same tokens.",
     ),
 ]
 Prompts = Annotated[
