@@ -162,12 +162,13 @@ def _waiting_raises() -> Iterator[None]:
 
 
 def runner(cycle: Cycle) -> PlainRunner:
-    """The runner for the device and dtype of the target.
+    """The runner for the devices and the dtype of the target.
 
-    Whether a model's own modules can be captured, a first graph of one row finds out.
+    Whether a model's own modules can be captured, a first graph of one row finds out. A graph is of one device.
     """
-    halves = cycle.target.target.dtype in (torch.bfloat16, torch.float16)
-    if cycle.state.device.type != "cuda" or not halves:
+    target = cycle.target.target
+    halves = target.dtype in (torch.bfloat16, torch.float16)
+    if cycle.state.device.type != "cuda" or not halves or len({p.device for p in target.model.parameters()}) > 1:
         return PlainRunner(cycle)
     most = cycle.state.spare
     graphs = GraphRunner(cycle, [*(size for size in SIZES if size < most), most])

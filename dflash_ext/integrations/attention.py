@@ -192,15 +192,16 @@ def block_attention(
     if context_states is not None:
         earlier_key, earlier_value = context_states[module.layer_idx]
         key, value = torch.cat([earlier_key, key], dim=2), torch.cat([earlier_value, value], dim=2)
+    table = None if block_table is None else block_table[key.shape[2]]
+    kv_len = key.shape[2] if table is None else key.shape[2] * table.shape[1]
     if interval_mask is not None:
         mask = _given(module, interval_mask, attention_mask, sliding_window)
     elif attention_mask is not None:
-        mask = _read(attention_mask, key.shape[2])
+        mask = _read(attention_mask, kv_len)
     else:
         causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
         mask = _default(query.shape[2], key.shape[2], causal, sliding_window, query.device)
-    if block_table is not None:
-        table = block_table[key.shape[2]]
+    if table is not None:
         if s_aux is None and value.shape == key.shape:
             pages = key.transpose(1, 2), value.transpose(1, 2)
             out = block_attn_decode(query, *pages, mask, block_table=table, scale=scaling, softcap=softcap)

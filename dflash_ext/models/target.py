@@ -156,9 +156,12 @@ class Target:
         return embedding.weight.device
 
     def _loaded(self, module: nn.Module) -> Tensor:
-        """The weight of a module as a plain tensor, also if accelerate has offloaded it or torchao quantised it."""
+        """The weight of a module as a plain tensor on `device`.
+
+        It is a copy if accelerate has put it elsewhere, or torchao has quantised it.
+        """
         if not module.weight.is_meta:
-            return _plain(module.weight)
+            return _plain(module.weight).to(self.device)
         with align_module_device(module, self.device):
             return module.weight.detach()
 

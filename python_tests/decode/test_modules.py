@@ -55,6 +55,26 @@ def test_rows_in_pieces_equal_one_pass(family, monkeypatch):
         torch.testing.assert_close(features[row, :kept], target.features(whole)[0, -kept:], atol=2e-5, rtol=1e-4)
 
 
+def test_masks_that_a_layer_gets_on_another_device(monkeypatch):
+    """accelerate hands a layer copies of masks and block tables if it lies elsewhere, which are read as they are."""
+
+    def copies(layer, args, given):
+        return args, given | {"attention_mask": given["attention_mask"].clone()}
+
+    monkeypatch.setattr(kv_cache, "ALIGNMENT", 4)
+    model, moved = tiny_model("gemma3"), tiny_model("gemma3")
+    for layer in moved.model.layers[2:]:
+        layer.register_forward_pre_hook(copies, with_kwargs=True)
+    tokens = torch.tensor(random_prompts(16))
+    positions, slots = torch.arange(16)[None], torch.tensor([1], dtype=torch.int32)
+    got = []
+    for each in (model, moved):
+        forward = ModuleForward(Target(each), slots=3, tokens=40, rows=16)
+        assert forward.reads_slots
+        got.append(forward.read(tokens, positions, torch.tensor([0]), torch.tensor([16]), slots)[0])
+    assert torch.equal(*got)
+
+
 def test_there_is_no_exact_mode():
     with pytest.raises(ValueError, match="exact=True is not supported: .* no forward of its own for this GPT2LMHead"):
         ModuleForward(Target(tiny("gpt2")), slots=2, tokens=20, exact=True)

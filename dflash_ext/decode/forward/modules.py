@@ -25,6 +25,10 @@ class _Placement:
     at: dict[Pages, tuple[Tensor, Tensor, Tensor]]
     gathers: bool
 
+    def on(self, device: torch.device, pages: Pages) -> tuple[Tensor, Tensor, Tensor]:
+        """The entry of `at`, on the device of a layer."""
+        return tuple(numbers.to(device) for numbers in self.at[pages])
+
 
 class _SlotLayer(CacheLayerMixin):
     """Keys and values of one layer, [pages, Hkv, size, D] each. The last slot also receives what padding writes."""
@@ -46,7 +50,7 @@ class _SlotLayer(CacheLayerMixin):
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        pages, places, table = self.placement.at[self.pages]
+        pages, places, table = self.placement.on(key_states.device, self.pages)
         self.keys[pages, :, places] = key_states.transpose(1, 2)
         self.values[pages, :, places] = value_states.transpose(1, 2)
         if not self.placement.gathers:
