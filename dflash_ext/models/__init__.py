@@ -3,7 +3,7 @@ from .denoiser import Denoiser
 from .denoiser_files import load_denoiser
 from .drafter import DFlashDrafter
 from .drafter_config import DFlashConfig, default_taps
-from .drafter_files import load_drafter, save_drafter
+from .drafter_files import load_drafter, save_drafter, save_speculators_drafter
 from .loading import is_diffusion_gemma, load_target, stop_tokens
 from .lora import LoraAdapter, LoraDrafter, is_lora_drafter, load_lora_drafter, save_lora_drafter
 from .pairs import load_pair
@@ -34,5 +34,6 @@ __all__ = [
     "save_adaptation",
     "save_drafter",
     "save_lora_drafter",
+    "save_speculators_drafter",
     "stop_tokens",
 ]

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import snapshot_download
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers.utils import logging
 
@@ -20,6 +20,8 @@ from ..progress import without_library_bars
 from .drafter import DFlashDrafter
 from .drafter_config import DFlashConfig
 from .loading import HUB_NAME, default_device, first_line, hub_problem
+from .speculators_layout import speculators_layout
+from .target import Target
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -115,6 +117,37 @@ def save_drafter(
         unread.append("speculators' converter does not read several files of weights")
     for sentence in unread:
         warnings.warn(f"the drafter in '{folder}': {sentence}", stacklevel=2)
+
+
+def save_speculators_drafter(
+    drafter: DFlashDrafter, target: Target, folder: str | os.PathLike, *, dtype: torch.dtype | None = None
+) -> None:
+    """Writes `config.json` and `model.safetensors` in the layout of vllm-project/speculators.
+
+    This layout has the embedding and the head with the drafter, multiplied by the drafter's factors if it has any.
+
+    Args:
+        target: the drafter's. The name or folder that it was loaded from is written as that of the verifier.
+        dtype: the tensors' dtype, the drafter's own by default.
+
+    Raises:
+        ValueError: the drafter was made for another target, or the layout cannot describe it.
+    """
+    drafter.check_target(target)
+    folder, config = Path(folder), drafter.config
+    written = speculators_layout(config, target)
+    tables = {
+        "embed_tokens.weight": drafter.embed(target, torch.arange(config.vocab_size, device=target.device)),
+        "lm_head.weight": drafter.head_input(drafter.head(target)),
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / INDEX).unlink(missing_ok=True)
+    (folder / "config.json").write_text(json.dumps(written, indent=2) + "\n")
+    tensors = {
+        name: tensor.clone() if not tensor.is_floating_point() else tensor.to(dtype or drafter.dtype, copy=True)
+        for name, tensor in (drafter.state_dict() | tables).items()
+    }
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
 
 
 def _folder(name: str | os.PathLike) -> Path:

@@ -1,10 +1,16 @@
-"""Converts the config of vllm-project/speculators' DFlash checkpoints to the published layout."""
+"""Converts the config of vllm-project/speculators' DFlash checkpoints to the published layout, and back."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from transformers import AutoConfig
+from transformers import AutoConfig, PreTrainedConfig, Qwen3Config
+
+if TYPE_CHECKING:
+    from .drafter_config import DFlashConfig
+    from .target import Target
+
+VERSION = "0.9.0"  # the release of speculators whose layout is written
 
 # The keys that this layout has under other names or not at all. All other keys are passed on.
 _OWN_KEYS = {
@@ -54,4 +60,56 @@ def published_layout(config: dict[str, Any]) -> dict[str, Any]:
         "is_causal": False if config.get("sliding_window_non_causal") else None,
         "window_convention": "speculators",
         "dflash_config": dflash,
+    }
+
+
+def speculators_layout(config: DFlashConfig, target: Target) -> dict[str, Any]:
+    """The `config.json` of speculators' layout for a drafter of `target`.
+
+    A factor of the drafter's embedding or output has no key: whoever writes the tensors multiplies the tables by it.
+
+    Raises:
+        ValueError: the layout cannot describe the drafter.
+    """
+
+    def refuse(what: str) -> None:
+        raise ValueError(f"speculators' layout cannot describe this drafter: {what}")
+
+    kinds = {kind: causal for kind, causal, _ in config.attention_kinds()}
+    if kinds.get("full_attention"):
+        refuse("is_causal is true, and its full layers are bidirectional")
+    if "sliding_attention" in kinds and not config.shared_window:
+        refuse("each slot has a window of its own (window_convention 'zlab'), and there all share the anchor's")
+    if (config.optional("final_logit_softcapping") or 0) > 0:
+        refuse("it has no final_logit_softcapping")
+    if target.num_layers - 1 in config.target_layer_ids:
+        refuse(f"it has no tap at the target's last layer, {target.num_layers - 1}")
+    values = PreTrainedConfig.to_dict(config)
+    left_out = {"architectures", "dtype", "transformers_version"}
+    tokens = config.block_size - config.first_draft_slot
+    return {
+        "architectures": ["DFlashDraftModel"],
+        "speculators_model_type": "dflash",
+        "speculators_version": VERSION,
+        "speculators_config": {
+            "algorithm": "dflash",
+            "proposal_methods": [{"proposal_type": "greedy", "speculative_tokens": tokens}],
+            "default_proposal_method": "greedy",
+            "verifier": {
+                "name_or_path": target.model.config.name_or_path or None,
+                "architectures": [type(target.model).__name__],
+            },
+        },
+        "transformer_layer_config": {
+            **{key: values[key] for key in Qwen3Config().to_dict() if key in values and key not in left_out},
+            "model_type": "qwen3",
+        },
+        "draft_vocab_size": config.draft_vocab_size or config.vocab_size,
+        "block_size": config.block_size,
+        "aux_hidden_state_layer_ids": [tap + 1 for tap in config.target_layer_ids],
+        "mask_token_id": config.mask_token_id,
+        "sliding_window_non_causal": kinds.get("sliding_attention") is False,
+        "sample_from_anchor": config.sample_from_anchor,
+        "target_hidden_size": None,
+        "tie_word_embeddings": False,
     }

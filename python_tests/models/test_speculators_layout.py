@@ -4,10 +4,10 @@ import json
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
-from dflash_ext.models import DFlashConfig, Target, load_drafter, save_drafter
-from python_tests.tiny import MASK_TOKEN, VOCAB, tiny_model
+from dflash_ext.models import DFlashConfig, Target, load_drafter, save_drafter, save_speculators_drafter
+from python_tests.tiny import FAMILIES, MASK_TOKEN, VOCAB, random_prompts, tiny_model, tiny_pair
 
 BLOCK, WINDOW, THETA, EPS, HEADS, KV_HEADS, DIM, HIDDEN = 5, 3, 50_000.0, 1e-5, 4, 2, 16, 64
 KINDS = ["sliding_attention", "full_attention"]
@@ -199,3 +199,90 @@ def test_what_was_read_survives_the_published_layout(tmp_path):
 def test_other_speculators_are_refused_by_name(change, message):
     with pytest.raises(ValueError, match=message):
         DFlashConfig.from_dict(layout(**change))
+
+
+@torch.no_grad()
+def drafted(target: Target, drafter) -> torch.Tensor:
+    """The logits of a block behind 9 tokens of `random_prompts`."""
+    tokens = torch.tensor(random_prompts(9))
+    size = drafter.config.block_size
+    block = torch.tensor([[5] + [MASK_TOKEN] * (size - 1)])
+    hidden = drafter(
+        noise_embeds=drafter.embed(target, block),
+        context_hidden_states=target.features(tokens),
+        position_ids=torch.arange(9 + size)[None],
+    ).last_hidden_state
+    return drafter.logits(target, hidden)
+
+
+def read(folder) -> tuple[dict, dict[str, torch.Tensor]]:
+    return json.loads((folder / "config.json").read_text()), load_file(folder / "model.safetensors")
+
+
+@pytest.mark.parametrize("non_causal", [False, True])
+@pytest.mark.parametrize("reduced", [False, True])
+def test_what_speculators_wrote_is_written_again(tmp_path, reduced, non_causal):
+    """The config has the keys and values that it had, and the tensors are the same, but for those of training."""
+    tensors = random_tensors(reduced)
+    rows = len(tensors["lm_head.weight"])
+    given = layout(sliding_window_non_causal=non_causal, draft_vocab_size=rows, aux_hidden_state_layer_ids=[1, 3, 5])
+    for folder in ("given", "again"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "given" / "config.json").write_text(json.dumps(given))
+    save_file(tensors, tmp_path / "given" / "model.safetensors")
+    drafter = load_drafter(tmp_path / "given", dtype=torch.float32, device=torch.device("cpu"))
+    target = Target(tiny_model("qwen3"), drafter.config.target_layer_ids)
+    save_speculators_drafter(drafter, target, tmp_path / "again")
+    config, written = read(tmp_path / "again")
+    layers, given_layers = config.pop("transformer_layer_config"), given.pop("transformer_layer_config")
+    assert {key: layers[key] for key in given_layers} == given_layers
+    proposal = {"proposal_type": "greedy", "speculative_tokens": BLOCK - 1}
+    assert config.pop("speculators_config") == {
+        "algorithm": "dflash",
+        "proposal_methods": [proposal],
+        "default_proposal_method": "greedy",
+        "verifier": {"name_or_path": None, "architectures": ["Qwen3ForCausalLM"]},
+    }
+    del given["speculators_config"], given["auto_map"]
+    assert {key: config[key] for key in given} == given
+    kept = {name: tensor for name, tensor in tensors.items() if not name.startswith("verifier")}
+    assert written.keys() == kept.keys() and all(torch.equal(written[name], kept[name]) for name in kept)
+
+
+@pytest.mark.filterwarnings("ignore:the drafter in")
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_published_drafter_is_written(tmp_path, family):
+    """The written one drafts as it did, with the factors of Gemma's embedding in its own table; and back again."""
+    target, drafter = tiny_pair(family, taps=[0, 2, 4])
+    drafter.config.dflash_config["output_multiplier"] = 0.5
+    save_speculators_drafter(drafter, target, tmp_path / "speculators")
+    config, tensors = read(tmp_path / "speculators")
+    assert config["aux_hidden_state_layer_ids"] == [1, 3, 5] and tensors["embed_tokens.weight"].shape[0] == VOCAB
+    again = load_drafter(tmp_path / "speculators", dtype=torch.float32, device=torch.device("cpu"))
+    again.check_target(target)
+    expected = drafted(target, drafter)
+    torch.testing.assert_close(drafted(target, again), expected)
+    save_drafter(again, tmp_path / "published")
+    back = load_drafter(tmp_path / "published", dtype=torch.float32, device=torch.device("cpu"))
+    torch.testing.assert_close(drafted(target, back), expected)
+    save_speculators_drafter(drafter, target, tmp_path / "speculators", dtype=torch.bfloat16)
+    assert {tensor.dtype for tensor in read(tmp_path / "speculators")[1].values()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"is_causal": True}, "its full layers are bidirectional"),
+        ({"dflash_config": {"final_logit_softcapping": 30.0}}, "it has no final_logit_softcapping"),
+        ({"dflash_config": {"target_layer_ids": [0, 2, 5]}}, "it has no tap at the target's last layer, 5"),
+        ({"sliding": True}, "each slot has a window of its own"),
+    ],
+)
+def test_what_the_layout_cannot_describe_is_refused(tmp_path, change, message):
+    target, drafter = tiny_pair("llama", taps=[0, 2, 4], sliding=change.pop("sliding", False))
+    drafter.config.dflash_config |= change.pop("dflash_config", {})
+    for name, value in change.items():
+        setattr(drafter.config, name, value)
+    with pytest.raises(ValueError, match=f"speculators' layout cannot describe this drafter: .*{message}"):
+        save_speculators_drafter(drafter, target, tmp_path / "speculators")
+    assert not (tmp_path / "speculators").exists()
