@@ -16,7 +16,7 @@ from dflash_ext.models import load_target
 from dflash_ext.ops.backends import SERVED_BY
 from dflash_ext.train import save_drafter
 from python_tests.data.words import word_tokenizer
-from python_tests.tiny import tiny_pair
+from python_tests.tiny import tiny_model, tiny_pair
 
 ROOT = Path(__file__).parents[1]
 
@@ -68,6 +68,46 @@ def test_trainers_of_masked_diffusion(name):
     """They learn to count: by chance, 5% of the tokens would be right."""
     right = re.search(r"(\d+)% of the tokens are right", run(f"examples/{name}", 200))
     assert int(right[1]) >= 80
+
+
+def test_trl_sft(tmp_path):
+    """TRL packs documents to a row, whose loss and gradients are those of the documents as sequences of their own."""
+    from examples.trl_sft import make_trainer  # imports TRL
+
+    tiny_model("llama").save_pretrained(tmp_path / "target")
+    word_tokenizer().save_pretrained(tmp_path / "target")
+    texts = [" ".join(f"w{10 + (i + word) % 7:03}" for word in range(6 + i % 9)) for i in range(40)]
+    (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    names = (str(tmp_path / name) for name in ("target", "texts.jsonl", "output"))
+    trainer = make_trainer(*names, steps=16, max_length=32)
+    model = trainer.model
+    for name, weight in model.named_parameters():  # at first B is 0, and A has no gradient
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight, std=0.05)
+    trained = [weight for weight in model.parameters() if weight.requires_grad]
+
+    batch = next(iter(trainer.get_train_dataloader()))
+    starts = (batch["position_ids"][0] == 0).nonzero()[:, 0].tolist()
+    assert len(starts) > 1
+    packed = trainer.compute_loss(model, dict(batch))
+    of_packed = torch.autograd.grad(packed, trained)
+    model.set_attn_implementation("sdpa")
+    documents = list(zip(starts, [*starts[1:], batch["input_ids"].shape[1]], strict=True))
+    total = sum(
+        (end - start - 1) * model(batch["input_ids"][:, start:end], labels=batch["labels"][:, start:end]).loss
+        for start, end in documents
+    )
+    apart = total / sum(end - start - 1 for start, end in documents)
+    torch.testing.assert_close(packed, apart)
+    torch.testing.assert_close(of_packed, torch.autograd.grad(apart, trained), atol=1e-6, rtol=1e-4)
+
+    model.set_attn_implementation("block_attn")
+    trainer.args.learning_rate = 0.02
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses[-1] < 0.9 * losses[0]
+    trainer.save_model()
+    assert (tmp_path / "output" / "adapter_model.safetensors").exists()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a server would start")
