@@ -2,6 +2,7 @@
 # make test          run all tests but those marked slow
 # make test-oldest   run the tests that touch transformers on its oldest supported version
 # make test-newest   run the same tests on its newest supported version
+# make test-peers    run the tests against speculators and SpecForge, whose packages they need, in a fresh environment
 # make newest        run all tests in a fresh environment with the newest version of every package but torch
 # make gpu           run the GPU tests, then the GPU benches, which overwrite bench/results/*_<gpu>.json
 # make sanitize      run the tests on a build with the address and undefined-behaviour sanitizers
@@ -26,7 +27,7 @@ INSTALL := -m pip install --quiet --disable-pip-version-check
 PIP := $(BIN)/python $(INSTALL) --constraint constraints.txt
 NATIVE := $(shell find csrc -type f) CMakeLists.txt
 
-.PHONY: demo test test-oldest test-newest newest constraints gpu wheel lint sanitize clean
+.PHONY: demo test test-oldest test-newest test-peers newest constraints gpu wheel lint sanitize clean
 
 demo: .venv/ready
 	$(BIN)/dflash-ext demo $(ARGS)
@@ -47,6 +48,16 @@ build/%/ready: constraints.txt constraints-%.txt .venv/ready
 	test ! -s build/$*/differs.txt || \
 	$(BIN)/python $(INSTALL) --no-deps --target build/$* --requirement build/$*/differs.txt
 	touch $@
+
+# speculators supports neither the newest transformers nor the newest datasets. SpecForge's own dependencies are not needed.
+PEERS := build/environment-peers/bin/python
+test-peers: .venv/ready
+	$(PYTHON) -m venv --clear build/environment-peers
+	$(PEERS) $(INSTALL) "$(TORCH)"
+	$(PEERS) $(INSTALL) accelerate peft matplotlib pytest pytest-timeout hypothesis speculators==0.9.0
+	$(PEERS) $(INSTALL) --no-deps specforge==0.2.0
+	PYTHONPATH=$(CURDIR) OMP_NUM_THREADS=1 $(PEERS) -m pytest python_tests/models/test_speculators_package.py \
+	python_tests/models/test_specforge_package.py $(ARGS)
 
 NEWEST := build/environment-newest/bin/python
 newest: .venv/ready

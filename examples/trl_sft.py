@@ -1,7 +1,9 @@
 """Supervised fine-tuning by TRL's SFTTrainer, with LoRA, on packed documents under `block_attn`.
 
-TRL joins short documents to rows of `max_length` tokens and lets positions begin anew at each of them. transformers makes
-the mask of such rows, and `block_attn` runs it as intervals: no document sees another one.
+TRL joins short documents to rows of `max_length` tokens and lets positions begin anew at each of them. transformers
+makes the mask of such rows, and `block_attn` runs it as intervals: no document sees another one.
+
+Usage: python examples/trl_sft.py MODEL TEXTS OUTPUT
 """
 
 import sys

@@ -1,30 +1,49 @@
 """Every example runs, the README quotes the examples' files, and its table of operators is right."""
 
+import contextlib
 import gzip
+import io
 import json
 import re
+import runpy
 import shlex
-import subprocess
-import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
+from safetensors.torch import save_file
+from transformers import PreTrainedModel
 
 from dflash_ext.data import read_texts
 from dflash_ext.models import load_target
 from dflash_ext.ops.backends import SERVED_BY
 from dflash_ext.train import save_drafter
 from python_tests.data.words import word_tokenizer
+from python_tests.models.specforge_configs import BLOCK, TAPS, exported_config
 from python_tests.tiny import tiny_model, tiny_pair
 
 ROOT = Path(__file__).parents[1]
 
 
-def run(*words) -> str:
-    done = subprocess.run([sys.executable, *map(str, words)], cwd=ROOT, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+def run_to_exit(example: str, *words) -> tuple[str, str | int | None]:
+    """What an example prints, and what it exits with.
+
+    It runs in this process, because another one would first import torch for seconds.
+    """
+    code = None
+    with mock.patch("sys.argv", [example, *map(str, words)]), contextlib.redirect_stdout(io.StringIO()) as printed:
+        try:
+            runpy.run_path(str(ROOT / example), run_name="__main__")
+        except SystemExit as left:
+            code = left.code
+    return printed.getvalue(), code
+
+
+def run(example: str, *words) -> str:
+    printed, code = run_to_exit(example, *words)
+    assert not code
+    return printed
 
 
 def test_drop_in():
@@ -55,10 +74,17 @@ def test_transformers_attention():
     )
 
 
+def saved_target(folder: Path) -> PreTrainedModel:
+    """A tiny target with a tokenizer, in a folder."""
+    model = tiny_model("llama")
+    model.save_pretrained(folder)
+    word_tokenizer().save_pretrained(folder)
+    return model
+
+
 def test_decode(tmp_path):
-    target, drafter = tiny_pair("llama")
-    target.model.save_pretrained(tmp_path / "target")
-    word_tokenizer().save_pretrained(tmp_path / "target")
+    _, drafter = tiny_pair("llama")
+    saved_target(tmp_path / "target")
     save_drafter(drafter, tmp_path / "drafter")
     assert "tau" in run("examples/decode.py", tmp_path / "target", tmp_path / "drafter", "w005 w006")
 
@@ -74,8 +100,7 @@ def test_trl_sft(tmp_path):
     """TRL packs documents to a row, whose loss and gradients are those of the documents as sequences of their own."""
     from examples.trl_sft import make_trainer  # imports TRL
 
-    tiny_model("llama").save_pretrained(tmp_path / "target")
-    word_tokenizer().save_pretrained(tmp_path / "target")
+    saved_target(tmp_path / "target")
     texts = [" ".join(f"w{10 + (i + word) % 7:03}" for word in range(6 + i % 9)) for i in range(40)]
     (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     names = (str(tmp_path / name) for name in ("target", "texts.jsonl", "output"))
@@ -110,16 +135,38 @@ def test_trl_sft(tmp_path):
     assert (tmp_path / "output" / "adapter_model.safetensors").exists()
 
 
+def test_specforge(tmp_path):
+    """A drafter as SpecForge exports it: its tau is that of the same drafter in a folder of ours."""
+    target, drafter = tiny_pair("llama", taps=TAPS, block_size=BLOCK)
+    (tmp_path / "exported").mkdir()
+    config = exported_config("full_attention", "full_attention")
+    (tmp_path / "exported" / "config.json").write_text(json.dumps(config))
+    save_file(drafter.state_dict(), tmp_path / "exported" / "model.safetensors")
+    for key in ("rope_parameters", "rms_norm_eps"):
+        setattr(drafter.config, key, config[key])
+    save_drafter(drafter, tmp_path / "ours")
+    saved_target(tmp_path / "target")
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"prompt": f"w00{i} w011"}) + "\n" for i in (5, 6, 7)))
+    figures = []
+    for folder in ("exported", "ours"):
+        names = [tmp_path / name for name in ("run", "draft.json", folder, "target", "prompts.jsonl")]
+        run("examples/specforge_drafter.py", *names, "--tau-only", "--output", tmp_path / "figures.json")
+        figures.append(json.loads((tmp_path / "figures.json").read_text())["prompts"])
+    exported, ours = figures
+    assert (exported["tau"], exported["acceptance"]) == (ours["tau"], ours["acceptance"])
+    assert len(ours["acceptance"]) == BLOCK - 1
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a server would start")
 @pytest.mark.parametrize("server", ["vllm", "sglang"])
 def test_serve(tmp_path, server):
     save_drafter(tiny_pair("llama")[1], tmp_path / "drafter")
-    words = ["examples/serve.py", server, "TARGET", tmp_path / "drafter"]
-    done = subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 1 and done.stderr == f"{server} decodes with a drafter on a GPU alone, and here is none\n"
+    printed, why = run_to_exit("examples/serve.py", server, "TARGET", tmp_path / "drafter")
+    assert why == f"{server} decodes with a drafter on a GPU alone, and here is none"
+    command = shlex.split(printed)
     documented = (ROOT / "docs/serving.md").read_text()
-    assert all(word in documented for word in shlex.split(done.stdout) if word.startswith("--"))
-    assert server != "vllm" or json.loads(shlex.split(done.stdout)[-1])["num_speculative_tokens"] == 5
+    assert all(word in documented for word in command if word.startswith("--"))
+    assert server != "vllm" or json.loads(command[-1])["num_speculative_tokens"] == 5
 
 
 def test_debian_text(tmp_path):

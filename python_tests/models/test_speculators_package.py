@@ -89,10 +89,11 @@ def test_it_converts_what_is_written_here(pair, tmp_path):
     first = None
     for turn in ("once", "twice"):
         save_drafter(drafter, tmp_path / turn)
-        names = dict(verifier=str(tmp_path / "target"), algorithm="dflash", output_path=str(tmp_path / f"{turn}-theirs"))
+        converted = tmp_path / f"{turn}-theirs"
+        names = dict(verifier=str(tmp_path / "target"), algorithm="dflash", output_path=str(converted))
         entrypoints.convert_model(str(tmp_path / turn), **names)
-        model = their_model(tmp_path / f"{turn}-theirs")
+        model = their_model(converted)
         assert differences(model, target, drafter) < 1e-5
         first = first or model
-        drafter = load_drafter(tmp_path / f"{turn}-theirs", dtype=torch.float32, device=torch.device("cpu"))
+        drafter = load_drafter(converted, dtype=torch.float32, device=torch.device("cpu"))
         assert differences(first, target, drafter) < 1e-5
