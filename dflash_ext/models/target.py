@@ -6,6 +6,7 @@ import functools
 import hashlib
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from types import ModuleType
 
 import torch
 from accelerate.utils import align_module_device
@@ -14,6 +15,7 @@ from transformers import PreTrainedModel
 
 from ..integrations.attention import NAME
 from ..integrations.fused_layers import fused_forwards
+from ..integrations.rotation import rotating_modules
 from ..masks import IntervalMask
 from ..reference.numerics import softcapped
 from .taps import Taps
@@ -313,6 +315,11 @@ class Target:
     def fused_forwards(self) -> dict[nn.Module, Callable]:
         """The forwards of the decoder's modules that `fused_layers` has operators for."""
         return fused_forwards(self.decoder)
+
+    @functools.cached_property
+    def rotations(self) -> list[ModuleType]:
+        """The Python modules of the decoder's layers whose rotary embedding `rotation` has an operator for."""
+        return rotating_modules(self.decoder)
 
     def _equal(self, first: Tensor, second: Tensor) -> bool:
         """Whether hidden states are equal but for rounding."""

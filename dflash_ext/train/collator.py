@@ -13,6 +13,8 @@ from .anchors import Blocks, build_blocks, fixed_anchors, sample_anchors
 from .randomness import generator
 from .tau import commit_limits
 
+PER_TOKEN = {"input_ids", "context_positions", "features"}  # the entries of a batch that have a row for each token
+
 
 @dataclass
 class AnchorCollator:
@@ -50,6 +52,7 @@ class AnchorCollator:
         steps: those of the run.
         pack_length: samples share rows of at most this number of tokens, or of one sample that is longer. None gives
             each sample a row of its own.
+        multiple_of: rows are padded to a multiple of this number of tokens, so that batches have few shapes.
     """
 
     num_anchors: int
@@ -64,6 +67,7 @@ class AnchorCollator:
     block_sizes: Sequence[int] = ()
     steps: int = 1
     pack_length: int | None = None
+    multiple_of: int = 1
 
     def __call__(self, samples: list[Mapping]) -> dict[str, Tensor]:
         made = [self._of_sample(sample) for sample in samples]
@@ -72,6 +76,11 @@ class AnchorCollator:
         else:
             shares = shared_rows([len(each["input_ids"]) for each in made], self.pack_length)
             rows = [_joined([made[index] for index in share]) for share in shares]
+        missing = -max(len(row["input_ids"]) for row in rows) % self.multiple_of
+        if missing:
+            longest = max(rows, key=lambda row: len(row["input_ids"]))
+            for name in PER_TOKEN & longest.keys():
+                longest[name] = torch.cat([longest[name], longest[name].new_zeros(missing, *longest[name].shape[1:])])
         return {name: pad_sequence([row[name] for row in rows], batch_first=True) for name in rows[0]}
 
     def _of_sample(self, sample: Mapping) -> dict[str, Tensor]:

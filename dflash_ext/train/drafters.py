@@ -212,6 +212,8 @@ def parts_of(drafter: Drafter, target: Target, recipe: DraftingRecipe) -> Parts:
     if is_lora:
         options = dict(context_ratio=recipe.context_ratio, fixed=recipe.fixed_anchors)
         collator = replace(collator, slot_noise=recipe.noise_ratio, **options)
+        if recipe.cuda_graphs:
+            collator = replace(collator, multiple_of=64)
         objective = LoraObjective(drafter, target, gamma=recipe.gamma, kl_weight=recipe.kl_weight)
     else:
         collator = replace(collator, noise_ratio=recipe.noise_ratio)

@@ -25,6 +25,8 @@ class RunRecipe:
         log_every: steps between entries of the log.
         checkpoint_activations: compute the results of each layer again in the backward instead of keeping them.
         compile: run what is trained under torch.compile.
+        cuda_graphs: record the passes of each shape of batch as a CUDA graph, which a GPU replays without waiting for
+            the host. For objectives that wait for nothing (`Objective.waits`), on one GPU.
         report_to: where Trainer sends the log, such as ("tensorboard",); each needs its package.
         trainer_args: any other arguments of transformers' TrainingArguments, by name.
 
@@ -45,6 +47,7 @@ class RunRecipe:
     log_every: int = 10
     checkpoint_activations: bool = False
     compile: bool = False
+    cuda_graphs: bool = False
     report_to: tuple[str, ...] = ()
     trainer_args: dict[str, Any] = field(default_factory=dict)
 

@@ -61,7 +61,8 @@ def run(
         and drawn into `output/curve.png`.
 
     Raises:
-        ValueError: the checkpoint to resume from is of something else, or there is no sample to train on.
+        ValueError: the checkpoint to resume from is of something else, there is no sample to train on, or the recipe
+            asks for CUDA graphs where they cannot be used.
     """
     output = Path(output)
     console = console or Console(quiet=True)
@@ -69,6 +70,7 @@ def run(
     trainer = ObjectiveTrainer(
         objective,
         args=training_arguments(output, recipe, objective.target.device),
+        cuda_graphs=recipe.cuda_graphs,
         train_dataset=samples,
         evaluation=evaluation,
         data_collator=collator,

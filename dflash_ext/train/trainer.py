@@ -13,6 +13,8 @@ from transformers.trainer_utils import IntervalStrategy
 
 from .checkpoints import load_trained, save_trained
 from .evaluation import Evaluation
+from .graphs import GraphedPasses
+from .losses import Losses
 from .objectives import Objective
 from .order import TrainingOrder
 from .parallel import shard_layers
@@ -32,6 +34,7 @@ class ObjectiveTrainer(Trainer):
         train_dataset: samples {"input_ids": int64 [S], ...} as the collator takes them.
         evaluation: what is measured every `args.eval_steps` steps and after the last one. The best checkpoint is the
             one with the best of its figures.
+        cuda_graphs: whether steps run as CUDA graphs (`GraphedPasses`), on one GPU.
         kwargs: the other arguments of Trainer, `data_collator` among them.
     """
 
@@ -42,6 +45,7 @@ class ObjectiveTrainer(Trainer):
         train_dataset: Dataset | None = None,
         evaluation: Evaluation | None = None,
         args: TrainingArguments,
+        cuda_graphs: bool = False,
         **kwargs,
     ):
         if train_dataset is not None:
@@ -55,6 +59,8 @@ class ObjectiveTrainer(Trainer):
             args.metric_for_best_model = f"eval_{best}"
             args.save_total_limit = 2  # the newest and the best; with 1, Trainer removes the newest at the end
             kwargs["eval_dataset"] = evaluation.samples
+        if cuda_graphs and (objective.waits or args.device.type != "cuda" or args.world_size > 1):
+            raise ValueError("cuda_graphs is for the training of LoRA drafters on one GPU")
         if args.torch_compile:
             objective.trained.compile(backend=args.torch_compile_backend, mode=args.torch_compile_mode)
             args.torch_compile, args.torch_compile_backend, args.torch_compile_mode = False, None, None
@@ -65,6 +71,7 @@ class ObjectiveTrainer(Trainer):
         self.evaluation = evaluation
         self.model_accepts_loss_kwargs = True  # compute_loss divides by the whole step's divisor itself
         self._meter = objective.meter()
+        self._graphs = GraphedPasses(self._passes, objective.parameters()) if cuda_graphs else None
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """The batches of one step and the divisor of its loss."""
@@ -77,14 +84,31 @@ class ObjectiveTrainer(Trainer):
             divisor = self.accelerator.gather(divisor.to(device).float()).mean()
         return batches, divisor
 
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        if self._graphs is None:
+            return super().training_step(model, inputs, num_items_in_batch)
+        model.train()
+        inputs = self._prepare_inputs(inputs)
+        loss, result = self._graphs(inputs, num_items_in_batch)
+        self._meter.add(inputs, result)
+        return loss.detach().clone()
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        divisor = self.objective.divisor(inputs) if num_items_in_batch is None else num_items_in_batch
+        loss, result = self._loss(model, inputs, divisor)
+        self._meter.add(inputs, result)
+        return (loss, {"loss": loss}) if return_outputs else loss
+
+    def _loss(self, model, inputs, divisor: Tensor) -> tuple[Tensor, Losses]:
         with torch.no_grad():
             of_target = self.objective.of_target(inputs)
         result = model(inputs, *of_target)
-        self._meter.add(inputs, result)
-        divisor = self.objective.divisor(inputs) if num_items_in_batch is None else num_items_in_batch
-        loss = result.losses.sum() / divisor.clamp(min=1)
-        return (loss, {"loss": loss}) if return_outputs else loss
+        return result.losses.sum() / divisor.clamp(min=1), result
+
+    def _passes(self, inputs, divisor: Tensor) -> tuple[Tensor, Losses]:
+        loss, result = self._loss(self.model_wrapped, inputs, divisor)
+        self.accelerator.backward(loss)
+        return loss, result
 
     def log(self, logs, *args, **kwargs):
         """Logs, beside the loss, the figure of the objective's meter since the last log."""

@@ -31,6 +31,17 @@ def test_rows_hold_what_fits():
     assert len(rows) == 5  # 40 alone, and 76 tokens in four rows
 
 
+@pytest.mark.parametrize("pack_length", [None, 25])
+def test_rows_are_padded_to_a_multiple_of_a_number_of_tokens(pack_length):
+    collator = AnchorCollator(3, 4, MASK_TOKEN, pack_length=pack_length)
+    plain, padded = collator(samples()), replace(collator, multiple_of=16)(samples())
+    assert padded["input_ids"].shape[1] == 32 and plain["input_ids"].shape[1] % 16
+    for name, value in plain.items():
+        if value.shape != padded[name].shape:
+            assert not padded[name][:, value.shape[1] :].any()
+        assert torch.equal(padded[name][:, : value.shape[1]], value), name
+
+
 @pytest.mark.parametrize("first_slot", [0, 1])
 @pytest.mark.parametrize("sliding", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)

@@ -23,10 +23,10 @@ class _LoraLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float) -> Tensor:
         dtype = weight.dtype
-        rows, low, high = x.flatten(0, -2).to(dtype), a.to(dtype), b.to(dtype)
+        rows, low, high = x.flatten(0, -2).to(dtype), a.to(dtype), (b if scale == 1 else b * scale).to(dtype)
         with torch.autocast(x.device.type, enabled=False):
             inner = linear(rows, low)
-            output = linear(rows, weight, bias).addmm_(inner, high.T, alpha=scale)
+            output = linear(rows, weight, bias).addmm_(inner, high.T)
         ctx.save_for_backward(rows, inner, weight, low, high)
         ctx.scale, ctx.shape, ctx.dtypes = scale, x.shape, (x.dtype, a.dtype, b.dtype)
         return output.view(*x.shape[:-1], len(weight))
@@ -40,11 +40,20 @@ class _LoraLinear(torch.autograd.Function):
         grad = grad.flatten(0, -2).to(weight.dtype)
         grad_x = grad_a = grad_b = None
         with torch.autocast(grad.device.type, enabled=False):
-            grad_inner = (grad @ high).mul_(ctx.scale)
+            grad_inner = grad @ high
             if needs_x:
                 grad_x = (grad @ weight).addmm_(grad_inner, low).view(ctx.shape).to(of_x)
             if needs_a:
-                grad_a = (grad_inner.T @ rows).to(of_a)
+                grad_a = _product(grad_inner.T, rows, of_a)
             if needs_b:
-                grad_b = (grad.T @ inner).mul_(ctx.scale).to(of_b)
+                grad_b = _product(grad.T, inner, of_b)
+                if ctx.scale != 1:
+                    grad_b.mul_(ctx.scale)
         return grad_x, None, None, grad_a, grad_b, None
+
+
+def _product(x: Tensor, y: Tensor, dtype: torch.dtype) -> Tensor:
+    """x @ y, written in this dtype."""
+    if x.is_cuda and dtype == torch.float32 != x.dtype:
+        return torch.mm(x, y, out_dtype=dtype)
+    return (x @ y).to(dtype)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
+from types import ModuleType
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from transformers import DynamicCache
 from ...integrations import as_attention_mask
 from ...integrations.attention import NAME, runs_block_attn
 from ...integrations.fused_layers import replaced_forwards
+from ...integrations.rotation import replaced_now, replaced_rotation
 from ...masks import IntervalMask
 from ..target import Target
 
@@ -57,8 +59,8 @@ def _run(target: Target, positions: Tensor, masks: Mapping[str, IntervalMask], *
 
 @contextmanager
 def operators(target: Target) -> Iterator[None]:
-    """Within it, attention, norms and gated MLPs of the base run through this package's operators."""
-    with runs_block_attn([target]), replaced_forwards(target.fused_forwards):
+    """Within it, attention, rotations, norms and gated MLPs of the base run through this package's operators."""
+    with runs_block_attn([target]), replaced_forwards(target.fused_forwards), replaced_rotation(target.rotations):
         yield
 
 
@@ -81,22 +83,27 @@ def planned(target: Target, masks: Mapping[str, IntervalMask]) -> dict[str, Inte
 @contextmanager
 def recomputed(target: Target) -> Iterator[None]:
     """Within it, every layer of the base keeps only its inputs for the backward, which runs the layer again, with the
-    forwards that its modules had in the first place (`replaced_forwards`) and with the same attention."""
+    forwards that its modules had in the first place (`replaced_forwards`) and the same attention and rotations."""
 
     def contexts(layer: nn.Module) -> tuple[AbstractContextManager, AbstractContextManager]:
         inside = {part: vars(part)["forward"] for part in layer.modules() if "forward" in vars(part)}
         del inside[layer]
-        return nullcontext(), _again(target, inside, target.config._attn_implementation == NAME)
+        runs_ours = target.config._attn_implementation == NAME
+        return nullcontext(), _again(target, inside, replaced_now(target.rotations), runs_ours)
 
     wrapped = {}
     for layer in target.layers:
-        options = {"use_reentrant": False, "context_fn": partial(contexts, layer)}
+        # Nothing random happens in a frozen layer, whose state a CUDA graph could not read.
+        options = {"use_reentrant": False, "preserve_rng_state": False, "context_fn": partial(contexts, layer)}
         wrapped[layer] = partial(checkpoint, layer.forward, **options)
     with replaced_forwards(wrapped):
         yield
 
 
 @contextmanager
-def _again(target: Target, forwards: Mapping[nn.Module, Callable], runs_ours: bool) -> Iterator[None]:
-    with runs_block_attn([target]) if runs_ours else nullcontext(), replaced_forwards(forwards):
+def _again(
+    target: Target, forwards: Mapping[nn.Module, Callable], rotations: Sequence[ModuleType], runs_ours: bool
+) -> Iterator[None]:
+    attention = runs_block_attn([target]) if runs_ours else nullcontext()
+    with attention, replaced_forwards(forwards), replaced_rotation(rotations):
         yield

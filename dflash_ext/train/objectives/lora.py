@@ -41,6 +41,7 @@ class LoraObjective(Objective):
     noun = "drafter"
     meter = TauOfBlocks
     shards_target = True  # it is the model that runs, and by far the larger part
+    waits = False
 
     def __init__(self, drafter: LoraDrafter, target: Target, *, gamma: float | None = None, kl_weight: float = 0.0):
         super().__init__(target)
@@ -122,6 +123,7 @@ class LoraObjective(Objective):
             labels.flatten(),
             self._weights(counts).flatten(),
             reduction="none",
+            max_rows=counts.numel(),  # nearly all rows count, and to know which ones, the host would have to wait
             softcap=self.target.softcap,
             **teacher,
         )

@@ -23,11 +23,13 @@ class Objective(nn.Module):
         noun: what is trained, for messages.
         meter: makes the meter of the figure that the log has beside the loss.
         shards_target: whether FSDP shards the layers of the target, too.
+        waits: whether the passes wait for the device, as a CUDA graph cannot.
     """
 
     noun = "model"
     meter: type[Meter] = Accuracy
     shards_target = False
+    waits = True
 
     def __init__(self, target: Target):
         super().__init__()

@@ -1,0 +1,46 @@
+"""Training steps as CUDA graphs."""
+
+import pytest
+import torch
+
+from dflash_ext.models import Target
+from dflash_ext.train import LoraRecipe, Recipe, new_drafter, new_lora_drafter, train_drafter
+from python_tests.tiny import MASK_TOKEN, tiny_model
+from python_tests.train.test_training import Cycles
+
+# Every shape of batch comes several times: once as it is, once to be recorded, and then as a replay.
+SETTINGS = {"steps": 12, "batch_size": 3, "anchors": 3, "learning_rate": 1e-2, "log_every": 1}
+
+
+def losses(folder, device, *, drafter=None, **settings) -> list[float]:
+    target = Target(tiny_model("llama").to(device, torch.bfloat16 if device == "cuda" else torch.float32))
+    options = dict(mask_token_id=MASK_TOKEN, block_size=4, rank=4) | (drafter or {})
+    trained = new_lora_drafter(target, 0, **options)
+    log = train_drafter(trained, target, Cycles(24), folder, LoraRecipe(**SETTINGS | settings))
+    return [entry["loss"] for entry in log if "loss" in entry]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "drafter, settings",
+    [
+        ({}, {}),
+        ({"sampler_width": 8}, {"accumulation": 2, "kl_weight": 0.5, "noise_ratio": 0.8}),
+        ({"kind": "whole", "causal": True}, {"checkpoint_activations": True}),
+    ],
+)
+def test_replayed_steps_have_the_losses_of_steps_that_are_launched(drafter, settings, tmp_path):
+    plain = losses(tmp_path / "plain", "cuda", drafter=drafter, **settings)
+    graphs = losses(tmp_path / "graphs", "cuda", drafter=drafter, cuda_graphs=True, **settings)
+    assert plain[-1] < 0.97 * plain[0]
+    torch.testing.assert_close(torch.tensor(graphs), torch.tensor(plain), rtol=0.02, atol=0.02)
+
+
+def test_what_cannot_run_as_graphs_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="cuda_graphs is for the training of LoRA drafters on one GPU"):
+        losses(tmp_path, "cpu", cuda_graphs=True)
+    target = Target(tiny_model("llama"))
+    drafter = new_drafter(target, 0, mask_token_id=MASK_TOKEN, block_size=4, num_layers=1, taps=1)
+    tapped = Target(target.model, drafter.config.target_layer_ids)
+    with pytest.raises(ValueError, match="cuda_graphs is for the training of LoRA drafters on one GPU"):
+        train_drafter(drafter, tapped, Cycles(24), tmp_path, Recipe(**SETTINGS, cuda_graphs=True))
