@@ -3,8 +3,9 @@
     python -m bench.lora_decoding --target smollm2 --prompts gsm8k_test.jsonl mt_bench.jsonl \\
         --drafters dflash_ext/drafters/smollm2-135m-instruct my-lora
 
-Each folder is a drafter of either kind; a gated LoRA drafter is measured with one forward a cycle and with two. A row
-has tau and the tokens per second of all rows of a batch, prefill and captures of graphs left out.
+Each folder is a drafter of either kind; a gated LoRA drafter is measured with one forward a cycle and with two, and by
+`--rows` with other numbers of mask rows than it was trained with. A row of the results has tau and the tokens per second
+of all rows of a batch, prefill and captures of graphs left out.
 """
 
 from __future__ import annotations
@@ -22,8 +23,10 @@ from dflash_ext.decode import decode
 from dflash_ext.models import Target, is_lora_drafter, load_drafter, load_lora_drafter, load_target, stop_tokens
 
 
-def ways(model: PreTrainedModel, folders: Sequence[Path]) -> Iterator[tuple[str, Target, object, dict]]:
-    """Plain decoding, and each drafter with each number of forwards that it has."""
+def ways(
+    model: PreTrainedModel, folders: Sequence[Path], row_counts: Sequence[int]
+) -> Iterator[tuple[str, Target, object, dict]]:
+    """Plain decoding, and each drafter with each number of forwards that it has, and of mask rows."""
     target = Target(model)
     yield "plain", target, None, {}
     for folder in folders:
@@ -32,8 +35,10 @@ def ways(model: PreTrainedModel, folders: Sequence[Path]) -> Iterator[tuple[str,
             yield folder.name, Target(model, drafter.config.target_layer_ids), drafter, {}
             continue
         drafter = load_lora_drafter(folder, target)
-        for forwards in (1, 2) if drafter.config.kind == "gated" else (2,):
-            yield f"{folder.name}, {drafter.config.kind}, {forwards} a cycle", target, drafter, {"forwards": forwards}
+        for rows in row_counts or (drafter.config.drafted,):
+            for forwards in (1, 2) if drafter.config.kind == "gated" else (2,):
+                name = f"{folder.name}, {drafter.config.kind}, {rows} rows, {forwards} a cycle"
+                yield name, target, drafter, {"forwards": forwards, "block_size": rows + 1}
 
 
 def parameters(drafter: torch.nn.Module | None) -> int:
@@ -48,6 +53,7 @@ def main() -> None:
     parser.add_argument("--drafters", nargs="+", type=Path, required=True)
     parser.add_argument("--batches", nargs="*", type=int, default=[1, 8, 32])
     parser.add_argument("--temperatures", nargs="*", type=float, default=[0.0, 1.0])
+    parser.add_argument("--rows", nargs="*", type=int, default=[])
     parser.add_argument("--limit", type=int, default=80)
     parser.add_argument("--max-new-tokens", type=int, default=256)
     given = parser.parse_args()
@@ -61,7 +67,7 @@ def main() -> None:
         for batch in given.batches:
             for temperature in given.temperatures:
                 case, plain = f"{path.stem}, batch {batch}, T={temperature:g}", None
-                for impl, target, drafter, options in ways(model, given.drafters):
+                for impl, target, drafter, options in ways(model, given.drafters, given.rows):
                     torch.cuda.reset_peak_memory_stats()
                     options = options | {"batch_size": batch, "temperature": temperature}
                     decoded = decode(target, drafter, prompts, **limits, **options)
