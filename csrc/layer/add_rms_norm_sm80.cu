@@ -45,10 +45,10 @@ struct LongRow {
   DFLASH_INLINE void run(int64_t which) const {
     const int64_t start = which * p.width;
     const T* residual = static_cast<const T*>(p.residual) + start;
+    const T* update = static_cast<const T*>(p.update) + which * p.update_stride;
     T* total = static_cast<T*>(p.total) + start;
     float update_scale = 1;
     if (p.update_norm) {
-      const T* update = static_cast<const T*>(p.update) + start;
       float squares = 0;
       for_each_chunk([&](int i) {
         float x[kSize];
@@ -64,7 +64,7 @@ struct LongRow {
       load(x, residual + i, aligned);
       if (p.update) {
         float u[kSize], w[kSize];
-        load(u, static_cast<const T*>(p.update) + start + i, aligned);
+        load(u, update + i, aligned);
         if (p.update_norm) weight(w, p.update_norm, i);
 #pragma unroll
         for (int k = 0; k < kSize; ++k) {
@@ -151,7 +151,7 @@ struct ShortRow {
     const int64_t start = row * p.width;
     Chunks update, residual, norm;
     Values x;
-    if (p.update != nullptr) start_load(update, p.update, start);
+    if (p.update != nullptr) start_load(update, p.update, row * p.update_stride);
     start_load(residual, p.residual, start);
     start_load(norm, p.norm);
     if (p.update == nullptr) {
@@ -174,8 +174,9 @@ struct ShortRow {
   }
 };
 
+template <class T>
 DFLASH_INLINE bool all_aligned(const AddRmsNormParams& p) {
-  return is_aligned(p.residual) && is_aligned(p.total) && is_aligned(p.norm) && is_aligned(p.out) &&
+  return p.update_stride % Chunk<T>::kSize == 0 && is_aligned(p.residual) && is_aligned(p.total) && is_aligned(p.norm) && is_aligned(p.out) &&
          is_aligned(p.update) && is_aligned(p.update_norm);
 }
 
@@ -183,14 +184,14 @@ template <class T>
 __global__ void __launch_bounds__(kThreads) add_rms_norm_sm80(const AddRmsNormParams params) {
   extern __shared__ __align__(16) float row[];
   overlap_with_neighbours();
-  LongRow<T>{params, row, all_aligned(params)}.run(blockIdx.x);
+  LongRow<T>{params, row, all_aligned<T>(params)}.run(blockIdx.x);
 }
 
 template <class T>
 __global__ void __launch_bounds__(32 * kShortRows) add_rms_norm_short_sm80(const __grid_constant__ AddRmsNormParams params) {
   overlap_with_neighbours();
   const int64_t row = int64_t(blockIdx.x) * kShortRows + threadIdx.x / 32;
-  if (row < params.rows) ShortRow<T>{params, all_aligned(params)}.run(row);
+  if (row < params.rows) ShortRow<T>{params, all_aligned<T>(params)}.run(row);
 }
 
 }  // namespace

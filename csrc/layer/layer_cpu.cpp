@@ -16,7 +16,7 @@ void add_rms_norm(const AddRmsNormParams& p, int64_t begin, int64_t end) {
     const auto* norm = static_cast<const T*>(p.norm);
     for (int64_t row = begin; row < end; ++row) {
       const T* residual = static_cast<const T*>(p.residual) + row * p.width;
-      const T* update = p.update ? static_cast<const T*>(p.update) + row * p.width : nullptr;
+      const T* update = p.update ? static_cast<const T*>(p.update) + row * p.update_stride : nullptr;
       if (p.update_norm) {
         normalise<Real>(normed.data(), update, static_cast<const T*>(p.update_norm), p.width, p.eps, p.plus_one);
         update = normed.data();
@@ -44,7 +44,7 @@ class HeadRotation {
   void run(int64_t row_of_all) const {
     const int64_t entry = row_of_all / p_.rows, row = row_of_all % p_.rows;
     const int64_t place = p_.places[row_of_all], cache = p_.caches[entry];
-    const T* in = static_cast<const T*>(p_.projected) + row_of_all * (p_.heads + 2 * p_.kv_heads) * p_.head_dim;
+    const T* in = static_cast<const T*>(p_.projected) + row_of_all * p_.stride;
     for (int64_t head = 0; head < p_.heads; ++head, in += p_.head_dim) {
       rotate(in, static_cast<const T*>(p_.q_norm), row_of_all);
       write(p_.queries, entry, head, row, head_.data());

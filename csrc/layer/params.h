@@ -10,10 +10,11 @@ namespace dflash {
 
 // `Real` below is float, or double where the rows are double.
 
-// total = residual + update, or its norm; out = the norm of total. All rows are [rows, width] and contiguous.
+// total = residual + update, or its norm; out = the norm of total. All rows are [rows, width] and contiguous, but that
+// those of `update` start `update_stride` elements apart.
 struct AddRmsNormParams {
   DType dtype;
-  int64_t rows, width;
+  int64_t rows, width, update_stride;
   const void* residual;
   void* total;              // where the sum goes, which may be `residual`
   const void* update;       // null: nothing is added, and `out` is the norm of `residual`
@@ -34,7 +35,8 @@ struct HeadRows {
 struct RotateToCacheParams {
   DType dtype;
   int64_t entries, rows, heads, kv_heads, head_dim;
-  const void* projected;          // [entries, rows, heads + 2 * kv_heads, head_dim]
+  const void* projected;          // [entries, rows, heads + 2 * kv_heads, head_dim]; rows are `stride` elements apart
+  int64_t stride;
   const void *q_norm, *k_norm;    // [head_dim] of dtype, or null
   double eps;
   bool plus_one;

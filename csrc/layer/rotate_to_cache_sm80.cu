@@ -32,7 +32,7 @@ __global__ void __launch_bounds__(kThreads) rotate_to_cache_sm80(const __grid_co
   const int64_t place = p.places[row_of_all], cache = p.caches[entry];
   const int64_t position = max(int64_t(0), min(p.positions[row_of_all], p.positions_count - 1));
   float x[Lanes::kElements];
-  lanes.widen(x, lanes.load(static_cast<const T*>(p.projected) + (int64_t(row_of_all) * each + which) * p.head_dim));
+  lanes.widen(x, lanes.load(static_cast<const T*>(p.projected) + row_of_all * p.stride + which * p.head_dim));
   const T* const norm = static_cast<const T*>(is_query ? p.q_norm : is_key ? p.k_norm : nullptr);
   if (p.q_norm != nullptr || p.k_norm != nullptr) {
     const float scale = lanes.norm_scale(x, float(p.eps)), one = p.plus_one ? 1.f : 0.f;
@@ -72,7 +72,7 @@ bool takes_vectors(const RotateToCacheParams& p) {
   const auto are_rows_aligned = [&](const HeadRows& rows) {
     return are_aligned(rows.base) && rows.entry % 8 == 0 && rows.head % 8 == 0 && rows.row % 8 == 0;
   };
-  return p.head_dim % 8 == 0 && p.angles % 8 == 0 && are_aligned(p.projected, p.q_norm, p.k_norm, p.cos, p.sin) &&
+  return p.head_dim % 8 == 0 && p.stride % 8 == 0 && p.angles % 8 == 0 && are_aligned(p.projected, p.q_norm, p.k_norm, p.cos, p.sin) &&
          are_rows_aligned(p.queries) && are_rows_aligned(p.keys) && are_rows_aligned(p.values);
 }
 

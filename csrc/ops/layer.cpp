@@ -16,7 +16,7 @@ Tensor add_rms_norm_op(Tensor residual, std::optional<Tensor> update, std::optio
   constexpr const char* kOp = "add_rms_norm";
   AddRmsNormParams p = norm_of<AddRmsNormParams>(kOp, "residual", residual, "norm", norm, eps);
   const ScalarType dtype = residual.scalar_type();
-  if (update) check_tensor(kOp, "update", *update, residual, dtype, {p.rows, p.width});
+  if (update) p.update_stride = stride_of(kOp, "update", *update, residual, p.rows, p.width);
   if (update_norm) check_tensor(kOp, "update_norm", *update_norm, residual, dtype, {p.width});
   check(update || !update_norm, kOp, ": update_norm needs an update");
   Tensor out = torch::stable::empty_like(residual);
@@ -85,7 +85,7 @@ Tensor rotate_to_cache_op(Tensor projected, Tensor k_cache, Tensor v_cache, Tens
         projected.size(1), " is made of no heads of ", p.head_dim);
   p.heads = projected.size(1) / p.head_dim - 2 * p.kv_heads;
   check(p.heads >= 0, kOp, ": projected has fewer heads than keys and values need");
-  check_tensor(kOp, "projected", projected, projected, dtype, {p.entries * p.rows, projected.size(1)});
+  p.stride = stride_of(kOp, "projected", projected, projected, p.entries * p.rows, projected.size(1));
   check_tensor(kOp, "positions", positions, projected, ScalarType::Long, {p.entries, p.rows});
   check_tensor(kOp, "places", places, projected, ScalarType::Long, {p.entries, p.rows});
   check_tensor(kOp, "caches", caches, projected, ScalarType::Int, {p.entries});
@@ -135,10 +135,9 @@ Tensor gated_op(Tensor gate_up, int64_t activation) {
   p.rows = gate_up.size(0);
   p.width = gate_up.size(1) / 2;
   p.activation = Activation(activation);
-  check_tensor(kOp, "gate_up", gate_up, gate_up, gate_up.scalar_type(), {p.rows, 2 * p.width});
+  p.stride = stride_of(kOp, "gate_up", gate_up, gate_up, p.rows, 2 * p.width);
   Tensor out = new_empty(gate_up, {p.rows, p.width}, gate_up.scalar_type());
   if (p.rows == 0 || p.width == 0) return out;
-  p.stride = 2 * p.width;
   p.gate = gate_up.data_ptr();
   p.up = static_cast<const char*>(p.gate) + p.width * gate_up.element_size();
   p.out = out.data_ptr();

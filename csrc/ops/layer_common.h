@@ -33,6 +33,17 @@ Params norm_of(const char* op, const char* name, const Tensor& rows, const char*
   return p;
 }
 
+// The elements between the beginnings of two rows of [rows, width], each of which is contiguous.
+inline int64_t stride_of(const char* op, const char* name, const Tensor& tensor, const Tensor& beside, int64_t rows,
+                         int64_t width) {
+  check(tensor.dim() == 2 && tensor.size(0) == rows && tensor.size(1) == width &&
+            (width <= 1 || tensor.stride(1) == 1) && tensor.scalar_type() == beside.scalar_type() &&
+            same_device(tensor, beside),
+        op, ": ", name, " must be [", rows, ", ", width,
+        "] with contiguous rows, of the right dtype and on the others' device");
+  return tensor.stride(0);
+}
+
 // GPU threads read 16 bytes of a row. A row of a norm also lies in shared memory, in 4 bytes for each element.
 constexpr int64_t kMostInSharedMemory = 24576;
 inline void check_width_on_gpu(const char* op, const Tensor& rows, int64_t width, int64_t most = INT64_MAX) {

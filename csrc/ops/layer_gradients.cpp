@@ -31,6 +31,7 @@ std::tuple<Tensor, Tensor> rms_norm_op(Tensor x, std::optional<Tensor> update, T
   p.residual = x.data_ptr();
   p.total = total.data_ptr();
   p.update = optional_data<void>(update);
+  p.update_stride = p.width;
   p.norm = weight.data_ptr();
   p.out = out.data_ptr();
   if (x.is_cpu()) {

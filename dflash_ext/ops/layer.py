@@ -38,7 +38,7 @@ def add_rms_norm(
     Args:
         residual: ``[T, H]``, contiguous; float32, bfloat16 or float16, on the CPU also float64.
         norm: ``[H]``, the weight of the norm.
-        update: ``[T, H]``, what a sublayer puts out. None: nothing is added.
+        update: ``[T, H]``, what a sublayer puts out; its rows may lie apart. None: nothing is added.
         update_norm: ``[H]``, the weight of a norm that the update passes first (Gemma 2 and 3).
         eps: added to the mean square.
         plus_one: both norms multiply by 1 + weight (Gemma).
@@ -73,6 +73,7 @@ def rotate_to_cache(
 
     Args:
         projected: ``[B * R, (Hq + 2 * Hkv) * D]``, the output of the packed projections: queries, keys, values.
+            Its rows may lie apart.
         k_cache, v_cache: ``[N, Hkv, S, D]`` of projected's dtype, the last dimension contiguous; written in place.
         positions: int64 ``[B, R]``, by which a row is rotated. A padded row's is negative.
         places: int64 ``[B, R]``, where in its cache a row's key and value go; negative: nowhere.
@@ -96,7 +97,7 @@ def rotate_to_cache(
 def gated(gate_up: Tensor, activation: str = "silu") -> Tensor:
     """``activation(gate) * up``, the middle of a gated MLP: ``[T, 2 * I]``, gate before up, to ``[T, I]``.
 
-    activation: "silu" (SwiGLU) or "gelu_tanh" (Gemma's GELU).
+    activation: "silu" (SwiGLU) or "gelu_tanh" (Gemma's GELU). The rows of gate_up may lie apart.
 
     Raises ValueError for another activation and RuntimeError for a tensor of another form.
     """

@@ -136,6 +136,29 @@ def test_gated(device, activation, width):
         torch.testing.assert_close(gated(x, activation)[0].double().cpu(), want[0], rtol=rounding(dtype, 4), atol=1e-4)
 
 
+@pytest.mark.parametrize("behind", [8, 3])
+def test_rows_that_lie_apart_give_the_same_bits(device, behind):
+    """Such as the rows of a wider product, of which each holds something else behind them."""
+
+    def apart(rows):
+        return torch.cat([rows, rows.new_full((len(rows), behind), torch.nan)], dim=1)[:, : rows.shape[1]]
+
+    for dtype in dtypes_on(device):
+        residual, update = (torch.randn(6, 64, dtype=torch.float64).to(dtype).to(device) for _ in range(2))
+        norm, projected = torch.ones(64, dtype=dtype, device=device), torch.cat([residual, update], dim=1)
+        sums = [residual.clone() for _ in range(2)]
+        outs = [add_rms_norm(sum_, norm, update=u) for sum_, u in zip(sums, (update, apart(update)), strict=True)]
+        assert torch.equal(*sums) and torch.equal(*outs)
+        assert torch.equal(gated(projected), gated(apart(projected)))
+        places = torch.arange(6, device=device)[None]
+        tables = torch.rand(2, 8, 8, device=device).to(torch.promote_types(dtype, torch.float32)).unbind()
+        caches, which = [], torch.zeros(1, dtype=torch.int32, device=device)
+        for rows in (projected, apart(projected)):
+            k_cache, v_cache = (torch.zeros(1, 2, 8, 16, dtype=dtype, device=device) for _ in range(2))
+            caches.append((rotate_to_cache(rows, k_cache, v_cache, places, places, which, *tables), k_cache, v_cache))
+        assert all(torch.equal(*pair) for pair in zip(*caches, strict=True))
+
+
 def test_an_unknown_activation_is_refused():
     with pytest.raises(ValueError, match="gated: activation is 'relu'; 'silu' and 'gelu_tanh' are supported"):
         gated(torch.ones(1, 2), "relu")

@@ -13,7 +13,7 @@ from ..kv_cache import KVCache
 from .beside import BesideStack
 from .layers import LayerWeights, Rows
 from .lean import LeanForward
-from .lora import LayerHalves, halves_of
+from .lora import LayerHalves, halves_of, join
 
 # Elements of a layer's largest weight. Up to here a layer's time on a GPU is the latency of its kernels, so that a copy
 # of the weights with the adapter added is faster than kernels for the adapter. Larger weights are read once for all.
@@ -31,6 +31,8 @@ class AdaptedForward:
         stack, halves = forward.stack, halves_of(adapter, forward.target)
         self.beside, self.merged = None, None
         if max(layer.gate_up.numel() for layer in stack.layers) > MOST_MERGED:
+            if forward.target.head.is_cuda and not stack.exact:
+                halves = join(stack.layers, halves, forward.target)
             self.beside = BesideStack.of(stack, halves)
         else:
             self.merged = replace(stack, layers=_merged(stack.layers, halves), exact=False)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import ClassVar
 
@@ -15,6 +15,20 @@ from ...ops.layer import add_rms_norm, gated
 from ..kv_cache import KVCache
 from .layers import LayerWeights, Rows, Stack
 from .lora import Halves, LayerHalves
+
+
+@dataclass
+class Stream:
+    """The residual stream [T, H], and what is yet to be added to it: the next norm does that in the same pass."""
+
+    hidden: Tensor
+    update: Tensor | None = None
+
+    def summed(self) -> Tensor:
+        """The stream with the update, which is added in place."""
+        if self.update is not None:
+            self.hidden, self.update = self.hidden.add_(self.update), None
+        return self.hidden
 
 
 @dataclass(frozen=True)
@@ -43,83 +57,99 @@ class BesideStack(Stack):
         self, hidden: Tensor, rows: Rows, cache: KVCache, taps: Sequence[int] = ()
     ) -> tuple[Tensor, Tensor | None]:
         """As that of `Stack`; there are no taps."""
-        *_, output = self.layer_by_layer(hidden, rows, cache)
-        return output, None
-
-    def layer_by_layer(self, hidden: Tensor, rows: Rows, cache: KVCache, taps: Sequence[int] = ()) -> Iterator[Tensor]:
-        """As that of `Stack`; there are no taps."""
-        placed = self._placed(rows, cache)
+        placed, stream = self._placed(rows, cache), Stream(hidden)
         for index, (layer, halves) in enumerate(zip(self.layers, self.halves, strict=True)):
-            given = layer.attention_norm, layer.qkv, layer.qkv_bias, halves.qkv
-            attended = self._attended(index, self._product(hidden, *given), placed)
-            given = layer.out, layer.out_bias, layer.after_attention, halves.out
-            hidden = self._sum(hidden, attended, *given)
-            inner = self._middle(hidden, layer, halves.gate_up)
-            hidden = self._sum(hidden, inner, layer.down, layer.down_bias, layer.after_mlp, halves.down)
-            yield hidden
+            projected = self._product(stream, layer.attention_norm, layer.qkv, layer.qkv_bias, halves.qkv)
+            attended = self._attended(index, projected, placed)
+            stream = self._sum(stream, attended, layer.out, layer.out_bias, layer.after_attention, halves.out)
+            inner = self._middle(stream, layer, halves.gate_up)
+            stream = self._sum(stream, inner, layer.down, layer.down_bias, layer.after_mlp, halves.down)
+        return stream.summed(), None
 
     def _product(
-        self, hidden: Tensor, norm: Tensor, weight: Tensor, bias: Tensor | None, halves: Halves | None
+        self, stream: Stream, norm: Tensor, weight: Tensor, bias: Tensor | None, halves: Halves | None
     ) -> Tensor:
         """The product of the normalised rows."""
         if halves is None:
-            return self._linear(hidden, weight, bias, norm=norm)
-        normed = add_rms_norm(hidden, norm, eps=self.eps, plus_one=self.plus_one)
+            return self._linear(stream.summed(), weight, bias, norm=norm)
+        normed = add_rms_norm(stream.hidden, norm, update=stream.update, eps=self.eps, plus_one=self.plus_one)
+        stream.update = None
+        if halves.joint is not None:
+            return self._joint(normed, bias, halves)
         # The base's rows keep their bits by the same call as without an adapter.
-        rows, around = (hidden, {"norm": norm}) if self._keeps_bits(hidden) else (normed, {})
+        rows, around = (stream.hidden, {"norm": norm}) if self._keeps_bits(normed) else (normed, {})
         product = self._linear(rows, weight, bias, **around)
         self._add_rows(product, normed, halves)
         return product
 
-    def _middle(self, hidden: Tensor, layer: LayerWeights, halves: Halves | None) -> Tensor:
+    def _middle(self, stream: Stream, layer: LayerWeights, halves: Halves | None) -> Tensor:
         """The middle of the gated MLP."""
         given = layer.mlp_norm, layer.gate_up, layer.gate_up_bias
         if halves is None:
-            return self._linear(hidden, *given[1:], norm=layer.mlp_norm, gate=self.activation)
-        if not (self.first and self._keeps_bits(hidden)):
-            return gated(self._product(hidden, *given, halves), self.activation)
+            return self._linear(stream.summed(), *given[1:], norm=layer.mlp_norm, gate=self.activation)
+        if not (self.first and self._keeps_bits(stream.hidden)):
+            return gated(self._product(stream, *given, halves), self.activation)
         # The base's rows take the product with the gate in it, which rounds once.
-        parts = self._by_entry(hidden).split([self.first, len(hidden) // self.entries - self.first], dim=1)
-        base, others = (part.flatten(0, 1) for part in parts)
+        rows = self._by_entry(stream.summed())
+        base, others = (part.flatten(0, 1) for part in (rows[:, : self.first], rows[:, self.first :]))
         base = self._linear(base, *given[1:], norm=layer.mlp_norm, gate=self.activation)
-        others = gated(self.on(0, 1)._product(others, *given, halves), self.activation)
+        others = gated(self.on(0, 1)._product(Stream(others), *given, halves), self.activation)
         joined = [part.view(self.entries, -1, part.shape[-1]) for part in (base, others)]
         return torch.cat(joined, dim=1).flatten(0, 1)
 
     def _sum(
         self,
-        hidden: Tensor,
+        stream: Stream,
         rows: Tensor,
         weight: Tensor,
         bias: Tensor | None,
         norm: Tensor | None,
         halves: Halves | None,
-    ) -> Tensor:
+    ) -> Stream:
         """The residual stream after a sublayer, as `_add` gives it."""
-        if halves is None or norm is None:
+        if halves is not None and halves.joint is not None:
+            update = self._joint(rows, bias, halves)
+            if norm is None:
+                return Stream(stream.summed(), update)
+        elif halves is None or norm is None:
+            hidden = stream.summed()
             if halves is not None:
                 self._add_rows(hidden, rows, halves)
-            return self._add(hidden, rows, weight, bias, norm)
-        update = self._linear(rows, weight, bias)
-        self._add_rows(update, rows, halves)
+            return Stream(self._add(hidden, rows, weight, bias, norm))
+        else:
+            update = self._linear(rows, weight, bias)
+            self._add_rows(update, rows, halves)
+        hidden = stream.summed()
         add_rms_norm(hidden, norm, update=update, update_norm=norm, eps=self.eps, plus_one=self.plus_one)
-        return hidden
+        return Stream(hidden)
 
     def _keeps_bits(self, rows: Tensor) -> bool:
         """Whether the bits of a row are to depend on that row alone."""
         return self.exact or not rows.is_cuda
+
+    def _joint(self, x: Tensor, bias: Tensor | None, halves: Halves) -> Tensor:
+        """The product of rows x with the adapter, [T, N], whose rows lie apart: one product reads both weights."""
+        both = self._linear(x, halves.joint)
+        product, inner = both.split([len(halves.up), len(halves.down)], dim=1)
+        if bias is not None:
+            product.add_(bias)
+        self._add_inner(product, inner, halves)
+        return product
 
     def _add_rows(self, product: Tensor, x: Tensor, halves: Halves) -> None:
         """Adds the adapter's product of rows x [T, K] to that of the base [T, N], in place."""
         (self._add_in_place if product.is_cuda else self._add_row_by_row)(product, x, halves)
 
     def _add_in_place(self, product: Tensor, x: Tensor, halves: Halves) -> None:
-        """By two products of torch. In a batch of several entries the base's rows add zeros."""
+        """By two products of torch."""
+        self._add_inner(product, product_of(x, halves.down), halves)
+
+    def _add_inner(self, product: Tensor, inner: Tensor, halves: Halves) -> None:
+        """Adds ``inner @ up.T``, in place. In a batch of several entries the base's rows add zeros."""
         rows = slice(self.first if self.entries == 1 else 0, None)
-        inner = product_of(x[rows], halves.down)
         if self.first and self.entries > 1:
-            self._by_entry(inner)[:, : self.first] = 0
-        product[rows].addmm_(inner, halves.up.t())
+            inner.unflatten(0, (self.entries, -1))[:, : self.first] = 0
+        product[rows].addmm_(inner[rows], halves.up.t())
 
     def _add_row_by_row(self, product: Tensor, x: Tensor, halves: Halves) -> None:
         """By products in which a row's bits depend on that row alone."""

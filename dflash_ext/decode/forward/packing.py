@@ -17,12 +17,16 @@ def packed(parameters: Sequence[nn.Parameter]) -> Tensor:
     first = parameters[0]
     rows = sum(len(parameter) for parameter in parameters)
     if not _are_neighbours(parameters):
-        whole = torch.cat([parameter.detach() for parameter in parameters])
-        at = 0
-        for parameter in parameters:
-            parameter.data = whole[at : at + len(parameter)]
-            at += len(parameter)
+        repoint(parameters, torch.cat([parameter.detach() for parameter in parameters]))
     return first.detach().as_strided((rows, *first.shape[1:]), first.stride())
+
+
+def repoint(parameters: Sequence[nn.Parameter], whole: Tensor) -> None:
+    """Makes parameters views of a tensor that begins with their values, one below the other."""
+    at = 0
+    for parameter in parameters:
+        parameter.data = whole[at : at + len(parameter)]
+        at += len(parameter)
 
 
 def _are_neighbours(parameters: Sequence[nn.Parameter]) -> bool:
