@@ -3,8 +3,8 @@
     python -m bench.lora_decoding --target smollm2 --prompts gsm8k_test.jsonl mt_bench.jsonl \\
         --drafters dflash_ext/drafters/smollm2-135m-instruct my-lora
 
-Each folder is a drafter of either kind; a gated LoRA drafter is measured with one forward a cycle and with two, and by
-`--rows` with other numbers of mask rows than it was trained with. A row of the results has tau and the tokens per second
+Each folder is a drafter of either kind. A gated LoRA drafter is measured with one forward a cycle and with two, and by
+`--rows` with other numbers of mask rows than it was trained with. A row of the results has tau and the tokens a second
 of all rows of a batch, prefill and captures of graphs left out.
 """
 
