@@ -14,7 +14,6 @@
 // a tile of keys that several blocks share are added to float32 sums too. A block that has ended its share of a section
 // rounds a part of the sums of dQ of the section before (sm90/backward_rounding.h).
 #include <algorithm>
-#include <bit>
 
 #include "attn/kernels.h"
 #include "attn/sm90/backward_consumer.h"

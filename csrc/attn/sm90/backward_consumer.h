@@ -1,10 +1,9 @@
 // A consumer of the Hopper backward: a warpgroup that owns 64 of the keys in shared memory.
 #pragma once
 
-#include "attn/masking.h"
-#include "attn/scores.h"
 #include "attn/sm90/backward_rounding.h"
 #include "attn/sm90/backward_tiling.h"
+#include "attn/sm90/transposed_scores.h"
 #include "attn/sm90/turns.h"
 #include "common/named_barrier.h"
 
@@ -17,7 +16,7 @@ class BackwardConsumer {
   static constexpr int kConsumers = Tiling::kConsumers, kConsumerKeys = Tiling::kConsumerKeys;
   static constexpr int kColumns = Tiling::kGradQColumns;
   static constexpr int kHalves = Tiling::kHalves;
-  using Half = float[32];  // the consumer's keys with 64 rows
+  using Half = TransposedScores;  // the consumer's keys with 64 rows
   using Scored = Half[kHalves];
   using Weights = uint32_t[4][4];  // the same, rounded
   using Sums = float[kDim / 2];
@@ -76,7 +75,7 @@ class BackwardConsumer {
     for (int half = 0; half < kHalves; ++half) {
       Half grad_p;
       start_grad_p(grad_p, half);
-      take_exponentials(s[half], half);
+      take_probabilities(s[half], half);
       round_to_fragments<T>(weights[half], s[half]);
       start_grad_v(grad_v, weights[half], half);
       wgmma_wait_group<1>();
@@ -203,30 +202,14 @@ class BackwardConsumer {
     wgmma_commit_group();
   }
 
-  // The thread's columns of the scores are rows 8j + 2t and 8j + 2t + 1.
-  DFLASH_INLINE void take_exponentials(Half& s, int half) const {
-    const float* const lse = shared_.stats[stage_.index][0] + half * 64 + thread_ % 4 * 2;
-    const float factor = kIsCapped ? 1.0f : launch_.factor;
+  // Scores become probabilities.
+  DFLASH_INLINE void take_probabilities(Half& s, int half) const {
+    const int row = half * 64 + thread_ % 4 * 2;
     if constexpr (kIsCapped) shared_.scores(s);
-#pragma unroll
-    for (int j = 0; j < 8; ++j) {
-      const float2 pair = *reinterpret_cast<const float2*>(lse + 8 * j);
-      s[4 * j] = exp2_of(fmaf(s[4 * j], factor, -pair.x));
-      s[4 * j + 1] = exp2_of(fmaf(s[4 * j + 1], factor, -pair.y));
-      s[4 * j + 2] = exp2_of(fmaf(s[4 * j + 2], factor, -pair.x));
-      s[4 * j + 3] = exp2_of(fmaf(s[4 * j + 3], factor, -pair.y));
-    }
+    take_exponentials(s, shared_.stats[stage_.index][0] + row, kIsCapped ? 1.0f : launch_.factor);
     if (shared_.units[stage_.index].is_full) return;
     const int key = item().key_tile * kKeys + index_ * kConsumerKeys + thread_ / 32 * 16 + thread_ % 32 / 4;
-#pragma unroll
-    for (int j = 0; j < 8; ++j) {
-#pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        const RowKeys row = shared_.keys[stage_.index][(half * 64 + 8 * j + thread_ % 4 * 2 + e) >> launch_.fold_bits];
-        if (!row_sees(row, key)) s[4 * j + e] = 0;
-        if (!row_sees(row, key + 8)) s[4 * j + 2 + e] = 0;
-      }
-    }
+    zero_unseen(s, shared_.keys[stage_.index], row, key, launch_.fold_bits);
   }
 
   // grad_p becomes the gradient of the scores, given the probabilities.

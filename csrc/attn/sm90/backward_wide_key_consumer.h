@@ -1,9 +1,8 @@
 // The consumers of values and of keys of the wide Hopper backward, a warpgroup each (backward_wide_sm90.cu).
 #pragma once
 
-#include "attn/masking.h"
-#include "attn/scores.h"
 #include "attn/sm90/backward_wide_tiling.h"
+#include "attn/sm90/transposed_scores.h"
 #include "attn/sm90/turns.h"
 #include "common/named_barrier.h"
 
@@ -16,7 +15,7 @@ class WideKeyConsumer {
   static constexpr int kRows = Tiling::kRows, kKeys = Tiling::kConsumerKeys;
   static constexpr int kColumns = Tiling::kColumns, kHalf = kColumns / 2;
   static_assert(kRows == 64 && kKeys == 64 && Tiling::kStages == 2);
-  using Scored = float[kRows / 2];
+  using Scored = TransposedScores;
   using Weights = uint32_t[kRows / 16][4];
   using Sums = float[2][kHalf / 2];  // of each half of the columns
   using Writer = TileProducts<T, 64, kHalf, kHalf>;
@@ -113,8 +112,7 @@ class WideKeyConsumer {
     named_barrier_sync(kOwnThreads + kOfKeys, kWarpgroup);
   }
 
-  // Starts s = keys queries^T, or values gradients^T - delta, over the block's columns. The thread's columns of the
-  // scores are rows 8j + 2t and 8j + 2t + 1.
+  // Starts s = keys queries^T, or values gradients^T - delta, over the block's columns.
   DFLASH_INLINE void start_scores(Scored& s) const {
     if constexpr (kOfKeys) {
       const float* const delta = shared_.stats[stage()][1] + thread() % 4 * 2;
@@ -151,7 +149,7 @@ class WideKeyConsumer {
       round_to_fragments<T>(weights, s);
       hand_over(weights);
     } else {
-      take_exponentials(s);
+      take_probabilities(s);
       publish(s);
       release(shared_.queries_empty[stage()]);
       round_to_fragments<T>(weights, s);
@@ -184,30 +182,14 @@ class WideKeyConsumer {
     if (threadIdx.x % 32 == 0) arrive_remotely(map_to_rank(shared_address(&empty), other));
   }
 
-  DFLASH_INLINE void take_exponentials(Scored& s) const {
-    const int thread = this->thread();
-    const float* const lse = shared_.stats[stage()][0] + thread % 4 * 2;
-    const float factor = kIsCapped ? 1 : launch_.factor;
+  // Scores become probabilities.
+  DFLASH_INLINE void take_probabilities(Scored& s) const {
+    const int thread = this->thread(), row = thread % 4 * 2;
     if constexpr (kIsCapped) shared_.scores(s);
-#pragma unroll
-    for (int j = 0; j < kRows / 8; ++j) {
-      const float2 pair = *reinterpret_cast<const float2*>(lse + 8 * j);
-      s[4 * j] = exp2_of(fmaf(s[4 * j], factor, -pair.x));
-      s[4 * j + 1] = exp2_of(fmaf(s[4 * j + 1], factor, -pair.y));
-      s[4 * j + 2] = exp2_of(fmaf(s[4 * j + 2], factor, -pair.x));
-      s[4 * j + 3] = exp2_of(fmaf(s[4 * j + 3], factor, -pair.y));
-    }
+    take_exponentials(s, shared_.stats[stage()][0] + row, kIsCapped ? 1 : launch_.factor);
     if (shared_.units[stage()].is_full) return;
     const int key = Tiling::first_key(item(), rank()) + thread / 32 * 16 + thread % 32 / 4;
-#pragma unroll
-    for (int j = 0; j < kRows / 8; ++j) {
-#pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        const RowKeys row = shared_.keys[stage()][(8 * j + thread % 4 * 2 + e) >> launch_.fold_bits];
-        if (!row_sees(row, key)) s[4 * j + e] = 0;
-        if (!row_sees(row, key + 8)) s[4 * j + 2 + e] = 0;
-      }
-    }
+    zero_unseen(s, shared_.keys[stage()], row, key, launch_.fold_bits);
   }
 
   // Each thread of the consumer of values writes its probabilities for the same thread of the consumer of keys. Under a
