@@ -168,7 +168,7 @@ def runner(cycle: Cycle) -> PlainRunner:
     """
     target = cycle.target.target
     halves = target.dtype in (torch.bfloat16, torch.float16)
-    if cycle.state.device.type != "cuda" or not halves or len({p.device for p in target.model.parameters()}) > 1:
+    if cycle.state.device.type != "cuda" or not halves or target.is_spread:
         return PlainRunner(cycle)
     most = cycle.state.spare
     graphs = GraphRunner(cycle, [*(size for size in SIZES if size < most), most])

@@ -157,6 +157,11 @@ class Target:
             return torch.device(embedding._hf_hook.execution_device)
         return embedding.weight.device
 
+    @functools.cached_property
+    def is_spread(self) -> bool:
+        """Whether the tensors lie on several devices, or in part where accelerate has offloaded them to."""
+        return len({parameter.device for parameter in self.model.parameters()}) > 1
+
     def _loaded(self, module: nn.Module) -> Tensor:
         """The weight of a module as a plain tensor on `device`.
 
@@ -265,7 +270,7 @@ class Target:
         """Runs the decoder on whole sequences [B, S] under its own masks, and returns its hidden states [B, S, H]."""
         if positions is None:
             positions = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
-        return self.decoder(input_ids=input_ids, position_ids=positions, use_cache=False)[0]
+        return self.decoder(input_ids=input_ids, position_ids=positions, use_cache=False)[0].to(self.device)
 
     def mask_arguments(self, masks: Mapping[str, IntervalMask], dtype: torch.dtype | None = None) -> dict:
         """The arguments under which the decoder's forward takes masks of ours, one for each kind of attention.
@@ -355,8 +360,12 @@ class Target:
         """
         has_logits = columns is None or len(columns) > 0
         if has_logits:
-            # An index, not a number: given a number, some models (Gemma 4) also shorten what the taps read.
-            given["logits_to_keep"] = 0 if columns is None else torch.tensor(columns, device=input_ids.device)
+            # An index, not a number: given a number, some models (Gemma 4) also shorten what the taps read. A list
+            # indexes a tensor of any device, but the host then waits for it.
+            kept = 0 if columns is None else list(columns)
+            if kept and not self.is_spread:
+                kept = torch.tensor(kept, device=input_ids.device)
+            given["logits_to_keep"] = kept
         with self._taps.reading() as outputs:
             output = (self.model if has_logits else self.decoder)(
                 input_ids=input_ids,

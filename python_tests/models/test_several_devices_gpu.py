@@ -92,11 +92,12 @@ def test_latent_attention_spreads_too(tmp_path):
     assert [each.tokens for each in got] == [each.tokens for each in want]
 
 
-def test_it_trains_a_drafter_as_on_one_device(saved, tmp_path):
+@pytest.mark.parametrize("loss", ["ce", "kl"])
+def test_it_trains_a_drafter_as_on_one_device(saved, tmp_path, loss):
     losses = []
     for where in (0, places()):
         target, drafter = pair(load(saved, where, torch.bfloat16))
-        recipe = Recipe(steps=4, batch_size=4, anchors=4, learning_rate=1e-3, log_every=1, evaluate_every=0)
+        recipe = Recipe(steps=4, batch_size=4, anchors=4, learning_rate=1e-3, log_every=1, loss=loss)
         log = train_drafter(drafter.float().train(), target, Cycles(), tmp_path / str(len(losses)), recipe)
         losses.append(torch.tensor([entry["loss"] for entry in log if "loss" in entry]))
     assert len(losses[0]) == 4
