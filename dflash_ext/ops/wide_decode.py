@@ -46,16 +46,16 @@ def in_two_parts(
     parts = IntervalMask(ctx_lo, ctx_hi, blk_lo, blk_hi, mask.kv_len)
     keys, values = k_cache[:, :, : mask.kv_len], v_cache[:, :, : mask.kv_len]
     # block_attn weighs values that nobody sees by 0, which a NaN survives.
-    values = values.masked_fill(~_seen(begins, ends, mask.kv_len)[:, None, :, None], 0)
+    values = values.masked_fill(_unseen(begins, ends, mask.kv_len)[:, None, :, None], 0)
     out, lse = block_attn(torch.cat([q, q], dim=2), keys, values, parts, scale=scale, softcap=softcap, return_lse=True)
     rows = q.shape[2]
     share = torch.sigmoid(lse[:, :, :rows] - lse[:, :, rows:]).nan_to_num(0.0).unsqueeze(-1)
     return torch.lerp(out[:, :, rows:].float(), out[:, :, :rows].float(), share).to(q.dtype)
 
 
-def _seen(begins: Tensor, ends: Tensor, kv_len: int) -> Tensor:
-    """Which keys some row of an entry sees, bool ``[B or 1, kv_len]``: there more intervals have begun than ended."""
+def _unseen(begins: Tensor, ends: Tensor, kv_len: int) -> Tensor:
+    """Which keys no row of an entry sees, bool ``[B or 1, kv_len]``: all intervals that have begun there have ended."""
     bounds = torch.stack([begins, ends]).transpose(1, 2).flatten(2).sort().values
     keys = torch.arange(kv_len, dtype=bounds.dtype, device=bounds.device).expand(*bounds.shape[:2], -1).contiguous()
     begun, ended = torch.searchsorted(bounds, keys, right=True)
-    return begun > ended
+    return begun == ended
