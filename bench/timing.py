@@ -81,17 +81,18 @@ def gpu_turns(calls: dict[str, Call], *, rounds: int = 15, graphs: bool = True) 
     timings = graph_turns(calls, rounds=rounds)
     if min(timing.ms for timing in timings.values()) < SHORT_MS:
         return timings
-    return event_turns({name: _graph(call, 1).replay for name, call in calls.items()}, rounds)
+    return event_turns({name: captured(call).replay for name, call in calls.items()}, rounds)
 
 
 def graph_turns(calls: dict[str, Call], *, rounds: int = 15) -> dict[str, Timing]:
     """Times each call as one of 32 in a CUDA graph."""
-    replays = {name: _graph(call, GRAPH_CALLS).replay for name, call in calls.items()}
+    replays = {name: captured(call, GRAPH_CALLS).replay for name, call in calls.items()}
     timings = event_turns(replays, rounds)
     return {name: Timing(*(value / GRAPH_CALLS for value in timing)) for name, timing in timings.items()}
 
 
-def _graph(call: Call, repeats: int) -> torch.cuda.CUDAGraph:
+def captured(call: Call, repeats: int = 1) -> torch.cuda.CUDAGraph:
+    """A CUDA graph of a call that has been made before."""
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         for _ in range(repeats):

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .app import console, say
-from .loading import asked, encode_for, load_canvas_model
+from .loading import asked, encode_for, load_canvas_model, load_drafter
 from .options import (
     AnswersFile,
     ChatTemplateArgs,
@@ -42,6 +42,15 @@ DenoiserFolder = Annotated[
     Path | None,
     typer.Option("--denoiser", help="Folder of a denoiser that `dflash-ext adapt` has trained for the model."),
 ]
+CanvasDrafter = Annotated[
+    Path | None,
+    typer.Option(
+        "--drafter",
+        metavar="<folder>",
+        help="A DFlash drafter that `dflash-ext train --denoiser` has trained for the denoiser. Canvases begin with "
+        "its drafts instead of noise.",
+    ),
+]
 CanvasLength = Annotated[
     int | None,
     typer.Option(
@@ -62,6 +71,7 @@ def canvas(
     model: CanvasModel,
     prompt: PromptTexts = None,
     denoiser: DenoiserFolder = None,
+    drafter: CanvasDrafter = None,
     prompts: Prompts = None,
     field: Field = None,
     limit: Limit = None,
@@ -186,6 +196,7 @@ def canvas(
         list(encoded.values()),
         process,
         canvas_length=canvas_length,
+        drafter=load_drafter(drafter, pretrained),
         max_new_tokens=max_new_tokens,
         stop_token_ids=stop_tokens(tok, pretrained),
         stop_strings=stop,

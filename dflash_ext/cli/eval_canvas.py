@@ -10,8 +10,8 @@ from typing import Annotated
 import typer
 
 from .app import console
-from .canvas import CanvasLength, CanvasModel
-from .loading import encode_for, load_canvas_model, load_target
+from .canvas import CanvasDrafter, CanvasLength, CanvasModel
+from .loading import encode_for, load_canvas_model, load_drafter, load_target
 from .options import (
     ChatTemplateArgs,
     DecodeBatch,
@@ -38,6 +38,7 @@ def canvas_front(
             help="Folder of a denoiser that `dflash-ext adapt` has trained for the model; several may be given.",
         ),
     ] = None,
+    drafter: CanvasDrafter = None,
     steps: Annotated[
         list[int] | None,
         typer.Option(
@@ -135,6 +136,7 @@ def canvas_front(
         batch_size=batch_size,
         seed=seed,
     )
+    decoding = {"canvas_length": canvas_length, "drafter": load_drafter(drafter, pretrained)}
     points = {}
     with console.status("decoding") as status:
         options = {"on_progress": lambda name: status.update(f"decoding: {name}")}
@@ -143,7 +145,7 @@ def canvas_front(
                 loaded = models.load_denoiser(pretrained, folder)
             is_masked = getattr(loaded, "mask_id", None) is not None
             processes = _processes(process or ["{}"], steps or [4, 8, 16, 32], is_masked=is_masked)
-            found = front.canvas_points(loaded, judged, processes, canvas_length=canvas_length, **options)
+            found = front.canvas_points(loaded, judged, processes, **decoding, **options)
             points |= {f"{name}, {each}" if len(folders) > 1 else each: point for each, point in found.items()}
         points |= front.base_points(judged, temperature or [1.0], **options)
     console.print(front.table(points))

@@ -96,6 +96,13 @@ def load_drafter_base(
     return base
 
 
+def load_drafter(path: Path | None, model: PreTrainedModel) -> DFlashDrafter | None:
+    """The DFlash drafter at `path` in the model's dtype and on its device; None without a path."""
+    from .. import models
+
+    return path and models.load_drafter(path, dtype=model.dtype, device=model.device)
+
+
 def asked(
     command: str,
     texts: list[str] | None,

@@ -48,7 +48,7 @@ from .output import check_folder
 OPTIONS_OF = {
     "dflash": (
         *("layers", "taps", "intermediate_size", "features", "loss", "teacher_mix", "compile"),
-        *("noise", "sample_from_anchor"),
+        *("noise", "denoiser", "sample_from_anchor"),
     ),
     "lora": (
         *("lora_kind", "rank", "alpha", "linear_layers", "causal", "sampler_width", "start_from"),
@@ -61,6 +61,14 @@ def train(
     ctx: typer.Context,
     output: Annotated[Path, typer.Option(help="The folder for the drafter, its log and the answers.")],
     target: TargetName,
+    denoiser: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="<folder>",
+            help="Train for this denoiser of `dflash-ext adapt` instead of the target, which is its base. The drafter "
+            "then drafts the denoiser's canvases.",
+        ),
+    ] = None,
     drafter: Annotated[
         str,
         typer.Option(
@@ -255,7 +263,7 @@ def train(
 
     from ..data import LeftOut, Server, conversation_numbers, read_conversations
     from ..data.parsing import require_file
-    from ..models import Target, load_lora_drafter, stop_tokens
+    from ..models import Target, load_denoiser, load_lora_drafter, stop_tokens
     from ..train import LoraRecipe, Recipe, new_drafter, new_lora_drafter, train_on_answers, train_on_prompts
     from ..train.arguments import trainer_arguments
 
@@ -303,6 +311,8 @@ def train(
     else:
         recipe = Recipe(**settings, loss=loss, teacher_mix=teacher_mix, compile=compile)
     model, tok = load_target(target, tokenizer, dtype, device)
+    if denoiser is not None:
+        model = load_denoiser(model, denoiser).target.model
     made = dict(mask_token_id=mask_token_id(tok, mask_token), block_size=block_size)
     if is_lora:
         trained = new_lora_drafter(

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..decode import decode
 from ..decode.canvas import MaskedDiffusion, UniformDiffusion, decode_canvas
-from ..models import Denoiser, Target
+from ..models import Denoiser, DFlashDrafter, Target
 from .metrics import Interval, answer_nll, bigram_repetition, filler_rate, is_right, mean_interval
 
 BASE = "base, token by token"
@@ -96,13 +96,16 @@ def canvas_points(
     processes: Mapping[str, MaskedDiffusion | UniformDiffusion],
     *,
     canvas_length: int | None = None,
+    drafter: DFlashDrafter | None = None,
     on_progress: Callable[[str], None] = lambda name: None,
 ) -> dict[str, Point]:
-    """Decodes the prompts with a model that `decode_canvas` takes, by each process."""
+    """Decodes the prompts by each process; the model and the drafter are those that `decode_canvas` takes."""
     points = {}
     for name, process in processes.items():
         on_progress(name)
-        decoded = decode_canvas(model, judged.prompts, process, canvas_length=canvas_length, **judged.options)
+        decoded = decode_canvas(
+            model, judged.prompts, process, canvas_length=canvas_length, drafter=drafter, **judged.options
+        )
         forwards = sum(sum(completion.steps) for completion in decoded.completions)
         speed = {"tokens_per_forward": decoded.tokens / forwards, "tokens_per_second": decoded.tokens_per_second}
         points[name] = judged.point([completion.tokens for completion in decoded.completions], **speed)
@@ -137,13 +140,13 @@ def table(points: Mapping[str, Point]) -> Table:
     """A row for each point."""
     caption = "nll: nats a token under the base; right: answers with the right number; both with 95% intervals"
     view = Table(box=SIMPLE, caption=caption, caption_justify="left")
-    view.add_column("")
-    for column in ("tokens/forward", "tokens/s", "nll", "right", "repetition", "filler"):
+    view.add_column("", overflow="fold", min_width=16)
+    for column in ("tokens/step", "tokens/s", "nll", "right", "repetition", "filler"):
         view.add_column(column, justify="right", no_wrap=True)
     for name, point in points.items():
         speed = f"{point.tokens_per_forward:.2f}", f"{point.tokens_per_second:.1f}"
-        nll, exact = _shown(point.nll, ".3f"), _shown(point.exact, ".1%")
-        view.add_row(name, *speed, nll, exact, f"{point.repetition:.3f}", f"{point.filler:.3f}")
+        nll, exact = _shown(point.nll, ".2f"), _shown(point.exact, ".0%")
+        view.add_row(name, *speed, nll, exact, f"{point.repetition:.2f}", f"{point.filler:.2f}")
     return view
 
 
@@ -186,4 +189,7 @@ def _intervals(point: Point) -> dict[str, Interval | None]:
 
 
 def _shown(interval: Interval | None, form: str) -> str:
-    return "-" if interval is None else "{0:{3}} ({1:{3}} to {2:{3}})".format(*interval, form)
+    if interval is None:
+        return "-"
+    mean, low, high = interval
+    return f"{mean:{form}} ±{max(mean - low, high - mean):{form}}"

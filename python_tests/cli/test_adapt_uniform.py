@@ -60,6 +60,25 @@ def test_own_answers_instead_of_text(workspace, run):
     assert code == 1 and "adapt needs either --text or --answers" in errors
 
 
+def test_a_drafter_for_the_denoiser_drafts_its_canvases(workspace, text, run):
+    assert run(*words(workspace, text))[0] == 0
+    denoiser = ["--denoiser", workspace / "denoiser"]
+    prompts = ["--prompts", workspace / "prompts.jsonl", "--max-new-tokens", 8, "--device", "cpu"]
+    options = ["--layers", 1, "--taps", 1, "--block-size", 5, "--mask-token", "w096", "--held-out", 0, "--steps", 1]
+    train = ["train", "--target", workspace / "target", *denoiser, *prompts, "--output", workspace / "trained"]
+    code, _, errors = run(*train, *options)
+    assert code == 0, errors
+    out = workspace / "front.json"
+    front = ["eval", "canvas", "--model", workspace / "target", *denoiser, *prompts, "--output", out]
+    front += ["--canvas-length", 4, "--steps", 1]
+    answers = []
+    for drafting in ([], ["--drafter", workspace / "trained"]):
+        code, _, errors = run(*front, *drafting)
+        assert code == 0, errors
+        answers.append(json.loads(out.read_text())["1 steps"]["answers"])
+    assert len(answers[0]) == 3
+
+
 def test_hidden_tokens_cannot_be_filled_in(workspace, text, run):
     assert run(*words(workspace, text))[0] == 0
     denoiser = ["--model", workspace / "target", "--denoiser", workspace / "denoiser"]

@@ -58,7 +58,7 @@ class CanvasCycle:
         self.forward.commit(rows.best.clamp(min=0), *self._placed(rows, slots))  # a row of padding has no tokens
         rows.start = rows.start + rows.length
         rows.length = torch.where(rows.length > 0, self.length, 0)
-        self.process.begin(rows, self.forward.mask_id, self.vocab_size, self.randomness)
+        self._begin(rows, slots)
         self.rows.put(slots, rows)
 
     def admit(self, slots: Tensor, start: Tensor, seed: Tensor, canvas: Tensor | None, length: Tensor) -> None:
@@ -68,11 +68,16 @@ class CanvasCycle:
         """
         rows = self.rows.take(slots)
         rows.start, rows.seed, rows.length = start, seed, length
-        self.process.begin(rows, self.forward.mask_id, self.vocab_size, self.randomness)
+        self._begin(rows, slots)
         if canvas is not None:
             rows.canvas = canvas
             self.process.begin_from(rows, self.forward.mask_id)
         self.rows.put(slots, rows)
+
+    def _begin(self, rows: Rows, slots: Tensor) -> None:
+        self.process.begin(rows, self.forward.mask_id, self.vocab_size, self.randomness)
+        if self.forward.first_guess:
+            rows.canvas = self.forward.first_guess(rows, slots)
 
     def _placed(self, rows: Rows, slots: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         return torch.where(rows.live, rows.positions, -1), rows.start, rows.length, slots.int()

@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedModel
 
 from ...checks import is_int, shown
-from ...models import Denoiser
+from ...models import Denoiser, DFlashDrafter
 from ..arguments import integer, positive, stop_ids, stop_texts, token_ids
 from ..prefill import CHUNK
 from ..request import Request
@@ -39,6 +39,7 @@ def decode_canvas(
     tracing: bool = False,
     on_tokens: Callable[[int, list[int]], None] | None = None,
     on_text: Callable[[int, str], None] | None = None,
+    drafter: DFlashDrafter | None = None,
     like_transformers: bool = False,
     pad_token_id: int | None = None,
 ) -> CanvasDecoded:
@@ -64,6 +65,9 @@ def decode_canvas(
         batch_size: the number of prompts that are decoded at a time.
         tracing: keep each step of each canvas in the completions.
         on_tokens, on_text: called with the index of a prompt and the tokens or the text that a canvas has added.
+        drafter: drafts each canvas from the denoiser's hidden states, and the canvas begins with its tokens instead of
+            noise. It was trained for the denoiser's model as its target. Uniform-state diffusion of a Denoiser takes
+            one, because it may replace all of them.
         like_transformers: take random numbers from torch's default generator in the order of transformers' `generate`,
             and keep the batch together as it does, so that DiffusionGemma gives the same tokens at the same
             `torch.manual_seed`. It is slower and needs a batch_size that holds all prompts.
@@ -87,12 +91,18 @@ def decode_canvas(
         return CanvasDecoded([])
     if like_transformers and batch_size < len(prompts):
         raise ValueError(f"like_transformers=True decodes all {len(prompts)} prompts at a time; batch_size is less")
+    if like_transformers and isinstance(process, MaskedDiffusion):
+        raise ValueError("like_transformers=True is for uniform-state diffusion: transformers has no masked one")
     slots = min(batch_size, len(prompts))
     longest = max(map(len, prompts))
     room = max(length if canvas is None else len(canvas) for canvas in given) + max_new_tokens - 1
     tokens = longest + -(-room // length) * length
     forward = canvas_forward(model, slots=slots + 1, tokens=tokens, rows=max(length, CHUNK))
     _check_process(process, forward.mask_id)
+    if drafter is not None:
+        if forward.mask_id is not None or not isinstance(model, Denoiser):
+            raise ValueError("a drafter of canvases goes with a Denoiser of uniform-state diffusion")
+        forward.guess(drafter, length=length, slots=slots + 1, tokens=tokens)
     vocab_size = forward.like.shape[0]
     for index, tokens in enumerate(prompts):
         if not tokens:

@@ -37,7 +37,7 @@ class DiffusionGemmaForward:
             older than `OLDEST`.
     """
 
-    mask_id, self_conditions = None, True
+    mask_id, self_conditions, first_guess = None, True, None
 
     def __init__(self, model: PreTrainedModel, *, slots: int, tokens: int, rows: int):
         if version.parse(transformers.__version__) < version.parse(OLDEST):

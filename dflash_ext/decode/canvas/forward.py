@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ...models import Denoiser, is_diffusion_gemma
+from ...models import Denoiser, DFlashDrafter, Target, is_diffusion_gemma
 from ...ops import soft_embedding
 from ..forward import target_forward
-from ..forward.masks import block_masks, causal_masks
+from ..forward.masks import Masks, block_masks, causal_masks
 from .diffusion_gemma import DiffusionGemmaForward
+from .first_guess import FirstGuess
 
 
 class CanvasForward(Protocol):
@@ -27,11 +28,13 @@ class CanvasForward(Protocol):
     mask_id: the mask token; None if there is none.
     self_conditions: whether a step's logits are an input of the next one.
     like: the embedding's weight, [V, H].
+    first_guess: drafts canvases, which then begin with its tokens instead of noise; None if nothing does.
     """
 
     mask_id: int | None
     self_conditions: bool
     like: Tensor
+    first_guess: FirstGuess | None
 
     def encode(self, tokens: Tensor, positions: Tensor, start: Tensor, counts: Tensor, slots: Tensor) -> None:
         """Reads tokens of prompts into the cache."""
@@ -64,15 +67,29 @@ class CausalForward:
         self.forward = target_forward(self.target, slots=slots, tokens=tokens, rows=rows)
         self.embedding = self.target.model.get_input_embeddings()
         self.like = self.embedding.weight
+        self.first_guess: FirstGuess | None = None
         self.mask_id, self.self_conditions = denoiser.mask_id, denoiser.self_conditioning is not None
         self.block = block_masks if denoiser.attention == "bidirectional" else causal_masks
         self.committed = block_masks if denoiser.prefix == "block_causal" else causal_masks
 
     def encode(self, tokens: Tensor, positions: Tensor, start: Tensor, counts: Tensor, slots: Tensor) -> None:
-        self.forward.read(tokens, positions, start, counts, slots, ends=())
+        self._keep(tokens, positions, start, counts, slots, causal_masks)
 
     def commit(self, tokens: Tensor, positions: Tensor, start: Tensor, counts: Tensor, slots: Tensor) -> None:
-        self.forward.read(tokens, positions, start, counts, slots, ends=(), masks=self.committed)
+        self._keep(tokens, positions, start, counts, slots, self.committed)
+
+    def guess(self, drafter: DFlashDrafter, *, length: int, slots: int, tokens: int) -> None:
+        """Lets a drafter draft canvases, as `FirstGuess` does."""
+        self.target = Target(self.target.model, drafter.config.target_layer_ids)
+        self.first_guess = FirstGuess(drafter, self.target, length=length, slots=slots, tokens=tokens)
+
+    def _keep(
+        self, tokens: Tensor, positions: Tensor, start: Tensor, counts: Tensor, slots: Tensor, masks: Masks
+    ) -> None:
+        taps = self.target.tap_ids if self.first_guess else ()
+        features = self.forward.read(tokens, positions, start, counts, slots, taps, ends=(), masks=masks)[1]
+        if self.first_guess:
+            self.first_guess.read(tokens, features, positions, slots)
 
     def denoise(
         self, tokens: Tensor, positions: Tensor, start: Tensor, counts: Tensor, slots: Tensor, soft: Tensor | None

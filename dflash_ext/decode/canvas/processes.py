@@ -90,7 +90,7 @@ class MaskedDiffusion:
 
     def step(self, rows: Rows, logits: Tensor, bias: Tensor | None, randomness: Randomness) -> None:
         """One step with the logits [N, L, V]; the bias [V] is added to them."""
-        drawn, confidence = randomness.sample(logits, rows, logit_bias=bias, **self._filters)
+        drawn, confidence = randomness.sample(logits, rows, logit_bias=bias, return_confidence=True, **self._filters)
         scores = {"left_to_right": None, "confidence": confidence, "margin": drawn.margin, "entropy": -drawn.entropy}
         limit = {name: getattr(self, name) for name in _LIMITS}
         if self.schedule:
@@ -160,7 +160,7 @@ class UniformDiffusion:
         """One step with the logits [N, L, V]; the bias [V] is added to them."""
         live, running = rows.live, rows.running[:, None]
         temperature = self.temperature(rows)[:, None].expand(live.shape)
-        drawn, _ = randomness.sample(logits, rows, temperature=temperature, logit_bias=bias)
+        drawn = randomness.sample(logits, rows, temperature=temperature, logit_bias=bias)
         rows.accepted = running & reveal(-drawn.entropy, live, entropy=drawn.entropy, entropy_bound=self.entropy_bound)
         rows.finite = rows.finite & (drawn.max_prob.isfinite() | ~live).all(-1)
         same = ((drawn.argmax == rows.best) | ~live).all(-1)

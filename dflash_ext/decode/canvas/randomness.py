@@ -17,8 +17,8 @@ class Randomness(Protocol):
     def noise(self, rows: Rows, vocab_size: int) -> Tensor:
         """Uniform tokens for every position of the canvases, int64 [N, L]."""
 
-    def sample(self, logits: Tensor, rows: Rows, **options) -> tuple[Sample, Tensor]:
-        """Draws from logits [N, L, V]; the options are those of `ops.sample`. Also returns the draws' confidence."""
+    def sample(self, logits: Tensor, rows: Rows, **options) -> Sample | tuple[Sample, Tensor]:
+        """Draws from logits [N, L, V]; the options and what is returned are those of `ops.sample`."""
 
 
 class Seeded:
@@ -32,8 +32,8 @@ class Seeded:
         uniforms = uniforms_of(seeds.flatten(), NOISE, seeds.numel(), 1)
         return (uniforms * vocab_size).long().view_as(seeds)
 
-    def sample(self, logits: Tensor, rows: Rows, **options) -> tuple[Sample, Tensor]:
-        return sample(logits, self._seeds(rows), return_confidence=True, **options)
+    def sample(self, logits: Tensor, rows: Rows, **options) -> Sample | tuple[Sample, Tensor]:
+        return sample(logits, self._seeds(rows), **options)
 
     def _seeds(self, rows: Rows) -> Tensor:
         return derived(rows.seed, rows.step)[:, None] + rows.positions
@@ -48,9 +48,9 @@ class LikeTransformers:
     def noise(self, rows: Rows, vocab_size: int) -> Tensor:
         return torch.randint(0, vocab_size, rows.canvas.shape, device=rows.canvas.device)
 
-    def sample(self, logits: Tensor, rows: Rows, **options) -> tuple[Sample, Tensor]:
-        drawn, confidence = sample(logits, 0, return_confidence=True, **options)
+    def sample(self, logits: Tensor, rows: Rows, **options) -> Sample:
+        drawn = sample(logits, 0, **options)
         temperature = torch.as_tensor(options["temperature"], device=logits.device)
         probabilities = torch.softmax(logits.float() / temperature[..., None], dim=-1)
         tokens = torch.multinomial(probabilities.flatten(0, -2), 1).view(drawn.token.shape)
-        return drawn._replace(token=tokens), confidence
+        return drawn._replace(token=tokens)

@@ -57,6 +57,38 @@ def test_a_draft_is_a_canvas_behind_the_anchor():
     assert drafts[0] != drafts[1]
 
 
+def dense_logits(drafter: Denoiser, context: list[int], canvas: torch.Tensor, soft: torch.Tensor) -> torch.Tensor:
+    """The logits of a canvas by the model's own attention under a dense mask: [L, V]."""
+    model, known = drafter.target.model, len(context)
+    ids = torch.tensor([[*context, *canvas.tolist()]])
+    embedded = model.get_input_embeddings()(ids)
+    embedded[:, known:] = drafter.self_conditioning(embedded[:, known:], soft[None])
+    sees = torch.ones(ids.shape[1], ids.shape[1], dtype=torch.bool).tril()
+    sees[known:] = True
+    mask = torch.zeros(sees.shape).masked_fill(~sees, torch.finfo(torch.float32).min)[None, None]
+    return model(inputs_embeds=embedded, attention_mask=mask).logits[0, known:]
+
+
+@torch.no_grad()
+def test_a_second_step_reads_the_draft_and_what_was_expected():
+    drafter = denoiser()
+    target, options = drafter.target, dict(max_new_tokens=16, block_size=5, seed=[7, 7, 7])
+    target.model.set_attn_implementation("eager")
+    for completion, prompt in zip(
+        decode(target, drafter, PROMPTS, denoising_steps=2, **options).completions, PROMPTS, strict=True
+    ):
+        known = 1
+        for drafted, accepted in zip(completion.drafted, completion.accepted, strict=True):
+            context = [*prompt, *completion.tokens[:known]]
+            places = len(context) + torch.arange(4)
+            noise = (uniforms_of(7 + places, NOISE, 4, 1)[:, 0] * target.vocab_size).long()
+            first = dense_logits(drafter, context, noise, torch.zeros(4, target.embedding_size))
+            soft = first.softmax(-1) @ target.model.get_input_embeddings().weight
+            second = dense_logits(drafter, context, first.argmax(-1), soft)
+            assert second.argmax(-1).tolist()[: len(drafted)] == drafted
+            known += accepted + 1
+
+
 def test_the_folder_of_a_denoiser_is_that_of_a_drafter(tmp_path):
     target = Target(tiny_model("llama"))
     save_adaptation(UniformAdaptation.for_target(target, mask_id=None), tmp_path)

@@ -6,8 +6,8 @@ import pytest
 import torch
 from transformers.models.diffusion_gemma.generation_diffusion_gemma import EntropyBoundSamplerConfig
 
-from dflash_ext.decode.canvas import UniformDiffusion, decode_canvas
-from python_tests.decode.canvas.models import CANVAS, tiny_diffusion_gemma
+from dflash_ext.decode.canvas import MaskedDiffusion, UniformDiffusion, decode_canvas
+from python_tests.decode.canvas.models import CANVAS, tiny_denoiser, tiny_diffusion_gemma
 from python_tests.tiny import random_prompts
 
 PAD = 0
@@ -119,3 +119,8 @@ def test_an_encoder_that_is_not_causal_is_refused(model):
 def test_a_batch_that_does_not_stay_together_is_refused(model):
     with pytest.raises(ValueError, match="decodes all 3 prompts at a time"):
         decode_canvas(model, [[3], [4], [5]], UniformDiffusion(), like_transformers=True, batch_size=2)
+
+
+def test_masked_diffusion_is_refused():
+    with pytest.raises(ValueError, match="transformers has no masked one"):
+        decode_canvas(tiny_denoiser(), [[3]], MaskedDiffusion(), like_transformers=True)
