@@ -5,12 +5,13 @@
 
 Each folder is a drafter of either kind. A gated LoRA drafter is measured with one forward a cycle and with two, and by
 `--rows` with other numbers of mask rows than it was trained with. A row of the results has tau and the tokens a second
-of all rows of a batch, prefill and captures of graphs left out.
+of all rows of a batch, prefill and captures of graphs left out. `results/lora_decoding_<gpu>.svg` plots them.
 """
 
 from __future__ import annotations
 
 import argparse
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -39,6 +40,45 @@ def ways(
             for forwards in (1, 2) if drafter.config.kind == "gated" else (2,):
                 name = f"{folder.name}, {drafter.config.kind}, {rows} rows, {forwards} a cycle"
                 yield name, target, drafter, {"forwards": forwards, "block_size": rows + 1}
+
+
+def generate_speed(model: PreTrainedModel, prompts: Sequence[Sequence[int]], stops: Sequence[int], new: int) -> float:
+    """The tokens a second of transformers' `generate`, greedy, for one batch. Prompts are padded on the left."""
+    most = max(map(len, prompts))
+    ids = torch.tensor([[stops[0]] * (most - len(prompt)) + list(prompt) for prompt in prompts], device=model.device)
+    there = torch.tensor([[0] * (most - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=model.device)
+    options = {"do_sample": False, "eos_token_id": list(stops), "pad_token_id": stops[0]}
+    model.generate(ids, attention_mask=there, max_new_tokens=4, **options)
+    start = time.perf_counter()
+    made = model.generate(ids, attention_mask=there, max_new_tokens=new, **options)[:, most:].cpu()
+    seconds = time.perf_counter() - start
+    ended = torch.isin(made, torch.tensor(stops)).cumsum(dim=1)
+    return int((ended == 0).sum() + (ended[:, -1] > 0).sum()) / seconds
+
+
+def plot(rows: Sequence[dict], path: Path) -> None:
+    """Tokens a second over plain decoding's: a panel for each set and temperature, a group of bars for each batch."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    impls = list(dict.fromkeys(row["impl"] for row in rows))
+    panels: dict[str, dict[str, dict[str, float]]] = {}
+    for row in rows:
+        stem, batch, temperature = row["case"].split(", ")
+        panels.setdefault(f"{stem}, {temperature}", {}).setdefault(batch, {})[row["impl"]] = row["times_plain"]
+    size = {"figsize": (9, 2.6 * len(panels)), "layout": "constrained"}
+    figure, axes = pyplot.subplots(len(panels), squeeze=False, **size)
+    for axis, (title, batches) in zip(axes[:, 0], panels.items(), strict=True):
+        for index, impl in enumerate(impls):
+            width, heights = 0.85 / len(impls), [found.get(impl, 0.0) for found in batches.values()]
+            axis.bar([group + index * width for group in range(len(batches))], heights, width, label=impl)
+        axis.set_xticks([group + 0.4 for group in range(len(batches))], list(batches))
+        axis.set_ylabel("x plain decoding")
+        axis.set_title(title, fontsize=9)
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), fontsize=7, loc="outside lower center", ncols=3)
+    figure.savefig(path)
 
 
 def parameters(drafter: torch.nn.Module | None) -> int:
@@ -79,7 +119,13 @@ def main() -> None:
                     rows.append(row)
                     told = f"tau {decoded.tau:5.2f}  {speed:8.0f} tokens/s  {speed / plain:5.2f} x plain"
                     print(f"  {case:32} {impl:44} {told}", flush=True)
+                if temperature == 0:
+                    speed = generate_speed(model, prompts[:batch], limits["stop_token_ids"], given.max_new_tokens)
+                    row = {"case": case, "impl": "generate of transformers", "tau": 1.0, "tokens_per_second": speed}
+                    rows.append(row | {"times_plain": speed / plain, "parameters": 0})
+                    print(f"  {case:32} {row['impl']:44} {speed:8.0f} tokens/s", flush=True)
                 print(runner.write(name, rows, {}), flush=True)
+    plot(rows, runner.RESULTS / f"{name}.svg")
 
 
 if __name__ == "__main__":
