@@ -1,10 +1,12 @@
 """How many tokens a cycle drafts: what is chosen, and that output stays the target's own."""
 
 import random
+import time
 
 import pytest
 
 from dflash_ext.decode import Engine, decode
+from dflash_ext.decode.drawing import Drawing
 from dflash_ext.decode.graphs import PlainRunner
 from dflash_ext.decode.pace import PROBE, RUNS, Costs, Pace, draft_widths
 from python_tests.decode.oracle import Oracle, own_output
@@ -133,6 +135,14 @@ def test_costs_are_measured_in_cycles_that_are_needed_anyway():
     assert sum(counts) <= cycles and max(counts) <= RUNS
     tables = engine.costs.tables()
     assert all({*table} == {0, 1, 3, 5} and min(table.values()) > 0 for table in tables.values())
+
+
+def test_other_work_on_a_cpu_does_not_count(monkeypatch):
+    """As long as the thread does not run, no cost grows, as beside other processes that take the processor."""
+    engine = Engine(*tiny_pair("llama"), slots=1, max_length=100, block_size="auto")
+    monkeypatch.setattr(PlainRunner, "run", lambda self, slots, drawing, width: time.sleep(0.5))
+    _, seconds = engine.runner.timed_run([0], Drawing(), 0)
+    assert seconds < 0.25
 
 
 def test_costs_that_are_not_measured_are_estimated():
