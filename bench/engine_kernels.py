@@ -17,23 +17,32 @@ from torch.profiler import ProfilerActivity, profile
 
 from bench.engine_models import SHAPES, bytes_of, loaded, pair, replay, timed
 
+REPEATS = 5  # calls, of which the profiler delays some kernel in each
+
 
 def timeline(call: Callable[[], object]) -> list[tuple[str, float]]:
-    """The kernels of a call in the order of their starts, with their costs in us."""
+    """The kernels of a call in the order of their starts, with their costs in us, the medians over some calls."""
     for _ in range(3):
         call()
     torch.cuda.synchronize()
     with profile(activities=[ProfilerActivity.CUDA]) as trace:
-        call()
-        torch.cuda.synchronize()
+        for _ in range(REPEATS):
+            call()
+            torch.cuda.synchronize()
     events = [event for event in trace.events() if event.device_type == DeviceType.CUDA]
     events.sort(key=lambda event: event.time_range.start)
-    kernels, end = [], None
+    count = len(events) // REPEATS
+    calls = [costs(events[first : first + count]) for first in range(0, count * REPEATS, count)]
+    return [(short(event.name), median(each)) for event, *each in zip(events, *calls, strict=False)]
+
+
+def costs(events: list) -> list[float]:
+    """By how much each kernel of a call moves the end of what has run so far, in us."""
+    found, end = [], events[0].time_range.start
     for event in events:
-        begin = event.time_range.start if end is None else end
-        end = max(begin, event.time_range.end)
-        kernels.append((short(event.name), end - begin))
-    return kernels
+        found.append(max(end, event.time_range.end) - end)
+        end = max(end, event.time_range.end)
+    return found
 
 
 def short(name: str) -> str:
