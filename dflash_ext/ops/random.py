@@ -37,7 +37,7 @@ def uniforms_of(seed: Tensor, stream: int, rows: int, count: int) -> Tensor:
     return _shifted(bits, 11).double() * 2.0**-53
 
 
-def derived(seed: Tensor, counter: Tensor) -> Tensor:
+def derived(seed: Tensor, counter: Tensor | int) -> Tensor:
     """Seeds that are independent of each other for every seed and counter; int64, of the shape to which they broadcast.
 
     Sums of a seed and a counter are not: seed 0 at counter 1 would be seed 1 at counter 0.

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from ...models import Denoiser, Target
 from ...ops.cycle import CycleRows
-from ...ops.random import NOISE, uniforms_of
 from ..drafts.base import Draft
+from ..drafts.uniform import next_block, noise, places_of
 from ..kv_cache import MOST_ROWS
 from .forward import CausalForward
 
@@ -16,9 +16,9 @@ from .forward import CausalForward
 class CanvasDraft(Draft):
     """Drafts canvases with a denoiser, which has a cache of its own.
 
-    A canvas stands behind the anchor and starts from random tokens. Every step reads what the one before has drawn, in
-    all positions, and is conditioned on what it expected. With several steps a token depends on those behind it, too,
-    so that such a draft is a point mass, and the likeliest one.
+    A canvas stands behind the anchor and starts from random tokens. Every step reads what the one before was sure of
+    (`next_block`), and is conditioned on what that expected. With several steps a token depends on those behind it,
+    too, so that such a draft is a point mass, and the likeliest one.
 
     Args:
         denoiser: of uniform noise. A denoiser of masked diffusion is a LoRA drafter.
@@ -56,22 +56,18 @@ class CanvasDraft(Draft):
     def draft(
         self, rows: CycleRows, width: int, filters: dict[str, Tensor], changes: dict[str, Tensor]
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        active, first = rows.active.bool(), rows.start + 1
+        active, places = rows.active.bool(), places_of(rows, width)
         self._read(rows.slots, rows.start, active, rows.anchor)
-        places = first[:, None] + torch.arange(width, device=first.device)
-        seeds = (rows.seed[:, None] + places).flatten()
-        uniforms = uniforms_of(seeds, NOISE, len(seeds), 1)
-        tokens, facts = (uniforms * self.target.vocab_size).long().view_as(places), {}
-        where = torch.where(active[:, None], places, -1), first, rows.active * width, rows.slots
-        like = self.forward.like
+        where = torch.where(active[:, None], places, -1), places[:, 0], rows.active * width, rows.slots
+        tokens, like = noise(rows, width, self.target.vocab_size), self.forward.like
         soft = torch.zeros(*tokens.shape, like.shape[1], dtype=like.dtype, device=like.device)
-        known = filters if self.steps == 1 else {}
-        for step in range(self.steps):
+        for step in range(1, self.steps + 1):
             logits = self.forward.denoise(tokens, *where, soft)
-            tokens, facts = self.draw(logits, None, rows.anchor, rows.seed, first, known, changes)
-            if step + 1 < self.steps:
+            if step < self.steps:
                 soft = self.forward.condition(logits, torch.ones(tokens.shape, device=like.device))
-        return tokens, facts
+                tokens = next_block(rows, logits, step)
+        known = filters if self.steps == 1 else {}
+        return self.draw(logits, None, rows.anchor, rows.seed, places[:, 0], known, changes)
 
     def block_len(self, width: int) -> int:
         return width + 1 if width else 0

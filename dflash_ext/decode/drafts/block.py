@@ -9,11 +9,11 @@ from ...models import DFlashDrafter, Target
 from ...ops import kv_inject, linear
 from ...ops.cycle import CycleRows
 from ...ops.layer import add_rms_norm
-from ...ops.random import NOISE, uniforms_of
 from ..forward.families import drafter_stack
 from ..forward.layers import Rows
 from ..kv_cache import KVCache, block_table
 from .base import Draft, narrow
+from .uniform import next_block, noise
 
 
 class BlockDraft(Draft):
@@ -94,20 +94,17 @@ class BlockDraft(Draft):
 class UniformDraft(BlockDraft):
     """Drafts with a drafter of uniform noise: a block starts from random tokens, and each step draws all of it anew.
 
-    With several steps a token depends on those behind it, too. So such a draft is a point mass, and the likeliest one.
+    A step reads what the one before was sure of (`next_block`). With several steps a token depends on those behind it,
+    too. So such a draft is a point mass, and the likeliest one.
     """
 
     def draft(
         self, rows: CycleRows, width: int, filters: dict[str, Tensor], changes: dict[str, Tensor]
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        first = rows.start + 1
-        places = first[:, None] + torch.arange(width, device=first.device)
-        seeds = (rows.seed[:, None] + places).flatten()
-        uniforms = uniforms_of(seeds, NOISE, len(seeds), 1)
-        tokens, facts = (uniforms * self.target.vocab_size).long().view_as(places), {}
-        for _ in range(self.steps):
-            block = torch.cat([rows.anchor[:, None], tokens], dim=1)
-            logits = self.read(rows, block, 1, width)
-            known = filters if self.steps == 1 else {}
-            tokens, facts = self.draw(logits, None, rows.anchor, rows.seed, first, known, changes)
-        return tokens, facts
+        tokens = noise(rows, width, self.target.vocab_size)
+        for step in range(1, self.steps + 1):
+            logits = self.read(rows, torch.cat([rows.anchor[:, None], tokens], dim=1), 1, width)
+            if step < self.steps:
+                tokens = next_block(rows, logits, step)
+        known = filters if self.steps == 1 else {}
+        return self.draw(logits, None, rows.anchor, rows.seed, rows.start + 1, known, changes)
