@@ -7,6 +7,7 @@ small model. The converted folder loads like any other checkpoint.
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import shutil
 import struct
@@ -49,7 +50,8 @@ def convert_gguf(
     place what the GGUF format loses. The folder appears whole or not at all, and a folder that another process has
     finished in the meantime is kept.
 
-    Raises ValueError if the file is missing or broken, or if the package ``gguf`` is not installed.
+    Raises ValueError if the file is missing or broken, if the package ``gguf`` is not installed, or if this release of
+    transformers reads the tokenizer as another kind than it is.
     """
     gguf, folder = Path(gguf), Path(folder)
     if not gguf.is_file():
@@ -100,6 +102,7 @@ def _read(gguf: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         loaded = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32, **options)
     except (ValueError, struct.error) as error:
         raise ValueError(f"{gguf}: cannot be read as a GGUF checkpoint: {error}") from None
+    check_tokenizer_kind(gguf, tokenizer)
     # A model read from a GGUF refuses to be saved, and its config points back at the file.
     if hasattr(loaded.config, "quantization_config"):
         del loaded.config.quantization_config
@@ -107,6 +110,22 @@ def _read(gguf: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     model.load_state_dict(loaded.state_dict())
     model.generation_config = loaded.generation_config
     return model, tokenizer
+
+
+def check_tokenizer_kind(gguf: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raises ValueError if a tokenizer that merges pairs (BPE) was read as a unigram model.
+
+    transformers 5.17 does so with Gemma's, which then splits most words into letters, without any error; 5.24 is right.
+    """
+    from gguf import GGUFReader
+
+    kind = GGUFReader(gguf).get_field("tokenizer.ggml.model").contents()
+    read = json.loads(tokenizer.backend_tokenizer.to_str())["model"]["type"]
+    if kind == "llama" and read == "Unigram":  # "t5" is the kind of unigram models
+        raise ValueError(
+            f"{gguf}: transformers {transformers.__version__} reads its tokenizer as a unigram model, which splits "
+            "words into letters: a newer release is needed (5.24 will do)"
+        )
 
 
 def _packaged_gguf(package: str) -> Path:

@@ -3,8 +3,11 @@ from importlib.machinery import ModuleSpec
 
 import pytest
 import torch
+from gguf import GGUFWriter
+from tokenizers import Tokenizer
+from tokenizers.models import BPE, Unigram
 from tqdm.auto import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from dflash_ext.integrations import gguf
 from python_tests.data.words import word_tokenizer
@@ -70,6 +73,23 @@ def test_a_conversion_shows_no_bars_and_is_announced(tmp_path, monkeypatch, caps
     folder = gguf.smollm2_path(tmp_path / "cache")
     assert (folder / "model.safetensors").exists()
     assert capsys.readouterr().err == f"SmolLM2 is converted once, to {folder}; this takes about a minute\n"
+
+
+def test_a_tokenizer_of_another_kind_is_refused(tmp_path):
+    """Some releases of transformers read Gemma's tokenizer as a unigram model, which splits words into letters."""
+    for kind in ("llama", "t5"):
+        writer = GGUFWriter(tmp_path / kind, "gemma3")
+        writer.add_tokenizer_model(kind)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+    letters = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(Unigram([("a", 0.0), ("b", 0.0)])))
+    merged = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(BPE({"a": 0, "b": 1, "ab": 2}, [("a", "b")])))
+    gguf.check_tokenizer_kind(tmp_path / "t5", letters)
+    gguf.check_tokenizer_kind(tmp_path / "llama", merged)
+    with pytest.raises(ValueError, match="reads its tokenizer as a unigram model, which splits words into letters"):
+        gguf.check_tokenizer_kind(tmp_path / "llama", letters)
 
 
 def test_where_the_cache_is(tmp_path, monkeypatch):
