@@ -94,6 +94,20 @@ def test_a_mask_that_one_kind_of_layer_ignores(monkeypatch):
     assert ("note", "block_attn, interval mask, sliding_attention") in verdicts
 
 
+def test_sharp_attention_is_probed_with_further_inputs():
+    """In bfloat16 it sees few keys of one random input, as Gemma 3 270M does."""
+    model = tiny_model("gemma3").bfloat16()
+    for layer in model.model.layers:
+        layer.self_attn.q_norm.weight.fill_(80)
+    mask = IntervalMask.prefix_block(LENGTH, 6)
+    target = Target(model)
+    target.decoder.set_attn_implementation("block_attn")
+    shown = mask.to_bool()[0, 0].triu(1)
+    assert min(float(rows[shown].float().mean()) for rows in visible(target, mask).values()) < 0.5
+    verdicts = found(model, word_tokenizer())
+    assert verdicts["ok", "block_attn, interval mask, full_attention"] == "honoured, bidirectional and block-wise"
+
+
 def test_what_is_refused_is_told():
     model, tokenizer = tiny_model("llama"), word_tokenizer()
     verdicts = found(model, tokenizer, targets="c_attn", implementation="flash_attention_2")
