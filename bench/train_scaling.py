@@ -86,9 +86,11 @@ def of_ranks(ranks: int, kind: str) -> dict:
 
 
 def main(output: str | None = None) -> None:
-    rows: list[dict] = []
-    for ranks, kind in ((1, "DDP"), (2, "DDP"), (4, "DDP"), (8, "DDP"), (2, "FSDP2"), (4, "FSDP2"), (8, "FSDP2")):
-        if ranks > torch.cuda.device_count():
+    """Measures what the file does not have yet."""
+    rows: list[dict] = json.loads(Path(output).read_text())["runs"] if output and Path(output).exists() else []
+    known = {(row["gpus"], row["kind"]) for row in rows}
+    for ranks, kind in ((1, "DDP"), (2, "DDP"), (4, "DDP"), (8, "DDP"), (4, "FSDP2"), (2, "FSDP2"), (8, "FSDP2")):
+        if ranks > torch.cuda.device_count() or (ranks, kind) in known:
             continue
         row = {"gpus": ranks, "kind": kind} | of_ranks(ranks, kind)
         one = rows[0] if rows else row

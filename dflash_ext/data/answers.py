@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
+from accelerate.utils import gather_object
 
 from ..decode import Completion, decode
 from ..models import Target
@@ -71,7 +73,7 @@ def answer_prompts(
         "prompts": fingerprints.of_prompts(prompts),
     }
     ranks = PartialState(cpu=target.device.type == "cpu")
-    with ranks.main_process_first():
+    with _first(ranks.is_main_process):
         answered = resume(path, header) if ranks.is_main_process else answered_in(path)
     wanted = [(index, *sample) for sample in _numbered(temperatures) for index in prompts]
     missing = [one for one in wanted if one not in answered]
@@ -110,10 +112,25 @@ def answer_prompts(
                 write(position, completion.tokens)
 
             decode(target, None, asked, batch_size=batch_size, on_finish=finish, **sampling, **limits)
-    ranks.wait_for_everyone()
-    with ranks.main_process_first():
+    _wait()
+    with _first(ranks.is_main_process):
         if ranks.is_main_process:
             resume(path, header)
+
+
+@contextmanager
+def _first(is_main: bool) -> Iterator[None]:
+    """The main process runs the block first, and the others after it."""
+    if not is_main:
+        _wait()
+    yield
+    if is_main:
+        _wait()
+
+
+def _wait() -> None:
+    """Waits for all processes. Accelerate's barrier would need a GPU for each of them."""
+    gather_object([None])
 
 
 def conversation_numbers(conversations: Sequence[Conversation]) -> dict[int, int]:

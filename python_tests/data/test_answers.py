@@ -130,3 +130,14 @@ def test_prompts_that_are_all_too_long():
     conversations = [Conversation.user(text) for text in PROMPTS]
     with pytest.raises(DataError, match="a prompt has 15 tokens, at most 3 are allowed: 'what is it'"):
         encode_all(conversations, letters(), max_prompt_tokens=3)
+
+
+def test_processes_may_share_a_gpu(target, tmp_path, monkeypatch):
+    """Accelerate's barrier names a GPU by the process's number, which may be above that of the GPUs."""
+
+    def barrier(self):
+        raise AssertionError("invalid device ordinal")
+
+    monkeypatch.setattr("accelerate.PartialState.wait_for_everyone", barrier)
+    answer_prompts(target, {0: [3, 4, 5]}, tmp_path / "answers.jsonl", max_new_tokens=4)
+    assert len((tmp_path / "answers.jsonl").read_text().splitlines()) == 2
