@@ -51,7 +51,7 @@ OPTIONS_OF = {
         *("noise", "denoiser", "sample_from_anchor"),
     ),
     "lora": (
-        *("lora_kind", "rank", "alpha", "linear_layers", "causal", "sampler_width", "start_from"),
+        *("lora_kind", "rank", "alpha", "linear_layers", "causal", "sampler_width"),
         *("kl_weight", "context_ratio", "fixed_anchors", "cuda_graphs"),
     ),
 }
@@ -140,7 +140,8 @@ def train(
         Path | None,
         typer.Option(
             metavar="<folder>",
-            help="With --drafter lora: begin with this LoRA drafter. If its rank is larger, its updates are reduced.",
+            help="Begin with the weights of this drafter, which is of the same kind and shape. The rank of a LoRA "
+            "drafter may be larger: its updates are then reduced.",
         ),
     ] = None,
     steps: TrainingSteps = 1000,
@@ -263,7 +264,7 @@ def train(
 
     from ..data import LeftOut, Server, conversation_numbers, read_conversations
     from ..data.parsing import require_file
-    from ..models import Target, load_denoiser, load_lora_drafter, stop_tokens
+    from ..models import Target, load_denoiser, load_drafter, load_lora_drafter, stop_tokens
     from ..train import LoraRecipe, Recipe, new_drafter, new_lora_drafter, train_on_answers, train_on_prompts
     from ..train.arguments import trainer_arguments
 
@@ -327,8 +328,6 @@ def train(
             **made,
         )
         tapped = Target(model)
-        if start_from is not None:
-            trained.start_from(load_lora_drafter(start_from, tapped, dtype=torch.float32))
         what = f"a {lora_kind} adapter of rank {rank} on {len(trained.adapter.paths)} linear layers"
     else:
         options = dict(num_layers=layers, taps=chosen_taps, intermediate_size=intermediate_size, noise=noise)
@@ -336,6 +335,12 @@ def train(
         trained = new_drafter(Target(model), seed, **options, **made)
         tapped = Target(model, trained.config.target_layer_ids)
         what = f"{layers} layers, taps {trained.config.target_layer_ids}"
+    if start_from is not None:
+        if is_lora:
+            begun = load_lora_drafter(start_from, tapped, dtype=torch.float32)
+        else:
+            begun = load_drafter(start_from, dtype=torch.float32, device=model.device)
+        trained.start_from(begun)
     parameters = sum(p.numel() for p in trained.parameters())
     shown.print(f"drafter: {parameters / 1e6:.1f} M parameters, {what}")
     options = dict(max_length=max_length, held_out=held_out, resume=resume, console=shown)

@@ -218,6 +218,18 @@ class DFlashDrafter(PreTrainedModel):
         """A new drafter of random weights for `target`; `options` are those of `DFlashConfig.for_target`."""
         return cls(DFlashConfig.for_target(target, mask_token_id=mask_token_id, **options))
 
+    def start_from(self, other: DFlashDrafter) -> None:
+        """Takes over the weights of another drafter; its blocks may have another size.
+
+        Raises:
+            ValueError: the drafters have other taps or layers of another shape.
+        """
+        for name in ("target_layer_ids", "num_hidden_layers", "hidden_size", "intermediate_size"):
+            mine, theirs = getattr(self.config, name), getattr(other.config, name)
+            if mine != theirs:
+                raise ValueError(f"the drafter to start from has {name} {theirs}, the new one {mine}")
+        self.load_state_dict(other.state_dict())
+
     def get_input_embeddings(self) -> None:
         """None: no embedding is trained. Accelerate asks for it when it shards a model."""
 

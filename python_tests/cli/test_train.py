@@ -56,6 +56,19 @@ def test_the_slot_of_the_anchor_may_draft(workspace, run):
     assert any("eval_acceptance_4" in entry for entry in log)
 
 
+def test_a_training_may_begin_with_a_drafter(workspace, run):
+    first, second = workspace / "first", workspace / "second"
+    train = [*words(workspace), "--steps", 1, "--save-every", 1]
+    assert run(*train, "--output", first, "--learning-rate", 0.1)[0] == 0
+    code, _, errors = run(*train, "--output", second, "--start-from", first, "--learning-rate", 1e-9, "--seed", 7)
+    assert code == 0, errors
+    begun, trained = (load_drafter(folder).state_dict() for folder in (first, second))
+    for name, weights in begun.items():
+        torch.testing.assert_close(trained[name], weights, rtol=1e-2, atol=1e-6)  # they are saved in bfloat16
+    code, _, errors = run(*train, "--output", workspace / "third", "--start-from", first, "--taps", "0,3")
+    assert code == 1 and "the drafter to start from has target_layer_ids [1, 3], the new one [0, 3]" in errors
+
+
 def test_turns_of_one_conversation_stay_together(workspace, run):
     rows = [[f"w{10 + conversation:03} w{number:03}" for number in (5, 6, 7)] for conversation in range(6)]
     chats = [{"messages": [{"role": "user", "content": turn} for turn in turns]} for turns in rows]
