@@ -36,10 +36,18 @@ demo: .venv/ready
 test: .venv/ready
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile $(ARGS)
 
+# What depends on the version of transformers: its attention, models, caches and generate, and its Trainer. The rest of
+# decode and train (the loop of the engine, canvases, losses, the order of samples) reaches transformers through these only.
+TRANSFORMERS := integrations models \
+	$(addprefix decode/,test_families.py test_forward.py test_modules.py test_drafter_layouts.py test_text.py) \
+	decode/canvas/test_like_transformers.py \
+	$(addprefix train/,test_training.py test_run.py test_checkpoints.py test_recipe.py test_reporting.py) \
+	$(addprefix train/,test_lora_drafters.py test_denoisers.py test_parallel.py)
+
 # Packages whose versions differ from constraints.txt are installed in a separate folder. Python searches it first.
 test-oldest test-newest: test-%: build/%/ready
 	PYTHONPATH=$(CURDIR)/build/$* OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile \
-	python_tests/integrations python_tests/models python_tests/decode python_tests/train $(ARGS)
+	$(addprefix python_tests/,$(TRANSFORMERS)) $(ARGS)
 
 build/%/ready: constraints.txt constraints-%.txt .venv/ready
 	rm -rf build/$*

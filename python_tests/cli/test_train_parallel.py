@@ -1,9 +1,20 @@
+import contextlib
 import json
 
 import pytest
 
+from dflash_ext.cli import app
 from python_tests.cli.test_train import words
-from python_tests.train.ranks import torchrun
+from python_tests.train.ranks import in_processes, torchrun
+
+
+def command(told, *words) -> None:
+    """Runs a command line as one of several processes, which add what they write to standard error to the file `told`.
+
+    The console of errors writes to what `sys.stderr` is then.
+    """
+    with open(told, "a") as file, contextlib.redirect_stderr(file):
+        app([str(word) for word in words], standalone_mode=False)
 
 
 def test_ranks_divide_the_prompts_of_the_command(workspace, run):
@@ -37,13 +48,11 @@ def test_answers_of_several_processes(workspace, run):
     code, printed, errors = run("answers", *asked, "--output", workspace / "one.jsonl")
     assert code == 0 and "the answers are in" in printed, errors
     assert (workspace / "one.jsonl").read_bytes().splitlines() == expected
-    torchrun("--module", "dflash_ext", "answers", *asked, "--output", workspace / "two.jsonl")
+    in_processes(command, workspace / "told.txt", "answers", *asked, "--output", workspace / "two.jsonl")
     assert sorted((workspace / "two.jsonl").read_bytes().splitlines()) == sorted(expected)
-    told = torchrun(
-        *("--module", "dflash_ext", "answers", *asked, "--output", workspace / "short.jsonl"),
-        *("--max-prompt-tokens", 8),
-    )
-    assert told.count("prompts of more than 8 tokens (1)") == 1
+    short = ["answers", *asked, "--output", workspace / "short.jsonl", "--max-prompt-tokens", 8]
+    in_processes(command, workspace / "told.txt", *short)
+    assert (workspace / "told.txt").read_text().count("prompts of more than 8 tokens (1)") == 1
     assert len((workspace / "short.jsonl").read_bytes().splitlines()) == 3
     train[train.index("--prompts") : train.index("--prompts") + 2] = ["--answers", workspace / "two.jsonl"]
     code, _, errors = run(*train, "--output", workspace / "again")

@@ -1,10 +1,15 @@
-"""Starts processes of torchrun, and what each of them runs: a short training into the folder of the command line."""
+"""Starts several processes that train together, and what each of them runs: a short training into a folder."""
 
+import multiprocessing
+import os
 import shutil
+import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
+import torch
 from accelerate import PartialState
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
@@ -26,6 +31,35 @@ def torchrun(*words, processes: int = 2) -> str:
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, cwd=Path(__file__).parents[2])
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stderr
+
+
+def in_processes(function: Callable, *arguments, processes: int = 2) -> None:
+    """Calls a function in forks of this process, which find each other as those of torchrun do.
+
+    Unlike those of torchrun they need no seconds to import torch and transformers.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    context = multiprocessing.get_context("fork")
+    ranks = [
+        context.Process(target=_as_rank, args=(rank, processes, port, function, arguments)) for rank in range(processes)
+    ]
+    for each in ranks:
+        each.start()
+    for each in ranks:
+        each.join()
+    assert [each.exitcode for each in ranks] == [0] * processes
+
+
+def _as_rank(rank: int, processes: int, port: int, function: Callable, arguments: tuple) -> None:
+    own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
+    there = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ |= {name: str(value) for name, value in (own | there).items()}
+    torch.set_num_threads(1)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    function(*arguments)
+    torch.distributed.destroy_process_group()
 
 
 def train(
@@ -85,11 +119,3 @@ def train_sharded(output: Path, optimizer: str, kind: str) -> None:
         shutil.copytree(output, output / "again", ignore=shutil.ignore_patterns("checkpoint-3", "training.json"))
     PartialState().wait_for_everyone()
     train(output / "again", **options, resume=True)
-
-
-if __name__ == "__main__":
-    how, folder, optimizer, kind = sys.argv[1:]
-    if how == "sharded":
-        train_sharded(Path(folder), optimizer, kind)
-    else:
-        train(Path(folder), ranks=2, optimizer=optimizer, kind=kind)

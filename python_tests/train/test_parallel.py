@@ -1,4 +1,4 @@
-"""Several processes of torchrun train as one does, also with FSDP2."""
+"""Several processes train as one does, also with FSDP2."""
 
 import json
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from python_tests.train.ranks import torchrun, train
+from python_tests.train.ranks import in_processes, train, train_sharded
 
 FIGURES = ("loss", "tau", "grad_norm", "eval_loss", "eval_accuracy", "eval_tau", "eval_acceptance_1")
 
@@ -29,7 +29,7 @@ def assert_equal(one, two, first_step=1):
 @pytest.mark.parametrize("kind", ["dflash", "whole"])
 def test_two_ranks_equal_one_with_twice_the_accumulation(tmp_path, kind):
     train(tmp_path / "one", ranks=1, kind=kind)
-    torchrun("-m", "python_tests.train.ranks", "replicated", tmp_path / "two", "adamw", kind)
+    in_processes(train, tmp_path / "two", 2, "adamw", kind)
     assert_equal(tmp_path / "one", tmp_path / "two")
 
 
@@ -39,7 +39,7 @@ def test_fsdp2_equals_one_rank_also_after_a_resume(tmp_path, optimizer, kind):
     base are sharded, too."""
     one, two = tmp_path / "one", tmp_path / "two"
     train(one, ranks=1, optimizer=optimizer, kind=kind)
-    torchrun("-m", "python_tests.train.ranks", "sharded", two, optimizer, kind)
+    in_processes(train_sharded, two, optimizer, kind)
     assert_equal(one, two)
     assert_equal(one, two / "again")
     checkpoints = [load_file(folder / "checkpoint-2" / "model.safetensors") for folder in (one, two)]
