@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import IntervalStrategy
@@ -65,8 +66,12 @@ class ObjectiveTrainer(Trainer):
             objective.trained.compile(backend=args.torch_compile_backend, mode=args.torch_compile_mode)
             args.torch_compile, args.torch_compile_backend, args.torch_compile_mode = False, None, None
         super().__init__(model=objective, args=args, train_dataset=train_dataset, **kwargs)
-        if self.is_fsdp_enabled and objective.shards_target:
-            shard_layers(objective.target)
+        if self.is_fsdp_enabled:
+            # FSDP2's own mixed precision casts masks, rotary tables and losses. Autocast computes as without FSDP2.
+            self.accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy(cast_forward_inputs=False)
+            objective.forward = self.accelerator.autocast()(objective.forward)
+            if objective.shards_target:
+                shard_layers(objective.target)
         self.objective = objective
         self.evaluation = evaluation
         self.model_accepts_loss_kwargs = True  # compute_loss divides by the whole step's divisor itself

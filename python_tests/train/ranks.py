@@ -100,6 +100,8 @@ def shard_on_a_cpu() -> None:
         whole(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
         if fsdp_plugin is not None:
             self.distributed_type, self.fsdp_plugin = DistributedType.FSDP, fsdp_plugin
+            if self.mixed_precision != "no":
+                fsdp_plugin.set_mixed_precision(self.mixed_precision)
 
     AcceleratorState.__init__ = sharding
 
@@ -109,11 +111,11 @@ class SeesShards(TrainerCallback):
         assert is_sharded(model) and is_sharded(model.target.model) == model.shards_target
 
 
-def train_sharded(output: Path, optimizer: str, kind: str) -> None:
+def train_sharded(output: Path, optimizer: str, kind: str, trainer_args: dict) -> None:
     """Trains with FSDP2; then again, from the checkpoint of its second step."""
     shard_on_a_cpu()
     DEFAULT_CALLBACKS.append(SeesShards)
-    options = dict(ranks=2, optimizer=optimizer, kind=kind, trainer_args={"fsdp": True})
+    options = dict(ranks=2, optimizer=optimizer, kind=kind, trainer_args={"fsdp": True} | trainer_args)
     train(output, **options)
     if PartialState().is_main_process:
         shutil.copytree(output, output / "again", ignore=shutil.ignore_patterns("checkpoint-3", "training.json"))

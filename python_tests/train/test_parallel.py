@@ -39,10 +39,22 @@ def test_fsdp2_equals_one_rank_also_after_a_resume(tmp_path, optimizer, kind):
     base are sharded, too."""
     one, two = tmp_path / "one", tmp_path / "two"
     train(one, ranks=1, optimizer=optimizer, kind=kind)
-    in_processes(train_sharded, two, optimizer, kind)
+    in_processes(train_sharded, two, optimizer, kind, {})
     assert_equal(one, two)
     assert_equal(one, two / "again")
     checkpoints = [load_file(folder / "checkpoint-2" / "model.safetensors") for folder in (one, two)]
     assert checkpoints[0].keys() == checkpoints[1].keys()
     for name, ours in checkpoints[0].items():  # whole, and in float32
         torch.testing.assert_close(ours, checkpoints[1][name], rtol=1e-3, atol=1e-5)
+
+
+def test_fsdp2_computes_under_autocast_as_one_rank_does(tmp_path):
+    one, two = tmp_path / "one", tmp_path / "two"
+    train(one, 1, trainer_args={"bf16": True})
+    in_processes(train_sharded, two, "adamw", "dflash", {"bf16": True})
+    logs = [json.loads((folder / "training.json").read_text())["log"] for folder in (one, two)]
+    for name in ("loss", "eval_loss"):
+        ours, theirs = ([entry[name] for entry in log if name in entry] for log in logs)
+        assert ours == pytest.approx(theirs, rel=1e-3)
+    weights = load_file(two / "checkpoint-2" / "model.safetensors")
+    assert {each.dtype for each in weights.values()} == {torch.float32}
