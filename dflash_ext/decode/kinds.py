@@ -9,6 +9,7 @@ from .canvas.draft import CanvasDraft
 from .cycle import Cycle
 from .drafts import BlockDraft, GatedDraft, UniformDraft, WholeDraft
 from .forward import LeanForward, target_forward
+from .forward.adapted import has_large_weights
 from .kv_cache import MOST_ROWS, SCRATCH
 from .one_forward import OneForwardCycle
 from .state import State
@@ -16,8 +17,8 @@ from .state import State
 Drafter = DFlashDrafter | LoraDrafter | Denoiser
 
 
-# A forward of so many rows is taken to cost little more than one of a single row, so that a forward saved is worth more
-# than the longer drafts of two forwards, which know the bonus token. Measured on an H100 at 56 rows alone.
+# A forward of so many rows over large weights costs little more than one of a single row, so that a forward saved is
+# worth more than the longer drafts of two forwards, which know the bonus token (docs/lora.md has the times of 56 rows).
 FEW_ROWS = 128
 
 
@@ -37,8 +38,9 @@ def one_forward_rows(width: int) -> int:
 def forwards_of(
     drafter: Drafter | None, target: Target, forwards: int | None, *, slots: int, width: int, steps: int
 ) -> int:
-    """The forwards of a cycle. By default a gated LoRA drafter has one on a GPU if all slots have at most FEW_ROWS
-    rows in it, and else two. A CPU's time grows with the rows, so that two forwards of few rows are faster there.
+    """The forwards of a cycle. By default a gated LoRA drafter has one on a GPU if the target's weights are large and
+    all slots have at most FEW_ROWS rows in it, and else two: over small weights both kinds of cycle take about as long
+    for a token, and a CPU's time grows with the rows.
 
     Raises ValueError for a number that the drafter does not have.
     """
@@ -54,7 +56,7 @@ def forwards_of(
         if not can:
             raise ValueError("forwards is 1: this takes blocks of 3 slots or more, and one denoising step")
     few = target.device.type == "cuda" and slots * one_forward_rows(width) <= FEW_ROWS
-    return forwards or (1 if can and few else 2)
+    return forwards or (1 if can and few and has_large_weights(target) else 2)
 
 
 def make_cycle(

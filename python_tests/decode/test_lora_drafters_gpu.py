@@ -65,8 +65,11 @@ def test_nothing_waits_for_the_device_in_a_cycle(cycle):
     assert_nothing_waits(Engine(target, drafter, slots=2, max_length=200, **forwards))
 
 
-def test_few_rows_take_one_forward():
+@pytest.mark.parametrize("large", [True, False])
+def test_few_rows_over_large_weights_take_one_forward(large, monkeypatch):
+    if large:
+        monkeypatch.setattr("dflash_ext.decode.forward.adapted.MOST_MERGED", 0)
     target, drafter, _ = pair("llama", "one forward")
     most = FEW_ROWS // one_forward_rows(5)
     kinds = [type(Engine(target, drafter, slots=n, max_length=100).cycle) is OneForwardCycle for n in (most, most + 1)]
-    assert kinds == [True, False]
+    assert kinds == [large, False]
