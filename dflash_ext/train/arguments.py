@@ -144,4 +144,6 @@ def trainer_arguments(words: Sequence[str]) -> dict[str, Any]:
             arguments[name] = getattr(parser.parse_args([f"--{name}={value}"]), name)
         except argparse.ArgumentError as error:
             raise ValueError(f"'{word}': {error.message}") from None
+        if name == "fsdp" and value in ("true", "false"):  # its field is declared as words alone
+            arguments[name] = value == "true"
     return arguments

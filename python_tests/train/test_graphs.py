@@ -34,7 +34,7 @@ def losses(folder, device, *, drafter=None, **settings) -> list[float]:
 def test_replayed_steps_have_the_losses_of_steps_that_are_launched(drafter, settings, tmp_path):
     plain = losses(tmp_path / "plain", "cuda", drafter=drafter, **settings)
     replayed = losses(tmp_path / "graphs", "cuda", drafter=drafter, cuda_graphs=True, **settings)
-    assert plain[-1] < 0.97 * plain[0]
+    assert plain[-1] < 0.99 * plain[0]
     torch.testing.assert_close(torch.tensor(replayed), torch.tensor(plain), rtol=0.02, atol=0.02)
 
 

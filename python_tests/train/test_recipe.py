@@ -92,6 +92,11 @@ def test_any_argument_of_trainer_can_be_set(tmp_path):
     assert args.max_steps == Recipe().steps
 
 
+@pytest.mark.parametrize("word, value", [("fsdp=true", True), ("fsdp=false", False), ("fsdp=full_shard", "full_shard")])
+def test_fsdp_takes_true_and_words(word, value):
+    assert trainer_arguments([word]) == {"fsdp": value}
+
+
 @pytest.mark.parametrize(
     "word, message",
     [
