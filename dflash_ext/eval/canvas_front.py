@@ -139,12 +139,12 @@ def figures(points: Mapping[str, Point]) -> dict:
 def table(points: Mapping[str, Point]) -> Table:
     """A row for each point."""
     caption = (
-        "nll: nats a token under the base; right: answers with the right number\n"
-        "±: 95% of a bootstrap over prompts; repeated: pairs of tokens"
+        "a step, a second: tokens; nll: nats a token under the base; right: answers with\n"
+        "the right number; ±: 95% of a bootstrap over prompts; repeated: pairs of tokens"
     )
     view = Table(box=SIMPLE, pad_edge=False, caption=caption, caption_justify="left")
     view.add_column("", overflow="fold", min_width=14)
-    for column in ("tokens/step", "tokens/s", "nll", "right", "repeated", "filler"):
+    for column in ("a step", "a second", "nll", "right", "repeated", "filler"):
         view.add_column(column, justify="right", no_wrap=True)
     for name, point in points.items():
         speed = f"{point.tokens_per_forward:.2f}", f"{point.tokens_per_second:.0f}"
