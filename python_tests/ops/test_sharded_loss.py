@@ -61,7 +61,7 @@ def as_one_process(rank, world, path):
 
 
 def test_two_processes(tmp_path):
-    multiprocessing.spawn(as_one_process, (2, str(tmp_path / "store")), nprocs=2)
+    multiprocessing.start_processes(as_one_process, (2, str(tmp_path / "store")), nprocs=2, start_method="fork")
 
 
 @pytest.mark.parametrize(
