@@ -1,5 +1,6 @@
 """What a target decodes by itself, and a drafter that knows it."""
 
+import hashlib
 import random
 
 import torch
@@ -7,12 +8,20 @@ import torch
 from dflash_ext.models import DFlashDrafter
 from python_tests.tiny import MASK_TOKEN
 
+_known: dict[tuple, list[int]] = {}  # many tests ask for the output of the same tiny models
+
 
 def own_output(model, prompt: list[int], count: int) -> list[int]:
     """What the target itself decodes greedily."""
-    ids = torch.tensor([prompt])
-    options = dict(do_sample=False, eos_token_id=None, attention_mask=torch.ones_like(ids))
-    return model.generate(ids, max_new_tokens=count, **options)[0, len(prompt) :].tolist()
+    numbers = hashlib.sha256(model.config.to_json_string().encode())
+    for tensor in model.state_dict().values():
+        numbers.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    key = type(model), model.config._attn_implementation, numbers.digest(), tuple(prompt)
+    if len(_known.get(key, ())) < count:
+        ids = torch.tensor([prompt])
+        options = dict(do_sample=False, eos_token_id=None, attention_mask=torch.ones_like(ids))
+        _known[key] = model.generate(ids, max_new_tokens=count, **options)[0, len(prompt) :].tolist()
+    return _known[key][:count]
 
 
 class Oracle(DFlashDrafter):

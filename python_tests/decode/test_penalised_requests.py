@@ -106,8 +106,9 @@ def exact_distribution(model, prompt: list[int], top_p: float | None, *, logit_b
     for token, number in (logit_bias or {}).items():
         bias[token] = number
     exact = {}
-    for tokens in itertools.product(range(len(bias)), repeat=NEW):
-        rows = model(torch.tensor([prompt + list(tokens)])).logits[0, len(prompt) - 1 : -1].double()
+    answers = list(itertools.product(range(len(bias)), repeat=NEW))
+    logits = model(torch.tensor([[*prompt, *answer] for answer in answers])).logits[:, len(prompt) - 1 : -1].double()
+    for tokens, rows in zip(answers, logits, strict=True):
         probability = 1.0
         for at, (row, token) in enumerate(zip(rows, tokens, strict=True)):
             counts = counts_of(prompt, list(tokens[:at]), len(bias))[None]

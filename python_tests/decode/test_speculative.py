@@ -264,23 +264,25 @@ def opinionated(drafter: DFlashDrafter) -> DFlashDrafter:
 
 def exact_distribution(model, prompt, count, temperature, top_k, top_p, min_p) -> dict[tuple[int, ...], float]:
     """The target's exact probability of every continuation of `count` tokens, with the filters written out anew."""
-    exact = {}
-    for tokens in itertools.product(range(VOCAB), repeat=count):
-        logits = model(torch.tensor([prompt + list(tokens)])).logits[0, len(prompt) - 1 : -1].double() / temperature
-        probability = 1.0
-        for row, token in zip(logits, tokens, strict=True):
-            p = row.softmax(-1)
-            order = p.argsort(descending=True).tolist()
-            kept = order[: top_k or VOCAB]
-            if top_p is not None:
-                mass = sum(p[i] for i in kept)
-                running = list(itertools.accumulate((p[i] / mass).item() for i in kept))
-                kept = [i for i, before in zip(kept, [0.0, *running], strict=False) if before < top_p]
-            kept = [i for i in kept if p[i] >= (min_p or 0.0) * p.max()]
-            total = sum(p[i].item() for i in kept)
-            probability *= p[token].item() / total if token in kept else 0.0
-        exact[tokens] = probability
-    return exact
+
+    def filtered(p: list[float]) -> list[float]:
+        kept = sorted(range(VOCAB), key=lambda i: -p[i])[: top_k or VOCAB]
+        if top_p is not None:
+            mass = sum(p[i] for i in kept)
+            running = itertools.accumulate(p[i] / mass for i in kept)
+            kept = [i for i, before in zip(kept, [0.0, *running], strict=False) if before < top_p]
+        kept = [i for i in kept if p[i] >= (min_p or 0.0) * max(p)]
+        total = sum(p[i] for i in kept)
+        return [p[i] / total if i in kept else 0.0 for i in range(VOCAB)]
+
+    answers = list(itertools.product(range(VOCAB), repeat=count))
+    logits = model(torch.tensor([[*prompt, *answer] for answer in answers])).logits[:, len(prompt) - 1 : -1]
+    known = {}  # the distribution behind each beginning of an answer
+    for answer, rows in zip(answers, (logits.double() / temperature).softmax(-1).tolist(), strict=True):
+        for at, row in enumerate(rows):
+            if answer[:at] not in known:
+                known[answer[:at]] = filtered(row)
+    return {answer: math.prod(known[answer[:at]][token] for at, token in enumerate(answer)) for answer in answers}
 
 
 FILTERS = ["temperature", "top_k", "top_p", "min_p"]
