@@ -85,7 +85,8 @@ class Engine:
             probability that the target gives it, and what replaces it is drawn from the target's other tokens.
         forwards: of a cycle with a gated LoRA drafter. 1 verifies a draft and makes the next one in the same forward,
             which has a group of mask rows behind every row that it verifies; 2 drafts first, and then knows one token
-            more. The default is 1 on a GPU as long as all slots together have few rows (`decode.kinds`), and else 2.
+            more. The default is 1 on a GPU, if the target's weights are large and all slots together have few rows
+            (`decode.kinds`), and else 2.
         exact: greedy tokens depend on the prompt alone, to the bit, also in bfloat16 or float16 on a GPU (Hopper): not
             on the drafter, on what it drafts, or on other requests. On a CPU that is so without this option.
         tokenizer: a tokenizer of transformers, from which completions get their text. Stop strings need it.
