@@ -58,11 +58,11 @@ def ours(model: Qwen3ForCausalLM, kind: str, kl_weight: float = 0.0) -> Callable
     batch = {name: value.cuda() for name, value in batch.items()}
 
     def step() -> Tensor:
-        objective.zero_grad()
         with torch.autocast("cuda", torch.bfloat16):
             of_target = objective.of_target(batch)
             loss = objective(batch, *of_target).losses.sum() / objective.divisor(batch)
         loss.backward()
+        objective.zero_grad()  # what a step takes includes its gradients
         return loss.detach()
 
     return step
@@ -77,10 +77,10 @@ def peer(model: Qwen3ForCausalLM) -> Callable[[], Tensor]:
     ids = torch.randint(151935, (1, LENGTH), generator=torch.Generator().manual_seed(0)).cuda()
 
     def step() -> Tensor:
-        adapted.zero_grad()
         with torch.autocast("cuda", torch.bfloat16):
             loss = adapted(input_ids=ids, labels=ids).loss
         loss.backward()
+        adapted.zero_grad()
         return loss.detach()
 
     return step
