@@ -5,6 +5,8 @@
 // The passes over the row have no branch at a logit: a warp would wait there for every single one of its logits.
 #pragma once
 
+#include <type_traits>
+
 #include "sample/row_gpu.h"
 
 namespace dflash::DFLASH_ISA {
@@ -24,6 +26,46 @@ struct PivotMemory {
   int first_bin, last_bin;
   float bound;
   int count, least, most;  // as counts, smallest and largest, of this block
+};
+
+// The numbers of a 16-bit dtype between two bounds, each of which has a bin; the first is the upper bound's. Where there
+// are too many, those of at most `floor` in magnitude share one bin, whose mass is not known.
+template <class T>
+class NumberBins {
+ public:
+  // `low` and `high` must be near enough for fits().
+  DFLASH_INLINE NumberBins(float low, float high) : floor_(0), highest_(rank_of(from_float<T>(high))) {
+    const int lowest = rank_of(from_float<T>(low)) - 1;  // it may have been rounded up by one
+    const int excess = highest_ - lowest + 1 - kBins;
+    if (lowest <= rank_of(from_float<T>(-kInfinity))) return;
+    fits_ = excess <= 0;
+    // Most float16 logits of a row would share one bin.
+    if (std::is_same_v<T, __half> || fits_ || highest_ <= 0) return;
+    const int of_both = (excess + 1) / 2, of_positive = highest_ + 1 - kBins;
+    floor_ = of_both <= -lowest ? of_both : of_positive;
+    highest_ = rank_of(from_float<T>(high));
+    fits_ = true;
+  }
+  DFLASH_INLINE bool fits() const { return fits_; }
+  // Returns the bin of a number; none of [0, kBins) if it is outside, or NaN.
+  DFLASH_INLINE uint32_t bin_of(T x) const { return highest_ - rank_of(x); }
+  // Whether this bin and all before it have one number each.
+  DFLASH_INLINE bool is_exact(int bin) const { return floor_ == 0 || bin < highest_; }
+  DFLASH_INLINE float number_of(int bin) const {
+    const int rank = highest_ - bin, sign = rank >> 31, magnitude = (rank ^ sign) - sign;
+    const short bits = (magnitude > 0 ? magnitude + floor_ : 0) | (sign & 0x8000);
+    return to_float(*reinterpret_cast<const T*>(&bits));
+  }
+
+ private:
+  // Ranks rise with the numbers; that of 0 is 0.
+  DFLASH_INLINE int rank_of(T x) const {
+    const int bits = *reinterpret_cast<const short*>(&x), sign = bits >> 31;
+    return (max((bits & 0x7fff) - floor_, 0) ^ sign) - sign;
+  }
+
+  int floor_, highest_;
+  bool fits_ = false;
 };
 
 // What top-k or top-p searches.
@@ -60,6 +102,10 @@ class PivotSearch {
   // team calls this. Between two calls the team must have synchronised.
   DFLASH_INLINE float find(Wanted wanted) {
     constexpr int kMaxRounds = 16;
+    if constexpr (kHasNumberBins) {
+      float pivot;
+      if (finds_number(wanted, pivot)) return pivot;
+    }
     float high = row_.max();
     above_ = 0;
     Range range{high, 0, 0, margin_below(wanted.bound, high), 1};
@@ -82,6 +128,11 @@ class PivotSearch {
   }
 
  private:
+  using Values = typename Source::Values;
+  using Number = std::remove_cvref_t<decltype(Values{}.values[0])>;
+  static constexpr bool kHasNumberBins = sizeof(Number) == 2;
+  static constexpr int kPerThread = kBins / kThreads;
+  static_assert(kPerThread == 2);
   static constexpr float kLargest = 3.402823466e38f;
   static constexpr float kUnit = 0x1p20f;
   static constexpr float kMagic = 8388608;  // 2^23: floats from here on are integers
@@ -104,6 +155,74 @@ class PivotSearch {
     return fmaxf(x - 0x1p-20f * fmaxf(fabsf(x), fabsf(high)), -kLargest);
   }
 
+  // Counts the logits of every number that 16 bits can hold between the bounds. Returns whether that says which of them
+  // is the pivot; the team has synchronised if it does not.
+  DFLASH_INLINE bool finds_number(const Wanted& wanted, float& pivot) {
+    const float low = wanted.bound > -kInfinity ? wanted.bound : wanted.low;
+    const NumberBins<Number> numbers(low, row_.max());
+    if (!numbers.fits()) return false;
+    clear_bins();
+    row_.for_each_own_tile([&](int t) {
+      if (row_.tile(t).best.first < low) return;
+      row_.for_each_chunk(t, [&](const auto& chunk) {
+#pragma unroll
+        for (int k = 0; k < Values::kSize; ++k) {
+          const uint32_t bin = numbers.bin_of(chunk.values[k]);
+          atomicAdd(memory_.bins + (bin < kBins ? bin : kBins + lane_id()), 1);
+        }
+      });
+    });
+    Team::sync();
+    uint32_t counts[kPerThread];
+    add_bins(counts);
+    double weights[kPerThread], all;
+#pragma unroll
+    for (int i = 0; i < kPerThread; ++i) {
+      const float number = numbers.number_of(threadIdx.x * kPerThread + i);
+      weights[i] = wanted.by_mass && counts[i] > 0 ? double(counts[i]) * exp2_of(mass_.exponent(number)) : counts[i];
+    }
+    const double limit = limit_of(wanted);
+    double passed = block_scan(weights[0] + weights[1], all) - weights[0] - weights[1];
+    int last = 0;
+#pragma unroll
+    for (int i = 0; i < kPerThread; ++i) {
+      if (passed < limit) last = threadIdx.x * kPerThread + i;
+      passed += weights[i];
+    }
+    last = __reduce_max_sync(~0u, last);
+    if (lane_id() == 0) atomicMax(&memory_.last_bin, last);
+    __syncthreads();
+    last = memory_.last_bin;
+    pivot = numbers.number_of(last);
+    if (all >= limit && numbers.is_exact(last)) return true;
+    Team::sync();
+    return false;
+  }
+
+  DFLASH_INLINE void clear_bins() {
+    for (int b = threadIdx.x; b < kBins; b += kThreads) memory_.bins[b] = 0;
+    if (threadIdx.x == 0) {
+      memory_.first_bin = kBins - 1;
+      memory_.last_bin = 0;
+    }
+    __syncthreads();
+  }
+
+  // Adds up this thread's bins over the blocks of the team.
+  DFLASH_INLINE void add_bins(uint32_t (&counts)[kPerThread]) const {
+    uint2 by_block[Team::kLargest];  // loaded at once
+#pragma unroll
+    for (int r = 0; r < Team::kLargest; ++r) {
+      by_block[r] = reinterpret_cast<const uint2*>(Team::of(memory_.bins, min(r, Team::size() - 1)))[threadIdx.x];
+    }
+    counts[0] = counts[1] = 0;
+#pragma unroll
+    for (int r = 0; r < Team::kLargest; ++r) {
+      counts[0] += r < Team::size() ? by_block[r].x : 0;
+      counts[1] += r < Team::size() ? by_block[r].y : 0;
+    }
+  }
+
   // Returns the bins in which the pivot may lie.
   DFLASH_INLINE Range narrowed(const Wanted& wanted, float high, int round) {
     const float low = wanted.low, lowest = wanted.lowest;
@@ -115,12 +234,7 @@ class PivotSearch {
     const float unit = wanted.by_mass ? float(1 << bits) : 1.f;
     Range range{high, scale, 0, lowest, 0};
 
-    for (int b = threadIdx.x; b < kBins; b += kThreads) memory_.bins[b] = 0;
-    if (threadIdx.x == 0) {
-      memory_.first_bin = kBins - 1;
-      memory_.last_bin = 0;
-    }
-    __syncthreads();
+    clear_bins();
     row_.for_each_own_tile([&](int t) {
       if (row_.tile(t).best.first < lowest) return;
       row_.for_each_logit(t, [&](float x) {
@@ -134,19 +248,8 @@ class PivotSearch {
       });
     });
     Team::sync();
-    constexpr int kPerThread = kBins / kThreads;
-    static_assert(kPerThread == 2);
-    uint2 by_block[Team::kLargest];  // loaded at once
-#pragma unroll
-    for (int r = 0; r < Team::kLargest; ++r) {
-      by_block[r] = reinterpret_cast<const uint2*>(Team::of(memory_.bins, min(r, Team::size() - 1)))[threadIdx.x];
-    }
-    uint32_t counts[kPerThread] = {};
-#pragma unroll
-    for (int r = 0; r < Team::kLargest; ++r) {
-      counts[0] += r < Team::size() ? by_block[r].x : 0;
-      counts[1] += r < Team::size() ? by_block[r].y : 0;
-    }
+    uint32_t counts[kPerThread];
+    add_bins(counts);
     double weights[kPerThread];
 #pragma unroll
     for (int i = 0; i < kPerThread; ++i) {
@@ -351,7 +454,7 @@ DFLASH_INLINE void filter(Row<Source, Team>& row, const Filters<float>& filters,
     if (by_mass && filters.min_p > 0) pivot = fmaxf(pivot, row.max() / row.temperature() + logf(filters.min_p));
     if (pivot > row.pivot()) {
       row.keep_from(pivot);
-    } else if (!by_mass) {
+    } else if (!by_mass && by_count) {
       Team::sync();  // as there, between two searches
     }
   }

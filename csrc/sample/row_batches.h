@@ -22,6 +22,19 @@ struct LoadedBatch {
   }
 };
 
+// Loads a chunk from shared memory, 16 bytes at once. The compiler would load every logit alone where it is used.
+template <class Values>
+DFLASH_INLINE Values load_kept(const Values* chunk) {
+  static_assert(sizeof(Values) % sizeof(uint4) == 0);
+  Values own;
+#pragma unroll
+  for (int i = 0; i < int(sizeof(Values) / sizeof(uint4)); ++i) {
+    const uint4 part = reinterpret_cast<const uint4*>(chunk)[i];
+    reinterpret_cast<uint4*>(&own)[i] = part;
+  }
+  return own;
+}
+
 // These come one by one from where the team keeps the row. The code of such a loop stays in the instruction cache; a
 // few rows would wait for the code of an unrolled one.
 template <class Source, int kChunks>
@@ -35,7 +48,10 @@ struct KeptBatch {
   template <class F>
   DFLASH_INLINE void for_each(F&& f) const {
 #pragma unroll 1
-    for (int c = 0; c < kCount; ++c) f(c, first + c * 32 * Source::kSize, chunks[c * 32]);
+    for (int c = 0; c < kCount; ++c) {
+      const Values chunk = load_kept(chunks + c * 32);
+      f(c, first + c * 32 * Source::kSize, chunk);
+    }
   }
 };
 

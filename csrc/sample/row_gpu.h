@@ -24,23 +24,31 @@ class Row {
         rate_(kLog2E / temperature_), tile_size_(tile_size_of<Source>(vocab_)),
         tiles_((vocab_ + tile_size_ - 1) / tile_size_), share_((tiles_ + Team::size() - 1) / Team::size()) {
     Team::arrive_at_start();
-    const int t = own_begin() + warp_id();  // the first of this warp's tiles comes into the L2 cache
-#pragma unroll
-    for (int c = 0; c < kLoads; ++c) {
-      const uint32_t token = t * tile_size_ + (c * 32 + lane_id()) * kSize;
-      if (t < own_end() && token < vocab_) prefetch_l2(logits_.address(token));
-    }
+  }
+
+  // Starts to bring the first tiles of this block into the L2 cache. It may precede Team::wait_for_inputs, because that
+  // cache always has what was written last.
+  template <class Raw>
+  DFLASH_INLINE static void prefetch(const Raw& logits) {
+    constexpr int kLine = 128;  // bytes
+    const uint32_t vocab = logits.vocab, tile_size = tile_size_of<Source>(vocab);
+    const uint32_t share = share_of<Source>(vocab, Team::size()), begin = Team::rank() * share * tile_size;
+    if (begin >= vocab) return;
+    const char* const first = static_cast<const char*>(logits.address(begin));
+    const void* const end = logits.address(min(vocab, begin + min(share, uint32_t(kWarps)) * tile_size));
+    for (const char* line = first + threadIdx.x * kLine; line < end; line += kThreads * kLine) prefetch_l2(line);
   }
 
   // Reads the maxima of the row, and its sums if `with_sums`. This is the one read that goes to memory. The whole team
-  // calls this once. meanwhile(): what else to do while other blocks read.
+  // calls this once. meanwhile(): what one warp does first, while the others read.
   template <class Meanwhile>
   DFLASH_INLINE void read(bool with_sums, const Meanwhile& meanwhile) {
     Team::wait_for_start();
+    if (warp_id() == kWarps - 1) meanwhile();  // it has the fewest tiles
     for_each_own_tile([&](int t) { publish(memory_.tiles, t, read_tile(t, with_sums)); });
-    meanwhile();
     Team::sync();
     float max = -kInfinity;
+#pragma unroll 1
     for (int t = lane_id(); t < tiles_; t += 32) max = fmaxf(max, memory_.tiles[t].best.first);
     max_ = warp_max(max);
     if (with_sums) total_ = total([this](int t) { return sums_of(t).e; });
@@ -58,6 +66,7 @@ class Row {
   // A whole warp calls the next three.
   DFLASH_INLINE float second() const {
     Best best = Best::none();
+#pragma unroll 1
     for (int t = lane_id(); t < tiles_; t += 32) best.merge(memory_.tiles[t].best);
     best.merge_warp();
     return best.second;
@@ -119,17 +128,11 @@ class Row {
     Team::sync();
   }
 
-  // The warp that picks a token in a tile: in a cluster the one that has the tile in shared memory; otherwise
-  // `or_warp`.
-  DFLASH_INLINE bool picks(int t, int or_warp) const {
-    if constexpr (!Team::kKeepsRow) return warp_id() == or_warp;
-    return t >= own_begin() && t < own_end() && (t - own_begin()) % kWarps == warp_id();
-  }
-
   struct Token {
     int id;
     float logit;
   };
+  static constexpr Token kNoToken{-1, 0};
 
   // Returns the tile of the first of the largest logits. A whole warp calls this.
   DFLASH_INLINE int tile_of_argmax() const {
@@ -140,19 +143,25 @@ class Row {
     }
     return 0;
   }
-  // Returns the first token of the largest logit; 0 if there is none. The warp that picks in the tile calls this.
-  DFLASH_INLINE Token argmax_in(int t) const {
-    if (is_empty()) return {0, logits_[0]};
+  // Returns the first token of the largest logit (0 if there is none) to one warp of the team, and kNoToken to the others.
+  // The whole team calls this.
+  DFLASH_INLINE Token argmax() const {
+    if (is_empty()) return Team::rank() == 0 && warp_id() == 0 ? Token{0, logits_[0]} : kNoToken;
+    const int t = tile_of_argmax();
+    if (!has(t)) return kNoToken;
     unsigned found = ~0u;
-    for_each_batch<kLoads / 2>(t, [&](const auto& batch) {
-      batch.for_each([&](int, uint32_t token, const Values& chunk) {
+    for_each_group(t, [&](uint32_t group) {
+      const Values chunk = at(group + lane_id() * kSize);
 #pragma unroll
-        for (int k = 0; k < kSize; ++k) {
-          if (to_float(chunk.values[k]) == max()) found = min(found, token + k);
-        }
-      });
+      for (int k = 0; k < kSize; ++k) {
+        if (to_float(chunk.values[k]) == max()) found = min(found, group + lane_id() * kSize + k);
+      }
     });
-    return {int(__reduce_min_sync(~0u, found)), max()};
+    found = __reduce_min_sync(~0u, found);
+    if (lane_id() == 0) memory_.found[warp_id()] = found;
+    __syncthreads();
+    const unsigned first = __reduce_min_sync(~0u, memory_.found[lane_id() % kWarps]);
+    return first == found ? Token{int(first), max()} : kNoToken;
   }
 
   // Where a draw lands: in a tile, at a mass of its own masses.
@@ -168,6 +177,7 @@ class Row {
     const int lanes_share = (tiles_ + 31) / 32;
     const int begin = min(tiles_, lane_id() * lanes_share), end = min(tiles_, begin + lanes_share);
     double own = 0;
+#pragma unroll 1
     for (int t = begin; t < end; ++t) own += mass_of(t);
     const double passed = warp_scan(own), all = __shfl_sync(~0u, passed, 31);
     if (!(all > 0)) return {-1, 0};
@@ -177,6 +187,7 @@ class Row {
     if (lane == 0) before = 0;
     int tile_of_target = -1;  // or the last with a mass, if the sum stays below the target because of rounding
     float last = 0;
+#pragma unroll 1
     for (int t = begin; t < end; ++t) {
       const float mass = mass_of(t);
       if (!(mass > 0)) continue;
@@ -192,37 +203,39 @@ class Row {
     return place_of(uniform, [this](int t) { return kept_of(t).e; });
   }
 
-  // Returns the token of a tile at which the running sum of masses exceeds the target; the last with a mass if the sum
-  // stays below it because of rounding. The warp that picks in the tile calls this.
+  // Returns the token at which the running sum of a tile's masses exceeds the target (the last with a mass if the sum
+  // stays below it because of rounding) to one warp of the team, and kNoToken to the others. The whole team calls this.
   template <class Mass>
   DFLASH_INLINE Token token_at(const Place& place, const Mass& mass) const {
+    if (!has(place.tile)) return kNoToken;
     double passed = 0;
     float rest = kInfinity;
-    uint32_t first = 0;  // of the 32 chunks that hold the token
-    constexpr int kCount = kLoads / 2;
-    for_each_batch<kCount>(place.tile, [&](const auto& batch) {
-      const auto of_chunk = mass.of(batch);
-      float sums[kCount] = {};
-      batch.for_each([&](int c, uint32_t token, const Values& x) {
-        float own[kSize], sum = 0;
-        of_chunk(own, c, token, x);
+    uint32_t first = place.tile * tile_size_;  // of the group that holds the token
+    const uint32_t end = first + tile_size_;
+#pragma unroll 1
+    for (uint32_t begin = first; begin < end; begin += kWarps * kGroup) {
+      const uint32_t group = begin + warp_id() * kGroup;
+      float sum = 0;
+      if (group < end) {
+        float own[kSize];
+        masses_of(own, group + lane_id() * kSize, mass);
 #pragma unroll
         for (int k = 0; k < kSize; ++k) sum += own[k];
-        // An index that the compiler does not know would put the sums into local memory.
-#pragma unroll
-        for (int i = 0; i < kCount; ++i) sums[i] = i == c ? sum : sums[i];
-      });
-#pragma unroll
-      for (int c = 0; c < kCount; ++c) sums[c] = warp_sum(sums[c]);
-#pragma unroll
-      for (int c = 0; c < kCount; ++c) {
-        if (rest < kInfinity || !(sums[c] > 0)) continue;
-        first = batch.first - lane_id() * kSize + c * 32 * kSize;
-        if (passed + sums[c] > place.target) rest = place.target - passed;
-        passed += sums[c];
+        sum = warp_sum(sum);
       }
-    });
-    return token_in_chunks(first, rest, mass);
+      if (lane_id() == 0) memory_.group_sums[warp_id()] = sum;
+      __syncthreads();
+#pragma unroll
+      for (int w = 0; w < kWarps; ++w) {
+        const float sum_of_group = memory_.group_sums[w];
+        if (rest < kInfinity || !(sum_of_group > 0)) continue;
+        first = begin + w * kGroup;
+        if (passed + sum_of_group > place.target) rest = place.target - passed;
+        passed += sum_of_group;
+      }
+      __syncthreads();
+    }
+    return warp_id() == int(first / kGroup % kWarps) ? token_in_group(first, rest, mass) : kNoToken;
   }
 
   // Starts to copy another row of the same vocabulary into the shared memory behind the kept one, this block's share of
@@ -231,13 +244,16 @@ class Row {
   DFLASH_INLINE void keep_beside(const Logits& logits) const {
     for_each_own_tile([&](int t) {
 #pragma unroll 1
-      for (uint32_t i = lane_id() * kSize; i < tile_size_; i += 32 * kSize) {
-        const uint32_t token = t * tile_size_ + i;
-        typename Logits::Values* const kept = kept_beside<Logits>(token);
-        if (logits.kIsRaw && logits.is_aligned && token + kSize <= vocab_) {
-          cp_async(shared_address(kept), logits.address(token));
+      for (uint32_t begin = t * tile_size_; begin < (t + 1) * tile_size_; begin += kLoads * kGroup) {
+        const uint32_t first = begin + lane_id() * kSize;
+        typename Logits::Values* const kept = kept_beside<Logits>(first);
+        if (logits.kIsRaw && logits.is_whole(begin + kLoads * kGroup)) {
+          const auto* const source = static_cast<const typename Logits::Values*>(logits.address(first));
+#pragma unroll
+          for (int c = 0; c < kLoads; ++c) cp_async(shared_address(kept + c * 32), source + c * 32);
         } else {
-          *kept = logits.at(token);
+#pragma unroll 1
+          for (int c = 0; c < kLoads; ++c) kept[c * 32] = logits.at(first + c * kGroup);
         }
       }
     });
@@ -280,6 +296,7 @@ class Row {
   template <class MassOf>
   DFLASH_INLINE float total(const MassOf& mass_of) const {
     double sum = 0;
+#pragma unroll 1
     for (int t = lane_id(); t < tiles_; t += 32) sum += mass_of(t);
     return warp_sum(sum);
   }
@@ -318,7 +335,7 @@ class Row {
   }
   DFLASH_INLINE Values at(uint32_t token) const {
     if constexpr (Team::kKeepsRow) {
-      return *kept_chunk(token);
+      return load_kept(kept_chunk(token));
     } else {
       return logits_.at(token);
     }
@@ -370,13 +387,35 @@ class Row {
     return firsts ? __ffs(firsts) - 1 : 31 - __clz(lasts);
   }
 
-  // The same as token_at among 32 chunks.
+  // The tokens of which a warp has a chunk a lane. A tile consists of whole groups.
+  static constexpr uint32_t kGroup = 32 * kSize;
+
+  // Whether this block has a tile.
+  DFLASH_INLINE bool has(int t) const { return t >= own_begin() && t < own_end(); }
+
+  // Calls f(first token) for this warp's groups of a tile, in which all warps of the block take part.
+  template <class F>
+  DFLASH_INLINE void for_each_group(int t, F&& f) const {
+    const uint32_t begin = t * tile_size_, end = begin + tile_size_;
+#pragma unroll 1
+    for (uint32_t group = begin + warp_id() * kGroup; group < end; group += kWarps * kGroup) f(group);
+  }
+
+  // Writes the masses of a chunk, and returns its logits.
   template <class Mass>
-  DFLASH_INLINE Token token_in_chunks(uint32_t first, float target, const Mass& mass) const {
-    const Batch<Source, 1> batch{first + lane_id() * kSize, logits_};
-    const Values x = at(batch.first);
+  DFLASH_INLINE Values masses_of(float (&own)[kSize], uint32_t token, const Mass& mass) const {
+    const Batch<Source, 1> batch{token, logits_};
+    const Values x = at(token);
+    mass.of(batch)(own, 0, token, x);
+    return x;
+  }
+
+  // The same as token_at in a group.
+  template <class Mass>
+  DFLASH_INLINE Token token_in_group(uint32_t first, float target, const Mass& mass) const {
+    const uint32_t begin = first + lane_id() * kSize;
     float own[kSize], sum = 0;
-    mass.of(batch)(own, 0, batch.first, x);
+    const Values x = masses_of(own, begin, mass);
 #pragma unroll
     for (int k = 0; k < kSize; ++k) sum += own[k];
     const float passed = warp_scan(sum);
@@ -387,7 +426,7 @@ class Row {
 #pragma unroll
     for (int k = 0; k < kSize; ++k) {
       running += own[k];
-      if (!is_found && own[k] > 0) token = {int(batch.first + k), to_float(x.values[k])};
+      if (!is_found && own[k] > 0) token = {int(begin + k), to_float(x.values[k])};
       is_found = is_found || running > target;
     }
     return {__shfl_sync(~0u, token.id, lane), __shfl_sync(~0u, token.logit, lane)};
@@ -404,6 +443,7 @@ class Row {
   template <class SumsOf>
   DFLASH_INLINE Sums totals(const SumsOf& sums_of_tile) const {
     double e = 0, e_exponent = 0;
+#pragma unroll 1
     for (int t = lane_id(); t < tiles_; t += 32) {
       const Sums own = sums_of_tile(t);
       e += own.e;

@@ -58,6 +58,9 @@ struct Tile {
 struct RowMemory {
   Tile tiles[kMaxTiles];
   Sums kept[kMaxTiles];  // of the tiles, after the filters
+  // Of this block's warps, in the tile of a draw or of the argmax.
+  float group_sums[kWarps];
+  unsigned found[kWarps];
 };
 
 }  // namespace dflash::DFLASH_ISA

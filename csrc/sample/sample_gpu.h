@@ -59,20 +59,16 @@ struct SampledRow {
 template <class Source, class Team, bool kFilters>
 __global__ void __launch_bounds__(kThreads, kSampleBlocks<kFilters>) sample_rows(const SampleParams params) {
   __shared__ RowMemory memory;
-  const int64_t n = blockIdx.x / Team::size();
+  const uint32_t n = blockIdx.x / Team::size();
+  Row<Source, Team>::prefetch(typename Source::Raw(params.logits, params.dtype, n * params.stride, params.vocab));
   Team::wait_for_inputs();
   const Filters<float> filters(params.filters, n);
   const bool is_greedy = filters.temperature == 0;
   Row<Source, Team> row(
       logits_of<Source>(params.logits, params.dtype, n * params.stride, params.vocab, params.penalties, n),
       filters.temperature, memory);
-  // Where registers are left, the random number is there before it is needed.
-  constexpr bool kIsEarly = kFilters || Team::kKeepsRow;
-  const auto uniform = [&] { return uniform_of(params.seed, kSampleStream, n, 0); };
-  double early = 0;
-  row.read(true, [&] {
-    if constexpr (kIsEarly) early = uniform();
-  });
+  __shared__ double uniform;
+  row.read(true, [&] { uniform = uniform_of(params.seed, kSampleStream, n, 0); });
   const SampledRow<Source, Team> out{params, n};
   const float sum = row.kept();  // before the filters
   float sum_at_1 = sum;
@@ -86,23 +82,16 @@ __global__ void __launch_bounds__(kThreads, kSampleBlocks<kFilters>) sample_rows
     if (!is_greedy) filter(row, filters, pivot_memory);
   }
 
-  constexpr int kDrawingWarp = 0, kArgmaxWarp = 1, kRowWarp = 2;
-  if (Team::rank() == 0 && warp_id() == kRowWarp) out.write_row(row, is_greedy);
-  if (!Team::kKeepsRow && warp_id() >= kRowWarp) return;
   const bool draws = !is_greedy && !row.is_certain();
-  const auto place = draws ? row.place_of(kIsEarly ? early : uniform()) : typename Row<Source, Team>::Place{-1, 0};
-  if (place.tile >= 0 && row.picks(place.tile, kDrawingWarp)) {
-    const auto token = row.token_at(place, row.masses());
-    if (lane_id() == 0) out.write_token(row, token, sum, sum_at_1);
-  }
-  const int argmax_tile = row.tile_of_argmax();
-  if (row.picks(argmax_tile, kArgmaxWarp)) {
-    const auto token = row.argmax_in(argmax_tile);
-    if (lane_id() == 0) {
-      out.set(kArgmax, token.id);
-      if (place.tile < 0) out.write_token(row, token, sum, sum_at_1);
-    }
-  }
+  const auto place = draws ? row.place_of(uniform) : typename Row<Source, Team>::Place{-1, 0};
+  const auto token = row.token_at(place, row.masses()), argmax = row.argmax();
+  if (Team::rank() == 0 && warp_id() == kWarps - 1) out.write_row(row, is_greedy);
+  if (lane_id() != 0) return;
+  if (argmax.id >= 0) out.set(kArgmax, argmax.id);
+  const bool is_drawn = place.tile >= 0;
+  const typename Row<Source, Team>::Token chosen{is_drawn ? token.id : argmax.id,
+                                                 is_drawn ? token.logit : argmax.logit};
+  if (chosen.id >= 0) out.write_token(row, chosen, sum, sum_at_1);
 }
 
 template <class T, class Team>

@@ -9,20 +9,31 @@ namespace {
 
 constexpr int kThreads = 512, kLoads = 4;
 
-// The largest logit, and the sum of weights.
-struct Measured {
-  float largest = -kInfinity, sum = 0;
-  DFLASH_INLINE void merge(const Measured& other) {
-    largest = fmaxf(largest, other.largest);
-    sum += other.sum;
-  }
+struct Largest {
+  float value = -kInfinity;
+  DFLASH_INLINE void add(float x) { value = fmaxf(value, x); }
+  DFLASH_INLINE void merge(const Largest& other) { add(other.value); }
+};
+struct Sum {
+  float value = 0;
+  DFLASH_INLINE void merge(const Sum& other) { value += other.value; }
 };
 
-// Returns softcap(x) * rate. NaN counts as -inf, and +inf as the largest number.
-DFLASH_INLINE float score(float x, float softcap, float rate) {
-  if (softcap > 0) x = softcap - __fdividef(2 * softcap, exp2_of(x * (2 * kLog2E / softcap)) + 1);
-  return fminf(fmaxf(x, -kInfinity) * rate, 3e38f);
-}
+// softcap(x) * rate - origin. The soft cap is s * tanh(x / s) = s - 2 s / (2^(x * inner) + 1).
+template <bool kCaps>
+struct Score {
+  float inner, top, twice;  // top and twice: s * rate - origin, and 2 s * rate
+  float rate, origin;
+
+  DFLASH_INLINE Score(float softcap, float rate, float origin)
+      : inner(2 * kLog2E / softcap), top(softcap * rate - origin), twice(2 * softcap * rate), rate(rate),
+        origin(origin) {}
+  // NaN counts as -inf, and +inf as the largest number.
+  DFLASH_INLINE float operator()(float x) const {
+    if constexpr (kCaps) return top - __fdividef(twice, exp2_of(x * inner) + 1);
+    return fminf(fmaxf(x, -kInfinity) * rate, 3e38f) - origin;
+  }
+};
 
 // How far, in units of log2, weights may exceed 1 before the origin is raised. It lets the first logits of a row choose
 // the origin, so that the row is read once.
@@ -30,6 +41,36 @@ template <class Weight>
 constexpr float kHeadroom = 64;
 template <>
 inline constexpr float kHeadroom<__half> = 0;  // whose range is small: all logits of the chunk choose it
+
+// Rounds and stores neighbours, and returns the sum of what was stored.
+template <int kCount>
+DFLASH_INLINE float store_rounded(float* p, const float (&w)[kCount]) {
+  float sum = 0;
+#pragma unroll
+  for (int k = 0; k < kCount; k += 4) {
+    *reinterpret_cast<float4*>(p + k) = {w[k], w[k + 1], w[k + 2], w[k + 3]};
+    sum += (w[k] + w[k + 1]) + (w[k + 2] + w[k + 3]);
+  }
+  return sum;
+}
+template <int kCount, class Weight>
+DFLASH_INLINE float store_rounded(Weight* p, const float (&w)[kCount]) {
+  uint32_t words[kCount / 2];
+  float sum = 0;
+#pragma unroll
+  for (int k = 0; k < kCount / 2; ++k) {
+    words[k] = pack<Weight>(w[2 * k], w[2 * k + 1]);
+    float low, high;
+    unpack<Weight>(low, high, words[k]);
+    sum += low + high;
+  }
+  if constexpr (kCount == 8) {
+    *reinterpret_cast<uint4*>(p) = {words[0], words[1], words[2], words[3]};
+  } else {
+    *reinterpret_cast<uint2*>(p) = {words[0], words[1]};
+  }
+  return sum;
+}
 
 template <class T, class Weight>
 __global__ void __launch_bounds__(kThreads, 2) scaled_exp_sm80(const ScaledExpParams p) {
@@ -56,16 +97,20 @@ __global__ void __launch_bounds__(kThreads, 2) scaled_exp_sm80(const ScaledExpPa
     for (; begin < logits; begin += kStride) f(begin, load_chunk(x, uint32_t(count), begin, aligned));
   };
   // Scores rise with the logit, so that the largest logit has the largest score.
-  const auto add_largest = [](Measured& own, const Chunk<T>& chunk) {
+  const auto largest_of = [&](int logits) {
+    Largest own;
+    for_each_chunk(logits, [&](int, const Chunk<T>& chunk) {
 #pragma unroll
-    for (int k = 0; k < kSize; ++k) own.largest = fmaxf(own.largest, to_float(chunk.values[k]));
+      for (int k = 0; k < kSize; ++k) own.add(to_float(chunk.values[k]));
+    });
+    return block_merge<kThreads>(own).value;
   };
 
   float origin = p.begin == 0 ? -kInfinity : p.origins[row];
   float sum = p.begin == 0 ? 0 : p.sums[row];
   // Raises the origin to the score of the largest logit, if weights could overflow otherwise.
   const auto raised_to = [&](float largest) {
-    const float top = score(largest, softcap, rate);
+    const float top = softcap > 0 ? Score<true>(softcap, rate, 0)(largest) : Score<false>(softcap, rate, 0)(largest);
     if (!(top > origin + kHeadroom<Weight>)) return false;
     const float scale = origin == -kInfinity ? 0.f : exp2_of(origin - top);
     if (p.begin > 0) {
@@ -76,37 +121,36 @@ __global__ void __launch_bounds__(kThreads, 2) scaled_exp_sm80(const ScaledExpPa
     return true;
   };
   if (origin == -kInfinity || kHeadroom<Weight> == 0) {
-    Measured first;
-    for_each_chunk(kHeadroom<Weight> == 0 ? count : min(count, kStride),
-                   [&](int, const Chunk<T>& chunk) { add_largest(first, chunk); });
-    raised_to(block_merge<kThreads>(first).largest);
+    raised_to(largest_of(kHeadroom<Weight> == 0 ? count : min(count, kStride)));
   }
 
-  Measured own;
-  do {
-    own = {};
+  // Writes the weights, and returns the sum of what was written.
+  const auto weigh = [&](auto score) {
+    Sum own;
     for_each_chunk(count, [&](int i, const Chunk<T>& chunk) {
-      add_largest(own, chunk);
       float w[kSize];
 #pragma unroll
-      for (int k = 0; k < kSize; ++k) {
-        w[k] = exp2_of(fmaxf(score(to_float(chunk.values[k]), softcap, rate) - origin, -1e4f));  // 0 if it is NaN
-        if (i + k < count) own.sum += to_float(from_float<Weight>(w[k]));
-      }
-      if (i + kSize <= count && kSize == Chunk<Weight>::kSize) {
-        store(weights + i, w, stores_aligned);
+      for (int k = 0; k < kSize; ++k) w[k] = exp2_of(fmaxf(score(to_float(chunk.values[k])), -1e4f));  // 0 if it is NaN
+      if (stores_aligned && i + kSize <= count) {
+        own.value += store_rounded(weights + i, w);
       } else {
 #pragma unroll
         for (int k = 0; k < kSize; ++k) {
-          if (i + k < count) weights[i + k] = from_float<Weight>(w[k]);
+          if (i + k >= count) continue;
+          weights[i + k] = from_float<Weight>(w[k]);
+          own.value += to_float(from_float<Weight>(w[k]));
         }
       }
     });
-    own = block_merge<kThreads>(own);
-  } while (raised_to(own.largest));
+    return block_merge<kThreads>(own).value;
+  };
+  float added;
+  do {
+    added = softcap > 0 ? weigh(Score<true>(softcap, rate, origin)) : weigh(Score<false>(softcap, rate, origin));
+  } while (kHeadroom<Weight> > 0 && !(added < exp2_of(kHeadroom<Weight>)) && raised_to(largest_of(count)));
   if (threadIdx.x == 0) {
     p.origins[row] = origin;
-    p.sums[row] = sum + own.sum;
+    p.sums[row] = sum + added;
   }
 }
 

@@ -25,19 +25,19 @@ template <class T, class Team>
 __global__ void __launch_bounds__(kThreads, kVerifyBlocks) describe_drafts(const VerifyParams params) {
   __shared__ RowMemory memory;
   __shared__ PivotMemory pivot_memory;
-  const int64_t n = blockIdx.x / Team::size(), row = n / params.drafted, k = n % params.drafted;
+  const uint32_t n = blockIdx.x / Team::size(), drafted = params.drafted;
+  const int64_t row = n / drafted, k = n % drafted;
+  const PlainLogits<T> logits(params.draft_logits, params.dtype, offset_of(params.draft_strides, row, k), params.vocab);
+  Row<PlainLogits<T>, Team>::prefetch(logits);
   Team::wait_for_inputs();
   const Filters<float> filters(params.filters, row);
   if (filters.temperature == 0 || k >= drafted_of(params, row)) return;
-  const PlainLogits<T> logits(params.draft_logits, params.dtype, offset_of(params.draft_strides, row, k), params.vocab);
   Row<PlainLogits<T>, Team> draft(logits, filters.temperature, memory);
   draft.read(true, [] {});
   filter(draft, filters, pivot_memory);
-  const int tile = draft.tile_of_argmax();
-  if (!draft.picks(tile, 0)) return;
-  const int argmax = draft.argmax_in(tile).id;
+  const int argmax = draft.argmax().id;
   float* const pivots = static_cast<float*>(params.described_drafts);
-  if (lane_id() == 0) {
+  if (argmax >= 0 && lane_id() == 0) {
     pivots[n] = draft.is_certain() ? kInfinity : draft.pivot();
     pivots[params.rows * params.drafted + n] = draft.is_certain() ? __int_as_float(argmax) : draft.normaliser();
   }
@@ -59,7 +59,7 @@ struct DraftMasses {
   DFLASH_INLINE Values load(uint32_t token) const {
     if (is_point) return {};
     if constexpr (Team::kKeepsRow) {
-      return kept[token / Raw::kSize];
+      return load_kept(kept + token / Raw::kSize);
     } else {
       return logits.at(token);
     }
@@ -143,6 +143,13 @@ struct Residual {
   };
 };
 
+// What one warp finds out about a position while the others read the row: its random numbers, and the drafted token's
+// logits.
+struct Drawn {
+  double accepting, drawing;
+  float logit, draft_logit;
+};
+
 // Verifies position k of a draft. The whole team calls its functions, which write the verdict.
 template <class Source, class Team>
 class Verifier {
@@ -159,24 +166,22 @@ class Verifier {
     write_argmax(target);
   }
 
-  DFLASH_INLINE void verify_sampled(Target& target, const Filters<float>& filters, PivotMemory& memory,
+  DFLASH_INLINE void verify_sampled(Target& target, const Filters<float>& filters, PivotMemory& memory, Drawn& drawn,
                                     float* residuals) const {
     const DraftRow<Raw> draft(p_, row_, k_, is_bonus_);
     constexpr bool kKeeps = Team::kKeepsRow;
     if constexpr (kKeeps) {
       if (draft.has_logits) target.keep_beside(draft.logits);
     }
-    double accepting_number = 0, drawing_number = 0;
-    float logit = 0, draft_logit = 0;
     const bool is_known = !is_bonus_ && token_ >= 0 && token_ < p_.vocab;
     target.read(true, [&] {
-      if (is_known) logit = target.logit(token_);
-      if (is_known && draft.has_logits) draft_logit = draft.logits[token_];
-      if (!is_bonus_) accepting_number = uniform(k_);
-      drawing_number = uniform(p_.drafted);
+      drawn.logit = is_known ? target.logit(token_) : 0;
+      drawn.draft_logit = is_known && draft.has_logits ? draft.logits[token_] : 0;
+      drawn.accepting = is_bonus_ ? 0 : uniform(k_);
+      drawn.drawing = uniform(p_.drafted);
     });
     filter(target, filters, memory);
-    if (is_bonus_) return write_drawn(target, drawing_number);
+    if (is_bonus_) return write_drawn(target, drawn.drawing);
 
     const typename Raw::Values* kept = nullptr;
     if constexpr (kKeeps) {
@@ -185,36 +190,38 @@ class Verifier {
     }
     const auto q = draft.template masses<Team>(target.temperature(), token_, is_known, kept);
     // A token that q could not have drawn is rejected, for example if its logits are NaN.
-    const float q_token = is_known ? q.probability(token_, draft_logit) : 0;
+    const float q_token = is_known ? q.probability(token_, drawn.draft_logit) : 0;
     if (target.is_certain()) return write_argmax(target, q_token > 0);
     const Masses p = target.probabilities();
-    if (q_token > 0 && accepting_number * q_token < p(logit)) return write_accepted();
+    if (q_token > 0 && drawn.accepting * q_token < p(drawn.logit)) return write_accepted();
     const Residual<Raw, Team> residual{p, q};
     target.sum_tiles(residuals, residual);
-    const auto place = target.place_of(drawing_number, [&](int t) { return residuals[t]; });
+    const auto place = target.place_of(drawn.drawing, [&](int t) { return residuals[t]; });
     // If p = q, the residual is only rounding, and so was the rejection.
-    if (place.tile < 0) return write_drawn(target, drawing_number);
-    if (target.picks(place.tile, 0)) write(target.token_at(place, residual).id);
+    if (place.tile < 0) return write_drawn(target, drawn.drawing);
+    write(target.token_at(place, residual).id);
   }
 
  private:
-  DFLASH_INLINE void write(int32_t verdict) const {
+  DFLASH_INLINE void write_verdict(int32_t verdict) const {
     if (lane_id() == 0) p_.verdicts[row_ * (p_.drafted + 1) + k_] = verdict;
   }
   DFLASH_INLINE void write_accepted() const {
-    if (Team::rank() == 0 && warp_id() == 0) write(kAccepted);
+    if (Team::rank() == 0 && warp_id() == 0) write_verdict(kAccepted);
+  }
+  // In the one warp that has it.
+  DFLASH_INLINE void write(int token) const {
+    if (token >= 0) write_verdict(token);
   }
   // The argmax, which is accepted if it was drafted and may be.
   DFLASH_INLINE void write_argmax(const Target& target, bool may_accept = true) const {
-    const int tile = target.tile_of_argmax();
-    if (!target.picks(tile, 0)) return;
-    const int argmax = target.argmax_in(tile).id;
-    write(may_accept && !is_bonus_ && token_ == argmax ? kAccepted : argmax);
+    const int argmax = target.argmax().id;
+    if (argmax >= 0) write_verdict(may_accept && !is_bonus_ && token_ == argmax ? kAccepted : argmax);
   }
   DFLASH_INLINE void write_drawn(const Target& target, double number) const {
     const auto place = target.is_certain() ? typename Target::Place{-1, 0} : target.place_of(number);
     if (place.tile < 0) return write_argmax(target, false);
-    if (target.picks(place.tile, 0)) write(target.token_at(place, target.masses()).id);
+    write(target.token_at(place, target.masses()).id);
   }
 
   DFLASH_INLINE double uniform(int64_t column) const {
@@ -232,21 +239,25 @@ template <class Source, class Team>
 __global__ void __launch_bounds__(kThreads, kVerifyBlocks) verify_positions(const VerifyParams params) {
   __shared__ RowMemory memory;
   __shared__ PivotMemory pivot_memory;
+  __shared__ Drawn drawn;
   __shared__ float residuals[kMaxTiles];
-  const int64_t n = blockIdx.x / Team::size(), row = n / (params.drafted + 1), k = n % (params.drafted + 1);
+  const uint32_t n = blockIdx.x / Team::size(), positions = params.drafted + 1;
+  const int64_t row = n / positions, k = n % positions;
+  const int64_t offset = offset_of(params.target_strides, row, k);
+  Row<Source, Team>::prefetch(typename Source::Raw(params.target, params.dtype, offset, params.vocab));
   Team::wait_for_inputs();
   const int64_t drafted = drafted_of(params, row);
   if (k > drafted) return;
   const Filters<float> filters(params.filters, row);
   const int64_t* const drafts = params.tokens + row * params.drafted;  // those before k count for the penalties
-  Row<Source, Team> target(logits_of<Source>(params.target, params.dtype, offset_of(params.target_strides, row, k),
-                                             params.vocab, params.penalties, row, drafts, k),
-                           filters.temperature, memory);
+  Row<Source, Team> target(
+      logits_of<Source>(params.target, params.dtype, offset, params.vocab, params.penalties, row, drafts, k),
+      filters.temperature, memory);
   const Verifier<Source, Team> verifier(params, row, k, k == drafted);
   if (filters.temperature == 0) {
     verifier.verify_greedy(target);
   } else {
-    verifier.verify_sampled(target, filters, pivot_memory, residuals);
+    verifier.verify_sampled(target, filters, pivot_memory, drawn, residuals);
   }
 }
 
@@ -256,7 +267,7 @@ constexpr int kResolveWarps = 4;
 template <class Team>
 __global__ void __launch_bounds__(32 * kResolveWarps) resolve_drafts(const VerifyParams params) {
   const int64_t row = int64_t(blockIdx.x) * kResolveWarps + warp_id();
-  if constexpr (Team::kOverlapsLaunches) wait_for_previous_kernel();
+  Team::wait_for_inputs();
   if (row >= params.rows) return;
   const int32_t* verdicts = params.verdicts + row * (params.drafted + 1);
   const int64_t drafted = drafted_of(params, row);

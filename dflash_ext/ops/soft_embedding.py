@@ -16,9 +16,9 @@ from .logits import LOGITS_DTYPES, by_row, check_last_dim, number_and_tensor
 load()
 _native = torch.ops.dflash_ext
 
-# Weights that exist at a time. On an H100, fewer and larger products outweigh that the weights leave the L2 cache
+# Weights that exist at a time. Fewer and larger products outweigh that the weights leave the L2 cache
 # (csrc/sample/TUNING.md).
-_WEIGHTS_AT_A_TIME = 32 << 20
+_WEIGHTS_AT_A_TIME = 64 << 20
 _LEAST_CHUNK, _CHUNK_MULTIPLE = 4096, 64
 
 
@@ -74,16 +74,15 @@ def _chunks(rows: int, vocab: int) -> list[tuple[int, int]]:
 def _on_gpu(logits: Tensor, embedding: Tensor, temperature: float | Tensor, softcap: float) -> Tensor:
     number, by_row = number_and_tensor(temperature, 1.0, torch.float32)
     rows = len(logits)
-    embedded = logits.new_zeros(rows, embedding.shape[1], dtype=torch.float32)
+    embedded = logits.new_empty(rows, embedding.shape[1], dtype=torch.float32)  # so far
     origins, sums = (logits.new_empty(rows, dtype=torch.float32) for _ in range(2))
+    in_float32 = {} if embedding.dtype == torch.float32 else {"out_dtype": torch.float32}
     for begin, end in _chunks(rows, logits.shape[1]):
         weights = logits.new_empty(rows, end - begin, dtype=embedding.dtype)
         _native.scaled_exp_(logits, begin, by_row, number, softcap, weights, origins, sums, embedded)
-        if embedding.dtype == torch.float32:
-            embedded = torch.addmm(embedded, weights, embedding[begin:end])
-        else:
-            embedded = torch.addmm(embedded, weights, embedding[begin:end], out_dtype=torch.float32)
-    return embedded / sums[:, None]
+        product = weights, embedding[begin:end]
+        embedded = torch.addmm(embedded, *product, **in_float32) if begin > 0 else torch.mm(*product, **in_float32)
+    return torch.div(embedded, sums[:, None], out=logits.new_empty(embedded.shape, dtype=embedding.dtype))
 
 
 def _in_pytorch(logits: Tensor, embedding: Tensor, temperature: float | Tensor, softcap: float) -> Tensor:

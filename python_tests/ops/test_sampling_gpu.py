@@ -132,22 +132,37 @@ def test_tokens_are_as_frequent_as_they_should_be(vocab, dtype, options):
 def test_the_edge_of_top_p_is_exact():
     """The token at which the mass passes top_p is kept, the next is dropped, and both are exactly at the edge."""
     # At this temperature the kernels' exponents are these integers, so that every mass is a power of 2.
-    logits = torch.tensor([[-1.0, -2.0, -3.0, -4.0, -4.0]], device="cuda")
     temperature = 1.44269504
-    for top_p, kept in ((0.5, 1), (0.500001, 2), (0.75, 2), (0.7501, 3), (0.875, 3), (0.876, 5), (0.0, 1), (1.0, 5)):
-        token = sample(logits.expand(20_000, -1), 1, temperature=temperature, top_p=top_p).token
-        assert token.max().item() < kept and (token.bincount(minlength=5)[:kept] > 0).all()
+    edges = ((0.5, 1), (0.500001, 2), (0.75, 2), (0.7501, 3), (0.875, 3), (0.876, 5), (0.0, 1), (1.0, 5))
+    for dtype in DTYPES:
+        logits = torch.tensor([[-1.0, -2.0, -3.0, -4.0, -4.0]], device="cuda", dtype=dtype)
+        for top_p, kept in edges:
+            token = sample(logits.expand(20_000, -1), 1, temperature=temperature, top_p=top_p).token
+            assert token.max().item() < kept and (token.bincount(minlength=5)[:kept] > 0).all()
 
 
-@pytest.mark.parametrize("spread", [0.0, 1e-6, 0.01, 1.0, 30.0, 1e30])
-@pytest.mark.parametrize(
-    "options", [{"top_p": 0.9}, {"top_k": 20_000}, {"top_k": 3}, {"top_k": 9000, "top_p": 0.5}], ids=str
-)
-def test_pivots_of_any_spread(spread, options):
-    """Logits that are all equal, nearly equal, and far apart; some at the far end of the range."""
+SPREADS = [(1, 0), (1, 1e-6), (1, 0.01), (1, 1), (1, 30), (1, 1e30), (0, 1), (-9, 1)]
+PIVOTS = [
+    {"top_p": 0.9},
+    {"top_p": 0.84},
+    {"top_k": 20_000},
+    {"top_k": 25_000},
+    {"top_k": 3},
+    {"top_k": 9000, "top_p": 0.5},
+]
+
+
+@pytest.mark.parametrize(("centre", "spread"), SPREADS)
+@pytest.mark.parametrize("options", PIVOTS, ids=str)
+def test_pivots_of_any_spread(centre, spread, options):
+    """Logits that are all equal, nearly equal, and far apart, of both signs; some at the far end of the range.
+
+    With a centre of 0, a top_p of 0.84 and half of the tokens end next to 0, where bfloat16 has too many numbers to
+    tell them apart at once.
+    """
     for dtype in DTYPES:
         vocab = 50_000
-        logits = 1 + spread * torch.randn(4, vocab, generator=torch.Generator().manual_seed(1))
+        logits = centre + spread * torch.randn(4, vocab, generator=torch.Generator().manual_seed(1))
         logits = logits.clamp(-3e38, 3e38) if dtype != torch.float16 else logits.clamp(-6e4, 6e4)
         logits[1, ::7], logits[2, ::3] = torch.finfo(dtype).min, -math.inf
         logits = logits.to(dtype)

@@ -114,6 +114,48 @@ def test_a_captured_graph_verifies_new_drafts(options, vocab):
     assert len(seen) > 2
 
 
+def test_replays_of_one_graph_are_distributed_as_the_target():
+    """A million drafts of one token: every replay draws the draft, verifies it, and moves the seed on."""
+    vocab, count, options = 7, 50_000, {"temperature": 0.9, "top_p": 0.8}
+    generator = torch.Generator().manual_seed(3)
+    target, drafter = (1.5 * torch.randn(1, 2, vocab, generator=generator) for _ in range(2))
+    z, d = target.cuda().expand(count, -1, -1), drafter[:, 0].cuda().expand(count, -1)
+    seed = torch.zeros(1, dtype=torch.int64, device="cuda")
+    counts, tokens = torch.zeros(vocab, device="cuda"), torch.arange(vocab, device="cuda")
+
+    def step():
+        drawn = sample(d, seed, **options)
+        q = {"draft_pivot": drawn.pivot[:, None], "draft_normaliser": drawn.normaliser[:, None]}
+        got = verify(drawn.token[:, None], z, draft_logits=d[:, None], seed=seed, **q, **options)
+        first = torch.where(got.accepted > 0, drawn.token, got.next_token)
+        counts.add_((first[:, None] == tokens).sum(0))
+        seed.add_(1)
+
+    step()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    counts.zero_()
+    for _ in range(20):
+        graph.replay()
+    p = reference.filter_logits(target[0, :1].double(), **options).softmax(-1)[0]
+    expected, seen = 20 * count * p, counts.double().cpu()
+    assert (seen[p == 0] == 0).all()
+    assert ((seen - expected) ** 2 / expected)[p > 0].sum() < 24  # at most 6 degrees of freedom: p = 0.0005
+
+
+@pytest.mark.parametrize("form", ["logits", "described", "point mass"])
+def test_verify_takes_at_most_three_launches(form):
+    draft, target, given = case(60_001, torch.bfloat16, form, OPTIONS["top-p"], 1)
+    draft, target, given = draft.cuda(), target.cuda(), moved(given)
+    verify(draft, target, **given)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        verify(draft, target, **given)
+        torch.cuda.synchronize()
+    launches = sum("dflash" in event.name for event in profile.events())
+    assert launches == (3 if form == "logits" else 2)
+
+
 @pytest.mark.parametrize("options", [{}, {"temperature": 1.0}, {"temperature": 0.7, "top_k": 3}], ids=str)
 def test_a_drafted_token_outside_the_vocabulary_is_rejected(options):
     draft, target = torch.tensor([[9, 1], [-1, 1], [2**40, 1]], device="cuda"), torch.randn(3, 3, 9, device="cuda")
