@@ -66,16 +66,16 @@ class Costs:
     def choose(self, rows: int, pace: Pace) -> int:
         """The number of tokens that a cycle of so many rows drafts.
 
-        Until two drafts show how fast costs grow, the next longer one is run if the longest one so far pays most.
+        Until two drafts show how fast costs grow, longer ones are taken to cost as much as the longest one so far. If
+        one of them would pay most, the next longer one is run. (A LoRA drafter's forward costs more than a draft of one
+        token can save.)
         """
         table, base = self.table(rows), self._base(rows)
         if table is None:
             return 0
         if len(base) > 2 or self.widths[-1] in base:
             return pace.choose(table)
-        longest = max(base)
-        width = pace.choose({width: table[width] for width in self.widths if width <= longest})
-        return self.widths[self.widths.index(longest) + 1] if width == longest else width
+        return min(pace.choose(table), self.widths[self.widths.index(max(base)) + 1])
 
     def _base(self, rows: int) -> dict[int, float] | None:
         """The measurements that tell most of cycles with so many rows."""
