@@ -26,19 +26,6 @@ class Row {
     Team::arrive_at_start();
   }
 
-  // Starts to bring the first tiles of this block into the L2 cache. It may precede Team::wait_for_inputs, because that
-  // cache always has what was written last.
-  template <class Raw>
-  DFLASH_INLINE static void prefetch(const Raw& logits) {
-    constexpr int kLine = 128;  // bytes
-    const uint32_t vocab = logits.vocab, tile_size = tile_size_of<Source>(vocab);
-    const uint32_t share = share_of<Source>(vocab, Team::size()), begin = Team::rank() * share * tile_size;
-    if (begin >= vocab) return;
-    const char* const first = static_cast<const char*>(logits.address(begin));
-    const void* const end = logits.address(min(vocab, begin + min(share, uint32_t(kWarps)) * tile_size));
-    for (const char* line = first + threadIdx.x * kLine; line < end; line += kThreads * kLine) prefetch_l2(line);
-  }
-
   // Reads the maxima of the row, and its sums if `with_sums`. This is the one read that goes to memory. The whole team
   // calls this once. meanwhile(): what one warp does first, while the others read.
   template <class Meanwhile>
@@ -379,12 +366,6 @@ class Row {
       e = warp_sum(scale * e);
     }
     return {best, e, e_exponent};
-  }
-
-  // Returns the first lane of which the first holds, or else the last of which the second holds.
-  DFLASH_INLINE static int first_or_last(bool first, bool last) {
-    const unsigned firsts = __ballot_sync(~0u, first), lasts = __ballot_sync(~0u, last);
-    return firsts ? __ffs(firsts) - 1 : 31 - __clz(lasts);
   }
 
   // The tokens of which a warp has a chunk a lane. A tile consists of whole groups.

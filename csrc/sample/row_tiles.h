@@ -42,6 +42,12 @@ DFLASH_INLINE float from_ordered_bits(int bits) { return __int_as_float(bits ^ (
 DFLASH_INLINE float warp_max(float x) { return from_ordered_bits(__reduce_max_sync(~0u, ordered_bits(x))); }
 DFLASH_INLINE float warp_min(float x) { return from_ordered_bits(__reduce_min_sync(~0u, ordered_bits(x))); }
 
+// Returns the first lane of which the first holds, or else the last of which the second holds.
+DFLASH_INLINE int first_or_last(bool first, bool last) {
+  const unsigned firsts = __ballot_sync(~0u, first), lasts = __ballot_sync(~0u, last);
+  return firsts ? __ffs(firsts) - 1 : 31 - __clz(lasts);
+}
+
 // The sum of e = 2^d, d = (x - the row's maximum) * rate, and the sum of e * d, over a tile or a row.
 struct Sums {
   float e, e_exponent;
@@ -62,5 +68,18 @@ struct RowMemory {
   float group_sums[kWarps];
   unsigned found[kWarps];
 };
+
+// Starts to bring the first tiles of a block into the L2 cache. It may precede Team::wait_for_inputs, because that
+// cache always has what was written last.
+template <class Source, class Team, class Raw>
+DFLASH_INLINE void prefetch_first_tiles(const Raw& logits) {
+  constexpr int kLine = 128;  // bytes
+  const uint32_t vocab = logits.vocab, tile_size = tile_size_of<Source>(vocab);
+  const uint32_t share = share_of<Source>(vocab, Team::size()), begin = Team::rank() * share * tile_size;
+  if (begin >= vocab) return;
+  const char* const first = static_cast<const char*>(logits.address(begin));
+  const void* const end = logits.address(min(vocab, begin + min(share, uint32_t(kWarps)) * tile_size));
+  for (const char* line = first + threadIdx.x * kLine; line < end; line += kThreads * kLine) prefetch_l2(line);
+}
 
 }  // namespace dflash::DFLASH_ISA

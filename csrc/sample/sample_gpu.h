@@ -60,7 +60,7 @@ template <class Source, class Team, bool kFilters>
 __global__ void __launch_bounds__(kThreads, kSampleBlocks<kFilters>) sample_rows(const SampleParams params) {
   __shared__ RowMemory memory;
   const uint32_t n = blockIdx.x / Team::size();
-  Row<Source, Team>::prefetch(typename Source::Raw(params.logits, params.dtype, n * params.stride, params.vocab));
+  prefetch_first_tiles<Source, Team>(typename Source::Raw(params.logits, params.dtype, n * params.stride, params.vocab));
   Team::wait_for_inputs();
   const Filters<float> filters(params.filters, n);
   const bool is_greedy = filters.temperature == 0;

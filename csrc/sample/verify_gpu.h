@@ -28,7 +28,7 @@ __global__ void __launch_bounds__(kThreads, kVerifyBlocks) describe_drafts(const
   const uint32_t n = blockIdx.x / Team::size(), drafted = params.drafted;
   const int64_t row = n / drafted, k = n % drafted;
   const PlainLogits<T> logits(params.draft_logits, params.dtype, offset_of(params.draft_strides, row, k), params.vocab);
-  Row<PlainLogits<T>, Team>::prefetch(logits);
+  prefetch_first_tiles<PlainLogits<T>, Team>(logits);
   Team::wait_for_inputs();
   const Filters<float> filters(params.filters, row);
   if (filters.temperature == 0 || k >= drafted_of(params, row)) return;
@@ -244,7 +244,7 @@ __global__ void __launch_bounds__(kThreads, kVerifyBlocks) verify_positions(cons
   const uint32_t n = blockIdx.x / Team::size(), positions = params.drafted + 1;
   const int64_t row = n / positions, k = n % positions;
   const int64_t offset = offset_of(params.target_strides, row, k);
-  Row<Source, Team>::prefetch(typename Source::Raw(params.target, params.dtype, offset, params.vocab));
+  prefetch_first_tiles<Source, Team>(typename Source::Raw(params.target, params.dtype, offset, params.vocab));
   Team::wait_for_inputs();
   const int64_t drafted = drafted_of(params, row);
   if (k > drafted) return;
