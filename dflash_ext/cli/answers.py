@@ -25,7 +25,7 @@ from .options import (
     TargetName,
     Tokenizer,
 )
-from .output import check_output
+from .output import check_outputs
 
 
 def answers(
@@ -64,7 +64,7 @@ def answers(
 
     left_out = LeftOut()
     conversations = read_conversations(prompts, field=field, limit=limit, left_out=left_out)
-    check_output(output)
+    check_outputs({"--output": output})
     PartialState(cpu=True)  # processes that share a GPU must not find each other by NCCL
     model, tok = load_target(target, tokenizer, dtype, device, share_gpus=True)
     if model.device.type == "cuda":

@@ -30,7 +30,7 @@ from .options import (
     TopK,
     TopP,
 )
-from .output import check_output, replacing, write_text
+from .output import check_outputs, replacing, write_text
 
 if TYPE_CHECKING:
     from ..decode.canvas import MaskedDiffusion, UniformDiffusion
@@ -170,8 +170,7 @@ def canvas(
 
     left_out = LeftOut()
     conversations = asked("canvas", prompt, prompts, field, limit, left_out)
-    check_output(output)
-    check_output(trace, "--trace")
+    check_outputs({"--output": output, "--trace": trace}, read=[prompts])
     loaded, pretrained, tok = load_canvas_model(model, denoiser, tokenizer, dtype, device)
     mask_id = getattr(loaded, "mask_id", None)
     shared = {"steps": steps, "entropy_bound": entropy_bound}

@@ -12,7 +12,7 @@ from .app import console
 from .eval_reconstruct import ModelName
 from .loading import load_target
 from .options import Device, Dtype, FiguresAndAnswersFile, Plot, Seed, Tokenizer
-from .output import check_output, replacing
+from .output import check_outputs, replacing
 
 if TYPE_CHECKING:
     from ..decode.canvas import MaskedDiffusion
@@ -59,8 +59,7 @@ def ablate(
     from ..eval.plot import check_plot
     from ..models import Target, load_denoiser
 
-    for path, option in ((output, "--output"), (plot, "--plot"), (answers, "--answers")):
-        check_output(path, option)
+    check_outputs({"--output": output, "--plot": plot, "--answers": answers}, read=[prompts])
     if plot:
         check_plot(plot)
     asked = ablation.PROMPTS if prompts is None else read_prompts(prompts)

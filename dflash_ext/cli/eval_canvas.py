@@ -25,7 +25,7 @@ from .options import (
     Seed,
     Tokenizer,
 )
-from .output import check_output, replacing
+from .output import check_outputs, replacing
 
 
 def canvas_front(
@@ -105,8 +105,7 @@ def canvas_front(
     left_out = LeftOut()
     conversations = read_conversations(prompts, field=field, limit=limit, left_out=left_out)
     right = read_references(prompts, references) if references else []
-    check_output(output)
-    check_output(plot, "--plot")
+    check_outputs({"--output": output, "--plot": plot}, read=[prompts])
     if plot:
         check_plot(plot)
     folders = denoiser or [None]

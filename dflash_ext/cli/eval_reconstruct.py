@@ -12,7 +12,7 @@ from .adapt import PrefixShare, RowLength, Span, Text, share
 from .app import console
 from .loading import load_target
 from .options import AttentionName, Device, Dtype, FiguresFile, Plot, Seed, Tokenizer
-from .output import check_output, replacing
+from .output import check_outputs, replacing
 
 ModelName = Annotated[str, typer.Option(help="The denoisers' base: a folder or hub name of a causal LM, or 'smollm2'.")]
 
@@ -60,8 +60,7 @@ def reconstruct(
     from ..models import Target, load_adaptation
     from ..progress import progress
 
-    check_output(output)
-    check_output(plot, "--plot")
+    check_outputs({"--output": output, "--plot": plot}, read=text)
     if plot:
         check_plot(plot)
     prefix = share(prefix_share, "--prefix-share")

@@ -34,7 +34,7 @@ from .options import (
     TopK,
     TopP,
 )
-from .output import check_output, replacing
+from .output import check_outputs, replacing
 
 
 def evaluate(
@@ -96,8 +96,7 @@ def evaluate(
     conversations = {
         path.stem: read_conversations(path, field=field, limit=limit, left_out=left_out[path.stem]) for path in prompts
     }
-    check_output(output)
-    check_output(plot, "--plot")
+    check_outputs({"--output": output, "--plot": plot}, read=prompts)
     if plot:
         check_plot(plot)
     model, tok = load_target(target, tokenizer, dtype, device)

@@ -42,7 +42,7 @@ from .options import (
     TopK,
     TopP,
 )
-from .output import check_output, replacing, write_text
+from .output import check_outputs, replacing, write_text
 
 
 def generate(
@@ -105,9 +105,7 @@ def generate(
 
     left_out = LeftOut()
     conversations = asked("generate", prompt, prompts, field, limit, left_out)
-    check_output(output)
-    check_output(trace, "--trace")
-    check_output(costs)
+    check_outputs({"--output": output, "--trace": trace, "--costs": costs}, read=[prompts])
     known_costs = _read_costs(costs) if costs and costs.exists() else None
     model, tok = load_target(target, tokenizer, dtype, device)
     tapped, draft = load_pair(model, drafter, load_drafter_base(drafter_base, model, tok))

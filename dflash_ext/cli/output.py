@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
@@ -12,10 +12,20 @@ from typing import TextIO
 from .app import say
 
 
-def check_output(path: Path | None, option: str = "--output") -> None:
-    """Raises ValueError if `path`, which this option names, cannot be a file. None means that no file is wanted."""
-    if path and (path.is_dir() or not path.parent.is_dir()):
-        raise ValueError(f"{option} {path}: a file in a folder that exists is expected")
+def check_outputs(outputs: Mapping[str, Path | None], read: Iterable[Path | None] = ()) -> None:
+    """Raises ValueError unless every output can be a file, and replaces neither another output nor a file that is read.
+
+    outputs: the files by the options that name them. None means that no file is wanted.
+    """
+    taken = {path.resolve() for path in read if path}
+    for option, path in outputs.items():
+        if path is None:
+            continue
+        if path.is_dir() or not path.parent.is_dir():
+            raise ValueError(f"{option} {path}: a file in a folder that exists is expected")
+        if path.resolve() in taken and (path.is_file() or not path.exists()):  # pipes and devices may serve twice
+            raise ValueError(f"{option} {path}: this command reads or writes that file already")
+        taken.add(path.resolve())
 
 
 def check_folder(path: Path) -> None:

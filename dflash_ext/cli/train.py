@@ -340,6 +340,7 @@ def train(
             begun = load_lora_drafter(start_from, tapped, dtype=torch.float32)
         else:
             begun = load_drafter(start_from, dtype=torch.float32, device=model.device)
+            begun.check_target(tapped)
         trained.start_from(begun)
     parameters = sum(p.numel() for p in trained.parameters())
     shown.print(f"drafter: {parameters / 1e6:.1f} M parameters, {what}")

@@ -222,12 +222,19 @@ class DFlashDrafter(PreTrainedModel):
         """Takes over the weights of another drafter; its blocks may have another size.
 
         Raises:
-            ValueError: the drafters have other taps or layers of another shape.
+            ValueError: the drafters read other taps, their slots predict other positions, or their weights differ in
+                shape.
         """
-        for name in ("target_layer_ids", "num_hidden_layers", "hidden_size", "intermediate_size"):
+        for name in ("target_layer_ids", "sample_from_anchor", "num_hidden_layers"):
             mine, theirs = getattr(self.config, name), getattr(other.config, name)
             if mine != theirs:
                 raise ValueError(f"the drafter to start from has {name} {theirs}, the new one {mine}")
+        mine, theirs = ({name: list(x.shape) for name, x in each.state_dict().items()} for each in (self, other))
+        for name in mine | theirs:
+            if mine.get(name) != theirs.get(name):
+                raise ValueError(
+                    f"the drafter to start from has {name} {theirs.get(name)}, the new one {mine.get(name)}"
+                )
         self.load_state_dict(other.state_dict())
 
     def get_input_embeddings(self) -> None:

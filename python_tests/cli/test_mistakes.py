@@ -64,6 +64,11 @@ def wrong_cases(workspace):
         ([*generate, "w003 \udcff"], "the tokenizer refuses 'w003 "),
         ([*generate, "w003 " * 3000], "a prompt has 3000 tokens, at most 508 are allowed"),
         ([*generate, "w003", "--output", workspace], "a file in a folder that exists"),
+        ([*generate, "--prompts", prompts, "--output", prompts], "reads or writes that file already"),
+        (
+            [*generate, "w003", "--output", workspace / "one", "--trace", workspace / "one"],
+            "one: this command reads or writes that file already",
+        ),
         ([*generate, ""], "a prompt has no token"),
         ([*generate, "w003", "--max-new-tokens", 999], "do not fit: the target has 512 positions"),
         ([*generate, "w003", "--device", "cuda:x"], "device 'cuda:x' is not supported"),
@@ -81,6 +86,10 @@ def wrong_cases(workspace):
         ([*train, "--prompts", prompts, "--learning-rate", "inf"], "learning_rate is inf"),
         ([*train, "--prompts", prompts, "--answers", others], "either --prompts"),
         (["train", "--target", target, "--output", prompts, *train[5:], "--prompts", prompts], "a folder is expected"),
+        (
+            [*train[:-4], *train[-2:], "--prompts", prompts, "--drafter", "lora", "--alpha", "nan"],
+            "alpha is nan; a positive number is needed",
+        ),
         ([*generate, "w3", "--tokenizer", tokenizers / "larger"], "the tokenizer is another model's"),
         ([*generate, "w3", "--drafter", workspace / "nowhere"], "there is no such folder"),
         ([*generate, "w3", "--drafter", target], "no drafter in"),

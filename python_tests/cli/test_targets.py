@@ -3,6 +3,7 @@
 import inspect
 
 import pytest
+import torch
 from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -16,6 +17,7 @@ def target(tmp_path, request):
     config_class = CONFIG_MAPPING[request.param]
     known = {*inspect.signature(config_class.__init__).parameters, *config_class.attribute_map}
     config = config_class(**{name: value for name, value in SHAPE.items() if name in known})
+    torch.manual_seed(0)
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "target")
     word_tokenizer().save_pretrained(tmp_path / "target")
     return tmp_path / "target"

@@ -265,3 +265,21 @@ def test_refuses_folders_without_a_drafter(tmp_path):
 def test_a_wrong_config_is_refused_by_name(given, message):
     with pytest.raises(ValueError, match=message):
         DFlashConfig(dflash_config=given, vocab_size=64, num_target_layers=4)
+
+
+def test_a_drafter_starts_from_another_one_of_the_same_shape():
+    def drafter(shape=None, **options):
+        target = Target(tiny_model("llama", **shape or {}))
+        return DFlashDrafter.for_target(target, mask_token_id=MASK_TOKEN, num_layers=1, taps=1, **options)
+
+    new, other = drafter(block_size=4), drafter(block_size=8)
+    new.start_from(other)
+    assert all(torch.equal(x, other.state_dict()[name]) for name, x in new.state_dict().items())
+    for changed in (
+        drafter({"num_attention_heads": 2, "num_key_value_heads": 1}, block_size=4),
+        drafter(block_size=4, sample_from_anchor=True),
+        drafter({"hidden_size": 32}, block_size=4),
+    ):
+        with pytest.raises(ValueError, match="the drafter to start from has .*, the new one") as caught:
+            new.start_from(changed)
+        assert "\n" not in str(caught.value)

@@ -39,6 +39,8 @@ class LoraAdapter(nn.Module):
         if rank < 1:
             raise ValueError(f"the rank of an adapter is {rank}: at least 1 is needed")
         self.rank, self.alpha = rank, float(rank if alpha is None else alpha)
+        if not 0 < self.alpha < math.inf:
+            raise ValueError(f"alpha is {self.alpha}; a positive number is needed")
         self.scale = self.alpha / rank
         self.shapes, self.paths = dict(shapes), tuple(shapes)
         self._index = {path: index for index, path in enumerate(self.paths)}

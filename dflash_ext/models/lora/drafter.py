@@ -89,7 +89,13 @@ class LoraDrafter(nn.Module):
     @torch.no_grad()
     def start_from(self, other: LoraDrafter) -> None:
         """Takes over the updates of another drafter's adapter (`LoraAdapter.start_from`), its mask embedding and, where
-        both have one of the same width, its sampler head."""
+        both have one of the same width, its sampler head.
+
+        Raises:
+            ValueError: the other drafter is of another kind, or a linear layer that both adapt is of another shape.
+        """
+        if other.config.kind != self.config.kind:
+            raise ValueError(f"the drafter to start from is {other.config.kind}, the new one {self.config.kind}")
         self.adapter.start_from(other.adapter)
         self.mask_embedding.copy_(other.mask_embedding)
         if self.sampler is not None and other.config.sampler_width == self.config.sampler_width:

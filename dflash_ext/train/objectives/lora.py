@@ -56,7 +56,9 @@ class LoraObjective(Objective):
     def identity(self) -> dict:
         config, adapter = self.drafter.config, self.drafter.adapter
         linears = sorted({path.rpartition(".")[2] for path in adapter.paths})
-        own = {name: getattr(config, name) for name in ("kind", "block_size", "causal", "sampler_width")}
+        own = {
+            name: getattr(config, name) for name in ("kind", "block_size", "mask_token_id", "causal", "sampler_width")
+        }
         return own | {"rank": adapter.rank, "alpha": adapter.alpha, "linear layers": linears, "base": config.base}
 
     def drafter_to_decode(self) -> LoraDrafter:
