@@ -69,7 +69,7 @@ def adapt(
         Path | None,
         typer.Option(
             metavar="<path>",
-            help="A file of the model's own answers, as `dflash-ext train` writes it, to train on instead of --text. "
+            help="A file of the model's own answers, as `dflash-ext answers` writes it, to train on instead of --text. "
             "Each prompt is a prefix, and its answer is what is denoised.",
         ),
     ] = None,

@@ -37,6 +37,12 @@ def uniforms_of(seed: Tensor, stream: int, rows: int, count: int) -> Tensor:
     return _shifted(bits, 11).double() * 2.0**-53
 
 
+def uniform_tokens(seeds: Tensor, vocab_size: int) -> Tensor:
+    """A random token for each seed, int64 of the seeds' shape: the noise of canvases and of blocks."""
+    uniforms = uniforms_of(seeds.flatten(), NOISE, seeds.numel(), 1)
+    return (uniforms * vocab_size).long().view_as(seeds)
+
+
 def derived(seed: Tensor, counter: Tensor | int) -> Tensor:
     """Seeds that are independent of each other for every seed and counter; int64, of the shape to which they broadcast.
 

@@ -9,6 +9,7 @@ from ...models import Denoiser, Target
 from ...ops.cycle import CycleRows
 from ..drafts.base import Draft
 from ..drafts.uniform import next_block, noise, places_of
+from ..drafts.waiting import WaitingTokens, places_from
 from ..kv_cache import MOST_ROWS
 from .forward import CausalForward
 
@@ -35,23 +36,19 @@ class CanvasDraft(Draft):
         super().__init__(target, **options)
         self.forward = CausalForward(denoiser, slots=slots, tokens=tokens, rows=MOST_ROWS)
         self.cache = self.forward.forward.cache
-        device = target.device
-        self.tokens = torch.zeros(slots, self.width + 1, dtype=torch.int64, device=device)
-        self.counts = torch.zeros(slots, dtype=torch.int64, device=device)
+        self.unread = WaitingTokens(slots, self.width + 1, target.device)
 
     def inject(self, tokens: Tensor, features: Tensor | None, positions: Tensor, slots: Tensor) -> None:
         """Reads a part of a prompt."""
         counts, start = (positions >= 0).sum(dim=1), positions[:, 0].clamp(min=0)
         self.forward.encode(tokens, positions, start, counts, slots)
-        self.counts.index_fill_(0, slots.long(), 0)
+        self.unread.drop(slots)
 
     def commit(self, tokens: Tensor, features: Tensor | None, positions: Tensor, slots: Tensor) -> None:
         """Keeps the tokens for the next draft. A cycle without a draft, of one token, has those before it read."""
-        index = slots.long()
         if tokens.shape[1] == 1:
             self._read(slots, positions[:, 0], positions[:, 0] >= 0)
-        self.tokens.index_copy_(0, index, torch.nn.functional.pad(tokens, (0, self.width + 1 - tokens.shape[1])))
-        self.counts.index_copy_(0, index, (positions >= 0).sum(dim=1))
+        self.unread.keep(tokens, positions, slots)
 
     def draft(
         self, rows: CycleRows, width: int, filters: dict[str, Tensor], changes: dict[str, Tensor]
@@ -74,20 +71,18 @@ class CanvasDraft(Draft):
 
     def clear(self, slot: int) -> None:
         self.cache.clear(slot)
-        self.counts[slot] = 0
+        self.unread.counts[slot] = 0
 
     def _read(self, slots: Tensor, start: Tensor, live: Tensor, anchor: Tensor | None = None) -> None:
         """Reads what is yet to be read of the tokens before `start` (int64 [B]), and the anchor, if given.
 
         live: bool [B], the rows that read something.
         """
-        index = slots.long()
-        tokens, counts = self.tokens.index_select(0, index), self.counts.index_select(0, index)
+        tokens, counts = self.unread.of(slots)
         first = (start - counts).clamp(min=0)
         if anchor is not None:
             tokens = torch.nn.functional.pad(tokens, (0, 1)).scatter(1, counts[:, None], anchor[:, None])
             counts = counts + 1
         counts = counts * live
-        column = torch.arange(tokens.shape[1], device=tokens.device)
-        positions = torch.where(column < counts[:, None], first[:, None] + column, -1)
+        positions = places_from(first, counts, tokens.shape[1])
         self.forward.encode(tokens, positions, first, counts, slots)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ...ops import sample
-from ...ops.random import NOISE, derived, uniforms_of
+from ...ops.random import derived, uniform_tokens
 from ...reference import Sample
 from .rows import Rows
 
@@ -28,9 +28,7 @@ class Seeded:
     """
 
     def noise(self, rows: Rows, vocab_size: int) -> Tensor:
-        seeds = self._seeds(rows)
-        uniforms = uniforms_of(seeds.flatten(), NOISE, seeds.numel(), 1)
-        return (uniforms * vocab_size).long().view_as(seeds)
+        return uniform_tokens(self._seeds(rows), vocab_size)
 
     def sample(self, logits: Tensor, rows: Rows, **options) -> Sample | tuple[Sample, Tensor]:
         return sample(logits, self._seeds(rows), **options)

@@ -16,6 +16,7 @@ from ..forward.masks import causal_masks
 from ..kv_cache import MOST_ROWS
 from .base import Draft, narrow
 from .sampler import CandidateSampler
+from .waiting import WaitingTokens, places_from
 
 
 class LoraDraft(Draft):
@@ -101,25 +102,20 @@ class WholeDraft(LoraDraft):
         super().__init__(drafter, forward, **options)
         # The cache of a base that verifies has the keys and values without the adapter.
         self.cache = forward.make_cache(slots, tokens, MOST_ROWS) if drafter.base is None else forward.cache
-        device = forward.target.device
-        self.tokens = torch.zeros(slots, self.width + 1, dtype=torch.int64, device=device)
-        self.counts = torch.zeros(slots, dtype=torch.int64, device=device)
+        self.unread = WaitingTokens(slots, self.width + 1, forward.target.device)
 
     def inject(self, tokens: Tensor, features: Tensor | None, positions: Tensor, slots: Tensor) -> None:
         """Reads a part of a prompt with the adapter."""
         counts, start = (positions >= 0).sum(dim=1), positions[:, 0].clamp(min=0)
         self._read(self.forward.embed(tokens), positions, slots, self._causal(start, tokens.shape[1], counts))
-        self.counts.index_fill_(0, slots.long(), 0)
+        self.unread.drop(slots)
 
     def commit(self, tokens: Tensor, features: Tensor | None, positions: Tensor, slots: Tensor) -> None:
         """Keeps the tokens for the next draft. A cycle without a draft, of one token, has them read."""
-        index, counts = slots.long(), (positions >= 0).sum(dim=1)
         if tokens.shape[1] == 1:
             waiting, places, masks = self._waiting(slots, positions[:, 0])
             self._read(self.forward.embed(waiting), places, slots, masks)
-        padded = torch.nn.functional.pad(tokens, (0, self.tokens.shape[1] - tokens.shape[1]))
-        self.tokens.index_copy_(0, index, padded)
-        self.counts.index_copy_(0, index, counts)
+        self.unread.keep(tokens, positions, slots)
 
     def denoise(self, rows: CycleRows, known: Tensor, count: int) -> tuple[Tensor, Tensor | None]:
         block, first = rows.block_positions.shape[1], known.shape[1]
@@ -140,16 +136,13 @@ class WholeDraft(LoraDraft):
 
     def clear(self, slot: int) -> None:
         self.cache.clear(slot)
-        self.counts[slot] = 0
+        self.unread.counts[slot] = 0
 
     def _waiting(self, slots: Tensor, start: Tensor) -> tuple[Tensor, Tensor, dict[str, IntervalMask]]:
         """The committed tokens before `start` (int64 [B]) that are yet to be read, their places, and their masks."""
-        index = slots.long()
-        tokens, counts = self.tokens.index_select(0, index), self.counts.index_select(0, index)
-        column = torch.arange(tokens.shape[1], device=tokens.device)
-        first = start - counts
-        places = torch.where(column < counts[:, None], first[:, None] + column, -1)
-        return tokens, places, self._causal(first, tokens.shape[1], counts)
+        tokens, counts = self.unread.of(slots)
+        first, width = start - counts, tokens.shape[1]
+        return tokens, places_from(first, counts, width), self._causal(first, width, counts)
 
     def _causal(self, start: Tensor, count: int, exist: Tensor) -> dict[str, IntervalMask]:
         return causal_masks(self.forward.windows, start, count, exist, self.cache.capacity)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ...ops import reveal, sample
 from ...ops.cycle import CycleRows
-from ...ops.random import NOISE, derived, uniforms_of
+from ...ops.random import derived, uniform_tokens
 
 ENTROPY_BOUND = 0.1  # in nats: DiffusionGemma's
 
@@ -19,9 +19,7 @@ def places_of(rows: CycleRows, width: int) -> Tensor:
 
 def noise(rows: CycleRows, width: int, vocab_size: int, step: int = 0) -> Tensor:
     """Random tokens for the positions behind the anchors: int64 [B, width], by seed, position and step."""
-    seeds = derived(rows.seed, step)[:, None] + places_of(rows, width)
-    uniforms = uniforms_of(seeds.flatten(), NOISE, seeds.numel(), 1)
-    return (uniforms * vocab_size).long().view_as(seeds)
+    return uniform_tokens(derived(rows.seed, step)[:, None] + places_of(rows, width), vocab_size)
 
 
 def next_block(rows: CycleRows, logits: Tensor, step: int) -> Tensor:
