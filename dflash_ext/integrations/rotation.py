@@ -18,9 +18,9 @@ NAME = "apply_rotary_pos_emb"
 
 
 def rotating_modules(model: nn.Module) -> list[ModuleType]:
-    """The Python modules of a model's layers whose function of that name computes what `rotated` does.
+    """The Python modules of a model's layers whose `apply_rotary_pos_emb` computes what `rotated` does.
 
-    What it computes, random numbers tell.
+    Each function is compared with `rotated` on random numbers.
     """
     names = sorted({type(part).__module__ for part in model.modules() if hasattr(part, "num_key_value_groups")})
     return [sys.modules[name] for name in names if _gives(getattr(sys.modules[name], NAME, None))]

@@ -26,7 +26,7 @@ def next_block(rows: CycleRows, logits: Tensor, step: int) -> Tensor:
     """What a step reads, given the logits [B, K, V] of the one before: int64 [B, K].
 
     The likeliest token of the positions of the least entropy, while the entropies before them add up to at most the
-    bound, and new random tokens elsewhere. A block of likely but wrong tokens is nothing that training has shown.
+    bound, and new random tokens elsewhere. Training never shows a block of likely but wrong tokens.
     """
     drawn = sample(logits, 0)
     live = torch.ones(drawn.entropy.shape, dtype=torch.bool, device=logits.device)
