@@ -62,6 +62,7 @@ def share(text: str, option: str) -> Share:
 
 
 def adapt(
+    ctx: typer.Context,
     model: Annotated[str, typer.Option(help="A folder or hub name of a causal LM, or 'smollm2'.")],
     output: Annotated[Path, typer.Option(help="The folder for the adapter, its log and its plot.")],
     text: Annotated[list[Path] | None, _TEXT] = None,
@@ -127,6 +128,14 @@ def adapt(
         float, typer.Option(min=0, help="Add this times the divergence from the model without the adapter.")
     ] = 0.0,
     mask_token: MaskToken = None,
+    kind: Annotated[
+        str,
+        typer.Option(
+            help="What is trained: whole, a LoRA adapter that acts on every token; gated, one that acts on the tokens "
+            "of blocks alone, so that the model itself reads prompts; or full, all weights of the model, which need a "
+            "lower learning rate."
+        ),
+    ] = "whole",
     rank: Annotated[int, typer.Option(min=1, help="The rank of the adapter.")] = 16,
     alpha: Annotated[float, typer.Option(min=0, help="The adapter's update is multiplied by alpha / rank.")] = 32.0,
     linear_layers: LinearLayers = "all",
@@ -158,7 +167,7 @@ def adapt(
     dtype: Dtype = None,
     device: Device = None,
 ) -> None:
-    """Turn a causal LM into a denoiser that fills in hidden tokens, by an adapter."""
+    """Turn a causal LM into a denoiser that fills in hidden tokens or replaces wrong ones."""
     from ..data import AnswerDataset, NoiseCollator, TextDataset, UniformCollator, read_texts
     from ..models import Adaptation, Target, UniformAdaptation
     from ..noise import MaskNoise
@@ -172,6 +181,10 @@ def adapt(
         raise ValueError("adapt needs either --text or --answers")
     if noise not in ("masked", "uniform"):
         raise ValueError(f"--noise {noise}: masked and uniform are supported")
+    if kind == "full":
+        for name in ("rank", "alpha", "linear_layers"):
+            if ctx.get_parameter_source(name).name == "COMMANDLINE":
+                raise ValueError(f"--{name.replace('_', '-')} is an option of adapters, and --kind full has none")
     is_uniform = noise == "uniform"
     if is_uniform and (pattern == "causal" or mask_token is not None):
         raise ValueError("with uniform noise a block sees both directions and there is no mask token")
@@ -206,6 +219,7 @@ def adapt(
         pattern=pattern,
         context=context,
         block_size=block_size,
+        kind=kind,
         rank=rank,
         alpha=alpha,
         targets=linear_layer_names(linear_layers),
@@ -217,8 +231,10 @@ def adapt(
         rows = TextDataset(read_texts(text), tok, length)
     kept_out = TextDataset(read_texts(held_out), tok, length).first(held_out_rows) if held_out else None
     size = sum(parameter.numel() for parameter in adaptation.parameters())
+    count = len(adaptation.adapter.paths)
+    what = f"{count} weights" if kind == "full" else f"{kind} adapter of rank {rank} on {count} linear layers"
     shown.print(
-        f"denoiser: rank {rank} on {len(adaptation.adapter.paths)} linear layers, {size / 1e6:.1f} M parameters; "
+        f"denoiser: {what}, {size / 1e6:.1f} M parameters; "
         f"text: {rows.documents} documents, {len(rows)} rows of {length} tokens",
         soft_wrap=True,
         highlight=False,

@@ -313,7 +313,7 @@ def train(
         recipe = Recipe(**settings, loss=loss, teacher_mix=teacher_mix, compile=compile)
     model, tok = load_target(target, tokenizer, dtype, device)
     if denoiser is not None:
-        model = load_denoiser(model, denoiser).target.model
+        model = load_denoiser(model, denoiser).reader.model
     made = dict(mask_token_id=mask_token_id(tok, mask_token), block_size=block_size)
     if is_lora:
         trained = new_lora_drafter(

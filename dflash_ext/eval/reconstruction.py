@@ -92,8 +92,9 @@ def _of_batch(adaptation: Adaptation, batch: dict[str, Tensor]) -> dict[str, Ten
     on_device = {name: value.to(target.device) for name, value in batch.items()}
     ids, hidden = on_device["input_ids"], on_device["hidden"]
     states = adaptation(*adaptation.inputs(on_device))[:, : ids.shape[1]]
+    head = adaptation.head
     result = linear_cross_entropy(
-        states.to(target.head.dtype), target.head, ids, hidden.float(), reduction="none", softcap=target.softcap
+        states.to(head.dtype), head, ids, hidden.float(), reduction="none", softcap=target.softcap
     )
     right = result.correct & hidden
     count = hidden.sum(1)

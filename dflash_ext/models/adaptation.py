@@ -1,4 +1,4 @@
-"""What turns a causal LM into a denoiser: a LoRA adapter and the embedding of a masked token, trained beside it."""
+"""What turns a causal LM into a denoiser: a LoRA adapter or new weights, and the embedding of a masked token."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ..integrations.fused_layers import replaced_forwards
 from ..masks import IntervalMask
 from .denoising_masks import CONTEXTS, PATTERNS, denoising_masks
+from .full_weights import FullWeights, load_full_weights
 from .loading import first_line
 from .lora import LoraAdapter, LoraDrafter, LoraDrafterConfig, save_lora_drafter
 from .lora.adapter import with_update
@@ -27,6 +28,7 @@ from .lora.rows import planned, recomputed
 from .target import Target
 
 CONFIG, WEIGHTS = "denoiser.json", "denoiser.safetensors"
+KINDS = ("whole", "gated", "full")
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,8 @@ class AdaptationConfig:
         mask_id: the token that stands for a masked position. It may be the first number behind the vocabulary, for
             bases that have no token to spare. None is for uniform-state diffusion (`UniformAdaptation`).
         pattern, context, block_size: as in `denoising_masks`.
+        kind: "whole": a LoRA adapter that acts on every token. "gated": one that acts on the tokens of denoising blocks
+            alone, so that the base itself reads what comes before them. "full": no adapter, but all weights.
 
     Raises:
         ValueError: a setting is out of range.
@@ -48,10 +52,11 @@ class AdaptationConfig:
     pattern: str = "prefix_block"
     context: str = "causal"
     block_size: int | None = None
+    kind: str = "whole"
 
     def __post_init__(self):
-        for name, value, known in (("pattern", self.pattern, PATTERNS), ("context", self.context, CONTEXTS)):
-            if value not in known:
+        for name, known in (("pattern", PATTERNS), ("context", CONTEXTS), ("kind", KINDS)):
+            if (value := getattr(self, name)) not in known:
                 raise ValueError(f"{name} is '{value}': {', '.join(known)} are supported")
         if (self.pattern == "block_causal") != (self.block_size is not None):
             raise ValueError("a block size goes with the pattern block_causal, and only with it")
@@ -59,6 +64,8 @@ class AdaptationConfig:
             raise ValueError(f"block_size is {self.block_size}: at least 1 is needed")
         if self.context == "block_causal" and self.pattern != "block_causal":
             raise ValueError(f"with the pattern {self.pattern} the context is causal")
+        if self.context == "block_causal" and self.kind == "gated":
+            raise ValueError("a gated denoiser's context is causal: the base reads it")
         if self.mask_id is not None and not 0 <= self.mask_id <= self.base["vocab_size"]:
             raise ValueError(f"mask token {self.mask_id}: the base has {self.base['vocab_size']} tokens")
 
@@ -68,19 +75,20 @@ class AdaptationConfig:
 
 
 class Adaptation(nn.Module):
-    """A LoRA adapter on the language model's layers, and the embedding that stands in for masked tokens.
+    """A LoRA adapter or new weights for the language model, and the embedding that stands in for masked tokens.
 
     The base is never changed, and its table never has the mask's embedding: with tied weights that would change the
     head, too. The logits of a position predict the token at that same position.
 
     Args:
         target: the base, frozen. It is no submodule.
+        adapter: what is trained, as the config's kind says.
 
     Attributes:
         mask_embedding: [H], as the first layer takes it: a scale of the base's embedding (Gemma) is already in it.
     """
 
-    def __init__(self, target: Target, config: AdaptationConfig, adapter: LoraAdapter):
+    def __init__(self, target: Target, config: AdaptationConfig, adapter: LoraAdapter | FullWeights):
         super().__init__()
         config.check_target(target)
         self.target, self.config, self.adapter = target, config, adapter
@@ -97,6 +105,7 @@ class Adaptation(nn.Module):
         pattern: str = "prefix_block",
         context: str = "causal",
         block_size: int | None = None,
+        kind: str = "whole",
         rank: int = 16,
         alpha: float | None = 32,
         targets: str | list[str] = "all",
@@ -107,12 +116,17 @@ class Adaptation(nn.Module):
         The mask's embedding starts as that of the mask token, or for a new token as the mean over the vocabulary.
 
         Args:
-            rank, alpha, targets: as in `LoraAdapter.for_target`.
+            mask_id, pattern, context, block_size, kind: as in `AdaptationConfig`.
+            rank, alpha, targets: as in `LoraAdapter.for_target`; full weights have none of them.
         """
-        config = AdaptationConfig(identity_of(target), mask_id, pattern, context, block_size)
+        config = AdaptationConfig(identity_of(target), mask_id, pattern, context, block_size, kind)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            adaptation = cls(target, config, LoraAdapter.for_target(target, targets=targets, rank=rank, alpha=alpha))
+            if kind == "full":
+                adapter = FullWeights.for_target(target)
+            else:
+                adapter = LoraAdapter.for_target(target, targets=targets, rank=rank, alpha=alpha)
+            adaptation = cls(target, config, adapter)
         adaptation.begin()
         return adaptation.to(target.device)
 
@@ -130,7 +144,7 @@ class Adaptation(nn.Module):
         """A drafter for the base: with the adapter it drafts a block, and without it it verifies.
 
         A block is a denoising block whose first token, the anchor, is right and whose others are masked. What comes
-        before it is the prefix, which the adapter reads, too.
+        before it is the prefix, which the adapter reads, too. Where it is gated, the anchor belongs to the prefix.
 
         Args:
             block_size: the slots of a block, the anchor included. Decoding may choose another number.
@@ -138,7 +152,7 @@ class Adaptation(nn.Module):
         config = LoraDrafterConfig(
             self.config.base,
             self.stand_in,
-            kind="whole",
+            kind=self.config.kind,
             block_size=block_size,
             causal=self.config.pattern == "causal",
         )
@@ -151,8 +165,20 @@ class Adaptation(nn.Module):
         """The token that the base reads at masked positions, where a model embeds tokens per layer, too (Gemma 4)."""
         return self.config.mask_id if self.config.mask_id < self.target.vocab_size else 0
 
+    @property
+    def head(self) -> Tensor:
+        """The weight of the head that these hidden states are for, [V, H]."""
+        if isinstance(self.adapter, FullWeights):
+            return self.adapter.of(self.target.model, self.target.model.get_output_embeddings())
+        return self.target.head
+
     def forward(
-        self, input_ids: Tensor, hidden: Tensor, positions: Tensor, masks: Mapping[str, IntervalMask]
+        self,
+        input_ids: Tensor,
+        hidden: Tensor,
+        positions: Tensor,
+        masks: Mapping[str, IntervalMask],
+        adapted: Tensor | None = None,
     ) -> Tensor:
         """The hidden states [B, L, H] of tokens, after the final norm; the head turns them into logits.
 
@@ -161,6 +187,7 @@ class Adaptation(nn.Module):
             hidden: bool [B, L], the tokens that are masked, whatever `input_ids` has there.
             positions: int64 [B, L].
             masks: by kind of layer.
+            adapted: bool [B, L], the tokens on which a gated adapter acts; None is for all.
         """
 
         def embed(module: nn.Module, inputs: tuple, output: Tensor) -> Tensor:
@@ -169,22 +196,27 @@ class Adaptation(nn.Module):
         with ExitStack() as acting:
             hook = self.target.model.get_input_embeddings().register_forward_hook(embed)
             acting.callback(hook.remove)
-            acting.enter_context(self._acting())
+            acting.enter_context(self._acting(adapted))
             if self.recomputes and torch.is_grad_enabled():
                 acting.enter_context(recomputed(self.target))
             return self._run(input_ids.masked_fill(hidden, self.stand_in), positions, masks)
 
     @contextmanager
-    def _acting(self) -> Iterator[None]:
-        """Within it, the layers of the base run with the adapter: compiled, or with fused norms and gated MLPs."""
+    def _acting(self, rows: Tensor | None) -> Iterator[None]:
+        """Within it, the base runs with the adapter or the new weights: compiled, or with fused norms and gated MLPs.
+
+        rows: as `adapted` in `forward`.
+        """
+        target = self.target
         if self._compiled is not None:
-            with replaced_forwards(
-                {layer: partial(self._compiled, layer, *of) for layer, of in self._halves().items()}
-            ):
+            layers = {layer: partial(self._compiled, layer, *of, rows) for layer, of in self._halves().items()}
+            with replaced_forwards(layers):
                 yield
-        else:
-            with self.adapter.applied(self.target.model), replaced_forwards(self.target.fused_forwards):
-                yield
+            return
+        full = isinstance(self.adapter, FullWeights)
+        acting = self.adapter.applied(target) if full else self.adapter.applied(target.model, rows)
+        with acting, replaced_forwards(target.fused_forwards):
+            yield
 
     def _halves(self) -> dict[nn.Module, tuple[tuple[str, ...], list[tuple[Tensor, Tensor]], float]]:
         """What `_with_adapter` takes behind each layer."""
@@ -197,7 +229,12 @@ class Adaptation(nn.Module):
         return found
 
     def compile(self, **options: Any) -> None:
-        """Compiles the base's layers with their parts of the adapter. Layers of a kind share one graph."""
+        """Compiles the base's layers with their parts of the adapter. Layers of a kind share one graph.
+
+        Raises a ValueError for full weights.
+        """
+        if isinstance(self.adapter, FullWeights):
+            raise ValueError("torch.compile is supported with an adapter, and not with full weights")
         self._compiled = torch.compile(_with_adapter, **options)
 
     def gradient_checkpointing_enable(self, **_) -> None:
@@ -215,7 +252,9 @@ class Adaptation(nn.Module):
         adapter = {id(parameter) for parameter in self.adapter.parameters()}
         return {name: each.detach() for name, each in self.named_parameters() if id(each) not in adapter}
 
-    def inputs(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor, dict[str, IntervalMask]]:
+    def inputs(
+        self, batch: Mapping[str, Tensor]
+    ) -> tuple[Tensor, Tensor, Tensor, dict[str, IntervalMask], Tensor | None]:
         """What `forward` takes for a batch of `NoiseCollator`.
 
         With the pattern block_causal, the rows of [B, 2 S] tokens hold the noised ones and, behind them, the right
@@ -224,10 +263,14 @@ class Adaptation(nn.Module):
         config = self.config
         masks = self._masks(batch, config.pattern, context=config.context, block_size=config.block_size)
         ids, hidden, positions = batch["input_ids"], batch["hidden"], positions_of(batch)
+        adapted = None
+        if config.kind == "gated":
+            adapted = torch.arange(ids.shape[1], device=ids.device) >= batch["blocks"]
         if config.pattern == "block_causal":
             ids, positions = (torch.cat([rows, rows], dim=1) for rows in (ids, positions))
             hidden = torch.cat([hidden, torch.zeros_like(hidden)], dim=1)
-        return ids, hidden, positions, masks
+            adapted = None if adapted is None else torch.cat([adapted, torch.zeros_like(adapted)], dim=1)
+        return ids, hidden, positions, masks, adapted
 
     @torch.no_grad()
     def base_states(self, batch: Mapping[str, Tensor]) -> Tensor:
@@ -245,14 +288,20 @@ class Adaptation(nn.Module):
 
 
 def _with_adapter(
-    layer: nn.Module, names: tuple[str, ...], halves: list[tuple[Tensor, Tensor]], scale: float, *args, **kwargs
+    layer: nn.Module,
+    names: tuple[str, ...],
+    halves: list[tuple[Tensor, Tensor]],
+    scale: float,
+    rows: Tensor | None,
+    *args,
+    **kwargs,
 ) -> Any:
-    """A layer's own forward with the adapter's halves on the linear layers of these names."""
+    """A layer's own forward with the adapter's halves on the linear layers of these names, in these rows alone."""
     with ExitStack() as hooks:
         for name, (a, b) in zip(names, halves, strict=True):
 
             def update(_, inputs: tuple[Tensor], output: Tensor, a: Tensor = a, b: Tensor = b) -> Tensor:
-                return with_update(output, inputs[0], a, b, scale)
+                return with_update(output, inputs[0], a, b, scale, rows)
 
             hooks.callback(layer.get_submodule(name).register_forward_hook(update).remove)
         return type(layer).forward(layer, *args, **kwargs)
@@ -271,16 +320,18 @@ def save_adaptation(
     base_name: str | None = None,
     dtype: torch.dtype | None = None,
 ) -> None:
-    """Writes an adaptation. PEFT reads the folder as that of a plain adapter.
+    """Writes an adaptation. PEFT reads the folder as that of a plain adapter, and transformers reads full weights.
 
-    With a mask token it is the folder of a whole LoRA drafter, too.
+    With an adapter and a mask token it is the folder of a LoRA drafter, too.
 
     Args:
         base_name: the base's folder or name on the hub, for PEFT's users.
         dtype: that of the tensors, the adaptation's own by default.
     """
     folder = Path(folder)
-    if adaptation.config.mask_id is None:
+    if isinstance(adaptation.adapter, FullWeights):
+        adaptation.adapter.save(folder, adaptation.target.model, dtype=dtype)
+    elif adaptation.config.mask_id is None:
         save_adapter(adaptation.adapter, folder, base_name=base_name, dtype=dtype)
     else:
         save_lora_drafter(adaptation.as_drafter(), folder, base_name=base_name, dtype=dtype)
@@ -306,7 +357,7 @@ def load_adaptation(folder: str | os.PathLike, target: Target) -> Adaptation:
     kind = Adaptation
     if config.mask_id is None:
         from .uniform import UniformAdaptation as kind
-    adaptation = kind(target, config, load_adapter(folder, target))
+    adaptation = kind(target, config, (load_full_weights if config.kind == "full" else load_adapter)(folder, target))
     for name, tensor in adaptation.own_tensors().items():
         if name not in own or own[name].shape != tensor.shape:
             found = "no" if name not in own else f"another shape of, {list(own[name].shape)},"

@@ -29,6 +29,8 @@ class Denoiser:
         self_conditioning: for uniform-state diffusion, a module that takes the embedded canvas ``[B, L, H]`` and the
             expected embeddings of the step before ``[B, L, H]`` (zeros in the first step) and returns the input of the
             layers ``[B, L, H]``, as that of DiffusionGemma does.
+        encoder: another model of the same shapes, which reads prompts and committed blocks; `target` denoises over its
+            keys and values. None: `target` reads them, too.
 
     Raises:
         ValueError: attention or prefix has another value, or the mask token is not in the vocabulary.
@@ -40,6 +42,7 @@ class Denoiser:
     attention: str = "bidirectional"
     prefix: str = "causal"
     self_conditioning: nn.Module | None = None
+    encoder: Target | None = None
 
     def __post_init__(self) -> None:
         for name, value, known in (("attention", self.attention, ATTENTION), ("prefix", self.prefix, PREFIX)):
@@ -48,6 +51,11 @@ class Denoiser:
         known = self.target.vocab_size + (self.mask_embedding is not None)
         if self.mask_id is not None and not 0 <= self.mask_id < known:
             raise ValueError(f"Denoiser: the mask token is {self.mask_id}; {known} tokens have an embedding")
+
+    @property
+    def reader(self) -> Target:
+        """The model that reads prompts and committed blocks."""
+        return self.encoder or self.target
 
     @property
     def stand_in(self) -> int:

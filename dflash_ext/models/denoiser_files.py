@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import copy
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .adaptation import CONFIG, Adaptation, load_adaptation
 from .denoiser import Denoiser
-from .lora import LoraAdapter
 from .target import Target
 from .uniform import UniformAdaptation
 
@@ -40,22 +39,17 @@ def denoiser_of(adaptation: Adaptation) -> Denoiser:
     else:
         own["mask_embedding"] = adaptation.mask_embedding.detach().to(target.dtype)
     return Denoiser(
-        Target(_merged(target.model, adaptation.adapter)),
+        Target(_with(target.model, adaptation.adapter.merged(target.model))),
         **own,
         attention="causal" if config.pattern == "causal" else "bidirectional",
         prefix=config.context,
+        encoder=target if config.kind == "gated" else None,
     )
 
 
-def _merged(model: PreTrainedModel, adapter: LoraAdapter) -> PreTrainedModel:
-    """A copy of a model with an adapter's products added to its weights. What is not adapted is shared, not copied."""
-    adapted = {f"{path}.weight" for path in adapter.paths}
-    shared = {id(tensor): tensor for name, tensor in model.named_parameters() if name not in adapted}
-    shared |= {id(tensor): tensor for tensor in model.buffers()}
-    merged = copy.deepcopy(model, shared)
-    for path in adapter.paths:
-        linear = merged.get_submodule(path)
-        a, b = (half.detach().to(linear.weight.device, torch.float32) for half in adapter.halves(path))
-        weight = linear.weight.float() + adapter.scale * (b @ a)
-        linear.weight = nn.Parameter(weight.to(linear.weight.dtype), requires_grad=False)
-    return merged
+def _with(model: PreTrainedModel, weights: Mapping[str, Tensor]) -> PreTrainedModel:
+    """A copy of a model with these weights, by path. It shares all others with the model."""
+    known = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    for path, weight in weights.items():
+        known[id(model.get_parameter(path))] = nn.Parameter(weight, requires_grad=False)
+    return copy.deepcopy(model, known)

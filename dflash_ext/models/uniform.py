@@ -1,4 +1,4 @@
-"""What turns a causal LM into a denoiser of uniform-state diffusion: an adapter, and self-conditioning beside it."""
+"""What turns a causal LM into a denoiser of uniform-state diffusion: as for masked diffusion, and self-conditioning."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ..masks import IntervalMask
 from ..ops import soft_embedding
 from .adaptation import Adaptation, AdaptationConfig
+from .full_weights import FullWeights
 from .lora import LoraAdapter
 from .target import Target
 
@@ -51,7 +52,7 @@ class UniformAdaptation(Adaptation):
         self_conditioning: acts on the tokens of blocks alone; what comes before them has an expected embedding of zero.
     """
 
-    def __init__(self, target: Target, config: AdaptationConfig, adapter: LoraAdapter):
+    def __init__(self, target: Target, config: AdaptationConfig, adapter: LoraAdapter | FullWeights):
         super().__init__(target, config, adapter)
         del self.mask_embedding
         width = target.embedding_size
@@ -65,46 +66,48 @@ class UniformAdaptation(Adaptation):
     def stand_in(self) -> int:
         return 0  # no token is masked
 
-    def inputs(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor, dict[str, IntervalMask]]:
+    def inputs(
+        self, batch: Mapping[str, Tensor]
+    ) -> tuple[Tensor, Tensor, Tensor, dict[str, IntervalMask], Tensor | None]:
         """What `forward` takes for a batch of `UniformCollator`: noised blocks have their random tokens.
 
         Raises a ValueError for a batch of masked text.
         """
         if "noised" not in batch:
             raise ValueError("a denoiser of uniform noise has no mask token, and cannot fill in hidden tokens")
-        ids, hidden, positions, masks = super().inputs(batch)
+        ids, hidden, *others = super().inputs(batch)
         length = batch["input_ids"].shape[1]
         read = batch["input_ids"].where(~batch["noised"], batch["noise"])
-        return torch.cat([read, ids[:, length:]], dim=1), torch.zeros_like(hidden), positions, masks
+        return torch.cat([read, ids[:, length:]], dim=1), torch.zeros_like(hidden), *others
+
+    @property
+    def table(self) -> Tensor:
+        """The table of the embedding that the layers read, without its scale, [V, H]."""
+        embedding = self.target.model.get_input_embeddings()
+        if isinstance(self.adapter, FullWeights):
+            return self.adapter.of(self.target.model, embedding)
+        return embedding.weight
 
     def embedded(self, embedded: Tensor, hidden: Tensor) -> Tensor:
         soft = torch.zeros_like(embedded) if self._soft is None else self._soft
         return self.self_conditioning(embedded, soft)
 
-    def conditioned(
-        self,
-        soft: Tensor | None,
-        input_ids: Tensor,
-        hidden: Tensor,
-        positions: Tensor,
-        masks: Mapping[str, IntervalMask],
-    ) -> Tensor:
+    def conditioned(self, soft: Tensor | None, *inputs) -> Tensor:
         """As `forward`, with the expected embeddings [B, L, H] of the step before; None is a first step."""
         self._soft = soft
         try:
-            return self(input_ids, hidden, positions, masks)
+            return self(*inputs)
         finally:
             self._soft = None
 
     @torch.no_grad()
     def expected(self, states: Tensor, rows: Tensor) -> Tensor:
         """The expected embeddings [B, L, H] of a step's hidden states [B, L, H], zeros where `rows` (bool) is False."""
-        target = self.target
-        table = target.model.get_input_embeddings().weight
+        target, head, table = self.target, self.head, self.table
         soft = states.new_zeros(states.shape)
-        chosen = states[rows].to(target.head.dtype)
+        chosen = states[rows].to(head.dtype)
         found = [
-            soft_embedding(nn.functional.linear(part, target.head), table, softcap=target.softcap)
+            soft_embedding(nn.functional.linear(part, head), table, softcap=target.softcap)
             for part in chosen.split(ROWS)
         ]
         if found:

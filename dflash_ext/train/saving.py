@@ -13,7 +13,8 @@ from transformers import TrainerCallback
 from .reporting import best_evaluation
 
 PART = ".saved.part"  # where the files are written before they replace those in the output folder
-WEIGHTS = ("model*.safetensors", "model.safetensors.index.json")
+# What decides how a folder is read, and what an earlier training of another kind would leave there.
+WEIGHTS = ("model*.safetensors", "model.safetensors.index.json", "adapter_*", "lora_drafter.json")
 
 
 def replace_saved(save: Callable[[Path], None], output: Path) -> None:

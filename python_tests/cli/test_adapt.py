@@ -16,7 +16,9 @@ def test_adapt(workspace, text, run):
     """The defaults are those of the build log; every setting reaches the run."""
     code, out, errors = run(*words(workspace, text), "--held-out", text, "--save-every", 1)
     assert code == 0, errors
-    assert "denoiser: rank 16 on 42 linear layers" in out and "20 documents, 6 rows of 32 tokens" in out
+    assert (
+        "denoiser: whole adapter of rank 16 on 42 linear layers" in out and "20 documents, 6 rows of 32 tokens" in out
+    )
     model, _ = load_target(workspace / "target")
     adaptation = load_adaptation(workspace / "denoiser", Target(model))
     assert (adaptation.config.pattern, adaptation.adapter.scale, adaptation.config.mask_id) == ("prefix_block", 2.0, 97)

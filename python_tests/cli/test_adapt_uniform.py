@@ -15,16 +15,21 @@ def words(workspace, text):
     ]
 
 
-def test_adapt_then_canvas(workspace, text, run):
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [("whole", ("--ar-weight", 0.5)), ("gated", ()), ("full", ("--ar-weight", 0.5, "--checkpoint-activations"))],
+)
+def test_adapt_then_canvas(workspace, text, run, kind, options):
     code, _, errors = run(
         *words(workspace, text),
-        *("--pattern", "block_causal", "--block-size", 4, "--prefix-share", "0.1,0.5", "--ar-weight", 0.5),
-        *("--decay", 4, "--held-out", text, "--save-every", 1, "--learning-rate", 1e-2),
+        *("--pattern", "block_causal", "--block-size", 4, "--prefix-share", "0.1,0.5", "--kind", kind),
+        *("--decay", 4, "--held-out", text, "--save-every", 1, "--learning-rate", 1e-2, *options),
     )
     assert code == 0, errors
     model, _ = load_target(workspace / "target")
     adaptation = load_adaptation(workspace / "denoiser", Target(model))
     assert isinstance(adaptation, UniformAdaptation) and adaptation.config.mask_id is None
+    assert adaptation.config.kind == kind
     assert adaptation.self_conditioning.down.weight.abs().max() > 0  # it has learnt from zeros
     denoiser = load_denoiser(model, workspace / "denoiser")
     assert denoiser.mask_id is None and denoiser.prefix == "causal"
@@ -95,6 +100,10 @@ def test_hidden_tokens_cannot_be_filled_in(workspace, text, run):
         (("--complementary",), "all tokens of a block count"),
         (("--kl-weight", 1), "kl_weight must be 0"),
         (("--noise", "masked", "--decay", 3), "--decay goes with --noise uniform"),
+        (("--kind", "half"), "kind is 'half': whole, gated, full are supported"),
+        (("--kind", "full", "--rank", 4), "--rank is an option of adapters, and --kind full has none"),
+        (("--kind", "full", "--compile"), "torch.compile is supported with an adapter, and not with full weights"),
+        (("--kind", "gated", "--ar-weight", 1), "the base itself reads right tokens: ar_weight must be 0"),
     ],
 )
 def test_mistakes_take_one_line(workspace, text, run, options, message):

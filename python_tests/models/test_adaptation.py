@@ -7,6 +7,7 @@ import torch
 from dflash_ext.data import NoiseCollator
 from dflash_ext.decode import decode
 from dflash_ext.models import Adaptation, Target, load_adaptation, save_adaptation
+from dflash_ext.reference.numerics import softcapped
 from python_tests.tiny import MASK_TOKEN, VOCAB, random_prompts, tiny_gemma4, tiny_model
 
 
@@ -17,9 +18,9 @@ def target_of(family):
 
 
 def adaptation_of(family, **options):
-    """An adaptation whose adapter changes something."""
+    """An adaptation whose adapter changes something. Full weights are those of the base."""
     adaptation = Adaptation.for_target(target_of(family), **{"mask_id": MASK_TOKEN, "rank": 4} | options)
-    for half in adaptation.adapter.lora_b:
+    for half in getattr(adaptation.adapter, "lora_b", ()):
         torch.nn.init.normal_(half, std=0.1, generator=torch.Generator().manual_seed(half.numel()))
     return adaptation
 
@@ -42,7 +43,7 @@ FAMILIES = ["llama", "gemma3", "gemma4"]
 def test_the_mask_embedding_stands_in_for_hidden_tokens(family):
     """With the embedding of a token in its place, hiding is the same as putting that token there."""
     adaptation, batch = adaptation_of(family), batch_of()
-    ids, hidden, positions, masks = adaptation.inputs(batch)
+    ids, hidden, positions, masks, _ = adaptation.inputs(batch)
     embedding = adaptation.target.model.get_input_embeddings()
     start = embedding(torch.tensor([MASK_TOKEN]))[0]
     torch.testing.assert_close(adaptation.mask_embedding.detach(), start)  # a scale of the embedding is in it
@@ -96,6 +97,51 @@ def test_the_base_stays_as_it_is():
     assert all(path.startswith("model.language_model.layers.") for path in adaptation.adapter.paths)
 
 
+PATTERNS = [{"pattern": "prefix_block"}, {"pattern": "block_causal", "block_size": 4}]
+
+
+@pytest.mark.parametrize("options", PATTERNS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_gated_adapter_leaves_right_tokens_to_the_base(family, options):
+    """Those before a block, or the right copy of a row; and it acts on all tokens of blocks, hidden or not."""
+    adaptation, batch = adaptation_of(family, kind="gated", **options), batch_of()
+    plain, length = adaptation.base_states(batch), batch["input_ids"].shape[1]
+    in_block = torch.arange(length) >= batch["blocks"]
+    got = states(adaptation, batch)
+    right = got[:, length:] if "block_size" in options else got[:, :length][~in_block]
+    wanted = plain if "block_size" in options else plain[~in_block]
+    torch.testing.assert_close(right, wanted, atol=1e-4, rtol=1e-4)
+    with torch.no_grad():
+        for half in adaptation.adapter.lora_b:
+            half.zero_()
+    changed = (states(adaptation, batch) - got)[:, :length].abs().amax(-1)
+    assert (changed[in_block] > 1e-4).all()
+
+
+@pytest.mark.parametrize("options", PATTERNS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_full_weights_begin_as_the_base_and_all_of_them_are_trained(family, options):
+    adaptation, batch = adaptation_of(family, kind="full", **options), batch_of()
+    model, target = adaptation.target.model, adaptation.target
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    new = Adaptation.for_target(target_of(family), mask_id=MASK_TOKEN, rank=1, **options)
+    torch.testing.assert_close(states(adaptation, batch), states(new, batch))
+    found = adaptation(*adaptation.inputs(batch))
+    torch.nn.functional.linear(found, adaptation.head).logsumexp(-1).sum().backward()
+    towers = [name for name, _ in model.named_parameters() if "vision" in name or "audio" in name]
+    assert {*adaptation.adapter.paths, *towers} == {name for name, _ in model.named_parameters()}
+    for path, weight in zip(adaptation.adapter.paths, adaptation.adapter.weights, strict=True):
+        assert weight.grad is not None and weight.grad.isfinite().all(), path
+        assert weight.grad.abs().max() > 0 or "layer_scalar" in path, path
+    assert all(parameter.grad is None for parameter in model.parameters())
+    with torch.no_grad():
+        for weight in adaptation.adapter.weights:
+            weight.mul_(1.5)
+    assert (states(adaptation, batch) - found).abs().max() > 1e-2
+    torch.testing.assert_close(adaptation.head, 1.5 * target.head)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
 def test_base_states_predict_the_next_token_as_the_base_does():
     adaptation, batch = adaptation_of("llama"), batch_of(1)
     document = batch["input_ids"][:, 11:]
@@ -127,6 +173,30 @@ def test_files(tmp_path, family):
     assert wrapped == set(adaptation.adapter.paths)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_files_of_full_weights(tmp_path, family):
+    """transformers reads them as a model, in which the head is tied to the embedding as it was."""
+    adaptation, batch = adaptation_of(family, kind="full"), batch_of()
+    with torch.no_grad():
+        for weight in adaptation.adapter.weights:
+            weight.mul_(1.1)
+    save_adaptation(adaptation, tmp_path)
+    again = load_adaptation(tmp_path, target_of(family))
+    torch.testing.assert_close(states(again, batch), states(adaptation, batch))
+    torch.testing.assert_close(again.head, adaptation.head)
+    model = type(adaptation.target.model).from_pretrained(tmp_path)
+    document = batch["input_ids"][:1, 11:]
+    want = adaptation_of(family, kind="full", pattern="causal")
+    want.load_state_dict(adaptation.state_dict())
+    bounds = {name: torch.zeros_like(document, dtype=torch.int32) for name in ("starts", "blocks")}
+    bounds |= {"ends": bounds["starts"] + document.shape[1], "hidden": torch.zeros_like(document, dtype=torch.bool)}
+    logits = torch.nn.functional.linear(states(want, bounds | {"input_ids": document}), want.head)
+    torch.testing.assert_close(model(document).logits, softcapped(logits, want.target.softcap), atol=1e-4, rtol=1e-4)
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match="cannot read the full weights in"):
+        load_adaptation(tmp_path, target_of(family))
+
+
 def test_files_that_do_not_fit(tmp_path):
     save_adaptation(adaptation_of("llama"), tmp_path)
     with pytest.raises(ValueError, match="made for another base: its class is 'LlamaForCausalLM', this model's is"):
@@ -151,6 +221,11 @@ def test_files_that_do_not_fit(tmp_path):
         ({"context": "block_causal"}, "with the pattern prefix_block the context is causal"),
         ({"context": "full"}, "context is 'full': causal, block_causal are supported"),
         ({"targets": "c_attn"}, "no linear layer c_attn"),
+        ({"kind": "half"}, "kind is 'half': whole, gated, full are supported"),
+        (
+            {"kind": "gated", "pattern": "block_causal", "block_size": 4, "context": "block_causal"},
+            "a gated denoiser's context is causal",
+        ),
     ],
 )
 def test_settings_out_of_range(options, message):
@@ -158,10 +233,12 @@ def test_settings_out_of_range(options, message):
         adaptation_of("llama", **options)
 
 
-@pytest.mark.parametrize(("family", "graphs"), [("llama", 1), ("gemma3", 2)])
-def test_compiled_layers_of_a_kind_share_a_graph(family, graphs):
+@pytest.mark.parametrize(
+    ("family", "kind", "graphs"), [("llama", "whole", 1), ("gemma3", "whole", 2), ("gemma3", "gated", 2)]
+)
+def test_compiled_layers_of_a_kind_share_a_graph(family, kind, graphs):
     """And the base stays without the adapter, whose halves are read anew in each step."""
-    adaptation, batch = adaptation_of(family), batch_of()
+    adaptation, batch = adaptation_of(family, kind=kind), batch_of()
 
     def gradients():
         adaptation.zero_grad()
@@ -186,14 +263,20 @@ def test_compiled_layers_of_a_kind_share_a_graph(family, graphs):
     torch.testing.assert_close(again, states(adaptation, batch), atol=1e-3, rtol=1e-3)
 
 
+def test_full_weights_are_not_compiled():
+    with pytest.raises(ValueError, match="torch.compile is supported with an adapter, and not with full weights"):
+        adaptation_of("llama", kind="full").compile()
+
+
+@pytest.mark.parametrize("kind", ["whole", "gated"])
 @pytest.mark.parametrize("pattern", ["causal", "prefix_block"])
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
-def test_a_denoiser_drafts_for_its_base(tmp_path, family, pattern):
+def test_a_denoiser_drafts_for_its_base(tmp_path, family, pattern, kind):
     """The drafted tokens are what the denoiser fills in behind the anchor, and the base's output stays as it is.
 
     Prompt and block fit into the window of Gemma's layers. Beyond it, each row of a drafted block has its own context.
     """
-    adaptation, prompts = adaptation_of(family, pattern=pattern), random_prompts(3, 2, 1)
+    adaptation, prompts = adaptation_of(family, pattern=pattern, kind=kind), random_prompts(3, 2, 1)
     save_adaptation(adaptation, tmp_path)
     target = Target(adaptation.target.model)
     plain = decode(target, None, prompts, max_new_tokens=12)
@@ -201,7 +284,7 @@ def test_a_denoiser_drafts_for_its_base(tmp_path, family, pattern):
     for prompt, got, want in zip(prompts, drafted.completions, plain.completions, strict=True):
         assert got.tokens == want.tokens
         tokens, bounds = torch.tensor([[*prompt, want.tokens[0], 0, 0, 0, 0]]), {}
-        for name, value in (("starts", 0), ("ends", tokens.shape[1]), ("blocks", len(prompt))):
+        for name, value in (("starts", 0), ("ends", tokens.shape[1]), ("blocks", len(prompt) + (kind == "gated"))):
             bounds[name] = torch.full(tokens.shape, value, dtype=torch.int32)
         hidden = torch.arange(tokens.shape[1])[None] > len(prompt)
         logits = states(adaptation, bounds | {"input_ids": tokens, "hidden": hidden}) @ target.head.T

@@ -28,6 +28,7 @@ def train(
     family="llama",
     attention="block_attn",
     pattern="prefix_block",
+    kind="whole",
     collator=COLLATOR,
     **options,
 ):
@@ -36,7 +37,8 @@ def train(
     target.decoder.set_attn_implementation(attention)
     # With the small weights of a new model, no hidden state gives a token much more than the others.
     torch.nn.init.normal_(target.head, std=0.3, generator=torch.Generator().manual_seed(0))
-    adaptation = Adaptation.for_target(target, mask_id=MASK_TOKEN, pattern=pattern, block_size=block_size, rank=8)
+    made = dict(mask_id=MASK_TOKEN, pattern=pattern, block_size=block_size, kind=kind, rank=8)
+    adaptation = Adaptation.for_target(target, **made)
     return adaptation, train_denoiser(adaptation, text(), folder, recipe, collator=collator, **options)
 
 
@@ -73,13 +75,13 @@ class Interrupt(Exception):
     pass
 
 
-@pytest.mark.parametrize("killed_after", [3, 5])
-def test_a_resumed_run_equals_the_uninterrupted_one_bitwise(tmp_path, killed_after):
+@pytest.mark.parametrize(("kind", "killed_after"), [("whole", 3), ("whole", 5), ("gated", 3), ("full", 3)])
+def test_a_resumed_run_equals_the_uninterrupted_one_bitwise(tmp_path, kind, killed_after):
     recipe = RunRecipe(steps=6, batch_size=2, accumulation=2, learning_rate=1e-2, save_every=2, log_every=1)
 
     def run(folder, interrupt_at=None, **options):
         calls = []
-        adaptation = Adaptation.for_target(target_of("llama"), mask_id=MASK_TOKEN, rank=4)
+        adaptation = Adaptation.for_target(target_of("llama"), mask_id=MASK_TOKEN, rank=4, kind=kind)
 
         def count(*_):
             calls.append(1)
@@ -93,11 +95,27 @@ def test_a_resumed_run_equals_the_uninterrupted_one_bitwise(tmp_path, killed_aft
     with pytest.raises(Interrupt):
         run(tmp_path / "cut", interrupt_at=2 * killed_after)
     resumed = run(tmp_path / "cut", resume=True)
-    for name in ("adapter_model.safetensors", "denoiser.safetensors"):
+    weights = "model.safetensors" if kind == "full" else "adapter_model.safetensors"
+    for name in (weights, "denoiser.safetensors"):
         ours, theirs = (load_file(tmp_path / folder / name) for folder in ("whole", "cut"))
-        assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+        assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
     first, again = ([entry["loss"] for entry in log if "loss" in entry] for log in (whole, resumed))
     assert first == again
+
+
+@pytest.mark.parametrize("kind", ["gated", "full"])
+def test_every_kind_learns_and_leaves_nothing_of_another_kind(tmp_path, kind):
+    recipe = RunRecipe(steps=15, batch_size=4, learning_rate=2e-2 if kind == "gated" else 2e-3, log_every=1)
+    train(tmp_path, RunRecipe(steps=1, batch_size=4), kind="whole" if kind == "full" else "full")
+    adaptation, log = train(tmp_path, recipe, kind=kind)
+    losses = [entry["loss"] for entry in log if "loss" in entry]
+    assert sum(losses[-3:]) < 0.9 * sum(losses[:3])
+    saved = load_adaptation(tmp_path, adaptation.target)
+    assert saved.config.kind == kind
+    for name, tensor in adaptation.state_dict().items():
+        assert torch.equal(saved.state_dict()[name], tensor), name
+    assert (tmp_path / "model.safetensors").exists() == (kind == "full")
+    assert (tmp_path / "lora_drafter.json").exists() == (kind == "gated")
 
 
 def test_a_checkpoint_of_another_denoiser_is_refused(tmp_path):
@@ -130,11 +148,19 @@ def test_rows_longer_than_the_model(tmp_path):
         train_denoiser(adaptation, text(60, 600), tmp_path, RunRecipe(steps=1), collator=COLLATOR)
 
 
-@pytest.mark.parametrize("family, attention", [("llama", "block_attn"), ("gemma4", "block_attn"), ("gemma4", "sdpa")])
-def test_layers_computed_again_give_the_same_run(tmp_path, family, attention):
+@pytest.mark.parametrize(
+    "family, attention, kind",
+    [
+        ("llama", "block_attn", "whole"),
+        ("gemma4", "block_attn", "gated"),
+        ("gemma4", "sdpa", "whole"),
+        ("gemma4", "block_attn", "full"),
+    ],
+)
+def test_layers_computed_again_give_the_same_run(tmp_path, family, attention, kind):
     losses = []
     for again in (False, True):
         recipe = RunRecipe(steps=3, batch_size=2, learning_rate=1e-2, log_every=1, checkpoint_activations=again)
-        _, log = train(tmp_path / str(again), recipe, family=family, attention=attention, kl_weight=0.1)
+        _, log = train(tmp_path / str(again), recipe, family=family, attention=attention, kind=kind, kl_weight=0.1)
         losses.append([entry["loss"] for entry in log if "loss" in entry])
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)

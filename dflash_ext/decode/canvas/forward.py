@@ -55,7 +55,7 @@ class CanvasForward(Protocol):
 
 
 class CausalForward:
-    """The forward of a `Denoiser`, whose weights both read the prompt and denoise.
+    """The forward of a `Denoiser`. What reads prompts and what denoises keep their keys and values in one cache.
 
     Args:
         slots, tokens, rows: as in `LeanForward`.
@@ -64,7 +64,10 @@ class CausalForward:
     def __init__(self, denoiser: Denoiser, *, slots: int, tokens: int, rows: int):
         self.denoiser, self.target = denoiser, denoiser.target
         self.target.check_length(tokens, f"rows of {tokens} tokens")
-        self.forward = target_forward(self.target, slots=slots, tokens=tokens, rows=rows)
+        self.forward = self.encoder = target_forward(self.target, slots=slots, tokens=tokens, rows=rows)
+        if denoiser.encoder is not None:
+            self.encoder = target_forward(denoiser.encoder, slots=1, tokens=tokens, rows=rows)
+            self.encoder.cache = self.forward.cache
         self.embedding = self.target.model.get_input_embeddings()
         self.like = self.embedding.weight
         self.first_guess: FirstGuess | None = None
@@ -80,14 +83,14 @@ class CausalForward:
 
     def guess(self, drafter: DFlashDrafter, *, length: int, slots: int, tokens: int) -> None:
         """Lets a drafter draft canvases, as `FirstGuess` does."""
-        self.target = Target(self.target.model, drafter.config.target_layer_ids)
-        self.first_guess = FirstGuess(drafter, self.target, length=length, slots=slots, tokens=tokens)
+        self.encoder.target = Target(self.denoiser.reader.model, drafter.config.target_layer_ids)
+        self.first_guess = FirstGuess(drafter, self.encoder.target, length=length, slots=slots, tokens=tokens)
 
     def _keep(
         self, tokens: Tensor, positions: Tensor, start: Tensor, counts: Tensor, slots: Tensor, masks: Masks
     ) -> None:
-        taps = self.target.tap_ids if self.first_guess else ()
-        features = self.forward.read(tokens, positions, start, counts, slots, taps, ends=(), masks=masks)[1]
+        taps = self.encoder.target.tap_ids if self.first_guess else ()
+        features = self.encoder.read(tokens, positions, start, counts, slots, taps, ends=(), masks=masks)[1]
         if self.first_guess:
             self.first_guess.read(tokens, features, positions, slots)
 

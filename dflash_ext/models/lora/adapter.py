@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -57,6 +58,20 @@ class LoraAdapter(nn.Module):
         meaning of `targets`."""
         modules = ((path, target.model.get_submodule(path)) for path in linear_paths(target, targets))
         return cls({path: (module.out_features, module.in_features) for path, module in modules}, rank, alpha)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What tells this adapter from others that can be trained on the same model."""
+        return {"rank": self.rank, "alpha": self.alpha, "adapted": list(self.paths)}
+
+    def merged(self, model: nn.Module) -> dict[str, Tensor]:
+        """The weights of a model's linear layers with the adapter's products added to them, by path."""
+        found = {}
+        for path in self.paths:
+            weight = model.get_submodule(path).weight
+            a, b = (half.detach().to(weight.device, torch.float32) for half in self.halves(path))
+            found[f"{path}.weight"] = (weight.float() + self.scale * (b @ a)).to(weight.dtype)
+        return found
 
     def halves(self, path: str) -> tuple[Tensor, Tensor]:
         """The matrices of a linear layer: A [rank, inputs] and B [outputs, rank]."""
@@ -110,12 +125,11 @@ def _adapted(
     """The output of a linear layer, whose own is `forward`, with its update."""
     if rows is None and type(module) is nn.Linear:
         return lora_linear(x, module.weight, module.bias, a, b, scale)
-    output = forward(x)
-    updated = with_update(output, x, a, b, scale)
-    return updated if rows is None else torch.where(rows.unsqueeze(-1), updated, output)
+    return with_update(forward(x), x, a, b, scale, rows)
 
 
-def with_update(output: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
-    """The output of a linear layer with the update of an adapter, for the layer's input `x`."""
+def with_update(output: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float, rows: Tensor | None) -> Tensor:
+    """The output of a linear layer with the update of an adapter, for the layer's input `x`; `rows` as in `applied`."""
     inner = nn.functional.linear(x.to(output.dtype), a.to(output.dtype))
-    return output + scale * nn.functional.linear(inner, b.to(output.dtype))
+    updated = output + scale * nn.functional.linear(inner, b.to(output.dtype))
+    return updated if rows is None else torch.where(rows.unsqueeze(-1), updated, output)

@@ -32,7 +32,7 @@ class DenoisingObjective(Objective):
 
     Raises:
         ValueError: the base's logits are not the product of its hidden states and its head; a weight is negative; or
-            right tokens see later ones, so that they cannot learn to predict the next one.
+            right tokens see later ones or are left to the base, so that they cannot learn to predict the next one.
     """
 
     noun = "denoiser"
@@ -45,6 +45,8 @@ class DenoisingObjective(Objective):
                 raise ValueError(f"{name} is {weight}: a number of at least 0 is needed")
         if ar_weight and adaptation.config.context == "block_causal":
             raise ValueError("the loss of the next token needs a causal context: in a block_causal one it is seen")
+        if ar_weight and adaptation.config.kind == "gated":
+            raise ValueError("with a gated adapter the base itself reads right tokens: ar_weight must be 0")
         self.adaptation, self.ar_weight, self.kl_weight = adaptation, ar_weight, kl_weight
 
     @property
@@ -52,12 +54,7 @@ class DenoisingObjective(Objective):
         return self.adaptation
 
     def identity(self) -> dict[str, Any]:
-        adapter = self.adaptation.adapter
-        return asdict(self.adaptation.config) | {
-            "rank": adapter.rank,
-            "alpha": adapter.alpha,
-            "adapted": list(adapter.paths),
-        }
+        return asdict(self.adaptation.config) | self.adaptation.adapter.settings
 
     def of_target(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
         return (self.adaptation.base_states(batch),) if self.kl_weight else ()
@@ -80,7 +77,7 @@ class DenoisingObjective(Objective):
         return batch["weights"].sum()
 
     def _cross_entropy(self, states: Tensor, labels: Tensor, weights: Tensor, **teacher):
-        head = self.target.head
+        head = self.adaptation.head
         return linear_cross_entropy(
             states.to(head.dtype),
             head,

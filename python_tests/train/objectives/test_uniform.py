@@ -61,7 +61,7 @@ def test_all_tokens_of_blocks_count_behind_what_the_first_pass_expects(pattern):
 def test_random_tokens_are_read_and_right_ones_are_not():
     """Of the noised tokens; the right copy behind them is as it was."""
     adaptation, batch = adaptation_of(pattern="block_causal", block_size=4), batch_of(4)
-    ids, hidden, _, _ = adaptation.inputs(batch)
+    ids, hidden, *_ = adaptation.inputs(batch)
     assert torch.equal(ids[:, :LENGTH], batch["input_ids"].where(~batch["noised"], batch["noise"]))
     assert torch.equal(ids[:, LENGTH:], batch["input_ids"]) and not hidden.any()
     assert (batch["noised"] & ~batch["hidden"]).sum() == 0
