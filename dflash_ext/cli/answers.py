@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from .app import console_of_this_process
-from .loading import encode_for, load_target
+from .loading import load_target, to_answer
 from .options import (
     AnswersAtATime,
     AnswerTemperatures,
@@ -58,8 +58,8 @@ def answers(
     import torch
     from accelerate import PartialState
 
-    from ..data import LeftOut, Server, answer_prompts, conversation_numbers, read_conversations
-    from ..models import Target, stop_tokens
+    from ..data import LeftOut, answer_prompts, read_conversations
+    from ..models import Target
     from ..progress import progress
 
     left_out = LeftOut()
@@ -70,7 +70,7 @@ def answers(
     if model.device.type == "cuda":
         torch.cuda.set_device(model.device)
     plain = Target(model)
-    encoded = encode_for(
+    encoded, options = to_answer(
         plain,
         tok,
         conversations,
@@ -79,22 +79,11 @@ def answers(
         max_prompt_tokens=max_prompt_tokens,
         max_new_tokens=max_new_tokens,
         chat_template_args=chat_template_args,
+        temperature=temperature,
+        server=server,
+        server_model=server_model,
     )
-    temperatures = tuple(temperature or (0.0,))
     shown = console_of_this_process()
-    with progress(shown, "the target answers", len(encoded) * len(temperatures)) as advance:
-        answer_prompts(
-            plain,
-            encoded,
-            output,
-            max_new_tokens=max_new_tokens,
-            temperatures=temperatures,
-            batch_size=decode_batch,
-            seed=seed,
-            stop_token_ids=stop_tokens(tok, model),
-            chat_template_args=chat_template_args,
-            conversations=conversation_numbers(conversations),
-            server=server and Server(server, tok, model=server_model),
-            on_progress=advance,
-        )
+    with progress(shown, "the target answers", len(encoded) * len(options["temperatures"])) as advance:
+        answer_prompts(plain, encoded, output, batch_size=decode_batch, seed=seed, on_progress=advance, **options)
     shown.print(f"the answers are in {output}")

@@ -155,6 +155,39 @@ def encode_for(
     return prompts
 
 
+def to_answer(
+    target: Target,
+    tokenizer: PreTrainedTokenizerBase,
+    conversations: list[Conversation],
+    source: str | Path,
+    left_out: LeftOut,
+    *,
+    max_prompt_tokens: int,
+    max_new_tokens: int,
+    chat_template_args: Mapping[str, Any] | None,
+    temperature: list[float] | None,
+    server: str | None,
+    server_model: str | None,
+) -> tuple[dict[int, list[int]], dict[str, Any]]:
+    """The encoded conversations (`encode_for`), and how the target or a server answers them.
+
+    The latter are the arguments that `answer_prompts` and `train_on_prompts` have in common.
+    """
+    from ..data import Server, conversation_numbers
+    from ..models import stop_tokens
+
+    shared = dict(max_new_tokens=max_new_tokens, chat_template_args=chat_template_args)
+    prompts = encode_for(
+        target, tokenizer, conversations, source, left_out, max_prompt_tokens=max_prompt_tokens, **shared
+    )
+    return prompts, shared | dict(
+        temperatures=tuple(temperature or (0.0,)),
+        stop_token_ids=stop_tokens(tokenizer, target.model),
+        conversations=conversation_numbers(conversations),
+        server=server and Server(server, tokenizer, model=server_model),
+    )
+
+
 def mask_token_id(tokenizer: PreTrainedTokenizerBase, given: str | None, new: int | None = None) -> int:
     """The id of the mask token, which is given by its text or id; None stands for the tokenizer's own.
 

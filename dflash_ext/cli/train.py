@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from .app import console_of_this_process
-from .loading import encode_for, load_target, mask_token_id
+from .loading import load_target, mask_token_id, to_answer
 from .options import (
     Accumulation,
     AnswersAtATime,
@@ -262,9 +262,9 @@ def train(
     import torch
     from accelerate import PartialState
 
-    from ..data import LeftOut, Server, conversation_numbers, read_conversations
+    from ..data import LeftOut, read_conversations
     from ..data.parsing import require_file
-    from ..models import Target, load_denoiser, load_drafter, load_lora_drafter, stop_tokens
+    from ..models import Target, load_denoiser, load_drafter, load_lora_drafter
     from ..train import LoraRecipe, Recipe, new_drafter, new_lora_drafter, train_on_answers, train_on_prompts
     from ..train.arguments import trainer_arguments
 
@@ -349,7 +349,7 @@ def train(
         train_on_answers(trained, tapped, answers, output, recipe, features=features, **options)
     else:
         PartialState(cpu=model.device.type == "cpu")  # lets the processes of torchrun encode a part each
-        encoded = encode_for(
+        encoded, asked = to_answer(
             tapped,
             tok,
             conversations,
@@ -358,22 +358,11 @@ def train(
             max_prompt_tokens=max_prompt_tokens,
             max_new_tokens=max_new_tokens,
             chat_template_args=chat_template_args,
+            temperature=temperature,
+            server=server,
+            server_model=server_model,
         )
-        train_on_prompts(
-            trained,
-            tapped,
-            encoded,
-            output,
-            recipe,
-            max_new_tokens=max_new_tokens,
-            temperatures=tuple(temperature or (0.0,)),
-            decode_batch=decode_batch,
-            stop_token_ids=stop_tokens(tok, model),
-            chat_template_args=chat_template_args,
-            conversations=conversation_numbers(conversations),
-            server=server and Server(server, tok, model=server_model),
-            **options,
-        )
+        train_on_prompts(trained, tapped, encoded, output, recipe, decode_batch=decode_batch, **asked, **options)
     shown.print(f"the drafter is in {output}")
 
 
