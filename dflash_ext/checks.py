@@ -15,20 +15,26 @@ _SHORT.maxlevel, _SHORT.maxlist = 2, 4
 
 
 def check_tensors(where: str, **arguments: object) -> None:
-    """Raises TypeError for an argument that is no tensor, and ValueError for tensors on different devices."""
+    """Raises TypeError for an argument that is no tensor, and ValueError for what `check_operands` refuses."""
     for name, value in arguments.items():
         if not isinstance(value, Tensor):
             raise TypeError(f"{where}: {name} is {shown(value)}; a tensor is needed")
-    check_one_device(where, **arguments)
+    check_operands(where, **arguments)
 
 
-def check_one_device(where: str, **arguments: object) -> None:
-    """Raises ValueError if the tensors among the arguments are on different devices. It names the first two."""
-    given = [(name, x.device) for name, x in arguments.items() if isinstance(x, Tensor)]
-    for name, other in given[1:]:
-        first, device = given[0]
-        if other != device:
-            raise ValueError(f"{where}: {first} is on {device}, {name} on {other}; one device is needed")
+def check_operands(where: str, **arguments: object) -> None:
+    """Raises ValueError unless the tensors among the arguments are dense (not sparse, not nested) and on one device."""
+    first, device = None, None
+    for name, x in arguments.items():
+        if not isinstance(x, Tensor):
+            continue
+        if x.layout != torch.strided or x.is_nested:
+            kind = "nested" if x.is_nested else x.layout
+            raise ValueError(f"{where}: {name} is a {kind} tensor; a dense one (torch.strided) is needed")
+        if device is None:
+            first, device = name, x.device
+        elif x.device != device:
+            raise ValueError(f"{where}: {first} is on {device}, {name} on {x.device}; one device is needed")
 
 
 def check_numbers(where: str, **arguments: object) -> None:
@@ -46,8 +52,13 @@ def is_int(value: Any) -> bool:
     if type(value) is int:
         return True
     if isinstance(value, Tensor):
-        return value.dim() == 0 and not (value.is_floating_point() or value.is_complex() or value.dtype == torch.bool)
+        return value.dim() == 0 and has_integers(value)
     return isinstance(value, Integral | SymInt) and not isinstance(value, bool)
+
+
+def has_integers(x: Tensor) -> bool:
+    """Whether the entries of a tensor are integers. Those of a bool tensor are not."""
+    return not (x.is_floating_point() or x.is_complex() or x.dtype == torch.bool)
 
 
 def shown(value: Any) -> str:

@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from torch.utils.data._utils.collate import default_collate_fn_map
 
-from .checks import check_one_device, is_int, shown
+from .checks import check_operands, is_int, shown
 from .native import load
 
 Length = int | Tensor
@@ -65,6 +65,7 @@ class IntervalMask:
     planned_for: tuple | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
+        check_operands("IntervalMask", **dict(zip(BOUNDS, self._bounds(), strict=True)))
         for name in BOUNDS:
             bound = getattr(self, name)
             if bound.dim() != 2 or bound.dtype != torch.int32 or bound.shape != self.ctx_lo.shape:
@@ -72,7 +73,6 @@ class IntervalMask:
                     f"IntervalMask: {name} is {shown(bound)}; the four bounds are int32 [B, Lq] of one shape"
                 )
             object.__setattr__(self, name, bound.contiguous())
-        check_one_device("IntervalMask", **dict(zip(BOUNDS, self._bounds(), strict=True)))
         object.__setattr__(self, "kv_len", _int("__init__", "kv_len", self.kv_len))
 
     @property
@@ -445,7 +445,7 @@ class IntervalMask:
             raise ValueError(
                 f"IntervalMask.anchor_blocks: anchors is {shown(anchors)}; int32 or int64 [B, N] is needed"
             )
-        check_one_device("IntervalMask.anchor_blocks", anchors=anchors, keep=keep, context_start=context_start)
+        check_operands("IntervalMask.anchor_blocks", anchors=anchors, keep=keep, context_start=context_start)
         batch, count = anchors.shape
         include_context = include_context and context_len > 0
         starts = context_len if include_context else count
@@ -752,7 +752,7 @@ def _device(where: str, device: Device, **lengths: Length | None) -> Device:
     for name, x in given.items():
         if x.dim() != 1 or x.dtype not in _INTEGERS:
             raise ValueError(f"IntervalMask.{where}: {name} is {shown(x)}; an int, or int32 or int64 [B], is needed")
-    check_one_device(f"IntervalMask.{where}", **given)
+    check_operands(f"IntervalMask.{where}", **given)
     batches = {name: x for name, x in given.items() if x.shape[0] != 1}
     for name, x in batches.items():
         first, other = next(iter(batches.items()))

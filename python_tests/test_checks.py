@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from dflash_ext.checks import check_numbers, check_one_device, check_tensors, is_int, shown
+from dflash_ext.checks import check_numbers, check_operands, check_tensors, has_integers, is_int, shown
 
 
 def test_what_came_is_one_short_line():
@@ -25,14 +25,23 @@ def test_a_tensor_is_no_number():
             check_numbers("op", scale=value)
 
 
-def test_tensors_are_on_one_device():
+def test_operands_are_dense_and_on_one_device():
     x = torch.ones(2)
     check_tensors("op", a=x, b=x)
-    check_one_device("op", a=x, b=None, c=3)
+    check_operands("op", a=x, b=None, c=3)
     with pytest.raises(TypeError, match=r"^op: b is \[1.0\] \(list\); a tensor is needed$"):
         check_tensors("op", a=x, b=[1.0])
     with pytest.raises(ValueError, match="^op: a is on cpu, c on meta; one device is needed$"):
-        check_one_device("op", a=x, b=None, c=x.to("meta"))
+        check_operands("op", a=x, b=None, c=x.to("meta"))
+    with pytest.raises(ValueError, match="^op: a is a torch._mkldnn tensor; a dense one"):
+        check_operands("op", a=torch.eye(2).to_mkldnn())
+    with pytest.raises(ValueError, match="^op: b is a nested tensor; a dense one"):
+        check_operands("op", b=torch.nested.nested_tensor([x, x], layout=torch.jagged))
+
+
+def test_integers_are_neither_bools_nor_complex():
+    assert has_integers(torch.ones(2, dtype=torch.uint8))
+    assert not any(has_integers(torch.ones(2, dtype=dtype)) for dtype in (torch.bool, torch.half, torch.complex64))
 
 
 def test_one_integer():

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..checks import check_one_device, shown
+from ..checks import check_operands, has_integers, shown
 from ..native import load
 from .backends import warn_once
 from .linear import linear
@@ -75,6 +75,20 @@ def kv_inject(
     layers = len(k_caches)
     if layers == 0 or len(v_caches) != layers:
         raise ValueError(f"kv_inject: {layers} k_caches, {len(v_caches)} v_caches; one per layer is needed")
+    check_operands(
+        "kv_inject",
+        features=features,
+        weight=weight,
+        positions=positions,
+        cos=cos,
+        sin=sin,
+        bias=bias,
+        k_norm=k_norm,
+        slots=slots,
+        block_table=block_table,
+        **{f"k_caches[{layer}]": each for layer, each in enumerate(k_caches)},
+        **{f"v_caches[{layer}]": each for layer, each in enumerate(v_caches)},
+    )
     cache = k_caches[0]
     if torch.is_grad_enabled() and any(each.requires_grad for each in (*k_caches, *v_caches)):
         raise ValueError("kv_inject: a cache requires a gradient; caches are written in place and have none")
@@ -89,26 +103,12 @@ def kv_inject(
     batch, length, width = features.shape
     kv_heads, head_dim = cache.shape[2 if block_table is not None else 1], cache.shape[3]
     rows = layers * 2 * kv_heads * head_dim
-    check_one_device(
-        "kv_inject",
-        features=features,
-        weight=weight,
-        positions=positions,
-        cos=cos,
-        sin=sin,
-        bias=bias,
-        k_norm=k_norm,
-        slots=slots,
-        block_table=block_table,
-        **{f"k_caches[{layer}]": each for layer, each in enumerate(k_caches)},
-        **{f"v_caches[{layer}]": each for layer, each in enumerate(v_caches)},
-    )
     if cos.dim() not in (2, 3) or (cos.dim() == 3 and cos.shape[0] != layers) or 2 * cos.shape[-1] > head_dim:
         raise ValueError(
             f"kv_inject: cos is {list(cos.shape)}; [P, R] or [{layers}, P, R], R at most {head_dim // 2}, is needed"
         )
     for name, given in (("positions", positions), ("slots", slots)):
-        if given is not None and (given.is_floating_point() or given.dtype == torch.bool):
+        if given is not None and not has_integers(given):
             raise ValueError(f"kv_inject: {name} is {given.dtype}; an integer dtype is needed")
     for name, given, shape in (
         ("weight", weight, (rows, width)),

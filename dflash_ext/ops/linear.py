@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..checks import check_numbers, check_one_device, check_tensors, shown
+from ..checks import check_numbers, check_operands, check_tensors, shown
 from ..native import load
 from .autograd import has_no_gradient
 from .backends import hopper_kernels_serve
@@ -176,7 +176,7 @@ def _check(
 
 @torch.library.register_fake("dflash_ext::linear")
 def _(x, weight, bias, norm, norm_eps, norm_plus_one, gate, residual, constant_weight):
-    check_one_device("linear", x=x, weight=weight, bias=bias, norm=norm, residual=residual)
+    check_operands("linear", x=x, weight=weight, bias=bias, norm=norm, residual=residual)
     return x.new_empty(*x.shape[:-1], weight.shape[0] // (2 if gate else 1))
 
 

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ..checks import check_numbers, check_one_device, is_int, shown
+from ..checks import check_numbers, check_operands, has_integers, is_int, shown
 from ..reference import CrossEntropy
 from .autograd import refuse_forward_mode
 from .backends import warn_of_portable_kernels
@@ -92,7 +92,7 @@ def linear_cross_entropy(
     given = teacher if teacher_hidden is None else teacher_hidden
     options = options_of(_OP, reduction, softcap, label_smoothing, z_loss, given, teacher_kind, teacher_mix)
     check_normaliser(_OP, normaliser, reduction)
-    check_one_device(
+    check_operands(
         _OP,
         hidden=hidden,
         head=head,
@@ -216,7 +216,7 @@ def _check_teacher(
                 f"{_OP}: teacher_hidden is {shown(teacher_hidden)}; without teacher_row it has one row for each row of "
                 f"hidden, {list(target.shape)}"
             )
-    elif teacher_row.shape != target.shape or teacher_row.is_floating_point() or teacher_row.dtype == torch.bool:
+    elif teacher_row.shape != target.shape or not has_integers(teacher_row):
         raise ValueError(f"{_OP}: teacher_row is {shown(teacher_row)}; integers {list(target.shape)} are needed")
     if teacher_softcap is not None and not 1e-30 < teacher_softcap < 1e30:
         raise ValueError(f"{_OP}: teacher_softcap is {teacher_softcap}; it must be positive, or None for none")

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..checks import check_numbers, check_one_device, shown
+from ..checks import check_numbers, check_operands, has_integers, shown
 from ..native import load
 from ..reference import CrossEntropy
 from .autograd import differentiable, differentiable_once, refuse_forward_mode
@@ -103,7 +103,7 @@ def masked_cross_entropy(
     """
     options = options_of(_OP, reduction, softcap, label_smoothing, z_loss, teacher, teacher_kind, teacher_mix)
     check_normaliser(_OP, normaliser, reduction)
-    check_one_device(_OP, logits=logits, target=target, weight=weight, teacher=teacher, normaliser=normaliser)
+    check_operands(_OP, logits=logits, target=target, weight=weight, teacher=teacher, normaliser=normaliser)
     refuse_forward_mode(_OP, logits)
     if teacher is not None and teacher.is_floating_point() and autocast_dtype(logits.device):
         teacher = teacher.to(logits.dtype)
@@ -220,7 +220,7 @@ def check_rows(op: str, what: str, shape: torch.Size, target: Tensor, weight: Te
             raise ValueError(
                 f"{op}: {name} has shape {list(tensor.shape)}; one entry per row of {what} is {list(shape)}"
             )
-    if target.is_floating_point() or target.dtype == torch.bool:
+    if not has_integers(target):
         raise ValueError(f"{op}: target is {target.dtype}; token ids are integers")
     if weight is not None and weight.requires_grad:
         raise ValueError(f"{op}: weight requires a gradient, but gets none: detach it")

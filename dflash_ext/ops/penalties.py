@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..checks import check_one_device, shown
+from ..checks import check_operands, has_integers, shown
 from .logits import as_contiguous, by_row, number_and_tensor, real_dtype
 
 _OFF = {"repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
@@ -32,14 +32,14 @@ def count_tokens_(
 
     Returns token_counts. Raises ValueError for arguments that do not fit together.
     """
+    check_operands("count_tokens_", token_counts=token_counts, tokens=tokens, lens=lens, table_rows=table_rows)
     if tokens.dim() != 2 or tokens.dtype != torch.int64:
         raise ValueError(f"count_tokens_: tokens is {shown(tokens)}; int64 [B, K] is needed")
     batch, count = tokens.shape
     _check_counts("count_tokens_", token_counts, token_counts.shape[-1], None if table_rows is not None else batch)
-    check_one_device("count_tokens_", token_counts=token_counts, tokens=tokens, lens=lens, table_rows=table_rows)
     vocab = token_counts.shape[1]
     for name, given in (("lens", lens), ("table_rows", table_rows)):
-        if given is not None and (given.shape != (batch,) or given.is_floating_point()):
+        if given is not None and (given.shape != (batch,) or not has_integers(given)):
             raise ValueError(f"count_tokens_: {name} is {shown(given)}; int [{batch}] is needed")
     if table_rows is None:
         table_rows = torch.arange(batch, device=tokens.device)
@@ -82,7 +82,7 @@ def penalties(
         given = ", ".join(name for name, value in numbers.items() if value is not None)
         raise ValueError(f"{op}: {given} needs token_counts, which is not given")
     if table_rows is not None:
-        if table_rows.shape != rows or table_rows.is_floating_point() or table_rows.dtype == torch.bool:
+        if table_rows.shape != rows or not has_integers(table_rows):
             raise ValueError(f"{op}: table_rows is {shown(table_rows)}; int {list(rows)} is needed")
         table_rows = as_contiguous(table_rows.flatten(), torch.int64)
     if token_counts is not None:

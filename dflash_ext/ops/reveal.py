@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..checks import check_one_device
+from ..checks import check_operands
 from ..native import load
 from .logits import as_contiguous, by_row, number_and_tensor
 
@@ -55,11 +55,6 @@ def reveal(
 
     Raises ValueError unless exactly one limit is given, with the scores or the entropy that it needs.
     """
-    if masked.dim() != 2 or masked.dtype != torch.bool:
-        raise ValueError(f"reveal: masked is {masked.dtype} {list(masked.shape)}; bool [B, L] is needed")
-    for name, given in (("scores", scores), ("entropy", entropy)):
-        if given is not None and given.shape != masked.shape:
-            raise ValueError(f"reveal: {name} is {list(given.shape)}; {list(masked.shape)} is needed")
     limits = {
         "count": count,
         "threshold": threshold,
@@ -67,7 +62,12 @@ def reveal(
         "factor": factor,
         "entropy_bound": entropy_bound,
     }
-    check_one_device("reveal", masked=masked, scores=scores, entropy=entropy, **limits)
+    check_operands("reveal", masked=masked, scores=scores, entropy=entropy, **limits)
+    if masked.dim() != 2 or masked.dtype != torch.bool:
+        raise ValueError(f"reveal: masked is {masked.dtype} {list(masked.shape)}; bool [B, L] is needed")
+    for name, given in (("scores", scores), ("entropy", entropy)):
+        if given is not None and given.shape != masked.shape:
+            raise ValueError(f"reveal: {name} is {list(given.shape)}; {list(masked.shape)} is needed")
     limits = by_row("reveal", masked.shape[:1], **limits)
     rule, limit = reference.reveal_limit(scores, entropy, **limits)
     real = torch.float32

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..checks import check_one_device, shown
+from ..checks import check_operands, shown
 from ..native import load
 from ..reference import Sample
 from .backends import warn_once
@@ -92,9 +92,6 @@ def sample(
 
     Raises ValueError for arguments that do not fit together, TypeError for a seed that is no integer.
     """
-    if logits.dim() == 0 or logits.dtype not in LOGITS_DTYPES or logits.shape[-1] == 0:
-        raise ValueError(f"sample: logits is {shown(logits)}; floating [..., V], V > 0, is needed")
-    shape = logits.shape[:-1]
     filters = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
     tables = {"token_counts": token_counts, "logit_bias": logit_bias, "table_rows": table_rows}
     numbers = {
@@ -102,7 +99,10 @@ def sample(
         "presence_penalty": presence_penalty,
         "frequency_penalty": frequency_penalty,
     }
-    check_one_device("sample", logits=logits, seed=seed, **filters, **tables, **numbers)
+    check_operands("sample", logits=logits, seed=seed, **filters, **tables, **numbers)
+    if logits.dim() == 0 or logits.dtype not in LOGITS_DTYPES or logits.shape[-1] == 0:
+        raise ValueError(f"sample: logits is {shown(logits)}; floating [..., V], V > 0, is needed")
+    shape = logits.shape[:-1]
     check_last_dim("sample", "logits", logits)
     filters = by_row("sample", shape, **filters)
     changes = penalties("sample", logits, shape, **tables, **numbers)

@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..checks import check_one_device, shown
+from ..checks import check_operands, shown
 from ..reference import CrossEntropy
 from ..reference.numerics import softcapped
 from .autograd import first_derivatives, refuse_forward_mode
@@ -60,7 +60,7 @@ def sharded_linear_cross_entropy(
     """
     options = options_of(_OP, reduction, softcap, label_smoothing, z_loss, None, "kl", 0.0)
     check_normaliser(_OP, normaliser, reduction)
-    check_one_device(_OP, hidden=hidden, head=head, target=target, weight=weight, normaliser=normaliser)
+    check_operands(_OP, hidden=hidden, head=head, target=target, weight=weight, normaliser=normaliser)
     refuse_forward_mode(_OP, hidden, head)
     hidden, head = autocast(hidden, head)
     if hidden.dim() == 0 or head.dim() != 2 or hidden.shape[-1] != head.shape[1] or len(head) == 0:

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from ..checks import check_one_device, shown
+from ..checks import check_operands, shown
 from ..native import load
 from ..reference.numerics import softcapped
 from .backends import warn_once
@@ -44,12 +44,12 @@ def soft_embedding(
 
     Raises ValueError for arguments that do not fit together.
     """
+    check_operands("soft_embedding", logits=logits, embedding=embedding, temperature=temperature)
     if logits.dim() == 0 or logits.dtype not in LOGITS_DTYPES or logits.shape[-1] == 0:
         raise ValueError(f"soft_embedding: logits is {shown(logits)}; floating [..., V], V > 0, is needed")
     vocab, shape = logits.shape[-1], logits.shape[:-1]
     if embedding.dim() != 2 or len(embedding) != vocab or embedding.dtype not in LOGITS_DTYPES:
         raise ValueError(f"soft_embedding: embedding is {shown(embedding)}; floating [{vocab}, H] is needed")
-    check_one_device("soft_embedding", logits=logits, embedding=embedding, temperature=temperature)
     check_last_dim("soft_embedding", "logits", logits)
     if not isinstance(temperature, Tensor) and not temperature > 0:
         raise ValueError(f"soft_embedding: temperature is {temperature}; a number above 0 is needed")

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..checks import check_one_device
+from ..checks import check_operands, has_integers
 from ..native import load
 from ..reference import Verification
 from .backends import warn_once
@@ -74,16 +74,6 @@ def verify(
     CPU RuntimeError for a draft token outside the vocabulary. On CUDA, where the check would have to wait for the GPU,
     such a token is rejected.
     """
-    if draft_tokens.dim() != 2 or draft_tokens.dtype != torch.int64:
-        raise ValueError(
-            f"verify: draft_tokens is {draft_tokens.dtype} {list(draft_tokens.shape)}; int64 [B, K] is needed"
-        )
-    batch, drafted = draft_tokens.shape
-    if target_logits.dim() != 3 or target_logits.dtype not in LOGITS_DTYPES or target_logits.shape[2] == 0:
-        raise ValueError(
-            f"verify: target_logits is {target_logits.dtype} {list(target_logits.shape)}; floating "
-            f"[{batch}, {drafted + 1}, V] is needed"
-        )
     filters = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
     tables = {"token_counts": token_counts, "logit_bias": logit_bias, "table_rows": table_rows}
     numbers = {
@@ -91,7 +81,7 @@ def verify(
         "presence_penalty": presence_penalty,
         "frequency_penalty": frequency_penalty,
     }
-    check_one_device(
+    check_operands(
         "verify",
         draft_tokens=draft_tokens,
         target_logits=target_logits,
@@ -105,6 +95,16 @@ def verify(
         **tables,
         **numbers,
     )
+    if draft_tokens.dim() != 2 or draft_tokens.dtype != torch.int64:
+        raise ValueError(
+            f"verify: draft_tokens is {draft_tokens.dtype} {list(draft_tokens.shape)}; int64 [B, K] is needed"
+        )
+    batch, drafted = draft_tokens.shape
+    if target_logits.dim() != 3 or target_logits.dtype not in LOGITS_DTYPES or target_logits.shape[2] == 0:
+        raise ValueError(
+            f"verify: target_logits is {target_logits.dtype} {list(target_logits.shape)}; floating "
+            f"[{batch}, {drafted + 1}, V] is needed"
+        )
     vocab = target_logits.shape[2]
     for name, given, shape in (
         ("target_logits", target_logits, (batch, drafted + 1, vocab)),
@@ -116,7 +116,7 @@ def verify(
     ):
         if given is not None and given.shape != shape:
             raise ValueError(f"verify: {name} is {list(given.shape)}; {list(shape)} is needed")
-    if draft_lens is not None and (draft_lens.is_floating_point() or draft_lens.dtype == torch.bool):
+    if draft_lens is not None and not has_integers(draft_lens):
         raise ValueError(f"verify: draft_lens is {draft_lens.dtype}; an integer dtype is needed")
     if (draft_pivot is None) != (draft_normaliser is None) or (draft_pivot is not None and draft_logits is None):
         raise ValueError("verify: draft_pivot and draft_normaliser come together, and with draft_logits")
