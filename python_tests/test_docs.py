@@ -1,4 +1,5 @@
-"""The README and the guides name files, options, targets of make and environment variables that exist."""
+"""The README and the guides name files, options, targets of make and environment variables that exist, and their
+Python runs."""
 
 import itertools
 import json
@@ -9,8 +10,9 @@ import pytest
 from typer.main import get_command
 
 from dflash_ext.cli import app
-from dflash_ext.models import DFlashConfig, save_drafter
-from python_tests.tiny import tiny_pair
+from dflash_ext.models import Adaptation, DFlashConfig, Target, save_adaptation, save_drafter
+from python_tests.data.letters import letters
+from python_tests.tiny import MASK_TOKEN, tiny_model, tiny_pair
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -81,6 +83,27 @@ def test_what_servers_read_is_what_is_written(tmp_path):
     again = DFlashConfig.from_dict(written | options | {"dflash_config": written["dflash_config"] | factors}).to_dict()
     assert {key: again[key] for key in options} == options
     assert {key: again["dflash_config"][key] for key in factors} == factors
+
+
+def snippets_of(page):
+    """The Python of a page, in order. That of docs/prompts.md loads data sets from the hub."""
+    return re.findall(r"^```python\n(.*?)^```$", page.read_text(), re.M | re.S) if page.name != "prompts.md" else []
+
+
+@pytest.mark.parametrize("page", [each for each in PAGES if snippets_of(each)], ids=lambda path: path.name)
+def test_snippets_run_in_order(page, tmp_path, monkeypatch):
+    """With a tiny target and drafter in the folders that the pages name."""
+    monkeypatch.chdir(tmp_path)
+    _, drafter = tiny_pair("llama")
+    for folder in ("my-drafter", "dflash_ext/drafters/smollm2-135m-instruct"):
+        save_drafter(drafter, folder)
+    for folder in ("smollm2", "HuggingFaceTB/SmolLM2-135M-Instruct"):
+        tiny_model("llama").save_pretrained(folder)
+        letters().save_pretrained(folder)
+    save_adaptation(Adaptation.for_target(Target(tiny_model("llama")), mask_id=MASK_TOKEN, rank=4), "denoiser")
+    names = {}
+    for snippet in snippets_of(page):
+        exec(snippet, names)
 
 
 def test_the_readme_is_one_page():
