@@ -20,6 +20,7 @@ from .options import (
     LearningRate,
     LinearLayers,
     MaskToken,
+    Overwrite,
     ReportTo,
     Resume,
     SaveEvery,
@@ -160,6 +161,7 @@ def adapt(
     checkpoint_activations: CheckpointActivations = False,
     compile: Compile = False,
     resume: Resume = False,
+    overwrite: Overwrite = False,
     save_every: SaveEvery = 0,
     log_every: Annotated[int, typer.Option(min=1, help="The number of steps between entries of the log.")] = 10,
     seed: Seed = 0,
@@ -173,12 +175,14 @@ def adapt(
     from ..noise import MaskNoise
     from ..train import RunRecipe, train_denoiser
     from ..train.arguments import trainer_arguments
+    from ..train.saving import check_output
 
     shown = console_of_this_process()
     # Everything that does not need the model is checked before it is loaded.
     check_folder(output)
     if bool(text) == (answers is not None):
         raise ValueError("adapt needs either --text or --answers")
+    check_output(output, resume=resume, overwrite=overwrite)
     if noise not in ("masked", "uniform"):
         raise ValueError(f"--noise {noise}: masked and uniform are supported")
     if kind == "full":
@@ -249,6 +253,7 @@ def adapt(
         ar_weight=ar_weight,
         kl_weight=kl_weight,
         resume=resume,
+        overwrite=overwrite,
         console=shown,
     )
     shown.print(f"the denoiser is in {output}", soft_wrap=True, highlight=False)

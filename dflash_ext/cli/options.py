@@ -236,6 +236,14 @@ Resume = Annotated[
         "at step 0, and a line says so.",
     ),
 ]
+Overwrite = Annotated[
+    bool,
+    typer.Option(
+        "--overwrite",
+        help="Replace what an earlier training left in the output folder. With --resume, only if there is nothing to "
+        "resume.",
+    ),
+]
 SaveEvery = Annotated[
     int, typer.Option(min=0, help="The number of steps between checkpoints. With 0 there are no checkpoints.")
 ]

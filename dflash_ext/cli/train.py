@@ -25,6 +25,7 @@ from .options import (
     MaskToken,
     MaxLength,
     MaxPromptTokens,
+    Overwrite,
     Prompts,
     ReportTo,
     Resume,
@@ -252,6 +253,7 @@ def train(
     checkpoint_activations: CheckpointActivations = False,
     compile: Compile = False,
     resume: Resume = False,
+    overwrite: Overwrite = False,
     save_every: SaveEvery = 0,
     seed: Seed = 0,
     tokenizer: Tokenizer = None,
@@ -267,6 +269,7 @@ def train(
     from ..models import Target, load_denoiser, load_drafter, load_lora_drafter
     from ..train import LoraRecipe, Recipe, new_drafter, new_lora_drafter, train_on_answers, train_on_prompts
     from ..train.arguments import trainer_arguments
+    from ..train.saving import check_output
 
     _check_kind(ctx, drafter)
     is_lora = drafter == "lora"
@@ -284,6 +287,7 @@ def train(
     else:
         require_file(answers)
     check_folder(output)
+    check_output(output, resume=resume, overwrite=overwrite)
     chosen_taps = tap_choice(taps)
     block_size = block_size or (8 if is_lora else 16)
     settings = dict(
@@ -344,7 +348,7 @@ def train(
         trained.start_from(begun)
     parameters = sum(p.numel() for p in trained.parameters())
     shown.print(f"drafter: {parameters / 1e6:.1f} M parameters, {what}")
-    options = dict(max_length=max_length, held_out=held_out, resume=resume, console=shown)
+    options = dict(max_length=max_length, held_out=held_out, resume=resume, overwrite=overwrite, console=shown)
     if answers is not None:
         train_on_answers(trained, tapped, answers, output, recipe, features=features, **options)
     else:

@@ -1,6 +1,6 @@
 """The file of answers: a JSONL file with a header in the first line and one answer in every other line.
 
-{"format": "dflash_ext.responses", "target": ..., "vocab_size": ..., "max_new_tokens": ..., ...}
+{"format": "dflash_ext.responses", "target": ..., "vocab_size": ..., "max_new_tokens": ..., "seed": ..., ...}
 {"index": 17, "temperature": 0.0, "sample": 0, "conversation": 9, "prompt_ids": [...], "response_ids": [...]}
 
 "sample" tells answers to one prompt at one temperature apart, and is 0 where it is missing. Prompts of one conversation
@@ -12,7 +12,7 @@ from __future__ import annotations
 import glob
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -24,6 +24,7 @@ from .parsing import excerpt, json_value, utf8_text
 FORMAT = "dflash_ext.responses"
 # What tells an answer from all others of a file: its prompt's index, the temperature, and which sample it is.
 Key = tuple[int, float, int]
+INSTEAD = "name another output, or remove this file"
 ROW_KEYS = {"index", "temperature", "prompt_ids", "response_ids"}
 
 
@@ -76,16 +77,20 @@ def check_target(path: Path, header: dict, target: Target) -> None:
         raise DataError(f"{path}: the answers are of another target, {header.get('target')}: its weights differ")
 
 
-def resume(path: Path, header: dict) -> set[Key]:
+def resume(path: Path, header: dict, wanted: Container[Key]) -> set[Key]:
     """Prepares the file at `path` for more answers: makes it if there is none, and drops a last line that was cut off.
 
     A file that holds no answer yet gets the new header. Answers in the files of other ranks are moved to it.
+
+    Args:
+        header: the settings of the answers. One that the file's header does not have is not compared.
+        wanted: the answers that the run asks for.
 
     Returns:
         The answers in the file.
 
     Raises:
-        DataError: `path` holds something else, or answers under another header.
+        DataError: `path` holds something else, answers under another header, or answers that the run does not ask for.
     """
     header = {"format": FORMAT, **header}
     first_line = _line(header)
@@ -103,7 +108,10 @@ def resume(path: Path, header: dict) -> set[Key]:
         lines = chain([first_row], lines)
     answered = set()
     for end_of_row, answer in lines:
-        answered.add(_key(answer))
+        key = _key(answer)
+        if key not in wanted:
+            raise DataError(f"{path}: holds more answers at temperature {key[1]} than this run asks for; {INSTEAD}")
+        answered.add(key)
         end = end_of_row
     os.truncate(path, end)
     for part in sorted(path.parent.glob(f"{glob.escape(path.name)}.rank*")):
@@ -162,8 +170,8 @@ def _key(row: dict) -> Key:
 
 def _check_header(path: Path, found: dict, header: dict) -> None:
     for key, value in header.items():
-        if found.get(key) != value:
+        if found.get(key, value) != value:
             raise DataError(
-                f"{path}: holds answers made with other {key.replace('_', ' ')} ({found.get(key)}, "
-                f"this run has {value}); choose another output folder, or remove this file"
+                f"{path}: holds answers made with other {key.replace('_', ' ')} ({found[key]}, this run has {value}); "
+                f"{INSTEAD}"
             )

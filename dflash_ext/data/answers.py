@@ -45,7 +45,7 @@ def answer_prompts(
     Args:
         prompts: token ids by the index that the answers carry, as `encode_all` returns them.
         max_new_tokens: the largest number of tokens in an answer.
-        temperatures: 0 is greedy.
+        temperatures: 0 is greedy, and may be given only once.
         batch_size: the number of prompts that are answered at a time, or that wait for the server.
         seed: the seed of sampled answers.
         stop_token_ids: tokens that end an answer.
@@ -58,7 +58,8 @@ def answer_prompts(
             so that the numbers add up to `len(prompts) * len(temperatures)`.
 
     Raises:
-        DataError: `path` holds something else, or answers of another target, to other prompts or under other limits.
+        DataError: `path` holds something else, or answers of another target, to other prompts or with other settings.
+        ValueError: temperature 0 is given twice.
     """
     progress = on_progress or (lambda _: None)
     path = Path(path)
@@ -70,12 +71,14 @@ def answer_prompts(
         "stop_token_ids": sorted(stop_token_ids),
         "chat_template_args": dict(chat_template_args) if chat_template_args else None,
         "server": server and server.model,
+        "dtype": None if server else str(target.dtype).removeprefix("torch."),
+        "seed": seed,
         "prompts": fingerprints.of_prompts(prompts),
     }
+    wanted = {(index, *sample): None for sample in _numbered(temperatures) for index in prompts}  # in this order
     ranks = PartialState(cpu=target.device.type == "cpu")
     with _first(ranks.is_main_process):
-        answered = resume(path, header) if ranks.is_main_process else answered_in(path)
-    wanted = [(index, *sample) for sample in _numbered(temperatures) for index in prompts]
+        answered = resume(path, header, wanted) if ranks.is_main_process else answered_in(path)
     missing = [one for one in wanted if one not in answered]
     if answered:
         progress(len(wanted) - len(missing))
@@ -115,7 +118,7 @@ def answer_prompts(
     _wait()
     with _first(ranks.is_main_process):
         if ranks.is_main_process:
-            resume(path, header)
+            resume(path, header, wanted)
 
 
 @contextmanager
@@ -145,6 +148,8 @@ def _numbered(temperatures: Sequence[float]) -> list[tuple[float, int]]:
     seen = Counter()
     numbered = []
     for temperature in temperatures:
+        if temperature == 0 and seen[0]:
+            raise ValueError("temperature 0 is given twice: two greedy answers to a prompt are the same")
         numbered.append((temperature, seen[temperature]))
         seen[temperature] += 1
     return numbered

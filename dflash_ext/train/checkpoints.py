@@ -1,11 +1,14 @@
-"""The trained weights of a checkpoint, and the checkpoint to resume from: the newest complete one."""
+"""The trained weights of a checkpoint, the checkpoint to resume from, and what a run must have in common with it."""
 
 from __future__ import annotations
 
 import json
 import re
 import zipfile
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, is_dataclass
 from pathlib import Path
+from typing import Any
 
 from accelerate import PartialState
 from safetensors import SafetensorError, safe_open
@@ -14,8 +17,12 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from .objectives import Objective
+from .recipe import RunRecipe
 
 WEIGHTS, IDENTITY = "model.safetensors", "objective.json"
+# A resumed run may have more steps, and other shapes of its batches.
+MAY_DIFFER = {"steps", "multiple_of"}
+OF_RECIPE = ("optimizer", "learning_rate", "weight_decay", "warmup", "seed")
 
 # Trainer writes the state last, and removes an old checkpoint only after that. Under FSDP the optimizer's state is in a
 # file or folder of another name.
@@ -28,8 +35,21 @@ NEEDED = (
 )
 
 
-def save_trained(objective: Objective, folder: Path) -> None:
-    """Writes the parameters that are trained, and what tells this objective from others, as JSON.
+def identity_of(objective: Objective, collator: Callable, recipe: RunRecipe, samples: int) -> dict[str, dict]:
+    """What a checkpoint and the run that continues it have in common, as JSON has it.
+
+    Returns:
+        {"trained": what is trained; "options": what decides its loss, its batches and its steps}, by their names.
+    """
+    drawn = asdict(collator) if is_dataclass(collator) else {}
+    options = {name: value for name, value in drawn.items() if name not in MAY_DIFFER}
+    options |= {name: getattr(recipe, name) for name in OF_RECIPE}
+    identity = {"trained": objective.identity(), "options": options | objective.options() | {"samples": samples}}
+    return json.loads(json.dumps(identity))
+
+
+def save_trained(objective: Objective, folder: Path, identity: Mapping[str, dict]) -> None:
+    """Writes the parameters that are trained, and the run's `identity_of`.
 
     Every rank calls this, because sharded parameters are gathered. Rank 0 writes.
     """
@@ -40,7 +60,7 @@ def save_trained(objective: Objective, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     trained = {name for name, parameter in objective.named_parameters() if parameter.requires_grad}
     save_file({name: weights[name].contiguous() for name in trained}, folder / WEIGHTS)
-    (folder / IDENTITY).write_text(json.dumps(objective.identity(), indent=1) + "\n")
+    (folder / IDENTITY).write_text(json.dumps(identity, indent=1) + "\n")
 
 
 def load_trained(objective: Objective, folder: Path) -> None:
@@ -49,18 +69,11 @@ def load_trained(objective: Objective, folder: Path) -> None:
     set_model_state_dict(objective, load_file(folder / WEIGHTS), options=options)
 
 
-def newest_checkpoint(folder: Path, objective: Objective) -> Path | None:
-    """The complete checkpoint in `folder` with the most steps; None if there is none.
-
-    Raises:
-        ValueError: the checkpoint is of something else than `objective`.
-    """
+def newest_checkpoint(folder: Path) -> Path | None:
+    """The complete checkpoint in `folder` with the most steps; None if there is none."""
     steps = {path: re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)", path.name) for path in folder.glob("*/")}
     newest_first = sorted((path for path in steps if steps[path]), key=lambda path: int(steps[path][1]), reverse=True)
-    checkpoint = next(filter(is_complete, newest_first), None)
-    if checkpoint is not None:
-        _check(checkpoint, objective)
-    return checkpoint
+    return next(filter(is_complete, newest_first), None)
 
 
 def is_complete(checkpoint: Path) -> bool:
@@ -85,12 +98,19 @@ def _is_whole(path: Path) -> bool:
     return zipfile.is_zipfile(path) if path.suffix in (".pt", ".pth", ".bin") else True
 
 
-def _check(checkpoint: Path, objective: Objective) -> None:
+def check_identity(checkpoint: Path, identity: Mapping[str, dict[str, Any]], noun: str) -> None:
+    """Raises ValueError, which names the first difference, unless the run of `identity` can continue a checkpoint.
+
+    Args:
+        identity: as `identity_of` returns it, or the part of it that is known.
+        noun: what is trained, for messages.
+    """
     saved = json.loads((checkpoint / IDENTITY).read_text())
-    mine = json.loads(json.dumps(objective.identity()))
-    for name in mine.keys() | saved.keys():
-        if mine.get(name) != saved.get(name):
-            raise ValueError(
-                f"{checkpoint} is of another {objective.noun}: its {name} is {saved.get(name)}, "
-                f"this one's is {mine.get(name)}"
-            )
+    for part, mine in identity.items():
+        theirs = saved.get(part, {})
+        for name in sorted(mine.keys() | theirs.keys()):
+            if mine.get(name) != theirs.get(name):
+                whose = f"is of another {noun}" if part == "trained" else "is of a training with other options"
+                raise ValueError(
+                    f"{checkpoint} {whose}: its {name} is {theirs.get(name)}, this one's is {mine.get(name)}"
+                )

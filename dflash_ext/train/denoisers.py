@@ -26,6 +26,7 @@ def train_denoiser(
     ar_weight: float = 0.0,
     kl_weight: float = 0.0,
     resume: bool = False,
+    overwrite: bool = False,
     console: Console | None = None,
 ) -> list[dict]:
     """Trains `adaptation` in place on rows of text, and saves it to `output`.
@@ -36,7 +37,7 @@ def train_denoiser(
             pattern block_causal it draws noise for each block of its own.
         held_out: rows to measure the loss on, `recipe.evaluate_every` steps apart; the best adaptation is then kept.
         ar_weight, kl_weight: as in `DenoisingObjective`.
-        resume, console: as in `run`, whose log is returned.
+        resume, overwrite, console: as in `run`, whose log is returned.
 
     Raises:
         ValueError: the rows are longer than the base's positions, or as in `run` and `DenoisingObjective`.
@@ -65,5 +66,6 @@ def train_denoiser(
         save=save,
         evaluation=evaluation,
         resume=resume,
+        overwrite=overwrite,
         console=console,
     )

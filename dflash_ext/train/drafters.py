@@ -16,13 +16,14 @@ from torch.utils.data import Dataset
 from ..data import AnswerDataset, FeatureDataset, Server, answer_prompts
 from ..models import LoraDrafter, Target, save_drafter, save_lora_drafter
 from ..progress import progress
-from .checkpoints import newest_checkpoint
+from .checkpoints import check_identity, newest_checkpoint
 from .collator import AnchorCollator
 from .evaluation import DraftingEvaluation, HeldOutPrompts
 from .objectives import DFlashObjective, LoraObjective, Objective
 from .parallel import Drafter, asks_for_fsdp, is_sharded, whole_copy
 from .recipe import DraftingRecipe, LoraRecipe, Recipe
 from .run import run
+from .saving import check_output
 
 Collator = Callable[[list[Mapping]], dict[str, Tensor]]
 
@@ -42,6 +43,7 @@ def train_on_prompts(
     conversations: Mapping[int, int] | None = None,
     server: Server | None = None,
     resume: bool = False,
+    overwrite: bool = False,
     console: Console | None = None,
     **options: Any,
 ) -> list[dict]:
@@ -60,9 +62,13 @@ def train_on_prompts(
         options: `max_length` and `held_out` of `train_on_answers`, whose docstring describes the other arguments, too.
     """
     console = console or Console(quiet=True)
-    if resume:  # another drafter's checkpoint is refused before the answers are made
-        newest_checkpoint(Path(output), parts_of(drafter, target, recipe).objective)
-    answers = Path(output) / "answers.jsonl"
+    output = Path(output)
+    # What can be refused is refused before the answers are made.
+    check_output(output, resume=resume, overwrite=overwrite)
+    if resume and (checkpoint := newest_checkpoint(output)):
+        objective = parts_of(drafter, target, recipe).objective
+        check_identity(checkpoint, {"trained": objective.identity()}, objective.noun)
+    answers = output / "answers.jsonl"
     with progress(console, "the target answers", len(prompts) * len(temperatures)) as advance:
         answer_prompts(
             Target(target.model),  # untapped: answers need no features
@@ -78,7 +84,8 @@ def train_on_prompts(
             server=server,
             on_progress=advance,
         )
-    return train_on_answers(drafter, target, answers, output, recipe, resume=resume, console=console, **options)
+    options |= dict(resume=resume, overwrite=overwrite, console=console)
+    return train_on_answers(drafter, target, answers, output, recipe, **options)
 
 
 def train_on_answers(
@@ -92,6 +99,7 @@ def train_on_answers(
     held_out: float = 0.0,
     features: str | Path | None = None,
     resume: bool = False,
+    overwrite: bool = False,
     console: Console | None = None,
 ) -> list[dict]:
     """Splits the answers, trains `drafter` and saves it to `output`.
@@ -127,7 +135,7 @@ def train_on_answers(
     console.print(f"answers: {', '.join(told)}", soft_wrap=True)
     if features is not None:
         trained, kept_out = (FeatureDataset(part, features, target) for part in (trained, kept_out))
-    options = dict(held_out=kept_out, prompts=prompts, resume=resume, console=console)
+    options = dict(held_out=kept_out, prompts=prompts, resume=resume, overwrite=overwrite, console=console)
     return train_drafter(drafter, target, trained, output, recipe, **options)
 
 
@@ -141,6 +149,7 @@ def train_drafter(
     held_out: Dataset | None = None,
     prompts: HeldOutPrompts | None = None,
     resume: bool = False,
+    overwrite: bool = False,
     console: Console | None = None,
 ) -> list[dict]:
     """Trains `drafter` in place and saves it to `output` in the published layout.
@@ -159,7 +168,7 @@ def train_drafter(
         The log of `run`, whose docstring describes the other arguments, too.
 
     Raises:
-        ValueError: the checkpoint to resume from is of another drafter, or there is no sample to train on.
+        ValueError: as in `run`.
     """
     parts = parts_of(drafter, target, recipe)
     if prompts is not None and parts.objective.shards_target and asks_for_fsdp(recipe.trainer_args):
@@ -170,8 +179,18 @@ def train_drafter(
     if held_out is not None and len(held_out):
         options = dict(seed=recipe.seed, prompts=prompts)
         evaluation = DraftingEvaluation(held_out, parts.held_out_collator, recipe.batch_size, **options)
-    options = dict(collator=parts.collator, save=parts.save, evaluation=evaluation, resume=resume, console=console)
-    return run(parts.objective, answers, output, recipe, **options)
+    return run(
+        parts.objective,
+        answers,
+        output,
+        recipe,
+        collator=parts.collator,
+        save=parts.save,
+        evaluation=evaluation,
+        resume=resume,
+        overwrite=overwrite,
+        console=console,
+    )
 
 
 class Parts(NamedTuple):

@@ -14,14 +14,14 @@ from transformers import PrinterCallback
 
 from ..progress import without_library_bars
 from .arguments import optimizer_of, training_arguments
-from .checkpoints import newest_checkpoint
+from .checkpoints import check_identity, identity_of, newest_checkpoint
 from .curve import plot_curve
 from .evaluation import Evaluation
 from .objectives import Objective
 from .parallel import is_sharded
 from .recipe import RunRecipe
 from .reporting import TrainingProgress, best_evaluation, summary
-from .saving import KeepBest, replace_saved
+from .saving import LOG, KeepBest, check_output, remove_checkpoints, replace_saved
 from .trainer import ObjectiveTrainer
 
 
@@ -36,6 +36,7 @@ def run(
     save: Callable[[Path], None],
     evaluation: Evaluation | None = None,
     resume: bool = False,
+    overwrite: bool = False,
     console: Console | None = None,
 ) -> list[dict]:
     """Trains `objective` in place and saves what it trained to `output`.
@@ -53,6 +54,7 @@ def run(
         evaluation: what is measured on held-out samples.
         resume: continue from the newest complete checkpoint in `output`. If there is none, training starts at step 0,
             and a line says so.
+        overwrite: replace what an earlier training left in `output`, unless it is resumed.
         console: shows the progress, the loss and the figure beside it, and a summary; None shows nothing.
 
     Returns:
@@ -61,16 +63,23 @@ def run(
         and drawn into `output/curve.png`.
 
     Raises:
-        ValueError: the checkpoint to resume from is of something else, there is no sample to train on, or the recipe
-            asks for CUDA graphs where they cannot be used.
+        ValueError: `output` has an earlier training, which is neither resumed nor overwritten; the checkpoint to resume
+            from is of something else or of other options; there is no sample to train on; or the recipe asks for CUDA
+            graphs where they cannot be used.
     """
     output = Path(output)
+    check_output(output, resume=resume, overwrite=overwrite)
+    identity = identity_of(objective, collator, recipe, len(samples))
+    checkpoint = newest_checkpoint(output) if resume else None
+    if checkpoint is not None:
+        check_identity(checkpoint, identity, objective.noun)
     console = console or Console(quiet=True)
     best = evaluation.best if evaluation else Evaluation.best
     trainer = ObjectiveTrainer(
         objective,
         args=training_arguments(output, recipe, objective.target.device),
         cuda_graphs=recipe.cuda_graphs,
+        identity=identity,
         train_dataset=samples,
         evaluation=evaluation,
         data_collator=collator,
@@ -78,7 +87,8 @@ def run(
     )
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(KeepBest(save, output, best))
-    checkpoint = newest_checkpoint(output, objective) if resume else None
+    if overwrite and not resume and trainer.is_world_process_zero():
+        remove_checkpoints(output)
     if resume:
         nothing = f"nothing to resume: there is no complete checkpoint in {output}, training starts at step 0"
         console.print(f"continuing from {checkpoint}" if checkpoint else nothing, soft_wrap=True)
@@ -98,7 +108,7 @@ def run(
         if trainer.state.global_step and not best_evaluation(log, best) and (ended or not is_sharded(objective)):
             replace_saved(save, output)
         if trainer.state.global_step and trainer.is_world_process_zero():
-            (output / "training.json").write_text(json.dumps({"recipe": asdict(recipe), "log": log}, indent=1) + "\n")
+            (output / LOG).write_text(json.dumps({"recipe": asdict(recipe), "log": log}, indent=1) + "\n")
     if trainer.is_world_process_zero():
         plot_curve(log, output / "curve.png", objective.meter.name)
     console.print(summary(log, objective.noun, objective.meter.name, best), highlight=False, soft_wrap=True)

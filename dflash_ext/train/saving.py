@@ -1,4 +1,4 @@
-"""Writes what a run has trained."""
+"""Writes what a run has trained, and guards what an earlier one left."""
 
 from __future__ import annotations
 
@@ -9,12 +9,37 @@ from pathlib import Path
 
 from accelerate import PartialState
 from transformers import TrainerCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from .checkpoints import newest_checkpoint
 from .reporting import best_evaluation
 
 PART = ".saved.part"  # where the files are written before they replace those in the output folder
 # What decides how a folder is read, and what an earlier training of another kind would leave there.
 WEIGHTS = ("model*.safetensors", "model.safetensors.index.json", "adapter_*", "lora_drafter.json")
+LOG, CHECKPOINTS = "training.json", f"{PREFIX_CHECKPOINT_DIR}-*"
+
+
+def check_output(output: Path, *, resume: bool, overwrite: bool) -> None:
+    """Raises ValueError if a run would replace what an earlier one left in `output`: its log, weights or checkpoints.
+
+    With `resume` it would if the earlier one has ended and left no checkpoint.
+    """
+    found = sorted(path.name for pattern in (LOG, "*.safetensors", CHECKPOINTS) for path in output.glob(pattern))
+    if not found or overwrite:
+        return
+    checkpoint = newest_checkpoint(output)
+    if resume and (checkpoint or LOG not in found):
+        return
+    how = "--resume continues it" if checkpoint else "it has no checkpoint to resume from"
+    there = f"{output} has an earlier training ({', '.join(found[:3])})"
+    raise ValueError(f"{there}: {how}, --overwrite replaces it; or name another folder")
+
+
+def remove_checkpoints(output: Path) -> None:
+    """Removes the checkpoints of an earlier run, which are not those of the run that replaces it."""
+    for path in output.glob(CHECKPOINTS):
+        shutil.rmtree(path)
 
 
 def replace_saved(save: Callable[[Path], None], output: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from itertools import islice
 from pathlib import Path
 
@@ -36,6 +37,7 @@ class ObjectiveTrainer(Trainer):
         evaluation: what is measured every `args.eval_steps` steps and after the last one. The best checkpoint is the
             one with the best of its figures.
         cuda_graphs: whether steps run as CUDA graphs (`GraphedPasses`), on one GPU.
+        identity: what checkpoints say of the run (`identity_of`).
         kwargs: the other arguments of Trainer, `data_collator` among them.
     """
 
@@ -47,6 +49,7 @@ class ObjectiveTrainer(Trainer):
         evaluation: Evaluation | None = None,
         args: TrainingArguments,
         cuda_graphs: bool = False,
+        identity: Mapping[str, dict] | None = None,
         **kwargs,
     ):
         if train_dataset is not None:
@@ -72,7 +75,7 @@ class ObjectiveTrainer(Trainer):
             objective.forward = self.accelerator.autocast()(objective.forward)
             if objective.shards_target:
                 shard_layers(objective.target)
-        self.objective = objective
+        self.objective, self.identity = objective, identity or {}
         self.evaluation = evaluation
         self.model_accepts_loss_kwargs = True  # compute_loss divides by the whole step's divisor itself
         self._meter = objective.meter()
@@ -132,7 +135,7 @@ class ObjectiveTrainer(Trainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Writes the trained parameters; every rank calls it."""
-        save_trained(self.objective, Path(output_dir or self.args.output_dir))
+        save_trained(self.objective, Path(output_dir or self.args.output_dir), self.identity)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
         load_trained(self.objective, Path(resume_from_checkpoint))

@@ -26,13 +26,13 @@ def test_train(workspace, run):
     assert drafter.config.target_layer_ids == [1, 3] and drafter.config.mask_token_id == 96
     assert {p.name for p in out.iterdir()} >= {"answers.jsonl", "config.json", "model.safetensors", "training.json"}
     answers = (out / "answers.jsonl").read_text()
-    assert run(*train)[0] == 0
+    assert run(*train, "--overwrite")[0] == 0
     assert (out / "answers.jsonl").read_text() == answers
     assert "answers: 2 to train on, 1 held out\n" in printed
     header, answer, *others = answers.splitlines(keepends=True)
     short = json.dumps(json.loads(answer) | {"response_ids": [5]})
     (out / "answers.jsonl").write_text("".join([header, short + "\n", *others]))
-    assert "answers: 1 to train on, 1 held out, 1 too short to train on\n" in run(*train)[1]
+    assert "answers: 1 to train on, 1 held out, 1 too short to train on\n" in run(*train, "--overwrite")[1]
 
 
 def test_the_seed_decides_what_is_drawn(workspace, run):
@@ -107,7 +107,7 @@ def test_chat_template_args_are_kept_with_the_answers(workspace, run):
     header, *answers = map(json.loads, (out / "answers.jsonl").read_text().splitlines())
     assert header["chat_template_args"] == {"enable_thinking": True}
     assert all(answer["prompt_ids"][-1] == 9 for answer in answers)
-    code, _, errors = run(*train)
+    code, _, errors = run(*train, "--overwrite")
     assert code == 1 and "made with other chat template args" in errors
 
 
@@ -121,11 +121,13 @@ def test_a_refused_run_leaves_the_output_folder_alone(workspace, run):
     assert code == 0, errors
     before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
     for refused in (
-        ["--max-new-tokens", 12],
-        ["--max-prompt-tokens", 1],
+        [],
+        ["--overwrite", "--max-new-tokens", 12],
+        ["--overwrite", "--max-prompt-tokens", 1],
         ["--resume", "--layers", 2],
-        ["--limit", 2],
-        ["--max-length", 4],
+        ["--resume", "--gamma", 4],
+        ["--overwrite", "--limit", 2],
+        ["--overwrite", "--max-length", 4],
     ):
         code, _, errors = run(*train, *refused)
         assert code == 1, refused

@@ -1,6 +1,7 @@
 import json
 
 import pytest
+import torch
 
 from dflash_ext.data import Conversation, DataError, answer_prompts, encode, encode_all
 from dflash_ext.decode import decode
@@ -82,6 +83,12 @@ def test_a_temperature_given_twice_gives_two_different_samples(target, tmp_path)
     assert len({tuple(row["response_ids"]) for row in rows}) == 8
 
 
+def test_two_greedy_answers_to_a_prompt_are_refused(target, tmp_path):
+    with pytest.raises(ValueError, match="temperature 0 is given twice"):
+        answer(target, tmp_path / "answers.jsonl", temperatures=(0.0, 0.9, 0.0))
+    assert not (tmp_path / "answers.jsonl").exists()
+
+
 def test_answers_to_something_else_are_refused_and_kept(target, tmp_path):
     path = tmp_path / "answers.jsonl"
     answer(target, path)
@@ -94,6 +101,12 @@ def test_answers_to_something_else_are_refused_and_kept(target, tmp_path):
         answer(target, path, max_new_tokens=5)
     with pytest.raises(DataError, match="made with other chat template args"):
         answer(target, path, chat_template_args={"enable_thinking": False})
+    with pytest.raises(DataError, match=r"made with other seed \(0, this run has 1\)"):
+        answer(target, path, seed=1)
+    with pytest.raises(DataError, match=r"made with other dtype \(float32, this run has bfloat16\)"):
+        answer(Target(tiny_model("llama").to(torch.bfloat16)), path)
+    with pytest.raises(DataError, match="holds more answers at temperature 0.0 than this run asks for"):
+        answer(target, path, temperatures=(0.7,))
     assert path.read_bytes() == before
 
 

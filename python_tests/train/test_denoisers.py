@@ -125,6 +125,17 @@ def test_a_checkpoint_of_another_denoiser_is_refused(tmp_path):
         train(tmp_path, recipe, pattern="causal", resume=True)
 
 
+@pytest.mark.parametrize(
+    "change", [{"kl_weight": 0.5}, {"ar_weight": 0.5}, {"collator": NoiseCollator(COLLATOR.noise, Share(0.2, 0.8))}]
+)
+def test_a_checkpoint_of_other_options_is_refused(tmp_path, change):
+    recipe = RunRecipe(steps=1, batch_size=2, save_every=1)
+    train(tmp_path, recipe)
+    name = next(iter(change)).replace("collator", "prefix")
+    with pytest.raises(ValueError, match=f"of a training with other options: its {name} is"):
+        train(tmp_path, recipe, resume=True, **change)
+
+
 def test_causal_and_bidirectional_denoisers_see_the_same_batches(tmp_path):
     """The accuracy of the first step differs by the mask alone: the batches and the first weights are the same."""
     recipe = RunRecipe(steps=1, batch_size=4, log_every=1)

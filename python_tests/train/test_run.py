@@ -1,6 +1,7 @@
 """A run of an objective that is no drafter's: an adapter on a frozen model learns the next token."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -92,6 +93,39 @@ def test_an_objective_of_another_kind(tmp_path):
     checkpoint = tmp_path / "checkpoint-6"
     assert load_file(checkpoint / "model.safetensors").keys() == {"adapted.adapter.weight"}
     assert not (checkpoint / "training_args.bin").exists()
+
+
+def files_in(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_an_earlier_training_is_replaced_only_if_that_is_asked_for(tmp_path):
+    train(tmp_path)
+    before = files_in(tmp_path)
+    with pytest.raises(ValueError, match=r"training \(checkpoint-3, checkpoint-6, training.json\): --resume continues"):
+        train(tmp_path, steps=3)
+    assert files_in(tmp_path) == before
+    _, log = train(tmp_path, steps=3, overwrite=True)
+    assert log[-1]["step"] == 3
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-3"]  # that of the new training
+
+
+def test_a_training_without_a_checkpoint_is_no_reason_to_begin_anew(tmp_path):
+    train(tmp_path, steps=2)
+    shutil.rmtree(tmp_path / "checkpoint-2")
+    before = files_in(tmp_path)
+    with pytest.raises(ValueError, match="it has no checkpoint to resume from, --overwrite replaces it"):
+        train(tmp_path, resume=True)
+    assert files_in(tmp_path) == before
+    _, log = train(tmp_path, resume=True, overwrite=True)
+    assert log[-1]["step"] == 6
+
+
+def test_weights_of_another_kind_are_not_replaced(tmp_path):
+    """Such as those of the target, if its folder is given for the output."""
+    (tmp_path / "model-00001-of-00002.safetensors").write_bytes(b"weights")
+    with pytest.raises(ValueError, match=r"earlier training \(model-00001-of-00002.safetensors\)"):
+        train(tmp_path)
 
 
 def test_it_resumes_with_the_same_bits(tmp_path):

@@ -56,6 +56,9 @@ class DenoisingObjective(Objective):
     def identity(self) -> dict[str, Any]:
         return asdict(self.adaptation.config) | self.adaptation.adapter.settings
 
+    def options(self) -> dict[str, Any]:
+        return {"ar_weight": self.ar_weight, "kl_weight": self.kl_weight}
+
     def of_target(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
         return (self.adaptation.base_states(batch),) if self.kl_weight else ()
 

@@ -69,6 +69,9 @@ class DFlashObjective(Objective):
     def identity(self) -> dict:
         return {name: getattr(self.drafter.config, name) for name in IDENTITY}
 
+    def options(self) -> dict:
+        return {"loss": self.loss, "teacher_mix": self.teacher_mix, "gamma": self.gamma}
+
     def drafter_to_decode(self) -> DFlashDrafter:
         """The drafter as it decodes after training: whole, and in the target's dtype. Every rank must call this."""
         if is_sharded(self.drafter) or self.drafter.dtype != self.target.dtype:

@@ -56,6 +56,10 @@ class Objective(nn.Module):
         """What a checkpoint must agree in to be continued, as JSON has it: names and values."""
         raise NotImplementedError
 
+    def options(self) -> dict[str, Any]:
+        """The options of the loss, in which a checkpoint must agree, too."""
+        return {}
+
     @property
     def _no_split_modules(self) -> list[str] | None:
         """The classes of the layers that FSDP shards one by one. Accelerate asks for them."""
