@@ -107,7 +107,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one_bitwise(tmp_path, kind, kill
 def test_every_kind_learns_and_leaves_nothing_of_another_kind(tmp_path, kind):
     recipe = RunRecipe(steps=15, batch_size=4, learning_rate=2e-2 if kind == "gated" else 2e-3, log_every=1)
     train(tmp_path, RunRecipe(steps=1, batch_size=4), kind="whole" if kind == "full" else "full")
-    adaptation, log = train(tmp_path, recipe, kind=kind)
+    adaptation, log = train(tmp_path, recipe, kind=kind, overwrite=True)
     losses = [entry["loss"] for entry in log if "loss" in entry]
     assert sum(losses[-3:]) < 0.9 * sum(losses[:3])
     saved = load_adaptation(tmp_path, adaptation.target)
