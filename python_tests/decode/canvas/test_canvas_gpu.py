@@ -6,7 +6,8 @@ import torch
 from dflash_ext.decode.canvas import MaskedDiffusion, UniformDiffusion, decode_canvas
 from dflash_ext.decode.canvas.forward import canvas_forward
 from dflash_ext.decode.canvas.graphs import Runner
-from dflash_ext.models import Denoiser, Target
+from dflash_ext.models import Denoiser, DFlashDrafter, Target
+from dflash_ext.models.uniform import SelfConditioning
 from python_tests.decode.canvas.models import tiny_diffusion_gemma
 from python_tests.decode.test_engine_gpu import SHAPES
 from python_tests.integrations.test_attention import model_of
@@ -24,6 +25,26 @@ def denoiser(family):
     return Denoiser(Target(model), mask_id=MASK_TOKEN)
 
 
+def conditioned(model, **options):
+    """A denoiser of uniform noise."""
+    width = model.config.hidden_size
+    conditioning = SelfConditioning(width, 2 * width).to("cuda", torch.bfloat16).requires_grad_(False)
+    torch.nn.init.normal_(conditioning.down.weight, std=0.2)
+    return Denoiser(Target(model), self_conditioning=conditioning, **options)
+
+
+def uniform(family):
+    return conditioned(tiny_model(family, **SHAPES[family]).to("cuda", torch.bfloat16))
+
+
+def gated(family):
+    """One whose prompts another model reads."""
+    model, other = (tiny_model(family, **SHAPES[family]).to("cuda", torch.bfloat16) for _ in range(2))
+    for layer in model.model.layers:
+        layer.mlp.down_proj.weight.mul_(1.5)
+    return conditioned(model, encoder=Target(other))
+
+
 def with_modules():
     """Gemma 4, for which the engine has no forward of its own."""
     model = model_of("gemma4").requires_grad_(False).to("cuda", torch.bfloat16)
@@ -39,7 +60,16 @@ CASES = {
     "gemma3": (lambda: denoiser("gemma3"), LIMITED),
     "gemma4": (with_modules, MASKED),
     "diffusion_gemma": (diffusion_gemma, UNIFORM),
+    "uniform, llama": (lambda: uniform("llama"), UNIFORM),
+    "uniform, gemma3": (lambda: uniform("gemma3"), UNIFORM),
+    "gated, llama": (lambda: gated("llama"), UNIFORM),
 }
+
+
+def first_guesses(denoiser):
+    """A drafter of canvases of six tokens."""
+    options = dict(mask_token_id=MASK_TOKEN, num_layers=2, block_size=7, taps=3)
+    return DFlashDrafter.for_target(denoiser.reader, **options).to("cuda", torch.bfloat16).eval()
 
 
 def plainly(self, name, slots):
@@ -49,18 +79,25 @@ def plainly(self, name, slots):
     getattr(self.cycle, name)(torch.tensor(filled, device="cuda"))
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_graphs_give_the_tokens_of_plain_calls(case, monkeypatch):
+GUESSED = [case for case in CASES if "," in case]  # drafts are for uniform-state diffusion of a causal LM
+
+
+@pytest.mark.parametrize(("case", "guesses"), [*((case, False) for case in CASES), *((case, True) for case in GUESSED)])
+def test_graphs_give_the_tokens_of_plain_calls(case, guesses, monkeypatch):
     """Prompts of unequal lengths in turns, canvases that are done at different steps, and rows that come and go."""
     make, process = CASES[case]
     options = dict(max_new_tokens=40, batch_size=3, canvas_length=6, seed=4)
     prompts = random_prompts(300, 4, 31, 1, 60, 17)
+    if guesses:
+        options["drafter"] = first_guesses(make())
+        noise = decode_canvas(make(), prompts, process, **options | {"drafter": None})
     graphed = decode_canvas(make(), prompts, process, **options)
     monkeypatch.setattr(Runner, "__call__", plainly)
     plain = decode_canvas(make(), prompts, process, **options)
     assert [c.tokens for c in graphed.completions] == [c.tokens for c in plain.completions]
     assert [c.steps for c in graphed.completions] == [c.steps for c in plain.completions]
     assert all(c.finish_reason == "length" for c in graphed.completions)
+    assert not guesses or [c.tokens for c in graphed.completions] != [c.tokens for c in noise.completions]
 
 
 def test_one_graph_serves_prompts_of_any_length(monkeypatch):
