@@ -5,7 +5,7 @@ The commands import the library when they run, so that `--help` is quick.
 
 from .adapt import adapt
 from .answers import answers
-from .app import app, evaluations
+from .app import Command, app, evaluations
 from .canvas import canvas
 from .check_lossless import check_lossless
 from .demo import demo
@@ -21,10 +21,10 @@ from .train import train
 
 # In the order of the help.
 for command in (demo, train, answers, features, adapt, generate, canvas, evaluate, check_lossless, doctor, probe):
-    app.command()(command)
+    app.command(cls=Command)(command)
 for command in (reconstruct, ablate):
-    evaluations.command()(command)
-evaluations.command("canvas")(canvas_front)
+    evaluations.command(cls=Command)(command)
+evaluations.command("canvas", cls=Command)(canvas_front)
 app.add_typer(evaluations)
 
 

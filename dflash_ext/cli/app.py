@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import os
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
 from .. import __version__
 
@@ -39,6 +40,19 @@ class Commands(TyperGroup):
         except KeyboardInterrupt:
             say("dflash-ext: interrupted; what was written so far is kept", style="red")
             raise typer.Exit(130) from None
+
+
+class Command(TyperCommand):
+    """A command whose numbers are finite: Python reads "nan" and "inf" as numbers, which pass most bounds."""
+
+    def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:
+        rest = super().parse_args(ctx, args)
+        for option in self.params:
+            value = ctx.params.get(option.name)
+            for number in value if isinstance(value, list | tuple) else (value,):
+                if isinstance(number, float) and not math.isfinite(number):
+                    raise typer.BadParameter(f"{number} is not a finite number", ctx=ctx, param=option)
+        return rest
 
 
 app = typer.Typer(

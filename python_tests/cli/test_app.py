@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from typing import get_type_hints
 
 import pytest
 from typer.main import get_command
@@ -34,6 +35,24 @@ def test_every_command_and_option_has_a_help_text_that_is_a_sentence(run):
         assert command.help.endswith(".") and command.help[0].isupper()
         for option in command.params:
             assert option.help.endswith(".") and option.help[0].isupper(), (name, option.name)
+
+
+def test_no_option_takes_a_number_that_is_not_finite(run):
+    """Whatever its bounds, and before anything is read."""
+    group = get_command(app)
+    commands = {(name,): command for name, command in group.commands.items() if name != "eval"}
+    commands |= {("eval", name): command for name, command in group.commands["eval"].commands.items()}
+    tried = 0
+    for name, command in commands.items():
+        needed = [word for p in command.params if p.required for word in ([p.opts[0], "1"] if p.opts else [])]
+        for option in command.params:
+            if "float" not in str(get_type_hints(command.callback).get(option.name)):
+                continue
+            for number in ("nan", "inf", "-inf"):
+                code, _, errors = run(*name, *needed, option.opts[0], number)
+                assert code == 2 and option.opts[0] in errors, (name, option.name, number, errors)
+                tried += 1
+    assert tried > 60
 
 
 def test_flags_take_no_value_in_the_help(run):

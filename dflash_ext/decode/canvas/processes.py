@@ -139,6 +139,8 @@ class UniformDiffusion:
             raise ValueError(f"t_min is {self.t_min} and t_max {self.t_max}; 0 < t_min <= t_max is needed")
         if self.stability < 0:
             raise ValueError(f"stability is {self.stability}; a number of at least 0 is needed")
+        if self.confidence is not None and not self.confidence >= 0:
+            raise ValueError(f"confidence is {self.confidence}; a number of at least 0, or None, is needed")
 
     def steps_before_end(self, masked: int) -> int:
         """The number of steps before which no canvas can be done."""

@@ -112,6 +112,10 @@ def test_models_that_do_not_share_an_attention_implementation_are_left_as_they_w
         (dict(entropy_bound=-1.0), "entropy_bound is -1.0"),
         (dict(t_min=0.9), "t_min is 0.9 and t_max 0.8"),
         (dict(stability=-1), "stability is -1"),
+        (dict(confidence=float("nan")), "confidence is nan; a number of at least 0, or None, is needed"),
+        (dict(confidence=-0.1), "confidence is -0.1"),
+        (dict(entropy_bound=float("nan")), "entropy_bound is nan"),
+        (dict(t_max=float("nan")), "t_min is 0.4 and t_max nan"),
     ],
 )
 def test_settings_that_are_refused(options, message):
