@@ -9,51 +9,21 @@ import venv
 from pathlib import Path
 
 import pytest
-import torch
 
 from dflash_ext import native
 
 ROOT = Path(__file__).parents[1]
-MEASURE = """
+USES_AN_OPERATOR = """
 import torch
 from dflash_ext import masked_cross_entropy
-torch.manual_seed(0)
-for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
-    x = torch.randn(3, 999, dtype=torch.float64).mul(4).to(dtype)
-    x[1, ::3] = -torch.inf
-    x[1, 1], x[2, 7] = 6e-8, 60000.0
-    leaf = x.clone().requires_grad_()
-    out = masked_cross_entropy(leaf, torch.tensor([5, 1, 7]), label_smoothing=0.0, softcap=30.0)
-    out.loss.backward()
-    print(*out.nll.tolist(), *out.entropy.tolist(), leaf.grad.double().abs().sum().item())
+masked_cross_entropy(torch.ones(2, 3), torch.tensor([0, 1]))
 """
 
 
-def measure(isa):
-    done = subprocess.run(
-        [sys.executable, "-c", MEASURE],
-        cwd=ROOT,
-        env=os.environ | {"DFLASH_EXT_CPU_ISA": isa, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    return torch.tensor([[float(word) for word in line.split()] for line in done.stdout.splitlines()])
-
-
-def test_instruction_sets_agree():
-    if (info := native.build_info()) is None:
-        isas = ["baseline"]
-    else:
-        isas = [isa for isa in info["cpu_isas"].split(",") if isa != "avx512"]
-    best = measure("")
-    for isa in isas:
-        torch.testing.assert_close(measure(isa), best, rtol=1e-3, atol=1e-5)
-
-
 def test_an_unknown_instruction_set_is_refused():
-    with pytest.raises(AssertionError, match="DFLASH_EXT_CPU_ISA is 'mmx'"):
-        measure("mmx")
+    env = os.environ | {"DFLASH_EXT_CPU_ISA": "mmx"}
+    done = subprocess.run([sys.executable, "-c", USES_AN_OPERATOR], cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode and "DFLASH_EXT_CPU_ISA is 'mmx'" in done.stderr
 
 
 def test_a_missing_library_is_named(monkeypatch, tmp_path):
@@ -63,7 +33,7 @@ def test_a_missing_library_is_named(monkeypatch, tmp_path):
 
 
 def test_operators_do_not_need_the_info_module():
-    code = "import sys; sys.modules['dflash_ext._C'] = None\n" + MEASURE
+    code = "import sys; sys.modules['dflash_ext._C'] = None\n" + USES_AN_OPERATOR
     code += "from dflash_ext.native import build_info; assert build_info() is None"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True)
     assert done.returncode == 0, done.stderr.decode()

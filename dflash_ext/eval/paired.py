@@ -2,22 +2,12 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
-import torch
-
 from ..decode import Decoded
-
-RESAMPLES = 10_000
-COVERAGE = 0.95
+from .metrics import COVERAGE, Interval, mean_interval
 
 
-class TauDifference(NamedTuple):
+class TauDifference(Interval):
     """The second drafter's tau minus the first one's, and the interval that holds 95% of its bootstrap resamples."""
-
-    mean: float
-    low: float
-    high: float
 
     def __str__(self) -> str:
         certain = "" if self.low <= 0 <= self.high else ", which is more than chance"
@@ -39,11 +29,4 @@ def tau_difference(first: Decoded, second: Decoded, *, seed: int = 0) -> TauDiff
     if len(first.completions) != len(second.completions):
         raise ValueError(f"runs over {len(first.completions)} and {len(second.completions)} prompts are no pairs")
     pairs = zip(first.completions, second.completions, strict=True)
-    differences = torch.tensor([theirs.tau - ours.tau for ours, theirs in pairs], dtype=torch.float64)
-    count, generator = len(differences), torch.Generator().manual_seed(seed)
-    means = torch.stack(
-        [differences[torch.randint(count, (count,), generator=generator)].mean() for _ in range(RESAMPLES)]
-    )
-    outside = (1 - COVERAGE) / 2
-    low, high = means.quantile(torch.tensor([outside, 1 - outside], dtype=torch.float64)).tolist()
-    return TauDifference(float(differences.mean()), low, high)
+    return TauDifference(*mean_interval([theirs.tau - ours.tau for ours, theirs in pairs], seed))

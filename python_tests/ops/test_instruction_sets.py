@@ -1,4 +1,4 @@
-"""Every build of the sampling, injection and product kernels gives the same results."""
+"""Every build of the loss, sampling, injection and product kernels gives the same results."""
 
 import functools
 import os
@@ -13,7 +13,7 @@ from dflash_ext import native
 
 MEASURE = """
 import torch
-from dflash_ext import kv_inject, linear, sample, verify
+from dflash_ext import kv_inject, linear, masked_cross_entropy, sample, verify
 torch.manual_seed(0)
 for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
     logits = (3 * torch.randn(6, 7, 1100, dtype=torch.float64)).to(dtype)
@@ -40,6 +40,13 @@ for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
     x, w, bias = torch.randn(13, 700).to(dtype), torch.randn(2 * 51, 700).div(26).to(dtype), torch.randn(102).to(dtype)
     for gate in ("silu", "gelu_tanh"):
         print(*linear(x, w, bias, norm=x[0], gate=gate).flatten().tolist())
+    x = torch.randn(3, 999, dtype=torch.float64).mul(4).to(dtype)
+    x[1, ::3] = -torch.inf
+    x[1, 1], x[2, 7] = 6e-8, 60000.0
+    leaf = x.clone().requires_grad_()
+    out = masked_cross_entropy(leaf, torch.tensor([5, 1, 7]), softcap=30.0)
+    out.loss.backward()
+    print(*out.nll.tolist(), *out.entropy.tolist(), leaf.grad.double().abs().sum().item())
 """
 
 
