@@ -53,7 +53,7 @@ OPTIONS_OF = {
     ),
     "lora": (
         *("lora_kind", "rank", "alpha", "linear_layers", "causal", "sampler_width"),
-        *("kl_weight", "context_ratio", "fixed_anchors", "cuda_graphs"),
+        *("kl_weight", "context_ratio", "fixed_anchors", "forwards", "cuda_graphs"),
     ),
 }
 
@@ -222,6 +222,15 @@ def train(
         bool,
         typer.Option("--fixed-anchors", help="With --drafter lora: put blocks side by side instead of drawing them."),
     ] = False,
+    forwards: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            max=2,
+            help="With --drafter lora: the forwards of the decoding cycles that the weights of the loss, and the "
+            "evaluations, are for.",
+        ),
+    ] = 2,
     cuda_graphs: Annotated[
         bool,
         typer.Option(
@@ -311,8 +320,8 @@ def train(
     )
     if is_lora:
         ratio = shares(context_ratio, "--context-ratio")
-        options = dict(kl_weight=kl_weight, context_ratio=ratio, fixed_anchors=fixed_anchors, cuda_graphs=cuda_graphs)
-        recipe = LoraRecipe(**settings, **options)
+        options = dict(kl_weight=kl_weight, context_ratio=ratio, fixed_anchors=fixed_anchors, forwards=forwards)
+        recipe = LoraRecipe(**settings, **options, cuda_graphs=cuda_graphs)
     else:
         recipe = Recipe(**settings, loss=loss, teacher_mix=teacher_mix, compile=compile)
     model, tok = load_target(target, tokenizer, dtype, device)

@@ -124,6 +124,7 @@ def train_on_answers(
         max_new_tokens=dataset.header["max_new_tokens"],
         stop_token_ids=dataset.header["stop_token_ids"],
         denoising_steps=recipe.denoising_steps,
+        forwards=recipe.forwards if isinstance(recipe, LoraRecipe) else None,
     )
     counts = {
         "to train on": len(trained),
@@ -233,7 +234,8 @@ def parts_of(drafter: Drafter, target: Target, recipe: DraftingRecipe) -> Parts:
         collator = replace(collator, slot_noise=recipe.noise_ratio, **options)
         if recipe.cuda_graphs:
             collator = replace(collator, multiple_of=64)
-        objective = LoraObjective(drafter, target, gamma=recipe.gamma, kl_weight=recipe.kl_weight)
+        weights = dict(gamma=recipe.gamma, kl_weight=recipe.kl_weight, forwards=recipe.forwards)
+        objective = LoraObjective(drafter, target, **weights)
     else:
         collator = replace(collator, noise_ratio=recipe.noise_ratio)
         objective = DFlashObjective(drafter, target, recipe.gamma, loss=recipe.loss, teacher_mix=recipe.teacher_mix)

@@ -83,6 +83,7 @@ class HeldOutPrompts:
         stop_token_ids: tokens that end an answer.
         batch_size: the number of prompts that are decoded at a time.
         denoising_steps: the numbers of steps to decode with, 1 among them.
+        forwards: those of a cycle, as `dflash_ext.decode.decode` takes them.
     """
 
     prompts: Sequence[Sequence[int]]
@@ -90,6 +91,7 @@ class HeldOutPrompts:
     stop_token_ids: Sequence[int] = ()
     batch_size: int = 32
     denoising_steps: Sequence[int] = (1,)
+    forwards: int | None = None
 
 
 @dataclass
@@ -132,6 +134,7 @@ class DraftingEvaluation(Evaluation):
                 stop_token_ids=self.prompts.stop_token_ids,
                 batch_size=self.prompts.batch_size,
                 denoising_steps=steps,
+                forwards=self.prompts.forwards,
                 on_finish=lambda *_: self.on_progress("the tau of held-out prompts", next(done), len(mine)),
             )
         parts: list[Decoded] = gather_object([decoded])

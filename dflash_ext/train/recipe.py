@@ -136,11 +136,13 @@ class LoraRecipe(DraftingRecipe):
         kl_weight: as in `LoraObjective`.
         context_ratio: as in `AnchorCollator`.
         fixed_anchors: anchors stand side by side instead of being drawn.
+        forwards: as in `LoraObjective`. Evaluations decode with so many a cycle.
     """
 
     kl_weight: float = 0.0
     context_ratio: float | tuple[float, float] = 0.0
     fixed_anchors: bool = False
+    forwards: int = 2
 
     def __post_init__(self):
         super().__post_init__()
@@ -150,5 +152,9 @@ class LoraRecipe(DraftingRecipe):
         least, most = ratio if isinstance(ratio, tuple) else (ratio, ratio)
         if not 0 <= least <= most < 1:
             raise ValueError(f"context_ratio is {ratio}: a share from 0 on and below 1 is needed, or two such shares")
+        if self.forwards not in (1, 2):
+            raise ValueError(f"forwards is {self.forwards}: 1 and 2 are supported")
+        if self.forwards == 1 and self.gamma is not None:
+            raise ValueError("forwards is 1: this is for D-PACE weights, and gamma is given, too")
         if self.compile:
             raise ValueError("compile is not supported for LoRA drafters: their base runs fused operators of its own")

@@ -179,8 +179,8 @@ def test_training_on_written_features(workspace, run):
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
-@pytest.mark.parametrize("kind", ["gated", "whole"])
-def test_a_lora_drafter(workspace, run, kind):
+@pytest.mark.parametrize("kind, forwards", [("gated", 1), ("whole", 2)])
+def test_a_lora_drafter(workspace, run, kind, forwards):
     out = workspace / "trained"
     train = [
         *("train", "--target", workspace / "target", "--prompts", workspace / "prompts.jsonl", "--output", out),
@@ -188,6 +188,7 @@ def test_a_lora_drafter(workspace, run, kind):
         *("--rank", 4, "--block-size", 4, "--steps", 2, "--batch-size", 2, "--anchors", 4),
         *("--max-new-tokens", 16, "--held-out", 0.34),
         *("--kl-weight", 0.5, "--context-ratio", "0.1,0.3", "--noise-ratio", 0.9, "--causal", "--sampler-width", 8),
+        *("--forwards", forwards),
     ]
     code, printed, errors = run(*train)
     assert code == 0, errors
@@ -199,6 +200,9 @@ def test_a_lora_drafter(workspace, run, kind):
     recipe, tau = written["recipe"], [entry["eval_tau"] for entry in written["log"] if "eval_tau" in entry]
     assert len(tau) == 1 and tau[0] >= 1, "an evaluation decodes held-out prompts"
     assert (recipe["kl_weight"], recipe["context_ratio"], recipe["noise_ratio"]) == (0.5, [0.1, 0.3], 0.9)
+    assert recipe["forwards"] == forwards
+    drafts = [name for entry in written["log"] for name in entry if name.startswith("eval_acceptance_")]
+    assert len(drafts) == 1 + forwards, "one forward drafts a token less"
     again = [*train, "--output", workspace / "smaller", "--rank", 2, "--learning-rate", 1e-9, "--start-from", out]
     assert run(*again)[0] == 0
     smaller = load_lora_drafter(workspace / "smaller", Target(load_target(workspace / "target")[0]))

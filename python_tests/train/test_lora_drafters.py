@@ -83,6 +83,8 @@ def test_the_first_weights_follow_from_the_seed():
         ({"context_ratio": (0.5, 0.2)}, r"context_ratio is \(0.5, 0.2\)"),
         ({"compile": True}, "compile is not supported for LoRA drafters"),
         ({"noise_ratio": 0.0}, "noise_ratio is 0.0"),
+        ({"forwards": 3}, "forwards is 3: 1 and 2 are supported"),
+        ({"forwards": 1, "gamma": 4.0}, "forwards is 1: this is for D-PACE weights"),
     ],
 )
 def test_settings_out_of_range_are_refused(settings, message):

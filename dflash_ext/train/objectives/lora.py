@@ -33,6 +33,9 @@ class LoraObjective(Objective):
         drafter: in float32, or in the target's dtype without autocast.
         gamma: the decay of `position_decay`; None weights by `dpace`.
         kl_weight: the weight of the divergence from the base's distributions, beside a weight of 1 for the tokens.
+        forwards: those of the decoding cycles that D-PACE weights are for. A draft of two forwards begins at a block's
+            first slot. One of a single forward begins at the second, because that forward itself determines the token
+            at the first; the first slot then has the weight of its own token alone.
 
     Raises:
         ValueError: the drafter was made for another base, or the base's logits are not those of its head.
@@ -43,11 +46,21 @@ class LoraObjective(Objective):
     shards_target = True  # it is the model that runs, and by far the larger part
     waits = False
 
-    def __init__(self, drafter: LoraDrafter, target: Target, *, gamma: float | None = None, kl_weight: float = 0.0):
+    def __init__(
+        self,
+        drafter: LoraDrafter,
+        target: Target,
+        *,
+        gamma: float | None = None,
+        kl_weight: float = 0.0,
+        forwards: int = 2,
+    ):
         super().__init__(target)
         drafter.config.check_target(target)
+        if forwards == 1:
+            drafter.config.check_one_forward()
         target.check_head()
-        self.drafter, self.gamma, self.kl_weight = drafter, gamma, kl_weight
+        self.drafter, self.gamma, self.kl_weight, self.forwards = drafter, gamma, kl_weight, forwards
 
     @property
     def trained(self) -> LoraDrafter:
@@ -134,8 +147,13 @@ class LoraObjective(Objective):
         )
         losses = result.loss.view(counts.shape) * (1 + self.kl_weight)  # `_teacher` mixes parts whose sum is 1
         if self.gamma is None:
-            losses = losses * dpace(result.nll.view(counts.shape), counts)
+            losses = losses * self._dpace(result.nll.view(counts.shape), counts)
         return Losses(losses, counts, result.correct.view(counts.shape))
+
+    def _dpace(self, nll: Tensor, counts: Tensor) -> Tensor:
+        undrafted = 2 - self.forwards
+        weights = dpace(nll[:, :, undrafted:], counts[:, :, undrafted:])
+        return torch.cat([counts[:, :, :undrafted].to(weights.dtype), weights], dim=-1)
 
     def _teacher(self, batch: Mapping[str, Tensor], hidden: Tensor) -> dict:
         """The options of `linear_cross_entropy` for the base's distributions.

@@ -20,7 +20,7 @@ def a_batch(**options) -> dict[str, torch.Tensor]:
 
 
 @torch.no_grad()
-def expected(target, drafter, batch, *, gamma, kl_weight) -> torch.Tensor:
+def expected(target, drafter, batch, *, gamma, kl_weight, forwards=2) -> torch.Tensor:
     """The losses of all slots [B, N, K], from one block at a time and PyTorch's own losses."""
     losses = torch.zeros(batch["labels"][:, :, 1:].shape)
     for row, ids in enumerate(batch["input_ids"]):
@@ -41,7 +41,12 @@ def expected(target, drafter, batch, *, gamma, kl_weight) -> torch.Tensor:
                 seen = torch.cat([seen, seen[-1:].expand(5 - len(seen), -1)])  # slots beyond the text do not count
                 divergence = kl_div(log_softmax(logits, dim=-1), seen, log_target=True, reduction="none").sum(dim=-1)
                 loss = nll + kl_weight * divergence
-                weight = counts * position_decay(5, gamma, first_slot=0) if gamma else dpace(nll, counts)
+                if gamma:
+                    weight = counts * position_decay(5, gamma, first_slot=0)
+                elif forwards == 2:
+                    weight = dpace(nll, counts)
+                else:
+                    weight = torch.cat([counts[:1].float(), dpace(nll[1:], counts[1:])])
                 losses[row, number] += loss * weight
     return losses
 
@@ -66,6 +71,14 @@ def test_the_losses_are_their_definition(family, kind, options, gamma, kl_weight
     torch.testing.assert_close(losses, want, atol=1e-4, rtol=1e-4)
     divisor = batch["keep"].sum() if gamma is None else (counts * position_decay(5, gamma, first_slot=0)).sum()
     assert objective.divisor(batch) == divisor
+
+
+def test_the_weights_for_one_forward_begin_at_the_second_slot():
+    target, drafter = tiny_lora("llama", sampler_width=8)
+    objective, batch = LoraObjective(drafter, target, forwards=1), a_batch()
+    losses = objective(batch, *objective.of_target(batch)).losses
+    want = expected(target, drafter, batch, gamma=None, kl_weight=0.0, forwards=1)
+    torch.testing.assert_close(losses, want, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -132,6 +145,12 @@ def test_activation_checkpointing_gives_the_same_gradients(kind):
     assert len(calls) == 2
     target.model(input_ids=batch["input_ids"])
     assert len(calls) == 3 and all("forward" not in vars(layer) for layer in target.layers)
+
+
+def test_a_whole_drafter_has_no_weights_for_one_forward():
+    target, drafter = tiny_lora("llama", kind="whole")
+    with pytest.raises(ValueError, match="a gated one is needed"):
+        LoraObjective(drafter, target, forwards=1)
 
 
 def test_a_drafter_of_another_base_is_refused():
