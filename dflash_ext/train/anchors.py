@@ -79,6 +79,18 @@ def dpace(nll: Tensor, counts: Tensor, alpha: float = 0.5) -> Tensor:
     return survival.flip(-1).cumsum(-1).flip(-1) * counts
 
 
+def one_forward_dpace(nll: Tensor, counts: Tensor, alpha: float = 0.5) -> Tensor:
+    """Loss weights like those of `dpace`, for decoding cycles of one forward.
+
+    Their drafts begin at the second slot, because the forward that makes them determines the token at the first one
+    itself. A cycle begins where the draft before it ended, which it did mostly because it missed the next token, the
+    one at the first slot. So the weights of the slots from the second on are those of `dpace` times
+    (1 - alpha) (1 - q_1) + alpha. The first slot has the weight of its own token, 1.
+    """
+    begins = (1 - alpha) * (1 - torch.exp(-nll[..., :1].detach())) + alpha
+    return torch.cat([counts[..., :1].float(), begins * dpace(nll[..., 1:], counts[..., 1:], alpha)], dim=-1)
+
+
 @dataclass
 class Blocks:
     """The blocks that start at a batch's anchors.

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from dflash_ext.train import build_blocks, dpace, position_decay, sample_anchors
+from dflash_ext.train.anchors import one_forward_dpace
 
 
 def random_loss_mask(rows: int, length: int, seed: int) -> torch.Tensor:
@@ -86,6 +87,17 @@ def test_dpace_is_its_formula():
                 for m in range(j, last):
                     expected += math.prod(0.7 * math.exp(-nll[row, i].item()) + 0.3 for i in range(m + 1))
             assert math.isclose(weights[row, j].item(), expected, rel_tol=1e-5, abs_tol=1e-7)
+
+
+def test_dpace_for_one_forward_is_its_formula():
+    nll = -torch.tensor([[0.9, 0.5, 0.25], [0.1, 0.5, 0.25]]).log().requires_grad_()
+    counts = torch.tensor([[True, True, True], [True, True, False]])
+    weights = one_forward_dpace(nll, counts, alpha=0.2)
+    second, third = 0.8 * 0.5 + 0.2, (0.8 * 0.5 + 0.2) * (0.8 * 0.25 + 0.2)
+    often, seldom = 0.8 * 0.9 + 0.2, 0.8 * 0.1 + 0.2  # a cycle begins where the token at the first slot was missed
+    want = [[1, seldom * (second + third), seldom * third], [1, often * second, 0]]
+    torch.testing.assert_close(weights, torch.tensor(want))
+    assert not weights.requires_grad
 
 
 def test_dpace_has_no_gradient():

@@ -10,7 +10,7 @@ from torch import Tensor
 from ...models import LoraDrafter, Target
 from ...models.lora import read_context
 from ...ops import linear_cross_entropy
-from ..anchors import dpace, position_decay
+from ..anchors import dpace, one_forward_dpace, position_decay
 from ..losses import Losses
 from ..parallel import whole_copy
 from ..tau import TauOfBlocks
@@ -33,9 +33,7 @@ class LoraObjective(Objective):
         drafter: in float32, or in the target's dtype without autocast.
         gamma: the decay of `position_decay`; None weights by `dpace`.
         kl_weight: the weight of the divergence from the base's distributions, beside a weight of 1 for the tokens.
-        forwards: those of the decoding cycles that D-PACE weights are for. A draft of two forwards begins at a block's
-            first slot. One of a single forward begins at the second, because that forward itself determines the token
-            at the first; the first slot then has the weight of its own token alone.
+        forwards: those of the decoding cycles that the weights are for, 2 or 1; `one_forward_dpace` has those for 1.
 
     Raises:
         ValueError: the drafter was made for another base, or the base's logits are not those of its head.
@@ -147,13 +145,9 @@ class LoraObjective(Objective):
         )
         losses = result.loss.view(counts.shape) * (1 + self.kl_weight)  # `_teacher` mixes parts whose sum is 1
         if self.gamma is None:
-            losses = losses * self._dpace(result.nll.view(counts.shape), counts)
+            weights = dpace if self.forwards == 2 else one_forward_dpace
+            losses = losses * weights(result.nll.view(counts.shape), counts)
         return Losses(losses, counts, result.correct.view(counts.shape))
-
-    def _dpace(self, nll: Tensor, counts: Tensor) -> Tensor:
-        undrafted = 2 - self.forwards
-        weights = dpace(nll[:, :, undrafted:], counts[:, :, undrafted:])
-        return torch.cat([counts[:, :, :undrafted].to(weights.dtype), weights], dim=-1)
 
     def _teacher(self, batch: Mapping[str, Tensor], hidden: Tensor) -> dict:
         """The options of `linear_cross_entropy` for the base's distributions.

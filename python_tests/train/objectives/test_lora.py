@@ -6,6 +6,7 @@ from torch.nn.functional import cross_entropy, kl_div, log_softmax, rms_norm, si
 
 from dflash_ext.models import Target
 from dflash_ext.train import AnchorCollator, dpace, position_decay
+from dflash_ext.train.anchors import one_forward_dpace
 from dflash_ext.train.objectives import LoraObjective
 from python_tests.models.lora.test_drafter import tiny_lora
 from python_tests.models.lora.test_rows import one_block
@@ -43,10 +44,8 @@ def expected(target, drafter, batch, *, gamma, kl_weight, forwards=2) -> torch.T
                 loss = nll + kl_weight * divergence
                 if gamma:
                     weight = counts * position_decay(5, gamma, first_slot=0)
-                elif forwards == 2:
-                    weight = dpace(nll, counts)
                 else:
-                    weight = torch.cat([counts[:1].float(), dpace(nll[1:], counts[1:])])
+                    weight = (dpace if forwards == 2 else one_forward_dpace)(nll, counts)
                 losses[row, number] += loss * weight
     return losses
 
@@ -73,7 +72,7 @@ def test_the_losses_are_their_definition(family, kind, options, gamma, kl_weight
     assert objective.divisor(batch) == divisor
 
 
-def test_the_weights_for_one_forward_begin_at_the_second_slot():
+def test_the_weights_are_for_one_forward():
     target, drafter = tiny_lora("llama", sampler_width=8)
     objective, batch = LoraObjective(drafter, target, forwards=1), a_batch()
     losses = objective(batch, *objective.of_target(batch)).losses
