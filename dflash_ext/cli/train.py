@@ -53,7 +53,7 @@ OPTIONS_OF = {
     ),
     "lora": (
         *("lora_kind", "rank", "alpha", "linear_layers", "causal", "sampler_width"),
-        *("kl_weight", "context_ratio", "fixed_anchors", "forwards", "cuda_graphs"),
+        *("kl_weight", "context_ratio", "fixed_anchors", "forwards", "cuda_graphs", "tensor_parallel"),
     ),
 }
 
@@ -238,6 +238,14 @@ def train(
             help="With --drafter lora: run steps as CUDA graphs, which is faster if the target is small. For one GPU.",
         ),
     ] = False,
+    tensor_parallel: Annotated[
+        bool,
+        typer.Option(
+            "--tensor-parallel",
+            help="With --drafter lora and --answers: the processes of torchrun share each layer of the target, instead "
+            "of training on sequences of their own.",
+        ),
+    ] = False,
     gamma: Annotated[
         float | None,
         typer.Option(help="The decay of the loss weights over a block's slots. Without it, D-PACE weights are used."),
@@ -286,6 +294,8 @@ def train(
         raise ValueError("train needs either --prompts, which the target answers first, or --answers")
     if server and answers:
         raise ValueError("--server answers prompts, and --answers has answers already: only one of them may be given")
+    if tensor_parallel and not answers:
+        raise ValueError("--tensor-parallel is for training on --answers, which must be given, too")
     if features and not answers:
         raise ValueError("--features are features of --answers, which must be given, too")
     shown = console_of_this_process()
@@ -321,7 +331,7 @@ def train(
     if is_lora:
         ratio = shares(context_ratio, "--context-ratio")
         options = dict(kl_weight=kl_weight, context_ratio=ratio, fixed_anchors=fixed_anchors, forwards=forwards)
-        recipe = LoraRecipe(**settings, **options, cuda_graphs=cuda_graphs)
+        recipe = LoraRecipe(**settings, **options, cuda_graphs=cuda_graphs, tensor_parallel=tensor_parallel)
     else:
         recipe = Recipe(**settings, loss=loss, teacher_mix=teacher_mix, compile=compile)
     model, tok = load_target(target, tokenizer, dtype, device)

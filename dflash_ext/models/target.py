@@ -49,6 +49,7 @@ class Target:
 
     Attributes:
         layer_kinds: the kind of attention of each layer, "full_attention" or "sliding_attention".
+        ranks: the number of ranks that share each layer (`share_layers`).
         max_tokens: the largest number of tokens in a row, or None if nothing bounds it. It is the number of the model's
             positions, or less where its RoPE changes beyond some length (longrope).
 
@@ -66,6 +67,7 @@ class Target:
         self._check_model()
         self.layers = self._layers()
         self.tap_ids = tuple(tap_ids)
+        self.ranks = 1
         self.num_layers = len(self.layers)
         self.hidden_size = self.config.hidden_size
         self.check_taps(self.tap_ids)

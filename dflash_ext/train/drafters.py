@@ -162,7 +162,7 @@ def train_drafter(
         drafter: float32 on the target's device; on a GPU it trains under bfloat16 autocast.
         answers: samples {"input_ids", "loss_mask"} of the target's own answers, as `AnchorCollator` describes them.
         held_out: samples of answers to prompts that are not trained on, to measure the loss on.
-        prompts: held-out prompts, to measure the tau and the speed of decoding. If FSDP shards the target, nothing is
+        prompts: held-out prompts, to measure the tau and the speed of decoding. If ranks share the target, nothing is
             decoded, and a line says so.
 
     Returns:
@@ -172,10 +172,11 @@ def train_drafter(
         ValueError: as in `run`.
     """
     parts = parts_of(drafter, target, recipe)
-    if prompts is not None and parts.objective.shards_target and asks_for_fsdp(recipe.trainer_args):
+    is_shared = recipe.tensor_parallel or asks_for_fsdp(recipe.trainer_args)
+    if prompts is not None and parts.objective.shards_target and is_shared:
         prompts = None
         if console is not None:
-            console.print("evaluations decode nothing: FSDP shards the target", soft_wrap=True)
+            console.print("evaluations decode nothing: the ranks share the target", soft_wrap=True)
     evaluation = None
     if held_out is not None and len(held_out):
         options = dict(seed=recipe.seed, prompts=prompts)

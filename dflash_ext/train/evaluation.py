@@ -53,14 +53,16 @@ class Evaluation:
         """`loss`: the training loss over all samples as one batch, so that each label counts by its weight alone, and
         `accuracy`: the share of labels that are the most probable token.
         """
-        ranks, target = PartialState(), objective.target
+        state, target = PartialState(), objective.target
+        # Ranks that share the layers go through all batches together.
+        rank, ranks = (0, 1) if target.ranks > 1 else (state.process_index, state.num_processes)
         order = lengths_of(self.samples).argsort(stable=True).tolist()
         batches = [order[i : i + self.batch_size] for i in range(0, len(order), self.batch_size)]
         sums = torch.zeros(4, dtype=torch.float64, device=target.device)  # loss, its divisor, right labels, labels
         # Every rank runs the same number of batches, because a sharded objective is gathered in each of them. Those
         # beyond the last one repeat it and do not count.
-        rounds = -(-len(batches) // ranks.num_processes)
-        for number in range(ranks.process_index, rounds * ranks.num_processes, ranks.num_processes):
+        rounds = -(-len(batches) // ranks)
+        for number in range(rank, rounds * ranks, ranks):
             rows = batches[min(number, len(batches) - 1)]
             batch = self.collator([{**self.samples[row], "key": (self.seed, "held out", row)} for row in rows])
             batch = {name: value.to(target.device) for name, value in batch.items()}

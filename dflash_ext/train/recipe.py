@@ -27,6 +27,8 @@ class RunRecipe:
         compile: run what is trained under torch.compile.
         cuda_graphs: record the passes of each shape of batch as a CUDA graph, which a GPU replays without waiting for
             the host. For objectives that wait for nothing (`Objective.waits`), on one GPU.
+        tensor_parallel: the ranks of torchrun share each layer and train on the same batches, instead of batches of
+            their own. For LoRA drafters, whose base is divided (`share_layers`).
         report_to: where Trainer sends the log, such as ("tensorboard",); each needs its package.
         trainer_args: any other arguments of transformers' TrainingArguments, by name.
 
@@ -48,6 +50,7 @@ class RunRecipe:
     checkpoint_activations: bool = False
     compile: bool = False
     cuda_graphs: bool = False
+    tensor_parallel: bool = False
     report_to: tuple[str, ...] = ()
     trainer_args: dict[str, Any] = field(default_factory=dict)
 
@@ -57,6 +60,8 @@ class RunRecipe:
         self._check_choice("optimizer", ("adamw", "muon"))
         if not 0 < self.learning_rate < math.inf:
             raise ValueError(f"learning_rate is {self.learning_rate}: a finite rate above 0 is needed")
+        if self.tensor_parallel and self.save_every:
+            raise ValueError("tensor_parallel writes no checkpoints: save_every must be 0")
 
     def _check_at_least_one(self, name: str) -> None:
         if getattr(self, name) < 1:

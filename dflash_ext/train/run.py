@@ -80,6 +80,7 @@ def run(
         args=training_arguments(output, recipe, objective.target.device),
         cuda_graphs=recipe.cuda_graphs,
         identity=identity,
+        shares_layers=recipe.tensor_parallel,
         train_dataset=samples,
         evaluation=evaluation,
         data_collator=collator,

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainingArguments
@@ -38,6 +39,7 @@ class ObjectiveTrainer(Trainer):
             one with the best of its figures.
         cuda_graphs: whether steps run as CUDA graphs (`GraphedPasses`), on one GPU.
         identity: what checkpoints say of the run (`identity_of`).
+        shares_layers: whether all ranks share each layer and train on the same batches (`share_layers`).
         kwargs: the other arguments of Trainer, `data_collator` among them.
     """
 
@@ -50,10 +52,12 @@ class ObjectiveTrainer(Trainer):
         args: TrainingArguments,
         cuda_graphs: bool = False,
         identity: Mapping[str, dict] | None = None,
+        shares_layers: bool = False,
         **kwargs,
     ):
         if train_dataset is not None:
-            per_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+            copies = 1 if shares_layers else args.world_size  # the batches that are trained on at a time
+            per_step = args.train_batch_size * args.gradient_accumulation_steps * copies
             by_length = getattr(kwargs.get("data_collator"), "pack_length", None) is None
             options = dict(steps=args.max_steps, per_step=per_step, seed=args.seed, by_length=by_length)
             train_dataset = TrainingOrder(train_dataset, **options)
@@ -65,10 +69,17 @@ class ObjectiveTrainer(Trainer):
             kwargs["eval_dataset"] = evaluation.samples
         if cuda_graphs and (objective.waits or args.device.type != "cuda" or args.world_size > 1):
             raise ValueError("cuda_graphs is for the training of LoRA drafters on one GPU")
+        if shares_layers and args.world_size < 2:
+            raise ValueError("tensor parallelism needs several processes, which torchrun starts")
         if args.torch_compile:
             objective.trained.compile(backend=args.torch_compile_backend, mode=args.torch_compile_mode)
             args.torch_compile, args.torch_compile_backend, args.torch_compile_mode = False, None, None
         super().__init__(model=objective, args=args, train_dataset=train_dataset, **kwargs)
+        if shares_layers:
+            objective.share_layers(init_device_mesh(args.device.type, (args.world_size,)))
+            # Accelerate would take the ranks for copies with batches of their own.
+            self.accelerator.prepare_model = lambda model, **_: model
+            self.accelerator.prepare_data_loader = lambda loader, **_: loader
         if self.is_fsdp_enabled:
             # FSDP2's own mixed precision casts masks, rotary tables and losses. Autocast computes as without FSDP2.
             self.accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy(cast_forward_inputs=False)

@@ -215,6 +215,10 @@ def test_a_lora_drafter(workspace, run, kind, forwards):
         (["--drafter", "eagle"], "--drafter 'eagle' is not known: choose one of dflash, lora"),
         (["--drafter", "lora", "--taps", "1,3"], "--taps is an option of --drafter dflash, not of lora"),
         (["--kl-weight", "1"], "--kl-weight is an option of --drafter lora, not of dflash"),
+        (
+            ["--drafter", "lora", "--tensor-parallel"],
+            "--tensor-parallel is for training on --answers, which must be given",
+        ),
         (["--drafter", "lora", "--context-ratio", "half"], "--context-ratio is 'half': a share such as 0.5, or two"),
         (["--drafter", "lora", "--lora-kind", "both", "--mask-token", "w096"], "the kind of a LoRA drafter is 'both'"),
     ],

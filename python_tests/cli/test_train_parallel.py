@@ -57,3 +57,30 @@ def test_answers_of_several_processes(workspace, run):
     train[train.index("--prompts") : train.index("--prompts") + 2] = ["--answers", workspace / "two.jsonl"]
     code, _, errors = run(*train, "--output", workspace / "again")
     assert code == 0, errors
+
+
+def test_processes_share_the_layers_of_the_target(workspace, run):
+    lora = [
+        "--drafter",
+        "lora",
+        "--rank",
+        4,
+        "--block-size",
+        4,
+        "--steps",
+        2,
+        "--batch-size",
+        2,
+        "--mask-token",
+        "w096",
+    ]
+    asked = ["--target", workspace / "target", "--prompts", workspace / "prompts.jsonl", "--max-new-tokens", 16]
+    assert run("answers", *asked, "--output", workspace / "answers.jsonl")[0] == 0
+    train = ["train", "--target", workspace / "target", "--answers", workspace / "answers.jsonl", *lora]
+    assert run(*train, "--output", workspace / "one")[0] == 0
+    options = ["--output", workspace / "two", "--tensor-parallel"]
+    in_processes(command, workspace / "told.txt", *train, *options)
+    logs = [json.loads((workspace / folder / "training.json").read_text())["log"] for folder in ("one", "two")]
+    losses = [[entry["loss"] for entry in log if "loss" in entry] for log in logs]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    assert run("generate", "hello", *asked[:2], "--drafter", workspace / "two", "--max-new-tokens", 4)[0] == 0

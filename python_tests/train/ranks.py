@@ -68,15 +68,18 @@ def train(
     optimizer: str = "adamw",
     kind: str = "dflash",
     trainer_args: dict | None = None,
+    family: str = "llama",
+    settings: dict | None = None,
     **options,
 ) -> list[dict]:
     """The same training whatever the number of ranks: fewer ranks accumulate more batches.
 
     kind: "dflash", or that of a LoRA drafter, whose layers are computed again in the backward.
+    settings: others of the recipe.
     """
     is_lora = kind != "dflash"
-    target, drafter = tiny_lora("llama", kind=kind, sampler_width=8) if is_lora else tiny_pair("llama")
-    recipe = (LoraRecipe if is_lora else Recipe)(
+    target, drafter = tiny_lora(family, kind=kind, sampler_width=8) if is_lora else tiny_pair(family)
+    defaults = dict(
         steps=STEPS,
         batch_size=2,
         accumulation=GLOBAL_BATCH // 2 // ranks,
@@ -88,6 +91,7 @@ def train(
         checkpoint_activations=is_lora,
         trainer_args=trainer_args or {},
     )
+    recipe = (LoraRecipe if is_lora else Recipe)(**defaults | (settings or {}))
     prompts = None if is_lora else HeldOutPrompts(random_prompts(5, 7, 9), max_new_tokens=8)
     return train_drafter(drafter, target, Cycles(24), output, recipe, held_out=Cycles(5), prompts=prompts, **options)
 
@@ -104,6 +108,18 @@ def shard_on_a_cpu() -> None:
                 fsdp_plugin.set_mixed_precision(self.mixed_precision)
 
     AcceleratorState.__init__ = sharding
+
+
+class SeesParts(TrainerCallback):
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        linear = model.target.layers[0].mlp.down_proj
+        assert linear.weight.shape == (64, 48) and is_sharded(model)
+
+
+def train_in_parts(output: Path, kind: str, family: str, settings: dict) -> None:
+    """Trains with tensor parallelism."""
+    DEFAULT_CALLBACKS.append(SeesParts)
+    train(output, ranks=1, kind=kind, family=family, settings=settings | {"tensor_parallel": True})
 
 
 class SeesShards(TrainerCallback):

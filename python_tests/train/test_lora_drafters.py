@@ -84,12 +84,18 @@ def test_the_first_weights_follow_from_the_seed():
         ({"compile": True}, "compile is not supported for LoRA drafters"),
         ({"noise_ratio": 0.0}, "noise_ratio is 0.0"),
         ({"forwards": 3}, "forwards is 3: 1 and 2 are supported"),
+        ({"tensor_parallel": True, "save_every": 2}, "tensor_parallel writes no checkpoints: save_every must be 0"),
         ({"forwards": 1, "gamma": 4.0}, "forwards is 1: this is for D-PACE weights"),
     ],
 )
 def test_settings_out_of_range_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         LoraRecipe(**settings)
+
+
+def test_one_process_has_nobody_to_share_layers_with(tmp_path):
+    with pytest.raises(ValueError, match="tensor parallelism needs several processes, which torchrun starts"):
+        train(tmp_path, settings={"tensor_parallel": True})
 
 
 def test_a_recipe_of_another_kind_of_drafter_is_refused(tmp_path):

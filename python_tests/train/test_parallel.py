@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from python_tests.train.ranks import in_processes, train, train_sharded
+from python_tests.train.ranks import in_processes, train, train_in_parts, train_sharded
 
 FIGURES = ("loss", "tau", "grad_norm", "eval_loss", "eval_accuracy", "eval_tau", "eval_acceptance_1")
 
@@ -46,6 +46,15 @@ def test_fsdp2_equals_one_rank_also_after_a_resume(tmp_path, optimizer, kind):
     assert checkpoints[0].keys() == checkpoints[1].keys()
     for name, ours in checkpoints[0].items():  # whole, and in float32
         torch.testing.assert_close(ours, checkpoints[1][name], rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind, family", [("gated", "llama"), ("whole", "qwen3"), ("gated", "gemma3")])
+def test_ranks_that_share_the_layers_equal_one_rank(tmp_path, kind, family):
+    """The divergence reads the base, which the ranks share, too."""
+    settings = {"save_every": 0, "kl_weight": 0.5}
+    train(tmp_path / "one", ranks=1, kind=kind, family=family, settings=settings)
+    in_processes(train_in_parts, tmp_path / "two", kind, family, settings)
+    assert_equal(tmp_path / "one", tmp_path / "two")
 
 
 def test_fsdp2_computes_under_autocast_as_one_rank_does(tmp_path):

@@ -8,6 +8,7 @@ from .peft_files import load_adapter, save_adapter
 from .rows import read_context
 from .sampler import SamplerHead
 from .targets import PRESETS, linear_paths
+from .tensor_parallel import share_layers
 
 __all__ = [
     "PRESETS",
@@ -22,4 +23,5 @@ __all__ = [
     "read_context",
     "save_adapter",
     "save_lora_drafter",
+    "share_layers",
 ]

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ...integrations.fused_layers import replaced_forwards
 from ..target import Target
 from .linear import lora_linear
+from .split import local_halves
 from .targets import linear_paths
 
 
@@ -112,7 +113,7 @@ class LoraAdapter(nn.Module):
         """
         modules = map(model.get_submodule, self.paths)
         forwards = {
-            module: partial(_adapted, module, module.forward, a, b, self.scale, rows)
+            module: partial(_adapted, module, module.forward, *local_halves(a, b), self.scale, rows)
             for module, a, b in zip(modules, self.lora_a, self.lora_b, strict=True)
         }
         with replaced_forwards(forwards):

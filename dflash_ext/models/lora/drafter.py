@@ -15,6 +15,7 @@ from .adapter import LoraAdapter
 from .config import LoraDrafterConfig, identity_of
 from .rows import States, recomputed, run_rows
 from .sampler import SamplerHead
+from .split import local
 
 
 class LoraDrafter(nn.Module):
@@ -109,7 +110,7 @@ class LoraDrafter(nn.Module):
         """The inputs of the base's layers for tokens: [...] -> [..., H], the drafter's own for the mask token."""
         embedded = target.model.get_input_embeddings()(ids)
         is_mask = (ids == self.config.mask_token_id).unsqueeze(-1)
-        return torch.where(is_mask, self.mask_embedding.to(embedded.dtype), embedded)
+        return torch.where(is_mask, local(self.mask_embedding).to(embedded.dtype), embedded)
 
     def context_masks(self, target: Target, positions: Tensor) -> dict[str, IntervalMask]:
         """The causal masks, by kind of layer, of a context whose tokens are at these positions of their samples.

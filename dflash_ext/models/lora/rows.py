@@ -74,7 +74,7 @@ def planned(target: Target, masks: Mapping[str, IntervalMask]) -> dict[str, Inte
         layer = target.layers[target.layer_kinds.index(kind)]
         attention = next((part for part in layer.modules() if hasattr(part, "num_key_value_groups")), None)
         if attention is not None:
-            heads = target.config.num_attention_heads
+            heads = target.config.num_attention_heads // target.ranks
             mask = mask.plan(heads, heads // attention.num_key_value_groups, attention.head_dim)
         made[kind] = mask
     return made

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from .split import local
+
 
 class SamplerHead(nn.Module):
     """A two-layer MLP on a row's hidden state and the embedding of the token before the row.
@@ -34,4 +36,5 @@ class SamplerHead(nn.Module):
             previous: [..., H], the base's embedding of the token before each row.
         """
         x = torch.cat([nn.functional.rms_norm(each, each.shape[-1:]) for each in (hidden, previous)], dim=-1)
-        return hidden + self.outer(nn.functional.silu(self.inner(x)))
+        inner, outer = local(self.inner.weight), local(self.outer.weight)
+        return hidden + nn.functional.linear(nn.functional.silu(nn.functional.linear(x, inner)), outer)

@@ -6,9 +6,10 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 
 from ...models import LoraDrafter, Target
-from ...models.lora import read_context
+from ...models.lora import read_context, share_layers
 from ...ops import linear_cross_entropy
 from ..anchors import dpace, one_forward_dpace, position_decay
 from ..losses import Losses
@@ -78,6 +79,9 @@ class LoraObjective(Objective):
     def drafter_to_decode(self) -> LoraDrafter:
         """The drafter as it decodes after training: whole, and in the target's dtype. Every rank must call this."""
         return whole_copy(self.drafter, self.target.dtype)
+
+    def share_layers(self, mesh: DeviceMesh) -> None:
+        share_layers(self.drafter, self.target, mesh)
 
     def of_target(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
         """The base's hidden states [B, S, H], and for a gated drafter its keys and values, two tensors a layer.

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 
 from ...models import Target
 from ..losses import Losses
@@ -39,6 +40,10 @@ class Objective(nn.Module):
     def trained(self) -> nn.Module:
         """The submodule that is trained: what torch.compile compiles, and activation checkpointing acts on."""
         raise NotImplementedError
+
+    def share_layers(self, mesh: DeviceMesh) -> None:
+        """Divides every layer that runs among the ranks of a run, in place (tensor parallelism)."""
+        raise ValueError("tensor parallelism is for the training of LoRA drafters")
 
     def of_target(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
         """What the frozen target gives for a batch, without gradients. `forward` takes it behind the batch."""
