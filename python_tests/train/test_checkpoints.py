@@ -34,10 +34,10 @@ def test_the_newest_is_that_with_the_most_steps(run, tmp_path):
 
 # Options that a resumed run may change, because they decide neither losses nor steps.
 FREE = {"steps", "batch_size", "accumulation", "save_every", "evaluate_every", "evaluate_prompts", "log_every"}
-FREE |= {"checkpoint_activations", "compile", "cuda_graphs", "report_to", "trainer_args"}
+FREE |= {"checkpoint_activations", "compile", "cuda_graphs", "tensor_parallel", "report_to", "trainer_args"}
 CHANGED = {"learning_rate": 1e-3, "optimizer": "muon", "seed": 1, "anchors": 5, "noise_ratio": 0.5, "gamma": 4.0}
 CHANGED |= {"block_sizes": (4,), "pack_length": 64, "loss": "kl", "teacher_mix": 0.5, "kl_weight": 0.5}
-CHANGED |= {"context_ratio": (0.1, 0.5), "fixed_anchors": True, "warmup": 0.5, "weight_decay": 0.5}
+CHANGED |= {"context_ratio": (0.1, 0.5), "fixed_anchors": True, "forwards": 1, "warmup": 0.5, "weight_decay": 0.5}
 
 
 @pytest.mark.parametrize("kind", [Recipe, LoraRecipe])

@@ -74,7 +74,7 @@ class LoraObjective(Objective):
         return own | {"rank": adapter.rank, "alpha": adapter.alpha, "linear layers": linears, "base": config.base}
 
     def options(self) -> dict:
-        return {"kl_weight": self.kl_weight, "gamma": self.gamma}
+        return {"kl_weight": self.kl_weight, "gamma": self.gamma, "forwards": self.forwards}
 
     def drafter_to_decode(self) -> LoraDrafter:
         """The drafter as it decodes after training: whole, and in the target's dtype. Every rank must call this."""
