@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +11,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # Jordan's coefficients
 STEPS = 5
+AT_A_TIME = 2**24  # the most numbers in a batch of matrices
 
 
 class MuonWithAdamW(torch.optim.Optimizer):
@@ -44,25 +45,33 @@ class MuonWithAdamW(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure=None) -> None:
         for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is None:
-                    continue
-                parameter.mul_(1 - group["lr"] * group["weight_decay"])
-                update = self._muon if parameter.ndim == 2 else self._adam
-                parameter.sub_(group["lr"] * update(parameter, group))
+            moved = [parameter for parameter in group["params"] if parameter.grad is not None]
+            if moved:
+                torch._foreach_mul_(moved, 1 - group["lr"] * group["weight_decay"])
+            for parameter in moved:
+                if parameter.ndim != 2:
+                    parameter.sub_(group["lr"] * self._adam(parameter, group))
+            for matrices in _of_equal_shape([parameter for parameter in moved if parameter.ndim == 2]):
+                self._muon(matrices, group)
 
-    def _muon(self, parameter: nn.Parameter, group: dict) -> Tensor:
-        state, beta = self.state[parameter], group["momentum"]
-        if not state:
-            state["momentum"] = torch.zeros_like(parameter)
-        state["momentum"].lerp_(parameter.grad, 1 - beta)
-        update = parameter.grad.lerp(state["momentum"], beta)
-        if isinstance(update, DTensor):
-            whole = orthogonalised(update.full_tensor())
-            update = distribute_tensor(whole, update.device_mesh, update.placements, src_data_rank=None)
-        else:
-            update = orthogonalised(update)
-        return update * (0.2 * math.sqrt(max(parameter.shape)))
+    def _muon(self, matrices: Sequence[nn.Parameter], group: dict) -> None:
+        """Steps matrices of one shape, in one batch, because many small products would be bound by their launches."""
+        for matrix in matrices:
+            if not self.state[matrix]:
+                self.state[matrix]["momentum"] = torch.zeros_like(matrix)
+        grads, momenta = [each.grad for each in matrices], [self.state[each]["momentum"] for each in matrices]
+        beta = group["momentum"]
+        torch._foreach_lerp_(momenta, grads, 1 - beta)
+        updates = torch._foreach_lerp(grads, momenta, beta)
+        whole = torch.stack([each.full_tensor() if isinstance(each, DTensor) else each for each in updates])
+        updates = orthogonalised(whole).unbind()
+        if isinstance(matrices[0], DTensor):
+            updates = [
+                distribute_tensor(update, matrix.device_mesh, matrix.placements, src_data_rank=None)
+                for matrix, update in zip(matrices, updates, strict=True)
+            ]
+        scale = 0.2 * math.sqrt(max(matrices[0].shape))
+        torch._foreach_add_(matrices, updates, alpha=-group["lr"] * scale)
 
     def _adam(self, parameter: nn.Parameter, group: dict) -> Tensor:
         state, (beta1, beta2) = self.state[parameter], group["betas"]
@@ -77,14 +86,25 @@ class MuonWithAdamW(torch.optim.Optimizer):
         return state["mean"] / (1 - beta1**step) / (root + group["eps"])
 
 
-def orthogonalised(matrix: Tensor) -> Tensor:
-    """About the nearest orthogonal matrix, by five Newton-Schulz steps: its singular values are between 0.7 and 1.2."""
-    x = matrix.bfloat16() if matrix.is_cuda else matrix.clone()
-    if is_tall := x.shape[0] > x.shape[1]:
-        x = x.T
-    x = x / (x.norm() + 1e-7)
+def orthogonalised(matrices: Tensor) -> Tensor:
+    """About the nearest orthogonal matrix to each, [..., m, n], by five Newton-Schulz steps: its singular values are
+    between 0.7 and 1.2."""
+    x = matrices.bfloat16() if matrices.is_cuda else matrices.clone()
+    if is_tall := x.shape[-2] > x.shape[-1]:
+        x = x.mT
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     a, b, c = NEWTON_SCHULZ
     for _ in range(STEPS):
-        gram = x @ x.T
+        gram = x @ x.mT
         x = a * x + (b * gram + c * gram @ gram) @ x
-    return (x.T if is_tall else x).to(matrix.dtype)
+    return (x.mT if is_tall else x).to(matrices.dtype)
+
+
+def _of_equal_shape(matrices: Iterable[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
+    """Puts matrices of one shape together, up to a bound on their numbers."""
+    by_shape: dict[torch.Size, list[nn.Parameter]] = {}
+    for matrix in matrices:
+        by_shape.setdefault(matrix.shape, []).append(matrix)
+    for shape, alike in by_shape.items():
+        count = max(1, AT_A_TIME // shape.numel())
+        yield from (alike[start : start + count] for start in range(0, len(alike), count))

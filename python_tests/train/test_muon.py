@@ -3,6 +3,7 @@ import copy
 import pytest
 import torch
 
+from dflash_ext.train import muon
 from dflash_ext.train.muon import MuonWithAdamW, orthogonalised
 
 
@@ -40,6 +41,21 @@ def test_a_matrix_is_stepped_as_by_torchs_muon():
         mine.step()
         torchs.step()
     torch.testing.assert_close(ours, theirs, rtol=0.05, atol=0.02)  # torch's works in bfloat16
+
+
+def test_matrices_of_one_shape_are_stepped_as_each_alone(monkeypatch):
+    monkeypatch.setattr(muon, "AT_A_TIME", 100)  # 2 of the 6 x 8 matrices at a time
+    generator = torch.Generator().manual_seed(0)
+    start = [torch.randn(shape, generator=generator) for shape in [(6, 8)] * 3 + [(8, 6)] * 2]
+    together, alone = ([torch.nn.Parameter(each.clone()) for each in start] for _ in range(2))
+    optimizers = [MuonWithAdamW(together, lr=0.1), *(MuonWithAdamW([each], lr=0.1) for each in alone)]
+    for _ in range(3):
+        for ours, theirs in zip(together, alone, strict=True):
+            ours.grad = torch.randn(ours.shape, generator=generator)
+            theirs.grad = ours.grad.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    torch.testing.assert_close(together, alone)
 
 
 def test_its_state_is_saved_and_loaded():
