@@ -29,6 +29,7 @@ from .options import (
     TrainerArg,
     TrainingSteps,
     linear_layer_names,
+    refuse,
     shares,
 )
 from .output import check_folder
@@ -186,9 +187,7 @@ def adapt(
     if noise not in ("masked", "uniform"):
         raise ValueError(f"--noise {noise}: masked and uniform are supported")
     if kind == "full":
-        for name in ("rank", "alpha", "linear_layers"):
-            if ctx.get_parameter_source(name).name == "COMMANDLINE":
-                raise ValueError(f"--{name.replace('_', '-')} is an option of adapters, and --kind full has none")
+        refuse(ctx, ("rank", "alpha", "linear_layers"), "is an option of adapters, and --kind full has none")
     is_uniform = noise == "uniform"
     if is_uniform and (pattern == "causal" or mask_token is not None):
         raise ValueError("with uniform noise a block sees both directions and there is no mask token")

@@ -41,11 +41,15 @@ from .options import (
     Tokenizer,
     TopK,
     TopP,
+    refuse,
 )
 from .output import check_outputs, replacing, write_text
 
+OF_DRAFTING = ("drafter_base", "block_size", "costs", "denoising_steps", "greedy_draft", "forwards")
+
 
 def generate(
+    ctx: typer.Context,
     target: TargetName,
     prompt: PromptTexts = None,
     drafter: Annotated[
@@ -103,6 +107,10 @@ def generate(
     from ..eval.trace import trace_page
     from ..models import stop_tokens
 
+    if drafter is None:
+        refuse(ctx, OF_DRAFTING, "needs a drafter, which --drafter names")
+    if costs and block_size != "auto":
+        raise ValueError("--costs goes with --block-size auto, which chooses by them")
     left_out = LeftOut()
     conversations = asked("generate", prompt, prompts, field, limit, left_out)
     check_outputs({"--output": output, "--trace": trace, "--costs": costs}, read=[prompts])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -255,6 +256,13 @@ LinearLayers = Annotated[
         help="The linear layers of the adapter: all, attention, mlp, or names such as q_proj,o_proj.",
     ),
 ]
+
+
+def refuse(ctx: typer.Context, names: Iterable[str], why: str) -> None:
+    """Raises ValueError if the command line gives an option of one of these parameters. `why` follows its name."""
+    for name in names:
+        if ctx.get_parameter_source(name).name == "COMMANDLINE":
+            raise ValueError(f"--{name.replace('_', '-')} {why}")
 
 
 def linear_layer_names(text: str) -> str | list[str]:

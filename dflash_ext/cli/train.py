@@ -40,6 +40,7 @@ from .options import (
     TrainingSteps,
     integer,
     linear_layer_names,
+    refuse,
     shares,
     tap_choice,
 )
@@ -394,6 +395,5 @@ def _check_kind(ctx: typer.Context, kind: str) -> None:
     if kind not in OPTIONS_OF:
         raise ValueError(f"--drafter '{kind}' is not known: choose one of {', '.join(OPTIONS_OF)}")
     for other, names in OPTIONS_OF.items():
-        for name in names:
-            if other != kind and ctx.get_parameter_source(name).name == "COMMANDLINE":
-                raise ValueError(f"--{name.replace('_', '-')} is an option of --drafter {other}, not of {kind}")
+        if other != kind:
+            refuse(ctx, names, f"is an option of --drafter {other}, not of {kind}")
