@@ -10,6 +10,7 @@ import typer
 from .app import console
 from .loading import load_target
 from .options import Device, Dtype, MaxLength, Taps, TargetName, Tokenizer, tap_choice
+from .output import check_folder
 
 
 def features(
@@ -29,6 +30,7 @@ def features(
     from ..progress import progress
 
     chosen = tap_choice(taps)
+    check_folder(output)
     require_file(answers)
     model, _ = load_target(target, tokenizer, dtype, device)
     plain = Target(model)

@@ -40,7 +40,7 @@ class Costs:
         for rows, table in self.seconds.items():
             for width, seconds in table.items():
                 if not 0 < seconds < math.inf:
-                    raise ValueError(f"costs has {seconds} seconds for {width} tokens in {rows} rows: above 0 is needed")
+                    raise ValueError(f"costs has {seconds} s for {width} tokens in {rows} rows: above 0 is needed")
         if self.is_given and not any(table.keys() >= {0, widths[-1]} for table in self.seconds.values()):
             raise ValueError(f"costs has no table with the costs of cycles that draft 0 and {widths[-1]} tokens")
 

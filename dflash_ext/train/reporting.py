@@ -93,6 +93,12 @@ def summary(log: list[dict], noun: str, figure: str, best: tuple[str, bool]) -> 
     return f"{line}; the {noun} of step {kept['step']} is kept: {held_out_figures(kept)}"
 
 
+def has_diverged(log: list[dict]) -> bool:
+    """Whether the last loss in the log is not finite."""
+    losses = [entry["loss"] for entry in log if "loss" in entry]
+    return bool(losses) and not math.isfinite(losses[-1])
+
+
 def best_evaluation(log: list[dict], best: tuple[str, bool]) -> dict | None:
     """The log's entry with the best evaluation; None without one. Of equal ones it is the first. NaN is never the best.
 

@@ -20,7 +20,7 @@ from .evaluation import Evaluation
 from .objectives import Objective
 from .parallel import is_sharded
 from .recipe import RunRecipe
-from .reporting import TrainingProgress, best_evaluation, summary
+from .reporting import TrainingProgress, best_evaluation, has_diverged, summary
 from .saving import LOG, KeepBest, check_output, remove_checkpoints, replace_saved
 from .trainer import ObjectiveTrainer
 
@@ -64,8 +64,8 @@ def run(
 
     Raises:
         ValueError: `output` has an earlier training, which is neither resumed nor overwritten; the checkpoint to resume
-            from is of something else or of other options; there is no sample to train on; or the recipe asks for CUDA
-            graphs where they cannot be used.
+            from is of something else or of other options; there is no sample to train on; the recipe asks for CUDA
+            graphs where they cannot be used; or the training diverges.
     """
     output = Path(output)
     check_output(output, resume=resume, overwrite=overwrite)
@@ -104,9 +104,10 @@ def run(
         ended = True
     finally:
         log = [entry for entry in trainer.state.log_history if entry]
-        # A run that failed at once leaves an earlier result alone.
+        # A run that failed at once or diverged leaves an earlier result alone.
         # After a fault, other ranks may not be there to gather what is sharded.
-        if trainer.state.global_step and not best_evaluation(log, best) and (ended or not is_sharded(objective)):
+        is_worth_it = trainer.state.global_step and not best_evaluation(log, best) and not has_diverged(log)
+        if is_worth_it and (ended or not is_sharded(objective)):
             replace_saved(save, output)
         if trainer.state.global_step and trainer.is_world_process_zero():
             (output / LOG).write_text(json.dumps({"recipe": asdict(recipe), "log": log}, indent=1) + "\n")

@@ -31,9 +31,9 @@ def check_output(output: Path, *, resume: bool, overwrite: bool) -> None:
     checkpoint = newest_checkpoint(output)
     if resume and (checkpoint or LOG not in found):
         return
-    how = "--resume continues it" if checkpoint else "it has no checkpoint to resume from"
-    there = f"{output} has an earlier training ({', '.join(found[:3])})"
-    raise ValueError(f"{there}: {how}, --overwrite replaces it; or name another folder")
+    there = f"{output} already has {', '.join(found[:3])}"
+    how = f"--resume continues from {checkpoint.name}" if checkpoint else "no checkpoint is there to resume from"
+    raise ValueError(f"{there}: {how}, --overwrite replaces what is there; or name another folder")
 
 
 def remove_checkpoints(output: Path) -> None:

@@ -21,6 +21,7 @@ from .losses import Losses
 from .objectives import Objective
 from .order import TrainingOrder
 from .parallel import shard_layers
+from .reporting import has_diverged
 
 
 class ObjectiveTrainer(Trainer):
@@ -130,12 +131,18 @@ class ObjectiveTrainer(Trainer):
         return loss, result
 
     def log(self, logs, *args, **kwargs):
-        """Logs, beside the loss, the figure of the objective's meter since the last log."""
+        """Logs, beside the loss, the figure of the objective's meter since the last log.
+
+        Raises ValueError if the loss is not finite: no later step would mend the weights.
+        """
         if "loss" in logs:
             dividend, divisor = self._summed(self._meter.take())
             if divisor:
                 logs[self._meter.name] = round(float(dividend / divisor), 3)
         super().log(logs, *args, **kwargs)
+        if has_diverged(self.state.log_history):
+            loss, step = logs["loss"], self.state.global_step
+            raise ValueError(f"the training has diverged: the loss of step {step} is {loss}; try a lower learning rate")
 
     def evaluate(self, *args, **kwargs) -> dict[str, float]:
         """Takes the figures of the evaluation, logs them and returns them."""

@@ -102,7 +102,7 @@ def test_what_cannot_be_used_is_left_out_and_named_in_one_line(workspace, run):
         ["--max-prompt-tokens", 1],
         ["--max-new-tokens", 999],
         ["--block-size", 4],
-        ["--temperature", "inf"],
+        ["--stop", ""],
     ],
 )
 def test_a_refused_run_leaves_the_output_alone(workspace, run, refused):

@@ -172,6 +172,9 @@ def test_costs_that_are_not_measured_are_estimated():
     assert Costs((0, 1, 3, 7), costs.tables()).table(4) == costs.table(4)
     with pytest.raises(ValueError, match="^costs has no table with the costs of cycles that draft 0 and 7 tokens"):
         Costs((0, 1, 3, 7), {2: {0: 1.0, 3: 2.0}})
+    for seconds in (0.0, -1.0, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match=f"^costs has {seconds} s for 7 tokens in 2 rows: above 0 is needed$"):
+            Costs((0, 1, 3, 7), {2: {0: 1.0, 7: seconds}})
 
 
 @pytest.mark.parametrize("costs", [GPU, CPU], ids=["gpu", "cpu"])

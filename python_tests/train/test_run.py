@@ -99,10 +99,21 @@ def files_in(folder):
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
+def test_a_training_that_has_diverged_ends_and_leaves_an_earlier_result_alone(tmp_path):
+    train(tmp_path)
+    before = (tmp_path / "adapter.json").read_bytes()
+    target, _ = tiny_pair("llama")
+    objective = NextToken(target)
+    torch.nn.init.constant_(objective.adapted.adapter.weight, torch.nan)
+    with pytest.raises(ValueError, match="the training has diverged: the loss of step 1 is nan"):
+        train(tmp_path, objective=objective, overwrite=True)
+    assert (tmp_path / "adapter.json").read_bytes() == before
+
+
 def test_an_earlier_training_is_replaced_only_if_that_is_asked_for(tmp_path):
     train(tmp_path)
     before = files_in(tmp_path)
-    with pytest.raises(ValueError, match=r"training \(checkpoint-3, checkpoint-6, training.json\): --resume continues"):
+    with pytest.raises(ValueError, match="already has checkpoint-3, checkpoint-6, training.json: --resume"):
         train(tmp_path, steps=3)
     assert files_in(tmp_path) == before
     _, log = train(tmp_path, steps=3, overwrite=True)
@@ -114,7 +125,7 @@ def test_a_training_without_a_checkpoint_is_no_reason_to_begin_anew(tmp_path):
     train(tmp_path, steps=2)
     shutil.rmtree(tmp_path / "checkpoint-2")
     before = files_in(tmp_path)
-    with pytest.raises(ValueError, match="it has no checkpoint to resume from, --overwrite replaces it"):
+    with pytest.raises(ValueError, match="no checkpoint is there to resume from, --overwrite replaces what is there"):
         train(tmp_path, resume=True)
     assert files_in(tmp_path) == before
     _, log = train(tmp_path, resume=True, overwrite=True)
@@ -124,7 +135,7 @@ def test_a_training_without_a_checkpoint_is_no_reason_to_begin_anew(tmp_path):
 def test_weights_of_another_kind_are_not_replaced(tmp_path):
     """Such as those of the target, if its folder is given for the output."""
     (tmp_path / "model-00001-of-00002.safetensors").write_bytes(b"weights")
-    with pytest.raises(ValueError, match=r"earlier training \(model-00001-of-00002.safetensors\)"):
+    with pytest.raises(ValueError, match="already has model-00001-of-00002.safetensors: no checkpoint"):
         train(tmp_path)
 
 
