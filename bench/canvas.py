@@ -1,5 +1,6 @@
 """A denoising step of DiffusionGemma 26B-A4B's shapes against transformers' own loop and against what its parts must
-read and compute: ``python -m bench.canvas``.
+read and compute, and canvases of SmolLM2: ``python -m bench.canvas``. Names of cases run these alone, such as
+``python -m bench.canvas smollm2 parts``; ``--profile`` prints the kernels of a step.
 
 The model has random weights, the sizes of the published one, and two layers (a sliding and a full one). The prompt has
 4,096 tokens and a canvas 256. No canvas ends before its last step, so that both loops make the same steps.
@@ -7,18 +8,25 @@ The model has random weights, the sizes of the published one, and two layers (a 
 
 from __future__ import annotations
 
+import functools
 import json
 import statistics
 import sys
 import time
+from collections.abc import Iterator
 from functools import partial
 
 import torch
 from torch.nn.functional import linear
-from transformers import DiffusionGemmaConfig, DiffusionGemmaForBlockDiffusion, DiffusionGemmaTextConfig
+from transformers import (
+    DiffusionGemmaConfig,
+    DiffusionGemmaForBlockDiffusion,
+    DiffusionGemmaTextConfig,
+    LlamaForCausalLM,
+)
 
 from bench import runner
-from bench.engine_models import SHAPES, pair
+from bench.engine_models import SHAPES
 from bench.timing import captured, event_turns, gpu_turns
 from dflash_ext import IntervalMask, block_attn_decode, sample, soft_embedding, softcapped_logits
 from dflash_ext.decode import decode
@@ -36,6 +44,7 @@ HEADS = 16
 KINDS = {"sliding": (8, 256, WINDOW - 1), "full": (2, 512, PROMPT)}  # key heads, head_dim, keys of the prompt
 
 
+@functools.cache
 def model() -> DiffusionGemmaForBlockDiffusion:
     experts = dict(num_experts=128, top_k_experts=8, moe_intermediate_size=704)
     heads = dict(num_attention_heads=HEADS, num_key_value_heads=8, head_dim=256, num_global_key_value_heads=2)
@@ -55,6 +64,10 @@ def model() -> DiffusionGemmaForBlockDiffusion:
     return made.eval().requires_grad_(False)
 
 
+def prompt_of() -> list[int]:
+    return torch.randint(3, VOCAB, (PROMPT,), generator=torch.Generator().manual_seed(0)).tolist()
+
+
 def process(steps: int) -> UniformDiffusion:
     return UniformDiffusion(steps=steps, confidence=None)
 
@@ -67,12 +80,13 @@ def seconds(call) -> float:
     return time.perf_counter() - start
 
 
-def loops(target, prompt: list[int]) -> list[dict]:
+def loops() -> list[dict]:
     """Both loops over one canvas: all of it, with the prompt's encoding, and a step alone.
 
     A step of ours is that of a loop whose graphs are made, which a server or a long run has. transformers' loop makes
     none, so that the difference of two numbers of steps is its own step.
     """
+    target, prompt = model(), prompt_of()
     ids = torch.tensor([prompt], device="cuda")
     options = dict(max_new_tokens=CANVAS, eos_token_id=None, disable_compile=True, confidence_threshold=1e-30)
     target.set_attn_implementation("sdpa")
@@ -101,8 +115,9 @@ def loops(target, prompt: list[int]) -> list[dict]:
 
 
 @torch.no_grad()
-def step(target, prompt: list[int]) -> list[dict]:
+def step() -> list[dict]:
     """A replay of a step's graph."""
+    target, prompt = model(), prompt_of()
     forward = canvas_forward(target, slots=2, tokens=PROMPT + CANVAS, rows=CANVAS)
     cycle = CanvasCycle(forward, process(10**6), Seeded(), slots=1, length=CANVAS)
     device = dict(device="cuda")
@@ -173,13 +188,14 @@ def parts() -> list[dict]:
     return rows
 
 
-def smollm2() -> list[dict]:
+def smollm2() -> Iterator[dict]:
     """SmolLM2-135M's shapes at batch 1: four tokens a step, masked and uniform, beside token by token on one engine.
 
     Its adapter is merged when it decodes, so that the base itself costs the same, and random weights do, too.
     """
-    target, _ = pair(SHAPES["smollm2-135m"])
-    target = Target(target.model)
+    with torch.device("cuda"):
+        lm = LlamaForCausalLM(SHAPES["smollm2-135m"].config).to(torch.bfloat16).eval().requires_grad_(False)
+    target = Target(lm)
     width, like = target.embedding_size, {"device": "cuda", "dtype": target.dtype}
     masked = Denoiser(target, target.vocab_size, torch.zeros(width, **like))
     uniform = Denoiser(target, self_conditioning=SelfConditioning(width, 4 * width).to(**like).requires_grad_(False))
@@ -187,37 +203,32 @@ def smollm2() -> list[dict]:
     options = dict(max_new_tokens=512, batch_size=1)
     canvas = partial(decode_canvas, prompts=prompt, canvas_length=32, **options)
     calls = {
+        "token by token": lambda: decode(target, None, prompt, **options),
         "masked canvas, 4 tokens a step": lambda: canvas(masked, process=MaskedDiffusion(steps=8)),
         "uniform canvas, 4 tokens a step": lambda: canvas(uniform, process=process(8)),
-        "token by token": lambda: decode(target, None, prompt, **options),
     }
-    speeds = {name: [] for name in calls}
-    for turn in range(3):
-        for name, call in calls.items():
-            speed = call().tokens_per_second
-            if turn:  # the first one warms up
-                speeds[name].append(speed)
-    return [
-        {"case": "SmolLM2-135M, batch 1", "pass": "a token", "impl": impl, "ms": 1e3 / statistics.median(found)}
-        for impl, found in speeds.items()
-    ]
+    for call in calls.values():  # warms up
+        call()
+    for turns in (1, 4):  # a first figure at once, and then the median of turns
+        speeds = {name: [] for name in calls}
+        for _ in range(turns):
+            for name, call in calls.items():
+                speeds[name].append(call().tokens_per_second)
+        for impl, found in speeds.items():
+            ms = 1e3 / statistics.median(found)
+            yield {"case": "SmolLM2-135M, batch 1", "pass": f"a token, {turns} turns", "impl": impl, "ms": ms}
+
+
+CASES = {"smollm2": smollm2, "parts": parts, "step": step, "loops": loops}
 
 
 def main() -> None:
-    rows = []
-
-    def add(new: list[dict]) -> None:
-        rows.extend(new)
-        for row in new:
+    rows, chosen = [], [word for word in sys.argv[1:] if word != "--profile"] or list(CASES)
+    for name in chosen:
+        for row in CASES[name]():
+            rows.append(row)
             print(json.dumps(row), flush=True)
-
-    add(smollm2())
-    add(parts())
-    target = model()
-    prompt = torch.randint(3, VOCAB, (PROMPT,), generator=torch.Generator().manual_seed(0)).tolist()
-    add(step(target, prompt))
-    add(loops(target, prompt))
-    print(runner.write(f"canvas_{runner.gpu_name()}", rows))
+        print(runner.write(f"canvas_{runner.gpu_name()}", rows), flush=True)
 
 
 if __name__ == "__main__":
