@@ -61,15 +61,15 @@ def sampling_z(
     draws: int,
     temperature: float,
     **options,
-) -> float:
+) -> float | None:
     """How far the second tokens of many sampled answers are from the target's own distribution.
 
     The second token is the first one that a draft has proposed. Its distribution given the first token is computed by
-    the target's own modules. Cells of few expected draws are pooled. `options` are those of `decode`.
+    the target's own modules. Tokens that are expected in few draws are pooled. `options` are those of `decode`.
 
     Returns:
         A chi-square statistic as standard deviations (Wilson and Hilferty's approximation): fair draws stay below
-        LARGEST_Z, but for one prompt in about 10^5. It is 0 if there is nothing to compare.
+        LARGEST_Z, but for one prompt in about 10^5. None if no token is expected in 5 draws, or only one is.
     """
     decoded = decode(target, drafter, [prompt] * draws, max_new_tokens=3, temperature=temperature, **options)
     pairs = Counter(tuple(completion.tokens[:2]) for completion in decoded.completions)
@@ -86,11 +86,12 @@ def sampling_z(
         cells = torch.stack([observed[often], expected[often]])
         if rest[1] >= 5 or cells.shape[1] == 0:
             cells = torch.cat([cells, rest[:, None]], dim=1)
-        cells = cells[:, cells[1] > 0]
+        else:
+            cells[:, cells[1].argmin()] += rest
         statistic += ((cells[0] - cells[1]).square() / cells[1]).sum().item()
         freedom += cells.shape[1] - 1
     if freedom < 1:
-        return 0.0
+        return None
     return ((statistic / freedom) ** (1 / 3) - (1 - 2 / (9 * freedom))) / math.sqrt(2 / (9 * freedom))
 
 

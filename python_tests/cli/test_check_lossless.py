@@ -10,13 +10,20 @@ def checked(workspace, run, *options):
 
 
 @pytest.mark.parametrize(
-    "draws, drafting", [(0, []), (50, []), (50, ["--denoising-steps", 2]), (50, ["--greedy-draft"])]
+    "draws, drafting", [(0, []), (200, []), (200, ["--denoising-steps", 2]), (200, ["--greedy-draft"])]
 )
 def test_a_lossless_drafter_passes(workspace, run, draws, drafting):
-    code, printed, _ = checked(workspace, run, "--draws", draws, *drafting)
+    sampling = ["--draws", draws, "--temperature", 0.05, "--batch-size", 100]
+    code, printed, _ = checked(workspace, run, *sampling, *drafting)
     assert code == 0
     assert "greedy: 3 of 3 answers are equal token by token" in printed
-    assert ("the second token of 50 answers fits the target's distribution" in printed) == bool(draws)
+    assert ("the second token of 200 answers fits the target's distribution" in printed) == bool(draws)
+
+
+def test_too_few_draws_say_nothing(workspace, run):
+    """At temperature 1 the tiny target finds all tokens about as likely."""
+    code, printed, _ = checked(workspace, run, "--draws", 20)
+    assert code == 0 and "sampling: the second token of 20 answers says nothing at this temperature" in printed
 
 
 def test_a_divergence_is_named_with_its_regret(workspace, run, monkeypatch):

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from dflash_ext.decode import cycle
+from dflash_ext.decode import Completion, Decoded, cycle
+from dflash_ext.eval import lossless
 from dflash_ext.eval.lossless import LARGEST_Z, greedy_divergences, sampling_z
 from dflash_ext.reference import Verification
 from python_tests.decode.test_speculative import small_pair
@@ -41,3 +42,16 @@ def test_sampled_output_is_compared_with_the_targets_distribution(monkeypatch):
     assert sampling_z(target, drafter, [1, 3, 0], **options) < LARGEST_Z
     monkeypatch.setattr(cycle, "verify", believing)
     assert sampling_z(target, drafter, [1, 3, 0], **options) > 2 * LARGEST_Z
+
+
+def test_tokens_that_are_hardly_expected_are_pooled(monkeypatch):
+    """Of 100 draws, 60, 39 and 1 are expected, and 45, 25 and 30 come: the third counts with the second."""
+    second = [0] * 45 + [1] * 25 + [2] * 30
+    drawn = Decoded([Completion(tokens=[7, token]) for token in second], 3)
+    monkeypatch.setattr(lossless, "decode", lambda *_, **__: drawn)
+    monkeypatch.setattr(lossless, "_log_probabilities", lambda *_: torch.tensor([[0.6, 0.39, 0.01]]).double().log())
+    statistic = 15**2 / 60 + 15**2 / 40
+    expected = (statistic ** (1 / 3) - (1 - 2 / 9)) / (2 / 9) ** 0.5
+    assert sampling_z(None, None, [3], draws=100, temperature=1.0) == pytest.approx(expected)
+    drawn.completions[:] = drawn.completions[:5]
+    assert sampling_z(None, None, [3], draws=5, temperature=1.0) is None
