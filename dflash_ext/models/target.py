@@ -13,7 +13,7 @@ from accelerate.utils import align_module_device
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..integrations.attention import NAME
+from ..integrations.attention import NAME, as_attention_mask
 from ..integrations.fused_layers import fused_forwards
 from ..integrations.rotation import rotating_modules
 from ..masks import IntervalMask
@@ -277,14 +277,20 @@ class Target:
     def mask_arguments(self, masks: Mapping[str, IntervalMask], dtype: torch.dtype | None = None) -> dict:
         """The arguments under which the decoder's forward takes masks of ours, one for each kind of attention.
 
-        `block_attn` takes them as they are. Other implementations take dense masks, which have the model's own dtype:
+        `block_attn` takes them as they are. It is given them packed, too, since transformers would otherwise make masks
+        of its own for every pair of tokens. Other implementations take dense masks, which have the model's own dtype:
         a mask of another one is refused by SDPA and misread by eager attention. (The probe tries other ones, `dtype`.)
         """
-        if self.config._attn_implementation == NAME:
-            return {"interval_mask": dict(masks)}
-        dtype = dtype or self.dtype
-        dense = {kind: mask.to_bool() if dtype == torch.bool else mask.to_dense(dtype) for kind, mask in masks.items()}
-        return {"attention_mask": dense if len(dense) > 1 else next(iter(dense.values()))}
+        is_ours, dtype = self.config._attn_implementation == NAME, dtype or self.dtype
+
+        def given(mask: IntervalMask) -> Tensor:
+            if is_ours:
+                return as_attention_mask(mask)
+            return mask.to_bool() if dtype == torch.bool else mask.to_dense(dtype)
+
+        made = {kind: given(mask) for kind, mask in masks.items()}
+        arguments = {"attention_mask": made if len(made) > 1 else next(iter(made.values()))}
+        return arguments | ({"interval_mask": dict(masks)} if is_ours else {})
 
     def check_head(self) -> None:
         """Raises a ValueError unless the logits are the head's product with the hidden states, under the softcap."""

@@ -3,6 +3,7 @@ import json
 import peft
 import pytest
 import torch
+from transformers import masking_utils
 
 from dflash_ext.data import NoiseCollator
 from dflash_ext.decode import decode
@@ -73,6 +74,17 @@ def test_other_implementations_get_a_dense_mask(family, implementation):
     ours = states(adaptation, batch)
     adaptation.target.decoder.set_attn_implementation(implementation)
     torch.testing.assert_close(states(adaptation, batch), ours, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_transformers_makes_no_mask_beside_the_given_ones(family, monkeypatch):
+    """It would make one for all pairs of tokens where positions start anew, and wait for the device."""
+    made = []
+    monkeypatch.setattr(masking_utils, "find_packed_sequence_indices", lambda *_: made.append(1))
+    adaptation, batch = adaptation_of(family), batch_of()
+    states(adaptation, batch)
+    adaptation.base_states(batch)
+    assert not made
 
 
 @pytest.mark.parametrize("family", FAMILIES)
