@@ -4,13 +4,15 @@ MODEL is gemma3 (the shapes of Gemma 3 270M) or gemma4 (Gemma 4 E2B), with rando
 backward of a batch of rows of 2,048 tokens, with a LoRA adapter of rank 16, documents of unequal lengths and 25% of the
 second half of each one hidden. Both sides train the same adapter on the same batch, and both are compiled. The peer is
 what one would write with transformers alone: the mask is dense, the model gives all logits, and those of hidden tokens
-get a cross-entropy.
+get a cross-entropy. Each side runs as the host launches it, and as a CUDA graph, as `dflash-ext adapt --cuda-graphs`
+does and a peer could. The memory is that of launched steps.
 """
 
 from __future__ import annotations
 
 import json
 import sys
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -30,10 +32,12 @@ from bench.timing import gpu_time_in_a_row
 from dflash_ext.data import NoiseCollator
 from dflash_ext.models import Adaptation, Target
 from dflash_ext.reference.numerics import softcapped
+from dflash_ext.train.graphs import GraphedPasses
 from dflash_ext.train.objectives import DenoisingObjective
 
 VOCAB, LENGTH, DOCUMENT = 262144, 2048, 700  # tokens of a row, and of a document on average
 OURS, PEER = "dflash_ext", "SDPA, dense mask, full logits"
+GRAPHED = ", CUDA graph"
 CASES = ("gemma3:8", "gemma3:1", "gemma4:8", "gemma4:1")
 ROUNDS = 7
 # Tokens of a step up to which the activations of all layers are kept. Beyond, layers are computed again, on both sides.
@@ -111,40 +115,58 @@ class Step:
         self.objective = DenoisingObjective(self.adaptation)
         self.adaptation.compile(dynamic=False)
         self.batch = batch_of(rows)
+        self.divisor = self.objective.divisor(self.batch)
+        self.indices = self.batch["hidden"].nonzero(as_tuple=True)
         if rows * LENGTH > MOST_KEPT[model]:
             self.adaptation.gradient_checkpointing_enable()
-        self.loss_of = self.ours if implementation == OURS else self.peers
-        self.indices = self.batch["hidden"].nonzero(as_tuple=True)
-        self()
+        self.losses_of = self.objective if implementation == OURS else self.peers
+        self.graphed = GraphedPasses(self.passes, self.adaptation.parameters())
+        self.launched()
 
-    def __call__(self) -> Tensor:
+    def passes(self, batch: dict[str, Tensor], divisor: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
         with torch.autocast("cuda", torch.bfloat16):
-            loss = self.loss_of()
+            results = self.losses_of(batch)
+            loss = results[0].sum() / divisor
         loss.backward()
-        return loss.detach()
+        return loss.detach(), results
 
-    def ours(self) -> Tensor:
-        return self.objective(self.batch).losses.sum() / self.objective.divisor(self.batch)
-
-    def peers(self) -> Tensor:
+    def peers(self, batch: dict[str, Tensor]) -> tuple[Tensor]:
         target = self.adaptation.target
-        states = self.adaptation(*self.adaptation.inputs(self.batch))
-        labels = self.batch["input_ids"][self.indices]
-        return full_logits_loss(states, target.model.lm_head.weight, target.softcap, self.indices, labels)
+        states = self.adaptation(*self.adaptation.inputs(batch))
+        labels = batch["input_ids"][self.indices]
+        return (full_logits_losses(states, target.model.lm_head.weight, target.softcap, self.indices, labels),)
 
-    def time(self) -> float:
-        return gpu_time_in_a_row(self)
+    def launched(self) -> Tensor:
+        return self._step(self.passes)
+
+    def _step(self, passes) -> Tensor:
+        for parameter in self.adaptation.parameters():
+            parameter.grad = None
+        return passes(self.batch, self.divisor)[0]
+
+    def time(self, is_graphed: bool) -> float:
+        return gpu_time_in_a_row(lambda: self._step(self.graphed if is_graphed else self.passes))
 
     def peak(self) -> tuple[float, int]:
         """The loss, and the bytes that a step takes beyond what is there before it."""
-        return float(self()), peak_bytes(self)
+        return float(self.launched()), peak_bytes(self.launched)
+
+
+class Way(NamedTuple):
+    """A step, and whether it is timed as a CUDA graph."""
+
+    step: Remote
+    is_graphed: bool
+
+    def ask(self, method: str):
+        return self.step.ask(method, self.is_graphed)
 
 
 @torch.compile(dynamic=False)
-def full_logits_loss(states: Tensor, head: Tensor, softcap: float | None, indices: tuple, labels: Tensor) -> Tensor:
-    """The peer's loss: all logits, then the cross-entropy of those of hidden tokens."""
+def full_logits_losses(states: Tensor, head: Tensor, softcap: float | None, indices: tuple, labels: Tensor) -> Tensor:
+    """The peer's losses: all logits, then the cross-entropy of those of hidden tokens."""
     logits = softcapped(nn.functional.linear(states, head), softcap)
-    return nn.functional.cross_entropy(logits[indices].float(), labels)
+    return nn.functional.cross_entropy(logits[indices].float(), labels, reduction="none")
 
 
 def main(*cases: str) -> None:
@@ -154,14 +176,17 @@ def main(*cases: str) -> None:
     results = []
     for (model, rows), of_case in steps.items():
         peaks = {implementation: step.ask("peak") for implementation, step in of_case.items()}
-        for implementation, timing in process_turns(of_case, rounds=ROUNDS).items():
-            loss, peak = peaks[implementation]
-            row = {"case": f"{MODELS[model][0]}, batch {rows} x {LENGTH}", "impl": implementation, "pass": BOTH}
+        ways = {each + GRAPHED * graphed: Way(of_case[each], graphed) for graphed in (False, True) for each in of_case}
+        timings = process_turns(ways, rounds=ROUNDS)
+        for name, timing in timings.items():
+            loss, peak = peaks[name.removesuffix(GRAPHED)]
+            row = {"case": f"{MODELS[model][0]}, batch {rows} x {LENGTH}", "impl": name, "pass": BOTH}
             row |= timing.row() | {"loss": loss, "peak_gb": peak / 1e9, "tokens_per_s": 1e3 * rows * LENGTH / timing.ms}
             results.append(row)
             print(json.dumps(row), flush=True)
-        ours, peer = results[-2:]
-        print(f"{ours['case']}: {peer['ms'] / ours['ms']:.2f} times the peer's speed", flush=True)
+        ours = timings[OURS + GRAPHED].ms
+        faster = ", ".join(f"{timings[each].ms / ours:.2f} of {each}" for each in timings)
+        print(f"{row['case']}: a CUDA graph of ours has times the speed: {faster}", flush=True)
         name = "_".join(f"{model}_{rows}" for model, rows in chosen)
         print(runner.write(f"adapt_{name}_{runner.gpu_name()}", results), flush=True)
 

@@ -15,6 +15,7 @@ from .options import (
     AttentionName,
     CheckpointActivations,
     Compile,
+    CudaGraphs,
     Device,
     Dtype,
     LearningRate,
@@ -161,6 +162,7 @@ def adapt(
     trainer_arg: TrainerArg = None,
     checkpoint_activations: CheckpointActivations = False,
     compile: Compile = False,
+    cuda_graphs: CudaGraphs = False,
     resume: Resume = False,
     overwrite: Overwrite = False,
     save_every: SaveEvery = 0,
@@ -208,6 +210,7 @@ def adapt(
         log_every=log_every,
         checkpoint_activations=checkpoint_activations,
         compile=compile,
+        cuda_graphs=cuda_graphs,
         report_to=tuple(report_to or ()),
         trainer_args=trainer_arguments(trainer_arg or ()),
     )

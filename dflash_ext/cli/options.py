@@ -229,6 +229,14 @@ CheckpointActivations = Annotated[
     typer.Option("--checkpoint-activations", help="Compute each layer again in the backward, which takes less memory."),
 ]
 Compile = Annotated[bool, typer.Option("--compile", help="Train under torch.compile.")]
+CudaGraphs = Annotated[
+    bool,
+    typer.Option(
+        "--cuda-graphs",
+        help="Run steps as CUDA graphs, which is faster if the model is small. For one GPU; `train` has it with "
+        "--drafter lora, and `adapt` with masked noise and no --ar-weight.",
+    ),
+]
 Resume = Annotated[
     bool,
     typer.Option(

@@ -17,6 +17,7 @@ from .options import (
     ChatTemplateArgs,
     CheckpointActivations,
     Compile,
+    CudaGraphs,
     Device,
     Dtype,
     Field,
@@ -232,13 +233,7 @@ def train(
             "evaluations, are for.",
         ),
     ] = 2,
-    cuda_graphs: Annotated[
-        bool,
-        typer.Option(
-            "--cuda-graphs",
-            help="With --drafter lora: run steps as CUDA graphs, which is faster if the target is small. For one GPU.",
-        ),
-    ] = False,
+    cuda_graphs: CudaGraphs = False,
     tensor_parallel: Annotated[
         bool,
         typer.Option(

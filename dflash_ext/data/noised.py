@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -12,6 +13,7 @@ from ..noise import MaskNoise, Share
 from .fingerprints import generator
 
 SHORTEST = 4  # tokens of a document that has a block to denoise
+ROOMS = 32  # how many sizes "room" may have
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,9 @@ class NoiseCollator:
       its denoising block. Where there is no block, "blocks" is "ends".
     - "weights": float32, what the loss of a hidden token counts; 0 for the others.
 
+    And "room": bool [B, R], where B * R is the number of hidden tokens, rounded up. Its shape bounds their number for
+    those who may not wait for a device, and has few different sizes.
+
     Attributes:
         prefix: the share of a document that is its prefix, unless samples say so. At least one token is.
         block_size: noise is drawn for this number of tokens at a time; None draws it for the whole rest of a document.
@@ -40,6 +45,9 @@ class NoiseCollator:
             shows, so that their rates are p and 1 - p (Fast-dLLM v2, arXiv 2509.26328).
         inverse_rate: a hidden token weighs 1 / p, p being the hidden share of its block, which makes the loss a bound
             on the likelihood of the text (arXiv 2406.07524). Otherwise every hidden token weighs 1.
+
+    Raises:
+        ValueError: the share of the prefix may be 1.
     """
 
     noise: MaskNoise = MaskNoise(span=3)
@@ -48,9 +56,16 @@ class NoiseCollator:
     complementary: bool = False
     inverse_rate: bool = False
 
+    def __post_init__(self):
+        if self.prefix.high == 1:
+            raise ValueError(f"a prefix of {self.prefix} leaves no token to denoise: a share below 1 is needed")
+
     def __call__(self, samples: list[Mapping]) -> dict[str, Tensor]:
         rows = [row for sample in samples for row in self._rows(sample)]
-        return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+        batch = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+        size = math.ceil(len(rows[0]["hidden"]) / ROOMS)
+        needed = max(math.ceil(int(batch["hidden"].sum()) / (len(rows) * size)), 1)
+        return batch | {"room": torch.ones(len(rows), needed * size, dtype=torch.bool)}
 
     def _rows(self, sample: Mapping) -> list[dict[str, Tensor]]:
         ids, key, given = sample["input_ids"], sample.get("key"), sample.get("prefixes")

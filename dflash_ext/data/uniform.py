@@ -37,6 +37,7 @@ class UniformCollator(NoiseCollator):
     decay: float | None = None
 
     def __post_init__(self):
+        super().__post_init__()
         if self.vocab_size < 1:
             raise ValueError(f"vocab_size is {self.vocab_size}: random tokens need a vocabulary")
         if self.decay is not None and not self.decay > 0:

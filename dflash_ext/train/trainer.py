@@ -69,7 +69,9 @@ class ObjectiveTrainer(Trainer):
             args.save_total_limit = 2  # the newest and the best; with 1, Trainer removes the newest at the end
             kwargs["eval_dataset"] = evaluation.samples
         if cuda_graphs and (objective.waits or args.device.type != "cuda" or args.world_size > 1):
-            raise ValueError("cuda_graphs is for the training of LoRA drafters on one GPU")
+            raise ValueError(
+                "cuda_graphs is for LoRA drafters, and for denoisers of masked noise without ar_weight, on one GPU"
+            )
         if shares_layers and args.world_size < 2:
             raise ValueError("tensor parallelism needs several processes, which torchrun starts")
         if args.torch_compile:

@@ -27,6 +27,8 @@ def test_adapt(workspace, text, run):
     assert (workspace / "denoiser" / "curve.png").exists()
     code, out, errors = run(*words(workspace, text), "--held-out", text, "--resume")
     assert code == 0 and "checkpoint-2" in out, errors
+    code, _, errors = run(*words(workspace, text), "--held-out", text, "--resume", "--kl-weight", 0.5)
+    assert code == 1 and "other options: its kl_weight is 0.0, this one's is 0.5" in errors, errors
 
 
 def test_every_option(workspace, text, run):
@@ -50,6 +52,8 @@ def test_every_option(workspace, text, run):
     [
         (("--mask-rate", "much"), "--mask-rate is 'much': a share such as 0.5, or two such as 0.1,0.6, are expected"),
         (("--prefix-share", "0.8,0.2"), "0.8 to 0.2 is no share"),
+        (("--prefix-share", "1"), "a prefix of 1 leaves no token to denoise: a share below 1 is needed"),
+        (("--cuda-graphs",), "cuda_graphs is for LoRA drafters, and for denoisers of masked noise"),
         (("--mask-rate", "0"), "a mask rate of 0 hides no token"),
         (("--pattern", "diagonal"), "pattern is 'diagonal': causal, prefix_block, block_causal are supported"),
         (("--block-size", 4), "a block size goes with the pattern block_causal, and only with it"),

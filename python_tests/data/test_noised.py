@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from dflash_ext.data import NoiseCollator
+from dflash_ext.data import NoiseCollator, UniformCollator
 from dflash_ext.data.noised import SHORTEST
 from dflash_ext.noise import MaskNoise, Share
 
@@ -37,8 +37,27 @@ def test_shares_of_the_prefix_are_drawn():
     collator = NoiseCollator(half(), Share(0.1, 0.9))
     prefixes = torch.cat([collator([sample((0, step, 0))])["blocks"][:, 23] - 23 for step in range(100)])
     assert 3 <= prefixes.min() < 6 and 28 < prefixes.max() <= 31
-    for share, prefix in ((0.0, 1), (1.0, 33)):  # a token of either kind is left
+    for share, prefix in ((0.0, 1), (0.999, 33)):  # a token of either kind is left
         assert NoiseCollator(half(), Share(share, share))([sample()])["blocks"][0, 23] == 23 + prefix
+
+
+def test_a_prefix_that_may_be_a_whole_document_is_refused():
+    with pytest.raises(ValueError, match="a prefix of 0.5 to 1 leaves no token to denoise: a share below 1 is needed"):
+        NoiseCollator(prefix=Share(0.5, 1))
+    with pytest.raises(ValueError, match="a prefix of 1 leaves no token to denoise"):
+        UniformCollator(prefix=Share(1, 1), vocab_size=9)
+
+
+def test_the_room_bounds_the_hidden_tokens():
+    sizes = set()
+    for step in range(40):
+        batch = NoiseCollator(MaskNoise(Share(0.01, 0.9)))([sample((0, step, row)) for row in range(3)])
+        hidden, room = int(batch["hidden"].sum()), batch["room"].numel()
+        assert hidden <= room < hidden + 3 * 2 and batch["room"].shape[0] == 3
+        sizes.add(room)
+    assert 3 < len(sizes) < 32
+    short = {"input_ids": torch.arange(3), "starts": torch.tensor([0]), "key": (0, 0, 0)}  # nothing is hidden
+    assert NoiseCollator()([short])["room"].shape == (1, 1)
 
 
 def test_noise_is_drawn_for_each_block():
@@ -72,7 +91,7 @@ def test_inverse_rates_add_up_to_the_tokens_of_blocks(complementary):
 def test_draws_follow_from_the_key():
     collator = NoiseCollator(MaskNoise(Share(0.1, 0.9), 3), Share(0.2, 0.8))
     alone, together = collator([sample((1, 2, 3))]), collator([sample((1, 2, 4)), sample((1, 2, 3))])
-    for name, rows in alone.items():
-        assert torch.equal(rows[0], together[name][1]), name
+    for name in alone.keys() - {"room"}:
+        assert torch.equal(alone[name][0], together[name][1]), name
     for key in ((0, 2, 3), (1, 3, 3), (1, 2, 4)):
         assert not torch.equal(alone["hidden"], collator([sample(key)])["hidden"])

@@ -30,6 +30,7 @@ def train(
     pattern="prefix_block",
     kind="whole",
     collator=COLLATOR,
+    device="cpu",
     **options,
 ):
     block_size = collator.block_size if pattern == "block_causal" else None
@@ -37,6 +38,7 @@ def train(
     target.decoder.set_attn_implementation(attention)
     # With the small weights of a new model, no hidden state gives a token much more than the others.
     torch.nn.init.normal_(target.head, std=0.3, generator=torch.Generator().manual_seed(0))
+    target.model.to(device)
     made = dict(mask_id=MASK_TOKEN, pattern=pattern, block_size=block_size, kind=kind, rank=8)
     adaptation = Adaptation.for_target(target, **made)
     return adaptation, train_denoiser(adaptation, text(), folder, recipe, collator=collator, **options)

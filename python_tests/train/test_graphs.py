@@ -5,9 +5,12 @@ from contextlib import nullcontext
 import pytest
 import torch
 
+from dflash_ext.data import NoiseCollator
 from dflash_ext.models import Target
-from dflash_ext.train import LoraRecipe, Recipe, graphs, new_drafter, new_lora_drafter, train_drafter
+from dflash_ext.train import LoraRecipe, Recipe, RunRecipe, graphs, new_drafter, new_lora_drafter, train_drafter
 from python_tests.tiny import MASK_TOKEN, tiny_model
+from python_tests.train.test_denoisers import COLLATOR
+from python_tests.train.test_denoisers import train as train_denoiser_of
 from python_tests.train.test_training import Cycles
 
 # Every shape of batch comes several times: once as it is, once to be recorded, and then as a replay.
@@ -38,14 +41,37 @@ def test_replayed_steps_have_the_losses_of_steps_that_are_launched(drafter, sett
     torch.testing.assert_close(torch.tensor(replayed), torch.tensor(plain), rtol=0.02, atol=0.02)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "family, options, settings",
+    [
+        ("llama", {}, {"accumulation": 2}),
+        ("gemma4", {"kl_weight": 0.5}, {"checkpoint_activations": True}),
+        ("gemma3", {"pattern": "block_causal", "collator": NoiseCollator(COLLATOR.noise, block_size=4)}, {}),
+        ("gemma3", {}, {"compile": True}),
+    ],
+)
+def test_replayed_steps_of_denoisers_have_the_losses_of_steps_that_are_launched(family, options, settings, tmp_path):
+    logs = []
+    for graphed in (False, True):
+        torch._dynamo.reset()
+        recipe = RunRecipe(steps=12, batch_size=4, learning_rate=2e-2, log_every=1, cuda_graphs=graphed, **settings)
+        _, log = train_denoiser_of(tmp_path / str(graphed), recipe, family=family, device="cuda", **options)
+        logs.append(torch.tensor([entry["loss"] for entry in log if "loss" in entry]))
+    assert logs[0][-3:].sum() < 0.95 * logs[0][:3].sum()
+    torch.testing.assert_close(logs[1], logs[0], rtol=0.02, atol=0.02)
+
+
 def test_what_cannot_run_as_graphs_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="cuda_graphs is for the training of LoRA drafters on one GPU"):
+    with pytest.raises(ValueError, match="cuda_graphs is for LoRA drafters, and for denoisers"):
         losses(tmp_path, "cpu", cuda_graphs=True)
     target = Target(tiny_model("llama"))
     drafter = new_drafter(target, 0, mask_token_id=MASK_TOKEN, block_size=4, num_layers=1, taps=1)
     tapped = Target(target.model, drafter.config.target_layer_ids)
-    with pytest.raises(ValueError, match="cuda_graphs is for the training of LoRA drafters on one GPU"):
+    with pytest.raises(ValueError, match="cuda_graphs is for LoRA drafters, and for denoisers"):
         train_drafter(drafter, tapped, Cycles(24), tmp_path, Recipe(**SETTINGS, cuda_graphs=True))
+    with pytest.raises(ValueError, match="without ar_weight"):
+        train_denoiser_of(tmp_path, RunRecipe(steps=1, cuda_graphs=True), ar_weight=0.1)
 
 
 class Replay:

@@ -48,6 +48,7 @@ class DenoisingObjective(Objective):
         if ar_weight and adaptation.config.kind == "gated":
             raise ValueError("with a gated adapter the base itself reads right tokens: ar_weight must be 0")
         self.adaptation, self.ar_weight, self.kl_weight = adaptation, ar_weight, kl_weight
+        self.waits = ar_weight > 0  # for the number of tokens that follow right ones
 
     @property
     def trained(self) -> Adaptation:
@@ -70,7 +71,8 @@ class DenoisingObjective(Objective):
         """
         ids, hidden = batch["input_ids"], batch["hidden"]
         states = self.adaptation(*self.adaptation.inputs(batch))
-        result = self._cross_entropy(states[:, : ids.shape[1]], ids, batch["weights"], **self._teacher(base_states))
+        options = {"max_rows": batch["room"].numel()} | self._teacher(base_states)
+        result = self._cross_entropy(states[:, : ids.shape[1]], ids, batch["weights"], **options)
         losses = result.loss * (1 + self.kl_weight)
         if self.ar_weight:
             losses = losses + self._next_tokens(states[:, -ids.shape[1] :], batch)
@@ -79,7 +81,7 @@ class DenoisingObjective(Objective):
     def divisor(self, batch: Mapping[str, Tensor]) -> Tensor:
         return batch["weights"].sum()
 
-    def _cross_entropy(self, states: Tensor, labels: Tensor, weights: Tensor, **teacher):
+    def _cross_entropy(self, states: Tensor, labels: Tensor, weights: Tensor, **options):
         head = self.adaptation.head
         return linear_cross_entropy(
             states.to(head.dtype),
@@ -88,7 +90,7 @@ class DenoisingObjective(Objective):
             weights,
             reduction="none",
             softcap=self.target.softcap,
-            **teacher,
+            **options,
         )
 
     def _teacher(self, base_states: Tensor | None) -> dict[str, Any]:

@@ -25,6 +25,7 @@ class UniformObjective(DenoisingObjective):
 
     def __init__(self, adaptation: UniformAdaptation, *, ar_weight: float = 0.0):
         super().__init__(adaptation, ar_weight=ar_weight)
+        self.waits = True  # for the number of tokens in blocks
 
     def identity(self) -> dict[str, Any]:
         return super().identity() | {"noise": "uniform"}
