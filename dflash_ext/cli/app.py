@@ -26,14 +26,20 @@ def say(line: str, **style: str) -> None:
     errors.print(line, soft_wrap=True, markup=False, highlight=False, **style)
 
 
+def _is_reported(error: Exception) -> bool:
+    """Whether an error is one of the input or of the machine. torch, whose error is the last, is not imported here."""
+    kinds = ValueError, OSError, ImportError, FloatingPointError
+    return isinstance(error, kinds) or type(error).__name__ == "OutOfMemoryError"
+
+
 class Commands(TyperGroup):
     """Runs a command; an error in its input is reported in one line on standard error, with exit code 1."""
 
     def invoke(self, ctx: typer.Context) -> Any:
         try:
             return super().invoke(ctx)
-        except (ValueError, OSError, ImportError) as error:
-            if ctx.params["traceback"]:
+        except Exception as error:
+            if ctx.params["traceback"] or not _is_reported(error):
                 raise
             say(f"dflash-ext: {error}", style="red")
             raise typer.Exit(1) from None

@@ -57,13 +57,18 @@ def load_target(
         from transformers import DiffusionGemmaForBlockDiffusion  # slow to import
 
         load = DiffusionGemmaForBlockDiffusion.from_pretrained
-    model, info = _read("a target", name, load, dtype=dtype, use_safetensors=True, output_loading_info=True)
+    options = dict(use_safetensors=True, ignore_mismatched_sizes=True, output_loading_info=True)
+    model, info = _read("a target", name, load, dtype=dtype, **options)
     tok = _read("a tokenizer", tokenizer or name, AutoTokenizer.from_pretrained)
     if missing := sorted(info.get("missing_keys") or ()):
         if hasattr(model.config, "dflash_config"):
             raise ValueError(f"'{name}' holds a drafter; a target is needed")
         raise ValueError(
             f"the target in '{name}' is not whole: {len(missing)} tensors are missing, such as {missing[0]}"
+        )
+    if keys := sorted(key if isinstance(key, str) else key[0] for key in info.get("mismatched_keys") or ()):
+        raise ValueError(
+            f"the target in '{name}' does not fit its config: {len(keys)} mismatched keys, such as {keys[0]}"
         )
     if len(tok) <= len(tok.all_special_ids):  # transformers makes an empty tokenizer of a folder without its files
         raise ValueError(f"there is no tokenizer in '{tokenizer or name}': name a place that has one with --tokenizer")
@@ -139,4 +144,8 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    """The first line of an error's message, with the second one if that is what it announces."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if not lines or isinstance(error, KeyError):  # whose message is the key alone
+        return " ".join([type(error).__name__, *lines[:1]])
+    return " ".join(lines[: 2 if lines[0].endswith(":") else 1])

@@ -5,8 +5,10 @@ import os
 import subprocess
 import sys
 from typing import get_type_hints
+from unittest.mock import Mock
 
 import pytest
+import torch
 from typer.main import get_command
 
 import dflash_ext
@@ -113,3 +115,12 @@ def test_a_file_that_cannot_be_opened_is_named_alone(tmp_path, capsys):
     with pytest.raises(IsADirectoryError, match="a.txt.part"), replacing(tmp_path / "a.txt"):
         pass
     assert not capsys.readouterr().err
+
+
+def test_memory_that_does_not_suffice_is_one_line_and_a_bug_is_not(workspace, run, monkeypatch):
+    words = ["generate", "w003", "--target", workspace / "target"]
+    monkeypatch.setattr("dflash_ext.models.load_target", Mock(side_effect=torch.OutOfMemoryError("CUDA out of memory")))
+    assert run(*words)[::2] == (1, "dflash-ext: CUDA out of memory\n")
+    monkeypatch.setattr("dflash_ext.models.load_target", Mock(side_effect=RuntimeError("a bug")))
+    with pytest.raises(RuntimeError, match="a bug"):
+        run(*words)

@@ -47,8 +47,13 @@ def wrong_cases(workspace):
         (workspace / name / "model.safetensors").write_bytes((drafter / "model.safetensors").read_bytes())
     far = workspace / "far"
     state = load_file(target / "model.safetensors")
-    for name in ("torn", "junk"):
+    for name in ("torn", "junk", "nan", "narrow", "odd"):
         shutil.copytree(target, workspace / name)
+    norm = "model.layers.2.input_layernorm.weight"
+    save_file(state | {norm: state[norm] * float("nan")}, workspace / "nan" / "model.safetensors", {"format": "pt"})
+    config = json.loads((target / "config.json").read_text())
+    (workspace / "narrow" / "config.json").write_text(json.dumps(config | {"vocab_size": 10}))
+    (workspace / "odd" / "config.json").write_text(json.dumps(config | {"hidden_size": 63}))
     del state["model.layers.2.self_attn.k_proj.weight"]
     save_file(state, workspace / "torn" / "model.safetensors")
     (workspace / "junk" / "model.safetensors").write_bytes(b"not safetensors")
@@ -121,6 +126,12 @@ def wrong_cases(workspace):
         ),
         ([*generate[:2], workspace / "torn", "w003"], "is not whole: 1 tensors are missing"),
         ([*generate[:2], workspace / "junk", "w003"], "cannot read a target from"),
+        (
+            [*generate[:2], workspace / "narrow", "w003"],
+            "does not fit its config: 2 mismatched keys, such as lm_",
+        ),
+        ([*generate[:2], workspace / "odd", "w003"], "The hidden size (63) is not a multiple"),
+        ([*generate[:2], workspace / "nan", "w003"], "the target's logits are not finite after 0 decoded tokens"),
         ([*train[:-2], "--prompts", prompts], "has no mask token"),
         ([*train[:-2], "--prompts", prompts, "--mask-token", "nope"], "mask token 'nope'"),
         ([*train[:-2], "--prompts", prompts, "--mask-token", "500"], "mask token 500"),
