@@ -5,7 +5,8 @@
 
 Each folder is a drafter of either kind. A gated LoRA drafter is measured with one forward a cycle and with two, and by
 `--rows` with other numbers of mask rows than it was trained with. A row of the results has tau and the tokens a second
-of all rows of a batch, prefill and captures of graphs left out. `results/lora_decoding_<gpu>.svg` plots them.
+of all rows of a batch, prefill and captures of graphs left out, and the memory beyond the weights.
+`results/lora_decoding_<gpu>.svg` plots the speeds.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Iterator, Sequence
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -96,35 +98,35 @@ def main() -> None:
     parser.add_argument("--rows", nargs="*", type=int, default=[])
     parser.add_argument("--limit", type=int, default=80)
     parser.add_argument("--max-new-tokens", type=int, default=256)
+    parser.add_argument("--generate-tokens", type=int, default=64)
     given = parser.parse_args()
     name = f"lora_decoding_{runner.gpu_name()}"
     model, tokenizer = load_target(given.target)
     limits = {"max_new_tokens": given.max_new_tokens, "stop_token_ids": stop_tokens(tokenizer, model)}
-    rows = []
-    for path in given.prompts:
+    rows, chosen = [], list(ways(model, given.drafters, given.rows))
+    for path, temperature, batch in product(given.prompts, given.temperatures, given.batches):
         asked = read_conversations(path, limit=given.limit)
         prompts = list(encode_all(asked, tokenizer, max_prompt_tokens=2048).values())
-        for batch in given.batches:
-            for temperature in given.temperatures:
-                case, plain = f"{path.stem}, batch {batch}, T={temperature:g}", None
-                for impl, target, drafter, options in ways(model, given.drafters, given.rows):
-                    torch.cuda.reset_peak_memory_stats()
-                    options = options | {"batch_size": batch, "temperature": temperature}
-                    decoded = decode(target, drafter, prompts, **limits, **options)
-                    speed = decoded.tokens_per_second
-                    plain = plain or speed
-                    row = {"case": case, "impl": impl, "tau": decoded.tau, "tokens_per_second": speed}
-                    row |= {"times_plain": speed / plain, "parameters": parameters(drafter)}
-                    row["peak_mb"] = torch.cuda.max_memory_allocated() / 1e6
-                    rows.append(row)
-                    told = f"tau {decoded.tau:5.2f}  {speed:8.0f} tokens/s  {speed / plain:5.2f} x plain"
-                    print(f"  {case:32} {impl:44} {told}", flush=True)
-                if temperature == 0:
-                    speed = generate_speed(model, prompts[:batch], limits["stop_token_ids"], given.max_new_tokens)
-                    row = {"case": case, "impl": "generate of transformers", "tau": 1.0, "tokens_per_second": speed}
-                    rows.append(row | {"times_plain": speed / plain, "parameters": 0})
-                    print(f"  {case:32} {row['impl']:44} {speed:8.0f} tokens/s", flush=True)
-                print(runner.write(name, rows, {}), flush=True)
+        case, plain = f"{path.stem}, batch {batch}, T={temperature:g}", None
+        for impl, target, drafter, options in chosen:
+            torch.cuda.reset_peak_memory_stats()
+            there = torch.cuda.memory_allocated()
+            options = options | {"batch_size": batch, "temperature": temperature}
+            decoded = decode(target, drafter, prompts, **limits, **options)
+            speed = decoded.tokens_per_second
+            plain = plain or speed
+            row = {"case": case, "impl": impl, "tau": decoded.tau, "tokens_per_second": speed}
+            row |= {"times_plain": speed / plain, "parameters": parameters(drafter)}
+            row["peak_mb"] = (torch.cuda.max_memory_allocated() - there) / 1e6
+            rows.append(row)
+            told = f"tau {decoded.tau:5.2f}  {speed:8.0f} tokens/s  {speed / plain:5.2f} x plain"
+            print(f"  {case:32} {impl:44} {told}", flush=True)
+        if temperature == 0:
+            speed = generate_speed(model, prompts[:batch], limits["stop_token_ids"], given.generate_tokens)
+            row = {"case": case, "impl": "generate of transformers", "tau": 1.0, "tokens_per_second": speed}
+            rows.append(row | {"times_plain": speed / plain, "parameters": 0})
+            print(f"  {case:32} {row['impl']:44} {speed:8.0f} tokens/s", flush=True)
+        print(runner.write(name, rows, {}), flush=True)
     plot(rows, runner.RESULTS / f"{name}.svg")
 
 

@@ -70,6 +70,7 @@ def train(
     trainer_args: dict | None = None,
     family: str = "llama",
     settings: dict | None = None,
+    device: str = "cpu",
     **options,
 ) -> list[dict]:
     """The same training whatever the number of ranks: fewer ranks accumulate more batches.
@@ -79,6 +80,8 @@ def train(
     """
     is_lora = kind != "dflash"
     target, drafter = tiny_lora(family, kind=kind, sampler_width=8) if is_lora else tiny_pair(family)
+    target.model.to(device)
+    drafter.to(device)
     defaults = dict(
         steps=STEPS,
         batch_size=2,
