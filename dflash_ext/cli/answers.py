@@ -32,7 +32,7 @@ def answers(
     target: TargetName,
     prompts: Annotated[
         Path,
-        typer.Option(metavar="<path>", help="A file of prompts or conversations: JSONL, a JSON array or plain text."),
+        typer.Option(metavar="<path>", help="A file of prompts or conversations, or plain text."),
     ],
     output: Annotated[
         Path, typer.Option(metavar="<path>", help="The file for the answers. One that was begun is continued.")

@@ -37,8 +37,8 @@ DrafterBase = Annotated[
 Prompts = Annotated[
     Path | None,
     typer.Option(
-        help="A file of prompts or conversations: JSONL, a JSON array or plain text. If a row has 'turns', only the "
-        "first turn is used."
+        help="A file of prompts or conversations, JSONL or a JSON array, in which only the first of 'turns' is used; "
+        "or plain text, whose parts the target continues."
     ),
 ]
 Field = Annotated[
