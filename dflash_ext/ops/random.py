@@ -38,9 +38,13 @@ def uniforms_of(seed: Tensor, stream: int, rows: int, count: int) -> Tensor:
 
 
 def uniform_tokens(seeds: Tensor, vocab_size: int) -> Tensor:
-    """A random token for each seed, int64 of the seeds' shape: the noise of canvases and of blocks."""
-    uniforms = uniforms_of(seeds.flatten(), NOISE, seeds.numel(), 1)
-    return (uniforms * vocab_size).long().view_as(seeds)
+    """A random token for each seed, int64 of the seeds' shape: the noise of canvases and of blocks.
+
+    One mixing and integers do, because the tokens take part in no comparison of probabilities: a graph of a denoising
+    step draws them by few kernels.
+    """
+    bits = _mix((seeds + NOISE) * _GOLDEN)
+    return (_shifted(bits, 24) * vocab_size) >> 40
 
 
 def derived(seed: Tensor, counter: Tensor | int) -> Tensor:
@@ -49,6 +53,14 @@ def derived(seed: Tensor, counter: Tensor | int) -> Tensor:
     Sums of a seed and a counter are not: seed 0 at counter 1 would be seed 1 at counter 0.
     """
     return _mix(_mix(seed + _GOLDEN) + counter)
+
+
+def advanced(seed: Tensor, counter: Tensor) -> Tensor:
+    """As `derived`, by one product and one sum, for seeds that `derived` has made.
+
+    The seeds of different counters lie so far from each other (a Weyl sequence) that positions can be added to them.
+    """
+    return seed + counter * _GOLDEN
 
 
 # 2^64 over the golden ratio and SplitMix64's two multipliers, as the signed numbers that torch.int64 holds.

@@ -12,7 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from dflash_ext.decode import decode
 from dflash_ext.models import Denoiser, DFlashDrafter, Target
 from dflash_ext.models.uniform import SelfConditioning
-from dflash_ext.ops.random import NOISE, derived, uniforms_of
+from dflash_ext.ops.random import derived, uniform_tokens
 from python_tests.decode.oracle import Oracle, own_output
 from python_tests.tiny import FAMILIES, MASK_TOKEN, random_prompts, tiny_model, tiny_pair
 
@@ -398,9 +398,7 @@ def test_every_step_on_random_tokens_draws_the_whole_block_anew():
 
     for prompt, completion in zip(prompts, completions, strict=True):
         places = len(prompt) + 1 + torch.arange(3)
-        noise = [
-            (uniforms_of(derived(torch.tensor(7), step) + places, NOISE, 3, 1)[:, 0] * VOCAB).long() for step in (0, 1)
-        ]
+        noise = [uniform_tokens(derived(torch.tensor(7), step) + places, VOCAB) for step in (0, 1)]
         anchor = torch.tensor([completion.tokens[0]])
         first = logits(prompt, torch.cat([anchor, noise[0]]))
         entropy = torch.distributions.Categorical(logits=first).entropy()

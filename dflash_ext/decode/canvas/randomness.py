@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ...ops import sample
-from ...ops.random import derived, uniform_tokens
+from ...ops.random import advanced, uniform_tokens
 from ...reference import Sample
 from .rows import Rows
 
@@ -34,7 +34,7 @@ class Seeded:
         return sample(logits, self._seeds(rows), **options)
 
     def _seeds(self, rows: Rows) -> Tensor:
-        return derived(rows.seed, rows.step)[:, None] + rows.positions
+        return advanced(rows.seed, rows.step)[:, None] + rows.positions
 
 
 class LikeTransformers:

@@ -23,7 +23,7 @@ class Rows:
     stable: int64 [N], for how many steps `best` has stayed the same.
     running: bool [N], whether the canvas needs more steps.
     finite: bool [N], whether all logits of the canvas were finite so far.
-    seed: int64 [N].
+    seed: int64 [N], as `derived` makes them of the seeds that were given.
     soft: [N, L, H], the expected embeddings that the last step gave; None without self-conditioning.
     """
 
@@ -65,12 +65,12 @@ class Rows:
         """The rows in these slots (int64 [n])."""
         return self._each(lambda tensor: tensor.index_select(0, slots))
 
-    def put(self, slots: Tensor, rows: Rows) -> None:
-        """Writes rows back to their slots."""
+    def put(self, slots: Tensor, rows: Rows, taken: Rows) -> None:
+        """Writes rows back to their slots: those of their tensors that are others than in `taken`."""
         for field in fields(self):
-            tensor, new = getattr(self, field.name), getattr(rows, field.name)
-            if tensor is not None:
-                tensor.index_copy_(0, slots, new)
+            new = getattr(rows, field.name)
+            if new is not getattr(taken, field.name):
+                getattr(self, field.name).index_copy_(0, slots, new)
 
     def _each(self, function) -> Rows:
         given = {field.name: getattr(self, field.name) for field in fields(self)}

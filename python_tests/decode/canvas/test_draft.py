@@ -7,7 +7,7 @@ from dflash_ext.decode import decode
 from dflash_ext.decode.canvas import UniformDiffusion, decode_canvas
 from dflash_ext.models import Denoiser, Target, UniformAdaptation, load_pair, save_adaptation
 from dflash_ext.models.uniform import SelfConditioning
-from dflash_ext.ops.random import NOISE, derived, uniforms_of
+from dflash_ext.ops.random import derived, uniform_tokens
 from python_tests.decode.canvas.models import tiny_denoiser
 from python_tests.decode.oracle import own_output
 from python_tests.tiny import random_prompts, tiny_model
@@ -26,8 +26,7 @@ def denoiser() -> Denoiser:
 
 def noise_at(first: int, step: int, vocab_size: int) -> torch.Tensor:
     """The random tokens that a step reads at four positions from `first` on, with the seed 7."""
-    seeds = derived(torch.tensor(7), step) + first + torch.arange(4)
-    return (uniforms_of(seeds, NOISE, 4, 1)[:, 0] * vocab_size).long()
+    return uniform_tokens(derived(torch.tensor(7), step) + first + torch.arange(4), vocab_size)
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3])
