@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 import traceback
 import warnings
@@ -141,7 +142,7 @@ class GraphRunner(PlainRunner):
     def _capture(self, size: int, drawing: Drawing, width: int) -> Graph:
         """Only the spare slot is decoded while a graph is made, so that no row changes."""
         slots = torch.full((size,), self.cycle.state.spare, device=self.device)
-        stream = torch.cuda.Stream()
+        stream = warm_up_stream(self.device)
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             self.cycle(slots, drawing, width, Stopwatch(self.device))
@@ -152,6 +153,12 @@ class GraphRunner(PlainRunner):
         with torch.cuda.graph(graph, pool=self.pool):
             records = self.cycle(slots, drawing, width, watch)
         return Graph(graph, slots, records, watch, shown=[])
+
+
+@functools.cache
+def warm_up_stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all captures, because cuBLAS keeps a workspace (32 MiB on Hopper) for every stream that has used it."""
+    return torch.cuda.Stream(device)
 
 
 @contextmanager
