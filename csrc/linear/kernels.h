@@ -5,9 +5,6 @@
 
 namespace dflash {
 
-// The most rows of one launch.
-constexpr int64_t kMaxLinearRows = 128;
-
 // Whether the kernel serves the call on the current device: bfloat16 or float16 on a Hopper GPU, inner a multiple of 8,
 // and x, weight and norm aligned to 16 bytes.
 bool linear_sm90_serves(const LinearParams& params);

@@ -1,9 +1,10 @@
-// Products of up to 128 rows with a large weight on Hopper, at the speed at which memory delivers the weight.
+// Products of few rows with a large weight on Hopper, at the speed at which memory delivers the weight.
 //
-// A block computes a tile of columns (rows of the weight) for all rows of x over one slice of the inner dimension. The
-// blocks of a cluster share a tile; each sums a part of it over all slices, in order, from the shared memory of the
+// A block computes a tile of columns (rows of the weight) for a tile of rows of x over one slice of the inner dimension.
+// The blocks of a cluster share a tile; each sums a part of it over all slices, in order, from the shared memory of the
 // others. How the inner dimension is cut depends on the weight's shape alone. So a row's bits depend neither on the
-// number of rows nor on its place among them.
+// number of rows nor on its place among them. A tile has all rows of x, up to 128, but few rows where the weight is
+// small, because reading it several times then takes less time than a block with many rows.
 //
 // With an RMS norm, x is multiplied by the norm's weights before the product and by 1 / rms behind it. A slice's sum of
 // squares is added to the others' as its products are.
@@ -27,25 +28,27 @@ constexpr int kMostSlices = 8;
 struct LinearLaunch {
   CUtensorMap weight, x;
   LinearParams params;
-  int blocks;  // of the inner dimension, kPanelColumns each
+  int blocks;     // of the inner dimension, kPanelColumns each
+  int row_tiles;  // of x
 };
 
-// A tile of 64 columns and up to kTokens rows of x. Three blocks fit on a multiprocessor.
-template <int kTokens>
+// A tile of 64 columns and up to kTokens rows of x. Three blocks fit on a multiprocessor, or one with kIsAlone, which
+// has twice as many stages: one block with few stages waits for the memory.
+template <int kTokens, bool kIsAlone>
 struct LinearTiling {
   static constexpr int kColumns = 64, kHalf = kColumns / 2;
-  static constexpr int kConsumers = 128, kThreads = kConsumers + 32, kBlocksAtOnce = 3;
+  static constexpr int kConsumers = 128, kThreads = kConsumers + 32, kBlocksAtOnce = kIsAlone ? 1 : 3;
   static constexpr int kWeightBytes = kColumns * kPanelRowBytes, kStageBytes = kWeightBytes + kTokens * kPanelRowBytes;
-  static constexpr int kStages = 73728 / kStageBytes;
+  static constexpr int kStages = (kIsAlone ? 2 : 1) * 73728 / kStageBytes;
   // The sums of a row of x, in floats. Four more than 64, so that no two lanes share a bank.
   static constexpr int kSumsStride = kColumns + 4;
   static_assert(kTokens * kSumsStride * 4 <= kStages * kStageBytes, "the sums take the place of the stages");
   static constexpr int kSharedBytes = kStages * kStageBytes + 1024;
 };
 
-template <class T, int kTokens>
+template <class T, int kTokens, bool kIsAlone>
 struct LinearTile {
-  using Tiling = LinearTiling<kTokens>;
+  using Tiling = LinearTiling<kTokens, kIsAlone>;
   static constexpr int kStages = Tiling::kStages;
 
   const LinearLaunch& launch;
@@ -53,12 +56,13 @@ struct LinearTile {
   Ring<kStages>& ring;
   float* const squares;   // [kTokens] in shared memory: the slice's sums, if there is a norm
   const uint32_t stages;  // in shared memory
-  const int rank, slices, first, begin, count;
+  const int rank, slices, first, first_row, begin, count;
 
   DFLASH_INLINE LinearTile(const LinearLaunch& launch, Ring<kStages>& ring, float* squares, uint32_t stages)
       : launch(launch), p(launch.params), ring(ring), squares(squares), stages(stages), rank(cluster_rank()), slices(cluster_size()),
-        first(blockIdx.x / slices * (p.gate == Gate::kNone ? Tiling::kColumns : Tiling::kHalf)),
-        begin(launch.blocks * rank / slices), count(launch.blocks * (rank + 1) / slices - begin) {}
+        first(blockIdx.x / slices / launch.row_tiles * (p.gate == Gate::kNone ? Tiling::kColumns : Tiling::kHalf)),
+        first_row(blockIdx.x / slices % launch.row_tiles * kTokens), begin(launch.blocks * rank / slices),
+        count(launch.blocks * (rank + 1) / slices - begin) {}
 
   DFLASH_INLINE uint32_t stage_address(int index) const { return stages + index * Tiling::kStageBytes; }
 
@@ -71,7 +75,7 @@ struct LinearTile {
     tma_load(stage_address(index) + Tiling::kWeightBytes / 2, launch.weight, column, second, 0, 0, ring.full[index]);
   }
   DFLASH_INLINE void load_x(int index, int block) const {
-    tma_load(stage_address(index) + Tiling::kWeightBytes, launch.x, (begin + block) * kPanelColumns, 0, 0, 0,
+    tma_load(stage_address(index) + Tiling::kWeightBytes, launch.x, (begin + block) * kPanelColumns, first_row, 0, 0,
              ring.full[index]);
   }
 
@@ -240,10 +244,11 @@ struct LinearTile {
     const int chunks_of_row = columns / 8;
     const bool aligned = p.columns % 8 == 0;
     const T *bias = static_cast<const T*>(p.bias), *residual = static_cast<const T*>(p.residual);
+    const int rows = int(p.rows) - first_row < kTokens ? int(p.rows) - first_row : kTokens;
     // The rows of x go round the blocks of the cluster.
     for (int i = threadIdx.x;; i += Tiling::kThreads) {
       const int token = i / chunks_of_row * slices + rank, column = i % chunks_of_row * 8;
-      if (token >= p.rows) break;
+      if (token >= rows) break;
       const int64_t left = p.columns - first - column;
       if (left <= 0) continue;
       const float scale = scale_of(token);
@@ -257,7 +262,7 @@ struct LinearTile {
 #pragma unroll
         for (int k = 0; k < 8; ++k) y[k] = y[k] * gate_of(y[k]) * up[k];
       }
-      const int64_t place = token * p.columns + first + column;
+      const int64_t place = (first_row + token) * p.columns + first + column;
       if (residual != nullptr) add(y, residual + place, left, aligned);
       T* out = static_cast<T*>(p.out) + place;
       if (left >= 8) {
@@ -285,10 +290,11 @@ struct LinearTile {
   }
 };
 
-template <class T, int kTokens>
-__global__ void __launch_bounds__(LinearTiling<kTokens>::kThreads, LinearTiling<kTokens>::kBlocksAtOnce)
+template <class T, int kTokens, bool kIsAlone>
+__global__ void __launch_bounds__(LinearTiling<kTokens, kIsAlone>::kThreads,
+                                  LinearTiling<kTokens, kIsAlone>::kBlocksAtOnce)
     linear_sm90(const __grid_constant__ LinearLaunch launch) {
-  using Tile = LinearTile<T, kTokens>;
+  using Tile = LinearTile<T, kTokens, kIsAlone>;
   extern __shared__ uint8_t dynamic[];
   __shared__ Ring<Tile::kStages> ring;
   __shared__ float squares[kTokens];
@@ -318,13 +324,21 @@ TensorBox rows_of(const void* data, int64_t rows, int64_t inner, int64_t box) {
   return {data, {inner, rows, 1, 1}, {1, inner, inner, inner}, {kPanelColumns, box, 1, 1}};
 }
 
+constexpr int64_t kMultiprocessors = 132;  // of an H100
+
+// A small weight takes little time to read. It has less than 1,024 panels of 64 x 64 elements, 8 MB in all.
+bool is_small(int64_t tiles, int64_t blocks) { return tiles * blocks < 1024; }
+
+int64_t blocks_of(const LinearParams& p) { return (p.inner + kPanelColumns - 1) / kPanelColumns; }
+int64_t weight_rows_of(const LinearParams& p) { return p.gate == Gate::kNone ? p.columns : 2 * p.columns; }
+int64_t tiles_of(const LinearParams& p) { return (weight_rows_of(p) + 63) / 64; }
+
 // Into how many slices the inner dimension is cut, which depends on the shape of the weight alone: the fewest that
-// spread the blocks evenly over an H100's 132 multiprocessors, three on each at most. A small weight takes little time
-// to read, and is cut into 64 blocks or more.
+// spread the blocks evenly over an H100's multiprocessors, three on each at most. A small weight is cut into 64 blocks
+// or more.
 int64_t slices_of(int64_t tiles, int64_t blocks) {
-  constexpr int64_t kMultiprocessors = 132, kSmall = 1024;  // panels of 64 x 64 elements, 8 MB in all
   const int64_t most = std::min<int64_t>(blocks, kMostSlices);
-  if (tiles * blocks < kSmall) return std::min(most, (63 + tiles) / tiles);
+  if (is_small(tiles, blocks)) return std::min(most, (63 + tiles) / tiles);
   int64_t best = 1;
   double best_share = 0;
   for (int64_t slices = 1; slices <= most; ++slices) {
@@ -336,23 +350,21 @@ int64_t slices_of(int64_t tiles, int64_t blocks) {
   return best;
 }
 
-template <class T, int kTokens>
-cudaError_t launch_linear(const LinearParams& params, cudaStream_t stream) {
-  using Tiling = LinearTiling<kTokens>;
-  const int64_t weight_rows = params.gate == Gate::kNone ? params.columns : 2 * params.columns;
-  LinearLaunch launch{.params = params, .blocks = int((params.inner + kPanelColumns - 1) / kPanelColumns)};
-  const cudaError_t status =
-      make_tensor_maps(params.dtype, {{&launch.weight, rows_of(params.weight, weight_rows, params.inner, Tiling::kHalf)},
-                                      {&launch.x, rows_of(params.x, params.rows, params.inner, kTokens)}});
+template <class T, int kTokens, bool kIsAlone>
+cudaError_t launch_linear(const LinearParams& params, int64_t slices, cudaStream_t stream) {
+  using Tiling = LinearTiling<kTokens, kIsAlone>;
+  const int64_t row_tiles = (params.rows + kTokens - 1) / kTokens;
+  LinearLaunch launch{.params = params, .blocks = int(blocks_of(params)), .row_tiles = int(row_tiles)};
+  const cudaError_t status = make_tensor_maps(
+      params.dtype, {{&launch.weight, rows_of(params.weight, weight_rows_of(params), params.inner, Tiling::kHalf)},
+                     {&launch.x, rows_of(params.x, params.rows, params.inner, kTokens)}});
   if (status != cudaSuccess) return status;
-  const int64_t tiles = (weight_rows + Tiling::kColumns - 1) / Tiling::kColumns;
-  const int64_t slices = slices_of(tiles, launch.blocks);
-  const LaunchShape shape{.blocks = tiles * slices,
+  const LaunchShape shape{.blocks = tiles_of(params) * slices * row_tiles,
                           .threads = Tiling::kThreads,
                           .shared_bytes = Tiling::kSharedBytes,
                           .cluster_size = int(slices),
                           .overlaps_previous = true};
-  return launch_kernel(linear_sm90<T, kTokens>, shape, stream, launch);
+  return launch_kernel(linear_sm90<T, kTokens, kIsAlone>, shape, stream, launch);
 }
 
 }  // namespace
@@ -367,10 +379,18 @@ bool linear_sm90_serves(const LinearParams& params) {
 
 const char* linear_sm90(const LinearParams& params, void* stream) {
   return launch_by_dtype<__nv_bfloat16, __half>(params.dtype, stream, [&]<class T>(cudaStream_t stream) {
-    if (params.rows <= 16) return device::launch_linear<T, 16>(params, stream);
-    if (params.rows <= 32) return device::launch_linear<T, 32>(params, stream);
-    if (params.rows <= 64) return device::launch_linear<T, 64>(params, stream);
-    return device::launch_linear<T, 128>(params, stream);
+    const int64_t rows = params.rows, tiles = device::tiles_of(params), blocks = device::blocks_of(params);
+    const int64_t slices = device::slices_of(tiles, blocks);
+    if (device::is_small(tiles, blocks)) {
+      return rows <= 32 ? device::launch_linear<T, 16, false>(params, slices, stream)
+                        : device::launch_linear<T, 32, false>(params, slices, stream);
+    }
+    if (rows <= 16) return device::launch_linear<T, 16, false>(params, slices, stream);
+    if (rows <= 32) return device::launch_linear<T, 32, false>(params, slices, stream);
+    if (rows <= 64) return device::launch_linear<T, 64, false>(params, slices, stream);
+    // A multiprocessor may have one block alone.
+    return tiles * slices <= device::kMultiprocessors ? device::launch_linear<T, 128, true>(params, slices, stream)
+                                                      : device::launch_linear<T, 128, false>(params, slices, stream);
   });
 }
 

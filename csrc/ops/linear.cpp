@@ -1,7 +1,6 @@
 // Operators of the linear family. dflash_ext/ops/linear.py documents the semantics.
 #include "linear/kernels.h"
 
-#include <algorithm>
 #include <vector>
 
 #include "common/cpu.h"
@@ -29,7 +28,7 @@ const void* vector_of(const char* name, const std::optional<Tensor>& tensor, con
   return rows_of(name, *tensor, beside);
 }
 
-void run(LinearParams p, const Tensor& x) {
+void run(const LinearParams& p, const Tensor& x) {
   if (p.rows == 0 || p.columns == 0) return;
   if (x.is_cpu()) {
     // A thread gets at least 64 K products. With less, waking it costs more than it saves.
@@ -40,15 +39,7 @@ void run(LinearParams p, const Tensor& x) {
   check(linear_sm90_serves(p), kOp,
         ": on a GPU the kernel takes bfloat16 and float16 that are aligned to 16 bytes, K a multiple of 8, on Hopper");
   const CudaScope cuda(x);
-  const int64_t rows = p.rows, bytes = x.element_size();
-  for (int64_t row = 0; row < rows; row += kMaxLinearRows) {
-    LinearParams part = p;
-    part.rows = std::min(rows - row, kMaxLinearRows);
-    part.x = static_cast<const char*>(p.x) + row * p.inner * bytes;
-    part.out = static_cast<char*>(p.out) + row * p.columns * bytes;
-    if (p.residual) part.residual = static_cast<const char*>(p.residual) + row * p.columns * bytes;
-    check_launch(kOp, linear_sm90(part, cuda.stream()));
-  }
+  check_launch(kOp, linear_sm90(p, cuda.stream()));
 #else
   fail(kOp, ": this build has no CUDA kernel for it (`dflash-ext doctor` shows what was built)");
 #endif

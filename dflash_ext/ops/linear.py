@@ -73,11 +73,11 @@ def linear(
     number of threads. A few rows take about the time of reading the weight once. More than 32 rows are computed in
     groups of 32; torch's own product of large matrices may be faster then.
 
-    On a Hopper GPU a kernel of this package serves bfloat16 and float16 where it is the faster one: up to 32 rows, and
-    64 with a gate, or with a small weight and a norm or a residual, if K is a multiple of 8. With exact it serves any
-    number of rows. It sums in float32 and rounds x * norm and the result. The norm before a large weight is a separate
-    kernel. Other calls are served by PyTorch's operators, which round after every step. Their bits depend on the number
-    of rows.
+    On a Hopper GPU a kernel of this package serves bfloat16 and float16 where it is the faster one: up to 32 rows, up
+    to 64 with a gate or, with a small weight, a residual, and up to 128 with a norm and a small weight, if K is a
+    multiple of 8. With exact it serves any number of rows. It sums in float32 and rounds x * norm and the result. The
+    norm before a large weight is a separate kernel. Other calls are served by PyTorch's operators, which round after
+    every step. Their bits depend on the number of rows.
 
     Raises ValueError for arguments that do not fit together, or an exact product that no kernel serves; TypeError for
     one of another type.
@@ -87,7 +87,7 @@ def linear(
         if x.is_cuda:
             is_large = weight.numel() >= _LARGE_WEIGHT
             fuses = gate is not None or (not is_large and (norm is not None or residual is not None))
-            serves = _hopper_serves(x, exact, 64 if fuses else 32)
+            serves = _hopper_serves(x, exact, 128 if norm is not None and not is_large else 64 if fuses else 32)
             if norm is not None and (is_large or not serves):
                 # A block that has much of x to normalise would keep the weight waiting.
                 x, norm = _normalised(x, norm, norm_eps, norm_plus_one), None

@@ -21,7 +21,7 @@ SHAPES = [(576, 960), (576, 1536), (1536, 576), (4096, 4096), (1000, 5000), (64,
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_matches_the_definition(dtype, shape, options):
-    for rows in (1, 9, 33, 64, 128):
+    for rows in (1, 9, 33, 64, 128, 300):
         x, weight, given = random_case(rows, *shape, dtype, "cuda", **options)
         want = reference.linear(x.double(), weight.double(), **widened(given))
         got = linear(x, weight, **given)
