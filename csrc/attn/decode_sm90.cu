@@ -74,11 +74,12 @@ __global__ void __launch_bounds__(Tiling::kThreads, Tiling::kBlocks)
     DecodeConsumer<T, Tiling> rows{block};
     // A block without keys reads its rows only if no block of the item has keys.
     if (has_keys || shared.slice.tiles.count == 0) rows.read_rows();
-    if (has_keys) rows.consume();
+    if (shared.slice.begin + rows.turn < shared.slice.end) rows.consume();
+    if (Tiling::kTurns > 1 && !rows.join()) return;
     if (block.ranks == 1) {
       rows.finish();
     } else {
-      if (!has_keys) block.sums().announce(rows.softmax.largest, rows.softmax.sum);
+      if (Tiling::kTurns > 1 || !has_keys) rows.announce();
       rows.finish_together();
     }
   }
@@ -89,6 +90,15 @@ int64_t box_keys_of(const DecodeParams& p, int64_t keys) {
   return p.pages.table == nullptr ? keys : std::gcd(p.pages.page_size, keys);
 }
 
+int64_t tiles_of_rows(const DecodeParams& p, int consumers) {
+  const int64_t positions = kDecodeRows / decode_fold(p) * consumers;
+  return p.plan_entries * tiles_of(p.q_len, positions * p.plan_parts) * p.plan_parts;
+}
+
+int64_t items_of(const DecodeParams& p, int consumers) {
+  return tiles_of_rows(p, consumers) * p.kv_heads * (p.plan_entries == 1 ? p.batch : 1);
+}
+
 template <class T, class Tiling>
 cudaError_t launch_decode(const DecodeParams& p, cudaStream_t stream) {
   const auto kernel = block_attn_decode_sm90<T, Tiling>;
@@ -96,9 +106,7 @@ cudaError_t launch_decode(const DecodeParams& p, cudaStream_t stream) {
   // The system takes a kilobyte of each block.
   static_assert(Tiling::kBlocks * (kBytes + 1024) <= kMaxSharedBytes + 1024);
   const int64_t fold = decode_fold(p), positions = kDecodeRows / fold;
-  const int64_t tiles =
-      p.plan_entries * tiles_of(p.q_len, positions * Tiling::kConsumers * p.plan_parts) * p.plan_parts;
-  const int64_t items = tiles * p.kv_heads * (p.plan_entries == 1 ? p.batch : 1);
+  const int64_t tiles = tiles_of_rows(p, Tiling::kConsumers), items = items_of(p, Tiling::kConsumers);
   const auto shape_of = [&](int ranks) {
     LaunchShape shape{items * ranks, Tiling::kThreads, kBytes, ranks};
     shape.overlaps_previous = true;
@@ -141,13 +149,27 @@ cudaError_t launch_decode(const DecodeParams& p, cudaStream_t stream) {
   return launch_kernel(kernel, shape_of(ranks), stream, p, layout, maps);
 }
 
+// Whether two consumers of a block take turns: where a multiprocessor has one block, and tiles enough to make up for
+// the addition of their sums. The order of a row's sums is then another one than exact mode's.
+bool takes_turns(const DecodeParams& p, int64_t processors) {
+  constexpr int64_t kLeastKeys = 512;
+  const int64_t items = items_of(p, 1);
+  if (p.exact || items > processors) return false;
+  return p.kv_len >= kLeastKeys * std::min<int64_t>(processors / items, kExactBlocks);
+}
+
 template <class T>
 cudaError_t launch_decode(const DecodeParams& p, cudaStream_t stream) {
   const bool is_wide = decode_warpgroups(p, p.exact) == 2;
-  if (p.head_dim <= 64) return launch_decode<T, DecodeTiling<64, 1>>(p, stream);
+  const bool in_turns = !is_wide && takes_turns(p, multiprocessors_of(stream));
+  if (p.head_dim <= 64) {
+    return in_turns ? launch_decode<T, DecodeTiling<64, 1, 2>>(p, stream)
+                    : launch_decode<T, DecodeTiling<64, 1>>(p, stream);
+  }
   if (p.head_dim <= 128) {
-    return is_wide ? launch_decode<T, DecodeTiling<128, 2>>(p, stream)
-                   : launch_decode<T, DecodeTiling<128, 1>>(p, stream);
+    return is_wide    ? launch_decode<T, DecodeTiling<128, 2>>(p, stream)
+           : in_turns ? launch_decode<T, DecodeTiling<128, 1, 2>>(p, stream)
+                      : launch_decode<T, DecodeTiling<128, 1>>(p, stream);
   }
   return is_wide ? launch_decode<T, DecodeTiling<256, 2>>(p, stream)
                  : launch_decode<T, DecodeTiling<256, 1>>(p, stream);

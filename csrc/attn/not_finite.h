@@ -18,19 +18,19 @@ DFLASH_INLINE uint32_t not_finite(uint32_t pair) {
   return __vcmpeq2(pair & kExponent, kExponent);
 }
 
-// Handles one tile of values, which are the `bytes` of shared memory from `values` on. The block's first kThreads
-// threads call this; each holds two rows, with their `bounds`, and their output `out` as an accumulator (common/mma.h).
-// pair_at(key, fragment) is where the thread's two columns of a fragment of 8 lie. Returns whether a value was
-// replaced; the caller must then order these writes before its reads.
+// Handles one tile of values, which are the `bytes` of shared memory from `values` on. kThreads threads of the block
+// call this, by default its first; `thread` is a thread's number among them. Each holds two rows, with their `bounds`,
+// and their output `out` as an accumulator (common/mma.h). pair_at(key, fragment) is where the thread's two columns of a
+// fragment of 8 lie. Returns whether a value was replaced; the caller must then order these writes before its reads.
 template <class T, int kKeys, int kThreads, int kCount, class PairAt>
 DFLASH_INLINE bool set_aside(uint32_t values, int bytes, int first_key, const RowBounds (&bounds)[2],
-                             float (&out)[kCount], int barrier, PairAt pair_at) {
+                             float (&out)[kCount], int barrier, PairAt pair_at, int thread = threadIdx.x) {
   const auto bad_of = [](uint4 v) {
     return uint4{not_finite<T>(v.x), not_finite<T>(v.y), not_finite<T>(v.z), not_finite<T>(v.w)};
   };
   bool found = false;
 #pragma unroll 2
-  for (int at = threadIdx.x * 16; at < bytes; at += kThreads * 16) {
+  for (int at = thread * 16; at < bytes; at += kThreads * 16) {
     const uint4 bad = bad_of(read_shared(values + at));
     found |= (bad.x | bad.y | bad.z | bad.w) != 0;
   }
@@ -53,7 +53,7 @@ DFLASH_INLINE bool set_aside(uint32_t values, int bytes, int first_key, const Ro
   }
   named_barrier_any(barrier, kThreads, false);
 #pragma unroll 1
-  for (int at = threadIdx.x * 16; at < bytes; at += kThreads * 16) {
+  for (int at = thread * 16; at < bytes; at += kThreads * 16) {
     const uint4 value = read_shared(values + at), bad = bad_of(value);
     write_shared(values + at, {value.x & ~bad.x, value.y & ~bad.y, value.z & ~bad.z, value.w & ~bad.w});
   }

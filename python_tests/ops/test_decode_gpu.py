@@ -58,6 +58,9 @@ CASES = {
     "canvas": lambda: IntervalMask.decode(lengths(700, 70, 0), 256, kv_len=1000),
     "verify and draft": lambda: IntervalMask.verify_and_draft(lengths(900, 63, 10), 7, 7, kv_len=1000, window=100),
     "any int32": lambda: any_int32().to("cuda"),
+    # Two consumers take turns here: a cluster has 512 keys a block, or a block has an item alone.
+    "long rows": lambda: IntervalMask.decode(lengths(5000, 63, 2500), 16, kv_len=5100, causal=True),
+    "many rows": lambda: IntervalMask.decode(lengths(*range(40), 500, 600), 1, kv_len=640),
 }
 
 
@@ -147,12 +150,14 @@ def test_pages(page_size, rows, head_dim, exact):
 
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_what_is_not_finite_stays_with_the_rows_that_see_it(head_dim, value):
-    mask = IntervalMask.decode(lengths(300, 61, 0), 24, kv_len=400, causal=True)
-    q, k, v = filled(3, 8, 2, 24, 400, head_dim)
+@pytest.mark.parametrize("longest", [300, 4150])
+def test_what_is_not_finite_stays_with_the_rows_that_see_it(head_dim, value, longest):
+    kv_len = longest + 100
+    mask = IntervalMask.decode(lengths(longest, 61, 0), 24, kv_len=kv_len, causal=True)
+    q, k, v = filled(3, 8, 2, 24, kv_len, head_dim)
     want = reference.block_attn(q.double(), k.double(), v.double(), mask)
     seen = torch.zeros(3, 24, dtype=torch.bool, device="cuda")
-    for b, length in enumerate((300, 61, 0)):
+    for b, length in enumerate((longest, 61, 0)):
         v[b, :, length + 20] = value
         seen[b, 20:] = True
     got = block_attn_decode(q, k, v, mask).transpose(1, 2)
@@ -224,11 +229,12 @@ def test_nothing_to_do():
 
 
 @pytest.mark.parametrize("exact", [False, True])
+@pytest.mark.parametrize("kv_len", [800, 4200])
 @pytest.mark.parametrize(("rows", "head_dim"), [(1, 64), (16, 128), (40, 128), (40, 256), (16, 512)])
-def test_a_plan_of_lengths_that_have_changed_gives_nan(rows, head_dim, exact):
+def test_a_plan_of_lengths_that_have_changed_gives_nan(rows, head_dim, kv_len, exact):
     """Also where the plan is made for larger tiles than those of the kernel that serves."""
-    mask = IntervalMask.decode(lengths(700, 70, 0), rows, kv_len=800).plan(8, 2, head_dim, decode=True)
-    q, k, v = filled(3, 8, 2, rows, 800, head_dim)
+    mask = IntervalMask.decode(lengths(700, 70, 0), rows, kv_len=kv_len).plan(8, 2, head_dim, decode=True)
+    q, k, v = filled(3, 8, 2, rows, kv_len, head_dim)
     graph = torch.cuda.CUDAGraph()
     block_attn_decode(q, k, v, mask, exact=exact)
     with torch.cuda.graph(graph):
@@ -239,7 +245,7 @@ def test_a_plan_of_lengths_that_have_changed_gives_nan(rows, head_dim, exact):
     mask.ctx_hi[2] = 200
     for got in (block_attn_decode(q, k, v, mask, exact=exact), graph.replay() or captured):
         assert got[0].isnan().all() and got[2].isnan().all()
-        check(got[1:2], *(x[1:2] for x in (q, k, v)), IntervalMask(*(x[1:2] for x in mask._bounds()), 800))
+        check(got[1:2], *(x[1:2] for x in (q, k, v)), IntervalMask(*(x[1:2] for x in mask._bounds()), kv_len))
 
 
 @pytest.mark.parametrize(("rows", "head_dim"), [(16, 128), (40, 128), (100, 256), (65, 80)])

@@ -1,4 +1,5 @@
-// A consumer of Hopper's decode kernel: a warpgroup that sums 64 rows of an item over the block's slice of the keys.
+// A consumer of Hopper's decode kernel: a warpgroup that sums 64 rows of an item over the block's slice of the keys, or
+// over every other tile of it where two take turns.
 #pragma once
 
 #include "attn/not_finite.h"
@@ -26,7 +27,8 @@ struct DecodeConsumer {
   const DecodeBlock<Tiling>& block;
   const DecodeSlice<kKeys>& slice = block.shared.slice;
   // The thread's rows are `row` and the one 8 below.
-  const int consumer = uniform(threadIdx.x / 128), row = threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4;
+  const int warpgroup = uniform(threadIdx.x / 128), row = threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4;
+  const int consumer = warpgroup / Tiling::kTurns, turn = warpgroup % Tiling::kTurns;
   const Scores scores{block.p};
   RowBounds bounds[2];
   float out[kDim / 2] = {};
@@ -59,6 +61,7 @@ struct DecodeConsumer {
     }
   }
 
+  // The block has at least `turn` + 1 tiles.
   DFLASH_INLINE void consume() {
     auto& shared = block.shared;
     const uint32_t queries = block.queries + consumer * Tiling::kPanels * kQueryPanelBytes;
@@ -67,11 +70,13 @@ struct DecodeConsumer {
     Stage<Tiling::kStages> k_stage, v_stage;
     // The next tile is worked out one tile ahead, beside the exponentials, because uniform arithmetic has long
     // latencies.
-    int visit = slice.from(slice.begin + 1);
-    Tile tile = tile_at(slice.begin), next = tile_at(visit);
+    int visit = slice.from(slice.begin + turn + Tiling::kTurns);
+    Tile tile = tile_at(slice.begin + turn), next = tile_at(visit);
+    for (int other = 0; other < turn; ++other) k_stage.advance(), v_stage.advance();
     const auto release = [](auto& ring, auto& stage) {
       if (threadIdx.x % 32 == 0) ring.empty[stage.index].arrive();
-      stage.advance();
+#pragma unroll
+      for (int other = 0; other < Tiling::kTurns; ++other) stage.advance();
     };
     const auto start_scores = [&] {
       shared.k.full[k_stage.index].wait(k_stage.parity);
@@ -85,10 +90,11 @@ struct DecodeConsumer {
           const uint32_t of_row = values + fragment / 8 * Tiling::kKeyPanelBytes + key * kPanelRowBytes;
           return of_row + (fragment % 8 ^ key % 8) * 16 + threadIdx.x % 4 * 4;
         };
-        if (set_aside<T, kKeys, Tiling::kConsumerThreads>(values, Tiling::kKeyBytes, tile.key, bounds, out,
-                                                          kDecodeConsumersBarrier, pair_at)) {
+        const int barrier = Tiling::kTurns == 1 ? kDecodeConsumersBarrier : kDecodeConsumerBarrier + turn;
+        if (set_aside<T, kKeys, Tiling::kTileThreads>(values, Tiling::kKeyBytes, tile.key, bounds, out, barrier,
+                                                      pair_at, threadIdx.x % Tiling::kTileThreads)) {
           fence_proxy_async();
-          named_barrier_sync(kDecodeConsumersBarrier, Tiling::kConsumerThreads);
+          named_barrier_sync(barrier, Tiling::kTileThreads);
         }
       }
       Products::start_output(out, weights, values);
@@ -115,7 +121,7 @@ struct DecodeConsumer {
       if (Tiling::kConsumers == 1) wait_for_values();
       start_output();
       tile = next;
-      visit = slice.from(visit + 1);
+      visit = slice.from(visit + Tiling::kTurns);
       next = tile_at(visit);
       Products::overlap(
           s, weights, out, softmax, queries, [&] { release(shared.k, k_stage); }, add,
@@ -123,9 +129,59 @@ struct DecodeConsumer {
     }
     wait_for_values();
     start_output();
-    if (block.ranks > 1) block.sums().announce(softmax.largest, softmax.sum);
+    if (Tiling::kTurns == 1 && block.ranks > 1) announce();
     wgmma_wait_group<0>();
     fence_accumulator(out);
+  }
+
+  DFLASH_INLINE void announce() const { block.sums().announce(softmax.largest, softmax.sum); }
+
+  // Adds the sums of the other warpgroup with the same rows, over shared memory, where the keys were. Returns whether
+  // this warpgroup has them now.
+  DFLASH_INLINE bool join() {
+    const uint32_t memory = block.keys_at(0) + threadIdx.x % 128 * 16;
+    static_assert((kDim / 8 + 1) * 128 * 16 <= Tiling::kStages * Tiling::kKeyBytes);
+    const auto place = [&](int i) { return memory + i * 128 * 16; };
+    named_barrier_sync(kDecodeConsumersBarrier, Tiling::kConsumerThreads);  // nobody reads keys any more
+    if (turn > 0) {
+      const auto write = [&](int i, float a, float b, float c, float d) {
+        write_shared(place(i), {__float_as_uint(a), __float_as_uint(b), __float_as_uint(c), __float_as_uint(d)});
+      };
+#pragma unroll
+      for (int i = 0; i < kDim / 8; ++i) write(i, out[4 * i], out[4 * i + 1], out[4 * i + 2], out[4 * i + 3]);
+      write(kDim / 8, softmax.largest[0], softmax.largest[1], softmax.sum[0], softmax.sum[1]);
+      named_barrier_arrive(kTurnsBarrier, Tiling::kConsumerThreads);
+      return false;
+    }
+    named_barrier_sync(kTurnsBarrier, Tiling::kConsumerThreads);
+    const auto read = [&](int i) {
+      const uint4 x = read_shared(place(i));
+      return float4{__uint_as_float(x.x), __uint_as_float(x.y), __uint_as_float(x.z), __uint_as_float(x.w)};
+    };
+    const float4 other = read(kDim / 8);
+    const float2 weights[2] = {join_row(0, other.x, other.z), join_row(1, other.y, other.w)};
+#pragma unroll
+    for (int i = 0; i < kDim / 8; ++i) {
+      const float4 x = read(i);
+      const float others[4] = {x.x, x.y, x.z, x.w};
+#pragma unroll
+      for (int c = 0; c < 4; ++c) {
+        const float2 weight = weights[c / 2];
+        out[4 * i + c] = fmaf(weight.x, out[4 * i + c], weight.y * others[c]);
+      }
+    }
+    fence_proxy_async();  // other blocks may write here next
+    return true;
+  }
+
+  // Adds the state of the softmax of row r over other keys. Returns the weights of the row's two outputs, its own first.
+  DFLASH_INLINE float2 join_row(int r, float largest, float sum) {
+    const float m = fmaxf(softmax.largest[r], largest), base = m == -kInfinity ? 0.0f : __fmul_rn(m, scores.factor);
+    const auto weight_of = [&](float largest) { return exp2_of(__fmul_rn(largest, scores.factor) - base); };
+    const float2 weights = {weight_of(softmax.largest[r]), weight_of(largest)};
+    softmax.largest[r] = m;
+    softmax.sum[r] = fmaf(weights.x, softmax.sum[r], weights.y * sum);
+    return weights;
   }
 
   // The end of an item that one block has alone. The results leave from where the queries were.
@@ -147,7 +203,7 @@ struct DecodeConsumer {
   // The end of an item that the blocks of the cluster share.
   DFLASH_INLINE void finish_together() const {
     const auto sums = block.sums();
-    named_barrier_sync(kDecodeConsumersBarrier, Tiling::kConsumerThreads);
+    named_barrier_sync(kDecodeConsumersBarrier, Tiling::kTileThreads);
     sums.lay_out(out);
     const DecodeParams& p = block.p;
     const Place at = place(threadIdx.x % 128 / 32 * 16 + threadIdx.x % 16);

@@ -5,22 +5,29 @@
 
 namespace dflash::DFLASH_ISA::sm90 {
 
-// Lane i loads box i of each tile: a panel of a page's keys, or of the whole tile's.
+// A tile of keys is one box, or several where pages are smaller; lane i knows where box i of a tile lies, and lane 0
+// loads them all. Every tile takes this warp's time, which must not be longer than the memory's. Therefore the warp
+// keeps the slice in registers, divides and reads the block table only where a page ends, and gives the copy engine
+// coordinates that all lanes share, which go to its registers without a loop over lanes.
 template <class Tiling>
 struct DecodeProducer {
   const DecodeBlock<Tiling>& block;
-  const DecodeSlice<Tiling::kKeys>& slice = block.shared.slice;
-  const int lane = threadIdx.x % 32, panel = lane % Tiling::kPanels;
-  const int key = lane / Tiling::kPanels * block.layout.box_keys;  // the box's first, counted from the tile's
-  const bool has_box = key < Tiling::kKeys;
+  const DecodeSlice<Tiling::kKeys> slice = block.shared.slice;
+  const int lane = threadIdx.x % 32, boxes = Tiling::kKeys / block.layout.box_keys;
+  const int seen = max(slice.plan.hi[0], slice.plan.hi[1]);  // no row sees this key, nor the ones behind it
   Stage<Tiling::kStages> stage{0, 1};
   int visit = slice.begin;
-  int2 next{};  // where the lane's box of this visit lies: the block table is read one tile ahead
+
+  // Where the lane's box of this visit lies: its first key, counted from the row's first and from the page's, the page's
+  // number in the row, and the page or batch entry. The block table is read one tile ahead.
+  struct Box {
+    int key = 0, within = 0, number = -1, entry = 0;
+  } next;
 
   // Loads tiles that lie before the second run of the plan's tile, as many as there are stages for.
   DFLASH_INLINE void load_context() {
     const int end = slice.plan.lo[1] < slice.plan.hi[1] ? slice.plan.lo[1] : 0;
-    next = locate(visit);
+    locate();
     for (int i = 0; i < Tiling::kStages; ++i) {
       if (visit >= slice.end || slice.key(visit) + Tiling::kKeys > end) break;
       load_tile();
@@ -30,17 +37,17 @@ struct DecodeProducer {
   // Loads the queries, and all tiles that are not loaded yet.
   DFLASH_INLINE void load_the_rest() {
     load_queries();
-    next = locate(visit);
+    locate();
     while (visit < slice.end) load_tile();
   }
 
  private:
   DFLASH_INLINE void load_tile() {
-    const int2 from = next;
+    const Box box = next;
     visit = slice.from(visit + 1);
-    next = locate(visit);
-    load(block.shared.k, block.maps.k, block.keys_at(stage.index), from);
-    load(block.shared.v, block.maps.v, block.values_at(stage.index), from);
+    locate();
+    load(block.shared.k, block.maps.k, block.keys_at(stage.index), box);
+    load(block.shared.v, block.maps.v, block.values_at(stage.index), box);
     stage.advance();
   }
 
@@ -51,30 +58,47 @@ struct DecodeProducer {
     if (lane == 0) full.arrive_and_expect_tx(rows * Tiling::kPanels * kPanelRowBytes);
     __syncwarp();
     if (lane < Tiling::kConsumers * Tiling::kPanels) {
-      const int consumer = lane / Tiling::kPanels;
+      const int consumer = lane / Tiling::kPanels, panel = lane % Tiling::kPanels;
       tma_load(block.queries + lane * kQueryPanelBytes, block.maps.q, panel * kPanelColumns,
                slice.kv_head * layout.fold, slice.plan.first + consumer * layout.positions, slice.batch, full);
     }
   }
 
-  // Returns where the lane's box of visit i lies: the page or batch entry, and the row in it. For an entry of the block
-  // table that is no page this lies outside the tensor, so that the box becomes zeros.
-  DFLASH_INLINE int2 locate(int i) const {
+  // Sets `next` for this visit. An entry of the block table that is no page lies outside the tensor, so that the box
+  // becomes zeros, and so does a box that no row sees.
+  DFLASH_INLINE void locate() {
     const Pages& pages = block.p.pages;
-    const int at = slice.key(i) + key;
-    if (pages.table == nullptr) return {slice.batch, at};
-    const int size = static_cast<int>(pages.page_size), page = at / size;
-    const bool is_seen = has_box && i < slice.end && at < max(slice.plan.hi[0], slice.plan.hi[1]);
-    const bool exists = is_seen && page < pages.max_pages;
-    return {exists ? pages.table[slice.batch * pages.max_pages + page] : -1, at - page * size};
+    const int key = slice.key(visit) + lane * block.layout.box_keys, size = static_cast<int>(pages.page_size);
+    next.within += key - next.key;
+    next.key = key;
+    if (pages.table == nullptr) {
+      next.entry = slice.batch;
+      return;
+    }
+    if (lane >= boxes || visit >= slice.end || key >= seen) {
+      next.entry = next.number = -1;
+      return;
+    }
+    if (next.number >= 0 && next.within < size) return;
+    next.number = key / size;
+    next.within = key - next.number * size;
+    next.entry = next.number < pages.max_pages ? pages.table[slice.batch * pages.max_pages + next.number] : -1;
   }
 
-  DFLASH_INLINE void load(Ring<Tiling::kStages>& ring, const CUtensorMap& map, uint32_t to, int2 from) const {
+  DFLASH_INLINE void load(Ring<Tiling::kStages>& ring, const CUtensorMap& map, uint32_t to, const Box& box) const {
     ring.empty[stage.index].wait(stage.parity);
     if (lane == 0) ring.full[stage.index].arrive_and_expect_tx(Tiling::kKeyBytes);
-    __syncwarp();
-    to += panel * Tiling::kKeyPanelBytes + key * kPanelRowBytes;
-    if (has_box) tma_load(to, map, panel * kPanelColumns, from.y, slice.kv_head, from.x, ring.full[stage.index]);
+#pragma unroll 1
+    for (int i = 0; i < boxes; ++i) {
+      const int within = uniform(__shfl_sync(~0u, box.within, i)), entry = uniform(__shfl_sync(~0u, box.entry, i));
+      const uint32_t at = uniform(to + i * block.layout.box_keys * kPanelRowBytes);
+      if (lane > 0) continue;
+#pragma unroll
+      for (int panel = 0; panel < Tiling::kPanels; ++panel) {
+        tma_load(at + panel * Tiling::kKeyPanelBytes, map, panel * kPanelColumns, within, slice.kv_head, entry,
+                 ring.full[stage.index]);
+      }
+    }
   }
 };
 

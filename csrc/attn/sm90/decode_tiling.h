@@ -16,17 +16,24 @@ enum DecodeBarrier {
   kDecodeConsumerBarrier = 2,   // one for each consumer: its own threads
   kStatsBarrier = 4,            // consumers announce statistics to the producer's warp
   kSumsBarrier = 5,             // consumers announce sums to the producer's warp
+  kTurnsBarrier = 6,            // consumers hand their sums to the one that has the same rows
 };
 
-// kConsumers is 1 where memory is the limit, and 2 where there are enough rows for the products to be.
-template <int kDim_, int kConsumers_>
+constexpr int kExactBlocks = 8;  // which share an item in exact mode
+
+// kConsumers warpgroups have rows of their own: 1 where memory is the limit, and 2 where there are enough rows for the
+// products to be. kTurns warpgroups have the same rows and take turns at the tiles of keys. A tile's way through one
+// warpgroup is long, so that a multiprocessor needs two of them to read as fast as its share of the memory allows: as
+// two blocks, or in turns where there are too few items for two blocks.
+template <int kDim_, int kConsumers_, int kTurns_ = 1>
 struct DecodeTiling {
-  static constexpr int kDim = kDim_, kConsumers = kConsumers_;
+  static constexpr int kDim = kDim_, kConsumers = kConsumers_, kTurns = kTurns_;
   static constexpr int kRows = 64 * kConsumers;
   static constexpr int kKeys = kConsumers == 1 ? 64 : kDim <= 128 ? 128 : 80;
-  static constexpr int kStages = kConsumers == 2 ? 2 : kDim == 64 ? 6 : 3;
-  static constexpr int kBlocks = kConsumers == 1 && kDim <= 128 ? 2 : 1;  // of a multiprocessor
-  static constexpr int kConsumerThreads = kWarpgroup * kConsumers;
+  static constexpr int kStages = kConsumers == 2 ? 2 : (kDim == 64 ? 6 : 3) * kTurns;
+  static constexpr int kBlocks = kConsumers * kTurns == 1 && kDim <= 128 ? 2 : 1;  // of a multiprocessor
+  static constexpr int kConsumerThreads = kWarpgroup * kConsumers * kTurns;
+  static constexpr int kTileThreads = kConsumerThreads / kTurns;  // which read a tile of keys, and end with the sums
   // setmaxnreg moves registers between whole warpgroups, so a producer of one warp goes without it.
   static constexpr bool kMovesRegisters = kConsumers > 1;
   static constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;
@@ -38,7 +45,7 @@ struct DecodeTiling {
   static constexpr int kKeyBytes = kKeys * kDim * 2;
   // Shared memory holds the queries, then all stages of keys, then all stages of values.
   static constexpr int kTileBytes = kQueryBytes + 2 * kStages * kKeyBytes;
-  static constexpr int kMaxCluster = kConsumers == 1 ? 8 : 3;
+  static constexpr int kMaxCluster = kConsumers == 1 ? kExactBlocks : 3;
   using Sums = ClusterSums<kRows, kDim / 8, kMaxCluster, kConsumers == 1 ? kDim / 16 : 4, kStatsBarrier, kSumsBarrier>;
   static_assert(Sums::fit(kQueryBytes + kStages * kKeyBytes, kTileBytes));
 };
@@ -82,9 +89,9 @@ struct DecodeSlice {
   DFLASH_INLINE int from(int i) const {
     constexpr int kTiles = kExactKeys / kKeys;  // of a part
     while (is_dealt && i < end) {
-      const int tile = tiles[i], part = tile / kTiles, rest = part % ranks;
+      const int tile = tiles[i], part = tile / kTiles, rest = part % kExactBlocks;
       if (rest == rank) break;
-      const int to = i + (part + (rank - rest + ranks) % ranks) * kTiles - tile;
+      const int to = i + (part + (rank - rest + kExactBlocks) % kExactBlocks) * kTiles - tile;
       i = i < tiles.seam ? min(to, tiles.seam) : to;
     }
     return min(i, end);
@@ -104,8 +111,8 @@ struct DecodeShared {
 
   DFLASH_INLINE void init() {
     q_full.init();
-    k.init(Tiling::kConsumerThreads / 32);
-    v.init(Tiling::kConsumerThreads / 32);
+    k.init(Tiling::kTileThreads / 32);
+    v.init(Tiling::kTileThreads / 32);
     sums.init();
   }
 };
