@@ -254,7 +254,7 @@ class Engine:
         return bool(self.waiting or self.rows or self.records)
 
     def _together(self, requests: list[Request], work: Callable[[list[Request]], Tensor], *, is_prefill: bool) -> None:
-        """Does `work` for these requests and keeps its record.
+        """Does `work` for these requests, in the models' own dtypes, and keeps its record.
 
         If it fails, it is done for each half of them, which takes less memory. So a request ends only by what it raises
         alone. After a lack of memory, later work is done for as many requests at a time as did fit, until the engine
@@ -266,7 +266,8 @@ class Engine:
         while parts:
             part = parts.popleft()
             try:
-                values = work(part)
+                with torch.autocast(self.state.device.type, enabled=False):
+                    values = work(part)
             except Exception as error:
                 lacks_memory |= len(part) > 1 and isinstance(error, torch.OutOfMemoryError)
                 fault = detached(error)

@@ -34,7 +34,7 @@ class State:
         self.spare = slots
         self.vocab_size, self.device = vocab_size, device
         self.numbers = torch.zeros(slots + 1, len(FIELDS), dtype=torch.int64, device=device)
-        self.options = torch.zeros(slots + 1, len(OPTIONS), device=device)
+        self.options = torch.zeros(slots + 1, len(OPTIONS), dtype=torch.float32, device=device)
         self.stops = torch.full((slots + 1, 1), -1, device=device)
         self.counts: Tensor | None = None
         self.bias: Tensor | None = None
@@ -80,13 +80,13 @@ class State:
         if self.counts is None and any(row[name] != OFF[name] for row in options for name in PENALTIES):
             self.counts = torch.zeros(table, dtype=torch.int32, device=self.device)
         if self.bias is None and any(bias):
-            self.bias = torch.zeros(table, device=self.device)
+            self.bias = torch.zeros(table, dtype=torch.float32, device=self.device)
         if self.bias is not None:
             self.bias[slots] = 0
             for slot, row in zip(slots.unbind(), bias, strict=True):
                 if row:
                     tokens = torch.tensor(list(row), device=self.device)
-                    self.bias[slot, tokens] = torch.tensor(list(row.values()), device=self.device)
+                    self.bias[slot, tokens] = torch.tensor(list(row.values()), dtype=torch.float32, device=self.device)
 
     def widen_stops(self, count: int) -> bool:
         """Makes room for rows with `count` stop tokens. Returns whether the tensor has been replaced."""

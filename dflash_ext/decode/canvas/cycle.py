@@ -40,7 +40,7 @@ class CanvasCycle:
         self.rows = Rows.empty(slots + 1, length, self.device, soft)
         self.bias = None
         if forward.mask_id is not None and forward.mask_id < self.vocab_size:
-            self.bias = torch.zeros(self.vocab_size, device=self.device)
+            self.bias = torch.zeros(self.vocab_size, dtype=torch.float32, device=self.device)
             self.bias[forward.mask_id] = -torch.inf  # a mask token is never drawn
 
     def step(self, slots: Tensor) -> None:

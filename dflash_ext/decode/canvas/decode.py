@@ -120,7 +120,8 @@ def decode_canvas(
     randomness = LikeTransformers() if like_transformers else Seeded()
     cycle = CanvasCycle(forward, process, randomness, slots=slots, length=length)
     loop = CanvasLoop(cycle, tracing=tracing, together=like_transformers, pad=pad_token_id)
-    return loop.decode(requests, given)
+    with torch.autocast(forward.like.device.type, enabled=False):
+        return loop.decode(requests, given)
 
 
 def _first_canvases(

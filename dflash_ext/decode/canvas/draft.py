@@ -63,7 +63,7 @@ class CanvasDraft(Draft):
         for step in range(1, self.steps + 1):
             logits = self.forward.denoise(tokens, *where, soft)
             if step < self.steps:
-                soft = self.forward.condition(logits, torch.ones(tokens.shape, device=like.device))
+                soft = self.forward.condition(logits, torch.ones(tokens.shape, dtype=torch.float32, device=like.device))
                 tokens = next_block(rows, logits, step)
         known = filters if self.steps == 1 else {}
         return self.draw(logits, None, rows.anchor, rows.seed, places[:, 0], known, changes)
