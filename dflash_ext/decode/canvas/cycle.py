@@ -60,7 +60,8 @@ class CanvasCycle:
         """Commits the canvases of these rows, whose tokens are in `rows.best`, and begins the next ones."""
         rows = self.rows.take(slots)
         taken = replace(rows)
-        self.forward.commit(rows.best.clamp(min=0), *self._placed(rows, slots))  # a row of padding has no tokens
+        tokens = torch.where(rows.live, rows.best, 0)  # a row of padding has none, or mask tokens without an embedding
+        self.forward.commit(tokens, *self._placed(rows, slots))
         rows.start = rows.start + rows.length
         rows.length = torch.where(rows.length > 0, self.length, 0)
         self._begin(rows, slots)

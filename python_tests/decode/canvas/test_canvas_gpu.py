@@ -26,7 +26,10 @@ def denoiser(family):
 
 
 def conditioned(model, **options):
-    """A denoiser of uniform noise."""
+    """A denoiser of uniform noise, with weights that are large enough for its tokens to differ."""
+    for weight in model.parameters():
+        if weight.dim() > 1:
+            torch.nn.init.normal_(weight, std=0.06)
     width = model.config.hidden_size
     conditioning = SelfConditioning(width, 2 * width).to("cuda", torch.bfloat16).requires_grad_(False)
     torch.nn.init.normal_(conditioning.down.weight, std=0.2)
@@ -51,6 +54,13 @@ def with_modules():
     return Denoiser(Target(model), mask_id=MASK_TOKEN)
 
 
+def new_mask_token():
+    """One whose mask token is none of the vocabulary, so that only its own embedding stands for it."""
+    model = tiny_model("llama", **SHAPES["llama"]).to("cuda", torch.bfloat16)
+    embedding = torch.ones(model.config.hidden_size, device="cuda", dtype=torch.bfloat16)
+    return Denoiser(Target(model), mask_id=model.config.vocab_size, mask_embedding=embedding)
+
+
 def diffusion_gemma():
     return tiny_diffusion_gemma().to("cuda", torch.bfloat16)
 
@@ -59,6 +69,7 @@ CASES = {
     "llama": (lambda: denoiser("llama"), MASKED),
     "gemma3": (lambda: denoiser("gemma3"), LIMITED),
     "gemma4": (with_modules, MASKED),
+    "new mask token": (new_mask_token, MASKED),
     "diffusion_gemma": (diffusion_gemma, UNIFORM),
     "uniform, llama": (lambda: uniform("llama"), UNIFORM),
     "uniform, gemma3": (lambda: uniform("gemma3"), UNIFORM),

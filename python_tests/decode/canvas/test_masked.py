@@ -8,11 +8,14 @@ import torch
 
 from dflash_ext import IntervalMask
 from dflash_ext.decode.canvas import MaskedDiffusion, decode_canvas
+from dflash_ext.decode.canvas.cycle import CanvasCycle
+from dflash_ext.decode.canvas.forward import canvas_forward
+from dflash_ext.decode.canvas.randomness import Seeded
 from dflash_ext.models import Denoiser, Target
 from dflash_ext.reference import reveal, reveal_count
 from python_tests.decode.canvas.models import tiny_denoiser
 from python_tests.integrations.test_attention import model_of
-from python_tests.tiny import MASK_TOKEN, random_prompts
+from python_tests.tiny import MASK_TOKEN, VOCAB, random_prompts
 
 LENGTH = 7
 GREEDY = MaskedDiffusion(steps=3, temperature=0.0)
@@ -201,6 +204,16 @@ def test_each_step_is_traced():
         assert [sum(step.accepted) for step in steps] == [3, 2, 2]
         assert [step.canvas.count(MASK_TOKEN) for step in steps] == [4, 2, 0]
         assert steps[-1].best == completion.tokens
+
+
+def test_a_slot_of_padding_reads_no_mask_token():
+    """A new mask token has no row in the model's table. Graphs are captured with such slots alone."""
+    denoiser = tiny_denoiser(mask_id=VOCAB, mask_embedding=torch.ones(64))
+    forward = canvas_forward(denoiser, slots=2, tokens=64, rows=LENGTH)
+    cycle = CanvasCycle(forward, GREEDY, Seeded(), slots=1, length=LENGTH)
+    for _ in range(2):
+        cycle.extend(torch.tensor([cycle.spare]))
+        cycle.step(torch.tensor([cycle.spare]))
 
 
 def test_a_row_whose_logits_are_not_finite_fails_alone():
