@@ -4,6 +4,7 @@ where it is installed: ``python -m bench.sampling``.
 
 import itertools
 from collections.abc import Callable, Iterator
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -25,27 +26,30 @@ def rotating(make: Callable[[], Tensor]) -> Callable[[], Tensor]:
     return lambda: next(cycle)
 
 
-def flashinfer_functions(draw: Callable[[], Tensor], filters: dict[str, float]) -> dict[str, Callable]:
-    """FlashInfer's own sampling from logits, which draws without measuring the distribution."""
+def flashinfer() -> ModuleType | None:
+    """FlashInfer's sampling. It compiles its kernels when it is first called, for which it needs nvcc and cuRAND."""
     try:
         from flashinfer import sampling
     except ImportError:
+        return None
+    return sampling
+
+
+FIXED = {"seed": 1, "offset": 0}  # by default FlashInfer takes them from the generator, which a capture forbids
+
+
+def flashinfer_functions(draw: Callable[[], Tensor], filters: dict[str, float]) -> dict[str, Callable]:
+    """FlashInfer's own sampling from logits, which draws without measuring the distribution."""
+    sampling = flashinfer()
+    if sampling is None:
         return {}
     if not filters:
-        return {"flashinfer": lambda: sampling.sampling_from_logits(draw())}
-    if set(filters) == {"top_p"}:
-        return {
-            "flashinfer": lambda: sampling.top_p_sampling_from_probs(
-                torch.softmax(draw().float(), -1), filters["top_p"]
-            )
-        }
-    if set(filters) == {"top_k"}:
-        return {
-            "flashinfer": lambda: sampling.top_k_sampling_from_probs(
-                torch.softmax(draw().float(), -1), filters["top_k"]
-            )
-        }
-    return {}
+        return {"flashinfer": lambda: sampling.sampling_from_logits(draw(), **FIXED)}
+    by_filter = {"top_p": sampling.top_p_sampling_from_probs, "top_k": sampling.top_k_sampling_from_probs}
+    (name, value), *others = filters.items()
+    if others or name not in by_filter:
+        return {}
+    return {"flashinfer": lambda: by_filter[name](torch.softmax(draw(), -1, dtype=torch.float32), value, **FIXED)}
 
 
 def rows_of(case: str, timings: dict, bytes_read: int | None = None) -> list[dict]:
@@ -104,7 +108,7 @@ def soft_embedding_case(rows: int, vocab: int, width: int) -> list[dict]:
 
 
 def verify_case(drafted: int, vocab: int, form: str, peers: bool = False, **options: float) -> list[dict]:
-    """One row whose draft is close to the target."""
+    """One row whose draft is close to the target. FlashInfer is given the draft's probabilities."""
     seed = torch.tensor([1], device="cuda")
     inputs = []
     for i in range(1 + ROTATED_BYTES // (4 * drafted * vocab)):
@@ -127,6 +131,17 @@ def verify_case(drafted: int, vocab: int, form: str, peers: bool = False, **opti
         reference.verify(draft, target, uniforms=uniforms, **given, **options)
 
     functions = {"dflash_ext": ours} | ({"torch": plain} if peers else {})
+    sampling = flashinfer()
+    if peers and sampling and options == {"temperature": 1.0}:
+        draft_probs = [torch.softmax(given["draft_logits"], -1, dtype=torch.float32) for _, _, given in inputs]
+        with_probs = itertools.cycle(zip(inputs, draft_probs, strict=True))
+
+        def chain() -> None:
+            (draft, target, _), probs = next(with_probs)
+            target_probs = torch.softmax(target, -1, dtype=torch.float32)
+            sampling.chain_speculative_sampling(probs, draft.int(), target_probs, **FIXED)
+
+        functions["flashinfer"] = chain
     names = "".join(f", {name} {value:g}" for name, value in options.items())
     return rows_of(f"verify, B1 K{drafted} V{vocab}{names}, {form}", graph_turns(functions))
 

@@ -237,6 +237,9 @@ std::tuple<Tensor, Tensor> run_verify(Tensor draft_tokens, Tensor target_logits,
     return {accepted, next_token};
   }
   const CudaScope cuda(target_logits);
+  const Tensor largest =
+      new_empty(target_logits, {rows, drafted + 1, p.is_greedy() ? argmax_parts(vocab) : 0}, ScalarType::Long);
+  p.largest = static_cast<uint64_t*>(largest.data_ptr());
   const Tensor verdicts = new_empty(target_logits, {rows, drafted + 1}, ScalarType::Int);
   p.verdicts = static_cast<int32_t*>(verdicts.data_ptr());
   const Tensor described = new_empty(target_logits, {2, p.draft == Draft::kFiltered ? rows * drafted : 0}, real);

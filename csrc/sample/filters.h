@@ -49,6 +49,7 @@ DFLASH_INLINE Real next_below(Real x) {
 constexpr int kRoundingSteps = 4;  // more than the rounding of the product and the quotient
 template <class Real>
 DFLASH_INLINE Real smallest_logit(Real pivot, Real temperature) {
+  if (temperature == 1) return pivot;
   Real x = pivot * temperature;
   for (int step = 0; step < kRoundingSteps; ++step) x = next_below(x);
   for (int step = 0; step < 2 * kRoundingSteps && x / temperature < pivot; ++step) x = -next_below(-x);

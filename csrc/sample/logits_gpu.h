@@ -98,6 +98,24 @@ struct BestOfChunks<Chunk<T>> {
   }
 };
 
+// Returns the largest logit of a chunk. NaN is none, unless all are NaN.
+template <class Values>
+DFLASH_INLINE float largest_of(const Values& chunk) {
+  float largest = chunk.values[0];
+#pragma unroll
+  for (int k = 1; k < Values::kSize; ++k) largest = fmaxf(largest, chunk.values[k]);
+  return largest;
+}
+template <class T>
+  requires(sizeof(T) == 2)
+DFLASH_INLINE float largest_of(const Chunk<T>& chunk) {
+  const auto* const pairs = reinterpret_cast<const decltype(both(T{}))*>(chunk.values);
+  auto largest = pairs[0];
+#pragma unroll
+  for (int k = 1; k < Chunk<T>::kSize / 2; ++k) largest = __hmax2(largest, pairs[k]);
+  return fmaxf(to_float(largest.x), to_float(largest.y));
+}
+
 // Loads the logits of tokens [i, i + kSize); past the end they are -inf.
 template <class T>
 DFLASH_INLINE Chunk<T> load_chunk(const T* x, uint32_t vocab, uint32_t i, bool aligned) {

@@ -20,6 +20,7 @@ class NumberBins {
     const int excess = highest_ - lowest + 1 - kBins;
     if (lowest <= rank_of(from_float<T>(-kInfinity))) return;
     fits_ = excess <= 0;
+    count_ = min(highest_ - lowest + 1, kBins);
     // Most float16 logits of a row would share one bin.
     if (std::is_same_v<T, __half> || fits_ || highest_ <= 0) return;
     const int of_both = (excess + 1) / 2, of_positive = highest_ + 1 - kBins;
@@ -28,7 +29,8 @@ class NumberBins {
     fits_ = true;
   }
   DFLASH_INLINE bool fits() const { return fits_; }
-  // Returns the bin of a number; none of [0, kBins) if it is outside, or NaN.
+  DFLASH_INLINE uint32_t count() const { return count_; }  // of the bins
+  // Returns the bin of a number; none of [0, count()) if it is outside, or NaN.
   DFLASH_INLINE uint32_t bin_of(T x) const { return highest_ - rank_of(x); }
   // Whether this bin and all before it have one number each.
   DFLASH_INLINE bool is_exact(int bin) const { return floor_ == 0 || bin < highest_; }
@@ -45,7 +47,7 @@ class NumberBins {
     return (max((bits & 0x7fff) - floor_, 0) ^ sign) - sign;
   }
 
-  int floor_, highest_;
+  int floor_, highest_, count_ = 0;
   bool fits_ = false;
 };
 

@@ -77,9 +77,17 @@ struct VerifyParams {
   // Scratch memory of the CUDA kernels.
   int32_t* verdicts;       // [rows, drafted + 1]: kAccepted, or the token to commit in the draft's place
   void* described_drafts;  // [2, rows, drafted] Real: pivots and normalisers that the kernels find, for kFiltered
+  uint64_t* largest;       // [rows, drafted + 1, argmax_parts(vocab)]: the largest logits, if all rows are greedy
+
+  // Whether the host knows that all rows are greedy.
+  bool is_greedy() const { return filters.temperature.values == nullptr && filters.temperature.value == 0; }
 };
 
 constexpr int32_t kAccepted = -1;
+
+// Greedy verification on a GPU cuts rows into parts of so many tokens.
+constexpr int64_t kArgmaxPart = 8192;
+constexpr int64_t argmax_parts(int64_t vocab) { return (vocab + kArgmaxPart - 1) / kArgmaxPart; }
 
 enum class Reveal { kCount, kThreshold, kFactor, kEntropyBound, kAtLeast };
 

@@ -119,20 +119,21 @@ class PivotSearch {
     const float low = wanted.bound > -kInfinity ? wanted.bound : wanted.low;
     const NumberBins<Number> numbers(low, row_.max());
     if (!numbers.fits()) return false;
+    const uint32_t count = numbers.count();
+    const float lowest = numbers.number_of(count - 1);
     clear_bins();
     row_.for_each_own_tile([&](int t) {
-      if (row_.tile(t).best.first < low) return;
-      row_.for_each_chunk(t, [&](const auto& chunk) {
+      row_.for_each_chunk_from(lowest, t, [&](const auto& chunk) {
 #pragma unroll
         for (int k = 0; k < Values::kSize; ++k) {
           const uint32_t bin = numbers.bin_of(chunk.values[k]);
-          atomicAdd(memory_.bins + (bin < kBins ? bin : kBins + lane_id()), 1);
+          atomicAdd(memory_.bins + (bin < count ? bin : kBins + lane_id()), 1);
         }
       });
     });
     Team::sync();
     uint32_t counts[kPerThread];
-    add_bins(counts);
+    add_bins(counts, count);
     double weights[kPerThread], all;
 #pragma unroll
     for (int i = 0; i < kPerThread; ++i) {
@@ -166,14 +167,15 @@ class PivotSearch {
     __syncthreads();
   }
 
-  // Adds up this thread's bins over the blocks of the team.
-  DFLASH_INLINE void add_bins(uint32_t (&counts)[kPerThread]) const {
+  // Adds up this thread's bins over the blocks of the team, if they are of the first `count`.
+  DFLASH_INLINE void add_bins(uint32_t (&counts)[kPerThread], int count) const {
+    counts[0] = counts[1] = 0;
+    if (int(threadIdx.x) * kPerThread >= count) return;
     uint2 by_block[Team::kLargest];  // loaded at once
 #pragma unroll
     for (int r = 0; r < Team::kLargest; ++r) {
       by_block[r] = reinterpret_cast<const uint2*>(Team::of(memory_.bins, min(r, Team::size() - 1)))[threadIdx.x];
     }
-    counts[0] = counts[1] = 0;
 #pragma unroll
     for (int r = 0; r < Team::kLargest; ++r) {
       counts[0] += r < Team::size() ? by_block[r].x : 0;
@@ -194,20 +196,22 @@ class PivotSearch {
 
     clear_bins();
     row_.for_each_own_tile([&](int t) {
-      if (row_.tile(t).best.first < lowest) return;
-      row_.for_each_logit(t, [&](float x) {
-        const float position = fminf(range.position(x), kBins - 0.01f);
-        // Sums with 2^23 are rounded to integers, which their lower bits are. Conversions would be slower.
-        const float floor = __fadd_rd(position, kMagic);
-        const float mass = exp2_of((floor - kMagic - position) * bin_exponent);  // relative to the bin's upper edge
-        const uint32_t own = wanted.by_mass ? __float_as_uint(fmaf(mass, unit, kMagic)) & 0x7fffff : 1;
-        const bool is_within = x >= lowest && x <= high;
-        atomicAdd(memory_.bins + (is_within ? __float_as_uint(floor) & (kBins - 1) : kBins + lane_id()), own);
+      row_.for_each_chunk_from(lowest, t, [&](const auto& chunk) {
+#pragma unroll
+        for (int k = 0; k < Values::kSize; ++k) {
+          const float x = to_float(chunk.values[k]), position = fminf(range.position(x), kBins - 0.01f);
+          // Sums with 2^23 are rounded to integers, which their lower bits are. Conversions would be slower.
+          const float floor = __fadd_rd(position, kMagic);
+          const float mass = exp2_of((floor - kMagic - position) * bin_exponent);  // relative to the bin's upper edge
+          const uint32_t own = wanted.by_mass ? __float_as_uint(fmaf(mass, unit, kMagic)) & 0x7fffff : 1;
+          const bool is_within = x >= lowest && x <= high;
+          atomicAdd(memory_.bins + (is_within ? __float_as_uint(floor) & (kBins - 1) : kBins + lane_id()), own);
+        }
       });
     });
     Team::sync();
     uint32_t counts[kPerThread];
-    add_bins(counts);
+    add_bins(counts, kBins);
     double weights[kPerThread];
 #pragma unroll
     for (int i = 0; i < kPerThread; ++i) {
@@ -255,31 +259,29 @@ class PivotSearch {
     __syncthreads();
     row_.for_each_own_tile([&](int t) {
       float above = 0;
-      if (row_.tile(t).best.first >= range.lowest) {
-        row_.for_each_chunk(t, [&](const auto& chunk) {
-          constexpr int kSize = Row<Source, Team>::kSize;
-          unsigned candidates = 0;
+      row_.for_each_chunk_from(range.lowest, t, [&](const auto& chunk) {
+        constexpr int kSize = Row<Source, Team>::kSize;
+        unsigned candidates = 0;
 #pragma unroll
-          for (int k = 0; k < kSize; ++k) {
-            const float x = to_float(chunk.values[k]), mass = exp2_of(mass_.exponent(x));
-            const bool is_before = range.position(x) < range.first;
-            if (x >= range.lowest && is_before) above += by_mass ? mass : 1.f;
-            if (x >= range.lowest && !is_before) candidates |= 1u << k;
-          }
-          if (candidates == 0) return;  // as in most chunks
+        for (int k = 0; k < kSize; ++k) {
+          const float x = to_float(chunk.values[k]), mass = exp2_of(mass_.exponent(x));
+          const bool is_before = range.position(x) < range.first;
+          if (x >= range.lowest && is_before) above += by_mass ? mass : 1.f;
+          if (x >= range.lowest && !is_before) candidates |= 1u << k;
+        }
+        if (candidates == 0) return;  // as in most chunks
 #pragma unroll
-          for (int k = 0; k < kSize; ++k) {
-            if ((candidates >> k & 1) == 0) continue;
-            const float x = to_float(chunk.values[k]);
-            const int place = atomicAdd(&memory_.count, 1);
-            if (place < capacity) own_candidates[place] = x;
-            if (!(range.position(x) >= range.last)) {
-              atomicMin(&memory_.least, ordered_bits(x));
-              atomicMax(&memory_.most, ordered_bits(x));
-            }
+        for (int k = 0; k < kSize; ++k) {
+          if ((candidates >> k & 1) == 0) continue;
+          const float x = to_float(chunk.values[k]);
+          const int place = atomicAdd(&memory_.count, 1);
+          if (place < capacity) own_candidates[place] = x;
+          if (!(range.position(x) >= range.last)) {
+            atomicMin(&memory_.least, ordered_bits(x));
+            atomicMax(&memory_.most, ordered_bits(x));
           }
-        });
-      }
+        }
+      });
       row_.publish(memory_.above, t, warp_sum(above));
     });
     __syncthreads();
@@ -366,13 +368,13 @@ class PivotSearch {
 
   // Returns the k-th largest of the tiles' maxima. A warp counts how many are larger than its own.
   DFLASH_INLINE float largest_maximum(int k) const {
+    const auto maximum = [this](int t) { return row_.tile(t).best.first; };
     for (int t = warp_id(); t < row_.tiles(); t += kWarps) {
       const float own = row_.tile(t).best.first;
       int larger = 0;
-      for (int s = lane_id(); s < row_.tiles(); s += 32) {
-        const float other = row_.tile(s).best.first;
+      row_.template for_each_tile<32>(lane_id(), row_.tiles(), maximum, [&](int s, float other) {
         larger += other > own || (other == own && s < t);
-      }
+      });
       if (__reduce_add_sync(~0u, larger) == k - 1 && lane_id() == 0) memory_.bound = own;
     }
     __syncthreads();
@@ -381,10 +383,8 @@ class PivotSearch {
 
   DFLASH_INLINE float smallest_maximum() const {
     float smallest = row_.max();
-    for (int t = lane_id(); t < row_.tiles(); t += 32) {
-      const float own = row_.tile(t).best.first;
-      if (own > -kInfinity) smallest = fminf(smallest, own);
-    }
+    row_.template for_each_tile<32>(lane_id(), row_.tiles(), [this](int t) { return row_.tile(t).best.first; },
+                           [&](int, float own) { smallest = own > -kInfinity ? fminf(smallest, own) : smallest; });
     return warp_min(smallest);
   }
 
@@ -398,9 +398,10 @@ class PivotSearch {
 // Applies the filters. It must follow row.read. The whole team calls this.
 template <class Source, class Team>
 DFLASH_INLINE void filter(Row<Source, Team>& row, const Filters<float>& filters, PivotMemory& memory) {
+  const bool by_count = filters.top_k > 0 && filters.top_k < row.vocab();
+  if (!by_count && !(filters.top_p < 1) && !(filters.min_p > 0)) return;
   if (row.is_certain() || row.is_empty()) return;
   PivotSearch<Source, Team> search(row, memory);
-  const bool by_count = filters.top_k > 0 && filters.top_k < row.vocab();
   float pivot = -kInfinity;
 #pragma unroll 1
   for (int by_mass = 0; by_mass < 2; ++by_mass) {

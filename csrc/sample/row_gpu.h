@@ -27,16 +27,16 @@ class Row {
   }
 
   // Reads the maxima of the row, and its sums if `with_sums`. This is the one read that goes to memory. The whole team
-  // calls this once. meanwhile(): what one warp does first, while the others read.
-  template <class Meanwhile>
+  // calls this once. kFilters: filters may follow. meanwhile(): what one warp does first, while the others read.
+  template <bool kFilters, class Meanwhile>
   DFLASH_INLINE void read(bool with_sums, const Meanwhile& meanwhile) {
     Team::wait_for_start();
     if (warp_id() == kWarps - 1) meanwhile();  // it has the fewest tiles
-    for_each_own_tile([&](int t) { publish(memory_.tiles, t, read_tile(t, with_sums)); });
+    for_each_own_tile([&](int t) { publish(memory_.tiles, t, read_tile<kFilters>(t, with_sums)); });
     Team::sync();
     float max = -kInfinity;
-#pragma unroll 1
-    for (int t = lane_id(); t < tiles_; t += 32) max = fmaxf(max, memory_.tiles[t].best.first);
+    for_each_tile<32>(lane_id(), tiles_, [this](int t) { return memory_.tiles[t].best.first; },
+                      [&](int, float first) { max = fmaxf(max, first); });
     max_ = warp_max(max);
     if (with_sums) total_ = total([this](int t) { return sums_of(t).e; });
   }
@@ -50,6 +50,13 @@ class Row {
   DFLASH_INLINE bool is_empty() const { return max() == -kInfinity; }   // nothing but -inf and NaN
   DFLASH_INLINE float logit(int64_t token) const { return logits_[token]; }
   DFLASH_INLINE const Tile& tile(int t) const { return memory_.tiles[t]; }
+  // The sums of a tile, before and after the filters.
+  DFLASH_INLINE Sums sums_of(int t) const {
+    const Tile& tile = memory_.tiles[t];
+    const float shift = (Masses{0, max_, rate_, 1}).exponent(tile.best.first), scale = exp2_of(shift);
+    return {scale * tile.e, scale * (tile.e_exponent + shift * tile.e)};
+  }
+  DFLASH_INLINE Sums kept_of(int t) const { return pivot_ > -kInfinity ? memory_.kept[t] : sums_of(t); }
   // A whole warp calls the next three.
   DFLASH_INLINE float second() const {
     Best best = Best::none();
@@ -80,14 +87,15 @@ class Row {
     const Masses mass = masses();
     for_each_own_tile([&](int t) {
       float e = 0, e_exponent = 0;
-      if (memory_.tiles[t].best.first >= lowest_) {
-        for_each_logit(t, [&](float x) {
-          const float exponent = mass.exponent(x);
+      for_each_chunk_from<kLoads>(lowest_, t, [&](const Values& chunk) {
+#pragma unroll
+        for (int k = 0; k < kSize; ++k) {
+          const float x = to_float(chunk.values[k]), exponent = mass.exponent(x);
           const float own = x >= lowest_ ? exp2_of(exponent) : 0.f;
           e += own;
           e_exponent += own * exponent;
-        });
-      }
+        }
+      });
       publish(memory_.kept, t, {warp_sum(e), warp_sum(e_exponent)});
     });
     Team::sync();
@@ -97,22 +105,17 @@ class Row {
   // Sums any masses by tile. The whole team calls this. No block may still read `sums`.
   template <class Mass>
   DFLASH_INLINE void sum_tiles(float* sums, const Mass& mass) const {
-    for_each_own_tile([&](int t) {
-      float sum = 0;
-      if (memory_.tiles[t].best.first >= lowest_) {
-        for_each_batch<kLoads / 2>(t, [&](const auto& batch) {
-          const auto of_chunk = mass.of(batch);
-          batch.for_each([&](int c, uint32_t token, const Values& x) {
-            float own[kSize];
-            of_chunk(own, c, token, x);
-#pragma unroll
-            for (int k = 0; k < kSize; ++k) sum += own[k];
-          });
-        });
-      }
-      publish(sums, t, warp_sum(sum));
-    });
+    for_each_own_tile([&](int t) { publish(sums, t, sum_in(t, mass)); });
     Team::sync();
+  }
+  // Sums masses in the tile of a token, if the row has it, and returns that tile or -1. The whole team calls this.
+  template <class Mass>
+  DFLASH_INLINE int sum_tile_of(uint32_t token, float* sum, const Mass& mass) const {
+    if (token >= vocab_) return -1;
+    const int t = token / tile_size_;
+    if (has(t) && warp_id() == 0) publish(sum, 0, sum_in(t, mass));
+    Team::sync();
+    return t;
   }
 
   struct Token {
@@ -164,8 +167,7 @@ class Row {
     const int lanes_share = (tiles_ + 31) / 32;
     const int begin = min(tiles_, lane_id() * lanes_share), end = min(tiles_, begin + lanes_share);
     double own = 0;
-#pragma unroll 1
-    for (int t = begin; t < end; ++t) own += mass_of(t);
+    for_each_tile<1>(begin, end, mass_of, [&](int, float mass) { own += mass; });
     const double passed = warp_scan(own), all = __shfl_sync(~0u, passed, 31);
     if (!(all > 0)) return {-1, 0};
     const double target = uniform * all;
@@ -174,15 +176,12 @@ class Row {
     if (lane == 0) before = 0;
     int tile_of_target = -1;  // or the last with a mass, if the sum stays below the target because of rounding
     float last = 0;
-#pragma unroll 1
-    for (int t = begin; t < end; ++t) {
-      const float mass = mass_of(t);
-      if (!(mass > 0)) continue;
+    for_each_tile<1>(begin, end, mass_of, [&](int t, float mass) {
+      if (before + last > target || !(mass > 0)) return;
       before += last;
       last = mass;
       tile_of_target = t;
-      if (before + mass > target) break;
-    }
+    });
     return {__shfl_sync(~0u, tile_of_target, lane), target - __shfl_sync(~0u, before, lane)};
   }
   // The same for the distribution after the filters.
@@ -258,18 +257,15 @@ class Row {
     for (int t = own_begin() + warp_id(); t < own_end(); t += kWarps) f(t);
   }
 
-  // Calls f(x) for this lane's logits in a tile; -inf past the end of the row.
-  template <class F>
-  DFLASH_INLINE void for_each_logit(int t, F&& f) const {
-    for_each_chunk(t, [&](const Values& chunk) {
-#pragma unroll
-      for (int k = 0; k < kSize; ++k) f(to_float(chunk.values[k]));
-    });
-  }
-  template <class F>
-  DFLASH_INLINE void for_each_chunk(int t, F&& f) const {
-    for_each_batch<kLoads / 4>(t, [&](const auto& batch) {  // more would not fit in the registers
-      batch.for_each([&](int, uint32_t, const Values& chunk) { f(chunk); });
+  // Calls f(chunk) for this lane's chunks in a tile that have a logit of at least `lowest`, after read<true>. Past the
+  // end of the row logits are -inf. kCount chunks are loaded at once; it is small where f takes many registers.
+  template <int kCount = kLoads / 4, class F>
+  DFLASH_INLINE void for_each_chunk_from(float lowest, int t, F&& f) const {
+    if (!reaches(t, lowest)) return;
+    for_each_batch<kCount>(t, [&](const auto& batch) {
+      batch.for_each([&](int, uint32_t, const Values& chunk) {
+        if (largest_of(chunk) >= lowest) f(chunk);
+      });
     });
   }
 
@@ -283,9 +279,24 @@ class Row {
   template <class MassOf>
   DFLASH_INLINE float total(const MassOf& mass_of) const {
     double sum = 0;
-#pragma unroll 1
-    for (int t = lane_id(); t < tiles_; t += 32) sum += mass_of(t);
+    for_each_tile<32>(lane_id(), tiles_, mass_of, [&](int, float mass) { sum += mass; });
     return warp_sum(sum);
+  }
+
+  // Calls f(t, value_of(t)) for t = begin, begin + kStride, ... Values are loaded four at a time.
+  template <int kStride, class ValueOf, class F>
+  DFLASH_INLINE void for_each_tile(int begin, int end, const ValueOf& value_of, F&& f) const {
+    constexpr int kAtOnce = 4;
+#pragma unroll 1
+    for (; begin < end; begin += kAtOnce * kStride) {
+      float values[kAtOnce];
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) values[i] = value_of(min(begin + i * kStride, end - 1));
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) {
+        if (begin + i * kStride < end) f(begin + i * kStride, values[i]);
+      }
+    }
   }
 
  private:
@@ -328,6 +339,21 @@ class Row {
     }
   }
 
+  // The largest logits of every lane in every tile, rounded up, of rows that would be read from memory again. A lane
+  // need not read a tile that does not reach the filters' bound.
+  static constexpr bool kHasLaneMaxima = !Team::kKeepsRow && Source::kIsPlain;
+  DFLASH_INLINE __nv_bfloat16& lane_maximum(int t) const {
+    extern __shared__ uint4 kept_row[];
+    return reinterpret_cast<__nv_bfloat16*>(kept_row)[t * 32 + lane_id()];
+  }
+  // Whether this lane may have a logit of at least `lowest` in a tile.
+  DFLASH_INLINE bool reaches(int t, float lowest) const {
+    if (!(memory_.tiles[t].best.first >= lowest)) return false;
+    if constexpr (kHasLaneMaxima) return to_float(lane_maximum(t)) >= lowest;
+    return true;
+  }
+
+  template <bool kFilters>
   DFLASH_INLINE Tile read_tile(int t, bool with_sums) const {
     Best best = Best::none();
     float e = 0, e_exponent = 0;
@@ -359,6 +385,7 @@ class Row {
       }
     });
     const float lane_max = best.first;
+    if constexpr (kFilters && kHasLaneMaxima) lane_maximum(t) = __float2bfloat16_ru(lane_max);
     best.merge_warp();
     if (with_sums) {
       const float shift = Masses{0, best.first, rate_, 1}.exponent(lane_max), scale = exp2_of(shift);
@@ -413,13 +440,24 @@ class Row {
     return {__shfl_sync(~0u, token.id, lane), __shfl_sync(~0u, token.logit, lane)};
   }
 
-  // The sums of a tile, before and after the filters.
-  DFLASH_INLINE Sums sums_of(int t) const {
-    const Tile& tile = memory_.tiles[t];
-    const float shift = (Masses{0, max_, rate_, 1}).exponent(tile.best.first), scale = exp2_of(shift);
-    return {scale * tile.e, scale * (tile.e_exponent + shift * tile.e)};
+  // Sums masses in a tile. A whole warp calls this.
+  template <class Mass>
+  DFLASH_INLINE float sum_in(int t, const Mass& mass) const {
+    float sum = 0;
+    if (lowest_ == -kInfinity || reaches(t, lowest_)) {
+      for_each_batch<kLoads / 2>(t, [&](const auto& batch) {
+        const auto of_chunk = mass.of(batch);
+        batch.for_each([&](int c, uint32_t token, const Values& x) {
+          if (lowest_ > -kInfinity && !(largest_of(x) >= lowest_)) return;
+          float own[kSize];
+          of_chunk(own, c, token, x);
+#pragma unroll
+          for (int k = 0; k < kSize; ++k) sum += own[k];
+        });
+      });
+    }
+    return warp_sum(sum);
   }
-  DFLASH_INLINE Sums kept_of(int t) const { return pivot_ > -kInfinity ? memory_.kept[t] : sums_of(t); }
 
   template <class SumsOf>
   DFLASH_INLINE Sums totals(const SumsOf& sums_of_tile) const {

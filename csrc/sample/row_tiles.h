@@ -33,6 +33,12 @@ constexpr int64_t kept_bytes(int64_t vocab, int team_size) {
   return tokens / Source::kSize * sizeof(typename Source::Values);
 }
 
+// The same of a block that reads its row again, in which it has each lane's largest logit of each tile.
+template <class Source>
+constexpr int64_t lane_maxima_bytes(int64_t vocab) {
+  return share_of<Source>(vocab, 1) * 32 * sizeof(__nv_bfloat16);
+}
+
 // Integers in the order of floats.
 DFLASH_INLINE int ordered_bits(float x) {
   const int bits = __float_as_int(x);
@@ -69,17 +75,22 @@ struct RowMemory {
   unsigned found[kWarps];
 };
 
-// Starts to bring the first tiles of a block into the L2 cache. It may precede Team::wait_for_inputs, because that
-// cache always has what was written last.
+// Starts to bring the logits of tokens [begin, end) into the L2 cache. A whole block of kThreads calls this. It may
+// precede Team::wait_for_inputs, because that cache always has what was written last.
+template <class Raw>
+DFLASH_INLINE void prefetch_tokens(const Raw& logits, uint32_t begin, uint32_t end) {
+  constexpr int kLine = 128;  // bytes
+  const char* const first = static_cast<const char*>(logits.address(begin));
+  const void* const last = logits.address(min(logits.vocab, end));
+  for (const char* line = first + threadIdx.x * kLine; line < last; line += kThreads * kLine) prefetch_l2(line);
+}
+
+// The same for the first tiles of a block.
 template <class Source, class Team, class Raw>
 DFLASH_INLINE void prefetch_first_tiles(const Raw& logits) {
-  constexpr int kLine = 128;  // bytes
   const uint32_t vocab = logits.vocab, tile_size = tile_size_of<Source>(vocab);
   const uint32_t share = share_of<Source>(vocab, Team::size()), begin = Team::rank() * share * tile_size;
-  if (begin >= vocab) return;
-  const char* const first = static_cast<const char*>(logits.address(begin));
-  const void* const end = logits.address(min(vocab, begin + min(share, uint32_t(kWarps)) * tile_size));
-  for (const char* line = first + threadIdx.x * kLine; line < end; line += kThreads * kLine) prefetch_l2(line);
+  if (begin < vocab) prefetch_tokens(logits, begin, begin + min(share, uint32_t(kWarps)) * tile_size);
 }
 
 }  // namespace dflash::DFLASH_ISA

@@ -68,7 +68,7 @@ __global__ void __launch_bounds__(kThreads, kSampleBlocks<kFilters>) sample_rows
       logits_of<Source>(params.logits, params.dtype, n * params.stride, params.vocab, params.penalties, n),
       filters.temperature, memory);
   __shared__ double uniform;
-  row.read(true, [&] { uniform = uniform_of(params.seed, kSampleStream, n, 0); });
+  row.template read<kFilters>(true, [&] { uniform = uniform_of(params.seed, kSampleStream, n, 0); });
   const SampledRow<Source, Team> out{params, n};
   const float sum = row.kept();  // before the filters
   float sum_at_1 = sum;

@@ -19,20 +19,31 @@ struct Sum {
   DFLASH_INLINE void merge(const Sum& other) { value += other.value; }
 };
 
-// softcap(x) * rate - origin. The soft cap is s * tanh(x / s) = s - 2 s / (2^(x * inner) + 1).
-template <bool kCaps>
+// tanh.approx: its relative error is up to 2^-11.
+DFLASH_INLINE float tanh_of(float x) {
+  float y;
+  asm("tanh.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// softcap(x) * rate - origin of a logit. The soft cap is s * tanh(x / s) = s - 2 s / (2^(x * inner) + 1).
+template <class T, bool kCaps>
 struct Score {
-  float inner, top, twice;  // top and twice: s * rate - origin, and 2 s * rate
+  float cap, inner, top, twice;  // cap, top, twice: s * rate, s * rate - origin, 2 s * rate
   float rate, origin;
 
   DFLASH_INLINE Score(float softcap, float rate, float origin)
-      : inner(2 * kLog2E / softcap), top(softcap * rate - origin), twice(2 * softcap * rate), rate(rate),
-        origin(origin) {}
+      : cap(softcap * rate), inner((kIsCoarse ? 1 : 2 * kLog2E) / softcap), top(softcap * rate - origin),
+        twice(2 * softcap * rate), rate(rate), origin(origin) {}
   // NaN counts as -inf, and +inf as the largest number.
   DFLASH_INLINE float operator()(float x) const {
+    if constexpr (kCaps && kIsCoarse) return cap * tanh_of(x * inner) - origin;
     if constexpr (kCaps) return top - __fdividef(twice, exp2_of(x * inner) + 1);
     return fminf(fmaxf(x, -kInfinity) * rate, 3e38f) - origin;
   }
+
+ private:
+  static constexpr bool kIsCoarse = std::is_same_v<T, __nv_bfloat16>;  // rounding such logits errs by more than tanh_of
 };
 
 // How far, in units of log2, weights may exceed 1 before the origin is raised. It lets the first logits of a row choose
@@ -110,7 +121,7 @@ __global__ void __launch_bounds__(kThreads, 2) scaled_exp_sm80(const ScaledExpPa
   float sum = p.begin == 0 ? 0 : p.sums[row];
   // Raises the origin to the score of the largest logit, if weights could overflow otherwise.
   const auto raised_to = [&](float largest) {
-    const float top = softcap > 0 ? Score<true>(softcap, rate, 0)(largest) : Score<false>(softcap, rate, 0)(largest);
+    const float top = softcap > 0 ? Score<T, true>(softcap, rate, 0)(largest) : Score<T, false>(softcap, rate, 0)(largest);
     if (!(top > origin + kHeadroom<Weight>)) return false;
     const float scale = origin == -kInfinity ? 0.f : exp2_of(origin - top);
     if (p.begin > 0) {
@@ -146,7 +157,7 @@ __global__ void __launch_bounds__(kThreads, 2) scaled_exp_sm80(const ScaledExpPa
   };
   float added;
   do {
-    added = softcap > 0 ? weigh(Score<true>(softcap, rate, origin)) : weigh(Score<false>(softcap, rate, origin));
+    added = softcap > 0 ? weigh(Score<T, true>(softcap, rate, origin)) : weigh(Score<T, false>(softcap, rate, origin));
   } while (kHeadroom<Weight> > 0 && !(added < exp2_of(kHeadroom<Weight>)) && raised_to(largest_of(count)));
   if (threadIdx.x == 0) {
     p.origins[row] = origin;

@@ -15,6 +15,8 @@ LaunchShape team_shape(int64_t rows, int64_t vocab, int team_size) {
   if constexpr (Team::kKeepsRow) {
     shape.shared_bytes = kept_bytes<Source>(vocab, team_size);
     shape.cluster_size = team_size;
+  } else {
+    shape.shared_bytes = lane_maxima_bytes<Source>(vocab);
   }
   shape.overlaps_previous = Team::kOverlapsLaunches;
   return shape;

@@ -1,23 +1,18 @@
 // The kernels of `verify` on a GPU. A team of blocks decides on one position of a draft as if all before it were
-// accepted, and finds the token that takes its place if it is not. A last, small kernel finds where each draft ends.
+// accepted, and finds the token that takes its place if it is not. A last, small kernel (positions_gpu.h) finds where each
+// draft ends.
 #pragma once
 
 #include "common/launch.h"
+#include "sample/greedy_gpu.h"
 #include "sample/pivot_gpu.h"
+#include "sample/positions_gpu.h"
 #include "sample/random.h"
 #include "sample/team_size.h"
 
 namespace dflash::DFLASH_ISA {
 
 constexpr int kVerifyBlocks = 1;  // of a multiprocessor; it bounds the registers
-
-DFLASH_INLINE int64_t drafted_of(const VerifyParams& p, int64_t row) {
-  return p.lens ? max(int64_t(0), min(p.lens[row], p.drafted)) : p.drafted;
-}
-
-DFLASH_INLINE int64_t offset_of(const RowStrides& strides, int64_t row, int64_t k) {
-  return row * strides.outer + k * strides.inner;
-}
 
 // Finds the pivots and normalisers of draft logits. The pivot of a point mass is +inf, and its "normaliser" is the
 // bits of its token.
@@ -33,7 +28,7 @@ __global__ void __launch_bounds__(kThreads, kVerifyBlocks) describe_drafts(const
   const Filters<float> filters(params.filters, row);
   if (filters.temperature == 0 || k >= drafted_of(params, row)) return;
   Row<PlainLogits<T>, Team> draft(logits, filters.temperature, memory);
-  draft.read(true, [] {});
+  draft.template read<true>(true, [] {});
   filter(draft, filters, pivot_memory);
   const int argmax = draft.argmax().id;
   float* const pivots = static_cast<float*>(params.described_drafts);
@@ -57,7 +52,6 @@ struct DraftMasses {
     return is_point ? float(token == point) : masses(logit);
   }
   DFLASH_INLINE Values load(uint32_t token) const {
-    if (is_point) return {};
     if constexpr (Team::kKeepsRow) {
       return load_kept(kept + token / Raw::kSize);
     } else {
@@ -94,7 +88,7 @@ struct DraftRow {
   }
 };
 
-// max(p - q, 0).
+// max(p - q, 0), where q has logits.
 template <class Raw, class Team>
 struct Residual {
   static constexpr int kSize = Raw::kSize;
@@ -104,35 +98,23 @@ struct Residual {
   template <class Batch>
   DFLASH_INLINE auto of(const Batch& batch) const {
     using Values = typename Batch::Values;
-    const auto minus = [this](float(&own)[kSize], uint32_t token, const Values& x,
-                              const typename Raw::Values& drafted) {
+    const auto minus = [this](float(&own)[kSize], const Values& x, const typename Raw::Values& drafted) {
       p(own, x);
-      if (q.is_point) {
 #pragma unroll
-        for (int k = 0; k < kSize; ++k) own[k] -= float(token + k == q.point);
-      } else {
-#pragma unroll
-        for (int k = 0; k < kSize; ++k) own[k] -= q.masses(to_float(drafted.values[k]));
-      }
-#pragma unroll
-      for (int k = 0; k < kSize; ++k) own[k] = fmaxf(own[k], 0.f);
+      for (int k = 0; k < kSize; ++k) own[k] = fmaxf(own[k] - q.masses(to_float(drafted.values[k])), 0.f);
     };
     if constexpr (Batch::kIsLoaded) {
       LoadedChunks<Batch::kCount> drafted;
-      if (!q.is_point && q.logits.is_whole(batch.first + ((Batch::kCount - 1) * 32 + 1) * kSize)) {
+      if (q.logits.is_whole(batch.first + ((Batch::kCount - 1) * 32 + 1) * kSize)) {
 #pragma unroll
         for (int c = 0; c < Batch::kCount; ++c) drafted.chunks[c] = q.logits.load_whole(batch.first + c * 32 * kSize);
       } else {
 #pragma unroll
         for (int c = 0; c < Batch::kCount; ++c) drafted.chunks[c] = q.load(batch.first + c * 32 * kSize);
       }
-      return [=](float(&own)[kSize], int c, uint32_t token, const Values& x) {
-        minus(own, token, x, drafted.chunks[c]);
-      };
+      return [=](float(&own)[kSize], int c, uint32_t, const Values& x) { minus(own, x, drafted.chunks[c]); };
     } else {
-      return [this, minus](float(&own)[kSize], int, uint32_t token, const Values& x) {
-        minus(own, token, x, q.load(token));
-      };
+      return [this, minus](float(&own)[kSize], int, uint32_t token, const Values& x) { minus(own, x, q.load(token)); };
     }
   }
 
@@ -141,6 +123,22 @@ struct Residual {
   struct LoadedChunks {
     typename Raw::Values chunks[kCount];
   };
+};
+
+// The masses of all tokens but one, which are the residual of a point mass.
+struct AllButOne {
+  const Masses p;
+  const uint32_t without;
+
+  template <class Batch>
+  DFLASH_INLINE auto of(const Batch&) const {
+    using Values = typename Batch::Values;
+    return [this](float(&own)[Values::kSize], int, uint32_t token, const Values& x) {
+      p(own, x);
+#pragma unroll
+      for (int k = 0; k < Values::kSize; ++k) own[k] = token + k == without ? 0.f : own[k];
+    };
+  }
 };
 
 // What one warp finds out about a position while the others read the row: its random numbers, and the drafted token's
@@ -162,8 +160,8 @@ class Verifier {
         token_(k < params.drafted ? params.tokens[row * params.drafted + k] : -1) {}
 
   DFLASH_INLINE void verify_greedy(Target& target) const {
-    target.read(false, [] {});
-    write_argmax(target);
+    target.template read<false>(false, [] {});
+    write_argmax(target, true);
   }
 
   DFLASH_INLINE void verify_sampled(Target& target, const Filters<float>& filters, PivotMemory& memory, Drawn& drawn,
@@ -174,32 +172,37 @@ class Verifier {
       if (draft.has_logits) target.keep_beside(draft.logits);
     }
     const bool is_known = !is_bonus_ && token_ >= 0 && token_ < p_.vocab;
-    target.read(true, [&] {
+    target.template read<true>(true, [&] {
       drawn.logit = is_known ? target.logit(token_) : 0;
       drawn.draft_logit = is_known && draft.has_logits ? draft.logits[token_] : 0;
       drawn.accepting = is_bonus_ ? 0 : uniform(k_);
       drawn.drawing = uniform(p_.drafted);
     });
     filter(target, filters, memory);
-    if (is_bonus_) return write_drawn(target, drawn.drawing);
-
-    const typename Raw::Values* kept = nullptr;
-    if constexpr (kKeeps) {
-      cp_async_wait_group<0>();
-      kept = target.template kept_beside<Raw>(0);
+    bool may_accept = false;  // the argmax
+    if (!is_bonus_) {
+      const typename Raw::Values* kept = nullptr;
+      if constexpr (kKeeps) {
+        cp_async_wait_group<0>();
+        kept = target.template kept_beside<Raw>(0);
+      }
+      const auto q = draft.template masses<Team>(target.temperature(), token_, is_known, kept);
+      // A token that q could not have drawn is rejected, for example if its logits are NaN.
+      const float q_token = is_known ? q.probability(token_, drawn.draft_logit) : 0;
+      may_accept = q_token > 0;
+      if (!target.is_certain()) {
+        const Masses p = target.probabilities();
+        if (may_accept && drawn.accepting * q_token < p(drawn.logit)) return write_accepted();
+        may_accept = false;
+        if (draws_residual(target, p, q, drawn.drawing, residuals)) return;
+        // If p = q, the residual is only rounding, and so was the rejection.
+      }
     }
-    const auto q = draft.template masses<Team>(target.temperature(), token_, is_known, kept);
-    // A token that q could not have drawn is rejected, for example if its logits are NaN.
-    const float q_token = is_known ? q.probability(token_, drawn.draft_logit) : 0;
-    if (target.is_certain()) return write_argmax(target, q_token > 0);
-    const Masses p = target.probabilities();
-    if (q_token > 0 && drawn.accepting * q_token < p(drawn.logit)) return write_accepted();
-    const Residual<Raw, Team> residual{p, q};
-    target.sum_tiles(residuals, residual);
-    const auto place = target.place_of(drawn.drawing, [&](int t) { return residuals[t]; });
-    // If p = q, the residual is only rounding, and so was the rejection.
-    if (place.tile < 0) return write_drawn(target, drawn.drawing);
-    write(target.token_at(place, residual).id);
+    if (!target.is_certain()) {
+      const auto place = target.place_of(drawn.drawing);
+      if (place.tile >= 0) return write(target.token_at(place, target.masses()).id);
+    }
+    write_argmax(target, may_accept);
   }
 
  private:
@@ -214,14 +217,27 @@ class Verifier {
     if (token >= 0) write_verdict(token);
   }
   // The argmax, which is accepted if it was drafted and may be.
-  DFLASH_INLINE void write_argmax(const Target& target, bool may_accept = true) const {
+  DFLASH_INLINE void write_argmax(const Target& target, bool may_accept) const {
     const int argmax = target.argmax().id;
     if (argmax >= 0) write_verdict(may_accept && !is_bonus_ && token_ == argmax ? kAccepted : argmax);
   }
-  DFLASH_INLINE void write_drawn(const Target& target, double number) const {
-    const auto place = target.is_certain() ? typename Target::Place{-1, 0} : target.place_of(number);
-    if (place.tile < 0) return write_argmax(target, false);
-    write(target.token_at(place, target.masses()).id);
+  // Returns whether there is a residual. It then draws from it.
+  DFLASH_INLINE bool draws_residual(const Target& target, const Masses& p, const DraftMasses<Raw, Team>& q,
+                                    double number, float* sums) const {
+    if (q.is_point) {
+      const AllButOne residual{target.masses(), q.point};
+      const int tile = target.sum_tile_of(q.point, sums, residual);
+      const auto place = target.place_of(number, [&](int t) { return t == tile ? *sums : target.kept_of(t).e; });
+      if (place.tile < 0) return false;
+      write(target.token_at(place, residual).id);
+    } else {
+      const Residual<Raw, Team> residual{p, q};
+      target.sum_tiles(sums, residual);
+      const auto place = target.place_of(number, [&](int t) { return sums[t]; });
+      if (place.tile < 0) return false;
+      write(target.token_at(place, residual).id);
+    }
+    return true;
   }
 
   DFLASH_INLINE double uniform(int64_t column) const {
@@ -245,6 +261,10 @@ __global__ void __launch_bounds__(kThreads, kVerifyBlocks) verify_positions(cons
   const int64_t row = n / positions, k = n % positions;
   const int64_t offset = offset_of(params.target_strides, row, k);
   prefetch_first_tiles<Source, Team>(typename Source::Raw(params.target, params.dtype, offset, params.vocab));
+  if (Team::kKeepsRow && params.draft != Draft::kPoint && k < params.drafted) {
+    const int64_t drafted_at = offset_of(params.draft_strides, row, k);
+    prefetch_first_tiles<Source, Team>(typename Source::Raw(params.draft_logits, params.dtype, drafted_at, params.vocab));
+  }
   Team::wait_for_inputs();
   const int64_t drafted = drafted_of(params, row);
   if (k > drafted) return;
@@ -261,27 +281,8 @@ __global__ void __launch_bounds__(kThreads, kVerifyBlocks) verify_positions(cons
   }
 }
 
-constexpr int kResolveWarps = 4;
-
-// A warp per draft finds the first position that was not accepted.
-template <class Team>
-__global__ void __launch_bounds__(32 * kResolveWarps) resolve_drafts(const VerifyParams params) {
-  const int64_t row = int64_t(blockIdx.x) * kResolveWarps + warp_id();
-  Team::wait_for_inputs();
-  if (row >= params.rows) return;
-  const int32_t* verdicts = params.verdicts + row * (params.drafted + 1);
-  const int64_t drafted = drafted_of(params, row);
-  for (int64_t base = 0; base <= drafted; base += 32) {
-    const int64_t k = base + lane_id();
-    const int32_t verdict = k <= drafted ? verdicts[k] : kAccepted;
-    const unsigned ends = __ballot_sync(~0u, verdict != kAccepted);
-    if (ends == 0) continue;
-    if (lane_id() == __ffs(ends) - 1) {
-      params.accepted[row] = k;
-      params.next_token[row] = verdict;
-    }
-    return;
-  }
+DFLASH_INLINE int32_t written_verdict(const VerifyParams& p, int64_t row, int64_t k, bool) {
+  return p.verdicts[row * (p.drafted + 1) + k];
 }
 
 // How many rows a team that keeps rows has in shared memory: the target's, and the draft's.
@@ -289,6 +290,7 @@ inline int kept_rows_of(const VerifyParams& p) { return p.draft == Draft::kPoint
 
 template <class T, class Team>
 cudaError_t launch_verify(const VerifyParams& p, int team_size, cudaStream_t stream) {
+  if (p.is_greedy()) return launch_greedy<T, Team>(p, stream);
   cudaError_t status = cudaSuccess;
   if (p.draft == Draft::kFiltered && p.drafted > 0) {
     const LaunchShape shape = team_shape<PlainLogits<T>, Team>(p.rows * p.drafted, p.vocab, team_size);
@@ -297,15 +299,12 @@ cudaError_t launch_verify(const VerifyParams& p, int team_size, cudaStream_t str
   if (status != cudaSuccess) return status;
   const auto launch = [&]<class Source>() {
     LaunchShape shape = team_shape<Source, Team>(p.rows * (p.drafted + 1), p.vocab, team_size);
-    shape.shared_bytes *= kept_rows_of(p);
+    if (Team::kKeepsRow) shape.shared_bytes *= kept_rows_of(p);
     return launch_kernel(verify_positions<Source, Team>, shape, stream, p);
   };
   status = p.penalties.any() ? launch.template operator()<PenalisedLogits>()
                              : launch.template operator()<PlainLogits<T>>();
-  if (status != cudaSuccess) return status;
-  LaunchShape shape{(p.rows + kResolveWarps - 1) / kResolveWarps, 32 * kResolveWarps};
-  shape.overlaps_previous = Team::kOverlapsLaunches;
-  return launch_kernel(resolve_drafts<Team>, shape, stream, p);
+  return status == cudaSuccess ? launch_resolve<Team, written_verdict>(p, stream) : status;
 }
 
 }  // namespace dflash::DFLASH_ISA

@@ -154,6 +154,10 @@ def test_verify_takes_at_most_three_launches(form):
         torch.cuda.synchronize()
     launches = sum("dflash" in event.name for event in profile.events())
     assert launches == (3 if form == "logits" else 2)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        verify(draft, target, **(given | {"temperature": 0.0}))
+        torch.cuda.synchronize()
+    assert sum("dflash" in event.name for event in profile.events()) == 2
 
 
 @pytest.mark.parametrize("options", [{}, {"temperature": 1.0}, {"temperature": 0.7, "top_k": 3}], ids=str)
@@ -164,6 +168,26 @@ def test_a_drafted_token_outside_the_vocabulary_is_rejected(options):
     for given in ({}, {"draft_logits": torch.full_like(target[:, :2], -math.inf)}):
         got = verify(draft, target, uniforms=uniforms, **given, **options)
         assert (got.accepted == 0).all() and torch.equal(got.next_token, alone.next_token)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_greedy_rows_take_the_first_of_their_largest_logits(dtype):
+    vocab = 20_011
+    target = torch.full((5, 3, vocab), -2.0, dtype=dtype)
+    target[0, :, [8190, 8191, 8192, 16_500]] = 3.0  # in three blocks' parts
+    target[1, :, [9000, 30, 20_010]] = torch.tensor([0.0, -0.0, 0.0], dtype=dtype)
+    target[2, :, ::2] = math.nan
+    target[2, :, 20_009] = math.inf
+    target[3] = -math.inf
+    target[3, 0] = math.nan
+    target[4, :, 20_010] = 1.0
+    draft = torch.tensor([[8190, 8190], [30, 9000], [20_009, 20_009], [0, 0], [20_010, 20_010]])
+    counts = torch.zeros(5, vocab, dtype=torch.int32)
+    counts[0, 8190] = 1
+    for penalties in ({}, {"repetition_penalty": 2.0, "token_counts": counts}):
+        for temperature in (0.0, torch.zeros(5)):  # known to the host, or not
+            given = penalties | {"temperature": temperature, "uniforms": torch.rand(5, 3)}
+            same(cpu(verify(draft.cuda(), target.cuda(), **moved(given))), verify(draft, target, **given))
 
 
 def test_rows_of_any_strides_and_many_rows():
