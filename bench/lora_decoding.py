@@ -1,7 +1,7 @@
 """Real decoding with LoRA drafters, beside plain decoding and a DFlash drafter: ``python -m bench.lora_decoding``.
 
     python -m bench.lora_decoding --target smollm2 --prompts gsm8k_test.jsonl mt_bench.jsonl \\
-        --drafters dflash_ext/drafters/smollm2-135m-instruct my-lora
+        --drafters dflash_ext/drafters/smollm2-135m-instruct my-lora --limits 16 32 32
 
 Each folder is a drafter of either kind. A gated LoRA drafter is measured with one forward a cycle and with two, and by
 `--rows` with other numbers of mask rows than it was trained with. A row of the results has tau and the tokens a second
@@ -96,7 +96,7 @@ def main() -> None:
     parser.add_argument("--batches", nargs="*", type=int, default=[1, 8, 32])
     parser.add_argument("--temperatures", nargs="*", type=float, default=[0.0, 1.0])
     parser.add_argument("--rows", nargs="*", type=int, default=[])
-    parser.add_argument("--limit", type=int, default=80)
+    parser.add_argument("--limits", nargs="*", type=int, default=[80], help="prompts of a set, one number or by batch")
     parser.add_argument("--max-new-tokens", type=int, default=256)
     parser.add_argument("--generate-tokens", type=int, default=64)
     given = parser.parse_args()
@@ -104,8 +104,10 @@ def main() -> None:
     model, tokenizer = load_target(given.target)
     limits = {"max_new_tokens": given.max_new_tokens, "stop_token_ids": stop_tokens(tokenizer, model)}
     rows, chosen = [], list(ways(model, given.drafters, given.rows))
+    counts = given.limits if len(given.limits) > 1 else given.limits * len(given.batches)
+    limit_of = dict(zip(given.batches, counts, strict=True))
     for path, temperature, batch in product(given.prompts, given.temperatures, given.batches):
-        asked = read_conversations(path, limit=given.limit)
+        asked = read_conversations(path, limit=limit_of[batch])
         prompts = list(encode_all(asked, tokenizer, max_prompt_tokens=2048).values())
         case, plain = f"{path.stem}, batch {batch}, T={temperature:g}", None
         for impl, target, drafter, options in chosen:
