@@ -62,6 +62,7 @@ def rank(device: torch.device, sharded: bool) -> dict:
             batch_size=BATCH,
             accumulation=accumulation,
             anchors=ANCHORS,
+            optimizer="adamw",
             log_every=1,
             trainer_args=arguments,
         )

@@ -21,7 +21,6 @@ from .options import (
     Device,
     Dtype,
     Field,
-    LearningRate,
     Limit,
     MaskToken,
     MaxLength,
@@ -190,10 +189,21 @@ def train(
             help="Put several sequences into rows of this number of tokens. No sequence sees another one.",
         ),
     ] = None,
-    learning_rate: LearningRate = 6e-4,
+    learning_rate: Annotated[
+        float | None,
+        typer.Option(
+            min=0,
+            help="The peak learning rate, which a cosine decay to 0 follows. The default is 5e-3 with muon and 6e-4 "
+            "with adamw.",
+        ),
+    ] = None,
     optimizer: Annotated[
-        str, typer.Option(help="The optimizer: adamw, or muon for matrices and AdamW for all else.")
-    ] = "adamw",
+        str | None,
+        typer.Option(
+            help="The optimizer: muon, which is for matrices, and steps all else by AdamW; or adamw. The default is "
+            "muon, and adamw for a LoRA drafter."
+        ),
+    ] = None,
     loss: Annotated[
         str,
         typer.Option(
@@ -314,7 +324,7 @@ def train(
         block_sizes=tuple(integer(size, "--curriculum") for size in curriculum.split(",")) if curriculum else (),
         pack_length=pack_length,
         learning_rate=learning_rate,
-        optimizer=optimizer,
+        optimizer=optimizer or ("adamw" if is_lora else "muon"),
         gamma=gamma,
         seed=seed,
         save_every=save_every,

@@ -43,7 +43,7 @@ def tiny_model(console: Console) -> None:
             tapped,
             encode_all(conversations, tokenizer, max_prompt_tokens=CONTEXT),
             folder,
-            Recipe(steps=DRAFTER_STEPS, batch_size=8, anchors=24, learning_rate=3e-3, log_every=50),
+            Recipe(steps=DRAFTER_STEPS, batch_size=8, anchors=24, optimizer="adamw", learning_rate=3e-3, log_every=50),
             max_new_tokens=ANSWER_TOKENS,
             max_length=CONTEXT,
             console=console,

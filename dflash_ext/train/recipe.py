@@ -6,6 +6,8 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
+RATES = {"adamw": 6e-4, "muon": 5e-3}
+
 
 @dataclass
 class RunRecipe:
@@ -15,7 +17,7 @@ class RunRecipe:
         steps: optimizer steps.
         batch_size: sequences per device and forward pass.
         accumulation: forward passes per step.
-        learning_rate: the peak, which a cosine decay to 0 follows.
+        learning_rate: the peak, which a cosine decay to 0 follows. None takes that of the optimizer in `RATES`.
         optimizer: "adamw", or "muon" for the matrices and AdamW for all else (`MuonWithAdamW`).
         warmup: share of the steps over which the learning rate rises.
         seed: decides the order of the samples and what is drawn for them, together with the step and the sample's index
@@ -39,7 +41,7 @@ class RunRecipe:
     steps: int = 1000
     batch_size: int = 8
     accumulation: int = 1
-    learning_rate: float = 6e-4
+    learning_rate: float | None = None
     weight_decay: float = 0.01
     optimizer: str = "adamw"
     warmup: float = 0.04
@@ -57,7 +59,9 @@ class RunRecipe:
     def __post_init__(self):
         for name in ("steps", "batch_size", "accumulation"):
             self._check_at_least_one(name)
-        self._check_choice("optimizer", ("adamw", "muon"))
+        self._check_choice("optimizer", tuple(RATES))
+        if self.learning_rate is None:
+            self.learning_rate = RATES[self.optimizer]
         if not 0 < self.learning_rate < math.inf:
             raise ValueError(f"learning_rate is {self.learning_rate}: a finite rate above 0 is needed")
         if self.tensor_parallel and self.save_every:
@@ -112,13 +116,14 @@ class DraftingRecipe(RunRecipe):
 @dataclass
 class Recipe(DraftingRecipe):
     """The settings of a DFlash drafter's training. Defaults are the paper's where a small budget allows
-    (arXiv 2602.06036).
+    (arXiv 2602.06036), but for the optimizer, of which docs/recipe.md has figures.
 
     Attributes:
         noise_ratio: as in `AnchorCollator`. Below 1, evaluations report the tau at 1, 2 and 3 steps of denoising.
         loss, teacher_mix: as in `DFlashObjective`.
     """
 
+    optimizer: str = "muon"
     loss: str = "ce"
     teacher_mix: float = 1.0
 

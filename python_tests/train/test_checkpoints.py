@@ -47,7 +47,7 @@ def test_options_that_decide_a_training_are_in_its_identity(kind):
         drafter = new_lora_drafter(target, 0, mask_token_id=MASK_TOKEN, block_size=4, rank=4)
 
     def identity(**change):
-        recipe = kind(**change)
+        recipe = kind(**{"optimizer": "adamw"} | change)
         parts = parts_of(drafter, target, recipe)
         return identity_of(parts.objective, parts.collator, recipe, samples=9)
 
