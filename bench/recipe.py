@@ -26,7 +26,7 @@ MASK_TOKEN = 16  # SmolLM2's `<empty_output>`
 PROMPTS, HELD_OUT, LONGEST = 160, 0.01, 512
 # The arguments of `new_drafter` and `Recipe` that all have, but for what is changed.
 SHAPE = dict(num_layers=3, intermediate_size=1024, taps=5, sample_from_anchor=False)
-RECIPE = dict(steps=400, batch_size=48, anchors=40, optimizer="muon", learning_rate=5e-3, loss="kl", teacher_mix=0.5)
+RECIPE = dict(steps=300, batch_size=48, anchors=40, optimizer="muon", learning_rate=5e-3, loss="kl", teacher_mix=0.5)
 # What is changed, by a name. Widths keep the number of parameters, and batches that of blocks.
 CHANGES = {
     "the recipe": {},

@@ -13,7 +13,7 @@ Every source is optional, and none of them is an evaluation set:
 - code: signatures and docstrings of documented functions, which the target completes. The standard library is always
   read. --code adds folders of other packages, installed in the same way. The shipped drafter used algorithms,
   algorithms-lib, boltons, funcy, humanize, more-itertools, mpmath, networkx, nltk, numpy, pydash, python-string-utils,
-  scikit-image, sympy and toolz.
+  sympy and toolz.
 - reasoning-gym: questions from the package of that name, which must be importable. Its gsm_symbolic generator is left
   out, because its templates are GSM8K test problems.
 - five kinds of `kinds.py`, --per-kind of each: translation, summaries and answers from retrieved text (from ShareGPT's
