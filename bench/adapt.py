@@ -5,7 +5,8 @@ backward of a batch of rows of 2,048 tokens, with a LoRA adapter of rank 16, doc
 second half of each one hidden. Both sides train the same adapter on the same batch, and both are compiled. The peer is
 what one would write with transformers alone: the mask is dense, the model gives all logits, and those of hidden tokens
 get a cross-entropy. Each side runs as the host launches it, and as a CUDA graph, as `dflash-ext adapt --cuda-graphs`
-does and a peer could. The memory is that of launched steps.
+does and a peer could, but for the largest steps, which the host launches fast enough. The memory is that of launched
+steps.
 """
 
 from __future__ import annotations
@@ -117,7 +118,7 @@ class Step:
         self.batch = batch_of(rows)
         self.divisor = self.objective.divisor(self.batch)
         self.indices = self.batch["hidden"].nonzero(as_tuple=True)
-        if rows * LENGTH > MOST_KEPT[model]:
+        if is_recomputed(model, rows):
             self.adaptation.gradient_checkpointing_enable()
         self.losses_of = self.objective if implementation == OURS else self.peers
         self.graphed = GraphedPasses(self.passes, self.adaptation.parameters())
@@ -171,24 +172,40 @@ def full_logits_losses(states: Tensor, head: Tensor, softcap: float | None, indi
 
 def main(*cases: str) -> None:
     chosen = [(model, int(rows)) for model, _, rows in (case.partition(":") for case in cases or CASES)]
-    # All steps of the call compile at the same time.
+    # All steps of the call compile at the same time, and none is timed before all are done.
     steps = {case: {each: Remote(Step, *case, each) for each in (OURS, PEER)} for case in chosen}
-    results = []
+    peaks = {case: peaks_of(case, of_case) for case, of_case in steps.items()}
+    name, results = "_".join(f"{model}_{rows}" for model, rows in chosen), []
     for (model, rows), of_case in steps.items():
-        peaks = {implementation: step.ask("peak") for implementation, step in of_case.items()}
-        ways = {each + GRAPHED * graphed: Way(of_case[each], graphed) for graphed in (False, True) for each in of_case}
-        timings = process_turns(ways, rounds=ROUNDS)
-        for name, timing in timings.items():
-            loss, peak = peaks[name.removesuffix(GRAPHED)]
-            row = {"case": f"{MODELS[model][0]}, batch {rows} x {LENGTH}", "impl": name, "pass": BOTH}
-            row |= timing.row() | {"loss": loss, "peak_gb": peak / 1e9, "tokens_per_s": 1e3 * rows * LENGTH / timing.ms}
-            results.append(row)
-            print(json.dumps(row), flush=True)
-        ours = timings[OURS + GRAPHED].ms
-        faster = ", ".join(f"{timings[each].ms / ours:.2f} of {each}" for each in timings)
-        print(f"{row['case']}: a CUDA graph of ours has times the speed: {faster}", flush=True)
-        name = "_".join(f"{model}_{rows}" for model, rows in chosen)
-        print(runner.write(f"adapt_{name}_{runner.gpu_name()}", results), flush=True)
+        if found := peaks[model, rows]:
+            modes = (False,) if is_recomputed(model, rows) else (False, True)
+            ways = {each + GRAPHED * graphed: Way(of_case[each], graphed) for graphed in modes for each in of_case}
+            timings = process_turns(ways, rounds=ROUNDS)
+            for way, timing in timings.items():
+                loss, peak = found[way.removesuffix(GRAPHED)]
+                row = {"case": f"{MODELS[model][0]}, batch {rows} x {LENGTH}", "impl": way, "pass": BOTH}
+                rate = {"tokens_per_s": 1e3 * rows * LENGTH / timing.ms}
+                results.append(row | timing.row() | {"loss": loss, "peak_gb": peak / 1e9} | rate)
+                print(json.dumps(results[-1]), flush=True)
+            ours = next(each for each in reversed(timings) if each.startswith(OURS))
+            faster = ", ".join(f"{timings[each].ms / timings[ours].ms:.2f} times {each}" for each in timings)
+            print(f"{row['case']}: the speed of {ours} is {faster}", flush=True)
+            print(runner.write(f"adapt_{name}_{runner.gpu_name()}", results), flush=True)
+        for step in of_case.values():
+            step.end()
+
+
+def peaks_of(case: tuple[str, int], steps: dict[str, Remote]) -> dict[str, tuple[float, int]] | None:
+    """What `Step.peak` gives for both sides; None if one of them has ended, such as for want of memory."""
+    try:
+        return {implementation: step.ask("peak") for implementation, step in steps.items()}
+    except (EOFError, OSError):
+        print(f"{case}: left out, since a side of it has failed", flush=True)
+        return None
+
+
+def is_recomputed(model: str, rows: int) -> bool:
+    return rows * LENGTH > MOST_KEPT[model]
 
 
 if __name__ == "__main__":

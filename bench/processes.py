@@ -26,13 +26,19 @@ class Remote:
     def __init__(self, make: Callable[..., Timed], *arguments: Any):
         context = multiprocessing.get_context("spawn")
         self._connection, theirs = context.Pipe()
-        context.Process(target=_serve, args=(theirs, make, arguments), daemon=True).start()
+        self._process = context.Process(target=_serve, args=(theirs, make, arguments), daemon=True)
+        self._process.start()
         theirs.close()
 
     def ask(self, method: str, *arguments: Any) -> Any:
         """Calls a method of the object and returns its result. Raises EOFError if the process has ended."""
         self._connection.send((method, arguments))
         return self._connection.recv()
+
+    def end(self) -> None:
+        """Ends the process, so that the others have its memory."""
+        self._connection.close()
+        self._process.join()
 
 
 def _serve(connection: Connection, make: Callable[..., Timed], arguments: tuple) -> None:
@@ -41,7 +47,7 @@ def _serve(connection: Connection, make: Callable[..., Timed], arguments: tuple)
     while True:
         try:
             method, arguments = connection.recv()
-        except EOFError:  # the bench has ended
+        except EOFError:  # nothing more is asked
             return
         result = getattr(served, method)(*arguments)
         torch.cuda.empty_cache()  # the other processes need the memory
