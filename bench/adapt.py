@@ -40,7 +40,7 @@ VOCAB, LENGTH, DOCUMENT = 262144, 2048, 700  # tokens of a row, and of a documen
 OURS, PEER = "dflash_ext", "SDPA, dense mask, full logits"
 GRAPHED = ", CUDA graph"
 CASES = ("gemma3:8", "gemma3:1", "gemma4:8", "gemma4:1")
-ROUNDS = 7
+ROUNDS = 5
 # Tokens of a step up to which the activations of all layers are kept. Beyond, layers are computed again, on both sides.
 MOST_KEPT = {"gemma3": 8 * LENGTH, "gemma4": 4 * LENGTH}
 
