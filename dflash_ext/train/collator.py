@@ -161,18 +161,22 @@ class AnchorCollator:
 
 
 def shared_rows(lengths: Sequence[int], most: int) -> list[list[int]]:
-    """Which samples share a row of at most `most` tokens: the longest first, each in the first row with room for it."""
-    rows: list[list[int]] = []
-    room: list[int] = []
-    for index in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
-        row = next((row for row, left in enumerate(room) if lengths[index] <= left), None)
-        if row is None:
-            row = len(rows)
-            rows.append([])
-            room.append(most)
-        rows[row].append(index)
-        room[row] -= lengths[index]
-    return rows
+    """Which samples share a row of at most `most` tokens. A longer sample has a row of its own.
+
+    The others are dealt from the longest on, forth and back over as few rows as they fit into. So rows have about as
+    many samples each, and need little padding in their blocks, whose number goes by that of the samples.
+    """
+    order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
+    alone = [index for index in order if lengths[index] > most]
+    order = order[len(alone) :]
+    for count in range(-(-sum(lengths[index] for index in order) // most), len(order) + 1):
+        both_ways = [*range(count), *reversed(range(count))]
+        rows: list[list[int]] = [[] for _ in range(count)]
+        for number, index in enumerate(order):
+            rows[both_ways[number % len(both_ways)]].append(index)
+        if all(sum(lengths[index] for index in row) <= most for row in rows):
+            break
+    return [[index] for index in alone] + rows
 
 
 def _joined(samples: list[dict[str, Tensor]]) -> dict[str, Tensor]:

@@ -29,6 +29,10 @@ def test_rows_hold_what_fits():
     assert sorted(index for row in rows for index in row) == list(range(8))
     assert all(sum(lengths[i] for i in row) <= 25 or len(row) == 1 for row in rows)
     assert len(rows) == 5  # 40 alone, and 76 tokens in four rows
+    assert (
+        max(map(len, rows)) == 2
+    )  # seven samples in four rows: none needs padding for more blocks than two samples have
+    assert shared_rows([40, 30], 25) == [[0], [1]]
 
 
 @pytest.mark.parametrize("pack_length", [None, 25])
