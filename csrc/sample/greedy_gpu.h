@@ -44,7 +44,8 @@ __global__ void __launch_bounds__(kThreads, 2) rank_parts(const VerifyParams par
                                         params.tokens + row * params.drafted, k);
   float best = -kInfinity;
   uint32_t token = 0;
-  for_each_chunk_from<kCount>(logits, begin + warp_id() * (kArgmaxPart / kWarps), [&](int, uint32_t first, const auto& chunk) {
+  const uint32_t begin_of_warp = begin + warp_id() * (kArgmaxPart / kWarps);
+  for_each_chunk_from<kCount>(logits, begin_of_warp, [&](int, uint32_t first, const auto& chunk) {
 #pragma unroll
     for (int i = 0; i < Source::kSize; ++i) {
       const float own = to_float(chunk.values[i]);

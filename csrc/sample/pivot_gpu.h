@@ -372,7 +372,7 @@ class PivotSearch {
     for (int t = warp_id(); t < row_.tiles(); t += kWarps) {
       const float own = row_.tile(t).best.first;
       int larger = 0;
-      row_.template for_each_tile<32>(lane_id(), row_.tiles(), maximum, [&](int s, float other) {
+      for_each_tile<32>(lane_id(), row_.tiles(), maximum, [&](int s, float other) {
         larger += other > own || (other == own && s < t);
       });
       if (__reduce_add_sync(~0u, larger) == k - 1 && lane_id() == 0) memory_.bound = own;
@@ -383,7 +383,7 @@ class PivotSearch {
 
   DFLASH_INLINE float smallest_maximum() const {
     float smallest = row_.max();
-    row_.template for_each_tile<32>(lane_id(), row_.tiles(), [this](int t) { return row_.tile(t).best.first; },
+    for_each_tile<32>(lane_id(), row_.tiles(), [this](int t) { return row_.tile(t).best.first; },
                            [&](int, float own) { smallest = own > -kInfinity ? fminf(smallest, own) : smallest; });
     return warp_min(smallest);
   }

@@ -3,26 +3,24 @@
 // results depend neither on the size of the team nor on the other rows.
 #pragma once
 
-#include "common/cp_async.h"
-#include "common/shared_memory.h"
-#include "sample/row_batches.h"
-#include "sample/row_tiles.h"
-#include "sample/team.h"
+#include "sample/row_share.h"
 
 namespace dflash::DFLASH_ISA {
 
 // Source: PlainLogits or PenalisedLogits.
 template <class Source, class Team>
-class Row {
+class Row : public RowShare<Source, Team> {
+  using Share = RowShare<Source, Team>;
   using Values = typename Source::Values;
+  using Share::kGroup, Share::logits_, Share::vocab_, Share::tile_size_, Share::tiles_;
+  using Share::at, Share::has, Share::kept_chunk;
 
  public:
+  using Share::for_each_own_tile, Share::publish;
   static constexpr int kSize = Source::kSize;
 
   DFLASH_INLINE Row(const Source& logits, float temperature, RowMemory& memory)
-      : logits_(logits), vocab_(logits.vocab), memory_(memory), temperature_(temperature == 0 ? 1 : temperature),
-        rate_(kLog2E / temperature_), tile_size_(tile_size_of<Source>(vocab_)),
-        tiles_((vocab_ + tile_size_ - 1) / tile_size_), share_((tiles_ + Team::size() - 1) / Team::size()) {
+      : Share(logits), memory_(memory), temperature_(temperature == 0 ? 1 : temperature), rate_(kLog2E / temperature_) {
     Team::arrive_at_start();
   }
 
@@ -224,55 +222,16 @@ class Row {
     return warp_id() == int(first / kGroup % kWarps) ? token_in_group(first, rest, mass) : kNoToken;
   }
 
-  // Starts to copy another row of the same vocabulary into the shared memory behind the kept one, this block's share of
-  // it. A lane reads there what it copied itself, after cp_async_wait_group<0>.
-  template <class Logits>
-  DFLASH_INLINE void keep_beside(const Logits& logits) const {
-    for_each_own_tile([&](int t) {
-#pragma unroll 1
-      for (uint32_t begin = t * tile_size_; begin < (t + 1) * tile_size_; begin += kLoads * kGroup) {
-        const uint32_t first = begin + lane_id() * kSize;
-        typename Logits::Values* const kept = kept_beside<Logits>(first);
-        if (logits.kIsRaw && logits.is_whole(begin + kLoads * kGroup)) {
-          const auto* const source = static_cast<const typename Logits::Values*>(logits.address(first));
-#pragma unroll
-          for (int c = 0; c < kLoads; ++c) cp_async(shared_address(kept + c * 32), source + c * 32);
-        } else {
-#pragma unroll 1
-          for (int c = 0; c < kLoads; ++c) kept[c * 32] = logits.at(first + c * kGroup);
-        }
-      }
-    });
-    cp_async_commit_group();
-  }
-  template <class Logits>
-  DFLASH_INLINE typename Logits::Values* kept_beside(uint32_t token) const {
-    return reinterpret_cast<typename Logits::Values*>(kept_chunk(share_ * tile_size_ + token));
-  }
-
-  // Calls f(tile) for the tiles of this warp.
-  template <class F>
-  DFLASH_INLINE void for_each_own_tile(F&& f) const {
-#pragma unroll 1
-    for (int t = own_begin() + warp_id(); t < own_end(); t += kWarps) f(t);
-  }
-
   // Calls f(chunk) for this lane's chunks in a tile that have a logit of at least `lowest`, after read<true>. Past the
   // end of the row logits are -inf. kCount chunks are loaded at once; it is small where f takes many registers.
   template <int kCount = kLoads / 4, class F>
   DFLASH_INLINE void for_each_chunk_from(float lowest, int t, F&& f) const {
     if (!reaches(t, lowest)) return;
-    for_each_batch<kCount>(t, [&](const auto& batch) {
+    this->template for_each_batch<kCount>(t, [&](const auto& batch) {
       batch.for_each([&](int, uint32_t, const Values& chunk) {
         if (largest_of(chunk) >= lowest) f(chunk);
       });
     });
-  }
-
-  // Writes what belongs to a tile into the memory of all blocks. A whole warp calls this; it is there after Team::sync.
-  template <class S>
-  DFLASH_INLINE void publish(S* by_tile, int t, const S& value) const {
-    if (lane_id() < Team::size()) *Team::of(by_tile + t, lane_id()) = value;
   }
 
   // Returns the sum over all tiles. A whole warp calls this, and every warp finds the same.
@@ -283,62 +242,8 @@ class Row {
     return warp_sum(sum);
   }
 
-  // Calls f(t, value_of(t)) for t = begin, begin + kStride, ... Values are loaded four at a time.
-  template <int kStride, class ValueOf, class F>
-  DFLASH_INLINE void for_each_tile(int begin, int end, const ValueOf& value_of, F&& f) const {
-    constexpr int kAtOnce = 4;
-#pragma unroll 1
-    for (; begin < end; begin += kAtOnce * kStride) {
-      float values[kAtOnce];
-#pragma unroll
-      for (int i = 0; i < kAtOnce; ++i) values[i] = value_of(min(begin + i * kStride, end - 1));
-#pragma unroll
-      for (int i = 0; i < kAtOnce; ++i) {
-        if (begin + i * kStride < end) f(begin + i * kStride, values[i]);
-      }
-    }
-  }
 
  private:
-  // Calls f(batch) for the batches of this lane's chunks in a tile. kKept: they come from where the team keeps the row;
-  // otherwise from global memory.
-  template <int kCount, bool kKept = Team::kKeepsRow, class F>
-  DFLASH_INLINE void for_each_batch(int t, F&& f) const {
-    constexpr int kTokens = 32 * kCount * kSize;
-    const uint32_t tile_begin = t * tile_size_, tile_end = min(vocab_, tile_begin + tile_size_);
-#pragma unroll 1
-    for (uint32_t begin = tile_begin; begin < tile_end; begin += kTokens) {
-      const uint32_t first = begin + lane_id() * kSize;
-      if constexpr (kKept) {
-        f(KeptBatch<Source, kCount>{first, kept_chunk(first)});
-      } else {
-        if constexpr (Source::kIsPlain) {
-          if (logits_.is_whole(begin + kTokens)) {
-            LoadedBatch<Source, kCount> batch{first};
-#pragma unroll
-            for (int c = 0; c < kCount; ++c) batch.chunks[c] = logits_.load_whole(first + c * 32 * kSize);
-            f(batch);
-            continue;
-          }
-        }
-        f(Batch<Source, kCount>{first, logits_.within(begin, begin + kTokens)});
-      }
-    }
-  }
-
-  // A chunk of the row in shared memory, of a tile of this warp.
-  DFLASH_INLINE Values* kept_chunk(uint32_t token) const {
-    extern __shared__ uint4 kept_row[];
-    return reinterpret_cast<Values*>(kept_row) + int(token / kSize) - int(own_begin() * (tile_size_ / kSize));
-  }
-  DFLASH_INLINE Values at(uint32_t token) const {
-    if constexpr (Team::kKeepsRow) {
-      return load_kept(kept_chunk(token));
-    } else {
-      return logits_.at(token);
-    }
-  }
-
   // The largest logits of every lane in every tile, rounded up, of rows that would be read from memory again. A lane
   // need not read a tile that does not reach the filters' bound.
   static constexpr bool kHasLaneMaxima = !Team::kKeepsRow && Source::kIsPlain;
@@ -357,7 +262,7 @@ class Row {
   DFLASH_INLINE Tile read_tile(int t, bool with_sums) const {
     Best best = Best::none();
     float e = 0, e_exponent = 0;
-    for_each_batch<kLoads, false>(t, [&](const auto& batch) {
+    this->template for_each_batch<kLoads, false>(t, [&](const auto& batch) {
       const float before = best.first;
       BestOfChunks<Values> maxima;
       batch.for_each([&](int c, uint32_t token, const Values& chunk) {
@@ -394,12 +299,6 @@ class Row {
     }
     return {best, e, e_exponent};
   }
-
-  // The tokens of which a warp has a chunk a lane. A tile consists of whole groups.
-  static constexpr uint32_t kGroup = 32 * kSize;
-
-  // Whether this block has a tile.
-  DFLASH_INLINE bool has(int t) const { return t >= own_begin() && t < own_end(); }
 
   // Calls f(first token) for this warp's groups of a tile, in which all warps of the block take part.
   template <class F>
@@ -445,7 +344,7 @@ class Row {
   DFLASH_INLINE float sum_in(int t, const Mass& mass) const {
     float sum = 0;
     if (lowest_ == -kInfinity || reaches(t, lowest_)) {
-      for_each_batch<kLoads / 2>(t, [&](const auto& batch) {
+      this->template for_each_batch<kLoads / 2>(t, [&](const auto& batch) {
         const auto of_chunk = mass.of(batch);
         batch.for_each([&](int c, uint32_t token, const Values& x) {
           if (lowest_ > -kInfinity && !(largest_of(x) >= lowest_)) return;
@@ -471,17 +370,8 @@ class Row {
     return {float(warp_sum(e)), float(warp_sum(e_exponent))};
   }
 
-  DFLASH_INLINE int own_begin() const { return min(tiles_, Team::rank() * share_); }
-  DFLASH_INLINE int own_end() const { return min(tiles_, (Team::rank() + 1) * share_); }
-
-  const Source logits_;
-  const uint32_t vocab_;
   RowMemory& memory_;
   const float temperature_, rate_;
-  const uint32_t tile_size_;  // tokens
-  const int tiles_;           // of the row
-  const int share_;           // tiles of a block
-
   float max_, total_ = 0, lowest_ = -kInfinity, pivot_ = -kInfinity;
 };
 

@@ -54,6 +54,22 @@ DFLASH_INLINE int first_or_last(bool first, bool last) {
   return firsts ? __ffs(firsts) - 1 : 31 - __clz(lasts);
 }
 
+// Calls f(t, value_of(t)) for t = begin, begin + kStride, ... Values are loaded four at a time.
+template <int kStride, class ValueOf, class F>
+DFLASH_INLINE void for_each_tile(int begin, int end, const ValueOf& value_of, F&& f) {
+  constexpr int kAtOnce = 4;
+#pragma unroll 1
+  for (; begin < end; begin += kAtOnce * kStride) {
+    float values[kAtOnce];
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) values[i] = value_of(min(begin + i * kStride, end - 1));
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      if (begin + i * kStride < end) f(begin + i * kStride, values[i]);
+    }
+  }
+}
+
 // The sum of e = 2^d, d = (x - the row's maximum) * rate, and the sum of e * d, over a tile or a row.
 struct Sums {
   float e, e_exponent;

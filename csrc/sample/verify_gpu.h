@@ -262,8 +262,8 @@ __global__ void __launch_bounds__(kThreads, kVerifyBlocks) verify_positions(cons
   const int64_t offset = offset_of(params.target_strides, row, k);
   prefetch_first_tiles<Source, Team>(typename Source::Raw(params.target, params.dtype, offset, params.vocab));
   if (Team::kKeepsRow && params.draft != Draft::kPoint && k < params.drafted) {
-    const int64_t drafted_at = offset_of(params.draft_strides, row, k);
-    prefetch_first_tiles<Source, Team>(typename Source::Raw(params.draft_logits, params.dtype, drafted_at, params.vocab));
+    const int64_t at = offset_of(params.draft_strides, row, k);
+    prefetch_first_tiles<Source, Team>(typename Source::Raw(params.draft_logits, params.dtype, at, params.vocab));
   }
   Team::wait_for_inputs();
   const int64_t drafted = drafted_of(params, row);
