@@ -10,6 +10,8 @@
 
 namespace dflash::DFLASH_ISA {
 
+constexpr int kLargestTeam = 8;  // the largest clusters that every such GPU has
+
 struct BlockTeam {
   static constexpr int kLargest = 1;
   static constexpr bool kOverlapsLaunches = false;
@@ -28,7 +30,7 @@ struct BlockTeam {
 
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
 struct ClusterTeam {
-  static constexpr int kLargest = 8;
+  static constexpr int kLargest = kLargestTeam;
   static constexpr bool kKeepsRow = true;
   static constexpr bool kOverlapsLaunches = true;  // they overlap the kernel before, and the next may overlap them
   // The next kernel may start only when the one before has ended, because it may read early what that one wrote.
