@@ -46,6 +46,7 @@ inline std::array<int, device::kLargestTeam + 1> resident_clusters(int multiproc
       shape.shared_bytes = kSharedBytes;
       shape.cluster_size = size;
       if (cudaOccupancyMaxActiveClusters(&clusters[size], kernel, LaunchConfig(shape, stream).get()) != cudaSuccess) {
+        cudaGetLastError();  // it would be found by the next call that looks
         clusters[size] = 0;
       }
     }
