@@ -4,9 +4,8 @@ MODEL is gemma3 (the shapes of Gemma 3 270M) or gemma4 (Gemma 4 E2B), with rando
 backward of a batch of rows of 2,048 tokens, with a LoRA adapter of rank 16, documents of unequal lengths and 25% of the
 second half of each one hidden. Both sides train the same adapter on the same batch, and both are compiled. The peer is
 what one would write with transformers alone: the mask is dense, the model gives all logits, and those of hidden tokens
-get a cross-entropy. Each side runs as the host launches it, and as a CUDA graph, as `dflash-ext adapt --cuda-graphs`
-does and a peer could, but for the largest steps, which the host launches fast enough. The memory is that of launched
-steps.
+get a cross-entropy. Each side runs as the host launches it, and as a CUDA graph, but for the largest steps, which the
+host launches fast enough. (`dflash-ext adapt` records steps that are not compiled.) The memory is that of launched steps.
 """
 
 from __future__ import annotations
