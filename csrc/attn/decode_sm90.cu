@@ -122,10 +122,7 @@ cudaError_t launch_decode(const DecodeParams& p, cudaStream_t stream) {
     for (int ranks = 2; ranks <= Tiling::kMaxCluster; ++ranks) {
       LaunchShape shape = shape_of(ranks);
       shape.blocks = ranks;
-      // An error means that this GPU has no such clusters.
-      if (cudaOccupancyMaxActiveClusters(&clusters[ranks], kernel, LaunchConfig(shape, stream).get()) != cudaSuccess) {
-        clusters[ranks] = 0;
-      }
+      clusters[ranks] = count_resident_clusters(kernel, shape, stream);
     }
     return clusters;
   });

@@ -96,4 +96,18 @@ cudaError_t count_resident_blocks(Kernel* kernel, int threads, int shared_bytes,
   return status;
 }
 
+// Returns how many clusters of a shape are resident at once; 0 if the GPU has no such clusters. No error is left for the
+// next call.
+template <class Kernel>
+int count_resident_clusters(Kernel* kernel, const LaunchShape& shape, cudaStream_t stream) {
+  int clusters = 0;
+  cudaError_t status = allow_shared_memory(kernel, shape.shared_bytes);
+  if (status == cudaSuccess) {
+    status = cudaOccupancyMaxActiveClusters(&clusters, kernel, LaunchConfig(shape, stream).get());
+  }
+  if (status == cudaSuccess) return clusters;
+  cudaGetLastError();
+  return 0;
+}
+
 }  // namespace dflash

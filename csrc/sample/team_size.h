@@ -40,15 +40,11 @@ inline std::array<int, device::kLargestTeam + 1> resident_clusters(int multiproc
     constexpr int kSharedBytes = kMaxSharedBytes * 2 / 3;
     const auto kernel = device::occupies_multiprocessor<>;
     std::array<int, device::kLargestTeam + 1> clusters{};
-    if (allow_shared_memory(kernel, kSharedBytes) != cudaSuccess) return clusters;
     for (int size = 2; size <= device::kLargestTeam; ++size) {
       LaunchShape shape{size, device::kThreads};
       shape.shared_bytes = kSharedBytes;
       shape.cluster_size = size;
-      if (cudaOccupancyMaxActiveClusters(&clusters[size], kernel, LaunchConfig(shape, stream).get()) != cudaSuccess) {
-        cudaGetLastError();  // it would be found by the next call that looks
-        clusters[size] = 0;
-      }
+      clusters[size] = count_resident_clusters(kernel, shape, stream);
     }
     return clusters;
   });
