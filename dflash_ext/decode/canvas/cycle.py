@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor
 
@@ -45,41 +43,35 @@ class CanvasCycle:
 
     def step(self, slots: Tensor) -> None:
         """One denoising step of the rows in these slots (int64 [n])."""
-        rows = self.rows.take(slots)
-        taken = replace(rows)
-        logits = self.forward.denoise(rows.canvas, *self._placed(rows, slots), rows.soft)
-        running = rows.running
-        if self.forward.self_conditions:
-            temperature = self.process.temperature(rows)[:, None].expand(rows.canvas.shape)
-            soft = self.forward.condition(logits, temperature)
-            rows.soft = torch.where(running[:, None, None], soft, rows.soft)
-        self.process.step(rows, logits, self.bias, self.randomness)
-        self.rows.put(slots, rows, taken)
+        with self.rows.changing(slots) as rows:
+            logits = self.forward.denoise(rows.canvas, *self._placed(rows, slots), rows.soft)
+            if self.forward.self_conditions:
+                temperature = self.process.temperature(rows)[:, None].expand(rows.canvas.shape)
+                soft = self.forward.condition(logits, temperature)
+                rows.soft = torch.where(rows.running[:, None, None], soft, rows.soft)
+            self.process.step(rows, logits, self.bias, self.randomness)
 
     def extend(self, slots: Tensor) -> None:
         """Commits the canvases of these rows, whose tokens are in `rows.best`, and begins the next ones."""
-        rows = self.rows.take(slots)
-        taken = replace(rows)
-        tokens = torch.where(rows.live, rows.best, 0)  # a row of padding has none, or mask tokens without an embedding
-        self.forward.commit(tokens, *self._placed(rows, slots))
-        rows.start = rows.start + rows.length
-        rows.length = torch.where(rows.length > 0, self.length, 0)
-        self._begin(rows, slots)
-        self.rows.put(slots, rows, taken)
+        with self.rows.changing(slots) as rows:
+            # A row of padding has no tokens, or mask tokens without an embedding.
+            tokens = torch.where(rows.live, rows.best, 0)
+            self.forward.commit(tokens, *self._placed(rows, slots))
+            rows.start = rows.start + rows.length
+            rows.length = torch.where(rows.length > 0, self.length, 0)
+            self._begin(rows, slots)
 
     def admit(self, slots: Tensor, start: Tensor, seed: Tensor, canvas: Tensor | None, length: Tensor) -> None:
         """Begins the first canvases of new rows, whose prompts are in the cache: int64 [n] each, canvas [n, L].
 
         canvas: tokens to begin with instead of noise.
         """
-        rows = self.rows.take(slots)
-        taken = replace(rows)
-        rows.start, rows.seed, rows.length = start, derived(seed, 0), length
-        self._begin(rows, slots)
-        if canvas is not None:
-            rows.canvas = canvas
-            self.process.begin_from(rows, self.forward.mask_id)
-        self.rows.put(slots, rows, taken)
+        with self.rows.changing(slots) as rows:
+            rows.start, rows.seed, rows.length = start, derived(seed, 0), length
+            self._begin(rows, slots)
+            if canvas is not None:
+                rows.canvas = canvas
+                self.process.begin_from(rows, self.forward.mask_id)
 
     def _begin(self, rows: Rows, slots: Tensor) -> None:
         self.process.begin(rows, self.forward.mask_id, self.vocab_size, self.randomness)

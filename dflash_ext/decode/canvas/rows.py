@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 
 import torch
@@ -65,11 +67,15 @@ class Rows:
         """The rows in these slots (int64 [n])."""
         return self._each(lambda tensor: tensor.index_select(0, slots))
 
-    def put(self, slots: Tensor, rows: Rows, taken: Rows) -> None:
-        """Writes rows back to their slots: those of their tensors that are others than in `taken`."""
+    @contextmanager
+    def changing(self, slots: Tensor) -> Iterator[Rows]:
+        """The rows in these slots (int64 [n]). At its end, the tensors that have been replaced are written back."""
+        rows = self.take(slots)
+        before = replace(rows)
+        yield rows
         for field in fields(self):
             new = getattr(rows, field.name)
-            if new is not getattr(taken, field.name):
+            if new is not getattr(before, field.name):
                 getattr(self, field.name).index_copy_(0, slots, new)
 
     def _each(self, function) -> Rows:
