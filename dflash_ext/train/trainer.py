@@ -142,7 +142,7 @@ class ObjectiveTrainer(Trainer):
             if divisor:
                 logs[self._meter.name] = round(float(dividend / divisor), 3)
         super().log(logs, *args, **kwargs)
-        if has_diverged(self.state.log_history):
+        if has_diverged([logs]):
             loss, step = logs["loss"], self.state.global_step
             raise ValueError(f"the training has diverged: the loss of step {step} is {loss}; try a lower learning rate")
 
