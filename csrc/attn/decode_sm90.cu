@@ -146,8 +146,8 @@ cudaError_t launch_decode(const DecodeParams& p, cudaStream_t stream) {
   return launch_kernel(kernel, shape_of(ranks), stream, p, layout, maps);
 }
 
-// Whether two consumers of a block take turns: where a multiprocessor has one block, and tiles enough to make up for
-// the addition of their sums. The order of a row's sums is then another one than exact mode's.
+// Whether two consumers of a block take turns. They do where a multiprocessor has one block, and that block has enough
+// tiles to make up for the addition of their sums. This changes the order of a row's sums, so exact mode never does it.
 bool takes_turns(const DecodeParams& p, int64_t processors) {
   constexpr int64_t kLeastKeys = 512;
   const int64_t items = items_of(p, 1);

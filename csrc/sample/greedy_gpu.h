@@ -1,5 +1,5 @@
-// Verification on a GPU where the host knows that all rows are greedy. Blocks find the largest logits of parts of rows
-// without a word to each other, and the kernel that resolves drafts compares the parts.
+// Verification on a GPU where the host knows that all rows are greedy. Each block finds the largest logit of a part of a
+// row by itself, and the kernel that resolves drafts compares the parts.
 #pragma once
 
 #include "sample/positions_gpu.h"

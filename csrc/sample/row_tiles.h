@@ -33,7 +33,7 @@ constexpr int64_t kept_bytes(int64_t vocab, int team_size) {
   return tokens / Source::kSize * sizeof(typename Source::Values);
 }
 
-// The same of a block that reads its row again, in which it has each lane's largest logit of each tile.
+// The shared memory of a block that reads its row again: it has the largest logit of each lane in each tile.
 template <class Source>
 constexpr int64_t lane_maxima_bytes(int64_t vocab) {
   return share_of<Source>(vocab, 1) * 32 * sizeof(__nv_bfloat16);

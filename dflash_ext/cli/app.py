@@ -27,7 +27,10 @@ def say(line: str, **style: str) -> None:
 
 
 def _is_reported(error: Exception) -> bool:
-    """Whether an error is one of the input or of the machine. torch, whose error is the last, is not imported here."""
+    """Whether an error comes from the input or the machine.
+
+    The error of torch for a lack of memory is known by its name, because importing torch would slow every command down.
+    """
     kinds = ValueError, OSError, ImportError, FloatingPointError
     return isinstance(error, kinds) or type(error).__name__ == "OutOfMemoryError"
 

@@ -144,7 +144,7 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def first_line(error: Exception) -> str:
-    """The first line of an error's message, with the second one if that is what it announces."""
+    """The first line of an error's message, and the second one, too, if the first ends with a colon."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     if not lines or isinstance(error, KeyError):  # whose message is the key alone
         return " ".join([type(error).__name__, *lines[:1]])

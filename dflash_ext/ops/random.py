@@ -40,8 +40,8 @@ def uniforms_of(seed: Tensor, stream: int, rows: int, count: int) -> Tensor:
 def uniform_tokens(seeds: Tensor, vocab_size: int) -> Tensor:
     """A random token for each seed, int64 of the seeds' shape: the noise of canvases and of blocks.
 
-    One mixing and integers do, because the tokens take part in no comparison of probabilities: a graph of a denoising
-    step draws them by few kernels.
+    The bits are mixed once and stay integers, so that a graph of a denoising step needs few kernels for them. This is
+    random enough, because no probability is compared with these tokens.
     """
     bits = _mix((seeds + NOISE) * _GOLDEN)
     return (_shifted(bits, 24) * vocab_size) >> 40

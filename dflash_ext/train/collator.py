@@ -163,8 +163,8 @@ class AnchorCollator:
 def shared_rows(lengths: Sequence[int], most: int) -> list[list[int]]:
     """Which samples share a row of at most `most` tokens. A longer sample has a row of its own.
 
-    The others are dealt from the longest on, forth and back over as few rows as they fit into. So rows have about as
-    many samples each, and need little padding in their blocks, whose number goes by that of the samples.
+    The others are dealt in the order of falling lengths, back and forth over as few rows as can hold them. All rows
+    then have about the same number of samples, and so of blocks, which need little padding.
     """
     order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
     alone = [index for index in order if lengths[index] > most]

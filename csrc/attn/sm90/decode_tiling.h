@@ -19,7 +19,7 @@ enum DecodeBarrier {
   kTurnsBarrier = 6,            // consumers hand their sums to the one that has the same rows
 };
 
-constexpr int kExactBlocks = 8;  // which share an item in exact mode
+constexpr int kExactBlocks = 8;  // the number of blocks that share an item in exact mode
 
 // kConsumers warpgroups have rows of their own: 1 where memory is the limit, and 2 where there are enough rows for the
 // products to be. kTurns warpgroups have the same rows and take turns at the tiles of keys. A tile's way through one
@@ -33,7 +33,7 @@ struct DecodeTiling {
   static constexpr int kStages = kConsumers == 2 ? 2 : (kDim == 64 ? 6 : 3) * kTurns;
   static constexpr int kBlocks = kConsumers * kTurns == 1 && kDim <= 128 ? 2 : 1;  // of a multiprocessor
   static constexpr int kConsumerThreads = kWarpgroup * kConsumers * kTurns;
-  static constexpr int kTileThreads = kConsumerThreads / kTurns;  // which read a tile of keys, and end with the sums
+  static constexpr int kTileThreads = kConsumerThreads / kTurns;  // threads that read a tile of keys
   // setmaxnreg moves registers between whole warpgroups, so a producer of one warp goes without it.
   static constexpr bool kMovesRegisters = kConsumers > 1;
   static constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;

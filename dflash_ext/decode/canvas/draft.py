@@ -33,7 +33,7 @@ class CanvasDraft(Draft):
     def __init__(self, denoiser: Denoiser, target: Target, *, slots: int, tokens: int, **options):
         if denoiser.mask_id is not None:
             raise ValueError(
-                "a denoiser with a mask token drafts as the LoRA drafter in its folder, which full weights have not"
+                "a denoiser with a mask token drafts as the LoRA drafter in its folder; one with full weights has none"
             )
         super().__init__(target, **options)
         self.forward = CausalForward(denoiser, slots=slots, tokens=tokens, rows=MOST_ROWS)

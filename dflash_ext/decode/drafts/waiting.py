@@ -19,14 +19,14 @@ class WaitingTokens:
         self.counts = torch.zeros(slots, dtype=torch.int64, device=device)
 
     def keep(self, tokens: Tensor, positions: Tensor, slots: Tensor) -> None:
-        """Keeps int64 [B, n] tokens in the place of those before; only those with a position from 0 on are tokens."""
+        """Replaces the tokens of these slots by int64 [B, n] others. Those at negative positions are padding."""
         index = slots.long()
         padded = torch.nn.functional.pad(tokens, (0, self.tokens.shape[1] - tokens.shape[1]))
         self.tokens.index_copy_(0, index, padded)
         self.counts.index_copy_(0, index, (positions >= 0).sum(dim=1))
 
     def drop(self, slots: Tensor) -> None:
-        """Nothing waits in these slots."""
+        """Forgets the tokens of these slots."""
         self.counts.index_fill_(0, slots.long(), 0)
 
     def of(self, slots: Tensor) -> tuple[Tensor, Tensor]:
