@@ -131,6 +131,10 @@ class TextDataset(Dataset):
         """The number of tokens of each row: int64 [len(self)]."""
         return torch.full((len(self),), self.length)
 
+    def count(self, token: int) -> int:
+        """How often the text has a token."""
+        return int((self._tokens == token).sum())
+
     def fingerprint(self) -> str:
         """A hash of all tokens and of where documents start."""
         digest = hashlib.sha256(self._starts.numpy().tobytes())

@@ -168,9 +168,7 @@ class Adaptation(nn.Module):
     @property
     def head(self) -> Tensor:
         """The weight of the head that these hidden states are for, [V, H]."""
-        if isinstance(self.adapter, FullWeights):
-            return self.adapter.of(self.target.model, self.target.model.get_output_embeddings())
-        return self.target.head
+        return self.adapter.weight_of(self.target, self.target.model.get_output_embeddings())
 
     def forward(
         self,
@@ -213,9 +211,7 @@ class Adaptation(nn.Module):
             with replaced_forwards(layers):
                 yield
             return
-        full = isinstance(self.adapter, FullWeights)
-        acting = self.adapter.applied(target) if full else self.adapter.applied(target.model, rows)
-        with acting, replaced_forwards(target.fused_forwards):
+        with self.adapter.applied(target.model, rows), replaced_forwards(target.fused_forwards):
             yield
 
     def _halves(self) -> dict[nn.Module, tuple[tuple[str, ...], list[tuple[Tensor, Tensor]], float]]:
@@ -233,7 +229,7 @@ class Adaptation(nn.Module):
 
         Raises a ValueError for full weights.
         """
-        if isinstance(self.adapter, FullWeights):
+        if self.config.kind == "full":
             raise ValueError("torch.compile is supported with an adapter, and not with full weights")
         self._compiled = torch.compile(_with_adapter, **options)
 
@@ -246,6 +242,10 @@ class Adaptation(nn.Module):
     def embedded(self, embedded: Tensor, hidden: Tensor) -> Tensor:
         """The input of the layers [B, L, H], given the base's embeddings and the masked tokens (bool [B, L])."""
         return torch.where(hidden.unsqueeze(-1), self.mask_embedding.to(embedded.dtype), embedded)
+
+    def of_denoiser(self) -> dict[str, Tensor | nn.Module]:
+        """What a `Denoiser` has of it beside the weights, by the names of its fields."""
+        return {"mask_embedding": self.mask_embedding.detach().to(self.target.dtype)}
 
     def own_tensors(self) -> dict[str, Tensor]:
         """What is trained beside the adapter, by name."""
@@ -329,7 +329,7 @@ def save_adaptation(
         dtype: that of the tensors, the adaptation's own by default.
     """
     folder = Path(folder)
-    if isinstance(adaptation.adapter, FullWeights):
+    if adaptation.config.kind == "full":
         adaptation.adapter.save(folder, adaptation.target.model, dtype=dtype)
     elif adaptation.config.mask_id is None:
         save_adapter(adaptation.adapter, folder, base_name=base_name, dtype=dtype)

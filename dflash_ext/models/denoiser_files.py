@@ -13,7 +13,6 @@ from transformers import PreTrainedModel
 from .adaptation import CONFIG, Adaptation, load_adaptation
 from .denoiser import Denoiser
 from .target import Target
-from .uniform import UniformAdaptation
 
 
 def is_denoiser(folder: str | os.PathLike) -> bool:
@@ -33,14 +32,10 @@ def load_denoiser(model: PreTrainedModel, folder: str | os.PathLike) -> Denoiser
 def denoiser_of(adaptation: Adaptation) -> Denoiser:
     """An adaptation as the canvas loop takes it: merged into a copy of the base, which keeps its own weights."""
     target, config = adaptation.target, adaptation.config
-    own = {"mask_id": config.mask_id}
-    if isinstance(adaptation, UniformAdaptation):
-        own["self_conditioning"] = copy.deepcopy(adaptation.self_conditioning).to(target.dtype).requires_grad_(False)
-    else:
-        own["mask_embedding"] = adaptation.mask_embedding.detach().to(target.dtype)
     return Denoiser(
         Target(_with(target.model, adaptation.adapter.merged(target.model))),
-        **own,
+        mask_id=config.mask_id,
+        **adaptation.of_denoiser(),
         attention="causal" if config.pattern == "causal" else "bidirectional",
         prefix=config.context,
         encoder=target if config.kind == "gated" else None,

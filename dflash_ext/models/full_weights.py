@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
@@ -30,6 +30,7 @@ class FullWeights(nn.Module):
 
     Args:
         weights: by their paths in the model. Of weights that are tied, there is one.
+        layers: the paths of the decoder layers.
 
     Attributes:
         paths: in the order of `weights`.
@@ -38,11 +39,11 @@ class FullWeights(nn.Module):
         ValueError: a weight is quantised.
     """
 
-    def __init__(self, weights: Mapping[str, Tensor]):
+    def __init__(self, weights: Mapping[str, Tensor], layers: Sequence[str]):
         super().__init__()
         if quantised := [path for path, weight in weights.items() if not weight.is_floating_point()]:
             raise ValueError(f"full weights cannot be trained: {quantised[0]} is quantised")
-        self.paths = tuple(weights)
+        self.paths, self.layers = tuple(weights), tuple(layers)
         self.weights = nn.ParameterList(weight.detach().float().clone() for weight in weights.values())
 
     @classmethod
@@ -50,15 +51,18 @@ class FullWeights(nn.Module):
         """The base's own weights, as training begins with them."""
         parts = target.decoder, target.model.get_output_embeddings()
         inside = {id(weight) for part in parts for weight in part.parameters()}
-        return cls({path: weight for path, weight in target.model.named_parameters() if id(weight) in inside})
+        weights = {path: weight for path, weight in target.model.named_parameters() if id(weight) in inside}
+        of_layers = set(target.layers)
+        return cls(weights, [path for path, module in target.model.named_modules() if module in of_layers])
 
     @property
     def settings(self) -> dict[str, Any]:
         """What tells this from other ways of training a model."""
         return {"adapted": list(self.paths)}
 
-    def of(self, model: nn.Module, module: nn.Module) -> Tensor:
-        """The trained weight of a module of the model, in the model's dtype."""
+    def weight_of(self, target: Target, module: nn.Module) -> Tensor:
+        """The trained weight of the target's embedding or head, in the target's dtype."""
+        model = target.model
         own = {id(model.get_parameter(path)): weight for path, weight in zip(self.paths, self.weights, strict=True)}
         return own[id(module.weight)].to(module.weight.dtype)
 
@@ -76,23 +80,22 @@ class FullWeights(nn.Module):
         return {path: weight.detach().to(model.get_parameter(path)) for path, weight in pairs}
 
     @contextmanager
-    def applied(self, target: Target) -> Iterator[None]:
-        """Within it, the decoder of a target runs with these weights.
+    def applied(self, model: nn.Module, rows: None = None) -> Iterator[None]:
+        """Within it, the decoder of the model runs with these weights, in all rows of its forward.
 
         Layers get theirs in each call, so that a backward that computes a layer again (`recomputed`) has them, too.
         """
-        model, layers = target.model, set(target.layers)
-        layers = {name: module for name, module in model.named_modules() if module in layers}
-        inside: dict[nn.Module, dict[str, Tensor]] = {layer: {} for layer in layers.values()}
+        inside: dict[str, dict[str, Tensor]] = {layer: {} for layer in self.layers}
         outside: dict[str, Tensor] = {}
         for path, weight in zip(self.paths, self.weights, strict=True):
             weight = weight.to(model.get_parameter(path).dtype)
-            layer = next((name for name in layers if path.startswith(f"{name}.")), None)
+            layer = next((layer for layer in self.layers if path.startswith(f"{layer}.")), None)
             if layer is None:
                 outside[path] = weight
             else:
-                inside[layers[layer]][path.removeprefix(f"{layer}.")] = weight
-        forwards = {layer: partial(_with_weights, layer, layer.forward, own) for layer, own in inside.items()}
+                inside[layer][path.removeprefix(f"{layer}.")] = weight
+        layers = {model.get_submodule(layer): own for layer, own in inside.items()}
+        forwards = {layer: partial(_with_weights, layer, layer.forward, own) for layer, own in layers.items()}
         with _replaced(model, outside), replaced_forwards(forwards):
             yield
 

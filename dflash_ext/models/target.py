@@ -110,11 +110,13 @@ class Target:
         return mask in inspect.unwrap(type(self.decoder).forward).__globals__
 
     def check_taps(self, taps: Sequence[int]) -> None:
-        """Raises a ValueError unless each of these layers has one hidden state for a tap to read."""
+        """Raises a ValueError unless these are different layers, each with one hidden state for a tap to read."""
         name = type(self.model).__name__
         for tap in taps:
             if not 0 <= tap < self.num_layers:
                 raise ValueError(f"tap {tap} is out of range: {name} has layers 0 to {self.num_layers - 1}")
+        if len(set(taps)) < len(taps):
+            raise ValueError(f"taps {list(taps)}: each layer can be tapped once")
         if taps and (states := getattr(self.config, "altup_num_inputs", 1)) > 1:
             raise ValueError(f"{name} cannot be tapped: its layers put out {states} hidden states each (AltUp)")
 
@@ -164,7 +166,7 @@ class Target:
         """Whether the tensors lie on several devices, or in part where accelerate has offloaded them to."""
         return len({parameter.device for parameter in self.model.parameters()}) > 1
 
-    def _loaded(self, module: nn.Module) -> Tensor:
+    def weight_of(self, module: nn.Module) -> Tensor:
         """The weight of a module as a plain tensor on `device`.
 
         It is a copy if accelerate has put it elsewhere, or torchao has quantised it.
@@ -206,12 +208,12 @@ class Target:
     @property
     def head(self) -> Tensor:
         """The weight of the language-model head, [V, H]."""
-        return self._loaded(self.model.get_output_embeddings())
+        return self.weight_of(self.model.get_output_embeddings())
 
     @property
     def embedding(self) -> Tensor:
         """The table of the embedding, without its scale: [V, `embedding_size`]."""
-        return self._loaded(self.model.get_input_embeddings())
+        return self.weight_of(self.model.get_input_embeddings())
 
     @property
     def softcap(self) -> float | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 
 import torch
@@ -80,13 +81,14 @@ class UniformAdaptation(Adaptation):
         read = batch["input_ids"].where(~batch["noised"], batch["noise"])
         return torch.cat([read, ids[:, length:]], dim=1), torch.zeros_like(hidden), *others
 
+    def of_denoiser(self) -> dict[str, Tensor | nn.Module]:
+        conditioning = copy.deepcopy(self.self_conditioning).to(self.target.dtype)
+        return {"self_conditioning": conditioning.requires_grad_(False)}
+
     @property
     def table(self) -> Tensor:
         """The table of the embedding that the layers read, without its scale, [V, H]."""
-        embedding = self.target.model.get_input_embeddings()
-        if isinstance(self.adapter, FullWeights):
-            return self.adapter.of(self.target.model, embedding)
-        return embedding.weight
+        return self.adapter.weight_of(self.target, self.target.model.get_input_embeddings())
 
     def embedded(self, embedded: Tensor, hidden: Tensor) -> Tensor:
         soft = torch.zeros_like(embedded) if self._soft is None else self._soft

@@ -43,6 +43,14 @@ def train_denoiser(
         ValueError: the rows are longer than the base's positions, or as in `run` and `DenoisingObjective`.
     """
     adaptation.target.check_length(text.length, f"rows of {text.length} tokens")
+    mask_id = adaptation.config.mask_id
+    if console is not None and mask_id is not None and (times := text.count(mask_id)):
+        places = "1 place" if times == 1 else f"{times} places"
+        console.print(
+            f"the text has the mask token {mask_id} in {places}, and a denoiser never writes it: choose another one if "
+            "it should",
+            soft_wrap=True,
+        )
 
     def save(folder: Path) -> None:
         if PartialState().is_main_process:

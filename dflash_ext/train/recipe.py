@@ -6,6 +6,8 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
+from .parallel import asks_for_fsdp
+
 RATES = {"adamw": 6e-4, "muon": 5e-3}
 
 
@@ -66,6 +68,8 @@ class RunRecipe:
             raise ValueError(f"learning_rate is {self.learning_rate}: a finite rate above 0 is needed")
         if self.compile and self.cuda_graphs:
             raise ValueError("compile and cuda_graphs do not go together: one of them is supported")
+        if self.tensor_parallel and asks_for_fsdp(self.trainer_args):
+            raise ValueError("tensor_parallel and fsdp do not go together: one of them is supported")
         if self.tensor_parallel and self.save_every:
             raise ValueError("tensor_parallel writes no checkpoints: save_every must be 0")
 

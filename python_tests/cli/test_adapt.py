@@ -47,6 +47,12 @@ def test_every_option(workspace, text, run):
     assert (adapter.rank, adapter.scale, len(adapter.paths)) == (4, 2.0, 12)
 
 
+def test_a_mask_token_that_the_text_has_is_named(workspace, text, run):
+    code, out, errors = run(*words(workspace, text), "--mask-token", "w003")
+    assert code == 0, errors
+    assert f"the text has the mask token 3 in {text.read_text().count('w003')} places" in out
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -39,9 +39,13 @@ def test_a_target_leaves_its_model_as_it_was():
     assert [len(module._forward_hooks) for module in model.modules()] == hooks
 
 
-def test_refuses_taps_out_of_range():
-    with pytest.raises(ValueError, match="tap 6 is out of range.*layers 0 to 5"):
-        Target(tiny_model("llama"), [1, 6])
+@pytest.mark.parametrize(
+    ("taps", "message"),
+    [([1, 6], "tap 6 is out of range.*layers 0 to 5"), ([0, 3, 0], r"taps \[0, 3, 0\]: each layer can be tapped once")],
+)
+def test_refuses_taps_that_are_no_different_layers(taps, message):
+    with pytest.raises(ValueError, match=message):
+        Target(tiny_model("llama"), taps)
 
 
 @pytest.fixture(params=["in memory", "on disk", "quantised"])

@@ -85,6 +85,7 @@ def test_the_first_weights_follow_from_the_seed():
         ({"noise_ratio": 0.0}, "noise_ratio is 0.0"),
         ({"forwards": 3}, "forwards is 3: 1 and 2 are supported"),
         ({"tensor_parallel": True, "save_every": 2}, "tensor_parallel writes no checkpoints: save_every must be 0"),
+        ({"tensor_parallel": True, "trainer_args": {"fsdp": True}}, "tensor_parallel and fsdp do not go together"),
         ({"forwards": 1, "gamma": 4.0}, "forwards is 1: this is for D-PACE weights"),
     ],
 )

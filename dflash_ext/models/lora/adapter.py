@@ -74,6 +74,10 @@ class LoraAdapter(nn.Module):
             found[f"{path}.weight"] = (weight.float() + self.scale * (b @ a)).to(weight.dtype)
         return found
 
+    def weight_of(self, target: Target, module: nn.Module) -> Tensor:
+        """The weight of the target's embedding or head, which no adapter changes."""
+        return target.weight_of(module)
+
     def halves(self, path: str) -> tuple[Tensor, Tensor]:
         """The matrices of a linear layer: A [rank, inputs] and B [outputs, rank]."""
         index = self._index[path]
