@@ -1,9 +1,14 @@
-"""Short trainings of a drafter that each change one thing: ``python -m bench.recipe TARGET ANSWERS FOLDER [NAME ...]``.
+"""Short trainings of a drafter that each change one thing.
 
-Each takes the same number of steps, and its learning rate decays to zero. Then it decodes the same held-out prompts,
-greedily and at temperature 1. The named trainings, or all of them, run one after the other on one GPU; several
-processes with other names may share FOLDER. A training that is there is not repeated. ``python -m bench.recipe FOLDER``
-compares those that are there in `recipe.json` and `recipe.png`.
+    python -m bench.recipe BASE TARGET ANSWERS PROMPTS FOLDER [NAME ...]
+    python -m bench.recipe FOLDER
+
+BASE is the recipe that is changed: adamw, or muon, by which the drafter that comes with the package was trained.
+ANSWERS are the target's answers to PROMPTS, which `examples/smollm2/prompts.py` collected. Each training takes the same
+number of steps, and its learning rate decays to zero. Then it decodes the same held-out prompts, greedily and at
+temperature 1. The named trainings, or all of them, run one after the other on one GPU; several processes with other
+names may share FOLDER. A training that is there is not repeated. The second command compares those that are there in
+`recipe.json` and `recipe.png`.
 """
 
 from __future__ import annotations
@@ -24,16 +29,28 @@ from dflash_ext.train import HeldOutPrompts, Recipe, new_drafter, train_drafter
 
 MASK_TOKEN = 16  # SmolLM2's `<empty_output>`
 PROMPTS, HELD_OUT, LONGEST = 160, 0.01, 512
-# The arguments of `new_drafter` and `Recipe` that all have, but for what is changed.
+# The arguments of `new_drafter` and `Recipe` that all have, but for the base and what is changed.
 SHAPE = dict(num_layers=3, intermediate_size=1024, taps=5, sample_from_anchor=False)
-RECIPE = dict(steps=240, batch_size=32, anchors=64, optimizer="adamw", learning_rate=2e-3)
+RECIPE = dict(steps=240, batch_size=32, anchors=64)
+BASES = {
+    "adamw": dict(optimizer="adamw", learning_rate=2e-3),
+    "muon": dict(optimizer="muon", learning_rate=5e-3, loss="kl", teacher_mix=0.5),
+}
+# Which answers are trained on: those of these temperatures, or those to prompts of these sources.
+ANSWERS = dict(temperatures=None, sources=None)
+CHATS = ("sharegpt",)
+TASKS = ("gsm8k", "code", "facts", "summaries", "mathematics", "translation", "retrieval", "reasoning-gym")
 # What is changed, by a name. Widths keep the number of parameters, and batches that of blocks.
 CHANGES = {
     "nothing": {},
-    "AdamW, 4e-3": dict(learning_rate=4e-3),
-    "Muon, 2e-3": dict(optimizer="muon"),
+    "another seed": dict(seed=1),
+    "AdamW, 4e-3": dict(optimizer="adamw", learning_rate=4e-3),
+    "Muon, 2e-3": dict(optimizer="muon", learning_rate=2e-3),
     "Muon, 5e-3": dict(optimizer="muon", learning_rate=5e-3),
+    "Muon, 1e-2": dict(optimizer="muon", learning_rate=1e-2),
+    "cross-entropy alone": dict(loss="ce", teacher_mix=1.0),
     "half KL": dict(loss="kl", teacher_mix=0.5),
+    "KL alone": dict(loss="kl", teacher_mix=1.0),
     "half TV": dict(loss="tv", teacher_mix=0.5),
     "decay 7": dict(gamma=7.0),
     "16 anchors, 128 sequences": dict(anchors=16, batch_size=128),
@@ -47,25 +64,30 @@ CHANGES = {
     "the first layer alone": dict(taps=(0,), intermediate_size=1280),
     "the anchor's slot drafts": dict(sample_from_anchor=True),
     "greedy answers alone": dict(temperatures=(0.0,)),
+    "sampled answers alone": dict(temperatures=(1.0,)),
+    "chats alone": dict(sources=CHATS),
+    "tasks alone": dict(sources=TASKS),
 }
 
 
-def train(target: Target, answers: Path, folder: Path, changes: dict) -> None:
+def train(target: Target, answers: Path, prompts: Path, folder: Path, base: str, changes: dict) -> None:
     """Trains, decodes the held-out prompts at both temperatures, and writes `result.json`."""
-    shape = SHAPE | {name: value for name, value in changes.items() if name in SHAPE}
-    recipe = RECIPE | {name: value for name, value in changes.items() if name not in (*SHAPE, "temperatures")}
-    dataset = read(target, answers, changes.get("temperatures"))
-    trained, held_out = dataset.split(HELD_OUT)
+    shape = {name: changes.get(name, value) for name, value in SHAPE.items()}
+    chosen = {name: changes.get(name, value) for name, value in ANSWERS.items()}
+    changed = {name: value for name, value in changes.items() if name not in (*SHAPE, *ANSWERS)}
+    recipe = Recipe(**RECIPE | BASES[base] | changed)
+    trained, held_out = split(target, answers, prompts, **chosen)
     asked = held_out.prompts()[:PROMPTS]
-    limits = {name: dataset.header[name] for name in ("max_new_tokens", "stop_token_ids")}
-    drafter = new_drafter(target, 0, mask_token_id=MASK_TOKEN, **shape)
+    limits = {name: held_out.header[name] for name in ("max_new_tokens", "stop_token_ids")}
+    drafter = new_drafter(target, recipe.seed, mask_token_id=MASK_TOKEN, **shape)
     tapped = Target(target.model, drafter.config.target_layer_ids)
-    prompts = HeldOutPrompts(asked, batch_size=PROMPTS, **limits)
-    log = train_drafter(drafter, tapped, trained, folder, Recipe(**recipe), held_out=held_out, prompts=prompts)
+    decoded = HeldOutPrompts(asked, batch_size=PROMPTS, **limits)
+    log = train_drafter(drafter, tapped, trained, folder, recipe, held_out=held_out, prompts=decoded)
     last = next(entry for entry in reversed(log) if "eval_tau" in entry)
     drafter = load_drafter(folder, dtype=target.dtype, device=target.device)
     sampled = decode(tapped, drafter, asked, temperature=1.0, batch_size=PROMPTS, **limits)
     result = {
+        "base": base,
         "changes": changes,
         "parameters": sum(parameter.numel() for parameter in drafter.parameters()),
         "tau": last["eval_tau"],
@@ -78,15 +100,29 @@ def train(target: Target, answers: Path, folder: Path, changes: dict) -> None:
 
 
 @functools.cache
-def read(target: Target, answers: Path, temperatures: tuple[float, ...] | None) -> AnswerDataset:
-    """The answers, or those that were made at these temperatures."""
-    if temperatures is None:
-        return AnswerDataset(answers, LONGEST, target=target)
+def split(
+    target: Target,
+    answers: Path,
+    prompts: Path,
+    temperatures: tuple[float, ...] | None,
+    sources: tuple[str, ...] | None,
+) -> tuple[AnswerDataset, AnswerDataset]:
+    """What is trained on, and what is held out, which is the same whatever is trained on."""
+    if (temperatures, sources) == (None, None):
+        return AnswerDataset(answers, LONGEST, target=target).split(HELD_OUT)
+    _, held_out = split(target, answers, prompts, None, None)
+    asked = set(map(tuple, held_out.prompts()))
+    source_of = [json.loads(line)["source"] for line in prompts.open()]
     with answers.open() as lines, tempfile.NamedTemporaryFile("w") as file:
         file.write(next(lines))
-        file.writelines(line for line in lines if json.loads(line)["temperature"] in temperatures)
+        for line in lines:
+            row = json.loads(line)
+            is_chosen = temperatures is None or row["temperature"] in temperatures
+            is_chosen = is_chosen and (sources is None or source_of[row["index"]] in sources)
+            if is_chosen and tuple(row["prompt_ids"]) not in asked:
+                file.write(line)
         file.flush()
-        return AnswerDataset(file.name, LONGEST, target=target)
+        return AnswerDataset(file.name, LONGEST, target=target), held_out
 
 
 def compare(folder: Path) -> None:
@@ -96,7 +132,9 @@ def compare(folder: Path) -> None:
     rows = dict(sorted(rows.items(), key=lambda item: -item[1]["tau"]))
     for name, row in rows.items():
         print(f"{name}: tau {row['tau']:.2f}, at temperature 1 {row['tau at temperature 1']:.2f}")
-    (folder / "recipe.json").write_text(json.dumps({"shape": SHAPE, "recipe": RECIPE, "rows": rows}, indent=1) + "\n")
+    (base,) = {row.pop("base") for row in rows.values()}
+    facts = {"shape": SHAPE, "recipe": RECIPE | BASES[base], "rows": rows}
+    (folder / "recipe.json").write_text(json.dumps(facts, indent=1) + "\n")
     plot(rows, folder / "recipe.png")
 
 
@@ -122,12 +160,12 @@ def folder_name(name: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", name.lower())
 
 
-def main(target: str, answers: str, output: str, *names: str) -> None:
+def main(base: str, target: str, answers: str, prompts: str, output: str, *names: str) -> None:
     plain = Target(load_target(target)[0])
     for name in names or CHANGES:
         folder = Path(output) / folder_name(name)
         if not (folder / "result.json").exists():
-            train(plain, Path(answers), folder, CHANGES[name])
+            train(plain, Path(answers), Path(prompts), folder, base, CHANGES[name])
             print(name, (folder / "result.json").read_text(), flush=True)
 
 
