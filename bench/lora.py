@@ -31,7 +31,7 @@ def drafters(target: Target, block: DFlashDrafter, rank: int, rows: int) -> dict
     """Drafters, their options of the engine, and the rows of a row's largest forward."""
     gated = lora(target, "gated", rank, rows)
     refined = lora(target, "gated", rank, rows, sampler=512)
-    one, several = {"forwards": 1}, one_forward_rows(rows)
+    one, several = {"forwards": 1, "groups": rows}, one_forward_rows(rows, rows)
     return {
         "DFlash": (block, {}, block.config.block_size),
         "gated, one forward": (gated, one, several),

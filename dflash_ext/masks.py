@@ -568,6 +568,7 @@ class IntervalMask:
         rows: int,
         group: int,
         *,
+        groups: int | None = None,
         q_lens: Length | None = None,
         causal: bool = False,
         window: int | None = None,
@@ -580,11 +581,12 @@ class IntervalMask:
         draft may end, stands a group of ``group`` mask rows. It sees the context up to and with its row, and itself.
         In the key buffer of batch entry b the cached tokens are at ``[0, cache_lens)``, the rows that verify behind
         them, and then the groups one after the other: row j of the group of row i at ``cache_lens + rows + i * group +
-        j``. There are ``rows * (1 + group)`` query rows, in the same order.
+        j``. There are ``rows + groups * group`` query rows, in the same order.
 
         The position of row j of group i is ``cache_lens + i + 1 + j``. A window acts at these positions, as in the
         convention "zlab" of :meth:`anchor_blocks`: a group that is not causal looks ahead as far as it looks back.
 
+        groups: how many of the rows that verify have a group, from the first on. By default all have one.
         q_lens: how many of the rows that verify exist, ``rows`` by default. The others and their groups are empty.
         causal: a mask row sees the rows of its group up to itself. By default it sees all of them.
         kv_len: the capacity of the buffer, as in :meth:`decode`.
@@ -595,8 +597,9 @@ class IntervalMask:
         """
         where = "verify_and_draft"
         rows, group = (_int(where, name, value, least=1) for name, value in (("rows", rows), ("group", group)))
+        groups = rows if groups is None else _int(where, "groups", groups, least=1, most=rows)
         window = None if window is None else _step(where, "window", window)
-        count = rows * (1 + group)
+        count = rows + groups * group
         if not isinstance(cache_lens, Tensor):
             needed = _int(where, "cache_lens", cache_lens) + count
             kv_len = needed if kv_len is None else kv_len
@@ -609,7 +612,7 @@ class IntervalMask:
         cached = _column(cache_lens, device, where, "cache_lens")
         exist = _column(rows if q_lens is None else q_lens, cached.device, where, "q_lens")
 
-        offsets = _draft_offsets(rows, group, causal, window, cached)
+        offsets = _draft_offsets(rows, group, groups, causal, window, cached)
         bounds = (cached + offsets[:4, None]).clamp(0, kv_len)
         bounds = torch.where(offsets[4] < exist, bounds, 0)
         return _from_leaves(bounds.unbind(), (kv_len, None))
@@ -712,13 +715,13 @@ def block_window(
     return window - 1 - slot, first, last
 
 
-def _draft_offsets(rows: int, group: int, causal: bool, window: int | None, cached: Tensor) -> Tensor:
-    """int32 [5, rows * (1 + group)]: the bounds of `verify_and_draft` less the cached length, and the row that each
+def _draft_offsets(rows: int, group: int, groups: int, causal: bool, window: int | None, cached: Tensor) -> Tensor:
+    """int32 [5, rows + groups * group]: the bounds of `verify_and_draft` less the cached length, and the row that each
     query verifies or stands behind. They are kept for later calls."""
-    key = rows, group, causal, window, cached.device
+    key = rows, group, groups, causal, window, cached.device
     if key in _KNOWN_OFFSETS and _has_values(cached):
         return _KNOWN_OFFSETS[key]
-    query = _arange(rows * (1 + group), cached.device)
+    query = _arange(rows + groups * group, cached.device)
     member = query - rows
     drafts = member >= 0
     slot = torch.where(drafts, member % group, -1)  # in the group; a row that verifies stands before the first

@@ -306,16 +306,20 @@ def test_decode(rows, causal_block, window):
     lens=st.lists(st.tuples(st.integers(0, 6), st.integers(0, 4)), min_size=1, max_size=3),
     rows=st.integers(1, 3),
     group=st.integers(1, 4),
+    groups=st.none() | st.integers(1, 3),
     causal_group=st.booleans(),
     window=st.none() | WINDOW,
 )
-def test_verify_and_draft(lens, rows, group, causal_group, window):
+def test_verify_and_draft(lens, rows, group, groups, causal_group, window):
+    groups = groups and min(groups, rows)
+    several = rows if groups is None else groups
+
     def place(key, cached):
         """The position of a key and the row behind which its group stands (None: no group), or None for no key."""
         if key < cached + rows:
             return key, None
         row, slot = divmod(key - cached - rows, group)
-        return (cached + row + 1 + slot, row) if row < rows else None
+        return (cached + row + 1 + slot, row) if row < several else None
 
     def sees(query, key, cached, exist):
         mine, other = place(cached + query, cached), place(key, cached)
@@ -331,8 +335,8 @@ def test_verify_and_draft(lens, rows, group, causal_group, window):
         looks_ahead = not causal_group and (window is None or key_position - position < window)
         return group_of_key == own and (looks_ahead or key_position <= position)
 
-    count = rows * (1 + group)
-    options = dict(causal=causal_group, window=window)
+    count = rows + several * group
+    options = dict(groups=groups, causal=causal_group, window=window)
     cached, exist = (torch.tensor(column) for column in zip(*lens, strict=True))
     mask = IntervalMask.verify_and_draft(cached, rows, group, q_lens=exist, kv_len=25, **options)
     assert_mask(mask, [matrix(count, 25, partial(sees, cached=c, exist=n)) for c, n in lens])
@@ -640,6 +644,8 @@ BOUNDS = torch.zeros(4, 1, 3, dtype=torch.int32)
         (lambda: IntervalMask.decode(40, 8, kv_len=30), "40 cached tokens and a block of 8 exceed kv_len 30"),
         (lambda: IntervalMask.verify_and_draft(40, 2, 3, kv_len=47), "40 cached tokens and 8 rows exceed kv_len 47"),
         (lambda: IntervalMask.verify_and_draft(4, 2, 0), "verify_and_draft: group is 0; at least 1"),
+        (lambda: IntervalMask.verify_and_draft(4, 2, 3, groups=0), "verify_and_draft: groups is 0; at least 1"),
+        (lambda: IntervalMask.verify_and_draft(4, 2, 3, groups=3), "verify_and_draft: groups is 3; at most 2"),
         (lambda: IntervalMask(*BOUNDS[:3], BOUNDS[3].to("meta"), 3), "ctx_lo is on cpu, blk_hi on meta; one device"),
         (lambda: IntervalMask(*BOUNDS, -1), "kv_len is -1"),
         (lambda: IntervalMask(*BOUNDS, 1 << 31), "kv_len is 2147483648"),

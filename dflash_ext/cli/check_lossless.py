@@ -22,6 +22,7 @@ from .options import (
     Field,
     Forwards,
     GreedyDraft,
+    Groups,
     Limit,
     MaxPromptTokens,
     Seed,
@@ -54,6 +55,7 @@ def check_lossless(
     denoising_steps: DenoisingSteps = 1,
     greedy_draft: GreedyDraft = False,
     forwards: Forwards = None,
+    groups: Groups = None,
     batch_size: DecodeBatch = 8,
     seed: Seed = 0,
     exact: Exact = False,
@@ -82,7 +84,7 @@ def check_lossless(
     )
     numbers, asked = list(encoded), list(encoded.values())
     drafting = {"block_size": block_size, "denoising_steps": denoising_steps, "greedy_draft": greedy_draft}
-    options = drafting | {"forwards": forwards, "batch_size": batch_size, "exact": exact}
+    options = drafting | {"forwards": forwards, "groups": groups, "batch_size": batch_size, "exact": exact}
     stops = stop_tokens(tok, model)
     found = greedy_divergences(tapped, draft, asked, max_new_tokens=max_new_tokens, stop_token_ids=stops, **options)
     wrong = [each for each in found if each.regret > tolerance]

@@ -25,6 +25,7 @@ from .options import (
     Forwards,
     FrequencyPenalty,
     GreedyDraft,
+    Groups,
     Limit,
     LogitBias,
     MaxNewTokens,
@@ -45,7 +46,7 @@ from .options import (
 )
 from .output import check_outputs, replacing, write_text
 
-OF_DRAFTING = ("drafter_base", "block_size", "costs", "denoising_steps", "greedy_draft", "forwards")
+OF_DRAFTING = ("drafter_base", "block_size", "costs", "denoising_steps", "greedy_draft", "forwards", "groups")
 
 
 def generate(
@@ -86,6 +87,7 @@ def generate(
     denoising_steps: DenoisingSteps = 1,
     greedy_draft: GreedyDraft = False,
     forwards: Forwards = None,
+    groups: Groups = None,
     batch_size: DecodeBatch = 8,
     seed: Seed = 0,
     exact: Exact = False,
@@ -167,6 +169,7 @@ def generate(
             denoising_steps=denoising_steps,
             greedy_draft=greedy_draft,
             forwards=forwards,
+            groups=groups,
             batch_size=batch_size,
             seed=seed,
             exact=exact,

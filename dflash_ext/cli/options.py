@@ -178,6 +178,14 @@ Forwards = Annotated[
         "one. The default is 1 on a GPU as long as it has few rows over large weights.",
     ),
 ]
+Groups = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        help="In a cycle of one forward: how many places at which a draft may end, from the first on, have mask rows "
+        "for the next draft behind them. The default is all of them at batch 1, and fewer in larger batches.",
+    ),
+]
 DecodeBatch = Annotated[int, typer.Option("--batch-size", min=1, help="The number of prompts decoded at a time.")]
 Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="The seed of all random draws.")]
 Tokenizer = Annotated[

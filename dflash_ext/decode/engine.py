@@ -87,6 +87,9 @@ class Engine:
             which has a group of mask rows behind every row that it verifies; 2 drafts first, and then knows one token
             more. The default is 1 on a GPU, if the target's weights are large and all slots together have few rows
             (`decode.kinds`), and else 2.
+        groups: in a cycle of one forward, how many places at which a draft may end, from the first on, have a group
+            behind them. A row whose draft ends at another place drafts nothing in its next cycle. By default all have
+            one at batch 1, and fewer the more slots there are.
         exact: greedy tokens depend on the prompt alone, to the bit, also in bfloat16 or float16 on a GPU (Hopper): not
             on the drafter, on what it drafts, or on other requests. On a CPU that is so without this option.
         tokenizer: a tokenizer of transformers, from which completions get their text. Stop strings need it.
@@ -113,6 +116,7 @@ class Engine:
         denoising_steps: int = 1,
         greedy_draft: bool = False,
         forwards: int | None = None,
+        groups: int | None = None,
         exact: bool = False,
         tokenizer=None,
     ):
@@ -123,7 +127,7 @@ class Engine:
             raise ValueError(f"exact=True on a GPU needs Hopper and bfloat16 or float16; the target is {target.dtype}")
         drafter = loaded(drafter, target)
         width = draft_width(target, drafter, None if block_size == AUTO else block_size)
-        drafting = {"forwards": forwards, "steps": denoising(denoising_steps), "greedy": greedy_draft}
+        drafting = {"forwards": forwards, "groups": groups, "steps": denoising(denoising_steps), "greedy": greedy_draft}
         self.target, self.max_length, self.tokenizer = target, max_length, tokenizer
         self.watch = Stopwatch(target.device)
         self.state = State(slots, target.vocab_size, target.device)

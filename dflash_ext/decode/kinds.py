@@ -21,6 +21,8 @@ Drafter = DFlashDrafter | LoraDrafter | Denoiser
 # worth more than the longer drafts of two forwards, which know the bonus token (docs/lora.md has the times of 56 rows).
 FEW_ROWS = 128
 
+MASK_ROWS = 64  # up to which the groups of all slots take about as long as one of them
+
 
 def loaded(drafter: Drafter | str | PathLike | None, target: Target) -> Drafter | None:
     """A drafter, or the one in this folder, in the target's dtype and on its device.
@@ -30,9 +32,22 @@ def loaded(drafter: Drafter | str | PathLike | None, target: Target) -> Drafter 
     return load_pair(target.model, drafter)[1] if isinstance(drafter, str | PathLike) else drafter
 
 
-def one_forward_rows(width: int) -> int:
-    """The rows of a cycle of one forward with groups of `width` mask rows: the draft's, and a group behind each."""
-    return width * (1 + width)
+def one_forward_rows(width: int, groups: int) -> int:
+    """The rows of a cycle of one forward with so many groups of `width` mask rows: the draft's, and those of groups."""
+    return width * (1 + groups)
+
+
+def groups_of(groups: int | None, *, slots: int, width: int) -> int:
+    """The groups of a cycle of one forward. By default they are as many as have MASK_ROWS rows in all slots together,
+    at least one, and at most one behind every row that verifies.
+
+    Raises ValueError for a number that is not supported.
+    """
+    if groups is None:
+        return min(max(1, MASK_ROWS // (slots * width)), width)
+    if not 1 <= groups <= width:
+        raise ValueError(f"groups is {groups}: 1 to {width} groups are supported with blocks of {width + 1} slots")
+    return groups
 
 
 def forwards_of(
@@ -48,14 +63,15 @@ def forwards_of(
         raise ValueError(f"forwards is {forwards}: 1 and 2 are supported")
     if not isinstance(drafter, LoraDrafter):
         if forwards == 1:
-            raise ValueError("forwards is 1: only a gated LoRA drafter verifies and drafts in one forward")
+            raise ValueError("a cycle of one forward needs a gated LoRA drafter, which verifies and drafts at once")
         return 2
     can = drafter.config.kind == "gated" and width >= 2 and steps == 1
     if forwards == 1:
         drafter.config.check_one_forward()
         if not can:
-            raise ValueError("forwards is 1: this takes blocks of 3 slots or more, and one denoising step")
-    few = target.device.type == "cuda" and slots * one_forward_rows(width) <= FEW_ROWS
+            raise ValueError("a cycle of one forward takes blocks of 3 slots or more, and one denoising step")
+    rows = slots * one_forward_rows(width, groups_of(None, slots=slots, width=width))
+    few = target.device.type == "cuda" and rows <= FEW_ROWS
     return forwards or (1 if can and few and has_large_weights(target) else 2)
 
 
@@ -68,6 +84,7 @@ def make_cycle(
     max_length: int,
     width: int,
     forwards: int | None,
+    groups: int | None,
     exact: bool,
     steps: int,
     greedy: bool,
@@ -80,9 +97,13 @@ def make_cycle(
 
     Raises ValueError for a drafter that the target's forward does not serve.
     """
+    if forwards == 2 and groups is not None:
+        raise ValueError(f"groups is {groups}: a cycle of two forwards has none")
+    forwards = 1 if groups is not None else forwards
     forwards = forwards_of(drafter, target, forwards, slots=slots - 1, width=width, steps=steps)
     is_lora = isinstance(drafter, LoraDrafter)
-    rows = one_forward_rows(width) if is_lora and forwards == 1 else 0
+    groups = groups_of(groups, slots=slots - 1, width=width) if forwards == 1 else 0
+    rows = one_forward_rows(width, groups) if groups else 0
     sizes = {"slots": slots, "tokens": max_length + max(0, rows - SCRATCH)}
     options = {"width": width, "steps": steps, "greedy": greedy}
     forward = target_forward(target, **sizes, rows=max(rows, MOST_ROWS), exact=exact)
@@ -103,4 +124,4 @@ def make_cycle(
     if drafter.config.kind == "whole":
         return Cycle(state, forward, WholeDraft(drafter, drafts, **sizes, **options))
     draft = GatedDraft(drafter, forward, **options)
-    return OneForwardCycle(state, forward, draft) if forwards == 1 else Cycle(state, forward, draft)
+    return OneForwardCycle(state, forward, draft, groups) if forwards == 1 else Cycle(state, forward, draft)

@@ -5,6 +5,9 @@ sees the context up to there and itself. Once the verifier has said where the dr
 next draft. Its first row stands for the bonus token, which only this forward determines, so the draft begins with its
 second row.
 
+Groups cost rows, and most drafts end early. So the last places may have no group: a row whose draft ends there has
+nothing to verify in its next cycle, which ends at the anchor and makes a draft again.
+
 At a temperature above 0, the group's tokens are drawn from logits that know nothing of the bonus token, or of each
 other. This is lawful: rejection sampling keeps the target's distribution for any q from which the draft was really
 drawn (Leviathan et al., arXiv 2211.17192). The draws of the verifier and those of the next draft are independent, so
@@ -33,7 +36,8 @@ ONE_PASS = 64  # rows that a GPU's head reads at once in about the time of one
 class OneForwardCycle(Cycle):
     """Verifies the draft that the cycle before has made, commits, and makes the next one.
 
-    A group has `draft.width` mask rows, so that a draft has one token less. What is kept of each slot's draft:
+    A group has `draft.width` mask rows, so that a draft has one token less. The first `groups` places at which a draft
+    may end, from the anchor on, have one. What is kept of each slot's draft:
 
     tokens: int64 [slots, K]. lens: int64 [slots], 0 for no draft.
     drawn: what `verify` must know of the draws, [slots, K, ...] each; empty until a row at a temperature above 0 comes.
@@ -41,9 +45,9 @@ class OneForwardCycle(Cycle):
 
     lead = 1
 
-    def __init__(self, state: State, target: LeanForward, draft: GatedDraft):
+    def __init__(self, state: State, target: LeanForward, draft: GatedDraft, groups: int):
         super().__init__(state, target, draft)
-        self.group, self.width = draft.width, draft.width - 1
+        self.group, self.width, self.groups = draft.width, draft.width - 1, groups
         slots = len(state.numbers)
         self.tokens = torch.zeros(slots, self.width, dtype=torch.int64, device=state.device)
         self.lens = torch.zeros(slots, dtype=torch.int64, device=state.device)
@@ -54,7 +58,8 @@ class OneForwardCycle(Cycle):
     def begin(self, slots: Tensor, drawing: Drawing) -> None:
         """Makes the first draft of new rows, with their anchors known."""
         rows = begin_cycle(self.state.numbers, slots, self.width, self.draft.block_len(self.group))
-        self._keep(slots, *self.draft.draft(rows, self.width, *self._options(slots, drawing)))
+        draft = self.draft.draft(rows, self.width, *self._options(slots, drawing))
+        self._keep(slots, *draft, torch.full_like(slots, self.width))
 
     def __call__(self, slots: Tensor, drawing: Drawing, width: int, watch: Stopwatch) -> Tensor:
         """As that of `Cycle`; `width` tokens of the draft are verified. With none, no draft is made either."""
@@ -75,7 +80,8 @@ class OneForwardCycle(Cycle):
         watch.start("draft")
         if width:
             how = result.next_token, rows.seed, rows.start + result.accepted + 2, filters, changes
-            self._keep(slots, *self.draft.draw(*read_next(result.accepted), *how))
+            draft = self.draft.draw(*read_next(result.accepted), *how)
+            self._keep(slots, *draft, torch.where(result.accepted < groups.shape[1], self.width, 0))
         else:
             self.lens.index_fill_(0, slots, 0)
         self._count(slots, rows, drafted, result, changes)
@@ -83,13 +89,14 @@ class OneForwardCycle(Cycle):
         return records
 
     def _forward(self, rows: CycleRows, tokens: Tensor, width: int) -> tuple[Tensor, Tensor | None]:
-        """The outputs of the last layer for anchors and drafted tokens [B, width + 1, H], and for the rows of their
-        groups that are drafts, [B, width + 1, K, H]."""
+        """The outputs of the last layer for anchors and drafted tokens [B, width + 1, H], and for the rows of groups
+        that are drafts, [B, groups, K, H]."""
         if not width:
             return self.target.hidden(tokens, rows.positions, rows.start, rows.q_len, rows.slots)[0], None
         verified, group = width + 1, self.group
+        groups = min(self.groups, verified)
         if verified not in self.offsets:
-            column = torch.arange(verified * group, device=tokens.device)
+            column = torch.arange(groups * group, device=tokens.device)
             self.offsets[verified] = 1 + column // group + column % group, verified + column
         positions, places = (rows.start[:, None] + offset for offset in self.offsets[verified])
         places = torch.where(rows.active[:, None] > 0, places, -1)
@@ -97,35 +104,38 @@ class OneForwardCycle(Cycle):
             torch.cat([rows.positions, self.draft.positions(positions)], dim=1),
             torch.cat([rows.positions, places], dim=1),
             rows.slots,
-            self.draft.masks(rows, verified, group),
+            self.draft.masks(rows, verified, group, groups),
         )
-        masked = self.draft.embed_masks(len(tokens), verified * group)
-        own, groups = self.draft.rows.run(self.target.embed(tokens), masked, where)
-        return own.contiguous(), groups.view(len(tokens), verified, group, -1)[:, :, 1:]
+        masked = self.draft.embed_masks(len(tokens), groups * group)
+        own, drafts = self.draft.rows.run(self.target.embed(tokens), masked, where)
+        return own.contiguous(), drafts.view(len(tokens), groups, group, -1)[:, :, 1:]
 
     def _read_out(
         self, own: Tensor, groups: Tensor | None
-    ) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, Tensor | None]]]:
+    ) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, Tensor | None]] | None]:
         """The target's logits [B, width + 1, V], and what gives the next draft's logits and hidden states, as `denoise`
-        does, from the numbers of accepted tokens int64 [B]."""
+        does, from the numbers of accepted tokens int64 [B]. Behind the last group it is that group's."""
         row = torch.arange(len(own), device=own.device)
-        count = own[..., 0].numel()
-        if groups is None or not (own.is_cuda and count * self.group <= ONE_PASS):
-            return self.target.logits(own), lambda accepted: self.draft.read_out(groups[row, accepted])
+        if groups is None:
+            return self.target.logits(own), None
+        count, last = own[..., 0].numel(), groups.shape[1] - 1
+        if not own.is_cuda or count + groups[..., 0].numel() > ONE_PASS:
+            return self.target.logits(own), lambda accepted: self.draft.read_out(groups[row, accepted.clamp(max=last)])
         # The head is read once for all rows, before it is known which group they are of.
         logits = self.target.logits(torch.cat([own.flatten(0, 1), groups.flatten(0, 2)]))
         own_logits, others = logits[:count], logits[count:].view(*groups.shape[:-1], -1)
 
         def chosen(accepted: Tensor) -> tuple[Tensor, Tensor | None]:
-            return self.draft.read_out(groups[row, accepted], others[row, accepted])
+            at = accepted.clamp(max=last)
+            return self.draft.read_out(groups[row, at], others[row, at])
 
         return own_logits.view(*own.shape[:-1], -1), chosen
 
-    def _keep(self, slots: Tensor, tokens: Tensor, drawn: dict[str, Tensor]) -> None:
-        """Keeps the draft of rows for their next cycle."""
+    def _keep(self, slots: Tensor, tokens: Tensor, drawn: dict[str, Tensor], lens: Tensor) -> None:
+        """Keeps the draft of rows, of `lens` tokens (int64 [B]), for their next cycle."""
         for name, facts in drawn.items():
             if name not in self.drawn:
                 self.drawn[name] = facts.new_zeros(len(self.tokens), *facts.shape[1:])
             self.drawn[name].index_copy_(0, slots, facts)
         self.tokens.index_copy_(0, slots, tokens)
-        self.lens.index_fill_(0, slots, self.width)
+        self.lens.index_copy_(0, slots, lens)

@@ -46,6 +46,7 @@ def decode(
     denoising_steps: int = 1,
     greedy_draft: bool = False,
     forwards: int | None = None,
+    groups: int | None = None,
     batch_size: int = 32,
     seed: int | Sequence[int] = 0,
     exact: bool = False,
@@ -75,7 +76,7 @@ def decode(
         block_size: slots of a drafted block, anchor included. The drafter's own number is the default and the largest.
             "auto" chooses before each cycle, as in `Engine`.
         costs: as in `Engine`: with "auto", the `costs` of an earlier call, so that a seed repeats its answers.
-        denoising_steps, greedy_draft, forwards: as in `Engine`.
+        denoising_steps, greedy_draft, forwards, groups: as in `Engine`.
         batch_size: the number of rows that are decoded at a time. Prompts of similar length share a batch.
         seed: the seed of all draws, or one for each prompt, below 2**62. A prompt's draws do not depend on the other
             prompts of the batch.
@@ -128,6 +129,7 @@ def decode(
         denoising_steps=denoising_steps,
         greedy_draft=greedy_draft,
         forwards=forwards,
+        groups=groups,
         exact=exact,
         tokenizer=tokenizer,
     )

@@ -14,7 +14,7 @@ from ..models import Target
 
 # Chi-square statistics of fair draws, as standard deviations, are beyond this about once in 10^5 prompts.
 LARGEST_Z = 4.26
-DRAFTING = ("block_size", "forwards")  # options of `decode` that need a drafter
+DRAFTING = ("block_size", "forwards", "groups")  # options of `decode` that need a drafter
 
 
 @dataclass(frozen=True)

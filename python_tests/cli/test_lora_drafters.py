@@ -22,7 +22,7 @@ def files(workspace):
 
 
 @pytest.mark.parametrize(
-    "options", [[], ["--forwards", 1, "--block-size", 4], ["--forwards", 2, "--denoising-steps", 2]]
+    "options", [[], ["--forwards", 1, "--block-size", 4], ["--groups", 2], ["--forwards", 2, "--denoising-steps", 2]]
 )
 def test_generate_and_a_folder_in_decode(files, workspace, run, options):
     out = workspace / "out.jsonl"
@@ -44,7 +44,7 @@ def test_evaluate_and_check_lossless(files, workspace, run):
     figures = json.loads(out.read_text())["prompts"]
     assert code == 0 and figures["tau"] >= 1 and figures["times_plain"].keys() == {"drafter", "auto"}
     sampling = ["--draws", 200, "--temperature", 0.05, "--batch-size", 100]
-    code, printed, _ = run("check-lossless", *files, "--forwards", 1, *sampling)
+    code, printed, _ = run("check-lossless", *files, "--groups", 1, *sampling)
     assert code == 0 and "greedy: 3 of 3 answers are equal" in printed and "fits the target's distribution" in printed
 
 

@@ -23,6 +23,7 @@ from python_tests.tiny import FAMILIES, MASK_TOKEN, random_prompts, tiny_model, 
 PROMPTS = random_prompts(1, 5, 9, 17)
 KINDS = {
     "one forward": ({"kind": "gated"}, {"forwards": 1}),
+    "one forward, two groups": ({"kind": "gated"}, {"groups": 2}),
     "two forwards": ({"kind": "gated"}, {"forwards": 2}),
     "whole": ({"kind": "whole"}, {}),
 }
@@ -103,7 +104,7 @@ def test_drafts_are_those_of_the_models_own_modules(cycle, merged, family, causa
         known = len(prompt) + 1
         for at, drafted in enumerate(completion.drafted):
             text = [*prompt, *completion.tokens][:known]
-            if cycle == "one forward" and at > 0:  # the group did not know the anchor, for which its first row stood
+            if "one forward" in cycle and at > 0:  # the group did not know the anchor, for which its first row stood
                 expected = reference_draft(target, drafter, text[:-1], count)[1:]
             else:
                 expected = reference_draft(target, drafter, text, count)
@@ -142,6 +143,25 @@ def test_verifiers_that_do_not_fit_are_refused():
     drafter.base = base
     with pytest.raises(ValueError, match="a gated LoRA drafter reads its base's cache"):
         decode(Target(tiny_model("llama", num_hidden_layers=3)), drafter, PROMPTS, max_new_tokens=4)
+
+
+@pytest.mark.parametrize("groups", [1, 2, 5])
+def test_a_row_that_ends_without_a_group_drafts_nothing_next(groups):
+    target, drafter, _ = pair("llama", "one forward")
+    decoded = decode(target, drafter, PROMPTS, max_new_tokens=40, groups=groups)
+    pairs = [
+        (accepted, verified)
+        for completion in decoded.completions
+        for accepted, verified in zip(completion.accepted, completion.verified[1:-1], strict=False)
+    ]
+    assert any(accepted >= groups for accepted, _ in pairs) or groups == 5
+    assert all((verified > 0) == (accepted < groups) for accepted, verified in pairs)
+
+
+def test_few_groups_where_there_are_many_slots():
+    target, drafter, forwards = pair("llama", "one forward")
+    sizes = {"max_length": 60, **forwards}
+    assert [Engine(target, drafter, slots=n, **sizes).cycle.groups for n in (1, 2, 4, 8, 32)] == [5, 5, 3, 1, 1]
 
 
 def test_one_forward_drafts_one_token_less():
@@ -334,7 +354,11 @@ def test_refusals_are_one_line():
     for (model, draft), options, message in [
         ((target, whole), dict(forwards=1), "a whole LoRA drafter acts on every row"),
         ((target, drafter), dict(forwards=3), "forwards is 3: 1 and 2 are supported"),
-        ((block_target, block_drafter), dict(forwards=1), "only a gated LoRA drafter"),
+        ((block_target, block_drafter), dict(forwards=1), "needs a gated LoRA drafter"),
+        ((block_target, block_drafter), dict(groups=1), "needs a gated LoRA drafter"),
+        ((target, drafter), dict(groups=0), "groups is 0: 1 to 5 groups are supported with blocks of 6 slots"),
+        ((target, drafter), dict(groups=6), "groups is 6: 1 to 5 groups are supported with blocks of 6 slots"),
+        ((target, drafter), dict(groups=2, forwards=2), "groups is 2: a cycle of two forwards has none"),
         ((target, drafter), dict(forwards=1, denoising_steps=2), "3 slots or more, and one denoising step"),
         ((target, drafter), dict(forwards=1, block_size=2), "3 slots or more"),
         ((target, drafter), dict(block_size=1), "block size 1 .* 2 to 64 slots"),

@@ -46,7 +46,7 @@ def test_exact_mode_gives_the_same_bits_whatever_is_drafted(family, merged):
             else decode(target, None, prompts, **options)
         )
         texts.append([completion.tokens for completion in decoded.completions])
-    assert texts[0] == texts[1] == texts[2] == texts[3]
+    assert all(text == texts[0] for text in texts)
 
 
 @CYCLES
@@ -70,6 +70,6 @@ def test_few_rows_over_large_weights_take_one_forward(large, monkeypatch):
     if large:
         monkeypatch.setattr("dflash_ext.decode.forward.adapted.MOST_MERGED", 0)
     target, drafter, _ = pair("llama", "one forward")
-    most = FEW_ROWS // one_forward_rows(5)
+    most = FEW_ROWS // one_forward_rows(5, 1)
     kinds = [type(Engine(target, drafter, slots=n, max_length=100).cycle) is OneForwardCycle for n in (most, most + 1)]
     assert kinds == [large, False]

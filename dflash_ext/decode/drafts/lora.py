@@ -79,9 +79,9 @@ class GatedDraft(LoraDraft):
         _, hidden = self.rows.run(embedded[:, :1], group, where)
         return self.read_out(hidden[:, first - 1 : first - 1 + count])
 
-    def masks(self, rows: CycleRows, verified: int, group: int) -> dict[str, IntervalMask]:
-        """The masks of `verified` rows from the anchors on, and of a group of mask rows behind each of them."""
-        options = {"q_lens": rows.q_len, "causal": self.causal, "kv_len": self.forward.capacity}
+    def masks(self, rows: CycleRows, verified: int, group: int, groups: int = 1) -> dict[str, IntervalMask]:
+        """The masks of `verified` rows from the anchors on, and of a group of mask rows behind the first `groups`."""
+        options = {"groups": groups, "q_lens": rows.q_len, "causal": self.causal, "kv_len": self.forward.capacity}
         return {
             kind: IntervalMask.verify_and_draft(rows.start, verified, group, window=window, **options)
             for kind, window in self.forward.windows.items()
