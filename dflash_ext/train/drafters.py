@@ -19,7 +19,7 @@ from ..progress import progress
 from .checkpoints import check_identity, newest_checkpoint
 from .collator import AnchorCollator
 from .evaluation import DraftingEvaluation, HeldOutPrompts
-from .objectives import DFlashObjective, LoraObjective, Objective
+from .objectives import DFlashObjective, DraftingObjective, LoraObjective
 from .parallel import Drafter, asks_for_fsdp, is_sharded, whole_copy
 from .recipe import DraftingRecipe, LoraRecipe, Recipe
 from .run import run
@@ -199,13 +199,12 @@ class Parts(NamedTuple):
     """What a run needs to know of a kind of drafter.
 
     Attributes:
-        objective: with `drafter_to_decode`, which returns what `dflash_ext.decode.decode` takes.
         collator: makes the batches of the training.
         held_out_collator: makes those of evaluations, which measure what decoding does.
         save: writes the drafter to a folder, as `run` takes it.
     """
 
-    objective: Objective
+    objective: DraftingObjective
     collator: Collator
     held_out_collator: Collator
     save: Callable[[Path], None]

@@ -14,9 +14,10 @@ from torch.utils.data import Dataset
 
 from ..decode import Completion, Decoded, decode
 from ..eval import summarize
-from ..models import DFlashDrafter, Target
-from .objectives import DFlashObjective, Objective
+from ..models import Target
+from .objectives import DraftingObjective, Objective
 from .order import lengths_of
+from .parallel import Drafter
 
 
 @dataclass
@@ -110,7 +111,7 @@ class DraftingEvaluation(Evaluation):
         if self.prompts:
             self.best = "tau", True
 
-    def figures(self, objective: DFlashObjective) -> dict[str, float]:
+    def figures(self, objective: DraftingObjective) -> dict[str, float]:
         """With prompts, also `tau`, `tokens_per_second` and `acceptance_1`, ... by drafted position, as decoding with
         one step of denoising gives them, and `tau_2_steps` and so on.
         """
@@ -122,7 +123,7 @@ class DraftingEvaluation(Evaluation):
                 figures |= decoded if steps == 1 else {f"tau_{steps}_steps": decoded["tau"]}
         return figures
 
-    def _decoding(self, target: Target, drafter: DFlashDrafter, steps: int) -> dict[str, float]:
+    def _decoding(self, target: Target, drafter: Drafter, steps: int) -> dict[str, float]:
         ranks = PartialState()
         mine = self.prompts.prompts[ranks.process_index :: ranks.num_processes]
         decoded = Decoded([], 0)

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ...models import DFlashDrafter, Target
 from ...ops import linear_cross_entropy
-from ..anchors import dpace, position_decay
+from ..anchors import dpace
 from ..losses import Losses
 from ..parallel import is_sharded, whole_copy
-from ..tau import TauOfBlocks
-from .objective import Objective
+from .drafting import DraftingObjective
 
 # What the drafter of a checkpoint and the one that continues it have in common.
 IDENTITY = (
@@ -22,8 +22,8 @@ IDENTITY = (
 )
 
 
-class DFlashObjective(Objective):
-    """The losses of a drafter on a batch of ``AnchorCollator``: those of the K drafted slots of its blocks, [B, N, K].
+class DFlashObjective(DraftingObjective):
+    """The losses of a DFlash drafter.
 
     The loss of a drafted slot compares its distribution, under the target's frozen head, with the token that the target
     generated or with the target's own distribution there. It is multiplied by the slot's weight. A slot counts if it
@@ -35,16 +35,13 @@ class DFlashObjective(Objective):
         loss: "ce", the cross-entropy of the token; "kl" or "tv", the divergence or the total variation from the
             target's distribution (`linear_cross_entropy`). 1 - tv is the probability that a sampled draft is accepted.
         teacher_mix: the share of "kl" or "tv" in the loss, the rest being the cross-entropy.
-        gamma: the decay of `position_decay` (7, 5, 4 for blocks of 16, 10, 8 in the paper); None weights by `dpace`.
+        gamma: as in `DraftingObjective`.
         max_rows: a bound on the number of slots that count (see `linear_cross_entropy`). With it nothing waits for the
             device, so that the step can be captured in a CUDA graph.
 
     Raises:
         ValueError: the drafter was made for another target, or this target cannot teach its distributions.
     """
-
-    noun = "drafter"
-    meter = TauOfBlocks
 
     def __init__(
         self,
@@ -55,16 +52,11 @@ class DFlashObjective(Objective):
         loss: str = "ce",
         teacher_mix: float = 1.0,
     ):
-        super().__init__(target)
+        super().__init__(drafter, target, gamma)
         drafter.check_target(target)
         if loss != "ce":
             target.check_head()
-        self.drafter = drafter
-        self.gamma, self.max_rows, self.loss, self.teacher_mix = gamma, max_rows, loss, teacher_mix
-
-    @property
-    def trained(self) -> DFlashDrafter:
-        return self.drafter
+        self.max_rows, self.loss, self.teacher_mix = max_rows, loss, teacher_mix
 
     def identity(self) -> dict:
         return {name: getattr(self.drafter.config, name) for name in IDENTITY}
@@ -73,7 +65,6 @@ class DFlashObjective(Objective):
         return {"loss": self.loss, "teacher_mix": self.teacher_mix, "gamma": self.gamma}
 
     def drafter_to_decode(self) -> DFlashDrafter:
-        """The drafter as it decodes after training: whole, and in the target's dtype. Every rank must call this."""
         if is_sharded(self.drafter) or self.drafter.dtype != self.target.dtype:
             return whole_copy(self.drafter, self.target.dtype)
         return self.drafter
@@ -120,25 +111,13 @@ class DFlashObjective(Objective):
         made = self.target.features_and_hidden(batch["input_ids"], batch.get("context_positions"))
         return made[:1] if self.loss == "ce" else made
 
-    def _teacher(self, batch: Mapping[str, Tensor], hidden: Tensor | None) -> dict:
-        """The options of `linear_cross_entropy` for the target's distributions.
-
-        The token of a drafted slot is predicted at the token before it: those of a block from the anchor on.
-        """
+    def _teacher(self, batch: Mapping[str, Tensor], hidden: Tensor | None) -> dict[str, Any]:
         if self.loss == "ce":
             return {}
         config, head = self.drafter.config, self.target.head
-        slots = torch.arange(config.block_size - self.first_slot, device=hidden.device)
-        columns = (batch["anchors"][:, :, None] + slots).clamp(max=hidden.shape[1] - 1)
-        rows = columns + hidden.shape[1] * torch.arange(len(hidden), device=hidden.device)[:, None, None]
-        return {
-            "teacher_hidden": hidden.flatten(0, 1),
-            "teacher_head": head[self.drafter.drafted_tokens] if config.draft_vocab_size else head,
-            "teacher_row": rows.flatten(),
-            "teacher_softcap": self.target.softcap,
-            "teacher_kind": self.loss,
-            "teacher_mix": self.teacher_mix,
-        }
+        if config.draft_vocab_size:
+            head = head[self.drafter.drafted_tokens]
+        return self.teacher(batch, hidden, config.block_size - self.first_slot, self.loss, self.teacher_mix, head)
 
     @property
     def first_slot(self) -> int:
@@ -164,13 +143,3 @@ class DFlashObjective(Objective):
             return {"noise_embeds": drafter.embed(self.target, noise.flatten(1))}
         embeds = drafter.embed(self.target, noise[:, :, 0])
         return {"noise_embeds": embeds, "mask_embed": drafter.embed(self.target, noise[0, 0, -1])}
-
-    def slot_weights(self, counts: Tensor) -> Tensor:
-        """The weights of drafted slots [..., K] that are known before the forward pass."""
-        if self.gamma is None:
-            return counts.float()
-        return counts * position_decay(counts.shape[-1], self.gamma, first_slot=0, device=counts.device)
-
-    def divisor(self, batch: Mapping[str, Tensor]) -> Tensor:
-        """What a batch adds to the loss's divisor: the sum of its weights, or with D-PACE the number of its blocks."""
-        return batch["keep"].sum() if self.gamma is None else self.slot_weights(self.labels(batch)[1]).sum()

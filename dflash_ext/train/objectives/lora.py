@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,15 +12,14 @@ from torch.distributed.device_mesh import DeviceMesh
 from ...models import LoraDrafter, Target
 from ...models.lora import read_context, share_layers
 from ...ops import linear_cross_entropy
-from ..anchors import dpace, one_forward_dpace, position_decay
+from ..anchors import dpace, one_forward_dpace
 from ..losses import Losses
 from ..parallel import whole_copy
-from ..tau import TauOfBlocks
-from .objective import Objective
+from .drafting import DraftingObjective
 
 
-class LoraObjective(Objective):
-    """The losses of a LoRA drafter on a batch of ``AnchorCollator``: those of the K drafted slots, [B, N, K].
+class LoraObjective(DraftingObjective):
+    """The losses of a LoRA drafter.
 
     The loss of a masked slot compares its distribution, under the base's frozen head, with the token at its position
     and, by `kl_weight`, with the base's own distribution of that token on the clean text. It is multiplied by the
@@ -32,7 +32,7 @@ class LoraObjective(Objective):
 
     Args:
         drafter: in float32, or in the target's dtype without autocast.
-        gamma: the decay of `position_decay`; None weights by `dpace`.
+        gamma: as in `DraftingObjective`.
         kl_weight: the weight of the divergence from the base's distributions, beside a weight of 1 for the tokens.
         forwards: those of the decoding cycles that the weights are for, 2 or 1; `one_forward_dpace` has those for 1.
 
@@ -40,8 +40,6 @@ class LoraObjective(Objective):
         ValueError: the drafter was made for another base, or the base's logits are not those of its head.
     """
 
-    noun = "drafter"
-    meter = TauOfBlocks
     shards_target = True  # it is the model that runs, and by far the larger part
     waits = False
 
@@ -54,16 +52,12 @@ class LoraObjective(Objective):
         kl_weight: float = 0.0,
         forwards: int = 2,
     ):
-        super().__init__(target)
+        super().__init__(drafter, target, gamma)
         drafter.config.check_target(target)
         if forwards == 1:
             drafter.config.check_one_forward()
         target.check_head()
-        self.drafter, self.gamma, self.kl_weight, self.forwards = drafter, gamma, kl_weight, forwards
-
-    @property
-    def trained(self) -> LoraDrafter:
-        return self.drafter
+        self.kl_weight, self.forwards = kl_weight, forwards
 
     def identity(self) -> dict:
         config, adapter = self.drafter.config, self.drafter.adapter
@@ -77,7 +71,6 @@ class LoraObjective(Objective):
         return {"kl_weight": self.kl_weight, "gamma": self.gamma, "forwards": self.forwards}
 
     def drafter_to_decode(self) -> LoraDrafter:
-        """The drafter as it decodes after training: whole, and in the target's dtype. Every rank must call this."""
         return whole_copy(self.drafter, self.target.dtype)
 
     def share_layers(self, mesh: DeviceMesh) -> None:
@@ -98,7 +91,7 @@ class LoraObjective(Objective):
 
     def forward(self, batch: Mapping[str, Tensor], base_hidden: Tensor | None = None, *states: Tensor) -> Losses:
         """Runs the blocks of a batch with the adapter. What stands behind the batch is from `of_target`."""
-        labels, counts = batch["labels"][:, :, 1:], self._counts(batch)
+        labels, counts = self.labels(batch)
         hidden = self._rows(batch, states).view(*labels.shape, -1)
         teacher = self._teacher(batch, base_hidden) if self.kl_weight else {}
         result = self._losses(hidden, labels, counts, teacher)
@@ -108,18 +101,8 @@ class LoraObjective(Objective):
         refined = self._losses(self.drafter.sampler(hidden, before), labels, counts, teacher)
         return refined._replace(losses=refined.losses + result.losses)
 
-    def divisor(self, batch: Mapping[str, Tensor]) -> Tensor:
-        """What a batch adds to the loss's divisor: the sum of its weights, or with D-PACE the number of its blocks."""
-        return batch["keep"].sum() if self.gamma is None else self._weights(self._counts(batch)).sum()
-
-    def _counts(self, batch: Mapping[str, Tensor]) -> Tensor:
-        return batch["counts"][:, :, 1:]
-
-    def _weights(self, counts: Tensor) -> Tensor:
-        """The weights of the slots [B, N, K] that are known before the forward pass."""
-        if self.gamma is None:
-            return counts.float()
-        return counts * position_decay(counts.shape[-1], self.gamma, first_slot=0, device=counts.device)
+    def labels(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        return batch["labels"][:, :, 1:], batch["counts"][:, :, 1:]
 
     def _rows(self, batch: Mapping[str, Tensor], states: tuple[Tensor, ...]) -> Tensor:
         """The hidden states of all drafted slots, one below the other."""
@@ -141,7 +124,7 @@ class LoraObjective(Objective):
             hidden.reshape(-1, hidden.shape[-1]).to(head.dtype),
             head,
             labels.flatten(),
-            self._weights(counts).flatten(),
+            self.slot_weights(counts).flatten(),
             reduction="none",
             max_rows=counts.numel(),  # nearly all rows count, and to know which ones, the host would have to wait
             softcap=self.target.softcap,
@@ -153,23 +136,9 @@ class LoraObjective(Objective):
             losses = losses * weights(result.nll.view(counts.shape), counts)
         return Losses(losses, counts, result.correct.view(counts.shape))
 
-    def _teacher(self, batch: Mapping[str, Tensor], hidden: Tensor) -> dict:
-        """The options of `linear_cross_entropy` for the base's distributions.
-
-        A slot predicts the token at its own position. The base predicts it one position earlier: the tokens of a
-        block's slots are predicted at the positions from the anchor on.
-        """
-        slots = torch.arange(self.drafter.config.drafted, device=hidden.device)
-        columns = (batch["anchors"][:, :, None] + slots).clamp(max=hidden.shape[1] - 1)
-        rows = columns + hidden.shape[1] * torch.arange(len(hidden), device=hidden.device)[:, None, None]
-        return {
-            "teacher_hidden": hidden.flatten(0, 1),
-            "teacher_head": self.target.head,
-            "teacher_row": rows.flatten(),
-            "teacher_softcap": self.target.softcap,
-            "teacher_kind": "kl",
-            "teacher_mix": self.kl_weight / (1 + self.kl_weight),
-        }
+    def _teacher(self, batch: Mapping[str, Tensor], hidden: Tensor) -> dict[str, Any]:
+        mix = self.kl_weight / (1 + self.kl_weight)
+        return self.teacher(batch, hidden, self.drafter.config.drafted, "kl", mix, self.target.head)
 
 
 def _context_positions(batch: Mapping[str, Tensor]) -> Tensor:
