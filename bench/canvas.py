@@ -28,7 +28,7 @@ from transformers import (
 from bench import runner
 from bench.engine_models import SHAPES
 from bench.timing import captured, event_turns, gpu_turns
-from dflash_ext import IntervalMask, block_attn_decode, sample, soft_embedding, softcapped_logits
+from dflash_ext import IntervalMask, block_attn_decode, sample, soft_embedding
 from dflash_ext.decode import decode
 from dflash_ext.decode.canvas import MaskedDiffusion, UniformDiffusion, decode_canvas
 from dflash_ext.decode.canvas.cycle import CanvasCycle
@@ -166,14 +166,12 @@ def parts() -> list[dict]:
         bounds[f"attention, {kind}"] = flop, moved
     product = 2 * CANVAS * VOCAB * HIDDEN
     moved = 2 * (VOCAB * HIDDEN + CANVAS * VOCAB)
-    capped = softcapped_logits(logits, SOFTCAP)
     calls["head"], bounds["head"] = lambda: linear(hidden, table), (product, moved)
-    spare = logits.clone()
-    calls["soft cap"], bounds["soft cap"] = lambda: softcapped_logits(spare, SOFTCAP), (0, 0)
-    calls["soft embedding"] = lambda: soft_embedding(capped, table, temperature=temperature)
+    drawing = {"temperature": temperature, "softcap": SOFTCAP}
+    calls["soft embedding"] = lambda: soft_embedding(logits, table, **drawing)
     bounds["soft embedding"] = product, moved
     seed = torch.arange(CANVAS, device="cuda")
-    calls["sampling"] = lambda: sample(capped, seed, temperature=temperature)
+    calls["sampling"] = lambda: sample(logits, seed, **drawing)
     bounds["sampling"] = 0, 2 * CANVAS * VOCAB
     ceilings = runner.gpu_ceilings()
     rows, total, least = [], 0.0, 0.0

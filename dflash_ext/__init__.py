@@ -17,7 +17,6 @@ from .ops import (
     sample,
     sharded_linear_cross_entropy,
     soft_embedding,
-    softcapped_logits,
     verify,
 )
 
@@ -40,6 +39,5 @@ __all__ = [
     "sample",
     "sharded_linear_cross_entropy",
     "soft_embedding",
-    "softcapped_logits",
     "verify",
 ]

@@ -124,7 +124,7 @@ std::tuple<Tensor, Tensor> run_sample(Tensor logits, Tensor seed, double tempera
                                       OptionalTensor top_ps, OptionalTensor min_ps, OptionalTensor counts,
                                       OptionalTensor bias, OptionalTensor tables, double repetition, double presence,
                                       double frequency, OptionalTensor repetitions, OptionalTensor presences,
-                                      OptionalTensor frequencies, bool confidence) {
+                                      OptionalTensor frequencies, bool confidence, double softcap) {
   constexpr const char* kOp = "sample";
   check(logits.dim() == 2, kOp, ": logits must be [N, V], they have ", logits.dim(), " dimensions");
   const int64_t rows = logits.size(0), vocab = logits.size(1);
@@ -148,6 +148,9 @@ std::tuple<Tensor, Tensor> run_sample(Tensor logits, Tensor seed, double tempera
                   .params(kOp, logits);
   p.seed = seed_params(kOp, seed, logits);
   p.confidence = confidence;
+  p.softcap = softcap;
+  check(softcap == 0 || !(logits.is_cpu() || p.filters.any || p.penalties.any() || confidence), kOp,
+        ": a soft cap is for plain draws on a GPU");
   p.reals = reals.data_ptr();
   p.ids = static_cast<int64_t*>(ids.data_ptr());
   if (rows == 0) return {ids, reals};
@@ -297,8 +300,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(dflash_ext, m) {
       "sample(Tensor logits, Tensor seed, float temperature, float top_k, float top_p, float min_p, "
       "Tensor? temperatures, Tensor? top_ks, Tensor? top_ps, Tensor? min_ps, Tensor? token_counts, Tensor? logit_bias, "
       "Tensor? table_rows, float repetition_penalty, float presence_penalty, float frequency_penalty, "
-      "Tensor? repetition_penalties, Tensor? presence_penalties, Tensor? frequency_penalties, bool confidence) "
-      "-> (Tensor ids, Tensor reals)");
+      "Tensor? repetition_penalties, Tensor? presence_penalties, Tensor? frequency_penalties, bool confidence, "
+      "float softcap=0.0) -> (Tensor ids, Tensor reals)");
   m.def(
       "verify(Tensor draft_tokens, Tensor target_logits, Tensor? draft_logits, Tensor? draft_pivot, "
       "Tensor? draft_normaliser, Tensor? seed, Tensor? uniforms, Tensor? draft_lens, float temperature, float top_k, "

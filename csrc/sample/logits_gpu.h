@@ -17,6 +17,13 @@ DFLASH_INLINE float exp2_of(float x) {
   return y;
 }
 
+// tanh.approx: its relative error is up to 2^-11.
+DFLASH_INLINE float tanh_of(float x) {
+  float y;
+  asm("tanh.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
 // min.NaN: NaN if one of them is NaN.
 DFLASH_INLINE float min_nan(float a, float b) {
   float y;
@@ -151,6 +158,52 @@ struct PlainLogits {
   // Whether the chunks of tokens [begin, end) may be loaded at once.
   DFLASH_INLINE bool is_whole(uint32_t end) const { return is_aligned && end <= vocab; }
   DFLASH_INLINE Values load_whole(uint32_t i) const { return *reinterpret_cast<const Values*>(x + i); }
+};
+
+// A row under a soft cap. Chunks have half of the size, because their logits take twice the registers.
+template <class T>
+struct CappedLogits {
+  using Raw = PlainLogits<T>;
+  using Values = Chunk<float>;
+  static constexpr int kSize = Values::kSize;
+  static constexpr bool kIsPlain = true;
+  static constexpr bool kIsRaw = false;
+
+  Raw raw;
+  uint32_t vocab;
+  float softcap, inner;
+
+  DFLASH_INLINE CappedLogits(const Raw& raw, float softcap)
+      : raw(raw), vocab(raw.vocab), softcap(softcap), inner((kIsCoarse ? 1 : 2 * kLog2E) / softcap) {}
+
+  DFLASH_INLINE float operator[](int64_t token) const { return capped(raw[token]); }
+  DFLASH_INLINE Values at(uint32_t i) const {
+    Values own;
+#pragma unroll
+    for (int k = 0; k < kSize; ++k) own.values[k] = i + k < vocab ? (*this)[i + k] : -kInfinity;
+    return own;
+  }
+  DFLASH_INLINE CappedLogits within(uint32_t, uint32_t) const { return *this; }
+  DFLASH_INLINE bool is_whole(uint32_t end) const { return raw.is_whole(end); }
+  DFLASH_INLINE Values load_whole(uint32_t i) const {
+    struct alignas(kSize * sizeof(T)) Part {
+      T values[kSize];
+    };
+    const Part part = *reinterpret_cast<const Part*>(raw.x + i);
+    Values own;
+#pragma unroll
+    for (int k = 0; k < kSize; ++k) own.values[k] = capped(to_float(part.values[k]));
+    return own;
+  }
+
+ private:
+  static constexpr bool kIsCoarse = std::is_same_v<T, __nv_bfloat16>;  // rounding such logits errs by more than tanh_of
+
+  // softcap * tanh(x / softcap), or softcap - 2 softcap / (e^(2 x / softcap) + 1); NaN for NaN.
+  DFLASH_INLINE float capped(float x) const {
+    if constexpr (kIsCoarse) return softcap * tanh_of(x * inner);
+    return softcap - __fdividef(2 * softcap, exp2_of(x * inner) + 1);
+  }
 };
 
 template <int kCount>

@@ -51,6 +51,7 @@ struct SampleParams {
   FilterParams filters;
   SeedParams seed;
   bool confidence;
+  double softcap;  // logits are softcap * tanh(logits / softcap); 0: none. It goes with none of the options above
   void* reals;   // [kConfidence, rows] Real, or one row more with `confidence`
   int64_t* ids;  // [kSampleIds, rows]
 };
@@ -125,14 +126,6 @@ struct ScaledExpParams {
   float* origins;   // [rows]
   float* sums;      // [rows], of the weights as they are stored
   float* embedded;  // [rows, width], the sum of weights times embeddings so far
-};
-
-// Logits that are replaced by softcap * tanh(logits / softcap).
-struct SoftcapParams {
-  DType dtype;
-  int64_t count;
-  void* logits;  // [count]; read as `dtype`, and written as float16 or float32, of the same size
-  float softcap;
 };
 
 }  // namespace dflash

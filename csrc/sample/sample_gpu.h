@@ -8,6 +8,15 @@
 
 namespace dflash::DFLASH_ISA {
 
+template <class Source>
+DFLASH_INLINE Source logits_of_row(const SampleParams& p, int64_t n) {
+  if constexpr (std::is_constructible_v<Source, typename Source::Raw, float>) {
+    return {typename Source::Raw(p.logits, p.dtype, n * p.stride, p.vocab), float(p.softcap)};
+  } else {
+    return logits_of<Source>(p.logits, p.dtype, n * p.stride, p.vocab, p.penalties, n);
+  }
+}
+
 // kFilters: the filters and the confidence are computed, which take registers. Blocks of a multiprocessor bound them.
 template <bool kFilters>
 constexpr int kSampleBlocks = kFilters ? 1 : 2;
@@ -64,9 +73,7 @@ __global__ void __launch_bounds__(kThreads, kSampleBlocks<kFilters>) sample_rows
   Team::wait_for_inputs();
   const Filters<float> filters(params.filters, n);
   const bool is_greedy = filters.temperature == 0;
-  Row<Source, Team> row(
-      logits_of<Source>(params.logits, params.dtype, n * params.stride, params.vocab, params.penalties, n),
-      filters.temperature, memory);
+  Row<Source, Team> row(logits_of_row<Source>(params, n), filters.temperature, memory);
   __shared__ double uniform;
   row.template read<kFilters>(true, [&] { uniform = uniform_of(params.seed, kSampleStream, n, 0); });
   const SampledRow<Source, Team> out{params, n};

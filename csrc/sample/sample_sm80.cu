@@ -7,7 +7,11 @@ namespace dflash {
 
 const char* sample_sm80(const SampleParams& p, void* stream) {
   return launch_by_dtype<float, __nv_bfloat16, __half>(p.dtype, stream, [&]<class T>(cudaStream_t stream) {
-    return device::launch_sample<T, device::BlockTeam>(p, 1, stream);
+    using namespace device;
+    if (p.softcap == 0) return launch_sample<T, BlockTeam>(p, 1, stream);
+    using Source = CappedLogits<T>;
+    const auto shape = team_shape<Source, BlockTeam>(p.rows, p.vocab, 1);
+    return launch_kernel(sample_rows<Source, BlockTeam, false>, shape, stream, p);
   });
 }
 

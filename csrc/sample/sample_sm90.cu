@@ -14,7 +14,7 @@ int team_size_for(const SampleParams& p, void* stream) {
 }  // namespace
 
 bool sample_sm90_serves(const SampleParams& p, void* stream) {
-  return hopper_kernels_serve() && team_size_for(p, stream) > 1;
+  return hopper_kernels_serve() && p.softcap == 0 && team_size_for(p, stream) > 1;
 }
 
 const char* sample_sm90(const SampleParams& p, void* stream) {

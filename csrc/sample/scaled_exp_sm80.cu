@@ -19,13 +19,6 @@ struct Sum {
   DFLASH_INLINE void merge(const Sum& other) { value += other.value; }
 };
 
-// tanh.approx: its relative error is up to 2^-11.
-DFLASH_INLINE float tanh_of(float x) {
-  float y;
-  asm("tanh.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-
 // softcap(x) * rate - origin of a logit. The soft cap is s * tanh(x / s) = s - 2 s / (2^(x * inner) + 1).
 template <class T, bool kCaps>
 struct Score {

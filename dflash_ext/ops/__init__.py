@@ -11,7 +11,6 @@ from .reveal import reveal, reveal_count
 from .sampling import sample
 from .sharded_loss import sharded_linear_cross_entropy
 from .soft_embedding import soft_embedding
-from .softcap import softcapped_logits
 from .verify import verify
 
 __all__ = [
@@ -30,6 +29,5 @@ __all__ = [
     "sample",
     "sharded_linear_cross_entropy",
     "soft_embedding",
-    "softcapped_logits",
     "verify",
 ]

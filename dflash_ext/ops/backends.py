@@ -25,7 +25,6 @@ SERVED_BY = {
     "verify": {"cpu": NATIVE, "cuda": f"{NATIVE}, float64 by {_REFERENCE}"},
     "count_tokens_": {"cpu": "PyTorch", "cuda": "PyTorch"},
     "reveal": {"cpu": NATIVE, "cuda": NATIVE},
-    "softcapped_logits": {"cpu": "PyTorch", "cuda": f"{NATIVE}, float64 by PyTorch"},
     "soft_embedding": {"cpu": "PyTorch", "cuda": f"PyTorch GEMM and {NATIVE}, float64 by PyTorch"},
     "linear": {"cpu": NATIVE, "cuda": f"{NATIVE} (bf16, fp16, on Hopper), else PyTorch's operators"},
     "kv_inject": {"cpu": f"PyTorch GEMM and {NATIVE}", "cuda": f"PyTorch GEMM and {NATIVE}"},

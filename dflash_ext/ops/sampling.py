@@ -9,6 +9,7 @@ from .. import reference
 from ..checks import check_operands, shown
 from ..native import load
 from ..reference import Sample
+from ..reference.numerics import softcapped, widened
 from .backends import warn_once
 from .logits import LOGITS_DTYPES, by_row, check_last_dim, filter_arguments, real_dtype
 from .penalties import penalties, penalty_arguments
@@ -26,6 +27,7 @@ def sample(
     top_k: int | Tensor | None = None,
     top_p: float | Tensor | None = None,
     min_p: float | Tensor | None = None,
+    softcap: float | None = None,
     repetition_penalty: float | Tensor | None = None,
     presence_penalty: float | Tensor | None = None,
     frequency_penalty: float | Tensor | None = None,
@@ -48,6 +50,8 @@ def sample(
         temperature: 0 takes the argmax (the lowest index among equals).
         top_k, top_p, min_p: filters, applied in this order after temperature. top_k None, 0 or -1, top_p None or
             >= 1, and min_p None or 0 are off. The most probable token is always kept.
+        softcap: ``softcap * tanh(logits / softcap)`` comes before all else (Gemma's heads end so); None or 0 for none.
+            On a GPU a draw without filters, tables and confidence applies it while it reads the logits.
         repetition_penalty, presence_penalty, frequency_penalty: as in vLLM. They change the logits of the tokens that a
             row has already, before the temperature, and so at temperature 0 too. The logit x of a token of the prompt
             or of the output becomes x / repetition_penalty where x > 0, and x * repetition_penalty elsewhere. That of a
@@ -108,6 +112,9 @@ def sample(
     changes = penalties("sample", logits, shape, **tables, **numbers)
     seed = seed_tensor("sample", seed, shape, logits.device)
     logits = logits.detach().reshape(shape.numel(), logits.shape[-1])
+    is_plain = not return_confidence and all(x is None for x in (top_k, top_p, min_p, token_counts, logit_bias))
+    if softcap and not (is_plain and logits.is_cuda and logits.dtype != torch.float64):
+        logits, softcap = softcapped(widened(logits), softcap), None
     asked = {"return_filtered_entropy": return_filtered_entropy, "return_confidence": return_confidence}
     if logits.is_cuda and logits.dtype == torch.float64:
         warn_once("sample", logits.device)
@@ -117,7 +124,8 @@ def sample(
         drawn, *more = result if any(asked.values()) else (result,)
     else:
         arguments = *filter_arguments(logits, **filters), *penalty_arguments(logits, changes)
-        ids, reals = _native.sample(logits, seed, *arguments, return_confidence)
+        cap = {"softcap": softcap} if softcap else {}
+        ids, reals = _native.sample(logits, seed, *arguments, return_confidence, **cap)
         token, argmax = ids.unbind()
         prob, logprob, entropy, margin, max_prob, pivot, normaliser, filtered_entropy, *confidence = reals.unbind()
         drawn = Sample(token, prob, logprob, entropy, margin, argmax, max_prob, pivot, normaliser)
@@ -127,8 +135,8 @@ def sample(
 
 
 @torch.library.register_fake("dflash_ext::sample")
-def _(logits, seed, *others):
-    *_, confidence = others
+def _(logits, seed, *others, softcap=0.0):
+    confidence = others[17]
     rows = logits.shape[0]
     return (
         logits.new_empty(2, rows, dtype=torch.int64),

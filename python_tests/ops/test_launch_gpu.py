@@ -25,7 +25,6 @@ from dflash_ext import (
     reveal,
     sample,
     soft_embedding,
-    softcapped_logits,
     verify,
 )
 from dflash_ext.ops import backends
@@ -156,10 +155,10 @@ def calls(device="cuda"):
         "loss": lambda: masked_cross_entropy(logits, target).nll,
         "loss in place": lambda: torch.autograd.grad(linear_cross_entropy(hidden, head, target).loss, hidden)[0],
         "sample": lambda: sample(vocabulary, 3, top_p=0.9).entropy,
+        "sample under a soft cap": lambda: sample(vocabulary, 3, softcap=5.0).entropy,
         "verify": lambda: verify(target[:4].view(2, 2), vocabulary).next_token,
         "reveal": lambda: reveal(logits, logits > 0, count=5),
         "soft_embedding": lambda: soft_embedding(logits, head),
-        "softcapped_logits": lambda: softcapped_logits(vocabulary.bfloat16(), 5.0),
     }
 
 

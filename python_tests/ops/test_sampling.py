@@ -7,6 +7,7 @@ import torch
 
 from dflash_ext import reference, sample
 from dflash_ext.ops.random import SAMPLE, uniforms_of
+from dflash_ext.reference.numerics import softcapped
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 VOCABS = [1, 2, 7, 16, 65, 1000, 1025, 5003]
@@ -421,6 +422,35 @@ def test_confidence_is_the_probability_at_temperature_1(temperature, dtype, devi
         if temperature in (0, 1):
             close(confidence, drawn.prob.double())
     assert confidence.dtype == drawn.prob.dtype
+
+
+CAPPED = [{}, {"temperature": 0.4}, {"temperature": 0.0}, {"top_p": 0.9}, {"logit_bias": torch.arange(5003.0) % 3}]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("options", CAPPED, ids=lambda options: ", ".join(options) or "plain")
+def test_a_soft_cap_comes_before_all_else(options, dtype, device):
+    """-inf, too, becomes a number. A GPU's tanh for bfloat16 errs by less than the rounding of such logits."""
+    z, options = rows(16, 5003, dtype), dict(options)
+    z[6, 17] = math.nan
+    uniform = uniforms_of(SEED, SAMPLE, 16, 1)[:, 0]
+    capped = softcapped(z.double(), 9.0)
+    want = capped + options["logit_bias"].double() if "logit_bias" in options else capped
+    p = exact(want.nan_to_num(-math.inf), options.get("temperature", 1.0))[0]
+    if "logit_bias" in options:
+        options["logit_bias"] = options["logit_bias"].to(device)
+    for padded in (z, torch.cat([z, z], dim=-1)[:, 1:]):  # rows that are not aligned
+        given = padded.to(device)[:, -5003:] if padded is not z else z.to(device)
+        drawn = sample(given, SEED.to(device), softcap=9.0, **options)
+        drawn = type(drawn)(*(field.cpu() for field in drawn))
+        coarse = {"rtol": 3e-2, "atol": 1e-3} if dtype == torch.bfloat16 and given.is_cuda else {"rtol": 2e-5}
+        close(drawn.prob, p.gather(1, drawn.token[:, None])[:, 0], **coarse)
+        close(drawn.max_prob, p.amax(-1), **coarse)
+        close(drawn.entropy, torch.special.entr(p).sum(-1), **coarse)
+        close(want.gather(1, drawn.argmax[:, None])[:, 0], want.nan_to_num(-math.inf).amax(-1), **coarse)
+        if not options:
+            passed, slack = p.cumsum(-1).gather(1, drawn.token[:, None])[:, 0], coarse.get("atol", 1e-6)
+            assert (uniform <= passed + 3 * slack).all() and (passed - drawn.prob <= uniform + 3 * slack).all()
 
 
 def test_autocast_changes_nothing(device):

@@ -36,10 +36,11 @@ class CanvasCycle:
         if forward.self_conditions:
             soft = torch.zeros(slots + 1, length, hidden_size, dtype=forward.like.dtype, device=self.device)
         self.rows = Rows.empty(slots + 1, length, self.device, soft)
-        self.bias = None
+        self.changes = {"softcap": forward.softcap}
         if forward.mask_id is not None and forward.mask_id < self.vocab_size:
-            self.bias = torch.zeros(self.vocab_size, dtype=torch.float32, device=self.device)
-            self.bias[forward.mask_id] = -torch.inf  # a mask token is never drawn
+            bias = torch.zeros(self.vocab_size, dtype=torch.float32, device=self.device)
+            bias[forward.mask_id] = -torch.inf  # a mask token is never drawn
+            self.changes["logit_bias"] = bias
 
     def step(self, slots: Tensor) -> None:
         """One denoising step of the rows in these slots (int64 [n])."""
@@ -49,7 +50,7 @@ class CanvasCycle:
                 temperature = self.process.temperature(rows)[:, None].expand(rows.canvas.shape)
                 soft = self.forward.condition(logits, temperature)
                 rows.soft = torch.where(rows.running[:, None, None], soft, rows.soft)
-            self.process.step(rows, logits, self.bias, self.randomness)
+            self.process.step(rows, logits, self.changes, self.randomness)
 
     def extend(self, slots: Tensor) -> None:
         """Commits the canvases of these rows, whose tokens are in `rows.best`, and begins the next ones."""

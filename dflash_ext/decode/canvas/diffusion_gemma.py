@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from ...integrations import as_attention_mask
 from ...integrations.attention import runs_block_attn
 from ...models.target import cache_argument
-from ...ops import soft_embedding, softcapped_logits
+from ...ops import soft_embedding
 from ..forward.masks import Masks, block_masks, causal_masks
 from ..forward.modules import SlotCache
 
@@ -88,10 +88,10 @@ class DiffusionGemmaForward:
                     position_ids=positions,
                     **given,
                 )
-        return softcapped_logits(torch.nn.functional.linear(decoder.norm(hidden), self.head), self.softcap)
+        return torch.nn.functional.linear(decoder.norm(hidden), self.head)
 
     def condition(self, logits: Tensor, temperature: Tensor) -> Tensor:
-        expected = soft_embedding(logits, self.like, temperature=temperature)
+        expected = soft_embedding(logits, self.like, temperature=temperature, softcap=self.softcap)
         return expected * self.embedding.embed_scale.to(expected.dtype)
 
     def _given(self, masks: Masks, positions: Tensor, start: Tensor, counts: Tensor, slots: Tensor) -> dict:

@@ -28,12 +28,14 @@ class CanvasForward(Protocol):
     mask_id: the mask token; None if there is none.
     self_conditions: whether a step's logits are an input of the next one.
     like: the embedding's weight, [V, H].
+    softcap: what is left to apply to the logits of `denoise`: ``softcap * tanh(logits / softcap)``; None for nothing.
     first_guess: drafts canvases, which then begin with its tokens instead of noise; None if nothing does.
     """
 
     mask_id: int | None
     self_conditions: bool
     like: Tensor
+    softcap: float | None
     first_guess: FirstGuess | None
 
     def encode(self, tokens: Tensor, positions: Tensor, start: Tensor, counts: Tensor, slots: Tensor) -> None:
@@ -45,7 +47,7 @@ class CanvasForward(Protocol):
     def denoise(
         self, tokens: Tensor, positions: Tensor, start: Tensor, counts: Tensor, slots: Tensor, soft: Tensor | None
     ) -> Tensor:
-        """The logits [B, R, V] of canvases. What the cache has behind `start` is overwritten.
+        """The logits [B, R, V] of canvases, before `softcap`. What the cache has behind `start` is overwritten.
 
         soft: what `condition` returned for the step before, [B, R, H]; zeros in the first step.
         """
@@ -60,6 +62,8 @@ class CausalForward:
     Args:
         slots, tokens, rows: as in `LeanForward`.
     """
+
+    softcap = None
 
     def __init__(self, denoiser: Denoiser, *, slots: int, tokens: int, rows: int):
         self.denoiser, self.target = denoiser, denoiser.target

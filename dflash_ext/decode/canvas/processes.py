@@ -88,9 +88,9 @@ class MaskedDiffusion:
         rows.best = rows.canvas
         rows.running = rows.total > 0
 
-    def step(self, rows: Rows, logits: Tensor, bias: Tensor | None, randomness: Randomness) -> None:
-        """One step with the logits [N, L, V]; the bias [V] is added to them."""
-        drawn, confidence = randomness.sample(logits, rows, logit_bias=bias, return_confidence=True, **self._filters)
+    def step(self, rows: Rows, logits: Tensor, changes: dict, randomness: Randomness) -> None:
+        """One step with the logits [N, L, V]. changes: arguments of `ops.sample` that change them before the draw."""
+        drawn, confidence = randomness.sample(logits, rows, return_confidence=True, **changes, **self._filters)
         scores = {"left_to_right": None, "confidence": confidence, "margin": drawn.margin, "entropy": -drawn.entropy}
         limit = {name: getattr(self, name) for name in _LIMITS}
         if self.schedule:
@@ -158,11 +158,11 @@ class UniformDiffusion:
         rows.best = torch.full_like(rows.canvas, -1)
         rows.running = rows.length > 0
 
-    def step(self, rows: Rows, logits: Tensor, bias: Tensor | None, randomness: Randomness) -> None:
-        """One step with the logits [N, L, V]; the bias [V] is added to them."""
+    def step(self, rows: Rows, logits: Tensor, changes: dict, randomness: Randomness) -> None:
+        """One step with the logits [N, L, V]. changes: arguments of `ops.sample` that change them before the draw."""
         live, running = rows.live, rows.running[:, None]
         temperature = self.temperature(rows)[:, None].expand(live.shape)
-        drawn = randomness.sample(logits, rows, temperature=temperature, logit_bias=bias)
+        drawn = randomness.sample(logits, rows, temperature=temperature, **changes)
         rows.accepted = running & reveal(-drawn.entropy, live, entropy=drawn.entropy, entropy_bound=self.entropy_bound)
         rows.finite = rows.finite & (drawn.max_prob.isfinite() | ~live).all(-1)
         same = ((drawn.argmax == rows.best) | ~live).all(-1)

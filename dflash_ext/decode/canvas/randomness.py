@@ -10,6 +10,7 @@ from torch import Tensor
 from ...ops import sample
 from ...ops.random import advanced, uniform_tokens
 from ...reference import Sample
+from ...reference.numerics import softcapped
 from .rows import Rows
 
 
@@ -49,6 +50,7 @@ class LikeTransformers:
     def sample(self, logits: Tensor, rows: Rows, **options) -> Sample:
         drawn = sample(logits, 0, **options)
         temperature = torch.as_tensor(options["temperature"], device=logits.device)
-        probabilities = torch.softmax(logits.float() / temperature[..., None], dim=-1)
+        logits = softcapped(logits.float(), options["softcap"])
+        probabilities = torch.softmax(logits / temperature[..., None], dim=-1)
         tokens = torch.multinomial(probabilities.flatten(0, -2), 1).view(drawn.token.shape)
         return drawn._replace(token=tokens)
