@@ -3,9 +3,10 @@
     python -m bench.lora_decoding --target smollm2 --prompts gsm8k_test.jsonl mt_bench.jsonl \\
         --drafters dflash_ext/drafters/smollm2-135m-instruct my-lora --limits 16 32 32
 
-Each folder is a drafter of either kind. A gated LoRA drafter is measured with one forward a cycle and with two, and by
-`--rows` with other numbers of mask rows than it was trained with. A row of the results has tau and the tokens a second
-of all rows of a batch, prefill and captures of graphs left out, and the memory beyond the weights.
+Each folder is a drafter of either kind. A LoRA drafter with a sampler head is measured with the head and without it, a
+gated one with one forward a cycle and with two. `--rows` takes other numbers of mask rows than it was trained with, and
+`--groups` other numbers of groups than the engine's own. A row of the results has tau and the tokens a second of all
+rows of a batch, prefill and captures of graphs left out, and the memory beyond the weights.
 `results/lora_decoding_<gpu>.svg` plots the speeds.
 """
 
@@ -14,6 +15,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
@@ -23,13 +25,21 @@ from transformers import PreTrainedModel
 from bench import runner
 from dflash_ext.data import encode_all, read_conversations
 from dflash_ext.decode import decode
-from dflash_ext.models import Target, is_lora_drafter, load_drafter, load_lora_drafter, load_target, stop_tokens
+from dflash_ext.models import (
+    LoraDrafter,
+    Target,
+    is_lora_drafter,
+    load_drafter,
+    load_lora_drafter,
+    load_target,
+    stop_tokens,
+)
 
 
 def ways(
-    model: PreTrainedModel, folders: Sequence[Path], row_counts: Sequence[int]
+    model: PreTrainedModel, folders: Sequence[Path], row_counts: Sequence[int], group_counts: Sequence[int] = ()
 ) -> Iterator[tuple[str, Target, object, dict]]:
-    """Plain decoding, and each drafter with each number of forwards that it has, and of mask rows."""
+    """Plain decoding, and each drafter with each number of forwards that it has, and of mask rows and groups."""
     target = Target(model)
     yield "plain", target, None, {}
     for folder in folders:
@@ -37,11 +47,24 @@ def ways(
             drafter = load_drafter(folder, dtype=model.dtype, device=model.device)
             yield folder.name, Target(model, drafter.config.target_layer_ids), drafter, {}
             continue
-        drafter = load_lora_drafter(folder, target)
-        for rows in row_counts or (drafter.config.drafted,):
-            for forwards in (1, 2) if drafter.config.kind == "gated" else (2,):
-                name = f"{folder.name}, {drafter.config.kind}, {rows} rows, {forwards} a cycle"
-                yield name, target, drafter, {"forwards": forwards, "block_size": rows + 1}
+        for drafter, rows in product(with_and_without_head(folder, target), row_counts or (None,)):
+            kind, head = drafter.config.kind, ", head" if drafter.sampler else ""
+            rows = rows or drafter.config.drafted
+            cycles = [(1, groups) for groups in group_counts or (None,)] if kind == "gated" else []
+            for forwards, groups in [*cycles, (2, None)]:
+                name = f"{folder.name}, {kind}{head}, {rows} rows, {forwards} a cycle"
+                options = {"forwards": forwards, "block_size": rows + 1, "groups": groups}
+                yield name + (f", {groups} groups" if groups else ""), target, drafter, options
+
+
+def with_and_without_head(folder: Path, target: Target) -> Iterator[LoraDrafter]:
+    """The LoRA drafter in a folder and, if it has a sampler head, the same one without it."""
+    drafter = load_lora_drafter(folder, target)
+    yield drafter
+    if drafter.sampler is not None:
+        bare = load_lora_drafter(folder, target)
+        bare.sampler, bare.config = None, replace(bare.config, sampler_width=None)
+        yield bare
 
 
 def generate_speed(model: PreTrainedModel, prompts: Sequence[Sequence[int]], stops: Sequence[int], new: int) -> float:
@@ -96,6 +119,7 @@ def main() -> None:
     parser.add_argument("--batches", nargs="*", type=int, default=[1, 8, 32])
     parser.add_argument("--temperatures", nargs="*", type=float, default=[0.0, 1.0])
     parser.add_argument("--rows", nargs="*", type=int, default=[])
+    parser.add_argument("--groups", nargs="*", type=int, default=[], help="groups of a cycle of one forward")
     parser.add_argument("--limits", nargs="*", type=int, default=[80], help="prompts of a set, one number or by batch")
     parser.add_argument("--max-new-tokens", type=int, default=256)
     parser.add_argument("--generate-tokens", type=int, default=64)
@@ -103,7 +127,7 @@ def main() -> None:
     name = f"lora_decoding_{runner.gpu_name()}"
     model, tokenizer = load_target(given.target)
     limits = {"max_new_tokens": given.max_new_tokens, "stop_token_ids": stop_tokens(tokenizer, model)}
-    rows, chosen = [], list(ways(model, given.drafters, given.rows))
+    rows, chosen = [], list(ways(model, given.drafters, given.rows, given.groups))
     counts = given.limits if len(given.limits) > 1 else given.limits * len(given.batches)
     limit_of = dict(zip(given.batches, counts, strict=True))
     for path, temperature, batch in product(given.prompts, given.temperatures, given.batches):

@@ -198,12 +198,9 @@ def train(
         ),
     ] = None,
     optimizer: Annotated[
-        str | None,
-        typer.Option(
-            help="The optimizer: muon, which is for matrices, and steps all else by AdamW; or adamw. The default is "
-            "muon, and adamw for a LoRA drafter."
-        ),
-    ] = None,
+        str,
+        typer.Option(help="The optimizer: muon, which is for matrices, and steps all else by AdamW; or adamw."),
+    ] = "muon",
     loss: Annotated[
         str,
         typer.Option(
@@ -324,7 +321,7 @@ def train(
         block_sizes=tuple(integer(size, "--curriculum") for size in curriculum.split(",")) if curriculum else (),
         pack_length=pack_length,
         learning_rate=learning_rate,
-        optimizer=optimizer or ("adamw" if is_lora else "muon"),
+        optimizer=optimizer,
         gamma=gamma,
         seed=seed,
         save_every=save_every,

@@ -88,7 +88,8 @@ class RunRecipe:
 
 @dataclass
 class DraftingRecipe(RunRecipe):
-    """The settings of the training of any drafter.
+    """The settings of the training of any drafter. Its optimizer is Muon, of which docs/recipe.md and docs/lora.md have
+    figures.
 
     Attributes:
         anchors: blocks drawn from each sequence.
@@ -99,6 +100,7 @@ class DraftingRecipe(RunRecipe):
         evaluate_prompts: the largest number of held-out prompts that an evaluation decodes.
     """
 
+    optimizer: str = "muon"
     anchors: int = 64
     noise_ratio: float = 1.0
     block_sizes: tuple[int, ...] = ()
@@ -122,14 +124,13 @@ class DraftingRecipe(RunRecipe):
 @dataclass
 class Recipe(DraftingRecipe):
     """The settings of a DFlash drafter's training. Defaults are the paper's where a small budget allows
-    (arXiv 2602.06036), but for the optimizer, of which docs/recipe.md has figures.
+    (arXiv 2602.06036), but for the optimizer.
 
     Attributes:
         noise_ratio: as in `AnchorCollator`. Below 1, evaluations report the tau at 1, 2 and 3 steps of denoising.
         loss, teacher_mix: as in `DFlashObjective`.
     """
 
-    optimizer: str = "muon"
     loss: str = "ce"
     teacher_mix: float = 1.0
 
