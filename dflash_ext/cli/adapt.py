@@ -232,7 +232,7 @@ def adapt(
         seed=seed,
     )
     if answers is not None:
-        rows = TextDataset.of_answers(AnswerDataset(answers, length, target=target), length)
+        rows = TextDataset.of_answers(AnswerDataset(answers, length, target=target), length, tok.bos_token_id)
     else:
         rows = TextDataset(read_texts(text), tok, length)
     kept_out = TextDataset(read_texts(held_out), tok, length).first(held_out_rows) if held_out else None

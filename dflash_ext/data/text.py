@@ -66,7 +66,8 @@ class TextDataset(Dataset):
 
     `starts` has the column at which each document of a row starts, so that no mask, position or loss crosses from one
     document into the next. A document that goes on in the next row is a document of its own there. The rest that does
-    not fill a row is left out. Each document ends with the tokenizer's end token.
+    not fill a row is left out. Each document ends with the tokenizer's end token. One that starts with the begin token
+    does so in every row that it goes on in: models that were trained with this token are lost without it (Gemma).
 
     Samples of answers also have "prefixes": int64 [n], the tokens of each document that belong to the prompt.
 
@@ -79,6 +80,7 @@ class TextDataset(Dataset):
 
     def __init__(self, texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, length: int):
         tokens, starts = array("i"), array("q")
+        begin = tokenizer.bos_token_id
         end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
         texts = iter(texts)
         while some := list(islice(texts, AT_A_TIME)):
@@ -87,18 +89,23 @@ class TextDataset(Dataset):
                     ids = ids + end
                 if ids:
                     starts.append(len(tokens))
-                    tokens.extend(ids)
+                    tokens.extend(_begun_in_each_row(ids, begin, len(tokens), length))
         self._fill(tokens, starts, length)
 
     @classmethod
-    def of_answers(cls, answers: AnswerDataset, length: int) -> TextDataset:
-        """Rows of prompts with their answers, each of which is a document."""
+    def of_answers(cls, answers: AnswerDataset, length: int, begin: int | None = None) -> TextDataset:
+        """Rows of prompts with their answers, each of which is a document.
+
+        Args:
+            begin: the tokenizer's begin token.
+        """
         tokens, starts, ends = array("i"), array("q"), array("q")
         for index in range(len(answers)):
             sample = answers[index]
+            ids, prompt = sample["input_ids"].tolist(), int((~sample["loss_mask"]).sum())
             starts.append(len(tokens))
-            ends.append(len(tokens) + int((~sample["loss_mask"]).sum()))
-            tokens.extend(sample["input_ids"].tolist())
+            ends.append(len(tokens) + len(_begun_in_each_row(ids[:prompt], begin, len(tokens), length)))
+            tokens.extend(_begun_in_each_row(ids, begin, len(tokens), length))
         made = object.__new__(cls)
         made._fill(tokens, starts, length, torch.frombuffer(ends, dtype=torch.int64))
         return made
@@ -148,3 +155,17 @@ class TextDataset(Dataset):
         part = object.__new__(TextDataset)
         part.__dict__ = self.__dict__ | {"_rows": self._rows[:rows]}
         return part
+
+
+def _begun_in_each_row(ids: list[int], begin: int | None, at: int, length: int) -> list[int]:
+    """A document whose first token stands at `at`, with the begin token in each row of `length` tokens, if it has one.
+
+    Where a document goes on in another row, the token is put before the row's others.
+    """
+    if not ids or ids[0] != begin:
+        return ids
+    first = length - at % length  # the tokens of the row in which the document starts
+    found = ids[:first]
+    for start in range(first, len(ids), length - 1):
+        found += [begin, *ids[start : start + length - 1]]
+    return found

@@ -22,14 +22,16 @@ _ACTIVATIONS = {type(ACT2FN["silu"]): "silu", type(ACT2FN["gelu_pytorch_tanh"]):
 def fused_forwards(model: nn.Module) -> dict[nn.Module, Forward]:
     """The fused forward of every RMS norm and gated MLP in a model, whatever its family.
 
-    What a module computes, a row of random numbers tells. A module that computes something else has none.
+    What a module computes, a row of random numbers tells. A module that computes something else has none. Of two
+    operators the nearer one is right: where Gemma's weights are large, 1 more or less changes no more than a few
+    percent, which bfloat16 may hide in a single number.
     """
     forwards = {}
     for module in model.modules():
-        for forward in (*_norms(module), *_gated_mlps(module)):
-            if _gives(module, forward):
+        if found := [*_norms(module), *_gated_mlps(module)]:
+            distance, forward = min(((_distance(module, each), each) for each in found), key=lambda pair: pair[0])
+            if distance <= 4 * torch.finfo(next(module.parameters()).dtype).eps:
                 forwards[module] = forward
-                break
     return forwards
 
 
@@ -67,10 +69,10 @@ def _gated_mlps(module: nn.Module) -> Iterator[Forward]:
 
 
 @torch.no_grad()
-def _gives(module: nn.Module, forward: Forward) -> bool:
-    """Whether a module gives what this forward gives, but for rounding."""
+def _distance(module: nn.Module, forward: Forward) -> float:
+    """How far this forward's results are from the module's own on average, as a share of the latter."""
     weight = next(module.parameters())
     width = weight.shape[-1]
     row = torch.randn(1, 1, width, generator=torch.Generator().manual_seed(0)).to(weight.device, weight.dtype)
     want, got = module(row).float(), forward(row).float()
-    return bool((got - want).abs().max() <= torch.finfo(weight.dtype).eps ** 0.5 * want.abs().max())
+    return float((got - want).norm() / want.norm())

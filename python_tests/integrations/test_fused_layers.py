@@ -42,6 +42,16 @@ def test_norms_and_mlps_of_every_family_are_replaced_and_compute_the_same(family
     assert torch.equal(gradient(model), want) and not any("forward" in vars(module) for module in model.modules())
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_norms_of_large_weights_are_told_apart_in_bfloat16(family):
+    """Trained ones of Gemma 3 270M have weights of 10 to 100, beside which the 1 that it adds is hard to see."""
+    norm = tiny_model(family).model.norm.bfloat16()
+    nn.init.uniform_(norm.weight, 40, 80)
+    row = torch.randn(64, 64).bfloat16()
+    want, got = norm(row).float(), fused_forwards(norm)[norm](row).float()
+    assert (got - want).norm() < 4e-3 * want.norm()
+
+
 def test_a_weight_that_is_put_in_the_place_of_another_is_read():
     """As FSDP does."""
     model = tiny_model("llama")
