@@ -98,6 +98,15 @@ def test_rows_that_end_ride_along(model, pad):
     assert len({len(completion.steps) for completion in decoded.completions}) > 1
 
 
+def test_a_soft_cap_that_matters(model):
+    """That of the tiny model, 30, hardly changes its small logits."""
+    capped, prompts = tiny_diffusion_gemma(final_logit_softcapping=0.3), random_prompts(12, 4)
+    process = replace(PROCESSES["loose"], t_min=0.02, t_max=0.1)
+    expected, per_forward = theirs(capped, prompts, process, new_tokens=2 * CANVAS)
+    assert_equal(ours(capped, prompts, process, new_tokens=2 * CANVAS), expected, per_forward)
+    assert expected != theirs(model, prompts, process, new_tokens=2 * CANVAS)[0]
+
+
 def test_a_first_canvas_is_given(model):
     """The answer is cut at a length that is no multiple of the canvas."""
     prompts, process = random_prompts(12, 4), UniformDiffusion(steps=3, entropy_bound=2.0)
