@@ -31,11 +31,12 @@ def drafters(target: Target, block: DFlashDrafter, rank: int, rows: int) -> dict
     """Drafters, their options of the engine, and the rows of a row's largest forward."""
     gated = lora(target, "gated", rank, rows)
     refined = lora(target, "gated", rank, rows, sampler=512)
-    one, several = {"forwards": 1, "groups": rows}, one_forward_rows(rows, rows)
+    one, several = {"groups": rows}, one_forward_rows(rows, rows)
     return {
         "DFlash": (block, {}, block.config.block_size),
         "gated, one forward": (gated, one, several),
         "gated, one forward, sampler head": (refined, one, several),
+        "gated, one forward, one group": (gated, {"groups": 1}, one_forward_rows(rows, 1)),
         "gated, two forwards": (gated, {"forwards": 2}, rows + 1),
         "whole, two forwards": (lora(target, "whole", rank, rows), {}, 2 * (rows + 1)),
     }
