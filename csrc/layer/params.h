@@ -59,22 +59,6 @@ struct GatedParams {
   void* out;
 };
 
-// out = product + inner @ up.T for the rows of an entry from `first` on, and product for those before. With a gate, the
-// first half of the columns is the gate and out = activation(gate) * other half, as in GatedParams. `width` is that of
-// out, which is contiguous, as is up [width, rank] (with a gate [2 * width, rank]).
-struct AddLoraParams {
-  DType dtype;
-  int64_t rows, width, rank;
-  int64_t entry_rows, first;  // the rows of an entry, and how many of them have no adapter
-  int64_t product_stride, inner_stride;
-  bool is_gated;
-  Activation activation;
-  const void *product, *inner, *up;
-  void* out;
-  const void* ahead;  // what a later kernel reads, and this one asks for on Hopper
-  int64_t ahead_bytes;
-};
-
 // The gradients of gate and up from that of the result. They take its place and that of the result.
 struct GatedBackwardParams {
   DType dtype;
@@ -121,7 +105,6 @@ struct RotateHeadsBackwardParams {
 const char* add_rms_norm_sm80(const AddRmsNormParams& params, void* stream);
 const char* rotate_to_cache_sm80(const RotateToCacheParams& params, void* stream);
 const char* gated_sm80(const GatedParams& params, void* stream);
-const char* add_lora_sm80(const AddLoraParams& params, void* stream);
 const char* gated_backward_sm80(const GatedBackwardParams& params, void* stream);
 const char* rms_norm_backward_sm80(const RmsNormBackwardParams& params, void* stream);
 const char* rotate_heads_sm80(const RotateHeadsParams& params, void* stream);

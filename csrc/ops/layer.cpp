@@ -1,8 +1,6 @@
 // Operators of the layer family. dflash_ext/ops/layer.py documents the semantics.
 #include "ops/layer.h"
 
-#include <optional>
-
 #include "common/cpu.h"
 #include "layer/params.h"
 #include "ops/layer_common.h"
@@ -152,44 +150,6 @@ Tensor gated_op(Tensor gate_up, int64_t activation) {
   return out;
 }
 
-Tensor add_lora_op(Tensor product, Tensor inner, Tensor up, int64_t entry_rows, int64_t first,
-                   std::optional<int64_t> activation, std::optional<Tensor> ahead) {
-  constexpr const char* kOp = "add_lora";
-  check(product.dim() == 2 && up.dim() == 2, kOp, ": product must be [T, N], up [N, R]");
-  AddLoraParams p{};
-  p.dtype = dtype_of(kOp, "product", product);
-  p.rows = product.size(0);
-  p.rank = up.size(1);
-  p.is_gated = activation.has_value();
-  check(!p.is_gated || product.size(1) % 2 == 0, kOp, ": product must be [T, 2 * I] with an activation");
-  p.width = product.size(1) / (p.is_gated ? 2 : 1);
-  p.activation = Activation(activation.value_or(0));
-  p.entry_rows = entry_rows;
-  p.first = first;
-  check(entry_rows > 0, kOp, ": an entry has ", entry_rows, " rows");
-  p.product_stride = stride_of(kOp, "product", product, product, p.rows, product.size(1));
-  p.inner_stride = stride_of(kOp, "inner", inner, product, p.rows, p.rank);
-  check_tensor(kOp, "up", up, product, product.scalar_type(), {product.size(1), p.rank});
-  Tensor out = new_empty(product, {p.rows, p.width}, product.scalar_type());
-  if (p.rows == 0 || p.width == 0) return out;
-  p.product = product.data_ptr();
-  p.inner = inner.data_ptr();
-  p.up = up.data_ptr();
-  p.out = out.data_ptr();
-  const auto is_in_words = [](const void* data) { return reinterpret_cast<uintptr_t>(data) % 16 == 0; };
-  check(p.width % 8 == 0 && p.rank % 32 == 0 && p.product_stride % 8 == 0 && p.inner_stride % 8 == 0 &&
-            is_in_words(p.product) && is_in_words(p.inner) && is_in_words(p.up),
-        kOp, ": rows must begin at multiples of 16 bytes, and the rank be a multiple of 32; it is ", p.rank);
-  if (ahead) {
-    check(same_device(*ahead, product) && ahead->is_contiguous(), kOp, ": ahead must be contiguous, on the same device");
-    p.ahead = ahead->data_ptr();
-    p.ahead_bytes = ahead->numel() * int64_t(ahead->element_size());
-    check(is_in_words(p.ahead), kOp, ": ahead must begin at a multiple of 16 bytes");
-  }
-  DFLASH_RUN_ON_GPU(kOp, add_lora_sm80, p, product);
-  return out;
-}
-
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(dflash_ext, m) {
@@ -200,9 +160,6 @@ STABLE_TORCH_LIBRARY_FRAGMENT(dflash_ext, m) {
       "rotate_to_cache(Tensor projected, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor positions, Tensor places, "
       "Tensor caches, Tensor cos, Tensor sin, Tensor? q_norm, Tensor? k_norm, float eps, bool plus_one) -> Tensor");
   m.def("gated(Tensor gate_up, int activation) -> Tensor");
-  m.def(
-      "add_lora(Tensor product, Tensor inner, Tensor up, int entry_rows, int first, int? activation, Tensor? ahead) "
-      "-> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(dflash_ext, CPU, m) {
@@ -215,7 +172,6 @@ STABLE_TORCH_LIBRARY_IMPL(dflash_ext, CUDA, m) {
   m.impl("add_rms_norm", TORCH_BOX(&add_rms_norm_op));
   m.impl("rotate_to_cache", TORCH_BOX(&rotate_to_cache_op));
   m.impl("gated", TORCH_BOX(&gated_op));
-  m.impl("add_lora", TORCH_BOX(&add_lora_op));
 }
 
 }  // namespace dflash

@@ -14,7 +14,6 @@ load()
 _add_rms_norm = torch.ops.dflash_ext.add_rms_norm.default
 _rotate_to_cache = torch.ops.dflash_ext.rotate_to_cache.default
 _gated = torch.ops.dflash_ext.gated.default
-_add_lora = torch.ops.dflash_ext.add_lora.default
 _run_layers = torch.ops.dflash_ext.run_layers.default
 
 ACTIVATIONS = ("silu", "gelu_tanh")  # the operator knows them by their places
@@ -107,44 +106,6 @@ def gated(gate_up: Tensor, activation: str = "silu") -> Tensor:
     return _gated(gate_up, ACTIVATIONS.index(activation))
 
 
-def add_lora(
-    product: Tensor,
-    inner: Tensor,
-    up: Tensor,
-    *,
-    entries: int = 1,
-    first: int = 0,
-    activation: str | None = None,
-    ahead: Tensor | None = None,
-) -> Tensor:
-    """Adds to a product what a LoRA adapter adds, ``product + inner @ up.T``; `gated` if there is an activation.
-
-    Args:
-        product: ``[T, N]``, the product with the base's weight; its rows may lie apart.
-        inner: ``[T, R]``, the product of the same rows with the adapter's half A; its rows may lie apart.
-        up: ``[N, R]``, the scaled half B, contiguous.
-        entries: the T rows are those of so many entries, one entry after the other.
-        first: the first rows of every entry, which have no adapter and keep the product's bits.
-        activation: as in `gated`; None for none.
-        ahead: contiguous, what no kernel writes, such as a part of the next product's weight. A Hopper GPU loads it
-            into the L2 cache while this kernel and those behind it run.
-
-    One kernel serves bfloat16 and float16 on a GPU if rows begin at multiples of 16 bytes and R is a multiple of 32.
-    torch's operators serve all else. Both sum in float32 and round once before the activation.
-
-    Returns ``[T, N]``, with an activation ``[T, N / 2]``.
-    """
-    halves = product.is_cuda and product.dtype in (torch.bfloat16, torch.float16)
-    starts = *(x.data_ptr() % 16 for x in (product, inner, up)), product.stride(0) % 8, inner.stride(0) % 8
-    if halves and not any((*starts, product.shape[1] % 16, up.shape[1] % 32)):
-        which = None if activation is None else ACTIVATIONS.index(activation)
-        return _add_lora(product, inner, up, len(product) // entries, first, which, ahead)
-    total = product.clone(memory_format=torch.contiguous_format)
-    adapted, rows = (x.unflatten(0, (entries, -1))[:, first:] for x in (total, inner))
-    adapted += rows @ up.t()
-    return total if activation is None else gated(total, activation)
-
-
 def run_layers(
     hidden: Tensor,
     weights: Sequence[Tensor],
@@ -203,11 +164,6 @@ def _(residual, update, update_norm, norm, eps, plus_one):
 def _(projected, k_cache, v_cache, positions, *others):
     heads = projected.shape[1] // k_cache.shape[3] - 2 * k_cache.shape[1]
     return projected.new_empty(*positions.shape, heads, k_cache.shape[3]).transpose(1, 2)
-
-
-@torch.library.register_fake("dflash_ext::add_lora")
-def _(product, inner, up, entry_rows, first, activation, ahead):
-    return product.new_empty(product.shape[0], product.shape[1] // (1 if activation is None else 2))
 
 
 @torch.library.register_fake("dflash_ext::gated")

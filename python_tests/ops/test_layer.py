@@ -1,11 +1,11 @@
-"""add_rms_norm, rotate_to_cache, gated and add_lora against their definitions in float64."""
+"""add_rms_norm, rotate_to_cache and gated against their definitions in float64."""
 
 import pytest
 import torch
 
 from dflash_ext import IntervalMask
 from dflash_ext.ops import block_attn_decode, linear
-from dflash_ext.ops.layer import WEIGHTS, add_lora, add_rms_norm, gated, rotate_to_cache, run_layers
+from dflash_ext.ops.layer import WEIGHTS, add_rms_norm, gated, rotate_to_cache, run_layers
 from python_tests.exactness import allowed_error
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -136,33 +136,6 @@ def test_gated(device, activation, width):
         torch.testing.assert_close(gated(x, activation)[0].double().cpu(), want[0], rtol=rounding(dtype, 4), atol=1e-4)
 
 
-@pytest.mark.parametrize("activation", [None, "silu", "gelu_tanh"])
-@pytest.mark.parametrize(
-    "entries, rows, first, width, rank",
-    [(1, 56, 7, 96, 64), (3, 5, 2, 48, 32), (2, 70, 0, 544, 192), (1, 1, 0, 40, 24)],
-)
-def test_add_lora(device, activation, entries, rows, first, width, rank):
-    """The inner rows lie behind those of the product. The last shape is one that the kernel does not serve."""
-    for dtype in dtypes_on(device):
-        columns = width if activation is None else 2 * width
-        both = torch.randn(entries * rows, columns + rank, dtype=torch.float64).to(dtype).to(device)
-        up = torch.randn(columns, rank, dtype=torch.float64).div(rank).to(dtype).to(device)
-        product, inner = both.split([columns, rank], dim=1)
-        before = both.clone()
-        options = dict(entries=entries, first=first, activation=activation)
-        got = add_lora(product, inner, up, **options)
-        assert torch.equal(both, before) and torch.equal(got, add_lora(product, inner, up, **options, ahead=both))
-        got = got.view(entries, rows, width)
-        alone = (product if activation is None else gated(product, activation)).view(entries, rows, width)
-        assert torch.equal(got[:, :first], alone[:, :first])
-        total = product.double().cpu() + inner.double().cpu() @ up.double().cpu().T
-        want = total if activation is None else gated(total, activation)
-        own = (product + inner @ up.T).view(entries, rows, columns)
-        own = own if activation is None else gated(own.flatten(0, 1), activation).view_as(got)
-        want, adapted = want.view(entries, rows, width)[:, first:], got[:, first:]
-        assert off_by(adapted, want) <= allowed_error(off_by(own[:, first:], want), rounding(dtype, 2))
-
-
 @pytest.mark.parametrize("behind", [8, 3])
 def test_rows_that_lie_apart_give_the_same_bits(device, behind):
     """Such as the rows of a wider product, of which each holds something else behind them."""
@@ -196,10 +169,6 @@ def test_opcheck(device):
     ops = torch.ops.dflash_ext
     torch.library.opcheck(ops.add_rms_norm.default, (x, x.clone(), None, x[0].clone(), 1e-6, False))
     torch.library.opcheck(ops.gated.default, (x, 0))
-    if device == "cuda":
-        rows, up = (torch.randn(3, 16, device=device), torch.randn(16, 32, device=device))
-        rows, up, inner = (each.half() for each in (rows, up, rows @ up))
-        torch.library.opcheck(ops.add_lora.default, (rows, inner, up, 3, 1, None, None))
     caches = [torch.zeros(2, 1, 4, 8, device=device) for _ in range(2)]
     at = [torch.zeros(1, 1, dtype=torch.int64, device=device)] * 2
     slots = torch.zeros(1, dtype=torch.int32, device=device)

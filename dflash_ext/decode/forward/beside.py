@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import ClassVar
 
@@ -11,14 +11,10 @@ from torch import Tensor
 from torch.nn.functional import linear as product_of
 
 from ...ops import linear
-from ...ops.layer import add_lora, add_rms_norm, gated
+from ...ops.layer import add_rms_norm, gated
 from ..kv_cache import KVCache
 from .layers import LayerWeights, Rows, Stack
 from .lora import Halves, LayerHalves
-
-# Bytes of a product's weight that are asked for while the kernels in front of it run, by the product. They leave the
-# memory idle: the attention, which is in front of `out`, for the longest time.
-AHEAD = {"qkv": 12 << 20, "out": 32 << 20, "gate_up": 12 << 20, "down": 12 << 20}
 
 
 @dataclass
@@ -62,71 +58,42 @@ class BesideStack(Stack):
     ) -> tuple[Tensor, Tensor | None]:
         """As that of `Stack`; there are no taps."""
         placed, stream = self._placed(rows, cache), Stream(hidden)
-        ahead = self._ahead()
         for index, (layer, halves) in enumerate(zip(self.layers, self.halves, strict=True)):
-            given = layer.attention_norm, layer.qkv, layer.qkv_bias
-            projected = self._product(stream, *given, halves.qkv, next(ahead))
+            projected = self._product(stream, layer.attention_norm, layer.qkv, layer.qkv_bias, halves.qkv)
             attended = self._attended(index, projected, placed)
-            out = layer.out, layer.out_bias, layer.after_attention
-            stream = self._sum(stream, attended, *out, halves.out, next(ahead))
-            inner = self._middle(stream, layer, halves.gate_up, next(ahead))
-            down = layer.down, layer.down_bias, layer.after_mlp
-            stream = self._sum(stream, inner, *down, halves.down, next(ahead))
+            stream = self._sum(stream, attended, layer.out, layer.out_bias, layer.after_attention, halves.out)
+            inner = self._middle(stream, layer, halves.gate_up)
+            stream = self._sum(stream, inner, layer.down, layer.down_bias, layer.after_mlp, halves.down)
         return stream.summed(), None
 
-    def _ahead(self) -> Iterator[Tensor | None]:
-        """For each product of the layers, what is asked for of the weight that the next one reads."""
-        for index, (layer, halves) in enumerate(zip(self.layers, self.halves, strict=True)):
-            for part, size in AHEAD.items():
-                of_part = getattr(halves, part)
-                joint = None if of_part is None else of_part.joint
-                weight = getattr(layer, part) if joint is None else joint
-                if index or part != "qkv":
-                    yield weight.flatten()[: size // weight.element_size()]
-        yield None
-
     def _product(
-        self,
-        stream: Stream,
-        norm: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        halves: Halves | None,
-        ahead: Tensor | None,
+        self, stream: Stream, norm: Tensor, weight: Tensor, bias: Tensor | None, halves: Halves | None
     ) -> Tensor:
         """The product of the normalised rows."""
         if halves is None:
             return self._linear(stream.summed(), weight, bias, norm=norm)
-        normed = self._normed(stream, norm)
+        normed = add_rms_norm(stream.hidden, norm, update=stream.update, eps=self.eps, plus_one=self.plus_one)
+        stream.update = None
         if halves.joint is not None:
-            return self._joint(normed, bias, halves, ahead=ahead)
+            return self._joint(normed, bias, halves)
         # The base's rows keep their bits by the same call as without an adapter.
         rows, around = (stream.hidden, {"norm": norm}) if self._keeps_bits(normed) else (normed, {})
         product = self._linear(rows, weight, bias, **around)
         self._add_rows(product, normed, halves)
         return product
 
-    def _normed(self, stream: Stream, norm: Tensor) -> Tensor:
-        """The norm of the stream's rows, to which the update is added."""
-        normed = add_rms_norm(stream.hidden, norm, update=stream.update, eps=self.eps, plus_one=self.plus_one)
-        stream.update = None
-        return normed
-
-    def _middle(self, stream: Stream, layer: LayerWeights, halves: Halves | None, ahead: Tensor | None) -> Tensor:
+    def _middle(self, stream: Stream, layer: LayerWeights, halves: Halves | None) -> Tensor:
         """The middle of the gated MLP."""
         given = layer.mlp_norm, layer.gate_up, layer.gate_up_bias
         if halves is None:
             return self._linear(stream.summed(), *given[1:], norm=layer.mlp_norm, gate=self.activation)
-        if halves.joint is not None:
-            normed = self._normed(stream, layer.mlp_norm)
-            return self._joint(normed, layer.gate_up_bias, halves, activation=self.activation, ahead=ahead)
         if not (self.first and self._keeps_bits(stream.hidden)):
-            return gated(self._product(stream, *given, halves, ahead), self.activation)
+            return gated(self._product(stream, *given, halves), self.activation)
         # The base's rows take the product with the gate in it, which rounds once.
         rows = self._by_entry(stream.summed())
         base, others = (part.flatten(0, 1) for part in (rows[:, : self.first], rows[:, self.first :]))
         base = self._linear(base, *given[1:], norm=layer.mlp_norm, gate=self.activation)
-        others = gated(self.on(0, 1)._product(Stream(others), *given, halves, ahead), self.activation)
+        others = gated(self.on(0, 1)._product(Stream(others), *given, halves), self.activation)
         joined = [part.view(self.entries, -1, part.shape[-1]) for part in (base, others)]
         return torch.cat(joined, dim=1).flatten(0, 1)
 
@@ -138,11 +105,10 @@ class BesideStack(Stack):
         bias: Tensor | None,
         norm: Tensor | None,
         halves: Halves | None,
-        ahead: Tensor | None,
     ) -> Stream:
         """The residual stream after a sublayer, as `_add` gives it."""
         if halves is not None and halves.joint is not None:
-            update = self._joint(rows, bias, halves, ahead=ahead)
+            update = self._joint(rows, bias, halves)
             if norm is None:
                 return Stream(stream.summed(), update)
         elif halves is None or norm is None:
@@ -161,25 +127,28 @@ class BesideStack(Stack):
         """Whether the bits of a row are to depend on that row alone."""
         return self.exact or not rows.is_cuda
 
-    def _joint(self, x: Tensor, bias: Tensor | None, halves: Halves, **others: str | Tensor | None) -> Tensor:
-        """The product of rows x with the adapter, [T, N]: one product reads both weights. `others` are those of
-        `add_lora`."""
+    def _joint(self, x: Tensor, bias: Tensor | None, halves: Halves) -> Tensor:
+        """The product of rows x with the adapter, [T, N], whose rows lie apart: one product reads both weights."""
         both = self._linear(x, halves.joint)
         product, inner = both.split([len(halves.up), len(halves.down)], dim=1)
         if bias is not None:
             product.add_(bias)
-        return add_lora(product, inner, halves.up, entries=self.entries, first=self.first, **others)
+        self._add_inner(product, inner, halves)
+        return product
 
     def _add_rows(self, product: Tensor, x: Tensor, halves: Halves) -> None:
         """Adds the adapter's product of rows x [T, K] to that of the base [T, N], in place."""
         (self._add_in_place if product.is_cuda else self._add_row_by_row)(product, x, halves)
 
     def _add_in_place(self, product: Tensor, x: Tensor, halves: Halves) -> None:
-        """By two products of torch. In a batch of several entries the base's rows add zeros."""
-        inner = product_of(x, halves.down)
+        """By two products of torch."""
+        self._add_inner(product, product_of(x, halves.down), halves)
+
+    def _add_inner(self, product: Tensor, inner: Tensor, halves: Halves) -> None:
+        """Adds ``inner @ up.T``, in place. In a batch of several entries the base's rows add zeros."""
         rows = slice(self.first if self.entries == 1 else 0, None)
         if self.first and self.entries > 1:
-            self._by_entry(inner)[:, : self.first] = 0
+            inner.unflatten(0, (self.entries, -1))[:, : self.first] = 0
         product[rows].addmm_(inner[rows], halves.up.t())
 
     def _add_row_by_row(self, product: Tensor, x: Tensor, halves: Halves) -> None:

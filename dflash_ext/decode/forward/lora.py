@@ -28,7 +28,7 @@ class Halves:
     """The adapter of one packed product: it adds ``x @ down.T @ up.T``.
 
     down: [R, K], the A halves of the projections one below the other; R is the sum of their ranks, and in a joint
-        product rounded up to a multiple of 32, with zeros.
+        product rounded up to a multiple of 8, with zeros.
     up: [N, R], the scaled B halves, each in the rows and columns of its projection, with zeros elsewhere.
     joint: [N + R, K], the base's weight and below it `down`, so that one product reads both; None if they are apart.
     """
@@ -84,7 +84,7 @@ def join(layers: list[LayerWeights], halves: Sequence[LayerHalves], target: Targ
         for part in PROJECTIONS:
             if (pair := getattr(of_layer, part)) is None:
                 continue
-            weight, missing = getattr(layers[index], part), -len(pair.down) % 32
+            weight, missing = getattr(layers[index], part), -len(pair.down) % 8
             down, up = pad(pair.down, (0, 0, 0, missing)), pad(pair.up, (0, missing))
             joint = torch.cat([weight, down])
             repoint([projection.weight for projection in _projections(module, part)], joint)
