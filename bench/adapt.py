@@ -5,8 +5,7 @@ backward of a batch of rows of 2,048 tokens, with a LoRA adapter of rank 16, doc
 second half of each one hidden. Both sides train the same adapter on the same batch, and both are compiled. The peer is
 what one would write with transformers alone: the mask is dense, the model gives all logits, and those of hidden tokens
 get a cross-entropy. Each side runs as the host launches it, and as a CUDA graph, but for the largest steps, which the
-host launches fast enough. (`dflash-ext adapt` records steps that are not compiled.) The memory is that of launched
-steps.
+host launches fast enough. The memory is that of launched steps.
 """
 
 from __future__ import annotations

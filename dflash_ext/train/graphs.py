@@ -19,6 +19,9 @@ class GraphedPasses:
     them. A replayed graph launches them all at once. All graphs share one pool of memory, which holds what the passes
     of the largest batch need.
 
+    All passes run in one stream beside the current one. Whatever may keep the nodes of an earlier pass, in which the
+    gradients of parameters belong to a stream, then does not bring another stream into a recording.
+
     Args:
         passes: runs both passes of a batch, with a loss that is divided by the second argument, and adds to the
             gradients. It gives the loss and the batch's losses. It must not wait for the device.
@@ -27,7 +30,7 @@ class GraphedPasses:
 
     def __init__(self, passes: Callable[[Batch, Tensor], tuple[Tensor, Losses]], parameters: Iterable[nn.Parameter]):
         self.passes, self.parameters = passes, list(parameters)
-        self.pool = torch.cuda.graph_pool_handle()
+        self.pool, self.stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
         self.graphs: dict[tuple, _Recorded | None] = {}  # None for a shape that came once
 
     def __call__(self, batch: Batch, divisor: Tensor) -> tuple[Tensor, Losses]:
@@ -36,10 +39,17 @@ class GraphedPasses:
         shape = tuple((name, tensor.shape) for name, tensor in batch.items())
         if shape not in self.graphs:
             self.graphs[shape] = None
-            return self.passes(batch, divisor)
+            return self._launched(batch, divisor)
         if self.graphs[shape] is None:
             self.graphs[shape] = _Recorded(self, batch, divisor)
         return self.graphs[shape].replay(batch, divisor)
+
+    def _launched(self, batch: Batch, divisor: Tensor) -> tuple[Tensor, Losses]:
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
+            results = self.passes(batch, divisor)
+        torch.cuda.current_stream().wait_stream(self.stream)
+        return results
 
 
 class _Recorded:
@@ -53,7 +63,7 @@ class _Recorded:
             parameter.grad = None  # the graph then writes gradients, and does not add to any
         self.graph = torch.cuda.CUDAGraph()
         # Other threads, such as the one that pins batches, may go on calling CUDA meanwhile.
-        with torch.cuda.graph(self.graph, pool=owner.pool, capture_error_mode="thread_local"):
+        with torch.cuda.graph(self.graph, owner.pool, owner.stream, capture_error_mode="thread_local"):
             self.results = owner.passes(self.batch, self.divisor)
         self.gradients = [parameter.grad for parameter in self.parameters]
         for parameter, gradient in zip(self.parameters, before, strict=True):

@@ -66,8 +66,6 @@ class RunRecipe:
             self.learning_rate = RATES[self.optimizer]
         if not 0 < self.learning_rate < math.inf:
             raise ValueError(f"learning_rate is {self.learning_rate}: a finite rate above 0 is needed")
-        if self.compile and self.cuda_graphs:
-            raise ValueError("compile and cuda_graphs do not go together: one of them is supported")
         if self.tensor_parallel and asks_for_fsdp(self.trainer_args):
             raise ValueError("tensor_parallel and fsdp do not go together: one of them is supported")
         if self.tensor_parallel and self.save_every:

@@ -60,7 +60,6 @@ def test_a_mask_token_that_the_text_has_is_named(workspace, text, run):
         (("--prefix-share", "0.8,0.2"), "0.8 to 0.2 is no share"),
         (("--prefix-share", "1"), "a prefix of 1 leaves no token to denoise: a share below 1 is needed"),
         (("--cuda-graphs",), "cuda_graphs is for LoRA drafters, and for denoisers of masked noise"),
-        (("--cuda-graphs", "--compile"), "compile and cuda_graphs do not go together: one of them is supported"),
         (("--mask-rate", "0"), "a mask rate of 0 hides no token"),
         (("--pattern", "diagonal"), "pattern is 'diagonal': causal, prefix_block, block_causal are supported"),
         (("--block-size", 4), "a block size goes with the pattern block_causal, and only with it"),
