@@ -18,7 +18,6 @@ _native = torch.ops.dflash_ext
 _OP = "sharded_linear_cross_entropy"
 
 
-@torch.compiler.disable
 def sharded_linear_cross_entropy(
     hidden: Tensor,
     head: Tensor,
@@ -39,7 +38,7 @@ def sharded_linear_cross_entropy(
     The processes call it together and give the same hidden states, targets and weights. All get the same results and
     the same gradient of ``hidden``, and each gets the gradient of its own part of the head. A process holds
     ``[kept, V / n]`` logits. The forward exchanges six numbers a row, and the backward sums the gradient of the rows
-    of ``hidden`` that count, in float32. torch.compile runs it without tracing it.
+    of ``hidden`` that count, in float32. torch.compile leaves this exchange outside of its graphs.
 
     Args:
         hidden: ``[..., H]``, as in ``linear_cross_entropy``.
@@ -74,8 +73,10 @@ def sharded_linear_cross_entropy(
     target = target.flatten().to(torch.int64)
     weight = weight_of(target, None if weight is None else weight.flatten(), ignore_index, real_dtype(hidden))
     flat = hidden.reshape(-1, hidden.shape[-1])
+    # As a decorator, `disable` would import the compiler with this package.
+    exchange = torch.compiler.disable(_ShardedLoss.apply) if torch.compiler.is_compiling() else _ShardedLoss.apply
     with torch.autocast(hidden.device.type, enabled=False):
-        losses, *others = _ShardedLoss.apply(flat, head, target, weight, max_rows, group, options)
+        losses, *others = exchange(flat, head, target, weight, max_rows, group, options)
     nll, correct, entropy = (each.view(shape) for each in others)
     per_row = reduction == "none"
     loss = losses.view(shape) if per_row else reduced(losses.sum(), target, weight, reduction, normaliser)

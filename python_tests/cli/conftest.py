@@ -2,6 +2,7 @@ import json
 from collections.abc import Callable
 
 import pytest
+from typer.main import get_command
 from typer.testing import CliRunner
 
 from dflash_ext import models
@@ -11,6 +12,8 @@ from dflash_ext.train import save_drafter
 from python_tests.data.words import word_tokenizer
 from python_tests.decode.canvas.models import tiny_diffusion_gemma
 from python_tests.tiny import MASK_TOKEN, random_prompts, tiny_pair
+
+COMMANDS = get_command(app)  # typer's runner would make it, and all that reads the options, anew in each run
 
 
 @pytest.fixture
@@ -51,8 +54,9 @@ def text(workspace):
 
 
 @pytest.fixture
-def run() -> Callable[..., tuple[int, str, str]]:
+def run(monkeypatch) -> Callable[..., tuple[int, str, str]]:
     """Runs a command line; returns its exit code and what it wrote to standard output and standard error."""
+    monkeypatch.setattr("typer.testing._get_command", lambda _: COMMANDS)
 
     def run(*words):
         result = CliRunner().invoke(app, [str(word) for word in words], catch_exceptions=False)

@@ -37,6 +37,13 @@ def as_one_process(rank, world, path):
                 torch.testing.assert_close(ours.to(theirs.dtype), theirs, rtol=1e-4, atol=2e-5, msg=str(options))
     assert want[2].dtype == torch.bool
 
+    # torch.compile leaves the exchange between processes alone.
+    hidden, head, *rest = inputs(kept=9)
+    own = hidden, head[part], *rest, torch.float32, True
+    compiled = torch.compile(sharded_linear_cross_entropy, backend="eager")
+    for ours, theirs in zip(run(compiled, *own), run(sharded_linear_cross_entropy, *own), strict=True):
+        torch.testing.assert_close(ours, theirs)
+
     # In bfloat16 it is as wrong as the same loss with the whole head.
     hidden, head, *rest = inputs(kept=ROWS)
     exact = run(reference.linear_cross_entropy, hidden, head, *rest, torch.float64, True)[4:]
