@@ -54,6 +54,7 @@ def test_fsdp2_equals_one_rank_also_after_a_resume(tmp_path, optimizer, kind):
 def test_ranks_that_share_the_layers_equal_one_rank(tmp_path, kind, family, optimizer):
     """The divergence reads the base, which the ranks share, too. Of an adapter's halves, one is divided."""
     settings = {"save_every": 0, "kl_weight": 0.5, "optimizer": optimizer}
+    settings |= {"steps": 2, "batch_size": 4, "accumulation": 2}
     train(tmp_path / "one", ranks=1, kind=kind, family=family, settings=settings)
     in_processes(train_in_parts, tmp_path / "two", kind, family, settings)
     assert_equal(tmp_path / "one", tmp_path / "two")
