@@ -3,12 +3,12 @@
     python -m bench.recipe BASE TARGET ANSWERS PROMPTS FOLDER [NAME ...]
     python -m bench.recipe FOLDER
 
-BASE is the recipe that is changed: adamw, or muon, by which the drafter that comes with the package was trained.
-ANSWERS are the target's answers to PROMPTS, which `examples/smollm2/prompts.py` collected. Each training takes the same
-number of steps, and its learning rate decays to zero. Then it decodes the same held-out prompts, greedily and at
-temperature 1. The named trainings, or all of them, run one after the other on one GPU; several processes with other
-names may share FOLDER. A training that is there is not repeated. The second command compares those that are there in
-`recipe.json` and `recipe.png`.
+BASE is the recipe that is changed: adamw; or muon, by which the drafter that comes with the package was trained; or
+long, which takes four times the steps of muon. ANSWERS are the target's answers to PROMPTS, which
+`examples/smollm2/prompts.py` collected. All trainings of a base take the same number of steps, and their learning rates
+decay to zero. Then they decode the same held-out prompts, greedily and at temperature 1. The named trainings, or all of
+them, run one after the other on one GPU; several processes with other names may share FOLDER. A training that is there
+is not repeated. The second command compares those that are there in `recipe.json` and `recipe.png`.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ SHAPE = dict(num_layers=3, intermediate_size=1024, taps=5, sample_from_anchor=Fa
 RECIPE = dict(steps=240, batch_size=32, anchors=64)
 BASES = {
     "adamw": dict(optimizer="adamw", learning_rate=2e-3),
-    "muon": dict(optimizer="muon", learning_rate=5e-3, loss="kl", teacher_mix=0.5),
+    "muon": (MUON := dict(optimizer="muon", learning_rate=5e-3, loss="kl", teacher_mix=0.5)),
+    "long": MUON | dict(steps=960),
 }
 # Which answers are trained on: those of these temperatures, or those to prompts of these sources.
 ANSWERS = dict(temperatures=None, sources=None)
