@@ -175,7 +175,7 @@ Forwards = Annotated[
         min=1,
         max=2,
         help="The forwards of a cycle with a gated LoRA drafter: 2, or 1, which verifies a draft and makes the next "
-        "one. The default is 1 on a GPU as long as it has few rows over large weights.",
+        "one. The default is 1 on a GPU in small batches.",
     ),
 ]
 Groups = Annotated[

@@ -85,8 +85,7 @@ class Engine:
             probability that the target gives it, and what replaces it is drawn from the target's other tokens.
         forwards: of a cycle with a gated LoRA drafter. 1 verifies a draft and makes the next one in the same forward,
             which has a group of mask rows behind every row that it verifies; 2 drafts first, and then knows one token
-            more. The default is 1 on a GPU, if the target's weights are large and all slots together have few rows
-            (`decode.kinds`), and else 2.
+            more. The default is 1 on a GPU, if all slots together have few rows (`decode.kinds`), and else 2.
         groups: in a cycle of one forward, how many places at which a draft may end, from the first on, have a group
             behind them. A row whose draft ends at another place drafts nothing in its next cycle. By default all have
             one at batch 1, and fewer the more slots there are.

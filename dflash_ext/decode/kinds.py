@@ -17,10 +17,9 @@ from .state import State
 Drafter = DFlashDrafter | LoraDrafter | Denoiser
 
 
-# A forward of so many rows over large weights costs little more than one of a single row, so that a forward saved is
-# worth more than the longer drafts of two forwards, which know the bonus token (docs/lora.md has the times of 56 rows).
-FEW_ROWS = 128
-
+# A forward of so many rows on a GPU costs little more than one of a single row, so that a forward saved is worth more
+# than the longer drafts of two forwards, which know the bonus token. docs/lora.md has the measurements of all three.
+FEW_ROWS, FEW_ROWS_OVER_LARGE_WEIGHTS = 64, 128
 MASK_ROWS = 64  # up to which the groups of all slots take about as long as one of them
 
 
@@ -53,9 +52,8 @@ def groups_of(groups: int | None, *, slots: int, width: int) -> int:
 def forwards_of(
     drafter: Drafter | None, target: Target, forwards: int | None, *, slots: int, width: int, steps: int
 ) -> int:
-    """The forwards of a cycle. By default a gated LoRA drafter has one on a GPU if the target's weights are large and
-    all slots have at most FEW_ROWS rows in it, and else two: over small weights both kinds of cycle take about as long
-    for a token, and a CPU's time grows with the rows.
+    """The forwards of a cycle. By default a gated LoRA drafter has one on a GPU if all slots together have few rows in
+    it, and else two, as on a CPU, whose time grows with the rows.
 
     Raises ValueError for a number that the drafter does not have.
     """
@@ -71,8 +69,8 @@ def forwards_of(
         if not can:
             raise ValueError("a cycle of one forward takes blocks of 3 slots or more, and one denoising step")
     rows = slots * one_forward_rows(width, groups_of(None, slots=slots, width=width))
-    few = target.device.type == "cuda" and rows <= FEW_ROWS
-    return forwards or (1 if can and few and has_large_weights(target) else 2)
+    most = FEW_ROWS_OVER_LARGE_WEIGHTS if has_large_weights(target) else FEW_ROWS
+    return forwards or (1 if can and target.device.type == "cuda" and rows <= most else 2)
 
 
 def make_cycle(

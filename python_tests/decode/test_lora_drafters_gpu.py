@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from dflash_ext.decode import Engine, decode
-from dflash_ext.decode.kinds import FEW_ROWS, one_forward_rows
 from dflash_ext.decode.one_forward import OneForwardCycle
 from dflash_ext.models import LoraDrafter, Target
 from python_tests.decode.test_engine_gpu import FAMILIES, SHAPES, assert_nothing_waits, graphs_and_calls, regret
@@ -65,11 +64,11 @@ def test_nothing_waits_for_the_device_in_a_cycle(cycle):
     assert_nothing_waits(Engine(target, drafter, slots=2, max_length=200, **forwards))
 
 
-@pytest.mark.parametrize("large", [True, False])
-def test_few_rows_over_large_weights_take_one_forward(large, monkeypatch):
+@pytest.mark.parametrize("large, most", [(False, 2), (True, 12)])
+def test_few_rows_take_one_forward(large, most, monkeypatch):
+    """With 5 mask rows 2 slots have 60 rows and 3 have 75; 12 slots with one group each have 120, and 13 have 130."""
     if large:
         monkeypatch.setattr("dflash_ext.decode.forward.adapted.MOST_MERGED", 0)
     target, drafter, _ = pair("llama", "one forward")
-    most = FEW_ROWS // one_forward_rows(5, 1)
     kinds = [type(Engine(target, drafter, slots=n, max_length=100).cycle) is OneForwardCycle for n in (most, most + 1)]
-    assert kinds == [large, False]
+    assert kinds == [True, False]
