@@ -319,9 +319,11 @@ class Engine:
         rows = self.runner.size(len(slots))
         width = self.costs.choose(rows, self.pace)
         if self.costs.is_measured(rows, width):
-            return self.runner.run(slots, drawing, width)
-        records, seconds = self.runner.timed_run(slots, drawing, width)
-        self.costs.add(rows, width, seconds)
+            records = self.runner.run(slots, drawing, width)
+        else:
+            records, *seconds = self.runner.timed_run(slots, drawing, width)
+            self.costs.add(rows, width, *seconds)
+        self.pace.spend(self.costs.of(rows, width))
         return records
 
     def _read_but(self, count: int) -> None:
@@ -331,7 +333,11 @@ class Engine:
 
     def _read(self, record: Record) -> None:
         values = record.read()
-        self.cycles += not record.is_prefill and any(row[0] for row in values)
+        if not record.is_prefill:
+            active = [row for row in values if row[0]]
+            self.cycles += bool(active)
+            if self.pace is not None:
+                self.pace.observe([(verified, accepted) for _, verified, accepted, token, *_ in active if token >= 0])
         interrupt = None
         for request, row in zip(record.requests, values, strict=True):
             if request.done:
@@ -353,8 +359,6 @@ class Engine:
         if is_prefill:
             request.commit([token])
             return
-        if self.pace is not None:
-            self.pace.observe(verified, accepted)
         request.commit_cycle(drafted[:verified], accepted, token)
 
     def _fail(self, request: Request, fault: BaseException) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import time
 import traceback
 import warnings
@@ -14,7 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .cycle import Cycle, Drawing
+from .capture import capture, warm_up_stream
+from .cycle import Cycle
+from .drawing import Drawing
 from .forward import ModuleForward
 from .stopwatch import Stopwatch
 
@@ -30,7 +31,7 @@ class PlainRunner:
         self.device = cycle.state.device
         self.watch = Stopwatch(self.device)
 
-    def run(self, slots: Sequence[int], drawing: Drawing, width: int) -> Tensor:
+    def run(self, slots: Sequence[int], drawing: Drawing, width: int, watch: Stopwatch | None = None) -> Tensor:
         """One cycle of the rows in these slots, which drafts `width` tokens. Returns their records as `Cycle` does.
 
         If the cycle raises, the state is what it was before.
@@ -38,7 +39,7 @@ class PlainRunner:
         numbers = self.cycle.state.numbers
         before = numbers.clone()
         try:
-            return self._call(slots, drawing, width, self.watch)
+            return self.cycle(torch.tensor(slots, device=self.device), drawing, width, watch or self.watch)
         except BaseException:
             numbers.copy_(before)
             raise
@@ -47,17 +48,22 @@ class PlainRunner:
         """The number of slots that a cycle of so many rows computes."""
         return rows
 
-    def timed_run(self, slots: Sequence[int], drawing: Drawing, width: int) -> tuple[Tensor, float]:
-        """As `run`, and also returns the seconds that the cycle took. Waits for the device.
+    def timed_run(self, slots: Sequence[int], drawing: Drawing, width: int) -> tuple[Tensor, float, float]:
+        """As `run`, and also returns the seconds that the cycle took, and those that passed while it drafted.
 
-        On a CPU they are those of the processor in this thread, so that other work on the machine does not count.
+        It waits for the device. On a CPU the seconds are those of the processor in this thread, so that other work on
+        the machine does not count.
         """
         clock = time.thread_time if self.device.type == "cpu" else time.perf_counter
+        watch = Stopwatch(self.device)
         self._wait()
         start = clock()
-        records = self.run(slots, drawing, width)
+        records = self.run(slots, drawing, width, watch)
         self._wait()
-        return records, clock() - start
+        seconds = clock() - start
+        self.watch.marks += watch.marks
+        phases = watch.lap()
+        return records, seconds, seconds * phases["draft"] / sum(phases.values())
 
     def reset(self) -> None:
         """Forgets what depends on the tensors of the state."""
@@ -65,9 +71,6 @@ class PlainRunner:
     def seconds(self) -> dict[str, float]:
         """The seconds of the phases of cycles ("draft", "verify", "commit") since the last call."""
         return self.watch.lap()
-
-    def _call(self, slots: Sequence[int], drawing: Drawing, width: int, watch: Stopwatch) -> Tensor:
-        return self.cycle(torch.tensor(slots, device=self.device), drawing, width, watch)
 
     def _wait(self) -> None:
         if self.device.type == "cuda":
@@ -100,13 +103,20 @@ class GraphRunner(PlainRunner):
         self.graphs: dict[tuple[int, Drawing, int], Graph] = {}
 
     def run(self, slots: Sequence[int], drawing: Drawing, width: int) -> Tensor:
-        self._graph(len(slots), drawing, width).replays += 1
-        return self._call(slots, drawing, width, self.watch)
+        captured = self._graph(len(slots), drawing, width)
+        filled = [*slots, *[self.cycle.state.spare] * (len(captured.slots) - len(slots))]
+        if captured.shown != filled:
+            captured.slots.copy_(torch.tensor(filled), non_blocking=True)
+            captured.shown = filled
+        captured.graph.replay()
+        captured.replays += 1
+        return captured.records[: len(slots)]
 
-    def timed_run(self, slots: Sequence[int], drawing: Drawing, width: int) -> tuple[Tensor, float]:
+    def timed_run(self, slots: Sequence[int], drawing: Drawing, width: int) -> tuple[Tensor, float, float]:
         """As that of `PlainRunner`, but by the GPU's clock, so that the host's time does not count."""
-        records, _ = super().timed_run(slots, drawing, width)
-        return records, sum(self._graph(len(slots), drawing, width).watch.lap().values())
+        records = self.run(slots, drawing, width)
+        phases = self._graph(len(slots), drawing, width).watch.lap()
+        return records, sum(phases.values()), phases["draft"]
 
     def size(self, rows: int) -> int:
         return next(size for size in self.sizes if size >= rows)
@@ -123,15 +133,6 @@ class GraphRunner(PlainRunner):
                     total[phase] += seconds * captured.replays
                 captured.replays = 0
         return total
-
-    def _call(self, slots: Sequence[int], drawing: Drawing, width: int, watch: Stopwatch) -> Tensor:
-        captured = self._graph(len(slots), drawing, width)
-        filled = [*slots, *[self.cycle.state.spare] * (len(captured.slots) - len(slots))]
-        if captured.shown != filled:
-            captured.slots.copy_(torch.tensor(filled), non_blocking=True)
-            captured.shown = filled
-        captured.graph.replay()
-        return captured.records[: len(slots)]
 
     def _graph(self, rows: int, drawing: Drawing, width: int) -> Graph:
         key = self.size(rows), drawing, width
@@ -150,15 +151,9 @@ class GraphRunner(PlainRunner):
                 self.cycle(slots, drawing, width, Stopwatch(self.device))
         torch.cuda.current_stream().wait_stream(stream)
         graph, watch = torch.cuda.CUDAGraph(), Stopwatch(self.device, captured=True)
-        with torch.cuda.graph(graph, pool=self.pool):
+        with capture(graph, pool=self.pool):
             records = self.cycle(slots, drawing, width, watch)
         return Graph(graph, slots, records, watch, shown=[])
-
-
-@functools.cache
-def warm_up_stream(device: torch.device) -> torch.cuda.Stream:
-    """One for all captures, because cuBLAS keeps a workspace (32 MiB on Hopper) for every stream that has used it."""
-    return torch.cuda.Stream(device)
 
 
 @contextmanager
@@ -189,9 +184,6 @@ def runner(cycle: Cycle) -> PlainRunner:
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
-            # A capture that failed leaves PyTorch's random numbers as within a capture. One that succeeds ends that.
-            with torch.cuda.graph(torch.cuda.CUDAGraph()):
-                torch.zeros(1, device=graphs.device)
             name = type(cycle.target.target.model).__name__
             warnings.warn(f"{name} is decoded without CUDA graphs: {_reason(error)}", stacklevel=2)
             return PlainRunner(cycle)

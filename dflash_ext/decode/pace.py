@@ -5,13 +5,16 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from statistics import median
+from itertools import accumulate
+from operator import mul
 
 MEMORY = 0.98  # the weight of earlier cycles, per cycle of a row
 FIRST_GUESS = 0.7  # the rate at which a first drafted token is taken to be accepted before anything is known
 TRUST = 2.0  # as many cycles as an estimate counts, which a position takes over from the one before
-RUNS = 3  # a cost is the median time of so many cycles
+RUNS = 3  # a cost is the shortest time of so many cycles, as a disturbance only adds to it
 PROBE = 64  # among so many cycles without a draft one has the shortest draft, to see whether drafting pays again
+# What drafts may cost beyond what they gain: plain cycles, and a share of all of the time.
+LOSS, LOSS_SHARE = 1.0, 0.01
 
 
 def draft_widths(most: int) -> tuple[int, ...]:
@@ -36,7 +39,8 @@ class Costs:
         self.widths = widths
         self.is_given = given is not None
         self.seconds: dict[int, dict[int, float]] = {rows: dict(table) for rows, table in (given or {}).items()}
-        self.runs: defaultdict[tuple[int, int], list[float]] = defaultdict(list)
+        self.drafting: dict[int, dict[int, float]] = {rows: {} for rows in self.seconds}
+        self.runs: defaultdict[tuple[int, int], list[tuple[float, float]]] = defaultdict(list)
         for rows, table in self.seconds.items():
             for width, seconds in table.items():
                 if not 0 < seconds < math.inf:
@@ -44,23 +48,26 @@ class Costs:
         if self.is_given and not any(table.keys() >= {0, widths[-1]} for table in self.seconds.values()):
             raise ValueError(f"costs has no table with the costs of cycles that draft 0 and {widths[-1]} tokens")
 
-    def add(self, rows: int, width: int, seconds: float) -> None:
-        """Takes note of what a cycle took."""
-        self.runs[rows, width].append(seconds)
-        self.seconds.setdefault(rows, {})[width] = median(self.runs[rows, width])
+    def add(self, rows: int, width: int, seconds: float, drafting: float) -> None:
+        """Takes note of what a cycle took, and how much of it passed until the draft was there."""
+        runs = self.runs[rows, width]
+        runs.append((seconds, drafting))
+        for table, values in zip((self.seconds, self.drafting), zip(*runs, strict=True), strict=True):
+            table.setdefault(rows, {})[width] = min(values)
 
     def is_measured(self, rows: int, width: int) -> bool:
         return self.is_given or len(self.runs.get((rows, width), ())) >= RUNS
 
     def table(self, rows: int) -> dict[int, float] | None:
         """The costs of all widths, None as long as nothing can be said of them."""
-        base = self._base(rows)
-        if base is None:
+        like = self._like(rows)
+        if like is None:
             return None
+        estimates = {width: self._estimate(like, width) for width in self.widths}
         measured = self.seconds.get(rows, {})
-        ratios = [seconds / _estimate(base, width) for width, seconds in measured.items()]
+        ratios = [seconds / estimates[width] for width, seconds in measured.items()]
         scale = sum(ratios) / len(ratios) if ratios else 1.0
-        return {width: measured.get(width, scale * _estimate(base, width)) for width in self.widths}
+        return {width: measured.get(width, scale * estimates[width]) for width in self.widths}
 
     def tables(self) -> dict[int, dict[int, float]]:
         """The table of each number of rows that cycles had, with estimates in the place of what is not measured."""
@@ -68,44 +75,46 @@ class Costs:
         return {rows: table for rows, table in tables.items() if table is not None}
 
     def choose(self, rows: int, pace: Pace) -> int:
-        """The number of tokens that a cycle of so many rows drafts.
-
-        Until two drafts show how fast costs grow, longer ones are taken to cost as much as the longest one so far. If
-        one of them would pay most, the next longer one is run. (A LoRA drafter's forward costs more than a draft of one
-        token can save.)
-        """
-        table, base = self.table(rows), self._base(rows)
+        """The number of tokens that a cycle of so many rows drafts: at most the next one after those measured."""
+        table = self.table(rows)
         if table is None:
             return 0
-        if len(base) > 2 or self.widths[-1] in base:
-            return pace.choose(table)
-        return min(pace.choose(table), self.widths[self.widths.index(max(base)) + 1])
+        longest = max(self.seconds[self._like(rows)])
+        return pace.choose(table, next((width for width in self.widths if width > longest), longest))
 
-    def _base(self, rows: int) -> dict[int, float] | None:
-        """The measurements that tell most of cycles with so many rows."""
+    def of(self, rows: int, width: int) -> float:
+        """The cost of a cycle over that of a plain one."""
+        table = self.table(rows)
+        return table[width] / table[0] if table else 1.0
+
+    def _like(self, rows: int) -> int | None:
+        """The number of rows whose measurements tell most of cycles with so many rows."""
         like = [
             other
             for other, table in self.seconds.items()
             if 0 in table and self.is_measured(other, 0) and (self.is_given or max(other, rows) <= 2 * min(other, rows))
         ]
         nearest = sorted(like, key=lambda other: abs(math.log(other / rows)))
-        return max((self.seconds[other] for other in nearest), key=len, default=None)
+        return max(nearest, key=lambda other: len(self.seconds[other]), default=None)
 
+    def _estimate(self, rows: int, width: int) -> float:
+        """The cost of a width with so many rows, on the straight line through its neighbours.
 
-def _estimate(table: Mapping[int, float], width: int) -> float:
-    """The cost of a width, on the straight line through its neighbours in a table that has 0.
-
-    Beyond the widest it is on that of the two widest drafts, but not below the widest, and with one draft on its level.
-    """
-    if width in table:
-        return table[width]
-    known = sorted(table)
-    above = next((each for each in known if each > width), known[-1])
-    below = max((each for each in known if each < above), default=above)
-    slope = (table[above] - table[below]) / max(above - below, 1)
-    if width > above:
-        slope = max(slope, 0.0) if len(known) > 2 else 0.0
-    return table[above] + slope * (width - above)
+        Beyond the longest draft, drafting is taken to last as long as for that one, and each more token to verify as
+        long as one of those did. (A LoRA drafter's forward costs more than a draft of one token can save, but hardly
+        more for a longer one. On a CPU every token of many rows costs as much as a plain cycle.)
+        """
+        table = self.seconds[rows]
+        if width in table:
+            return table[width]
+        known = sorted(table)
+        longest = known[-1]
+        if width > longest:
+            verifying = table[longest] - table[0] - self.drafting[rows].get(longest, 0.0)
+            return table[longest] + max(verifying, 0.0) * (width / longest - 1) if longest else table[0]
+        above = next(each for each in known if each > width)
+        below = max(each for each in known if each < above)
+        return table[below] + (table[above] - table[below]) * (width - below) / (above - below)
 
 
 class Pace:
@@ -114,6 +123,9 @@ class Pace:
     The promise is `1 + sum over k of P(the first k tokens are accepted)` tokens, by the acceptance rate of each
     position, divided by the cost of the cycle. The choice depends on accepted counts of earlier cycles alone, so that
     output keeps the target's distribution; given the costs, equal seeds give equal choices.
+
+    A promise may be wrong. So what drafts have cost beyond what they gained, together with what the next one is
+    expected to lose, stays below LOSS plain cycles and LOSS_SHARE of the time. Otherwise nothing is drafted.
 
     Args:
         widths: the numbers of drafted tokens to choose from.
@@ -125,15 +137,24 @@ class Pace:
         self.tried = [0.0] * widths[-1]
         self.kept = [0.0] * widths[-1]
         self.without = 0  # cycles without a draft in a row
+        self.passed = 0.0  # the time of all cycles, in plain ones
+        self.lost = 0.0  # of it, what drafts have cost beyond what they gained
 
-    def observe(self, verified: int, accepted: int) -> None:
-        """Takes note of a row's cycle, in which `accepted` of `verified` drafted tokens were accepted."""
-        if verified == 0:
-            return
-        for position in range(len(self.tried)):
-            reached = position < verified and accepted >= position
-            self.tried[position] = MEMORY * self.tried[position] + reached
-            self.kept[position] = MEMORY * self.kept[position] + (reached and accepted > position)
+    def observe(self, rows: Sequence[tuple[int, int]]) -> None:
+        """Takes note of a cycle: the verified and the accepted drafted tokens of each row."""
+        for verified, accepted in rows:
+            if verified == 0:
+                continue
+            for position in range(len(self.tried)):
+                reached = position < verified and accepted >= position
+                self.tried[position] = MEMORY * self.tried[position] + reached
+                self.kept[position] = MEMORY * self.kept[position] + (reached and accepted > position)
+        self.lost -= sum(accepted for _, accepted in rows) / max(len(rows), 1)
+
+    def spend(self, cycles: float) -> None:
+        """Takes note of the time of a cycle, in plain ones."""
+        self.passed += cycles
+        self.lost += cycles - 1
 
     def rates(self) -> list[float]:
         """The estimated rate at which the token of each position is accepted if those before it are."""
@@ -143,17 +164,26 @@ class Pace:
             rates.append(before)
         return rates
 
-    def choose(self, costs: Mapping[int, float]) -> int:
-        """The number of tokens to draft. costs: the seconds of a cycle for each of the widths."""
-        expected, chance, tokens = {0: 1.0}, 1.0, 1.0
-        for count, rate in enumerate(self.rates(), 1):
-            chance *= rate
-            tokens += chance
-            expected[count] = tokens
-        best = max(costs, key=lambda width: expected[width] / costs[width])
-        self.without = 0 if best else self.without + 1
-        if self.without < PROBE or len(self.widths) == 1:
-            return best
-        if self.without == PROBE + self.lead:
+    def promises(self) -> list[float]:
+        """The expected number of tokens from a cycle, by the number of drafted tokens from 0 on."""
+        return list(accumulate(accumulate(self.rates(), mul), initial=1.0))
+
+    def choose(self, costs: Mapping[int, float], most: int) -> int:
+        """The number of tokens to draft, at most `most`. costs: the seconds of a cycle for each of the widths."""
+        promises = self.promises()
+        cycles = {width: seconds / costs[0] for width, seconds in costs.items()}
+        width = min(max(costs, key=lambda width: promises[width] / costs[width]), most)
+        probes = not width and self.without >= PROBE - 1 and len(self.widths) > 1
+        if probes:
+            width = self.widths[1]
+        loss = cycles[width] - promises[width] + probes * self.lead * (cycles[width] - 1)
+        has_begun = probes and self.without >= PROBE
+        if not has_begun and self.lost + loss > LOSS + LOSS_SHARE * self.passed:
+            width = 0
+        if not width:
+            self.without = min(self.without + 1, PROBE - 1)
+        elif probes and self.without < PROBE - 1 + self.lead:
+            self.without += 1
+        else:
             self.without = 0
-        return self.widths[1]
+        return width

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
+from ..decode.capture import capture
 from .losses import Losses
 
 Batch = Mapping[str, Tensor]
@@ -63,7 +64,7 @@ class _Recorded:
             parameter.grad = None  # the graph then writes gradients, and does not add to any
         self.graph = torch.cuda.CUDAGraph()
         # Other threads, such as the one that pins batches, may go on calling CUDA meanwhile.
-        with torch.cuda.graph(self.graph, owner.pool, owner.stream, capture_error_mode="thread_local"):
+        with capture(self.graph, pool=owner.pool, stream=owner.stream, capture_error_mode="thread_local"):
             self.results = owner.passes(self.batch, self.divisor)
         self.gradients = [parameter.grad for parameter in self.parameters]
         for parameter, gradient in zip(self.parameters, before, strict=True):

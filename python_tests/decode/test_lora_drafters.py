@@ -249,11 +249,11 @@ def test_penalties_and_a_bias(cycle):
 def test_costs_decide_between_no_draft_and_one():
     """Where drafting does not pay, a probe of two cycles sees whether it does again: the first makes a draft."""
     target, drafter, forwards = pair("llama", "one forward")
-    options = dict(max_new_tokens=160, block_size="auto", costs={1: {0: 1.0, 4: 9.0}}, **forwards)
+    options = dict(max_new_tokens=160, block_size="auto", costs={1: {0: 1.0, 4: 4.2}}, **forwards)
     decoded = decode(target, drafter, PROMPTS[:1], **options)
     verified = decoded.completions[0].verified
     assert decoded.completions[0].tokens == own_output(target.model, PROMPTS[0], 160)
-    assert sum(v > 0 for v in verified) in (2, 3) and verified[0] == 0
+    assert sum(v > 0 for v in verified) in (1, 2) and verified[0] == 0
 
 
 @CYCLES

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from ..capture import capture, warm_up_stream
 from ..graphs import SIZES
 from .cycle import CanvasCycle
 
@@ -53,13 +54,13 @@ class Runner:
     def _capture(self, function: Callable[[Tensor], None], size: int) -> tuple[torch.cuda.CUDAGraph, Tensor]:
         """Only the spare slot is computed while a graph is made, so that no row changes."""
         slots = torch.full((size,), self.cycle.spare, device=self.cycle.device)
-        stream = torch.cuda.Stream()
+        stream = warm_up_stream(self.cycle.device)
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(2):
                 function(slots)
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool):
+        with capture(graph, pool=self.pool):
             function(slots)
         return graph, slots
