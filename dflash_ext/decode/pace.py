@@ -63,11 +63,10 @@ class Costs:
         like = self._like(rows)
         if like is None:
             return None
-        estimates = {width: self._estimate(like, width) for width in self.widths}
         measured = self.seconds.get(rows, {})
-        ratios = [seconds / estimates[width] for width, seconds in measured.items()]
+        ratios = [seconds / self._estimate(like, width) for width, seconds in measured.items()]
         scale = sum(ratios) / len(ratios) if ratios else 1.0
-        return {width: measured.get(width, scale * estimates[width]) for width in self.widths}
+        return {width: measured.get(width, scale * self._estimate(like, width)) for width in self.widths}
 
     def tables(self) -> dict[int, dict[int, float]]:
         """The table of each number of rows that cycles had, with estimates in the place of what is not measured."""
@@ -125,7 +124,8 @@ class Pace:
     output keeps the target's distribution; given the costs, equal seeds give equal choices.
 
     A promise may be wrong. So what drafts have cost beyond what they gained, together with what the next one is
-    expected to lose, stays below LOSS plain cycles and LOSS_SHARE of the time. Otherwise nothing is drafted.
+    expected to lose, stays below LOSS plain cycles and LOSS_SHARE of the time. Otherwise nothing is drafted. Of what the
+    next one is expected to gain, LOSS at most is set against that.
 
     Args:
         widths: the numbers of drafted tokens to choose from.
@@ -178,7 +178,7 @@ class Pace:
             width = self.widths[1]
         loss = cycles[width] - promises[width] + probes * self.lead * (cycles[width] - 1)
         has_begun = probes and self.without >= PROBE
-        if not has_begun and self.lost + loss > LOSS + LOSS_SHARE * self.passed:
+        if not has_begun and self.lost + max(loss, -LOSS) > LOSS + LOSS_SHARE * self.passed:
             width = 0
         if not width:
             self.without = min(self.without + 1, PROBE - 1)
