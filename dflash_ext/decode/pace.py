@@ -124,8 +124,8 @@ class Pace:
     output keeps the target's distribution; given the costs, equal seeds give equal choices.
 
     A promise may be wrong. So what drafts have cost beyond what they gained, together with what the next one is
-    expected to lose, stays below LOSS plain cycles and LOSS_SHARE of the time. Otherwise nothing is drafted. Of what the
-    next one is expected to gain, LOSS at most is set against that.
+    expected to lose, stays below LOSS plain cycles and LOSS_SHARE of the time. Otherwise nothing is drafted. What the
+    next one is expected to gain counts for LOSS at most.
 
     Args:
         widths: the numbers of drafted tokens to choose from.

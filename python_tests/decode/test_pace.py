@@ -6,6 +6,7 @@ import time
 import pytest
 
 from dflash_ext.decode import Engine, decode
+from dflash_ext.decode.cycle import Cycle
 from dflash_ext.decode.drawing import Drawing
 from dflash_ext.decode.graphs import PlainRunner
 from dflash_ext.decode.pace import LOSS, LOSS_SHARE, PROBE, RUNS, Costs, Pace, draft_widths
@@ -161,12 +162,13 @@ def test_costs_are_measured_in_cycles_that_are_needed_anyway():
 def test_other_work_on_a_cpu_does_not_count(monkeypatch):
     """As long as the thread does not run, no cost grows, as beside other processes that take the processor."""
     engine = Engine(*tiny_pair("llama"), slots=1, max_length=100, block_size="auto")
-    monkeypatch.setattr(
-        engine.runner,
-        "cycle",
-        lambda slots, drawing, width, watch: (watch.start("draft"), time.sleep(0.5), watch.stop()),
-        raising=True,
-    )
+
+    def sleep(self, slots, drawing, width, watch):
+        watch.start("draft")
+        time.sleep(0.5)
+        watch.stop()
+
+    monkeypatch.setattr(Cycle, "__call__", sleep)
     _, seconds, drafting = engine.runner.timed_run([0], Drawing(), 0)
     assert drafting == seconds < 0.25
 
