@@ -180,6 +180,7 @@ def runner(cycle: Cycle) -> PlainRunner:
     graphs = GraphRunner(cycle, [*(size for size in SIZES if size < most), most])
     if isinstance(cycle.target, ModuleForward):
         try:
+            cycle.target.lengthen_tables()
             graphs.run([cycle.state.spare], Drawing(), cycle.width)
         except torch.OutOfMemoryError:
             raise

@@ -78,3 +78,16 @@ def test_masks_that_a_layer_gets_on_another_device(monkeypatch):
 def test_there_is_no_exact_mode():
     with pytest.raises(ValueError, match="exact=True is not supported: .* no forward of its own for this GPT2LMHead"):
         ModuleForward(Target(tiny("gpt2")), slots=2, tokens=20, exact=True)
+
+
+def test_no_forward_replaces_a_table_after_tables_were_lengthened():
+    """A graph that reads a table keeps its address. XGLM makes a longer one for more tokens."""
+    model = tiny("xglm")
+    forward = ModuleForward(Target(model), slots=2, tokens=60, rows=40)
+    forward.lengthen_tables()
+    before = {name: table.data_ptr() for name, table in model.named_buffers()}
+    slots = torch.zeros(1, dtype=torch.int32)
+    for start, count in ((0, 40), (40, 1), (41, 7)):
+        positions = start + torch.arange(count)[None]
+        forward.read(positions, positions, torch.tensor([start]), torch.tensor([count]), slots)
+    assert {name: table.data_ptr() for name, table in model.named_buffers()} == before

@@ -128,7 +128,7 @@ class ModuleForward:
         if exact:
             name = type(target.model).__name__
             raise ValueError(f"exact=True is not supported: the engine has no forward of its own for this {name}")
-        self.target, self.windows = target, target.windows
+        self.target, self.windows, self.rows = target, target.windows, rows
         kinds = getattr(target.config, "layer_types", None) or [*self.windows] * target.num_layers
         self.cache = SlotCache(slots, tokens, [self.windows[kind] for kind in kinds], rows)
         self.capacity = self.cache.capacity
@@ -152,6 +152,17 @@ class ModuleForward:
         except (ValueError, RuntimeError):  # shapes that block_attn does not take, or masks that the model writes to
             return False
         return bool(difference.abs().max() <= torch.finfo(self.target.dtype).eps ** 0.5 * expected.abs().max())
+
+    def lengthen_tables(self) -> None:
+        """Reads as many tokens as a forward may have, none of which exists.
+
+        Some models (XGLM) replace their table of positions by a longer one when a forward has more tokens than any
+        before it. A CUDA graph, which keeps addresses, must find the longest one.
+        """
+        none = torch.full((1, self.rows), -1, device=self.target.device)
+        zero = torch.zeros_like(none[0, :1])
+        spare = torch.full_like(zero, self.cache.slots - 1, dtype=torch.int32)
+        self.read(none.clamp(min=0), none, zero, zero, spare, ends=())
 
     def read(
         self,
