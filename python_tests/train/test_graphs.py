@@ -31,7 +31,7 @@ def losses(folder, device, *, drafter=None, **settings) -> list[float]:
     "drafter, settings",
     [
         ({}, {}),
-        ({"sampler_width": 8}, {"accumulation": 2, "kl_weight": 0.5, "noise_ratio": 0.8}),
+        ({"sampler_width": 8}, {"optimizer": "adamw", "accumulation": 2, "kl_weight": 0.5, "noise_ratio": 0.8}),
         ({"kind": "whole", "causal": True}, {"checkpoint_activations": True}),
     ],
 )
