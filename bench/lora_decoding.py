@@ -1,7 +1,7 @@
 """Real decoding with LoRA drafters, beside plain decoding and a DFlash drafter: ``python -m bench.lora_decoding``.
 
     python -m bench.lora_decoding --target smollm2 --prompts gsm8k_test.jsonl mt_bench.jsonl \\
-        --drafters dflash_ext/drafters/smollm2-135m-instruct my-lora --limits 16 32 32
+        --drafters gated whole dflash --limits 12 32 32
 
 Each folder is a drafter of either kind. A LoRA drafter with a sampler head is measured with the head and without it, a
 gated one with one forward a cycle and with two. `--rows` takes other numbers of mask rows than it was trained with, and
