@@ -14,21 +14,6 @@ DFLASH_INLINE uint64_t ranked(float logit, uint32_t token) {
 }
 DFLASH_INLINE int32_t token_of(uint64_t ranked) { return ~uint32_t(ranked); }
 
-// Calls f(c, token, chunk) for this lane's chunks of the tokens [begin, begin + 32 * kCount * kSize).
-template <int kCount, class Source, class F>
-DFLASH_INLINE void for_each_chunk_from(const Source& logits, uint32_t begin, F&& f) {
-  constexpr uint32_t kTokens = 32 * kCount * Source::kSize;
-  const uint32_t first = begin + lane_id() * Source::kSize;
-  if (logits.is_whole(begin + kTokens)) {
-    LoadedBatch<Source, kCount> batch{first};
-#pragma unroll
-    for (int c = 0; c < kCount; ++c) batch.chunks[c] = logits.load_whole(first + c * 32 * Source::kSize);
-    batch.for_each(f);
-  } else {
-    Batch<Source, kCount>{first, logits.within(begin, begin + kTokens)}.for_each(f);
-  }
-}
-
 // A block writes the largest logit of a part of a position. NaN is none; a part of nothing but -inf has token 0.
 template <class Source, class Team>
 __global__ void __launch_bounds__(kThreads, 2) rank_parts(const VerifyParams params) {
@@ -45,15 +30,17 @@ __global__ void __launch_bounds__(kThreads, 2) rank_parts(const VerifyParams par
   float best = -kInfinity;
   uint32_t token = 0;
   const uint32_t begin_of_warp = begin + warp_id() * (kArgmaxPart / kWarps);
-  for_each_chunk_from<kCount>(logits, begin_of_warp, [&](int, uint32_t first, const auto& chunk) {
+  with_batch<kCount>(logits, begin_of_warp, [&](const auto& batch) {
+    batch.for_each([&](int, uint32_t first, const auto& chunk) {
 #pragma unroll
-    for (int i = 0; i < Source::kSize; ++i) {
-      const float own = to_float(chunk.values[i]);
-      if (own > best) {
-        best = own;
-        token = first + i;
+      for (int i = 0; i < Source::kSize; ++i) {
+        const float own = to_float(chunk.values[i]);
+        if (own > best) {
+          best = own;
+          token = first + i;
+        }
       }
-    }
+    });
   });
   const float best_of_warp = warp_max(best);
   token = __reduce_min_sync(~0u, best == best_of_warp ? token : ~0u);

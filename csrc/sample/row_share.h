@@ -75,20 +75,11 @@ class RowShare {
     const uint32_t tile_begin = t * tile_size_, tile_end = min(vocab_, tile_begin + tile_size_);
 #pragma unroll 1
     for (uint32_t begin = tile_begin; begin < tile_end; begin += kTokens) {
-      const uint32_t first = begin + lane_id() * kSize;
       if constexpr (kKept) {
+        const uint32_t first = begin + lane_id() * kSize;
         f(KeptBatch<Source, kCount>{first, kept_chunk(first)});
       } else {
-        if constexpr (Source::kIsPlain) {
-          if (logits_.is_whole(begin + kTokens)) {
-            LoadedBatch<Source, kCount> batch{first};
-#pragma unroll
-            for (int c = 0; c < kCount; ++c) batch.chunks[c] = logits_.load_whole(first + c * 32 * kSize);
-            f(batch);
-            continue;
-          }
-        }
-        f(Batch<Source, kCount>{first, logits_.within(begin, begin + kTokens)});
+        with_batch<kCount>(logits_, begin, f);
       }
     }
   }
