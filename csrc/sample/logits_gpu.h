@@ -361,7 +361,7 @@ struct Masses {
 
   // The exponent of a NaN, and of -inf - -inf, is that of -inf, whose mass is 0. 0 * -inf would be NaN.
   DFLASH_INLINE float exponent(float x) const { return fmaxf((x - origin) * rate, -1e4f); }
-  DFLASH_INLINE float operator()(float x) const { return x >= lowest ? exp2_of(exponent(x)) * scale : 0.f; }
+  DFLASH_INLINE float operator()(float x) const { return (x >= lowest ? exp2_of((x - origin) * rate) : 0.f) * scale; }
   template <class Values>
   DFLASH_INLINE void operator()(float (&mass)[Values::kSize], const Values& x) const {
 #pragma unroll

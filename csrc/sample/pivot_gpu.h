@@ -35,6 +35,12 @@ struct Wanted {
   float low, lowest;  // the histogram covers [low, max]; its last bin has the logits from `lowest` on as well
 };
 
+// The smallest logit that a filter keeps.
+struct Pivot {
+  float logit;
+  float kept = 0;  // the mass of the logits from it on; 0 if it is not known
+};
+
 template <class Source, class Team>
 class PivotSearch {
  public:
@@ -58,10 +64,10 @@ class PivotSearch {
 
   // Returns the smallest logit for which those above it weigh less than the limit; -inf if all together do. The whole
   // team calls this. Between two calls the team must have synchronised.
-  DFLASH_INLINE float find(Wanted wanted) {
+  DFLASH_INLINE Pivot find(Wanted wanted) {
     constexpr int kMaxRounds = 16;
     if constexpr (kHasNumberBins) {
-      float pivot;
+      Pivot pivot;
       if (finds_number(wanted, pivot)) return pivot;
     }
     float high = row_.max();
@@ -70,8 +76,8 @@ class PivotSearch {
 #pragma unroll 1
     for (int round = 0; round < kMaxRounds; ++round) {
       if (!wanted.has_few) range = narrowed(wanted, high, round);
-      if (range.scale < 0) return -kInfinity;
-      if (collect(wanted.by_mass, range)) return selected(wanted, range);
+      if (range.scale < 0) return {-kInfinity};
+      if (collect(wanted.by_mass, range)) return {selected(wanted, range)};
       if (wanted.has_few) {
         wanted.has_few = false;
         above_ = 0;
@@ -82,7 +88,7 @@ class PivotSearch {
       high = from_ordered_bits(__reduce_max_sync(~0u, memory_.largest[block]));
       if (wanted.low == high) break;
     }
-    return wanted.low;
+    return {wanted.low};
   }
 
  private:
@@ -114,8 +120,8 @@ class PivotSearch {
   }
 
   // Counts the logits of every number that 16 bits can hold between the bounds. Returns whether that says which of them
-  // is the pivot; the team has synchronised if it does not.
-  DFLASH_INLINE bool finds_number(const Wanted& wanted, float& pivot) {
+  // is the pivot. The team has synchronised.
+  DFLASH_INLINE bool finds_number(const Wanted& wanted, Pivot& pivot) {
     const float low = wanted.bound > -kInfinity ? wanted.bound : wanted.low;
     const NumberBins<Number> numbers(low, row_.max());
     if (!numbers.fits()) return false;
@@ -134,11 +140,12 @@ class PivotSearch {
     Team::sync();
     uint32_t counts[kPerThread];
     add_bins(counts, count);
-    double weights[kPerThread], all;
+    double masses[kPerThread], weights[kPerThread], all;
 #pragma unroll
     for (int i = 0; i < kPerThread; ++i) {
       const float number = numbers.number_of(threadIdx.x * kPerThread + i);
-      weights[i] = wanted.by_mass && counts[i] > 0 ? double(counts[i]) * exp2_of(mass_.exponent(number)) : counts[i];
+      masses[i] = counts[i] > 0 ? double(counts[i]) * exp2_of(mass_.exponent(number)) : 0;
+      weights[i] = wanted.by_mass ? masses[i] : counts[i];
     }
     const double limit = limit_of(wanted);
     double passed = block_scan(weights[0] + weights[1], all) - weights[0] - weights[1];
@@ -152,10 +159,17 @@ class PivotSearch {
     if (lane_id() == 0) atomicMax(&memory_.last_bin, last);
     __syncthreads();
     last = memory_.last_bin;
-    pivot = numbers.number_of(last);
-    if (all >= limit && numbers.is_exact(last)) return true;
+    const bool is_found = all >= limit && numbers.is_exact(last);
+    double own_kept = 0, kept;
+#pragma unroll
+    for (int i = 0; i < kPerThread; ++i) own_kept += int(threadIdx.x) * kPerThread + i <= last ? masses[i] : 0;
+    block_scan(own_kept, kept);
+    pivot.logit = numbers.number_of(last);
+    // A very high temperature makes neighbours equal, which are all kept.
+    const bool is_alone = numbers.number_of(last + 1) / row_.temperature() < pivot.logit / row_.temperature();
+    pivot.kept = is_alone && numbers.is_exact(last + 1) ? float(kept) : 0;
     Team::sync();
-    return false;
+    return is_found;
   }
 
   DFLASH_INLINE void clear_bins() {
@@ -395,7 +409,7 @@ class PivotSearch {
   float above_;  // the weight of the logits above the candidates
 };
 
-// Applies the filters. It must follow row.read. The whole team calls this.
+// Applies the filters. It must follow row.read, and row.sum_kept may have to follow it. The whole team calls this.
 template <class Source, class Team>
 DFLASH_INLINE void filter(Row<Source, Team>& row, const Filters<float>& filters, PivotMemory& memory) {
   const bool by_count = filters.top_k > 0 && filters.top_k < row.vocab();
@@ -405,14 +419,21 @@ DFLASH_INLINE void filter(Row<Source, Team>& row, const Filters<float>& filters,
   float pivot = -kInfinity;
 #pragma unroll 1
   for (int by_mass = 0; by_mass < 2; ++by_mass) {
+    float kept = 0;
     if (by_mass ? filters.top_p < 1 : by_count) {
       const bool has_few = by_count && filters.top_k <= kMaxCandidates / 2;
       const Wanted wanted = by_mass ? search.top_p(filters.top_p, has_few) : search.top_k(filters.top_k);
-      pivot = search.find(wanted) / row.temperature();
+      const Pivot found = search.find(wanted);
+      pivot = found.logit / row.temperature();
+      kept = found.kept;
     }
-    if (by_mass && filters.min_p > 0) pivot = fmaxf(pivot, row.max() / row.temperature() + logf(filters.min_p));
+    if (by_mass && filters.min_p > 0) {
+      const float of_min_p = row.max() / row.temperature() + logf(filters.min_p);
+      if (of_min_p > pivot) kept = 0;
+      pivot = fmaxf(pivot, of_min_p);
+    }
     if (pivot > row.pivot()) {
-      row.keep_from(pivot);
+      row.keep_from(pivot, kept);
     } else if (!by_mass && by_count) {
       Team::sync();  // as there, between two searches
     }

@@ -25,13 +25,15 @@ class Row : public RowShare<Source, Team> {
   }
 
   // Reads the maxima of the row, and its sums if `with_sums`. This is the one read that goes to memory. The whole team
-  // calls this once. kFilters: filters may follow. meanwhile(): what one warp does first, while the others read.
-  template <bool kFilters, class Meanwhile>
-  DFLASH_INLINE void read(bool with_sums, const Meanwhile& meanwhile) {
+  // calls this once. kFilters: filters may follow. meanwhile(): what one warp does first, while the others read. next():
+  // what all warps do when the row has been read, before its sums are added up.
+  template <bool kFilters, class Meanwhile, class Next>
+  DFLASH_INLINE void read(bool with_sums, const Meanwhile& meanwhile, const Next& next) {
     Team::wait_for_start();
     if (warp_id() == kWarps - 1) meanwhile();  // it has the fewest tiles
     for_each_own_tile([&](int t) { publish(memory_.tiles, t, read_tile<kFilters>(t, with_sums)); });
     Team::sync();
+    next();
     float max = -kInfinity;
     for_each_tile<32>(lane_id(), tiles_, [this](int t) { return memory_.tiles[t].best.first; },
                       [&](int, float first) { max = fmaxf(max, first); });
@@ -48,7 +50,7 @@ class Row : public RowShare<Source, Team> {
   DFLASH_INLINE bool is_empty() const { return max() == -kInfinity; }   // nothing but -inf and NaN
   DFLASH_INLINE float logit(int64_t token) const { return logits_[token]; }
   DFLASH_INLINE const Tile& tile(int t) const { return memory_.tiles[t]; }
-  // The sums of a tile, before and after the filters.
+  // The sums of a tile, before the filters, and after them if sum_kept was called.
   DFLASH_INLINE Sums sums_of(int t) const {
     const Tile& tile = memory_.tiles[t];
     const float shift = (Masses{0, max_, rate_, 1}).exponent(tile.best.first), scale = exp2_of(shift);
@@ -78,10 +80,20 @@ class Row : public RowShare<Source, Team> {
   DFLASH_INLINE Masses masses() const { return {lowest_, max(), rate_, 1}; }
   DFLASH_INLINE Masses probabilities() const { return {lowest_, max(), rate_, 1 / kept()}; }
 
-  // Drops what is below the pivot. The whole team calls this. Between two calls the team must have synchronised.
-  DFLASH_INLINE void keep_from(float pivot) {
+  // Drops what is below the pivot. `kept`: the mass of what is left, or 0 if it is not known. The whole team calls this.
+  DFLASH_INLINE void keep_from(float pivot, float kept) {
     pivot_ = pivot;
     lowest_ = smallest_logit(pivot, temperature_);
+    total_ = kept;
+    is_summed_ = false;
+    if (kept == 0) sum_kept();
+  }
+
+  // Sums by tile what the filters keep, if that was not done. The whole team calls this. Between two calls that have
+  // something to do the team must have synchronised.
+  DFLASH_INLINE void sum_kept() {
+    if (is_summed_) return;
+    is_summed_ = true;
     const Masses mass = masses();
     for_each_own_tile([&](int t) {
       float e = 0, e_exponent = 0;
@@ -182,7 +194,7 @@ class Row : public RowShare<Source, Team> {
     });
     return {__shfl_sync(~0u, tile_of_target, lane), target - __shfl_sync(~0u, before, lane)};
   }
-  // The same for the distribution after the filters.
+  // The same for the distribution after the filters, if sum_kept was called.
   DFLASH_INLINE Place place_of(double uniform) const {
     return place_of(uniform, [this](int t) { return kept_of(t).e; });
   }
@@ -241,7 +253,6 @@ class Row : public RowShare<Source, Team> {
     for_each_tile<32>(lane_id(), tiles_, mass_of, [&](int, float mass) { sum += mass; });
     return warp_sum(sum);
   }
-
 
  private:
   // The largest logits of every lane in every tile, rounded up, of rows that would be read from memory again. A lane
@@ -373,6 +384,7 @@ class Row : public RowShare<Source, Team> {
   RowMemory& memory_;
   const float temperature_, rate_;
   float max_, total_ = 0, lowest_ = -kInfinity, pivot_ = -kInfinity;
+  bool is_summed_ = true;  // kept_of knows what the filters keep
 };
 
 }  // namespace dflash::DFLASH_ISA

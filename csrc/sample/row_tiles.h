@@ -14,28 +14,28 @@ template <class Source>
 constexpr int kStep = 32 * kLoads * Source::kSize;
 
 template <class Source>
-constexpr uint32_t tile_size_of(int64_t vocab) {
-  constexpr int64_t kLargestStep = int64_t(kStep<Source>) * kMaxTiles;
+constexpr uint32_t tile_size_of(uint32_t vocab) {
+  constexpr uint32_t kLargestStep = kStep<Source> * kMaxTiles;
   return (vocab + kLargestStep - 1) / kLargestStep * kStep<Source>;
 }
 
 // The tiles of a block.
 template <class Source>
-constexpr int share_of(int64_t vocab, int team_size) {
-  const int64_t tile_size = tile_size_of<Source>(vocab), tiles = (vocab + tile_size - 1) / tile_size;
+constexpr int share_of(uint32_t vocab, int team_size) {
+  const uint32_t tile_size = tile_size_of<Source>(vocab), tiles = (vocab + tile_size - 1) / tile_size;
   return (tiles + team_size - 1) / team_size;
 }
 
 // Bytes of dynamic shared memory in which a team that keeps its row has a block's share of it.
 template <class Source>
-constexpr int64_t kept_bytes(int64_t vocab, int team_size) {
+constexpr int64_t kept_bytes(uint32_t vocab, int team_size) {
   const int64_t tokens = share_of<Source>(vocab, team_size) * int64_t(tile_size_of<Source>(vocab));
   return tokens / Source::kSize * sizeof(typename Source::Values);
 }
 
 // The shared memory of a block that reads its row again: it has the largest logit of each lane in each tile.
 template <class Source>
-constexpr int64_t lane_maxima_bytes(int64_t vocab) {
+constexpr int64_t lane_maxima_bytes(uint32_t vocab) {
   return share_of<Source>(vocab, 1) * 32 * sizeof(__nv_bfloat16);
 }
 

@@ -75,7 +75,7 @@ __global__ void __launch_bounds__(kThreads, kSampleBlocks<kFilters>) sample_rows
   const bool is_greedy = filters.temperature == 0;
   Row<Source, Team> row(logits_of_row<Source>(params, n), filters.temperature, memory);
   __shared__ double uniform;
-  row.template read<kFilters>(true, [&] { uniform = uniform_of(params.seed, kSampleStream, n, 0); });
+  row.template read<kFilters>(true, [&] { uniform = uniform_of(params.seed, kSampleStream, n, 0); }, [] {});
   const SampledRow<Source, Team> out{params, n};
   const float sum = row.kept();  // before the filters
   float sum_at_1 = sum;
@@ -87,6 +87,7 @@ __global__ void __launch_bounds__(kThreads, kSampleBlocks<kFilters>) sample_rows
       sum_at_1 = row.total([&](int t) { return at_1[t]; });
     }
     if (!is_greedy) filter(row, filters, pivot_memory);
+    row.sum_kept();
   }
 
   const bool draws = !is_greedy && !row.is_certain();

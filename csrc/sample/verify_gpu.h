@@ -28,7 +28,7 @@ __global__ void __launch_bounds__(kThreads, kVerifyBlocks) describe_drafts(const
   const Filters<float> filters(params.filters, row);
   if (filters.temperature == 0 || k >= drafted_of(params, row)) return;
   Row<PlainLogits<T>, Team> draft(logits, filters.temperature, memory);
-  draft.template read<true>(true, [] {});
+  draft.template read<true>(true, [] {}, [] {});
   filter(draft, filters, pivot_memory);
   const int argmax = draft.argmax().id;
   float* const pivots = static_cast<float*>(params.described_drafts);
@@ -142,10 +142,10 @@ struct AllButOne {
 };
 
 // What one warp finds out about a position while the others read the row: its random numbers, and the drafted token's
-// logits.
+// logit.
 struct Drawn {
   double accepting, drawing;
-  float logit, draft_logit;
+  float logit;
 };
 
 // Verifies position k of a draft. The whole team calls its functions, which write the verdict.
@@ -160,24 +160,28 @@ class Verifier {
         token_(k < params.drafted ? params.tokens[row * params.drafted + k] : -1) {}
 
   DFLASH_INLINE void verify_greedy(Target& target) const {
-    target.template read<false>(false, [] {});
+    target.template read<false>(false, [] {}, [] {});
     write_argmax(target, true);
   }
 
   DFLASH_INLINE void verify_sampled(Target& target, const Filters<float>& filters, PivotMemory& memory, Drawn& drawn,
                                     float* residuals) const {
     const DraftRow<Raw> draft(p_, row_, k_, is_bonus_);
-    constexpr bool kKeeps = Team::kKeepsRow;
-    if constexpr (kKeeps) {
-      if (draft.has_logits) target.keep_beside(draft.logits);
-    }
     const bool is_known = !is_bonus_ && token_ >= 0 && token_ < p_.vocab;
-    target.template read<true>(true, [&] {
+    const auto draw = [&] {
       drawn.logit = is_known ? target.logit(token_) : 0;
-      drawn.draft_logit = is_known && draft.has_logits ? draft.logits[token_] : 0;
       drawn.accepting = is_bonus_ ? 0 : uniform(k_);
       drawn.drawing = uniform(p_.drafted);
-    });
+    };
+    float draft_logit = 0;
+    constexpr bool kKeeps = Team::kKeepsRow;
+    // The draft's row comes after the target's, whose reader would wait for both.
+    const auto load_draft = [&] {
+      if (!draft.has_logits) return;
+      if (is_known) draft_logit = draft.logits[token_];
+      if constexpr (kKeeps) target.keep_beside(draft.logits);
+    };
+    target.template read<true>(true, draw, load_draft);
     filter(target, filters, memory);
     bool may_accept = false;  // the argmax
     if (!is_bonus_) {
@@ -188,7 +192,7 @@ class Verifier {
       }
       const auto q = draft.template masses<Team>(target.temperature(), token_, is_known, kept);
       // A token that q could not have drawn is rejected, for example if its logits are NaN.
-      const float q_token = is_known ? q.probability(token_, drawn.draft_logit) : 0;
+      const float q_token = is_known ? q.probability(token_, draft_logit) : 0;
       may_accept = q_token > 0;
       if (!target.is_certain()) {
         const Masses p = target.probabilities();
@@ -199,6 +203,7 @@ class Verifier {
       }
     }
     if (!target.is_certain()) {
+      target.sum_kept();
       const auto place = target.place_of(drawn.drawing);
       if (place.tile >= 0) return write(target.token_at(place, target.masses()).id);
     }
@@ -222,9 +227,10 @@ class Verifier {
     if (argmax >= 0) write_verdict(may_accept && !is_bonus_ && token_ == argmax ? kAccepted : argmax);
   }
   // Returns whether there is a residual. It then draws from it.
-  DFLASH_INLINE bool draws_residual(const Target& target, const Masses& p, const DraftMasses<Raw, Team>& q,
+  DFLASH_INLINE bool draws_residual(Target& target, const Masses& p, const DraftMasses<Raw, Team>& q,
                                     double number, float* sums) const {
     if (q.is_point) {
+      target.sum_kept();
       const AllButOne residual{target.masses(), q.point};
       const int tile = target.sum_tile_of(q.point, sums, residual);
       const auto place = target.place_of(number, [&](int t) { return t == tile ? *sums : target.kept_of(t).e; });
