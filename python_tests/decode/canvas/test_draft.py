@@ -29,7 +29,7 @@ def noise_at(first: int, step: int, vocab_size: int) -> torch.Tensor:
     return uniform_tokens(derived(torch.tensor(7), step) + first + torch.arange(4), vocab_size)
 
 
-@pytest.mark.parametrize("steps", [1, 2, 3])
+@pytest.mark.parametrize("steps", [1, 3])
 def test_no_greedy_token_changes(steps):
     target, drafter = Target(tiny_model("llama")), denoiser()
     expected = [own_output(target.model, prompt, 20) for prompt in PROMPTS]
