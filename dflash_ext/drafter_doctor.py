@@ -25,6 +25,7 @@ from .train.tau import TauOfBlocks
 
 AS_CONFIGURED = "as its config says"
 BETTER = 1.1  # times the tau of the config's own reading; another reading must reach this to be named as the right one
+USEFUL = 1.3  # the least tau that says anything of a reading: some tokens are right by chance
 FAR_BELOW = 0.8  # of the tau that the accuracy of the slots implies
 
 
@@ -49,9 +50,9 @@ class Findings:
 
     @property
     def best(self) -> str:
-        """The reading to use: the config's own unless another one is clearly better."""
+        """The reading to use: the config's own unless another one drafts something, and clearly better."""
         name = max(self.readings, key=self.readings.__getitem__)
-        return name if self.readings[name] > BETTER * self.readings[AS_CONFIGURED] else AS_CONFIGURED
+        return name if self.readings[name] > max(USEFUL, BETTER * self.readings[AS_CONFIGURED]) else AS_CONFIGURED
 
     @property
     def implied_tau(self) -> float:
@@ -63,6 +64,11 @@ class Findings:
         if self.best != AS_CONFIGURED:
             best, own = self.readings[self.best], self.readings[AS_CONFIGURED]
             said.append(f"the drafter fits {self.best}: tau {best:.2f} instead of {own:.2f}; its config should say so")
+        elif (most := max(self.readings.values())) <= USEFUL:
+            said.append(
+                f"no reading has a tau above {most:.2f}: the drafter was hardly trained, or for another model, such as "
+                "a denoiser of this target"
+            )
         if self.decoded_tau < FAR_BELOW * self.implied_tau:
             said.append(
                 f"tau is {self.decoded_tau:.2f}, and the accuracy of the slots implies {self.implied_tau:.2f}: "
@@ -123,14 +129,16 @@ def teacher_forced(
     """Tau, as decoding has it, on prompts with the target's greedy answers, and the accuracy of each drafted slot."""
     config, tau = drafter.config, TauOfBlocks()
     if isinstance(drafter, LoraDrafter):
-        objective, first_slot = LoraObjective(drafter, target), 1
+        objective, first_slot, random_tokens = LoraObjective(drafter, target), 1, 0
     else:
         objective, first_slot = DFlashObjective(drafter, target), config.first_draft_slot
+        random_tokens = target.vocab_size if config.noise == "uniform" else 0
+    longest = max(len(answer) for _, answer in texts)
+    collate = AnchorCollator(longest, config.block_size, config.mask_token_id, first_slot, random_tokens=random_tokens)
     right = counted = 0
-    for prompt, answer in texts:
+    for index, (prompt, answer) in enumerate(texts):
         ids = torch.tensor(prompt + answer)
-        sample = {"input_ids": ids, "loss_mask": torch.arange(len(ids)) >= len(prompt)}
-        collate = AnchorCollator(len(answer), config.block_size, config.mask_token_id, first_slot)
+        sample = {"input_ids": ids, "loss_mask": torch.arange(len(ids)) >= len(prompt), "key": (0, 0, index)}
         batch = {name: value.to(target.device) for name, value in collate([sample]).items()}
         result = objective(batch, *objective.of_target(batch))
         tau.add(batch, result)
@@ -150,14 +158,15 @@ def other_readings(
         if 0 <= min(taps) and max(taps) < target.num_layers:
             dflash = config.dflash_config | {"target_layer_ids": taps}
             yield f"taps shifted by {shift:+d}", Target(target.model, taps), _read_as(drafter, dflash_config=dflash)
-    kinds = {getattr(tokenizer, f"{kind}_token_id"): kind for kind in ("eos", "unk", "pad", "mask")}
-    for token in kinds.keys() - {None, config.mask_token_id}:
-        dflash = config.dflash_config | {"mask_token_id": token}
-        name = f"mask token {token}, the tokenizer's {kinds[token]} token"
-        yield name, target, _read_as(drafter, dflash_config=dflash)
-    other = not config.sample_from_anchor
-    said = "labels that begin at the anchor" if other else "labels that begin behind the anchor"
-    yield f"{said} (sample_from_anchor is {other})", target, _read_as(drafter, sample_from_anchor=other)
+    if config.noise == "mask":  # random tokens know no mask token, and no draft at the anchor
+        kinds = {getattr(tokenizer, f"{kind}_token_id"): kind for kind in ("eos", "unk", "pad", "mask")}
+        for token in kinds.keys() - {None, config.mask_token_id}:
+            dflash = config.dflash_config | {"mask_token_id": token}
+            name = f"mask token {token}, the tokenizer's {kinds[token]} token"
+            yield name, target, _read_as(drafter, dflash_config=dflash)
+        other = not config.sample_from_anchor
+        said = "labels that begin at the anchor" if other else "labels that begin behind the anchor"
+        yield f"{said} (sample_from_anchor is {other})", target, _read_as(drafter, sample_from_anchor=other)
     for is_causal in (False, True):
         if any(causal != is_causal for _, causal, _ in config.attention_kinds()):
             kind = "causal" if is_causal else "bidirectional"

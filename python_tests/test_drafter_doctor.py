@@ -80,11 +80,33 @@ def test_a_wrong_config_is_found(trained, wrong, named):
 
 
 def test_a_tau_far_below_what_the_slots_imply_is_said():
-    findings = Findings({AS_CONFIGURED: 1.2}, [0.9, 0.9, 0.8], 1.2, 0.0, torch.float32)
+    findings = Findings({AS_CONFIGURED: 3.3}, [0.9, 0.9, 0.8], 1.2, 0.0, torch.float32)
     assert findings.implied_tau == pytest.approx(1 + 0.9 + 0.81 + 0.648)
     (warning,) = findings.warnings()
     assert "tau is 1.20, and the accuracy of the slots implies 3.36" in warning
     assert not Findings({AS_CONFIGURED: 3.3}, [0.9, 0.9, 0.8], 3.2, 0.0, torch.float32).warnings()
+
+
+def test_a_reading_by_chance_is_not_named():
+    findings = Findings({AS_CONFIGURED: 1.0, "taps shifted by +1": 1.2}, [0.0, 0.1], 1.0, 0.0, torch.float32)
+    assert findings.best == AS_CONFIGURED
+    (warning,) = findings.warnings()
+    assert "no reading has a tau above 1.20: the drafter was hardly trained, or for another model" in warning
+
+
+def test_a_drafter_of_random_tokens_is_read_with_random_tokens(monkeypatch):
+    target, drafter = tiny_pair("llama", noise="uniform")
+    seen = []
+    losses = DFlashObjective.forward
+
+    def watched(self, batch, *of_target):
+        seen.append(batch["noise_ids"][:, :, 1:])
+        return losses(self, batch, *of_target)
+
+    monkeypatch.setattr(DFlashObjective, "forward", watched)
+    findings = found(target, drafter)
+    assert not any("mask token" in name or "sample_from_anchor" in name for name in findings.readings)
+    assert all((ids == MASK_TOKEN).float().mean() < 0.5 and len(ids.unique()) > 20 for ids in seen)
 
 
 def test_logits_that_differ_are_said(trained, monkeypatch):

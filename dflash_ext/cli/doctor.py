@@ -17,7 +17,7 @@ def doctor(
         Path | None,
         typer.Option(help="Examine this drafter (a folder or hub name); --target and --prompts go with it."),
     ] = None,
-    target: Annotated[str | None, typer.Option(help="The drafter's target.")] = None,
+    target: Annotated[str | None, typer.Option(help="The drafter's target, for which it was trained.")] = None,
     prompts: Prompts = None,
     field: Field = None,
     limit: Annotated[int, typer.Option(min=1, help="Use only this many prompts, from the start of the file.")] = 8,
