@@ -182,8 +182,8 @@ Groups = Annotated[
     int | None,
     typer.Option(
         min=1,
-        help="In a cycle of one forward: how many places at which a draft may end, from the first on, have mask rows "
-        "for the next draft behind them. The default is all of them at batch 1, and fewer in larger batches.",
+        help="Cycles of one forward, as by --forwards 1, in which so many places at which a draft may end, from the "
+        "first on, have mask rows for the next draft behind them. The default is all at batch 1, and fewer above.",
     ),
 ]
 DecodeBatch = Annotated[int, typer.Option("--batch-size", min=1, help="The number of prompts decoded at a time.")]

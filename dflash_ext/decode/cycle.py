@@ -29,9 +29,11 @@ class Cycle:
         width: the largest number of drafted tokens.
         taps: the target's layers whose outputs the drafter reads.
         lead: the number of cycles that pass, after one without a draft, until one verifies a draft again.
+        groups: of a cycle of one forward: at how many places a draft may end, from the first on, with the next draft
+            behind them.
     """
 
-    lead = 0
+    lead, groups = 0, None
 
     def __init__(self, state: State, target: TargetForward, draft: Draft | None):
         self.state, self.target, self.draft = state, target, draft

@@ -86,9 +86,9 @@ class Engine:
         forwards: of a cycle with a gated LoRA drafter. 1 verifies a draft and makes the next one in the same forward,
             which has a group of mask rows behind every row that it verifies; 2 drafts first, and then knows one token
             more. The default is 1 on a GPU, if all slots together have few rows (`decode.kinds`), and else 2.
-        groups: in a cycle of one forward, how many places at which a draft may end, from the first on, have a group
-            behind them. A row whose draft ends at another place drafts nothing in its next cycle. By default all have
-            one at batch 1, and fewer the more slots there are.
+        groups: of a cycle of one forward, for which they ask on any device: how many places at which a draft may end,
+            from the first on, have a group behind them. A row whose draft ends at another place drafts nothing in its
+            next cycle. By default all have one at batch 1, and fewer the more slots there are.
         exact: greedy tokens depend on the prompt alone, to the bit, also in bfloat16 or float16 on a GPU (Hopper): not
             on the drafter, on what it drafts, or on other requests. On a CPU that is so without this option.
         tokenizer: a tokenizer of transformers, from which completions get their text. Stop strings need it.
@@ -134,7 +134,8 @@ class Engine:
         with torch.no_grad():
             self.cycle = make_cycle(self.state, target, drafter, **sizes, **drafting, exact=exact)
             self.runner = runner(self.cycle)
-        self.pace = Pace(draft_widths(self.cycle.width), self.cycle.lead) if block_size == AUTO and width else None
+        paced = draft_widths(self.cycle.width), self.cycle.lead, self.cycle.groups
+        self.pace = Pace(*paced) if block_size == AUTO and width else None
         self.costs = Costs(self.pace.widths, costs) if self.pace else None
         self.waiting: deque[Request] = deque()
         self.rows: dict[int, Request] = {}  # by slot, in the order of admission

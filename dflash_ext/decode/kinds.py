@@ -61,7 +61,7 @@ def forwards_of(
         raise ValueError(f"forwards is {forwards}: 1 and 2 are supported")
     if not isinstance(drafter, LoraDrafter):
         if forwards == 1:
-            raise ValueError("a cycle of one forward needs a gated LoRA drafter, which verifies and drafts at once")
+            raise ValueError("a cycle of one forward (forwards=1, or groups) needs a gated LoRA drafter")
         return 2
     can = drafter.config.kind == "gated" and width >= 2 and steps == 1
     if forwards == 1:

@@ -130,10 +130,11 @@ class Pace:
     Args:
         widths: the numbers of drafted tokens to choose from.
         lead: the number of cycles that pass, after one without a draft, until one verifies a draft again.
+        groups: of a cycle of one forward. If so many tokens are accepted, the next cycle has no draft to verify.
     """
 
-    def __init__(self, widths: Sequence[int], lead: int = 0):
-        self.widths, self.lead = widths, lead
+    def __init__(self, widths: Sequence[int], lead: int = 0, groups: int | None = None):
+        self.widths, self.lead, self.groups = widths, lead, groups
         self.tried = [0.0] * widths[-1]
         self.kept = [0.0] * widths[-1]
         self.without = 0  # cycles without a draft in a row
@@ -166,7 +167,12 @@ class Pace:
 
     def promises(self) -> list[float]:
         """The expected number of tokens from a cycle, by the number of drafted tokens from 0 on."""
-        return list(accumulate(accumulate(self.rates(), mul), initial=1.0))
+        chances = list(accumulate(self.rates(), mul))
+        tokens = list(accumulate(chances, initial=1.0))
+        if self.groups is None or self.groups > len(chances):
+            return tokens
+        without = chances[self.groups - 1]  # the share of drafts that a cycle follows which commits one token
+        return [each if width < self.groups else (each + without) / (1 + without) for width, each in enumerate(tokens)]
 
     def choose(self, costs: Mapping[int, float], most: int) -> int:
         """The number of tokens to draft, at most `most`. costs: the seconds of a cycle for each of the widths."""

@@ -229,3 +229,16 @@ def test_a_table_and_a_seed_repeat_an_answer():
     again = [decode(target, drafter, random_prompts(3, 9), **options, costs=first.costs) for _ in range(2)]
     assert [c.tokens for c in again[0].completions] == [c.tokens for c in again[1].completions]
     assert again[0].costs == first.costs
+
+
+@pytest.mark.parametrize("groups", [1, 2, 7, 8])
+def test_a_promise_counts_the_cycles_that_have_no_draft(groups, monkeypatch):
+    """A cycle of one forward whose draft ends behind the last group is followed by one that has nothing to verify."""
+    chance, pace = random.Random(0), Pace(draft_widths(7), 1, groups)
+    monkeypatch.setattr(pace, "rates", lambda: [0.6] * 7)
+    for width, promise in enumerate(pace.promises()):
+        tokens, has_draft = 0, True
+        for _ in range(4000):
+            count = accepted(chance, 0.6, width) if has_draft else 0
+            tokens, has_draft = tokens + count + 1, count < groups
+        assert promise == pytest.approx(tokens / 4000, abs=0.1)
