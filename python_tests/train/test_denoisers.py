@@ -56,10 +56,10 @@ def train(
 )
 def test_every_pattern_and_loss_learns(tmp_path, family, pattern, options, weights):
     collator = NoiseCollator(COLLATOR.noise, **options)
-    recipe = RunRecipe(steps=15, batch_size=4, learning_rate=2e-2, log_every=1)
+    recipe = RunRecipe(steps=10, batch_size=4, learning_rate=2e-2, log_every=1)
     adaptation, log = train(tmp_path, recipe, family=family, pattern=pattern, collator=collator, **weights)
     losses = [entry["loss"] for entry in log if "loss" in entry]
-    assert sum(losses[-3:]) < 0.9 * sum(losses[:3])
+    assert sum(losses[-3:]) < 0.8 * sum(losses[:3])
     saved = load_adaptation(tmp_path, adaptation.target)
     for name, tensor in adaptation.state_dict().items():
         assert torch.equal(saved.state_dict()[name], tensor), name
@@ -77,7 +77,7 @@ class Interrupt(Exception):
     pass
 
 
-@pytest.mark.parametrize(("kind", "killed_after"), [("whole", 3), ("whole", 5), ("gated", 3), ("full", 3)])
+@pytest.mark.parametrize(("kind", "killed_after"), [("whole", 5), ("gated", 3), ("full", 3)])
 def test_a_resumed_run_equals_the_uninterrupted_one_bitwise(tmp_path, kind, killed_after):
     recipe = RunRecipe(steps=6, batch_size=2, accumulation=2, learning_rate=1e-2, save_every=2, log_every=1)
 
