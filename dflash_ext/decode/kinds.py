@@ -53,7 +53,7 @@ def forwards_of(
     drafter: Drafter | None, target: Target, forwards: int | None, *, slots: int, width: int, steps: int
 ) -> int:
     """The forwards of a cycle. By default a gated LoRA drafter has one on a GPU if all slots together have few rows in
-    it, and else two, as on a CPU, whose time grows with the rows.
+    it with all of their groups, and else two, as on a CPU, whose time grows with the rows.
 
     Raises ValueError for a number that the drafter does not have.
     """
@@ -68,7 +68,7 @@ def forwards_of(
         drafter.config.check_one_forward()
         if not can:
             raise ValueError("a cycle of one forward takes blocks of 3 slots or more, and one denoising step")
-    rows = slots * one_forward_rows(width, groups_of(None, slots=slots, width=width))
+    rows = slots * one_forward_rows(width, width)
     most = FEW_ROWS_OVER_LARGE_WEIGHTS if has_large_weights(target) else FEW_ROWS
     return forwards or (1 if can and target.device.type == "cuda" and rows <= most else 2)
 
