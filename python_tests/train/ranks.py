@@ -130,13 +130,14 @@ class SeesShards(TrainerCallback):
         assert is_sharded(model) and is_sharded(model.target.model) == model.shards_target
 
 
-def train_sharded(output: Path, optimizer: str, kind: str, trainer_args: dict) -> None:
-    """Trains with FSDP2; then again, from the checkpoint of its second step."""
+def train_sharded(output: Path, optimizer: str, kind: str, trainer_args: dict, *, again: bool = False) -> None:
+    """Trains with FSDP2. With `again`, once more in the folder of this name, from the checkpoint of its second step."""
     shard_on_a_cpu()
     DEFAULT_CALLBACKS.append(SeesShards)
     options = dict(ranks=2, optimizer=optimizer, kind=kind, trainer_args={"fsdp": True} | trainer_args)
     train(output, **options)
-    if PartialState().is_main_process:
-        shutil.copytree(output, output / "again", ignore=shutil.ignore_patterns("checkpoint-3", "training.json"))
-    PartialState().wait_for_everyone()
-    train(output / "again", **options, resume=True)
+    if again:
+        if PartialState().is_main_process:
+            shutil.copytree(output, output / "again", ignore=shutil.ignore_patterns("checkpoint-3", "training.json"))
+        PartialState().wait_for_everyone()
+        train(output / "again", **options, resume=True)

@@ -1,6 +1,7 @@
 """Several processes train as one does, also with FSDP2."""
 
 import json
+from functools import partial
 
 import pytest
 import torch
@@ -39,7 +40,7 @@ def test_fsdp2_equals_one_rank_also_after_a_resume(tmp_path, optimizer, kind):
     base are sharded, too."""
     one, two = tmp_path / "one", tmp_path / "two"
     train(one, ranks=1, optimizer=optimizer, kind=kind)
-    in_processes(train_sharded, two, optimizer, kind, {})
+    in_processes(partial(train_sharded, again=True), two, optimizer, kind, {})
     assert_equal(one, two)
     assert_equal(one, two / "again")
     checkpoints = [load_file(folder / "checkpoint-2" / "model.safetensors") for folder in (one, two)]

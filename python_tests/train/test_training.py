@@ -191,7 +191,7 @@ def test_a_compiled_training_is_two_graphs(tmp_path, monkeypatch):
     monkeypatch.setattr(DFlashDrafter, "compile", lambda self, **_: nn.Module.compile(self, backend="aot_eager"))
     torch._dynamo.reset()
     counters.clear()
-    target, drafter = tiny_pair("llama")
+    target, drafter = tiny_pair("llama", num_layers=1)
     train_drafter(drafter, target, Cycles(), tmp_path, Recipe(steps=6, batch_size=4, anchors=40, compile=True))
     assert not counters["graph_break"]
     assert counters["stats"]["unique_graphs"] == 2
