@@ -17,7 +17,7 @@ def features(
     target: TargetName,
     answers: Annotated[Path, typer.Option(help="The answers file of a training run.")],
     output: Annotated[Path, typer.Option(help="The folder for the features. One that was begun is continued.")],
-    taps: Taps = "5",
+    taps: Taps = None,
     max_length: MaxLength = 1024,
     tokenizer: Tokenizer = None,
     dtype: Dtype = None,
@@ -34,7 +34,7 @@ def features(
     require_file(answers)
     model, _ = load_target(target, tokenizer, dtype, device)
     plain = Target(model)
-    tapped = Target(model, default_taps(plain.num_layers, chosen) if isinstance(chosen, int) else chosen)
+    tapped = Target(model, chosen if isinstance(chosen, list) else default_taps(plain.num_layers, chosen))
     dataset = AnswerDataset(answers, max_length, target=tapped)
     with progress(console, "features of answers", len(dataset)) as advance:
         write_features(tapped, dataset, output, on_progress=advance)

@@ -205,9 +205,10 @@ Exact = Annotated[
     ),
 ]
 Taps = Annotated[
-    str,
+    str | None,
     typer.Option(
-        help="The layers of the target whose outputs the drafter reads: how many, or their ids, such as 1,9,17."
+        help="The layers of the target whose outputs the drafter reads: how many, or their ids, such as 1,9,17. The "
+        "default is 5, or fewer for a target of at most 5 layers."
     ),
 ]
 MaxLength = Annotated[
@@ -286,8 +287,10 @@ def linear_layer_names(text: str) -> str | list[str]:
     return text.split(",") if "," in text else text
 
 
-def tap_choice(taps: str) -> int | list[int]:
-    """The number of taps, or their layers."""
+def tap_choice(taps: str | None) -> int | list[int] | None:
+    """The number of taps, or their layers; None if the option was not given."""
+    if taps is None:
+        return None
     return [integer(tap, "--taps") for tap in taps.split(",")] if "," in taps else integer(taps, "--taps")
 
 

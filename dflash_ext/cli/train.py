@@ -96,7 +96,7 @@ def train(
     decode_batch: AnswersAtATime = 32,
     mask_token: MaskToken = None,
     layers: Annotated[int, typer.Option(min=1, help="The number of the drafter's layers.")] = 5,
-    taps: Taps = "5",
+    taps: Taps = None,
     block_size: Annotated[
         int | None,
         typer.Option(

@@ -103,6 +103,10 @@ class FeatureDataset(Dataset):
     def __len__(self) -> int:
         return len(self.answers)
 
+    def fingerprint(self) -> str:
+        """That of the answers, because the features follow from them."""
+        return self.answers.fingerprint()
+
     def __getitem__(self, index: int) -> dict[str, Tensor | bool]:
         row = int(self.answers.rows[index])
         with safe_open(self._shard_of[row], "pt") as file:

@@ -53,11 +53,12 @@ _UNSUPPORTED = {
 }
 
 
-def default_taps(num_target_layers: int, count: int) -> list[int]:
+def default_taps(num_target_layers: int, count: int | None = None) -> list[int]:
     """The layers that the DFlash paper taps: `count` of them, evenly from layer 1 to the third from last.
 
-    A target too shallow for that is tapped up to its last layer.
+    A target too shallow for that is tapped up to its last layer. The default is 5, or fewer if it has fewer layers.
     """
+    count = min(5, num_target_layers - 1) if count is None else count
     if not 1 <= count < num_target_layers:
         most = num_target_layers - 1
         raise ValueError(f"{count} taps are not supported: a target of {num_target_layers} layers takes 1 to {most}")
@@ -178,7 +179,7 @@ class DFlashConfig(Qwen3Config):
         mask_token_id: int,
         num_layers: int = 5,
         block_size: int = 16,
-        taps: Sequence[int] | int = 5,
+        taps: Sequence[int] | int | None = None,
         intermediate_size: int | None = None,
         noise: str = "mask",
         sample_from_anchor: bool = False,
@@ -190,7 +191,7 @@ class DFlashConfig(Qwen3Config):
 
         Args:
             mask_token_id: the token in slots 1..B-1. It must be in the target's vocabulary.
-            taps: layer ids, or the number of layers that `default_taps` chooses.
+            taps: layer ids, or the number of layers that `default_taps` chooses; None leaves it that number, too.
             intermediate_size: the width of the MLPs. The default is the target's.
             noise: what stands in the slots that are drafted, as in the class.
             sample_from_anchor: slot 0, which holds the anchor, drafts, too.
@@ -201,7 +202,7 @@ class DFlashConfig(Qwen3Config):
         base = target.config
         if not 0 <= mask_token_id < target.vocab_size:
             raise ValueError(f"mask token {mask_token_id} is not in the target's vocabulary of {target.vocab_size}")
-        tap_ids = default_taps(target.num_layers, taps) if isinstance(taps, int) else list(taps)
+        tap_ids = list(taps) if isinstance(taps, Sequence) else default_taps(target.num_layers, taps)
         if not tap_ids:
             raise ValueError("a drafter needs at least one tap")
         if num_layers < 1:

@@ -14,6 +14,7 @@ from accelerate import PartialState
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
+from torch.utils.data import Dataset
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from .objectives import Objective
@@ -35,8 +36,11 @@ NEEDED = (
 )
 
 
-def identity_of(objective: Objective, collator: Callable, recipe: RunRecipe, samples: int) -> dict[str, dict]:
+def identity_of(objective: Objective, collator: Callable, recipe: RunRecipe, samples: Dataset) -> dict[str, dict]:
     """What a checkpoint and the run that continues it have in common, as JSON has it.
+
+    Args:
+        samples: what is trained on. Datasets that know a hash of themselves have it as `fingerprint()`.
 
     Returns:
         {"trained": what is trained; "options": what decides its loss, its batches and its steps}, by their names.
@@ -44,7 +48,10 @@ def identity_of(objective: Objective, collator: Callable, recipe: RunRecipe, sam
     drawn = asdict(collator) if is_dataclass(collator) else {}
     options = {name: value for name, value in drawn.items() if name not in MAY_DIFFER}
     options |= {name: getattr(recipe, name) for name in OF_RECIPE}
-    identity = {"trained": objective.identity(), "options": options | objective.options() | {"samples": samples}}
+    options |= objective.options() | {"samples": len(samples)}
+    if hasattr(samples, "fingerprint"):
+        options["samples' fingerprint"] = samples.fingerprint()
+    identity = {"trained": objective.identity(), "options": options}
     return json.loads(json.dumps(identity))
 
 

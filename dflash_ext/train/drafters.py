@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -65,8 +66,8 @@ def train_on_prompts(
     output = Path(output)
     # What can be refused is refused before the answers are made.
     check_output(output, resume=resume, overwrite=overwrite)
+    objective = parts_of(drafter, target, recipe).objective
     if resume and (checkpoint := newest_checkpoint(output)):
-        objective = parts_of(drafter, target, recipe).objective
         check_identity(checkpoint, {"trained": objective.identity()}, objective.noun)
     answers = output / "answers.jsonl"
     with progress(console, "the target answers", len(prompts) * len(temperatures)) as advance:
@@ -172,6 +173,9 @@ def train_drafter(
         ValueError: as in `run`.
     """
     parts = parts_of(drafter, target, recipe)
+    if console is not None and not isinstance(drafter, LoraDrafter):
+        for sentence in drafter.config.unread_elsewhere():
+            console.print(sentence, soft_wrap=True, highlight=False)
     is_shared = recipe.tensor_parallel or asks_for_fsdp(recipe.trainer_args)
     if prompts is not None and parts.objective.shards_target and is_shared:
         prompts = None
@@ -247,6 +251,8 @@ def parts_of(drafter: Drafter, target: Target, recipe: DraftingRecipe) -> Parts:
         if is_lora:
             save_lora_drafter(whole, folder, base_name=target.model.config.name_or_path or None, dtype=torch.bfloat16)
         else:
-            save_drafter(whole, folder, dtype=torch.bfloat16)
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "the drafter in")  # `train_drafter` tells it once
+                save_drafter(whole, folder, dtype=torch.bfloat16)
 
     return Parts(objective, collator, as_decoded, save)

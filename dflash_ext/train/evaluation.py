@@ -127,6 +127,7 @@ class DraftingEvaluation(Evaluation):
         ranks = PartialState()
         mine = self.prompts.prompts[ranks.process_index :: ranks.num_processes]
         decoded = Decoded([], 0)
+        what = "the tau of held-out prompts" + (f" in {steps} steps" if steps > 1 else "")
         if mine:  # there may be fewer prompts than ranks
             done = count(1)
             decoded = decode(
@@ -138,7 +139,7 @@ class DraftingEvaluation(Evaluation):
                 batch_size=self.prompts.batch_size,
                 denoising_steps=steps,
                 forwards=self.prompts.forwards,
-                on_finish=lambda *_: self.on_progress("the tau of held-out prompts", next(done), len(mine)),
+                on_finish=lambda *_: self.on_progress(what, next(done), len(mine)),
             )
         parts: list[Decoded] = gather_object([decoded])
         completions: list[Completion] = [completion for part in parts for completion in part.completions]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
@@ -25,7 +27,20 @@ from .saving import LOG, KeepBest, check_output, remove_checkpoints, replace_sav
 from .trainer import ObjectiveTrainer
 
 
+@contextmanager
+def _without_trainers_notes() -> Iterator[None]:
+    """Hides what Trainer says of checkpoints. `check_identity` has compared what a resumed run may not change."""
+    logger = logging.getLogger("transformers.trainer_utils")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
+
+
 @without_library_bars()  # Trainer saves checkpoints
+@_without_trainers_notes()
 def run(
     objective: Objective,
     samples: Dataset,
@@ -69,7 +84,7 @@ def run(
     """
     output = Path(output)
     check_output(output, resume=resume, overwrite=overwrite)
-    identity = identity_of(objective, collator, recipe, len(samples))
+    identity = identity_of(objective, collator, recipe, samples)
     checkpoint = newest_checkpoint(output) if resume else None
     if checkpoint is not None:
         check_identity(checkpoint, identity, objective.noun)

@@ -29,6 +29,9 @@ def test_adapt(workspace, text, run):
     assert code == 0 and "checkpoint-2" in out, errors
     code, _, errors = run(*words(workspace, text), "--held-out", text, "--resume", "--kl-weight", 0.5)
     assert code == 1 and "other options: its kl_weight is 0.0, this one's is 0.5" in errors, errors
+    text.write_text(text.read_text().replace("w010", "w011"))
+    code, _, errors = run(*words(workspace, text), "--held-out", text, "--resume")
+    assert code == 1 and "other options: its samples' fingerprint is" in errors, errors
 
 
 def test_every_option(workspace, text, run):

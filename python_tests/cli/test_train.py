@@ -1,4 +1,5 @@
 import json
+import logging
 
 import pytest
 import torch
@@ -46,11 +47,13 @@ def test_the_seed_decides_what_is_drawn(workspace, run):
     assert losses[0] == losses[1] != losses[2]
 
 
+@pytest.mark.filterwarnings("error:the drafter in")
 def test_the_slot_of_the_anchor_may_draft(workspace, run):
     """A block of four slots then drafts four tokens, in the evaluation of the training, too."""
     out = workspace / "trained"
-    code, _, errors = run(*words(workspace), "--output", out, "--sample-from-anchor")
+    code, printed, errors = run(*words(workspace), "--output", out, "--sample-from-anchor")
     assert code == 0, errors
+    assert printed.count("vLLM's DFlash does not read sample_from_anchor and drafts from slot 1 on\n") == 1
     assert load_drafter(out).config.first_draft_slot == 0
     log = json.loads((out / "training.json").read_text())["log"]
     assert any("eval_acceptance_4" in entry for entry in log)
@@ -136,13 +139,19 @@ def test_a_refused_run_leaves_the_output_folder_alone(workspace, run):
 
 @pytest.mark.filterwarnings("error")
 def test_resume_is_said(workspace, run):
+    """By the command alone: an option may have changed, of which Trainer would warn."""
+    told, handler = [], logging.Handler()
+    handler.emit = told.append
+    logging.getLogger("transformers.trainer_utils").addHandler(handler)
     out = workspace / "trained"
     train = [*words(workspace), "--output", out, "--resume", "--save-every", 1]
     code, printed, errors = run(*train)
     assert code == 0 and "%|" not in errors, errors  # checkpoints are saved without a bar
     assert "nothing to resume: there is no complete checkpoint in" in printed
-    _, printed, _ = run(*train, "--steps", 3)
+    _, printed, _ = run(*train, "--steps", 3, "--evaluate-every", 1)
     assert f"continuing from {out / 'checkpoint-2'}" in printed
+    logging.getLogger("transformers.trainer_utils").removeHandler(handler)
+    assert not told
 
 
 def test_a_process_of_torchrun_has_its_own_gpu(workspace, run, monkeypatch):
@@ -218,6 +227,10 @@ def test_a_lora_drafter(workspace, run, kind, forwards):
         (
             ["--drafter", "lora", "--tensor-parallel"],
             "--tensor-parallel is for training on --answers, which must be given",
+        ),
+        (
+            ["--drafter", "lora", "--forwards", "1", "--block-size", "2", "--mask-token", "w096"],
+            "a cycle of one forward takes blocks of 3 slots or more",
         ),
         (["--drafter", "lora", "--context-ratio", "half"], "--context-ratio is 'half': a share such as 0.5, or two"),
         (["--drafter", "lora", "--lora-kind", "both", "--mask-token", "w096"], "the kind of a LoRA drafter is 'both'"),

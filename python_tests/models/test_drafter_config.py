@@ -6,7 +6,7 @@ import re
 import pytest
 import torch
 
-from dflash_ext.models import DFlashConfig
+from dflash_ext.models import DFlashConfig, default_taps
 from python_tests.tiny import tiny_pair
 
 TAPS = {"mask_token_id": 3, "target_layer_ids": [1]}
@@ -139,6 +139,10 @@ def test_a_key_that_changes_nothing_is_read_over(tmp_path):
 def test_refuses(tmp_path, given, message):
     with pytest.raises(ValueError, match=message):
         read(tmp_path, **given)
+
+
+def test_a_shallow_target_has_fewer_taps_by_default():
+    assert default_taps(30) == default_taps(30, 5) and default_taps(4) == [1, 2, 3]
 
 
 def test_layer_ids_are_not_taken_for_the_default_taps():

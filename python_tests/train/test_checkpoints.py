@@ -3,6 +3,7 @@ import shutil
 from dataclasses import fields
 
 import pytest
+import torch
 from rich.console import Console
 
 from dflash_ext.train import LoraRecipe, Recipe, new_lora_drafter, train_drafter
@@ -49,10 +50,18 @@ def test_options_that_decide_a_training_are_in_its_identity(kind):
     def identity(**change):
         recipe = kind(**{"optimizer": "adamw"} | change)
         parts = parts_of(drafter, target, recipe)
-        return identity_of(parts.objective, parts.collator, recipe, samples=9)
+        return identity_of(parts.objective, parts.collator, recipe, Cycles(9))
 
     for name in {field.name for field in fields(kind)} - FREE:
         assert identity(**{name: CHANGED[name]}) != identity(), name
+
+
+def test_a_training_is_for_its_target():
+    target, drafter = tiny_pair("llama")
+    before = parts_of(drafter, target, Recipe()).objective.identity()
+    with torch.no_grad():
+        target.layers[0].mlp.down_proj.weight.add_(1)
+    assert parts_of(drafter, target, Recipe()).objective.identity() != before
 
 
 @pytest.mark.parametrize("name, value", [("noise_ratio", 0.5), ("learning_rate", 1e-3), ("samples", 60)])

@@ -12,6 +12,7 @@ from transformers.integrations import integration_utils
 from dflash_ext.decode import decode
 from dflash_ext.models import load_drafter
 from dflash_ext.train import AnchorCollator, DraftingEvaluation, Evaluation, HeldOutPrompts, Recipe, train_drafter
+from dflash_ext.train.drafters import parts_of
 from dflash_ext.train.objectives import DFlashObjective
 from dflash_ext.train.reporting import best_evaluation
 from python_tests.tiny import MASK_TOKEN, random_prompts, tiny_pair
@@ -86,6 +87,19 @@ def test_the_drafter_of_the_best_tau_is_kept(tmp_path, monkeypatch):
     assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-4", "checkpoint-6"]
     assert json.loads((tmp_path / "training.json").read_text())["log"] == log
     assert not (tmp_path / ".saved.part").exists()
+
+
+def test_each_part_of_an_evaluation_tells_its_own_progress():
+    target, drafter = tiny_pair("llama")
+    parts = parts_of(drafter, target, Recipe(anchors=4, noise_ratio=0.5))
+    prompts = HeldOutPrompts([[5, 6], [7]], max_new_tokens=4, denoising_steps=(1, 2))
+    told = {}
+    evaluation = DraftingEvaluation(HELD_OUT, parts.held_out_collator, 4, prompts=prompts)
+    evaluation.on_progress = lambda what, done, total: told.setdefault(what, []).append((done, total))
+    evaluation.measure(parts.objective)
+    assert len(told) == 3
+    for counts in told.values():
+        assert counts == [(i, len(counts)) for i in range(1, len(counts) + 1)]
 
 
 def test_the_best_of_several():

@@ -66,6 +66,8 @@ class LoraDrafterConfig:
                 "a whole LoRA drafter acts on every row, so that no forward can verify beside drafting: a gated one is "
                 "needed for a cycle of one forward"
             )
+        if self.block_size < 3:
+            raise ValueError(f"block size {self.block_size}: a cycle of one forward takes blocks of 3 slots or more")
 
     def save(self, path: Path) -> None:
         path.write_text(json.dumps(asdict(self), indent=1) + "\n")

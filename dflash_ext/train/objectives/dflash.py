@@ -59,7 +59,7 @@ class DFlashObjective(DraftingObjective):
         self.max_rows, self.loss, self.teacher_mix = max_rows, loss, teacher_mix
 
     def identity(self) -> dict:
-        return {name: getattr(self.drafter.config, name) for name in IDENTITY}
+        return {name: getattr(self.drafter.config, name) for name in IDENTITY} | {"target": self.target.fingerprint}
 
     def options(self) -> dict:
         return {"loss": self.loss, "teacher_mix": self.teacher_mix, "gamma": self.gamma}
