@@ -173,6 +173,8 @@ def adapt(
     device: Device = None,
 ) -> None:
     """Turn a causal LM into a denoiser that fills in hidden tokens or replaces wrong ones."""
+    from accelerate import PartialState
+
     from ..data import AnswerDataset, NoiseCollator, TextDataset, UniformCollator, read_texts
     from ..models import Adaptation, Target, UniformAdaptation
     from ..noise import MaskNoise
@@ -195,6 +197,8 @@ def adapt(
         raise ValueError("with uniform noise a block sees both directions and there is no mask token")
     if decay is not None and not is_uniform:
         raise ValueError("--decay goes with --noise uniform")
+    if answers is not None and not held_out:
+        refuse(ctx, ("prefix_share",), "is for text, and --answers have their prompts as prefixes")
     drawn = share(mask_rate or ("0.001,1" if is_uniform else "0.25"), "--mask-rate")
     noising = MaskNoise(drawn, 1.0 if is_uniform else span)
     options = noising, share(prefix_share, "--prefix-share"), block_size, complementary, inverse_rate
@@ -258,4 +262,6 @@ def adapt(
         overwrite=overwrite,
         console=shown,
     )
+    if kind == "full" and PartialState().is_main_process:
+        tok.save_pretrained(output)  # the folder is that of a model of transformers
     shown.print(f"the denoiser is in {output}", soft_wrap=True, highlight=False)

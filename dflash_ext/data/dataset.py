@@ -69,6 +69,8 @@ class AnswerDataset(Dataset):
             digest = hashlib.blake2b(array("q", prompt).tobytes(), digest_size=8).digest()
             prompt_keys.append(int.from_bytes(digest, "little", signed=True))
             conversations.append(row.get("conversation", -1 - row["index"]))
+        if not prompt_lengths and not self.dropped:
+            raise DataError(f"{path}: there is no answer in it")
         if not prompt_lengths:
             raise DataError(f"{path}: no answer has {min_response} tokens or more within {max_length} tokens")
         self._tokens = torch.frombuffer(tokens, dtype=torch.int32)

@@ -108,8 +108,10 @@ def ablate(
         token. Of a gap it is what was filled in.
 
     Raises:
-        ValueError: a suffix leaves no room in the canvas, or as `decode_canvas`.
+        ValueError: the denoiser is one of uniform noise, a suffix leaves no room in the canvas, or as `decode_canvas`.
     """
+    if denoiser.mask_id is None:
+        raise ValueError("a denoiser of uniform noise has no mask token: the variants are samplers of masked tokens")
     asked = [prompt for prompt in prompts for _ in range(samples)]
     ids = [tokenizer(prompt.prompt)["input_ids"] for prompt in asked]
     ends = stop_tokens(tokenizer, base.model)

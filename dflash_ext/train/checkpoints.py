@@ -115,7 +115,7 @@ def check_identity(checkpoint: Path, identity: Mapping[str, dict[str, Any]], nou
     saved = json.loads((checkpoint / IDENTITY).read_text())
     for part, mine in identity.items():
         theirs = saved.get(part, {})
-        for name in sorted(mine.keys() | theirs.keys()):
+        for name in theirs | mine:
             if mine.get(name) != theirs.get(name):
                 whose = f"is of another {noun}" if part == "trained" else "is of a training with other options"
                 raise ValueError(

@@ -56,6 +56,21 @@ def test_a_mask_token_that_the_text_has_is_named(workspace, text, run):
     assert f"the text has the mask token 3 in {text.read_text().count('w003')} places" in out
 
 
+def test_full_weights_are_a_model_with_its_tokenizer(workspace, text, run):
+    code, _, errors = run(*words(workspace, text), "--kind", "full", "--save-every", 1)
+    assert code == 0, errors
+    _, tokenizer = load_target(workspace / "denoiser")
+    assert tokenizer.get_vocab() == load_target(workspace / "target")[1].get_vocab()
+    code, _, errors = run(*words(workspace, text), "--kind", "gated", "--resume")
+    assert code == 1 and "another denoiser: its kind is full, this one's is gated" in errors, errors
+
+
+def test_answers_have_prefixes_of_their_own(workspace, run):
+    options = ("--answers", "answers.jsonl", "--output", workspace / "denoiser", "--prefix-share", 0.3)
+    code, _, errors = run("adapt", "--model", workspace / "target", *options)
+    assert code == 1 and "--prefix-share is for text, and --answers have their prompts as prefixes" in errors, errors
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

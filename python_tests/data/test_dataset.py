@@ -66,6 +66,8 @@ def test_what_is_wrong_with_a_file_is_said(tmp_path):
     (tmp_path / "empty.jsonl").touch()
     with pytest.raises(DataError, match="empty.jsonl: not a file of answers: it has no complete line"):
         AnswerDataset(tmp_path / "empty.jsonl", 100)
+    with pytest.raises(DataError, match="a.jsonl: there is no answer in it"):
+        AnswerDataset(write(tmp_path / "a.jsonl"), 100)
     path = write(tmp_path / "a.jsonl", ([1], [2]))
     with pytest.raises(DataError, match="a.jsonl: no answer has 4 tokens or more within 100 tokens"):
         AnswerDataset(path, 100)

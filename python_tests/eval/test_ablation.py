@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -64,3 +65,10 @@ def test_a_suffix_that_leaves_no_gap():
     adaptation = adaptation_of("llama", mask_id=VOCAB)
     with pytest.raises(ValueError, match="a suffix of 2 tokens leaves no gap in a canvas of 2 tokens"):
         ablate(denoiser_of(adaptation), adaptation.target, word_tokenizer(), PROMPTS, canvas_length=2, samples=1)
+
+
+def test_a_denoiser_of_uniform_noise_is_refused():
+    adaptation = adaptation_of("llama")
+    denoiser = replace(denoiser_of(adaptation), mask_id=None)
+    with pytest.raises(ValueError, match="a denoiser of uniform noise has no mask token"):
+        ablate(denoiser, adaptation.target, word_tokenizer(), PROMPTS, samples=1)
