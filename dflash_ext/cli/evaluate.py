@@ -83,7 +83,8 @@ def evaluate(
 ) -> None:
     """Decode prompt sets, and report tau, acceptance rates and speed.
 
-    A set is decoded with the drafter's own block, with the block size "auto" and plainly.
+    A set is decoded with the drafter's own block, with the block size "auto" and plainly. With --block-size it is
+    decoded with that size and plainly, and with --compare by both drafters alone.
     """
     from ..data import LeftOut, read_conversations
     from ..decode import Decoded, decode
@@ -105,7 +106,7 @@ def evaluate(
     base = load_drafter_base(drafter_base, model, tok)
     tapped, draft = load_pair(model, drafter, base)
     # By its name, the pair and the block size of each run. The first one is that of the drafter itself.
-    runs = {"drafter": (tapped, draft, block_size)}
+    runs = {"auto" if block_size == "auto" else "drafter": (tapped, draft, block_size)}
     if compare:
         runs["compared"] = (*load_pair(model, compare, base), block_size)
     elif not tau_only:
@@ -153,13 +154,14 @@ def evaluate(
                 results.setdefault(name, {})[run] = decoded
     finally:  # an interrupt loses only the run that it interrupts
         rows = {f"{name}, {run}": decoded for name, each in results.items() for run, decoded in each.items()}
-        console.print(table(rows))
+        if rows:
+            console.print(table(rows))
     figures = {}
     for name, each in results.items():
         first, *others = each
         row = summarize(each[first]) | {run: summarize(each[run]) for run in others} | {"left_out": left_out[name]}
         if compare:
-            difference = tau_difference(each["drafter"], each["compared"], seed=seed)
+            difference = tau_difference(each[first], each["compared"], seed=seed)
             console.print(f"{name}: {difference}", soft_wrap=True, highlight=False)
             row["tau_difference"] = difference._asdict()
         if "plain" in each and (plain := each["plain"].tokens_per_second):

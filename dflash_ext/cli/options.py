@@ -153,17 +153,20 @@ def _block_size_option(default: str) -> Any:
         parser=_block_size,
         metavar="<n>|auto",
         show_default=False,
-        help=f"Slots of a drafted block; the default is {default}, the drafter's own number the largest. With 'auto' "
-        "each cycle drafts as many tokens as pay, by what was accepted before and what cycles cost here.",
+        help=f"Slots of a drafted block, at most the drafter's own number; the default is {default}. With 'auto' each "
+        "cycle drafts as many tokens as pay, by what was accepted before and what cycles cost here.",
     )
 
 
-BlockSize = Annotated[Any, _block_size_option("the drafter's own number")]
+BlockSize = Annotated[Any, _block_size_option("that number")]
 AutoBlockSize = Annotated[Any, _block_size_option("'auto'")]
 DenoisingSteps = Annotated[
     int,
     typer.Option(
-        min=1, max=3, help="Fill a drafted block in this number of forwards of the drafter, from left to right."
+        min=1,
+        max=3,
+        help="Fill a drafted block in this number of forwards of the drafter, from left to right. (After training with "
+        "uniform noise, each of them draws the whole block.)",
     ),
 ]
 GreedyDraft = Annotated[

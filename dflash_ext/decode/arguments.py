@@ -80,8 +80,8 @@ def stop_texts(strings: str | Iterable[str] | None, tokenizer) -> tuple[str, ...
 def token_bias(target: Target, given: Mapping[int, float] | None) -> dict[int, float]:
     """What is added to the logits of some tokens; None is nothing.
 
-    Raises TypeError unless it maps token ids to numbers, and ValueError for a token outside of the vocabulary, and for
-    a number that is neither finite nor -inf, which bans a token.
+    Raises TypeError unless it maps token ids to numbers, and ValueError for a token outside of the vocabulary, for a
+    number that is neither finite nor -inf, which bans a token, and if all tokens are banned.
     """
     if given is None:
         return {}
@@ -93,6 +93,8 @@ def token_bias(target: Target, given: Mapping[int, float] | None) -> dict[int, f
             raise ValueError(f"logit_bias has token {token}; the target's vocabulary has {target.vocab_size}")
         if not number < math.inf:
             raise ValueError(f"logit_bias of token {token} is {number}; a finite number or -inf is needed")
+    if len(bias) == target.vocab_size and max(bias.values()) == -math.inf:
+        raise ValueError(f"logit_bias bans all {target.vocab_size} tokens of the vocabulary")
     return bias
 
 

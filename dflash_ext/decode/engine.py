@@ -202,9 +202,13 @@ class Engine:
         return request
 
     def cancel(self, request: Request) -> None:
-        """Ends a request with what it has. Its finish_reason is "cancelled"; nothing is called back."""
+        """Ends a request with what it has. Its finish_reason is "cancelled"; nothing is called back.
+
+        Raises ValueError for a request of another engine.
+        """
         if request.done:
             return
+        self._check_own(request)
         request.end("cancelled")
         if request.slot is None:
             self.waiting.remove(request)
@@ -214,8 +218,9 @@ class Engine:
     def stream(self, request: Request) -> Iterator[list[int]]:
         """Steps the engine until the request ends, and yields its new tokens as they are committed.
 
-        Raises the error of a request that failed.
+        Raises the error of a request that failed, and ValueError for a request of another engine.
         """
+        self._check_own(request)
         seen = 0
         while True:
             tokens = request.completion.tokens
@@ -372,6 +377,10 @@ class Engine:
         except Exception as another:
             another.__context__ = fault
             request.completion.error = detached(another)
+
+    def _check_own(self, request: Request) -> None:
+        if not (request.done or request in self.waiting or self.rows.get(request.slot) is request):
+            raise ValueError("the request was submitted to another engine")
 
     def _release(self, request: Request) -> None:
         """Gives the slot of a request that has ended to others. Until then nothing writes to it."""

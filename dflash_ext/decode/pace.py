@@ -41,6 +41,7 @@ class Costs:
         self.seconds: dict[int, dict[int, float]] = {rows: dict(table) for rows, table in (given or {}).items()}
         self.drafting: dict[int, dict[int, float]] = {rows: {} for rows in self.seconds}
         self.runs: defaultdict[tuple[int, int], list[tuple[float, float]]] = defaultdict(list)
+        self.made: dict[int, tuple[dict[int, float] | None, int]] = {}  # what `_made` gives, until something is added
         for rows, table in self.seconds.items():
             for width, seconds in table.items():
                 if not 0 < seconds < math.inf:
@@ -52,6 +53,7 @@ class Costs:
         """Takes note of what a cycle took, and how much of it passed until the draft was there."""
         runs = self.runs[rows, width]
         runs.append((seconds, drafting))
+        self.made.clear()
         for table, values in zip((self.seconds, self.drafting), zip(*runs, strict=True), strict=True):
             table.setdefault(rows, {})[width] = min(values)
 
@@ -60,13 +62,7 @@ class Costs:
 
     def table(self, rows: int) -> dict[int, float] | None:
         """The costs of all widths, None as long as nothing can be said of them."""
-        like = self._like(rows)
-        if like is None:
-            return None
-        measured = self.seconds.get(rows, {})
-        ratios = [seconds / self._estimate(like, width) for width, seconds in measured.items()]
-        scale = sum(ratios) / len(ratios) if ratios else 1.0
-        return {width: measured.get(width, scale * self._estimate(like, width)) for width in self.widths}
+        return self._made(rows)[0]
 
     def tables(self) -> dict[int, dict[int, float]]:
         """The table of each number of rows that cycles had, with estimates in the place of what is not measured."""
@@ -75,16 +71,28 @@ class Costs:
 
     def choose(self, rows: int, pace: Pace) -> int:
         """The number of tokens that a cycle of so many rows drafts: at most the next one after those measured."""
-        table = self.table(rows)
-        if table is None:
-            return 0
-        longest = max(self.seconds[self._like(rows)])
-        return pace.choose(table, next((width for width in self.widths if width > longest), longest))
+        table, most = self._made(rows)
+        return 0 if table is None else pace.choose(table, most)
 
     def of(self, rows: int, width: int) -> float:
         """The cost of a cycle over that of a plain one."""
         table = self.table(rows)
         return table[width] / table[0] if table else 1.0
+
+    def _made(self, rows: int) -> tuple[dict[int, float] | None, int]:
+        """The table, and the longest draft that may be run."""
+        if rows in self.made:
+            return self.made[rows]
+        like, table, most = self._like(rows), None, 0
+        if like is not None:
+            measured = self.seconds.get(rows, {})
+            ratios = [seconds / self._estimate(like, width) for width, seconds in measured.items()]
+            scale = sum(ratios) / len(ratios) if ratios else 1.0
+            table = {width: measured.get(width, scale * self._estimate(like, width)) for width in self.widths}
+            longest = max(self.seconds[like])
+            most = next((width for width in self.widths if width > longest), longest)
+        self.made[rows] = table, most
+        return table, most
 
     def _like(self, rows: int) -> int | None:
         """The number of rows whose measurements tell most of cycles with so many rows."""

@@ -34,8 +34,9 @@ def summarize(decoded: Decoded) -> dict:
 
 
 def table(results: dict[str, Decoded], *, title: str | None = None) -> Table:
-    """A table with one row per named run."""
-    view = Table(title=title, caption=_CAPTION, caption_justify="left", box=SIMPLE)
+    """A table with one row per named run. Its caption explains the columns, if one of the runs drafted."""
+    caption = _CAPTION if any(decoded.acceptance for decoded in results.values()) else None
+    view = Table(title=title, caption=caption, caption_justify="left", box=SIMPLE)
     view.add_column("")
     for column in ("prompts", "tau", "tokens/s", "ms"):
         view.add_column(column, justify="right", no_wrap=True)

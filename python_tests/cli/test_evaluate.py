@@ -38,6 +38,11 @@ def test_the_runs_that_options_leave_out(workspace, run, evaluate, options, runs
     assert row.keys() & {"auto", "plain", "times_plain"} == runs
 
 
+def test_a_run_has_the_name_of_its_block_size(run, evaluate):
+    printed = run(*evaluate, "--block-size", "auto")[1]
+    assert "prompts, auto" in printed and "prompts, drafter" not in printed
+
+
 def test_a_plot_that_cannot_be_drawn_is_refused_first(workspace, run, evaluate):
     for name, expected in (
         ("figures.txt", "a name that ends in .png or .svg"),
@@ -84,7 +89,8 @@ def test_a_refused_run_leaves_the_output_alone(workspace, run, evaluate):
     out = workspace / "figures.json"
     out.write_text("mine\n")
     for refused in (["--max-prompt-tokens", 1], ["--max-new-tokens", 999], ["--block-size", 40]):
-        assert run(*evaluate, "--output", out, *refused)[0] == 1
+        code, printed, _ = run(*evaluate, "--output", out, *refused)
+        assert code == 1 and "tau" not in printed
         assert out.read_text() == "mine\n" and not list(workspace.glob("*.part"))
 
 

@@ -61,6 +61,16 @@ def test_streams_of_several_requests():
         assert sum(engine.stream(request), []) == own_output(target.model, prompt, 15)
 
 
+def test_a_request_of_another_engine_is_refused():
+    (engine, _), (other, _) = engine_of("llama"), engine_of("llama")
+    request = other.submit([3, 4], max_new_tokens=3)
+    for use in (engine.cancel, lambda request: next(engine.stream(request))):
+        with pytest.raises(ValueError, match="^the request was submitted to another engine$"):
+            use(request)
+    other.run()
+    assert request.completion.finish_reason == "length"
+
+
 def test_rows_of_other_temperatures_and_seeds_do_not_change_a_row():
     engine, target = engine_of("llama")
     prompts = random_prompts(4, 9, 17, 5)
