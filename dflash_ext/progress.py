@@ -20,6 +20,11 @@ class Advance(Protocol):
         """Reports that `count` more are done; `note` is shown behind the figures until the next call."""
 
 
+def counted(number: int, noun: str) -> str:
+    """A number with its noun, which is in the plural unless it is 1."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
 @contextmanager
 def progress(console: Console, what: str, total: int) -> Iterator[Advance]:
     """Shows how much of `total` is done. Yields the function that reports progress."""

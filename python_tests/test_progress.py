@@ -25,6 +25,10 @@ def test_on_a_terminal_there_is_a_bar():
         assert shown in out.getvalue()
 
 
+def test_numbers_with_their_nouns():
+    assert [progress.counted(number, "row") for number in (0, 1, 2)] == ["0 rows", "1 row", "2 rows"]
+
+
 def test_bars_of_libraries_are_hidden(capsys):
     """Also those of a class that was imported before. A bar that decides for itself, as the hub's do, is shown."""
     with progress.without_library_bars():

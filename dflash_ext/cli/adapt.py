@@ -178,6 +178,7 @@ def adapt(
     from ..data import AnswerDataset, NoiseCollator, TextDataset, UniformCollator, read_texts
     from ..models import Adaptation, Target, UniformAdaptation
     from ..noise import MaskNoise
+    from ..progress import counted
     from ..train import RunRecipe, train_denoiser
     from ..train.arguments import trainer_arguments
     from ..train.saving import check_output
@@ -245,7 +246,7 @@ def adapt(
     what = f"{count} weights" if kind == "full" else f"{kind} adapter of rank {rank} on {count} linear layers"
     shown.print(
         f"denoiser: {what}, {size / 1e6:.1f} M parameters; "
-        f"text: {rows.documents} documents, {len(rows)} rows of {length} tokens",
+        f"text: {counted(rows.documents, 'document')}, {counted(len(rows), 'row')} of {length} tokens",
         soft_wrap=True,
         highlight=False,
     )

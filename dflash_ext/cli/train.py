@@ -287,6 +287,7 @@ def train(
     from ..data import LeftOut, read_conversations
     from ..data.parsing import require_file
     from ..models import Target, load_denoiser, load_drafter, load_lora_drafter
+    from ..progress import counted
     from ..train import LoraRecipe, Recipe, new_drafter, new_lora_drafter, train_on_answers, train_on_prompts
     from ..train.arguments import trainer_arguments
     from ..train.saving import check_output
@@ -360,7 +361,7 @@ def train(
         options["sample_from_anchor"] = sample_from_anchor
         trained = new_drafter(Target(model), seed, **options, **made)
         tapped = Target(model, trained.config.target_layer_ids)
-        what = f"{layers} layers, taps {trained.config.target_layer_ids}"
+        what = f"{counted(layers, 'layer')}, taps {trained.config.target_layer_ids}"
     if start_from is not None:
         if is_lora:
             begun = load_lora_drafter(start_from, tapped, dtype=torch.float32)

@@ -9,6 +9,7 @@ from rich.console import Console
 
 from ..data import NoiseCollator, TextDataset
 from ..models import Adaptation, UniformAdaptation, save_adaptation
+from ..progress import counted
 from .evaluation import Evaluation
 from .objectives import DenoisingObjective, UniformObjective
 from .recipe import RunRecipe
@@ -45,10 +46,9 @@ def train_denoiser(
     adaptation.target.check_length(text.length, f"rows of {text.length} tokens")
     mask_id = adaptation.config.mask_id
     if console is not None and mask_id is not None and (times := text.count(mask_id)):
-        places = "1 place" if times == 1 else f"{times} places"
         console.print(
-            f"the text has the mask token {mask_id} in {places}, and a denoiser never writes it: choose another one if "
-            "it should",
+            f"the text has the mask token {mask_id} in {counted(times, 'place')}, and a denoiser never writes it: "
+            "choose another one if it should",
             soft_wrap=True,
         )
 

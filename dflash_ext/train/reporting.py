@@ -9,7 +9,7 @@ from contextlib import ExitStack
 from rich.console import Console
 from transformers import TrainerCallback
 
-from ..progress import progress
+from ..progress import counted, progress
 
 
 class TrainingProgress(TrainerCallback):
@@ -87,7 +87,7 @@ def summary(log: list[dict], noun: str, figure: str, best: tuple[str, bool]) -> 
     figures = (
         f"{name} {' -> '.join(f'{entry.get(name, math.nan):.2f}' for entry in ends)}" for name in ("loss", figure)
     )
-    line = f"{noun}: {', '.join(figures)} on its training samples in {log[-1]['step']} steps"
+    line = f"{noun}: {', '.join(figures)} on its training samples in {counted(log[-1]['step'], 'step')}"
     if (kept := best_evaluation(log, best)) is None:
         return line
     return f"{line}; the {noun} of step {kept['step']} is kept: {held_out_figures(kept)}"
