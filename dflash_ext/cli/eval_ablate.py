@@ -122,7 +122,7 @@ def read_prompts(path: Path) -> list[AblationPrompt]:
 
 def _variant(text: str) -> tuple[str, MaskedDiffusion]:
     """The name and the sampler of a `--variant`."""
-    from ..decode.canvas import MaskedDiffusion
+    from ..decode.canvas import MaskedDiffusion, process_of
     from ..eval.ablation import VARIANTS
 
     name, has_settings, settings = text.partition("=")
@@ -131,6 +131,6 @@ def _variant(text: str) -> tuple[str, MaskedDiffusion]:
             raise ValueError(f"there is no variant '{name}': {', '.join(VARIANTS)} are built in")
         return name, VARIANTS[name]
     try:
-        return name, MaskedDiffusion(**json.loads(settings))
+        return name, process_of(MaskedDiffusion, json.loads(settings))
     except (TypeError, ValueError) as error:
         raise ValueError(f"--variant {name}: {error}") from None

@@ -159,13 +159,15 @@ def canvas_front(
 
 def _processes(settings: list[str], steps: list[int], *, is_masked: bool) -> dict:
     """The processes by what tells them apart: their settings and their steps."""
-    from ..decode.canvas import MaskedDiffusion, UniformDiffusion
+    from ..decode.canvas import MaskedDiffusion, UniformDiffusion, process_of
 
     found = {}
     for text in settings:
         try:
             given = json.loads(text)
-            process = (MaskedDiffusion if is_masked else UniformDiffusion)(**given)
+            process = process_of(MaskedDiffusion if is_masked else UniformDiffusion, given)
+            if "steps" in given:
+                raise ValueError("the number of steps is that of --steps")
         except (TypeError, ValueError) as error:
             raise ValueError(f"--process {text}: {error}") from None
         told = "".join(f", {name} {value}" for name, value in given.items())

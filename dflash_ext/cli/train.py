@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -46,6 +46,9 @@ from .options import (
 )
 from .output import check_folder
 
+if TYPE_CHECKING:
+    from ..models import Denoiser, Target
+
 # The options that only one kind of drafter has, by the names of their parameters.
 OPTIONS_OF = {
     "dflash": (
@@ -67,8 +70,8 @@ def train(
         Path | None,
         typer.Option(
             metavar="<folder>",
-            help="Train for this denoiser of `dflash-ext adapt` instead of the target, which is its base. The drafter "
-            "then drafts the denoiser's canvases.",
+            help="Train for this denoiser of uniform noise, which `dflash-ext adapt --noise uniform` wrote, instead of "
+            "the target, which is its base. The drafter then drafts the denoiser's canvases.",
         ),
     ] = None,
     drafter: Annotated[
@@ -340,7 +343,7 @@ def train(
         recipe = Recipe(**settings, loss=loss, teacher_mix=teacher_mix, compile=compile)
     model, tok = load_target(target, tokenizer, dtype, device)
     if denoiser is not None:
-        model = load_denoiser(model, denoiser).reader.model
+        model = _target_of_canvases(load_denoiser(model, denoiser)).model
     made = dict(mask_token_id=mask_token_id(tok, mask_token), block_size=block_size)
     if is_lora:
         trained = new_lora_drafter(
@@ -400,3 +403,16 @@ def _check_kind(ctx: typer.Context, kind: str) -> None:
     for other, names in OPTIONS_OF.items():
         if other != kind:
             refuse(ctx, names, f"is an option of --drafter {other}, not of {kind}")
+
+
+def _target_of_canvases(denoiser: Denoiser) -> Target:
+    """The model whose states a drafter of this denoiser's canvases reads.
+
+    Raises:
+        ValueError: canvases of masked noise begin from mask tokens alone; or the denoiser reads with its base.
+    """
+    if denoiser.mask_id is not None:
+        raise ValueError("--denoiser has a mask token; canvases of denoisers of uniform noise alone begin with drafts")
+    if denoiser.encoder is not None:
+        raise ValueError("--denoiser is gated, so that its base reads for it: a drafter of the base serves both")
+    return denoiser.target

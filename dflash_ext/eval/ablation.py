@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from ..decode import decode
 from ..decode.canvas import MaskedDiffusion, decode_canvas
 from ..models import Denoiser, Target, stop_tokens
-from .metrics import answer_nll, bigram_repetition, distinct, filler_rate, interval, resamples
+from .metrics import Interval, answer_nll, bigram_repetition, distinct, filler_rate, interval, resamples
 
 # The nine variants of the build log. Its linear and cosine schedules reveal from left to right.
 VARIANTS = {
@@ -210,16 +210,14 @@ def _by_kind(samples: Sequence[Sample]) -> dict:
 def table(found: Mapping[str, Sequence[Sample]], seed: int = 0) -> Table:
     """A row for each variant."""
     caption = "\n".join(f"{name}: {meaning}" for name, meaning in FIGURES.items())
-    view = Table(box=SIMPLE, caption=f"{caption}\nin brackets: the 95% interval over answers", caption_justify="left")
-    view.add_column("variant", no_wrap=True)
+    caption = f"{caption}\n±: 95% of a bootstrap over answers"
+    view = Table(box=SIMPLE, pad_edge=False, caption=caption, caption_justify="left")
+    view.add_column("variant", overflow="fold", min_width=16)
     for column in FIGURES:
         view.add_column(column, justify="right", no_wrap=True)
     for name, samples in found.items():
         of = _of(samples, seed)
-        told = {
-            key: f"{of[key]['mean']:.3f} ({of[key]['low']:.3f}-{of[key]['high']:.3f})"
-            for key in ("filler", "repetition", "nll")
-        }
+        told = {key: Interval(**of[key]).shown(".3f") for key in ("filler", "repetition", "nll")}
         view.add_row(name, told["filler"], told["repetition"], f"{of['distinct_2']:.3f}", told["nll"])
     return view
 

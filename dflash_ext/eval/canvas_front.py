@@ -140,7 +140,8 @@ def table(points: Mapping[str, Point]) -> Table:
     """A row for each point."""
     caption = (
         "a step, a second: tokens; nll: nats a token under the base; right: answers with\n"
-        "the right number; ±: 95% of a bootstrap over prompts; repeated: pairs of tokens"
+        "the right number; ±: 95% of a bootstrap over prompts; repeated: pairs of tokens that the\n"
+        "answer has had before; filler: characters that are commas, digits or white space"
     )
     view = Table(box=SIMPLE, pad_edge=False, caption=caption, caption_justify="left")
     view.add_column("", overflow="fold", min_width=14)
@@ -192,7 +193,4 @@ def _intervals(point: Point) -> dict[str, Interval | None]:
 
 
 def _shown(interval: Interval | None, form: str) -> str:
-    if interval is None:
-        return "-"
-    mean, low, high = interval
-    return f"{mean:{form}} ±{max(mean - low, high - mean):{form}}"
+    return "-" if interval is None else interval.shown(form)

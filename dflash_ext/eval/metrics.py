@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from math import isnan
 from typing import NamedTuple
 
 import torch
@@ -89,6 +90,11 @@ class Interval(NamedTuple):
     mean: float
     low: float
     high: float
+
+    def shown(self, form: str) -> str:
+        """The figure and how far the interval reaches from it, each in this format; "-" if there is none."""
+        reach = max(self.mean - self.low, self.high - self.mean)
+        return "-" if isnan(self.mean) else f"{self.mean:{form}} ±{reach:{form.lstrip('+')}}"
 
 
 def resamples(count: int, seed: int = 0) -> Tensor:

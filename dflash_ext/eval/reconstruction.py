@@ -141,30 +141,29 @@ def table(results: Mapping[str, Mapping[float, Reconstruction]], seed: int = 0) 
     """A row for each rate and denoiser; differences are from the first denoiser."""
     view = Table(
         box=SIMPLE,
-        caption="spans: runs of hidden tokens that are all right\n"
-        "in brackets: the 95% interval of a bootstrap over rows; differences are from the first denoiser",
+        pad_edge=False,
+        caption="right: hidden tokens; more: than with the first denoiser, in points and relative;\n"
+        "spans: runs of hidden tokens that are all right; ±: 95% of a bootstrap over rows",
         caption_justify="left",
     )
-    for column in ("hidden", "denoiser", "accuracy, %", "NLL", "spans, %", "accuracy differs by", "relative", "NLL"):
-        view.add_column(column, justify="left" if column == "denoiser" else "right", no_wrap=True)
+    view.add_column("hidden", justify="right", no_wrap=True)
+    view.add_column("denoiser", overflow="fold", min_width=8)
+    for column in ("right, %", "more", "more, %", "NLL", "spans, %"):
+        view.add_column(column, justify="right", no_wrap=True)
     (first, base), *_ = results.items()
     for rate in base:
         for name, by_rate in results.items():
             found = by_rate[rate]
             accuracy, nll, spans = (found.interval(figure, seed) for figure in FIGURES)
-            row = [f"{rate:.0%}", name, _percent(accuracy), f"{nll.mean:.3f} ({nll.low:.3f}-{nll.high:.3f})"]
-            row.append(_percent(spans))
+            more = ("", "")
             if name != first:
-                absolute, relative = found.difference(base[rate], "accuracy", seed)
-                of_nll = found.difference(base[rate], "nll", seed)[1]
-                row += [_percent(absolute, "+"), _percent(relative, "+"), _percent(of_nll, "+")]
-            view.add_row(*row)
+                more = (_percent(of, "+") for of in found.difference(base[rate], "accuracy", seed))
+            view.add_row(f"{rate:.0%}", name, _percent(accuracy), *more, nll.shown(".3f"), _percent(spans))
     return view
 
 
 def _percent(of: Interval, sign: str = "") -> str:
-    mean, low, high = (f"{100 * value:{sign}.1f}" for value in of)
-    return f"{mean} ({low} to {high})"
+    return Interval(*(100 * value for value in of)).shown(f"{sign}.1f")
 
 
 def plot_reconstruction(results: Mapping[str, Mapping[float, Reconstruction]], path: str | Path) -> None:

@@ -29,7 +29,7 @@ def test_a_diffusion_gemma_has_no_base_but_may_have_a_judge(gemma, run):
     assert json.loads(out.read_text())["2 steps"]["nll"]["mean"] > 0
 
 
-@pytest.mark.parametrize("process", ["{", '{"order": "up"}', '{"t_max": 1}'])
+@pytest.mark.parametrize("process", ["{", "[1]", '{"order": "up"}', '{"t_max": 1}', '{"steps": 3}'])
 def test_settings_that_are_refused(workspace, run, denoiser, process):
     code, _, told = run("eval", "canvas", *denoiser, "--prompts", workspace / "prompts.jsonl", "--process", process)
     assert code == 1 and told.startswith(f"dflash-ext: --process {process}")

@@ -4,9 +4,11 @@ import logging
 import pytest
 import torch
 
+from dflash_ext import models
 from dflash_ext.data import AnswerDataset
-from dflash_ext.models import Target, load_drafter, load_lora_drafter, load_target
+from dflash_ext.models import Denoiser, Target, load_drafter, load_lora_drafter, load_target
 from python_tests.data.words import word_tokenizer
+from python_tests.tiny import MASK_TOKEN
 
 
 def words(workspace):
@@ -34,6 +36,23 @@ def test_train(workspace, run):
     short = json.dumps(json.loads(answer) | {"response_ids": [5]})
     (out / "answers.jsonl").write_text("".join([header, short + "\n", *others]))
     assert "answers: 1 to train on, 1 held out, 1 too short to train on\n" in run(*train, "--overwrite")[1]
+
+
+@pytest.mark.parametrize(
+    ("denoiser", "message"),
+    [
+        (lambda model: Denoiser(Target(model), MASK_TOKEN), "denoisers of uniform noise alone begin with drafts"),
+        (lambda model: Denoiser(Target(model), encoder=Target(model)), "a drafter of the base serves both"),
+    ],
+    ids=["masked", "gated"],
+)
+def test_denoisers_whose_canvases_take_no_drafter_of_theirs(workspace, run, monkeypatch, denoiser, message):
+    """They are refused before prompts are answered."""
+    monkeypatch.setattr(models, "load_denoiser", lambda model, folder: denoiser(model), raising=False)
+    out = workspace / "trained"
+    code, _, errors = run(*words(workspace), "--denoiser", workspace / "drafter", "--output", out)
+    assert code == 1 and message in errors
+    assert not (out / "answers.jsonl").exists()
 
 
 def test_the_seed_decides_what_is_drawn(workspace, run):

@@ -1,7 +1,9 @@
+import io
 import json
 from dataclasses import replace
 
 import pytest
+from rich.console import Console
 
 from dflash_ext.decode.canvas import MaskedDiffusion
 from dflash_ext.eval.ablation import (
@@ -46,6 +48,9 @@ def test_answers_and_their_figures(found):
 
 def test_what_is_shown(found, tmp_path):
     assert table(found).row_count == 3
+    out = io.StringIO()
+    Console(file=out, width=80).print(table(found))
+    assert "…" not in out.getvalue() and "nan" not in out.getvalue()
     text = shown_samples(found)
     assert text.count("**argmax**") == 2 and "## infill" in text
     plot_ablation(found, tmp_path / "plot.svg")

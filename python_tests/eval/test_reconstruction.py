@@ -1,7 +1,9 @@
+import io
 import json
 
 import pytest
 import torch
+from rich.console import Console
 
 from dflash_ext.data import NoiseCollator
 from dflash_ext.eval.reconstruction import (
@@ -70,5 +72,8 @@ def test_what_is_shown(tmp_path):
     assert set(told["L2"]["0.15"]["accuracy"]) == {"mean", "low", "high", "absolute", "relative"}
     assert set(told["L1"]["0.5"]["nll"]) == {"mean", "low", "high"}
     assert table(results).row_count == 4
+    out = io.StringIO()
+    Console(file=out, width=80).print(table(results))
+    assert "…" not in out.getvalue() and "nan" not in out.getvalue()
     plot_reconstruction(results, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 1000

@@ -2,6 +2,14 @@
 
 from .completion import CanvasCompletion, CanvasDecoded, Step
 from .decode import decode_canvas
-from .processes import MaskedDiffusion, UniformDiffusion
+from .processes import MaskedDiffusion, UniformDiffusion, process_of
 
-__all__ = ["CanvasCompletion", "CanvasDecoded", "MaskedDiffusion", "Step", "UniformDiffusion", "decode_canvas"]
+__all__ = [
+    "CanvasCompletion",
+    "CanvasDecoded",
+    "MaskedDiffusion",
+    "Step",
+    "UniformDiffusion",
+    "decode_canvas",
+    "process_of",
+]

@@ -6,7 +6,9 @@ captured in a CUDA graph.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -180,6 +182,23 @@ class UniformDiffusion:
     def temperature(self, rows: Rows) -> Tensor:
         """The temperature of the next step, float32 [N]."""
         return self.t_min + (self.t_max - self.t_min) * ((self.steps - rows.step) / self.steps)
+
+
+def process_of(
+    kind: type[MaskedDiffusion] | type[UniformDiffusion], settings: Mapping[str, Any]
+) -> MaskedDiffusion | UniformDiffusion:
+    """A process with these settings, as a user wrote them in JSON.
+
+    Raises:
+        ValueError: the settings are no mapping, one of them does not exist, or as the process.
+    """
+    known = [each.name for each in fields(kind)]
+    if not isinstance(settings, Mapping):
+        raise ValueError(f'settings in braces are needed, as {{"{known[0]}": ...}}')
+    for name in settings:
+        if name not in known:
+            raise ValueError(f"there is no setting '{name}': {', '.join(known)} exist")
+    return kind(**settings)
 
 
 def _restart(rows: Rows) -> None:
