@@ -127,6 +127,8 @@ class DraftingEvaluation(Evaluation):
         ranks = PartialState()
         mine = self.prompts.prompts[ranks.process_index :: ranks.num_processes]
         decoded = Decoded([], 0)
+        # With all groups, tau is the drafter's own however many prompts are decoded at a time.
+        groups = drafter.config.block_size - 1 if self.prompts.forwards == 1 else None
         what = "the tau of held-out prompts" + (f" in {steps} steps" if steps > 1 else "")
         if mine:  # there may be fewer prompts than ranks
             done = count(1)
@@ -139,6 +141,7 @@ class DraftingEvaluation(Evaluation):
                 batch_size=self.prompts.batch_size,
                 denoising_steps=steps,
                 forwards=self.prompts.forwards,
+                groups=groups,
                 on_finish=lambda *_: self.on_progress(what, next(done), len(mine)),
             )
         parts: list[Decoded] = gather_object([decoded])

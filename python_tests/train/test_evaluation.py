@@ -11,10 +11,19 @@ from transformers.integrations import integration_utils
 
 from dflash_ext.decode import decode
 from dflash_ext.models import load_drafter
-from dflash_ext.train import AnchorCollator, DraftingEvaluation, Evaluation, HeldOutPrompts, Recipe, train_drafter
+from dflash_ext.train import (
+    AnchorCollator,
+    DraftingEvaluation,
+    Evaluation,
+    HeldOutPrompts,
+    Recipe,
+    evaluation,
+    train_drafter,
+)
 from dflash_ext.train.drafters import parts_of
-from dflash_ext.train.objectives import DFlashObjective
+from dflash_ext.train.objectives import DFlashObjective, LoraObjective
 from dflash_ext.train.reporting import best_evaluation
+from python_tests.models.lora.test_drafter import tiny_lora
 from python_tests.tiny import MASK_TOKEN, random_prompts, tiny_pair
 from python_tests.train.test_training import Cycles
 
@@ -49,6 +58,19 @@ def test_decoding_is_that_of_the_engine():
     acceptance = [figures[f"acceptance_{i}"] for i in range(1, 6)]
     assert acceptance == pytest.approx(decoded.acceptance, abs=1e-4)
     assert figures["tokens_per_second"] > 0
+
+
+def test_a_cycle_of_one_forward_is_measured_with_all_of_its_groups(monkeypatch):
+    target, drafter = tiny_lora("llama", kind="gated", block_size=4)
+    asked = []
+    monkeypatch.setattr(
+        evaluation, "decode", lambda *given, **options: asked.append(options) or decode(*given, **options)
+    )
+    prompts = HeldOutPrompts(random_prompts(5, 7), max_new_tokens=8, batch_size=64, forwards=1)
+    figures = DraftingEvaluation(HELD_OUT, AnchorCollator(4, 4, MASK_TOKEN), 4, prompts=prompts).measure(
+        LoraObjective(drafter, target, forwards=1)
+    )
+    assert figures["tau"] >= 1 and asked[0]["groups"] == 3
 
 
 def scripted(monkeypatch, *taus):
@@ -94,9 +116,9 @@ def test_each_part_of_an_evaluation_tells_its_own_progress():
     parts = parts_of(drafter, target, Recipe(anchors=4, noise_ratio=0.5))
     prompts = HeldOutPrompts([[5, 6], [7]], max_new_tokens=4, denoising_steps=(1, 2))
     told = {}
-    evaluation = DraftingEvaluation(HELD_OUT, parts.held_out_collator, 4, prompts=prompts)
-    evaluation.on_progress = lambda what, done, total: told.setdefault(what, []).append((done, total))
-    evaluation.measure(parts.objective)
+    drafting = DraftingEvaluation(HELD_OUT, parts.held_out_collator, 4, prompts=prompts)
+    drafting.on_progress = lambda what, done, total: told.setdefault(what, []).append((done, total))
+    drafting.measure(parts.objective)
     assert len(told) == 3
     for counts in told.values():
         assert counts == [(i, len(counts)) for i in range(1, len(counts) + 1)]
