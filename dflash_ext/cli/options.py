@@ -165,8 +165,8 @@ DenoisingSteps = Annotated[
     typer.Option(
         min=1,
         max=3,
-        help="Fill a drafted block in this number of forwards of the drafter, from left to right. (After training with "
-        "uniform noise, each of them draws the whole block.)",
+        help="Fill a drafted block in this number of forwards of the drafter, from left to right. After training with "
+        "uniform noise, each of them draws the whole block.",
     ),
 ]
 GreedyDraft = Annotated[
