@@ -3,13 +3,13 @@
 import torch
 from torch import Tensor
 
-from ..checks import check_numbers, check_operands, has_integers, is_int, shown
+from ..checks import check_numbers, check_operands, has_integers, shown
 from ..reference import CrossEntropy
 from .autograd import refuse_forward_mode
 from .backends import warn_of_portable_kernels
 from .devices import autocast
 from .linear_loss_ops import loss_of_rows, traced_loss_of_rows
-from .loss import DTYPES, check_normaliser, check_rows, options_of, real_dtype, reduced, weight_of
+from .loss import DTYPES, check_bounds, check_normaliser, check_rows, options_of, real_dtype, reduced, weight_of
 
 _OP = "linear_cross_entropy"
 
@@ -173,11 +173,7 @@ def _check(hidden, head, target, weight, teacher, max_rows, chunk_rows) -> None:
     check_rows(_OP, "hidden", shape, target, weight)
     if teacher is not None and (teacher.shape, teacher.dtype) != ((*shape, len(head)), hidden.dtype):
         raise ValueError(f"{_OP}: teacher is {shown(teacher)}; it must be {hidden.dtype} {[*shape, len(head)]}")
-    for name, bound in (("max_rows", max_rows), ("chunk_rows", chunk_rows)):
-        if isinstance(bound, Tensor) or not (bound is None or is_int(bound)):
-            raise TypeError(f"{_OP}: {name} is {shown(bound)}; an integer or None is needed")
-        if bound is not None and bound < 1:
-            raise ValueError(f"{_OP}: {name} is {bound}; it must be at least 1")
+    check_bounds(_OP, max_rows=max_rows, chunk_rows=chunk_rows)
 
 
 def _check_teacher(

@@ -227,20 +227,24 @@ def _teacher_logits(call: _Call, rows: slice | Tensor) -> Tensor | None:
     return logits.to(call.hidden.dtype)
 
 
-def rows_that_count(weight: Tensor | None, max_rows: int | None) -> tuple[Tensor | None, Tensor | None]:
+def rows_that_count(
+    op: str, rows: int, weight: Tensor | None, max_rows: int | None
+) -> tuple[Tensor | None, Tensor | None]:
     """The indices of the rows to compute (None for all), and which rows that count are not among them (None if all
     are)."""
     if weight is None:
+        if max_rows is not None and rows > max_rows:
+            raise ValueError(f"{op}: {rows} rows count, more than max_rows = {max_rows}")
         return None, None
     counts = weight != 0
     if max_rows is None:
-        rows = counts.nonzero()[:, 0]
-        return (None if len(rows) == len(counts) else rows), None
-    if max_rows >= weight.numel():
+        kept = counts.nonzero()[:, 0]
+        return (None if len(kept) == rows else kept), None
+    if max_rows >= rows:
         return None, None
     rank = counts.cumsum(0)
     if weight.is_cpu and rank[-1] > max_rows:
-        raise ValueError(f"{_OP}: {int(rank[-1])} rows count, more than max_rows = {max_rows}")
+        raise ValueError(f"{op}: {int(rank[-1])} rows count, more than max_rows = {max_rows}")
     # A stable sort puts the rows that count first; the kernel skips whatever follows them.
     return torch.argsort(~counts, stable=True)[:max_rows], counts & (rank > max_rows)
 
@@ -280,7 +284,7 @@ def _added(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
 def loss_of_rows(sized: tuple, options: tuple, per_row: bool, train_hidden: bool, train_head: bool) -> tuple:
     """What the operator below returns first: losses, nll, correct and entropy."""
     call = _Call.of(sized, options)
-    rows, overflow = rows_that_count(call.weight, call.max_rows)
+    rows, overflow = rows_that_count(_OP, len(call.target), call.weight, call.max_rows)
     x = call.hidden
     is_selected = train_head and (rows is not None or call.padding is not None)
     if is_selected:
@@ -349,7 +353,7 @@ def _forward(*inputs):
     these are all rows, and both are empty if K is more than kept_rows. What is not asked for is empty.
     """
     call, per_row, make_hidden, keep = _Call.of(inputs[:10], inputs[13:]), *inputs[10:13]
-    rows, overflow = rows_that_count(call.weight, call.max_rows)
+    rows, overflow = rows_that_count(_OP, len(call.target), call.weight, call.max_rows)
     (losses, *others), made, kept = _losses(call, rows, None, make_hidden, keep)
     if overflow is not None:
         losses.masked_fill_(overflow, torch.nan)
@@ -372,7 +376,7 @@ def _backward_of(grad_losses, made, kept, rows, *inputs):
     elif len(kept):
         rows = rows if len(rows) else None
     else:
-        rows, _ = rows_that_count(call.weight, call.max_rows)
+        rows, _ = rows_that_count(_OP, len(call.target), call.weight, call.max_rows)
     grad_rows, grad_head = _gradients(call, rows, grad_losses, made, kept, *trained)
     empty = call.hidden.new_empty(0)
     grad_hidden = empty if grad_rows is None else _in_place_of(rows, grad_rows, call.hidden)

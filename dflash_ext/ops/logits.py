@@ -7,6 +7,8 @@ import math
 import torch
 from torch import Tensor
 
+from ..checks import check_numbers
+
 LOGITS_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 # The bounds of numbers that are not 0. A temperature beyond them, or its inverse, does not fit into float32.
@@ -33,6 +35,14 @@ def by_row(op: str, shape: torch.Size, **numbers: float | Tensor | None) -> dict
             if not least <= value <= most:
                 raise ValueError(f"{op}: {name} is {value}; 0 or a number from {least:g} to {most:g} is needed")
     return numbers
+
+
+def cap_of(op: str, softcap: float | None) -> float:
+    """A bound on the size of logits, as the native operators take it: 0 for none."""
+    check_numbers(op, softcap=softcap)
+    if softcap and not 1e-30 < softcap < 1e30:
+        raise ValueError(f"{op}: softcap is {softcap}; it must be positive, or None or 0 for none")
+    return float(softcap or 0.0)
 
 
 def check_last_dim(op: str, name: str, logits: Tensor) -> None:

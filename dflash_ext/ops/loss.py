@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..checks import check_numbers, check_operands, has_integers, shown
+from ..checks import check_numbers, check_operands, has_integers, is_int, shown
 from ..native import load
 from ..reference import CrossEntropy
 from .autograd import differentiable, differentiable_once, refuse_forward_mode
@@ -159,6 +159,15 @@ def reduced(
         return total / (normaliser or 1)
     normaliser = normaliser.to(total.dtype).reshape(())
     return total / torch.where(normaliser == 0, 1.0, normaliser)
+
+
+def check_bounds(op: str, **bounds: int | None) -> None:
+    """Raises TypeError or ValueError for a bound on a number of rows that is neither None nor an integer above 0."""
+    for name, bound in bounds.items():
+        if isinstance(bound, Tensor) or not (bound is None or is_int(bound)):
+            raise TypeError(f"{op}: {name} is {shown(bound)}; an integer or None is needed")
+        if bound is not None and bound < 1:
+            raise ValueError(f"{op}: {name} is {bound}; it must be at least 1")
 
 
 def options_of(

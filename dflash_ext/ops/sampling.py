@@ -11,7 +11,7 @@ from ..native import load
 from ..reference import Sample
 from ..reference.numerics import softcapped, widened
 from .backends import warn_once
-from .logits import LOGITS_DTYPES, by_row, check_last_dim, filter_arguments, real_dtype
+from .logits import LOGITS_DTYPES, by_row, cap_of, check_last_dim, filter_arguments, real_dtype
 from .penalties import penalties, penalty_arguments
 from .random import SAMPLE, seed_tensor, uniforms_of
 
@@ -108,13 +108,13 @@ def sample(
         raise ValueError(f"sample: logits is {shown(logits)}; floating [..., V], V > 0, is needed")
     shape = logits.shape[:-1]
     check_last_dim("sample", "logits", logits)
-    filters = by_row("sample", shape, **filters)
+    filters, softcap = by_row("sample", shape, **filters), cap_of("sample", softcap)
     changes = penalties("sample", logits, shape, **tables, **numbers)
     seed = seed_tensor("sample", seed, shape, logits.device)
     logits = logits.detach().reshape(shape.numel(), logits.shape[-1])
     is_plain = not return_confidence and all(x is None for x in (top_k, top_p, min_p, token_counts, logit_bias))
     if softcap and not (is_plain and logits.is_cuda and logits.dtype != torch.float64):
-        logits, softcap = softcapped(widened(logits), softcap), None
+        logits, softcap = softcapped(widened(logits), softcap), 0.0
     asked = {"return_filtered_entropy": return_filtered_entropy, "return_confidence": return_confidence}
     if logits.is_cuda and logits.dtype == torch.float64:
         warn_once("sample", logits.device)

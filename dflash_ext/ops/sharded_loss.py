@@ -12,7 +12,7 @@ from ..reference.numerics import softcapped
 from .autograd import first_derivatives, refuse_forward_mode
 from .devices import autocast
 from .linear_loss_ops import rows_of, rows_outside, rows_that_count
-from .loss import DTYPES, check_normaliser, check_rows, options_of, real_dtype, reduced, weight_of
+from .loss import DTYPES, check_bounds, check_normaliser, check_rows, options_of, real_dtype, reduced, weight_of
 
 _native = torch.ops.dflash_ext
 _OP = "sharded_linear_cross_entropy"
@@ -67,8 +67,7 @@ def sharded_linear_cross_entropy(
     if hidden.dtype not in DTYPES or hidden.dtype != head.dtype:
         raise ValueError(f"{_OP}: hidden is {shown(hidden)}, head is {shown(head)}; one floating dtype is needed")
     check_rows(_OP, "hidden", hidden.shape[:-1], target, weight)
-    if max_rows is not None and max_rows < 1:
-        raise ValueError(f"{_OP}: max_rows is {max_rows}; it must be at least 1")
+    check_bounds(_OP, max_rows=max_rows)
     shape = target.shape
     target = target.flatten().to(torch.int64)
     weight = weight_of(target, None if weight is None else weight.flatten(), ignore_index, real_dtype(hidden))
@@ -92,7 +91,7 @@ class _ShardedLoss(torch.autograd.Function):
         vocab = size * len(head)
         # On CUDA, a target outside the vocabulary becomes one that no process holds, so that its row is NaN.
         target = target.masked_fill(rows_outside(_OP, weight, target, vocab), vocab)
-        rows, overflow = rows_that_count(weight, max_rows)
+        rows, overflow = rows_that_count(_OP, len(hidden), weight, max_rows)
         rows = slice(None) if rows is None else rows
         x, target = rows_of(hidden, weight, rows), target[rows]
         scale = target.new_ones(target.shape, dtype=real_dtype(hidden)) if weight is None else weight[rows]

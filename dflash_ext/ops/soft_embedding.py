@@ -11,7 +11,7 @@ from ..checks import check_operands, shown
 from ..native import load
 from ..reference.numerics import softcapped
 from .backends import warn_once
-from .logits import LOGITS_DTYPES, by_row, check_last_dim, number_and_tensor
+from .logits import LOGITS_DTYPES, by_row, cap_of, check_last_dim, number_and_tensor
 
 load()
 _native = torch.ops.dflash_ext
@@ -37,7 +37,7 @@ def soft_embedding(
         embedding: ``[V, H]`` float32, bfloat16 or float16. Exponentials are rounded to its dtype.
         temperature: a number > 0, or a tensor ``[]`` or ``[...]``. What is outside of 1e-30 to 1e30 counts as the
             nearest of these.
-        softcap: ``softcap * tanh(logits / softcap)`` comes before the temperature; None or <= 0 for none.
+        softcap: ``softcap * tanh(logits / softcap)`` comes before the temperature; None or 0 for none.
 
     Returns:
         ``[..., H]`` of the embedding's dtype. A row of nothing but -inf and NaN is NaN.
@@ -54,7 +54,7 @@ def soft_embedding(
     if not isinstance(temperature, Tensor) and not temperature > 0:
         raise ValueError(f"soft_embedding: temperature is {temperature}; a number above 0 is needed")
     temperature = by_row("soft_embedding", shape, temperature=temperature)["temperature"]
-    softcap = float(softcap) if softcap is not None and softcap > 0 else 0.0
+    softcap = cap_of("soft_embedding", softcap)
     logits, embedding = logits.detach().reshape(shape.numel(), vocab), embedding.detach()
     is_double = torch.float64 in (logits.dtype, embedding.dtype)
     if logits.is_cuda and not is_double:
@@ -100,12 +100,14 @@ def _in_pytorch(logits: Tensor, embedding: Tensor, temperature: float | Tensor, 
         z = softcapped(z, softcap)
         return (z / temperature).clamp(max=largest)
 
-    normaliser = torch.stack([scores(*chunk).logsumexp(-1) for chunk in chunks]).logsumexp(0)[:, None]
+    parts = [(z.amax(-1), z.logsumexp(-1)) for z in (scores(*chunk) for chunk in chunks)]
+    origin, normaliser = (torch.stack(part) for part in zip(*parts, strict=True))
+    origin, normaliser = origin.amax(0)[:, None], normaliser.logsumexp(0)[:, None]
     embedded = logits.new_zeros(len(logits), embedding.shape[1], dtype=real)
     for begin, end in chunks:
-        weights = (scores(begin, end) - normaliser).exp().to(embedding.dtype)
+        weights = (scores(begin, end) - origin).exp().to(embedding.dtype)
         embedded += weights.to(real) @ embedding[begin:end].to(real)
-    return embedded
+    return embedded / (normaliser - origin).exp()
 
 
 @torch.library.register_fake("dflash_ext::scaled_exp_")

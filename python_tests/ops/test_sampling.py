@@ -290,6 +290,8 @@ def test_a_logit_that_is_nan_counts_as_one_of_minus_infinity(options, device):
         (lambda: sample(torch.zeros(3, 4), torch.zeros(1)), "seed is torch.float32"),
         (lambda: sample(torch.zeros(3, 4), seed(1), temperature=-0.5), "temperature is -0.5"),
         (lambda: sample(torch.zeros(3, 4), seed(1), top_p=torch.ones(2)), r"top_p is a tensor \[2\]"),
+        (lambda: sample(torch.zeros(3, 4), 1, softcap=math.nan), "softcap is nan; it must be positive"),
+        (lambda: sample(torch.zeros(3, 4), 1, softcap=-30.0), "softcap is -30.0"),
     ],
 )
 def test_refusals_name_the_value(call, message):

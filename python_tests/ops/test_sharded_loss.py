@@ -59,6 +59,9 @@ def as_one_process(rank, world, path):
     assert out.correct.tolist() == [True, False]
     with pytest.raises(RuntimeError, match=r"target 50 of row 1 is outside the vocabulary \[0, 50\)"):
         sharded_linear_cross_entropy(hidden, head[part], torch.tensor([0, VOCAB]))
+    for bound in ({"ignore_index": None}, {"weight": torch.ones(2)}):
+        with pytest.raises(ValueError, match="^sharded_linear_cross_entropy: 2 rows count, more than max_rows = 1"):
+            sharded_linear_cross_entropy(hidden, head[part], torch.tensor([0, 3]), max_rows=1, **bound)
     leaf = hidden.requires_grad_()
     loss = sharded_linear_cross_entropy(leaf, head[part], torch.tensor([0, 3])).loss
     (grad,) = torch.autograd.grad(loss, leaf, create_graph=True)

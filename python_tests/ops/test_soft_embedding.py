@@ -70,6 +70,12 @@ def test_later_chunks_may_hold_much_larger_logits(dtype, device, monkeypatch):
     assert error(soft_embedding(logits, embedding), exact(logits, embedding)) < 4 * torch.finfo(dtype).eps + 1e-4
 
 
+def test_a_flat_distribution_loses_nothing_to_rounding(device):
+    """A probability of 1 / 152,000 is a float16 of few bits."""
+    embedded = soft_embedding(torch.zeros(1, 152_000, device=device), torch.ones(152_000, 8, device=device).half())
+    assert (embedded - 1).abs().max() <= 2 * torch.finfo(torch.float16).eps
+
+
 def test_strides_and_no_rows(device):
     logits, embedding = inputs(6, 1000, 16, torch.bfloat16, device)
     view = logits[::2, 3:900]
@@ -83,14 +89,15 @@ def test_strides_and_no_rows(device):
     [
         ((torch.zeros(3, 4).long(), torch.zeros(4, 2)), "logits is torch.int64"),
         ((torch.zeros(3, 4), torch.zeros(5, 2)), r"embedding is torch.float32 \[5, 2\]; floating \[4, H\]"),
-        ((torch.zeros(3, 4), torch.zeros(4, 2), 0.0), "temperature is 0.0; a number above 0"),
-        ((torch.zeros(3, 4), torch.zeros(4, 2), torch.ones(2)), r"temperature is a tensor \[2\]"),
+        ((torch.zeros(3, 4), torch.zeros(4, 2), {"temperature": 0.0}), "temperature is 0.0; a number above 0"),
+        ((torch.zeros(3, 4), torch.zeros(4, 2), {"temperature": torch.ones(2)}), r"temperature is a tensor \[2\]"),
+        ((torch.zeros(3, 4), torch.zeros(4, 2), {"softcap": math.inf}), "softcap is inf; it must be positive"),
     ],
 )
 def test_refusals_name_the_value(arguments, message):
-    logits, embedding, *temperature = arguments
+    logits, embedding, *options = arguments
     with pytest.raises(ValueError, match=message):
-        soft_embedding(logits, embedding, **({"temperature": temperature[0]} if temperature else {}))
+        soft_embedding(logits, embedding, **(options[0] if options else {}))
 
 
 def test_compiles_without_graph_breaks(device):
