@@ -185,8 +185,8 @@ Groups = Annotated[
     int | None,
     typer.Option(
         min=1,
-        help="Cycles of one forward, as by --forwards 1, in which so many places at which a draft may end, from the "
-        "first on, have mask rows for the next draft behind them. The default is all at batch 1, and fewer above.",
+        help="Put mask rows for the next draft behind the first N places at which a draft may end. This asks for "
+        "cycles of one forward, as --forwards 1 does. The default is all places at batch 1, and fewer in larger ones.",
     ),
 ]
 DecodeBatch = Annotated[int, typer.Option("--batch-size", min=1, help="The number of prompts decoded at a time.")]

@@ -409,10 +409,10 @@ def _target_of_canvases(denoiser: Denoiser) -> Target:
     """The model whose states a drafter of this denoiser's canvases reads.
 
     Raises:
-        ValueError: canvases of masked noise begin from mask tokens alone; or the denoiser reads with its base.
+        ValueError: the denoiser has a mask token, or it is gated.
     """
     if denoiser.mask_id is not None:
-        raise ValueError("--denoiser has a mask token; canvases of denoisers of uniform noise alone begin with drafts")
+        raise ValueError("--denoiser has a mask token; only canvases of denoisers of uniform noise begin with drafts")
     if denoiser.encoder is not None:
-        raise ValueError("--denoiser is gated, so that its base reads for it: a drafter of the base serves both")
+        raise ValueError("--denoiser is gated: its base reads the context, and a drafter of the base serves both")
     return denoiser.target

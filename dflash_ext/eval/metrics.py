@@ -92,7 +92,7 @@ class Interval(NamedTuple):
     high: float
 
     def shown(self, form: str) -> str:
-        """The figure and how far the interval reaches from it, each in this format; "-" if there is none."""
+        """The figure and how far the interval reaches from it, each in this format; "-" if the figure is NaN."""
         reach = max(self.mean - self.low, self.high - self.mean)
         return "-" if isnan(self.mean) else f"{self.mean:{form}} ±{reach:{form.lstrip('+')}}"
 

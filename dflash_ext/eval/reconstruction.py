@@ -142,8 +142,10 @@ def table(results: Mapping[str, Mapping[float, Reconstruction]], seed: int = 0) 
     view = Table(
         box=SIMPLE,
         pad_edge=False,
-        caption="right: hidden tokens; more: than with the first denoiser, in points and relative;\n"
-        "spans: runs of hidden tokens that are all right; ±: 95% of a bootstrap over rows",
+        caption="right: the share of hidden tokens that are right\n"
+        "more: how many more are right than with the first denoiser, in points and relative\n"
+        "spans: the share of runs of hidden tokens that are all right\n"
+        "±: 95% of a bootstrap over rows",
         caption_justify="left",
     )
     view.add_column("hidden", justify="right", no_wrap=True)

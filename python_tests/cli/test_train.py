@@ -41,7 +41,10 @@ def test_train(workspace, run):
 @pytest.mark.parametrize(
     ("denoiser", "message"),
     [
-        (lambda model: Denoiser(Target(model), MASK_TOKEN), "denoisers of uniform noise alone begin with drafts"),
+        (
+            lambda model: Denoiser(Target(model), MASK_TOKEN),
+            "only canvases of denoisers of uniform noise begin with drafts",
+        ),
         (lambda model: Denoiser(Target(model), encoder=Target(model)), "a drafter of the base serves both"),
     ],
     ids=["masked", "gated"],
