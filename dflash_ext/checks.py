@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import reprlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from numbers import Integral, Number, Real
 from typing import Any
 
@@ -12,14 +12,35 @@ from torch import SymFloat, SymInt, Tensor
 
 _SHORT = reprlib.Repr()
 _SHORT.maxlevel, _SHORT.maxlist = 2, 4
+_NUMBERS = Real, SymFloat, SymInt
+_NONE: Mapping[str, object] = {}
 
 
-def check_tensors(where: str, **arguments: object) -> None:
-    """Raises TypeError for an argument that is no tensor, and ValueError for what `check_operands` refuses."""
+def check_tensors(
+    where: str,
+    *,
+    optional: Mapping[str, object] = _NONE,
+    numbers: Mapping[str, object] = _NONE,
+    **arguments: object,
+) -> None:
+    """Raises TypeError for an argument of the wrong kind, and ValueError for what `check_operands` refuses.
+
+    Args:
+        optional: arguments that are a tensor or None, by their names.
+        numbers: those that are a real number, a tensor of real numbers or None.
+        arguments: those that are a tensor.
+    """
     for name, value in arguments.items():
         if not isinstance(value, Tensor):
             raise TypeError(f"{where}: {name} is {shown(value)}; a tensor is needed")
-    check_operands(where, **arguments)
+    for name, value in optional.items():
+        if value is not None and not isinstance(value, Tensor):
+            raise TypeError(f"{where}: {name} is {shown(value)}; a tensor or None is needed")
+    for name, value in numbers.items():
+        fits = not value.is_complex() if isinstance(value, Tensor) else value is None or isinstance(value, _NUMBERS)
+        if not fits:
+            raise TypeError(f"{where}: {name} is {shown(value)}; a real number, a tensor of them or None is needed")
+    check_operands(where, **arguments, **optional, **numbers)
 
 
 def check_operands(where: str, **arguments: object) -> None:
@@ -37,13 +58,16 @@ def check_operands(where: str, **arguments: object) -> None:
             raise ValueError(f"{where}: {first} is on {device}, {name} on {x.device}; one device is needed")
 
 
-def check_numbers(where: str, **arguments: object) -> None:
-    """Raises TypeError for an argument that is neither a number nor None.
+def check_numbers(where: str, *, needed: Mapping[str, object] = _NONE, **arguments: object) -> None:
+    """Raises TypeError for an argument that is neither a number nor None, and for one of `needed` that is no number.
 
     A tensor is no number here. Its value would have to be read from the device, and it would get no gradient.
     """
+    for name, value in needed.items():
+        if not isinstance(value, _NUMBERS):
+            raise TypeError(f"{where}: {name} is {shown(value)}; a number is needed")
     for name, value in arguments.items():
-        if value is not None and not isinstance(value, Real | SymFloat | SymInt):
+        if value is not None and not isinstance(value, _NUMBERS):
             raise TypeError(f"{where}: {name} is {shown(value)}; a number or None is needed")
 
 

@@ -23,6 +23,8 @@ def test_a_tensor_is_no_number():
     for value, what in ((torch.ones(()), r"torch.float32 \[\]"), ("1", r"'1' \(str\)")):
         with pytest.raises(TypeError, match=rf"^op: scale is {what}; a number or None is needed$"):
             check_numbers("op", scale=value)
+    with pytest.raises(TypeError, match=r"^op: eps is None; a number is needed$"):
+        check_numbers("op", needed={"eps": None})
 
 
 def test_operands_are_dense_and_on_one_device():
@@ -31,6 +33,12 @@ def test_operands_are_dense_and_on_one_device():
     check_operands("op", a=x, b=None, c=3)
     with pytest.raises(TypeError, match=r"^op: b is \[1.0\] \(list\); a tensor is needed$"):
         check_tensors("op", a=x, b=[1.0])
+    check_tensors("op", a=x, optional={"b": x, "c": None}, numbers={"d": x, "e": 2.5, "f": None})
+    with pytest.raises(TypeError, match=r"^op: b is 1.0 \(float\); a tensor or None is needed$"):
+        check_tensors("op", a=x, optional={"b": 1.0})
+    for value in ("1", [1.0], 1j, np.ones(2), x.to(torch.complex64)):
+        with pytest.raises(TypeError, match="^op: b is .*; a real number, a tensor of them or None is needed$"):
+            check_tensors("op", a=x, numbers={"b": value})
     with pytest.raises(ValueError, match="^op: a is on cpu, c on meta; one device is needed$"):
         check_operands("op", a=x, b=None, c=x.to("meta"))
     with pytest.raises(ValueError, match="^op: a is a torch._mkldnn tensor; a dense one"):

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..checks import check_operands, has_integers, shown
+from ..checks import check_numbers, check_tensors, has_integers, shown
 from ..native import load
 from .backends import warn_once
-from .linear import linear
+from .linear import DTYPES, linear
 
 load()
 _native = torch.ops.dflash_ext
@@ -68,27 +68,25 @@ def kv_inject(
     does this way: a token whose slot or page does not exist is not written, and a key whose position does not exist is
     NaN. Float64 and a D above 512 are served there by plain PyTorch.
 
-    Raises ValueError for arguments that do not fit together, and on the CPU RuntimeError for a slot, position or page
-    that does not exist.
+    Raises ValueError for arguments that do not fit together, TypeError for one of another type, and on the CPU
+    RuntimeError for a slot, position or page that does not exist.
     """
-    k_caches, v_caches = list(k_caches), list(v_caches)
+    k_caches, v_caches = _by_layer("k_caches", k_caches), _by_layer("v_caches", v_caches)
     layers = len(k_caches)
     if layers == 0 or len(v_caches) != layers:
         raise ValueError(f"kv_inject: {layers} k_caches, {len(v_caches)} v_caches; one per layer is needed")
-    check_operands(
+    check_tensors(
         "kv_inject",
         features=features,
         weight=weight,
         positions=positions,
         cos=cos,
         sin=sin,
-        bias=bias,
-        k_norm=k_norm,
-        slots=slots,
-        block_table=block_table,
+        optional={"bias": bias, "k_norm": k_norm, "slots": slots, "block_table": block_table},
         **{f"k_caches[{layer}]": each for layer, each in enumerate(k_caches)},
         **{f"v_caches[{layer}]": each for layer, each in enumerate(v_caches)},
     )
+    check_numbers("kv_inject", needed={"norm_eps": norm_eps})
     cache = k_caches[0]
     if torch.is_grad_enabled() and any(each.requires_grad for each in (*k_caches, *v_caches)):
         raise ValueError("kv_inject: a cache requires a gradient; caches are written in place and have none")
@@ -96,10 +94,8 @@ def kv_inject(
         raise ValueError(f"kv_inject: a cache is {list(cache.shape)}; four dimensions are needed")
     if any(other.shape != cache.shape for other in (*k_caches, *v_caches)):
         raise ValueError("kv_inject: the caches differ in shape; all layers share one")
-    if features.dim() != 3 or not features.is_floating_point():
-        raise ValueError(
-            f"kv_inject: features is {features.dtype} {list(features.shape)}; floating [B, S, H] is needed"
-        )
+    if features.dim() != 3:
+        raise ValueError(f"kv_inject: features is {shown(features)}; floating [B, S, H] is needed")
     batch, length, width = features.shape
     kv_heads, head_dim = cache.shape[2 if block_table is not None else 1], cache.shape[3]
     rows = layers * 2 * kv_heads * head_dim
@@ -107,6 +103,10 @@ def kv_inject(
         raise ValueError(
             f"kv_inject: cos is {list(cos.shape)}; [P, R] or [{layers}, P, R], R at most {head_dim // 2}, is needed"
         )
+    reals = {"features": features, "weight": weight, "bias": bias, "cos": cos, "sin": sin, "k_norm": k_norm}
+    for name, given in reals.items():
+        if given is not None and given.dtype not in DTYPES:
+            raise ValueError(f"kv_inject: {name} is {given.dtype}; float32, bfloat16, float16 or float64 is needed")
     for name, given in (("positions", positions), ("slots", slots)):
         if given is not None and not has_integers(given):
             raise ValueError(f"kv_inject: {name} is {given.dtype}; an integer dtype is needed")
@@ -181,6 +181,12 @@ def kv_inject(
         rope_interleaved,
     )
     _count_writes(*k_caches, *v_caches)
+
+
+def _by_layer(name: str, caches: Iterable[Tensor] | Tensor) -> list[Tensor]:
+    if not isinstance(caches, Iterable) or (isinstance(caches, Tensor) and caches.dim() == 0):
+        raise TypeError(f"kv_inject: {name} is {shown(caches)}; a tensor for each layer is needed")
+    return list(caches)
 
 
 def _count_writes(*caches: Tensor) -> None:

@@ -152,10 +152,9 @@ def _check(
     residual: Tensor | None,
 ) -> None:
     optional = {"bias": bias, "norm": norm, "residual": residual}
-    given = {name: tensor for name, tensor in optional.items() if tensor is not None}
-    check_tensors("linear", x=x, weight=weight, **given)
-    check_numbers("linear", norm_eps=norm_eps)
-    if gate not in GATES:
+    check_tensors("linear", x=x, weight=weight, optional=optional)
+    check_numbers("linear", needed={"norm_eps": norm_eps})
+    if gate not in tuple(GATES):
         raise ValueError(f"linear: gate is {gate!r}; 'silu', 'gelu_tanh' and None are supported")
     if x.dim() == 0 or x.dtype not in DTYPES or x.shape[-1] == 0:
         raise ValueError(f"linear: x is {shown(x)}; float32, bfloat16, float16 or float64 [..., K], K > 0, is needed")
@@ -169,8 +168,8 @@ def _check(
         raise ValueError(f"linear: weight is {shown(weight)}; with a gate an even number of rows is needed")
     columns = rows if gate is None else rows // 2
     shapes = {"bias": (rows,), "norm": (width,), "residual": (*x.shape[:-1], columns)}
-    for name, tensor in given.items():
-        if tuple(tensor.shape) != shapes[name] or tensor.dtype != x.dtype:
+    for name, tensor in optional.items():
+        if tensor is not None and (tuple(tensor.shape) != shapes[name] or tensor.dtype != x.dtype):
             raise ValueError(f"linear: {name} is {shown(tensor)}; {x.dtype} {list(shapes[name])} is needed")
 
 

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ..checks import check_numbers, check_operands, has_integers, shown
+from ..checks import check_numbers, check_tensors, has_integers, shown
 from ..reference import CrossEntropy
 from .autograd import refuse_forward_mode
 from .backends import warn_of_portable_kernels
@@ -90,20 +90,19 @@ def linear_cross_entropy(
         RuntimeError: a target outside the vocabulary (CPU); a second derivative.
     """
     given = teacher if teacher_hidden is None else teacher_hidden
-    options = options_of(_OP, reduction, softcap, label_smoothing, z_loss, given, teacher_kind, teacher_mix)
-    check_normaliser(_OP, normaliser, reduction)
-    check_operands(
-        _OP,
-        hidden=hidden,
-        head=head,
-        target=target,
-        weight=weight,
-        teacher=teacher,
-        teacher_hidden=teacher_hidden,
-        teacher_head=teacher_head,
-        teacher_row=teacher_row,
-        normaliser=normaliser,
+    options = options_of(
+        _OP, reduction, ignore_index, softcap, label_smoothing, z_loss, given, teacher_kind, teacher_mix
     )
+    optional = {
+        "weight": weight,
+        "teacher": teacher,
+        "teacher_hidden": teacher_hidden,
+        "teacher_head": teacher_head,
+        "teacher_row": teacher_row,
+    }
+    numbers = {"normaliser": normaliser}
+    check_tensors(_OP, hidden=hidden, head=head, target=target, optional=optional, numbers=numbers)
+    check_normaliser(_OP, normaliser, reduction)
     refuse_forward_mode(_OP, hidden, head)
     tensors = autocast(hidden, head, teacher, teacher_hidden, teacher_head)
     hidden, head, teacher, teacher_hidden, teacher_head = tensors
@@ -131,7 +130,7 @@ def linear_cross_entropy(
         chunk_rows or _rows_of(_LOGITS_AT_A_TIME[kind], vocab),
         chunk_rows or _rows_of(_LOGITS_OF_A_TRAINED_HEAD[kind], vocab),
     )
-    numbers = (teacher_softcap or 0.0, *options)
+    numbers = (float(teacher_softcap or 0.0), *options)
     if _is_traced(hidden):
         # The size of what is kept has to be known.
         keep = train_head and (weight is None or max_rows is not None)
@@ -198,6 +197,8 @@ def _check_teacher(
     check_numbers(_OP, teacher_softcap=teacher_softcap)
     if teacher is not None:
         raise ValueError(f"{_OP}: teacher and teacher_hidden are given; one of them is needed")
+    if teacher_hidden.dim() == 0:
+        raise ValueError(f"{_OP}: teacher_hidden is {shown(teacher_hidden)}; [..., G] is needed")
     shapes = [len(head), teacher_hidden.shape[-1]]
     if teacher_head is None or list(teacher_head.shape) != shapes or teacher_head.dtype != teacher_hidden.dtype:
         raise ValueError(

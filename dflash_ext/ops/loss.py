@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..checks import check_numbers, check_operands, has_integers, is_int, shown
+from ..checks import check_numbers, check_tensors, has_integers, is_int, shown
 from ..native import load
 from ..reference import CrossEntropy
 from .autograd import differentiable, differentiable_once, refuse_forward_mode
@@ -101,9 +101,12 @@ def masked_cross_entropy(
         TypeError: a tensor where a number is needed, since it would get no gradient.
         RuntimeError: a target outside the vocabulary (CPU); a second derivative.
     """
-    options = options_of(_OP, reduction, softcap, label_smoothing, z_loss, teacher, teacher_kind, teacher_mix)
+    options = options_of(
+        _OP, reduction, ignore_index, softcap, label_smoothing, z_loss, teacher, teacher_kind, teacher_mix
+    )
+    optional = {"weight": weight, "teacher": teacher}
+    check_tensors(_OP, logits=logits, target=target, optional=optional, numbers={"normaliser": normaliser})
     check_normaliser(_OP, normaliser, reduction)
-    check_operands(_OP, logits=logits, target=target, weight=weight, teacher=teacher, normaliser=normaliser)
     refuse_forward_mode(_OP, logits)
     if teacher is not None and teacher.is_floating_point() and autocast_dtype(logits.device):
         teacher = teacher.to(logits.dtype)
@@ -173,6 +176,7 @@ def check_bounds(op: str, **bounds: int | None) -> None:
 def options_of(
     op: str,
     reduction: str,
+    ignore_index: int | None,
     softcap: float | None,
     label_smoothing: float,
     z_loss: float,
@@ -181,20 +185,23 @@ def options_of(
     teacher_mix: float,
 ) -> _Options:
     """Checks the options that both losses have, and converts them to the native operators' arguments."""
-    check_numbers(op, softcap=softcap, label_smoothing=label_smoothing, z_loss=z_loss, teacher_mix=teacher_mix)
+    numbers = {"label_smoothing": label_smoothing, "z_loss": z_loss, "teacher_mix": teacher_mix}
+    check_numbers(op, needed=numbers, softcap=softcap)
+    if not (ignore_index is None or is_int(ignore_index)):
+        raise TypeError(f"{op}: ignore_index is {shown(ignore_index)}; an integer or None is needed")
     if reduction not in REDUCTIONS:
         raise ValueError(f"{op}: reduction is {reduction!r}; 'mean', 'sum' and 'none' are supported")
     if teacher_kind not in TEACHER_KINDS:
         raise ValueError(f"{op}: teacher_kind is {teacher_kind!r}; 'kl' and 'tv' are supported")
     if softcap is not None and not 1e-30 < softcap < 1e30:
         raise ValueError(f"{op}: softcap is {softcap}; it must be positive, or None for none")
-    for name, share in (("label_smoothing", label_smoothing), ("teacher_mix", teacher_mix)):
-        if not 0 <= share <= 1:
-            raise ValueError(f"{op}: {name} is {share}; it must be between 0 and 1")
+    for name in ("label_smoothing", "teacher_mix"):
+        if not 0 <= numbers[name] <= 1:
+            raise ValueError(f"{op}: {name} is {numbers[name]}; it must be between 0 and 1")
     if teacher is None and teacher_mix:
         raise ValueError(f"{op}: teacher_mix is {teacher_mix}, but no teacher is given")
-    numbers = (teacher_mix, softcap or 0.0, label_smoothing, z_loss)
-    return _Options(TEACHER_KINDS.index(teacher_kind), *map(float, numbers))
+    kind = TEACHER_KINDS.index(teacher_kind)
+    return _Options(kind, *map(float, (teacher_mix, softcap or 0.0, label_smoothing, z_loss)))
 
 
 def check_normaliser(op: str, normaliser: float | Tensor | None, reduction: str) -> None:
@@ -231,6 +238,8 @@ def check_rows(op: str, what: str, shape: torch.Size, target: Tensor, weight: Te
             )
     if not has_integers(target):
         raise ValueError(f"{op}: target is {target.dtype}; token ids are integers")
+    if weight is not None and weight.is_complex():
+        raise ValueError(f"{op}: weight is {weight.dtype}; real numbers are needed")
     if weight is not None and weight.requires_grad:
         raise ValueError(f"{op}: weight requires a gradient, but gets none: detach it")
 

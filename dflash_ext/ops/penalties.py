@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..checks import check_operands, has_integers, shown
+from ..checks import check_tensors, has_integers, shown
 from .logits import as_contiguous, by_row, number_and_tensor, real_dtype
 
 _OFF = {"repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
@@ -30,22 +30,23 @@ def count_tokens_(
             Without it row b has row b.
         prompt: whether the tokens are those of the prompt. Those that are not in the output are marked with -1.
 
-    Returns token_counts. Raises ValueError for arguments that do not fit together.
+    Returns token_counts. Raises ValueError for arguments that do not fit together, TypeError for one of another type.
     """
-    check_operands("count_tokens_", token_counts=token_counts, tokens=tokens, lens=lens, table_rows=table_rows)
+    optional = {"lens": lens, "table_rows": table_rows}
+    check_tensors("count_tokens_", token_counts=token_counts, tokens=tokens, optional=optional)
     if tokens.dim() != 2 or tokens.dtype != torch.int64:
         raise ValueError(f"count_tokens_: tokens is {shown(tokens)}; int64 [B, K] is needed")
     batch, count = tokens.shape
-    _check_counts("count_tokens_", token_counts, token_counts.shape[-1], None if table_rows is not None else batch)
-    vocab = token_counts.shape[1]
-    for name, given in (("lens", lens), ("table_rows", table_rows)):
+    vocab = token_counts.shape[-1] if token_counts.dim() else 0
+    _check_counts("count_tokens_", token_counts, vocab, None if table_rows is not None else batch)
+    for name, given in optional.items():
         if given is not None and (given.shape != (batch,) or not has_integers(given)):
             raise ValueError(f"count_tokens_: {name} is {shown(given)}; int [{batch}] is needed")
     if table_rows is None:
         table_rows = torch.arange(batch, device=tokens.device)
     counted = (tokens >= 0) & (tokens < vocab)
     if lens is not None:
-        counted &= torch.arange(count, device=tokens.device) < lens[:, None]
+        counted &= torch.arange(count, device=tokens.device) < lens.long()[:, None]
     # What is not counted goes to the row's first token, and changes nothing there.
     place = (table_rows.long()[:, None] * vocab + tokens.where(counted, 0)).flatten()
     counted, flat = counted.flatten(), token_counts.view(-1)
@@ -106,7 +107,8 @@ def penalty_arguments(logits: Tensor, penalties: dict[str, float | Tensor | None
 
 
 def _check_counts(op: str, token_counts: Tensor, vocab: int, rows: int | None) -> None:
-    fits = token_counts.dim() == 2 and token_counts.dtype == torch.int32 and token_counts.is_contiguous()
+    fits = vocab > 0 and token_counts.dim() == 2
+    fits = fits and token_counts.dtype == torch.int32 and token_counts.is_contiguous()
     if not fits or token_counts.shape[1] != vocab or rows not in (None, len(token_counts)):
         rows = "R" if rows is None else rows
         raise ValueError(f"{op}: token_counts is {shown(token_counts)}; contiguous int32 [{rows}, {vocab}] is needed")

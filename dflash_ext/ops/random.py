@@ -22,6 +22,8 @@ def seed_tensor(op: str, seed: int | Tensor | torch.Generator, shape: torch.Size
         return seed.flatten().contiguous()
     if not is_int(seed):
         raise TypeError(f"{op}: seed is {shown(seed)}; an int, an int64 tensor or a torch.Generator is needed")
+    if not -(2**63) <= seed < 2**63:
+        raise ValueError(f"{op}: seed is {shown(seed)}; an int of 64 bits is needed")
     return torch.full((1,), seed, dtype=torch.int64, device=device)
 
 

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..checks import check_operands
+from ..checks import check_tensors, shown
 from ..native import load
-from .logits import as_contiguous, by_row, number_and_tensor
+from .logits import LOGITS_DTYPES, as_contiguous, by_row, number_and_tensor
 
 load()
 _native = torch.ops.dflash_ext
@@ -53,7 +53,8 @@ def reveal(
     Returns:
         bool ``[B, L]``, the positions to commit, all of them masked.
 
-    Raises ValueError unless exactly one limit is given, with the scores or the entropy that it needs.
+    Raises ValueError unless exactly one limit is given, with the scores or the entropy that it needs, and for arguments
+    that do not fit together; TypeError for one of another type.
     """
     limits = {
         "count": count,
@@ -62,16 +63,17 @@ def reveal(
         "factor": factor,
         "entropy_bound": entropy_bound,
     }
-    check_operands("reveal", masked=masked, scores=scores, entropy=entropy, **limits)
+    reals = {"scores": scores, "entropy": entropy}
+    check_tensors("reveal", masked=masked, optional=reals, numbers=limits)
     if masked.dim() != 2 or masked.dtype != torch.bool:
         raise ValueError(f"reveal: masked is {masked.dtype} {list(masked.shape)}; bool [B, L] is needed")
-    for name, given in (("scores", scores), ("entropy", entropy)):
-        if given is not None and given.shape != masked.shape:
-            raise ValueError(f"reveal: {name} is {list(given.shape)}; {list(masked.shape)} is needed")
+    for name, given in reals.items():
+        if given is not None and (given.shape != masked.shape or given.dtype not in LOGITS_DTYPES):
+            raise ValueError(f"reveal: {name} is {shown(given)}; floating {list(masked.shape)} is needed")
     limits = by_row("reveal", masked.shape[:1], **limits)
     rule, limit = reference.reveal_limit(scores, entropy, **limits)
     real = torch.float32
-    for given in (scores, entropy):
+    for given in reals.values():
         real = real if given is None else torch.promote_types(real, given.dtype)
     return _native.reveal(
         as_contiguous(scores, real),
@@ -96,8 +98,9 @@ def reveal_count(total: Tensor, step: int | Tensor, steps: int, *, schedule: str
     Returns:
         int ``[B]``. The counts of all steps add up to total.
 
-    Raises ValueError for an int step out of range or an unknown schedule.
+    Raises ValueError for an int step out of range or an unknown schedule, TypeError for an argument of another type.
     """
+    check_tensors("reveal_count", total=total, numbers={"step": step})
     return reference.reveal_count(total, step, steps, schedule=schedule)
 
 

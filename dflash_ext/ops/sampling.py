@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..checks import check_operands, shown
+from ..checks import check_operands, check_tensors, shown
 from ..native import load
 from ..reference import Sample
 from ..reference.numerics import softcapped, widened
@@ -94,7 +94,7 @@ def sample(
         pivot may be -inf, and one of +inf marks a row with a logit of +inf.
         With return_filtered_entropy or return_confidence, a tuple of the Sample and what they ask for, in this order.
 
-    Raises ValueError for arguments that do not fit together, TypeError for a seed that is no integer.
+    Raises ValueError for arguments that do not fit together, TypeError for one of another type.
     """
     filters = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
     tables = {"token_counts": token_counts, "logit_bias": logit_bias, "table_rows": table_rows}
@@ -103,7 +103,8 @@ def sample(
         "presence_penalty": presence_penalty,
         "frequency_penalty": frequency_penalty,
     }
-    check_operands("sample", logits=logits, seed=seed, **filters, **tables, **numbers)
+    check_tensors("sample", logits=logits, optional=tables, numbers=filters | numbers)
+    check_operands("sample", logits=logits, seed=seed)
     if logits.dim() == 0 or logits.dtype not in LOGITS_DTYPES or logits.shape[-1] == 0:
         raise ValueError(f"sample: logits is {shown(logits)}; floating [..., V], V > 0, is needed")
     shape = logits.shape[:-1]

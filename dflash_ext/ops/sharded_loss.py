@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..checks import check_operands, shown
+from ..checks import check_tensors, shown
 from ..reference import CrossEntropy
 from ..reference.numerics import softcapped
 from .autograd import first_derivatives, refuse_forward_mode
@@ -57,9 +57,10 @@ def sharded_linear_cross_entropy(
         TypeError: a tensor where a number is needed, since it would get no gradient.
         RuntimeError: a target outside the vocabulary (CPU; on CUDA its row is NaN); a second derivative.
     """
-    options = options_of(_OP, reduction, softcap, label_smoothing, z_loss, None, "kl", 0.0)
+    options = options_of(_OP, reduction, ignore_index, softcap, label_smoothing, z_loss, None, "kl", 0.0)
+    given = {"optional": {"weight": weight}, "numbers": {"normaliser": normaliser}}
+    check_tensors(_OP, hidden=hidden, head=head, target=target, **given)
     check_normaliser(_OP, normaliser, reduction)
-    check_operands(_OP, hidden=hidden, head=head, target=target, weight=weight, normaliser=normaliser)
     refuse_forward_mode(_OP, hidden, head)
     hidden, head = autocast(hidden, head)
     if hidden.dim() == 0 or head.dim() != 2 or hidden.shape[-1] != head.shape[1] or len(head) == 0:

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from ..checks import check_operands, shown
+from ..checks import check_tensors, shown
 from ..native import load
 from ..reference.numerics import softcapped
 from .backends import warn_once
@@ -42,16 +42,16 @@ def soft_embedding(
     Returns:
         ``[..., H]`` of the embedding's dtype. A row of nothing but -inf and NaN is NaN.
 
-    Raises ValueError for arguments that do not fit together.
+    Raises ValueError for arguments that do not fit together, TypeError for one of another type.
     """
-    check_operands("soft_embedding", logits=logits, embedding=embedding, temperature=temperature)
+    check_tensors("soft_embedding", logits=logits, embedding=embedding, numbers={"temperature": temperature})
     if logits.dim() == 0 or logits.dtype not in LOGITS_DTYPES or logits.shape[-1] == 0:
         raise ValueError(f"soft_embedding: logits is {shown(logits)}; floating [..., V], V > 0, is needed")
     vocab, shape = logits.shape[-1], logits.shape[:-1]
     if embedding.dim() != 2 or len(embedding) != vocab or embedding.dtype not in LOGITS_DTYPES:
         raise ValueError(f"soft_embedding: embedding is {shown(embedding)}; floating [{vocab}, H] is needed")
     check_last_dim("soft_embedding", "logits", logits)
-    if not isinstance(temperature, Tensor) and not temperature > 0:
+    if not isinstance(temperature, Tensor) and (temperature is None or not temperature > 0):
         raise ValueError(f"soft_embedding: temperature is {temperature}; a number above 0 is needed")
     temperature = by_row("soft_embedding", shape, temperature=temperature)["temperature"]
     softcap = cap_of("soft_embedding", softcap)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..checks import check_operands, has_integers
+from ..checks import check_operands, check_tensors, has_integers
 from ..native import load
 from ..reference import Verification
 from .backends import warn_once
@@ -70,9 +70,9 @@ def verify(
     Returns:
         Verification: ``accepted`` int64 ``[B]``, from 0 to draft_lens, and ``next_token`` int64 ``[B]``.
 
-    Raises ValueError for arguments that do not fit together, TypeError for a seed that is no integer, and on the
-    CPU RuntimeError for a draft token outside the vocabulary. On CUDA, where the check would have to wait for the GPU,
-    such a token is rejected.
+    Raises ValueError for arguments that do not fit together, TypeError for one of another type, and on the CPU
+    RuntimeError for a draft token outside the vocabulary. On CUDA, where the check would have to wait for the GPU, such
+    a token is rejected.
     """
     filters = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
     tables = {"token_counts": token_counts, "logit_bias": logit_bias, "table_rows": table_rows}
@@ -81,20 +81,20 @@ def verify(
         "presence_penalty": presence_penalty,
         "frequency_penalty": frequency_penalty,
     }
-    check_operands(
+    reals = {
+        "draft_logits": draft_logits,
+        "draft_pivot": draft_pivot,
+        "draft_normaliser": draft_normaliser,
+        "uniforms": uniforms,
+    }
+    check_tensors(
         "verify",
         draft_tokens=draft_tokens,
         target_logits=target_logits,
-        draft_logits=draft_logits,
-        draft_pivot=draft_pivot,
-        draft_normaliser=draft_normaliser,
-        seed=seed,
-        uniforms=uniforms,
-        draft_lens=draft_lens,
-        **filters,
-        **tables,
-        **numbers,
+        optional=reals | tables | {"draft_lens": draft_lens},
+        numbers=filters | numbers,
     )
+    check_operands("verify", draft_tokens=draft_tokens, seed=seed)
     if draft_tokens.dim() != 2 or draft_tokens.dtype != torch.int64:
         raise ValueError(
             f"verify: draft_tokens is {draft_tokens.dtype} {list(draft_tokens.shape)}; int64 [B, K] is needed"
@@ -116,6 +116,9 @@ def verify(
     ):
         if given is not None and given.shape != shape:
             raise ValueError(f"verify: {name} is {list(given.shape)}; {list(shape)} is needed")
+    for name, given in reals.items():
+        if given is not None and given.dtype not in LOGITS_DTYPES:
+            raise ValueError(f"verify: {name} is {given.dtype}; a floating dtype is needed")
     if draft_lens is not None and not has_integers(draft_lens):
         raise ValueError(f"verify: draft_lens is {draft_lens.dtype}; an integer dtype is needed")
     if (draft_pivot is None) != (draft_normaliser is None) or (draft_pivot is not None and draft_logits is None):

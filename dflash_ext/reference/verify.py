@@ -53,8 +53,8 @@ def verify(
     drafted_lens = torch.full((batch,), drafted, device=device) if draft_lens is None else draft_lens.clamp(0, drafted)
     real = torch.arange(drafted, device=device) < drafted_lens[:, None]
     known = (draft_tokens >= 0) & (draft_tokens < target_logits.shape[-1])
+    best = without_nan(target_logits).argmax(-1)
     if not isinstance(temperature, Tensor) and temperature == 0:
-        best = without_nan(target_logits).argmax(-1)
         accepted = ((draft_tokens == best[:, :drafted]) & real).cumprod(-1).sum(-1)
         return Verification(accepted, best.gather(-1, accepted[:, None])[:, 0])
     if uniforms is None:
@@ -64,7 +64,9 @@ def verify(
     greedy = (temperature == 0)[..., None]
     draft_tokens = draft_tokens.masked_fill(~known, 0)
     filters = (temperature.flatten().expand(batch), top_k, top_p, min_p)
-    p = _filtered_probs(target_logits, *filters)
+    # A row of nothing but NaN and -inf has an argmax, but no softmax.
+    certain = torch.nn.functional.one_hot(best, target_logits.shape[-1])
+    p = torch.where(greedy, certain, _filtered_probs(target_logits, *filters))
     point = torch.nn.functional.one_hot(draft_tokens, p.shape[-1]).to(p.dtype) * known[..., None]
     if draft_logits is None:
         q = point

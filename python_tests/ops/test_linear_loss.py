@@ -486,9 +486,6 @@ def test_wrong_arguments(change, message):
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"hidden": [[0.0]]}, "'list' object has no attribute"),
-        ({"head": None}, "'NoneType' object has no attribute"),
-        ({"target": 0}, "'int' object has no attribute"),
         ({"max_rows": 2.0}, r"max_rows is 2.0 \(float\); an integer or None is needed"),
         ({"chunk_rows": torch.tensor(3)}, r"chunk_rows is torch.int64 \[\]; an integer or None is needed"),
         ({"softcap": torch.tensor(3.0)}, r"linear_cross_entropy: softcap is torch.float32 \[\]; a number or None"),
@@ -496,7 +493,7 @@ def test_wrong_arguments(change, message):
 )
 def test_what_is_no_tensor_or_number(change, message):
     arguments = {"hidden": torch.zeros(1, 4), "head": torch.zeros(5, 4), "target": torch.zeros(1).long()} | change
-    with pytest.raises((TypeError, AttributeError, RuntimeError), match=message):
+    with pytest.raises(TypeError, match=message):
         linear_cross_entropy(**arguments)
 
 

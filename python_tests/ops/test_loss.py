@@ -305,25 +305,19 @@ def test_wrong_arguments(change, message):
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"logits": [[0.0]]}, "'list' object has no attribute"),
-        ({"target": 0}, "'int' object has no attribute"),
-        ({"target": torch.zeros(3).long().numpy()}, "'numpy.ndarray' object has no attribute"),
-        ({"weight": 1.0}, "'float' object has no attribute"),
-        ({"teacher": [0.0], "teacher_mix": 0.5}, "'list' object has no attribute"),
-        ({"normaliser": "3"}, "not supported between instances of 'int' and 'str'"),
         ({"softcap": "30"}, r"softcap is '30' \(str\); a number or None"),
         (
             {"z_loss": torch.tensor(0.1, requires_grad=True)},
             r"z_loss is torch.float32 \[\] that requires grad; a number",
         ),
         ({"label_smoothing": torch.tensor(0.1)}, r"label_smoothing is torch.float32 \[\]; a number"),
-        ({"z_loss": None}, "'NoneType'"),
+        ({"z_loss": None}, "z_loss is None; a number is needed"),
         ({"reduction": None}, "reduction is None; 'mean', 'sum' and 'none'"),
     ],
 )
 def test_what_is_no_tensor_or_number(change, message):
     arguments = {"logits": torch.zeros(3, 5), "target": torch.zeros(3, dtype=torch.long)} | change
-    with pytest.raises((TypeError, ValueError, AttributeError), match=message):
+    with pytest.raises((TypeError, ValueError), match=message):
         masked_cross_entropy(**arguments)
 
 

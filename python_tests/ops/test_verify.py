@@ -306,15 +306,12 @@ def test_refusals_name_the_value(call, message):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: verify([[1]], TARGET), "'list' object has no attribute"),
-        (lambda: verify(DRAFT, TARGET.numpy()), "'numpy.ndarray' object has no attribute"),
         (lambda: verify(DRAFT, TARGET, seed=1.5), r"verify: seed is 1.5 \(float\); an int, an int64 tensor or a"),
-        (lambda: verify(DRAFT, TARGET, draft_lens=3), "'int' object has no attribute"),
         (lambda: verify(DRAFT, TARGET, temperature=None), "verify: temperature is None; a number or a tensor"),
     ],
 )
 def test_what_is_no_tensor_or_number_is_refused(call, message):
-    with pytest.raises((TypeError, AttributeError), match=message):
+    with pytest.raises(TypeError, match=message):
         call()
 
 
@@ -371,3 +368,13 @@ def test_a_drafted_token_outside_the_vocabulary_is_rejected_by_the_definition(op
     assert (got.accepted == 0).all() and torch.equal(got.next_token, alone.next_token)
     got = reference.verify(draft, target, draft_logits=target[:, :2], uniforms=uniforms, **options)
     assert (got.accepted == 0).all()
+
+
+def test_a_target_of_nothing_but_nan_has_one_argmax_at_every_form_of_temperature_0():
+    target = torch.full((2, 3, 5), math.nan)
+    target[1] = -math.inf
+    draft, uniforms = torch.tensor([[0, 0], [0, 1]]), torch.rand(2, 3)
+    for function in (reference.verify, verify):
+        for temperature in (0.0, torch.tensor(0.0), torch.zeros(2)):
+            got = function(draft, target, uniforms=uniforms, temperature=temperature)
+            assert got.accepted.tolist() == [2, 1] and got.next_token.tolist() == [0, 0]
