@@ -116,8 +116,6 @@ def per_prompt(name: str, given: object, count: int) -> list[float]:
     numbers = [OFF[name] if number is None else _number(name, number) for number in numbers]
     for number in set(numbers):
         by_row("decode", (count,), **{name: number})
-        if name == "repetition_penalty" and number == 0:
-            raise ValueError("decode: repetition_penalty is 0; a number above 0 is needed")
     return numbers
 
 

@@ -94,6 +94,13 @@ def kv_inject(
         raise ValueError(f"kv_inject: a cache is {list(cache.shape)}; four dimensions are needed")
     if any(other.shape != cache.shape for other in (*k_caches, *v_caches)):
         raise ValueError("kv_inject: the caches differ in shape; all layers share one")
+    for name, caches in (("k_caches", k_caches), ("v_caches", v_caches)):
+        for layer, each in enumerate(caches):
+            if any(stride == 0 and size > 1 for stride, size in zip(each.stride(), each.shape, strict=True)):
+                raise ValueError(
+                    f"kv_inject: {name}[{layer}] has strides {each.stride()}; places of their own are needed, because "
+                    "caches are written"
+                )
     if features.dim() != 3:
         raise ValueError(f"kv_inject: features is {shown(features)}; floating [B, S, H] is needed")
     batch, length, width = features.shape

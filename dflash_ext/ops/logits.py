@@ -11,11 +11,12 @@ from ..checks import check_numbers
 
 LOGITS_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
-# The bounds of numbers that are not 0. A temperature beyond them, or its inverse, does not fit into float32.
+# The bounds of numbers that are not 0. Numbers beyond them, or their inverses, do not fit into float32.
 _RANGES = {
     "temperature": (1e-30, 1e30),
     "top_k": (1, math.inf),
     "min_p": (0.0, 1.0),
+    "repetition_penalty": (1e-30, 1e30),
     "presence_penalty": (-1e30, 1e30),
     "frequency_penalty": (-1e30, 1e30),
 }
@@ -30,10 +31,12 @@ def by_row(op: str, shape: torch.Size, **numbers: float | Tensor | None) -> dict
             if value.dim() > 0 and value.shape != shape:
                 raise ValueError(f"{op}: {name} is a tensor {list(value.shape)}; a number or {list(shape)} is needed")
             numbers[name] = value.expand(shape).flatten()
-        elif value is not None and value != 0 and (name, value) != ("top_k", -1):
+        elif value is not None and (name, value) != ("top_k", -1):
             least, most = _RANGES.get(name, (0.0, math.inf))
-            if not least <= value <= most:
-                raise ValueError(f"{op}: {name} is {value}; 0 or a number from {least:g} to {most:g} is needed")
+            takes_0 = name != "repetition_penalty"
+            if not least <= value <= most and not (takes_0 and value == 0):
+                allowed = f"{'0 or ' if takes_0 else ''}a number from {least:g} to {most:g}"
+                raise ValueError(f"{op}: {name} is {value}; {allowed} is needed")
     return numbers
 
 

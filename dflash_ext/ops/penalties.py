@@ -75,9 +75,6 @@ def penalties(
     The result is empty if neither counts nor a bias is given, and the logits remain as they are.
     """
     vocab, count = logits.shape[-1], rows.numel()
-    repetition = numbers["repetition_penalty"]
-    if repetition is not None and not isinstance(repetition, Tensor) and not repetition > 0:
-        raise ValueError(f"{op}: repetition_penalty is {repetition}; a number above 0 is needed")
     numbers = by_row(op, rows, **numbers)
     if token_counts is None and any(value is not None for value in numbers.values()):
         given = ", ".join(name for name, value in numbers.items() if value is not None)

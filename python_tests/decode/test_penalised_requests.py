@@ -147,7 +147,7 @@ def test_sampling_under_penalties_keeps_the_targets_distribution(changes, top_p,
 @pytest.mark.parametrize(
     "options, message",
     [
-        (dict(repetition_penalty=0), "repetition_penalty is 0; a number above 0 is needed"),
+        (dict(repetition_penalty=0), "repetition_penalty is 0.0; a number from 1e-30 to"),
         (dict(repetition_penalty=-1.0), "repetition_penalty is -1.0"),
         (dict(frequency_penalty=float("nan")), "frequency_penalty is nan"),
         (dict(presence_penalty="much"), "presence_penalty is 'much'"),

@@ -140,6 +140,7 @@ def arguments(**changes):
         ({"v_caches": []}, "3 k_caches, 0 v_caches"),
         ({"k_caches": torch.zeros(3, 2, 2, 8)}, r"a cache is \[2, 2, 8\]"),
         ({"k_caches": torch.zeros(3, 2, 2, 9, 8)}, "differ in shape"),
+        ({"v_caches": torch.zeros(3, 1, 2, 12, 8).expand(3, 2, 2, 12, 8)}, r"v_caches\[0\] has strides \(0, 96, "),
         ({"features": torch.zeros(4, 10)}, r"features is torch.float32 \[4, 10\]"),
         ({"positions": torch.zeros(2, 3).long()}, r"positions is \[2, 3\]"),
         ({"positions": torch.zeros(2, 4)}, "positions is torch.float32"),

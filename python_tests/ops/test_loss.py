@@ -280,6 +280,7 @@ def test_a_batch_without_tokens_has_a_loss_of_0(normaliser):
         ({"teacher_mix": 0.5}, "no teacher is given"),
         ({"teacher": torch.zeros(3, 5).half(), "teacher_mix": 0.5}, "teacher is torch.float16"),
         ({"label_smoothing": 1.5}, "label_smoothing is 1.5"),
+        ({"z_loss": float("nan")}, "z_loss is nan; a finite number is needed"),
         ({"softcap": 0.0}, "softcap is 0.0"),
         ({"normaliser": 3, "reduction": "sum"}, "normaliser is given with reduction 'sum'"),
         ({"normaliser": 3, "reduction": "none"}, "normaliser is given with reduction 'none'"),
