@@ -1,4 +1,4 @@
-"""Fused operators in the place of modules of transformers while a frozen model's rows are differentiated.
+"""Fused operators in the place of modules of transformers.
 
 The norms and gated MLPs of transformers run as a dozen kernels each, and keep what each of them reads for the backward.
 The operators of `ops.trained_layer` are one kernel each and keep their inputs alone.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from inspect import signature
 
 import torch
 from torch import Tensor, nn
@@ -29,8 +30,9 @@ def fused_forwards(model: nn.Module) -> dict[nn.Module, Forward]:
     forwards = {}
     for module in model.modules():
         if found := [*_norms(module), *_gated_mlps(module)]:
-            distance, forward = min(((_distance(module, each), each) for each in found), key=lambda pair: pair[0])
-            if distance <= 4 * torch.finfo(next(module.parameters()).dtype).eps:
+            like = next(module.parameters(), torch.empty(64))  # a norm without a weight takes rows of any width
+            distance, forward = min(((_distance(module, each, like), each) for each in found), key=lambda pair: pair[0])
+            if distance <= 4 * torch.finfo(like.dtype).eps:
                 forwards[module] = forward
     return forwards
 
@@ -51,9 +53,12 @@ def replaced_forwards(forwards: Mapping[nn.Module, Callable]) -> Iterator[None]:
 
 
 def _norms(module: nn.Module) -> Iterator[Forward]:
-    """The forwards of an RMS norm that multiplies by its weight, or by 1 + its weight."""
+    """The forwards of an RMS norm that multiplies by its weight, by 1 + its weight, or by nothing."""
     weight, eps = getattr(module, "weight", None), getattr(module, "variance_epsilon", getattr(module, "eps", None))
-    if not (type(module).__name__.endswith("RMSNorm") and isinstance(weight, Tensor) and isinstance(eps, float)):
+    if not (type(module).__name__.endswith("RMSNorm") and isinstance(eps, float)):
+        return
+    if weight is None:
+        yield lambda x: nn.functional.rms_norm(x, x.shape[-1:], eps=eps)
         return
     # The weight is read in each call, because FSDP puts another one in its place.
     yield lambda x: rms_norm(x, module.weight, eps=eps)
@@ -63,16 +68,17 @@ def _norms(module: nn.Module) -> Iterator[Forward]:
 def _gated_mlps(module: nn.Module) -> Iterator[Forward]:
     linears = [getattr(module, name, None) for name in ("gate_proj", "up_proj", "down_proj")]
     activation = _ACTIVATIONS.get(type(getattr(module, "act_fn", None)))
-    if activation and all(isinstance(linear, nn.Linear) for linear in linears):
+    if not (activation and all(isinstance(linear, nn.Linear) for linear in linears)):
+        return
+    if len(signature(module.forward).parameters) == 1:  # DiffusionGemma's self-conditioning takes two tensors
         gate, up, down = linears
         yield lambda x: down(gated_pair(gate(x), up(x), activation))
 
 
 @torch.no_grad()
-def _distance(module: nn.Module, forward: Forward) -> float:
-    """How far this forward's results are from the module's own on average, as a share of the latter."""
-    weight = next(module.parameters())
-    width = weight.shape[-1]
-    row = torch.randn(1, 1, width, generator=torch.Generator().manual_seed(0)).to(weight.device, weight.dtype)
+def _distance(module: nn.Module, forward: Forward, like: Tensor) -> float:
+    """How far this forward's results are from the module's own on average, as a share of the latter. The row has the
+    width, the device and the dtype of `like`."""
+    row = torch.randn(1, 1, like.shape[-1], generator=torch.Generator().manual_seed(0)).to(like.device, like.dtype)
     want, got = module(row).float(), forward(row).float()
     return float((got - want).norm() / want.norm())

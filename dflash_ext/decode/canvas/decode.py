@@ -97,7 +97,8 @@ def decode_canvas(
     longest = max(map(len, prompts))
     room = max(length if canvas is None else len(canvas) for canvas in given) + max_new_tokens - 1
     tokens = longest + -(-room // length) * length
-    forward = canvas_forward(model, slots=slots + 1, tokens=tokens, rows=max(length, CHUNK))
+    sizes = dict(slots=slots + 1, tokens=tokens, rows=max(length, CHUNK))
+    forward = canvas_forward(model, **sizes, fused=not like_transformers)
     _check_process(process, forward.mask_id)
     if drafter is not None:
         if forward.mask_id is not None or not isinstance(model, Denoiser):

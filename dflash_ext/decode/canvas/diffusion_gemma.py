@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from ...integrations import as_attention_mask
 from ...integrations.attention import runs_block_attn
+from ...integrations.fused_layers import fused_forwards, replaced_forwards
 from ...models.target import cache_argument
 from ...ops import soft_embedding
 from ..forward.masks import Masks, block_masks, causal_masks
@@ -31,6 +32,7 @@ class DiffusionGemmaForward:
 
     Args:
         slots, tokens, rows: as in `LeanForward`.
+        fused: whether norms and gated MLPs run as fused operators, which round differently from transformers' modules.
 
     Raises:
         ValueError: rows of so many tokens do not fit, the encoder sees later tokens, or this release of transformers is
@@ -39,7 +41,7 @@ class DiffusionGemmaForward:
 
     mask_id, self_conditions, first_guess = None, True, None
 
-    def __init__(self, model: PreTrainedModel, *, slots: int, tokens: int, rows: int):
+    def __init__(self, model: PreTrainedModel, *, slots: int, tokens: int, rows: int, fused: bool = True):
         if version.parse(transformers.__version__) < version.parse(OLDEST):
             raise ValueError(
                 f"canvases of DiffusionGemma need transformers {OLDEST} or newer; this is {transformers.__version__}"
@@ -61,12 +63,13 @@ class DiffusionGemmaForward:
         }
         self.cache = SlotCache(slots, tokens, [self.windows[kind] for kind in self.config.layer_types], rows)
         self.attentions = [layer.self_attn for stack in (self.encoder, self.decoder) for layer in stack.layers]
+        self.fused = fused_forwards(self.encoder) | fused_forwards(self.decoder) if fused else {}
         self.cache_argument = cache_argument(self.encoder)
 
     def encode(self, tokens: Tensor, positions: Tensor, start: Tensor, counts: Tensor, slots: Tensor) -> None:
         given = self._given(causal_masks, positions, start, counts, slots)
         masks = given.pop("masks")
-        with runs_block_attn(self.attentions):
+        with runs_block_attn(self.attentions), replaced_forwards(self.fused):
             self.encoder(input_ids=tokens, attention_mask=masks, position_ids=positions.clamp(min=0), **given)
 
     commit = encode
@@ -77,9 +80,9 @@ class DiffusionGemmaForward:
         given = self._given(block_masks, positions, start, counts, slots)
         masks = given.pop("masks")
         decoder, positions = self.decoder, positions.clamp(min=0)
-        hidden = decoder.self_conditioning(self.embedding(tokens), soft)
-        rotary = {kind: decoder.rotary_emb(hidden, positions, kind) for kind in self.windows}
-        with runs_block_attn(self.attentions), self._writing():
+        with runs_block_attn(self.attentions), replaced_forwards(self.fused), self._writing():
+            hidden = decoder.self_conditioning(self.embedding(tokens), soft)
+            rotary = {kind: decoder.rotary_emb(hidden, positions, kind) for kind in self.windows}
             for layer, kind in zip(decoder.layers, self.config.layer_types, strict=True):
                 hidden = layer(
                     hidden,
@@ -88,7 +91,7 @@ class DiffusionGemmaForward:
                     position_ids=positions,
                     **given,
                 )
-        return torch.nn.functional.linear(decoder.norm(hidden), self.head)
+            return torch.nn.functional.linear(decoder.norm(hidden), self.head)
 
     def condition(self, logits: Tensor, temperature: Tensor) -> Tensor:
         expected = soft_embedding(logits, self.like, temperature=temperature, softcap=self.softcap)

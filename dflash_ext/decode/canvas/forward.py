@@ -128,8 +128,12 @@ class CausalForward:
             handle.remove()
 
 
-def canvas_forward(model: Denoiser | PreTrainedModel, *, slots: int, tokens: int, rows: int) -> CanvasForward:
+def canvas_forward(
+    model: Denoiser | PreTrainedModel, *, slots: int, tokens: int, rows: int, fused: bool = True
+) -> CanvasForward:
     """The forward of a denoiser or of a DiffusionGemma; the sizes are those of `LeanForward`.
+
+    fused: as in `DiffusionGemmaForward`.
 
     Raises:
         ValueError: the model is neither of these, or rows of so many tokens do not fit.
@@ -137,7 +141,7 @@ def canvas_forward(model: Denoiser | PreTrainedModel, *, slots: int, tokens: int
     if isinstance(model, Denoiser):
         return CausalForward(model, slots=slots, tokens=tokens, rows=rows)
     if is_diffusion_gemma(model):
-        return DiffusionGemmaForward(model, slots=slots, tokens=tokens, rows=rows)
+        return DiffusionGemmaForward(model, slots=slots, tokens=tokens, rows=rows, fused=fused)
     raise ValueError(
         f"{type(model).__name__} cannot decode canvases; a Denoiser or DiffusionGemmaForBlockDiffusion is needed"
     )

@@ -9,7 +9,7 @@ from torch import nn
 
 from dflash_ext import reference
 from dflash_ext.decode.canvas import MaskedDiffusion, UniformDiffusion, decode_canvas, diffusion_gemma
-from dflash_ext.decode.canvas.forward import CausalForward
+from dflash_ext.decode.canvas.forward import CausalForward, canvas_forward
 from python_tests.decode.canvas.models import CANVAS, tiny_denoiser, tiny_diffusion_gemma
 from python_tests.tiny import random_prompts
 
@@ -94,6 +94,25 @@ def test_the_module_of_self_conditioning_changes_the_tokens():
         replace(denoiser, self_conditioning=module), random_prompts(9), PROCESS, **OPTIONS
     ).completions[0]
     assert without.tokens != with_module.tokens
+
+
+@torch.no_grad()
+def test_fused_norms_and_mlps_of_diffusion_gemma_give_its_logits():
+    model = tiny_diffusion_gemma()
+    for norm in (module for module in model.modules() if type(module).__name__.endswith("RMSNorm")):
+        for weight in norm.parameters():
+            torch.nn.init.uniform_(weight, 0.5, 2)
+    prompt, canvas = torch.tensor(random_prompts(9)), torch.tensor(random_prompts(6))
+    logits = []
+    for fused in (True, False):
+        forward = canvas_forward(model, slots=2, tokens=16, rows=16, fused=fused)
+        norms = [module for module in forward.fused if type(module).__name__.endswith("RMSNorm")]
+        assert len(norms) == (len(model.model.decoder.layers) * 2 * 11 + 4 if fused else 0)
+        none, start, slot = torch.tensor([0]), torch.tensor([9]), torch.tensor([0], dtype=torch.int32)
+        forward.encode(prompt, torch.arange(9)[None], none, start, slot)
+        soft = torch.rand(1, 6, forward.like.shape[1], generator=torch.Generator().manual_seed(0))
+        logits.append(forward.denoise(canvas, 9 + torch.arange(6)[None], start, torch.tensor([6]), slot, soft))
+    torch.testing.assert_close(*logits, atol=1e-5, rtol=1e-5)
 
 
 def test_models_that_do_not_share_an_attention_implementation_are_left_as_they_were():
