@@ -8,18 +8,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
 from ..integrations.attention import NAME
 from ..masks import IntervalMask
+from .isolated import isolated, random_states
 from .loading import first_line
 from .lora import linear_paths
 from .target import Target
@@ -205,21 +205,12 @@ def visible(
         seed: of the random inputs.
     """
     length, device = mask.kv_len, target.device
-    generator = torch.Generator().manual_seed(seed)
-    inputs, other = torch.randn(2, length, target.hidden_size, generator=generator).to(device, target.dtype)
+    inputs, other = random_states(2, length, target.hidden_size, seed).to(device, target.dtype)
     changed = torch.eye(length + 1, length, dtype=torch.bool, device=device)[..., None]
     inputs = torch.where(changed, other, inputs)  # [L + 1, L, H]
     found = {layer: torch.zeros(length, length, dtype=torch.bool, device=device) for layer in range(target.num_layers)}
 
-    def replace(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        if args:
-            return (inputs.expand_as(args[0]), *args[1:]), kwargs
-        return args, kwargs | {"hidden_states": inputs.expand_as(kwargs["hidden_states"])}
-
-    def compare(layer: int, output: object) -> None:
-        output = output[0] if isinstance(output, tuple) else output
-        if not isinstance(output, Tensor) or output.shape[:2] != inputs.shape[:2]:
-            return
+    def compare(layer: int, _: str, output: Tensor) -> None:
         entries = output.float().flatten(2)
         difference = (entries[:-1] - entries[-1:]).abs().amax(-1)
         # Rounding may differ between batch entries by the last bits. NaN is no equality.
@@ -227,12 +218,7 @@ def visible(
         equal = difference <= rounding * entries[-1:].abs().amax(-1)
         found[layer] |= ~equal.T
 
-    with ExitStack() as hooks:
-        for number, layer in enumerate(target.layers):
-            hooks.callback(layer.register_forward_pre_hook(replace, with_kwargs=True).remove)
-            for module in (layer, *layer.children()):
-                hook = module.register_forward_hook(lambda _, __, output, number=number: compare(number, output))
-                hooks.callback(hook.remove)
+    with isolated(target.layers, inputs, compare):
         tokens = torch.arange(length, device=device).remainder(target.vocab_size).expand(length + 1, -1)
         positions = torch.arange(length, device=device).expand_as(tokens)
         masks = target.mask_arguments(dict.fromkeys(target.attention_kinds, mask), dtype)

@@ -18,6 +18,7 @@ from ..integrations.fused_layers import fused_forwards
 from ..integrations.rotation import rotating_modules
 from ..masks import IntervalMask
 from ..reference.numerics import softcapped
+from .isolated import Outputs, all_near, layer_outputs, near, random_states
 from .taps import Taps
 
 ATTENTION_KINDS = {"full_attention", "sliding_attention"}
@@ -299,7 +300,7 @@ class Target:
         tokens = torch.arange(4, device=self.device)[None]
         with torch.no_grad():
             logits = softcapped(nn.functional.linear(self._run_whole(tokens), self.head), self.softcap)
-            if not self._equal(logits, self.model(input_ids=tokens, use_cache=False).logits):
+            if not near(self.model(input_ids=tokens, use_cache=False).logits, logits):
                 raise ValueError(
                     f"{type(self.model).__name__} cannot teach its distributions: its logits are not the product of "
                     "its hidden states and its head; the cross-entropy of its tokens can be trained on"
@@ -307,24 +308,33 @@ class Target:
 
     @functools.cached_property
     def _is_causal_by_itself(self) -> bool:
-        """Whether another last token leaves the hidden states of all earlier ones as they are, but for rounding.
+        """Whether another last token leaves what every layer puts out for all earlier ones as it is, but for rounding.
 
         Doge is not causal in transformers 5.11: its attention adds to the causal mask, which the decoder does not make
         where SDPA has a causal mode of its own.
         """
+        states = random_states(1, 4, self.hidden_size).repeat(2, 1, 1)
+        states[1, -1] += 1
         tokens = torch.arange(4, device=self.device).repeat(2, 1)
         tokens[1, -1] += 1
-        return self._equal(*self._run_whole(tokens)[:, :-1])
+        found = self._layer_outputs(tokens, states)
+        first, second = ({name: each[row, :-1] for name, each in found.items()} for row in (0, 1))
+        return all_near(first, second)
 
     @functools.cached_property
     def _keeps_sequences_apart(self) -> bool:
-        """Whether a sequence has the same hidden states alone and behind another one in its row, but for rounding.
+        """Whether every layer puts out the same for a sequence alone and behind another one, but for rounding.
 
         transformers makes the masks of such rows where positions start anew and no mask is given.
         """
-        tokens = torch.arange(8, device=self.device)[None]
-        positions = torch.arange(8, device=self.device)[None] % 4
-        return self._equal(self._run_whole(tokens, positions)[:, 4:], self._run_whole(tokens[:, 4:]))
+        states, tokens = random_states(1, 8, self.hidden_size), torch.arange(8, device=self.device)[None]
+        both = self._layer_outputs(tokens, states, tokens % 4)
+        alone = self._layer_outputs(tokens[:, 4:], states[:, 4:])
+        return all_near({name: each[:, 4:] for name, each in both.items()}, alone)
+
+    def _layer_outputs(self, tokens: Tensor, states: Tensor, positions: Tensor | None = None) -> Outputs:
+        """What each layer puts out for these states [B, S, H], in a forward of whole sequences."""
+        return layer_outputs(self.layers, states, lambda: self._run_whole(tokens, positions))
 
     @functools.cached_property
     def fused_forwards(self) -> dict[nn.Module, Callable]:
@@ -335,11 +345,6 @@ class Target:
     def rotations(self) -> list[ModuleType]:
         """The Python modules of the decoder's layers whose rotary embedding `rotation` has an operator for."""
         return rotating_modules(self.decoder)
-
-    def _equal(self, first: Tensor, second: Tensor) -> bool:
-        """Whether hidden states are equal but for rounding."""
-        first, second = first.float(), second.float()
-        return bool((first - second).abs().max() <= torch.finfo(self.dtype).eps ** 0.5 * first.abs().max())
 
     @torch.no_grad()
     def step(

@@ -5,6 +5,7 @@ import torch
 
 from dflash_ext.decode import kv_cache
 from dflash_ext.decode.forward import ModuleForward
+from dflash_ext.integrations import attention
 from dflash_ext.models import Target
 from python_tests.decode.test_families import tiny
 from python_tests.tiny import FAMILIES, random_prompts, tiny_model
@@ -73,6 +74,21 @@ def test_masks_that_a_layer_gets_on_another_device(monkeypatch):
         assert forward.reads_slots
         got.append(forward.read(tokens, positions, torch.tensor([0]), torch.tensor([16]), slots)[0])
     assert torch.equal(*got)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", ["qwen3", "gemma3"])
+def test_an_operator_with_another_scale_is_refused(monkeypatch, family, dtype):
+    """Also beside the rounding of bfloat16, which over a whole model would hide it."""
+    own = attention.block_attn_decode
+    model = tiny_model(family).to(dtype)
+    assert ModuleForward(Target(model), slots=2, tokens=20).reads_slots
+
+    def other(*args, scale: float, **options):
+        return own(*args, scale=1.1 * scale, **options)
+
+    monkeypatch.setattr(attention, "block_attn_decode", other)
+    assert not ModuleForward(Target(model), slots=2, tokens=20).reads_slots
 
 
 def test_there_is_no_exact_mode():

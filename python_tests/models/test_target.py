@@ -109,3 +109,40 @@ def test_weights_that_are_elsewhere(elsewhere):
     assert (target.fingerprint, target.device, target.vocab_size) == (plain.fingerprint, plain.device, VOCAB)
     drafter.check_target(target)
     target.check_head()
+
+
+def masks_of(weight: float):
+    """A function that makes masks in which tokens that should be hidden lose so much in their scores, and no more."""
+
+    def make(*_, inputs_embeds, position_ids=None, **__):
+        length = inputs_embeds.shape[1]
+        hidden = torch.ones(1, length, length, dtype=torch.bool).triu(1)
+        if position_ids is not None:  # of sequences that start anew in their row
+            sequence = (position_ids == 0).cumsum(1)
+            hidden = hidden | (sequence[:, :, None] != sequence[:, None])
+        return torch.zeros(hidden.shape, dtype=inputs_embeds.dtype).masked_fill(hidden, -weight).unsqueeze(1)
+
+    return make
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("weight", [3.0, 100.0])
+def test_a_model_that_hides_too_little_is_found_out(monkeypatch, dtype, weight):
+    """A twentieth of an attention's weight is enough, also beside the rounding of bfloat16."""
+    target = Target(tiny_model("qwen3").to(dtype), [1])
+    monkeypatch.setattr("transformers.models.qwen3.modeling_qwen3.create_causal_mask", masks_of(weight))
+    assert target._is_causal_by_itself == (weight == 100)
+    assert target._keeps_sequences_apart == (weight == 100)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("factor", [1.0, 1.05])
+def test_a_head_that_does_something_else_is_found_out(dtype, factor):
+    model = tiny_model("llama").to(dtype)
+    model.lm_head.register_forward_hook(lambda _, __, output: output * factor)
+    target = Target(model)
+    if factor == 1:
+        target.check_head()
+    else:
+        with pytest.raises(ValueError, match="its logits are not the product of its hidden states and its head"):
+            target.check_head()

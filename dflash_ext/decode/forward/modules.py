@@ -12,6 +12,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from ...integrations import as_attention_mask
 from ...integrations.attention import gathered, runs_block_attn
 from ...models import Target
+from ...models.isolated import Outputs, all_near, layer_outputs, random_states
 from ..kv_cache import MOST_ROWS, Pages, capacity_of
 from .masks import Masks, causal_masks
 
@@ -134,24 +135,27 @@ class ModuleForward:
         self.capacity = self.cache.capacity
         # The first forward makes the layers of the cache, and says what block_attn must give.
         self.reads_slots = False
-        expected = self._first_logits(slots - 1)
+        expected = self._first_outputs(slots - 1)
         self.reads_slots = type(target.model).is_backend_compatible()
         self.reads_slots = self.reads_slots and self._gives(expected, slots - 1)
 
-    def _first_logits(self, slot: int) -> Tensor:
-        """The logits of three tokens in this slot, [1, 3, V]."""
-        positions = torch.arange(3, device=self.target.device)[None]
+    def _first_outputs(self, slot: int) -> Outputs:
+        """What each layer puts out for a few random states in this slot."""
+        count = min(8, self.rows)
+        positions = torch.arange(count, device=self.target.device)[None]
         start = torch.zeros_like(positions[0, :1])
         tokens, slots = positions % self.target.vocab_size, torch.full_like(start, slot, dtype=torch.int32)
-        return self.read(tokens, positions, start, start + 3, slots)[0].float()
+        states = random_states(1, count, self.target.hidden_size)
+        return layer_outputs(
+            self.target.layers, states, lambda: self.read(tokens, positions, start, start + count, slots, ends=())
+        )
 
-    def _gives(self, expected: Tensor, slot: int) -> bool:
-        """Whether `_first_logits` gives these logits, but for rounding."""
+    def _gives(self, expected: Outputs, slot: int) -> bool:
+        """Whether `_first_outputs` are these, but for rounding."""
         try:
-            difference = self._first_logits(slot) - expected
+            return all_near(self._first_outputs(slot), expected)
         except (ValueError, RuntimeError):  # shapes that block_attn does not take, or masks that the model writes to
             return False
-        return bool(difference.abs().max() <= torch.finfo(self.target.dtype).eps ** 0.5 * expected.abs().max())
 
     def lengthen_tables(self) -> None:
         """Reads as many tokens as a forward may have, none of which exists.
