@@ -129,6 +129,7 @@ def test_the_trace_of_uniform_diffusion_shows_what_was_replaced(gemma, run):
         (["--t-max", 1], "--t-max does not fit this model, which has a mask token"),
         (["--schedule", "square"], "schedule is 'square'"),
         (["--threshold", 0.5, "--schedule", "linear"], "schedule, threshold given"),
+        (["--threshold", 1.5], "threshold is 1.5; a probability, from 0 to 1, is needed"),
     ],
 )
 def test_options_that_are_refused(run, denoiser, options, message):

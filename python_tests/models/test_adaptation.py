@@ -213,6 +213,11 @@ def test_files_that_do_not_fit(tmp_path):
     save_adaptation(adaptation_of("llama"), tmp_path)
     with pytest.raises(ValueError, match="made for another base: its class is 'LlamaForCausalLM', this model's is"):
         load_adaptation(tmp_path, target_of("gemma3"))
+    trained_on = target_of("llama")
+    with torch.no_grad():
+        trained_on.model.model.norm.weight[0] += 0.5
+    with pytest.raises(ValueError, match="made for another base: its weights is '.*', this model's is '.*'"):
+        load_adaptation(tmp_path, trained_on)
     with pytest.raises(ValueError, match="no denoiser in .*: there is no denoiser.json"):
         load_adaptation(tmp_path / "nowhere", target_of("llama"))
     settings = json.loads((tmp_path / "denoiser.json").read_text())

@@ -67,6 +67,9 @@ class MaskedDiffusion:
             )
         if self.order != "confidence" and given[0] in ("threshold", "at_least", "factor"):
             raise ValueError(f"{given[0]} is a limit of the confidence; order is {self.order!r}")
+        for name in ("threshold", "at_least"):
+            if (value := getattr(self, name)) is not None and not 0 <= value <= 1:
+                raise ValueError(f"{name} is {value}; a probability, from 0 to 1, is needed")
         by_row("MaskedDiffusion", (), **self._filters, **{name: getattr(self, name) for name in _LIMITS})
 
     @property

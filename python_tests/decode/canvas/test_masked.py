@@ -234,6 +234,9 @@ def test_a_row_whose_logits_are_not_finite_fails_alone():
         (dict(schedule=None, threshold=0.5, order="margin"), "threshold is a limit of the confidence"),
         (dict(steps=0), "steps is 0"),
         (dict(top_p=-0.5), "top_p is -0.5"),
+        (dict(schedule=None, threshold=1.5), "threshold is 1.5; a probability, from 0 to 1, is needed"),
+        (dict(schedule=None, at_least=1.5), "at_least is 1.5"),
+        (dict(schedule=None, factor=-1.0), "factor is -1.0"),
     ],
 )
 def test_settings_that_are_refused(options, message):
