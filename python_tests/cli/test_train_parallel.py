@@ -1,5 +1,6 @@
 import contextlib
 import json
+from functools import partial
 
 import pytest
 
@@ -17,7 +18,16 @@ def command(told, *words) -> None:
         app([str(word) for word in words], standalone_mode=False)
 
 
-def test_ranks_divide_the_prompts_of_the_command(workspace, run):
+def by_torchrun(told, *words) -> None:
+    torchrun("--module", "dflash_ext", *words)
+
+
+@pytest.mark.parametrize(
+    "started",
+    [partial(in_processes, command), pytest.param(by_torchrun, marks=pytest.mark.slow)],
+    ids=["fork", "torchrun"],
+)
+def test_ranks_divide_the_prompts_of_the_command(workspace, run, started):
     """Sampled answers, too, are those of one process. A file that a killed run of two ranks left is used."""
     train = [*words(workspace), "--temperature", 0, "--temperature", 0.9]
     one, two = workspace / "one", workspace / "two"
@@ -28,7 +38,7 @@ def test_ranks_divide_the_prompts_of_the_command(workspace, run):
     (two / "answers.jsonl").write_bytes(header + answers[0])
     # The kill came while the second rank's answers were moved: one of them is in both files.
     (two / "answers.jsonl.rank1").write_bytes(header + answers[0] + answers[1] + answers[2][:-3])
-    torchrun("--module", "dflash_ext", *train, "--output", two)
+    started(workspace / "told.txt", *train, "--output", two)
     assert sorted((two / "answers.jsonl").read_bytes().splitlines(keepends=True)[1:]) == sorted(answers)
     assert not list(two.glob("*.rank*")) and (two / "curve.png").exists()
     losses = [
@@ -60,20 +70,8 @@ def test_answers_of_several_processes(workspace, run):
 
 
 def test_processes_share_the_layers_of_the_target(workspace, run):
-    lora = [
-        "--drafter",
-        "lora",
-        "--rank",
-        4,
-        "--block-size",
-        4,
-        "--steps",
-        2,
-        "--batch-size",
-        2,
-        "--mask-token",
-        "w096",
-    ]
+    lora = ["--drafter", "lora", "--rank", 4, "--block-size", 4, "--mask-token", "w096"]
+    lora += ["--steps", 2, "--batch-size", 2]
     asked = ["--target", workspace / "target", "--prompts", workspace / "prompts.jsonl", "--max-new-tokens", 16]
     assert run("answers", *asked, "--output", workspace / "answers.jsonl")[0] == 0
     train = ["train", "--target", workspace / "target", "--answers", workspace / "answers.jsonl", *lora]
