@@ -18,6 +18,7 @@ from python_tests.decode.test_speculative import (
     expect_distribution,
     small_pair,
 )
+from python_tests.pairwise import pairwise
 from python_tests.tiny import FAMILIES, MASK_TOKEN, random_prompts, tiny_model, tiny_pair
 
 PROMPTS = random_prompts(1, 5, 9, 17)
@@ -48,12 +49,9 @@ def pair_of(model, cycle: str, rank: int = 4, **options) -> tuple[Target, LoraDr
     return target, drafter, forwards
 
 
-@CYCLES
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize(
-    "merged, causal, sampler, batch_size", [(False, False, None, 4), (True, True, 8, 1)], indirect=["merged"]
-)
-def test_greedy_equals_the_target(merged, cycle, family, causal, sampler, batch_size):
+@pytest.mark.parametrize("cycle, family, merged", pairwise([*KINDS], FAMILIES, [False, True]), indirect=["merged"])
+def test_greedy_equals_the_target(merged, cycle, family):
+    causal, sampler, batch_size = (True, 8, 1) if merged else (False, None, 4)
     target, drafter, forwards = pair(family, cycle, causal=causal, sampler_width=sampler)
     decoded = decode(target, drafter, PROMPTS, max_new_tokens=30, batch_size=batch_size, **forwards)
     assert [c.tokens for c in decoded.completions] == [own_output(target.model, p, 30) for p in PROMPTS]
@@ -91,11 +89,14 @@ def reference_draft(target: Target, drafter: LoraDrafter, text: list[int], count
     return logits.argmax(-1).tolist()
 
 
-@CYCLES
-@WAYS
-@pytest.mark.parametrize("family, causal", [("llama", False), ("qwen3", True), ("gemma3", False), ("gemma3", True)])
-def test_drafts_are_those_of_the_models_own_modules(cycle, merged, family, causal, monkeypatch):
+@pytest.mark.parametrize(
+    "cycle, model, merged",
+    pairwise([*KINDS], [("llama", False), ("qwen3", True), ("gemma3", False), ("gemma3", True)], [False, True]),
+    indirect=["merged"],
+)
+def test_drafts_are_those_of_the_models_own_modules(cycle, model, merged, monkeypatch):
     """Rows of unequal lengths, beside each other: what a row drafts in each of its cycles."""
+    family, causal = model
     monkeypatch.setattr("dflash_ext.decode.drafts.lora.narrow", lambda head, dtype: head)
     target, drafter, forwards = pair(family, cycle, causal=causal)
     decoded = decode(target, drafter, PROMPTS, max_new_tokens=12, **forwards)

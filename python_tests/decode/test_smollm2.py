@@ -1,4 +1,4 @@
-"""Lossless with a real model: SmolLM2-135M-Instruct, in float32, over 20 prompts."""
+"""Lossless with a real model: SmolLM2-135M-Instruct, in float32, over ten prompts."""
 
 import pytest
 import torch
@@ -13,19 +13,9 @@ pytestmark = pytest.mark.model
 NEW = 32
 MORE = [
     "What is the capital of Portugal?",
-    "Name four fruits that are red.",
     "Write a haiku about rain.",
-    "Translate 'good morning' into French.",
-    "A train travels 60 miles in 1.5 hours. What is its speed?",
-    "List the steps to make a cup of tea.",
     "def add(a: int, b: int) -> int:\n",
-    "Summarise: The cat sat on the mat because the floor was cold.",
-    "Who wrote Romeo and Juliet?",
-    "Give me a sentence with the word 'lantern'.",
     "What is 17 times 6?",
-    "Why do leaves change colour in autumn?",
-    "Suggest a name for a bakery.",
-    "for i in range(10):\n",
 ]
 
 
@@ -33,7 +23,7 @@ MORE = [
 def smollm2():
     model, tokenizer = load_target(str(smollm2_path()), dtype=torch.float32, device=torch.device("cpu"))
     prompts = [encode(Conversation.user(text), tokenizer, max_prompt_tokens=512) for text in PROMPTS + MORE]
-    assert len(prompts) == 20
+    assert len(prompts) == 10
     return model, prompts, stop_tokens(tokenizer, model)
 
 
@@ -53,7 +43,7 @@ def check_greedy(model, prompts, decoded, stops):
 
 @pytest.mark.parametrize(
     "folder, options, count, tau",
-    [(DRAFTER, {}, 20, 1.8), (LORA_DRAFTER, {"forwards": 2}, 10, 2.0), (LORA_DRAFTER, {"groups": 7}, 5, 1.5)],
+    [(DRAFTER, {}, 10, 1.8), (LORA_DRAFTER, {"forwards": 2}, 5, 2.0), (LORA_DRAFTER, {"groups": 7}, 5, 1.5)],
 )
 def test_the_shipped_drafters_are_lossless_and_accepted(smollm2, folder, options, count, tau):
     model, prompts, stops = smollm2
@@ -68,9 +58,9 @@ def test_a_random_drafter_is_lossless(smollm2):
     torch.manual_seed(0)
     drafter = DFlashDrafter.for_target(Target(model), mask_token_id=16, num_layers=1, intermediate_size=64).eval()
     target = Target(model, drafter.config.target_layer_ids)
-    options = dict(max_new_tokens=NEW, stop_token_ids=stops, batch_size=10, block_size=4)
-    decoded = decode(target, drafter, prompts[:10], **options)
-    check_greedy(model, prompts[:10], decoded, stops)
+    options = dict(max_new_tokens=NEW, stop_token_ids=stops, block_size=4)
+    decoded = decode(target, drafter, prompts[-3:], **options)
+    check_greedy(model, prompts[-3:], decoded, stops)
     assert decoded.tau < 1.1
 
 

@@ -330,16 +330,18 @@ def test_sampling_keeps_the_targets_distribution(drafted, temperature, top_k, to
         assert 0 < sum(accepted) < len(accepted) * 3  # both acceptance and rejection took part
 
 
-@pytest.mark.parametrize("noise", ["mask", "uniform", "canvas"])
 @pytest.mark.parametrize(
-    "drafting, top_k",
+    "noise, drafting, top_k",
     [
-        (dict(denoising_steps=2), None),
-        (dict(denoising_steps=3), 3),
-        (dict(greedy_draft=True), None),
-        (dict(greedy_draft=True, denoising_steps=2), 3),
-        (dict(block_size=2), None),
-        (dict(block_size=3, denoising_steps=3), None),
+        ("mask", dict(denoising_steps=2), None),
+        ("mask", dict(denoising_steps=3), 3),
+        ("mask", dict(greedy_draft=True), None),
+        ("mask", dict(block_size=2), None),
+        ("uniform", dict(greedy_draft=True, denoising_steps=2), 3),
+        ("uniform", dict(block_size=3, denoising_steps=3), None),
+        ("canvas", dict(denoising_steps=2), None),
+        ("canvas", dict(block_size=3, denoising_steps=3), 3),
+        ("canvas", dict(greedy_draft=True), None),
     ],
 )
 def test_ways_of_drafting_keep_the_targets_distribution(drafting, top_k, noise):
