@@ -198,7 +198,7 @@ def options_of(
     for name in ("label_smoothing", "teacher_mix"):
         if not 0 <= numbers[name] <= 1:
             raise ValueError(f"{op}: {name} is {numbers[name]}; it must be between 0 and 1")
-    if not math.isfinite(z_loss):
+    if not -math.inf < z_loss < math.inf:  # Dynamo cannot trace math.isfinite of a number that varies
         raise ValueError(f"{op}: z_loss is {z_loss}; a finite number is needed")
     if teacher is None and teacher_mix:
         raise ValueError(f"{op}: teacher_mix is {teacher_mix}, but no teacher is given")

@@ -3,9 +3,6 @@
 import contextlib
 import gc
 import math
-import os
-import subprocess
-import sys
 import weakref
 from functools import partial
 
@@ -13,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dflash_ext import IntervalMask, block_attn, block_attn_decode, native, reference
+from dflash_ext import IntervalMask, block_attn, block_attn_decode, reference
 from python_tests.exactness import DEFINITION, allowed_error
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
@@ -350,20 +347,6 @@ def test_threads_do_not_change_the_result():
         torch.set_num_threads(threads)
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True) if a is not None)
-
-
-@pytest.mark.parametrize("isa", ["baseline", "avx2"])
-def test_every_instruction_set(isa):
-    if isa not in (native.build_info() or {"cpu_isas": "baseline"})["cpu_isas"].split(","):
-        pytest.skip(f"this build has no kernels for {isa}")
-    names = "test_random_cases or test_decode or (test_every_head_dim and 72)"
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", names],
-        env=os.environ | {"DFLASH_EXT_CPU_ISA": isa},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout
 
 
 def test_autocast_casts_instead_of_refusing(device):

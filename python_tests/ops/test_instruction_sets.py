@@ -1,4 +1,4 @@
-"""Every build of the loss, sampling, injection and product kernels gives the same results."""
+"""Every build of the kernels gives the same results; attention is compared with its definition in each."""
 
 import functools
 import os
@@ -50,10 +50,19 @@ for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
 """
 
 
+ATTENTION = """
+from python_tests.ops import test_attention
+test_attention.check_random_cases(40)
+for dtype in test_attention.DTYPES:
+    for options in ({}, {"causal": True, "window": 50}):
+        test_attention.test_decode_against_caches_of_any_length(dtype, options)
+"""
+
+
 @functools.cache
 def measure(isa):
     done = subprocess.run(
-        [sys.executable, "-c", MEASURE],
+        [sys.executable, "-c", (ATTENTION if isa else "") + MEASURE],
         cwd=Path(__file__).parents[2],
         env=os.environ | {"DFLASH_EXT_CPU_ISA": isa, "OMP_NUM_THREADS": "1"},
         capture_output=True,

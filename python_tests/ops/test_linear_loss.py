@@ -9,6 +9,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from dflash_ext import linear_cross_entropy, reference
 from python_tests.exactness import allowed_error
+from python_tests.pairwise import pairwise
 
 OPTIONS = {
     "softcap": 4.0,
@@ -345,9 +346,9 @@ def test_autocast_leaves_float64_alone(device):
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
 
-@pytest.mark.parametrize("train_head", [False, True], ids=["frozen", "trainable"])
-@pytest.mark.parametrize("reduction", ["mean", "none"])
-@pytest.mark.parametrize("max_rows", [None, 9])
+@pytest.mark.parametrize(
+    "max_rows, reduction, train_head", pairwise([None, 9], ["mean", "none"], [False, True]), ids=str
+)
 def test_compiles_once_for_all_lengths(max_rows, reduction, train_head, device):
     torch.manual_seed(5)
     graphs = CompileCounterWithBackend("aot_eager")

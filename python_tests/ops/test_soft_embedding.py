@@ -31,7 +31,7 @@ def error(got, want):
     "options", [{}, {"temperature": 0.4}, {"softcap": 5.0}, {"temperature": 2.5, "softcap": 30.0}], ids=str
 )
 def test_matches_the_definition(options, dtype, device):
-    for rows, vocab, width in ((1, 1, 8), (3, 7, 16), (5, 1000, 24), (4, 9001, 64), (300, 30_011, 8)):
+    for rows, vocab, width in ((1, 1, 8), (3, 7, 16), (5, 1000, 24), (4, 9001, 64), (40, 30_011, 8)):
         logits, embedding = inputs(rows, vocab, width, dtype, device)
         got, want = soft_embedding(logits, embedding, **options), exact(logits, embedding, **options)
         p = torch.softmax(torch.zeros_like(logits), -1)  # what torch's own product of this dtype is off by
@@ -62,8 +62,9 @@ def test_logits_that_are_not_finite(device):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_later_chunks_may_hold_much_larger_logits(dtype, device, monkeypatch):
-    monkeypatch.setattr(importlib.import_module("dflash_ext.ops.soft_embedding"), "_WEIGHTS_AT_A_TIME", 8 << 20)
-    logits, embedding = inputs(2000, 13_000, 8, dtype, device)
+    module = importlib.import_module("dflash_ext.ops.soft_embedding")
+    monkeypatch.setattr(module, "_WEIGHTS_AT_A_TIME", 0)  # the least chunks
+    logits, embedding = inputs(100, 13_000, 8, dtype, device)
     logits[:, 5000:] += 60
     logits[:, 10_000:] += 200
     logits[1::2, :5000] = -math.inf
