@@ -23,9 +23,9 @@ _ACTIVATIONS = {type(ACT2FN["silu"]): "silu", type(ACT2FN["gelu_pytorch_tanh"]):
 def fused_forwards(model: nn.Module) -> dict[nn.Module, Forward]:
     """The fused forward of every RMS norm and gated MLP in a model, whatever its family.
 
-    What a module computes, a row of random numbers tells. A module that computes something else has none. Of two
-    operators the nearer one is right: where Gemma's weights are large, 1 more or less changes no more than a few
-    percent, which bfloat16 may hide in a single number.
+    What a module computes, rows of small and of large random numbers tell; some MLPs clamp the large ones alone. A
+    module that computes something else has none. Of two operators the nearer one is right: where Gemma's weights are
+    large, 1 more or less changes no more than a few percent, which bfloat16 may hide in a single number.
     """
     forwards = {}
     for module in model.modules():
@@ -77,8 +77,10 @@ def _gated_mlps(module: nn.Module) -> Iterator[Forward]:
 
 @torch.no_grad()
 def _distance(module: nn.Module, forward: Forward, like: Tensor) -> float:
-    """How far this forward's results are from the module's own on average, as a share of the latter. The row has the
-    width, the device and the dtype of `like`."""
-    row = torch.randn(1, 1, like.shape[-1], generator=torch.Generator().manual_seed(0)).to(like.device, like.dtype)
-    want, got = module(row).float(), forward(row).float()
-    return float((got - want).norm() / want.norm())
+    """How far this forward's results are from the module's own on average, as a share of the latter, in the worse of
+    two rows. They have the width, the device and the dtype of `like`."""
+    rows = torch.randn(1, 2, like.shape[-1], generator=torch.Generator().manual_seed(0))
+    rows[:, 1] *= 8
+    rows = rows.to(like.device, like.dtype)
+    want, got = module(rows).float(), forward(rows).float()
+    return float(((got - want).norm(dim=-1) / want.norm(dim=-1)).max())

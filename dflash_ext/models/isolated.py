@@ -35,9 +35,9 @@ def isolated(layers: Sequence[nn.Module], inputs: Tensor, read: Read) -> Iterato
 
     def before(number: int) -> Callable:
         def replace(_: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-            if threading.get_ident() != thread:
+            given = args[0] if args else kwargs.get("hidden_states")
+            if threading.get_ident() != thread or not isinstance(given, Tensor):
                 return None
-            given = args[0] if args else kwargs["hidden_states"]
             if number == 0:
                 seen(0, "input", given)
             other = inputs.to(given.device, given.dtype).expand_as(given)

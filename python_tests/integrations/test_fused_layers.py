@@ -61,6 +61,16 @@ def test_a_weight_that_is_put_in_the_place_of_another_is_read():
     torch.testing.assert_close(forward(row), norm(row))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_mlp_that_clamps_large_numbers_keeps_its_forward(dtype):
+    """As those of DeepSeek-V4, which have the modules of any other gated MLP."""
+    mlp = tiny_model("llama").model.layers[0].mlp.to(dtype)
+    gate, up = mlp.gate_proj, mlp.up_proj
+    assert mlp in fused_forwards(mlp)
+    mlp.forward = lambda x: mlp.down_proj(mlp.act_fn(gate(x).clamp(max=1)) * up(x).clamp(-1, 1))
+    assert mlp not in fused_forwards(mlp)
+
+
 def test_a_module_that_computes_something_else_keeps_its_forward():
     model = tiny_model("llama")
     norm, mlp = model.model.norm, model.model.layers[0].mlp
