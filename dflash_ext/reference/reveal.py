@@ -85,6 +85,8 @@ def reveal_count(total: Tensor, step: int | Tensor, steps: int, *, schedule: str
     if schedule == "linear":
         count = total // steps + (step < total % steps)
     else:
-        before, after = ((total * torch.cos(math.pi * s.double() / (2 * steps))).floor() for s in (step, step + 1))
+        # In floating point, the cosine of half of pi may be below 0.
+        shares = (torch.cos(math.pi * s.double() / (2 * steps)).clamp(min=0) for s in (step, step + 1))
+        before, after = ((total * share).floor() for share in shares)
         count = before - after
     return torch.where((step >= 0) & (step < steps), count, 0).to(total.dtype)

@@ -81,7 +81,7 @@ def test_reveal_left_to_right_and_with_a_hopeless_score():
 
 
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])
-@pytest.mark.parametrize("steps", [1, 3, 8, 20])
+@pytest.mark.parametrize("steps", [1, 3, 8, 13, 20])
 def test_reveal_counts_add_up(schedule, steps):
     total = torch.tensor([0, 1, 7, 8, 33])
     counts = torch.stack([reference.reveal_count(total, s, steps, schedule=schedule) for s in range(steps)])
