@@ -1,0 +1,113 @@
+"""The block size "auto" beside plain decoding and the drafter's own block: ``python -m bench.auto PROMPTS...``.
+
+SmolLM2-135M-Instruct answers the first prompts of each file greedily, with the shipped drafter and with a useless one,
+whose weights are random, for each number of rows and of new tokens. Nothing ends an answer early. A row of the results
+is the time of all answers, prompts included; all ways take turns. "cold" is the first time of a new engine, which
+captures graphs on a GPU and measures what cycles cost; "warm" is the shortest time of the same engine with the same
+prompts again.
+
+On a CPU the time is the processor's, which other work on the machine changes little, and answers have to be equal.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import time
+from itertools import product
+from pathlib import Path
+
+import torch
+
+from bench import runner
+from dflash_ext.data import encode, read_conversations
+from dflash_ext.decode import Engine
+from dflash_ext.demo.real import DRAFTER
+from dflash_ext.models import DFlashDrafter, Target, load_pair, load_target
+
+DRAFTERS = "shipped", "useless"
+WAYS = "plain", "block", "auto"
+
+
+def useless(target: Target, like: DFlashDrafter) -> DFlashDrafter:
+    """A drafter of random weights."""
+    torch.manual_seed(0)
+    return DFlashDrafter(like.config).to(target.device, target.dtype).eval().requires_grad_(False)
+
+
+def clock(device: torch.device) -> float:
+    if device.type == "cpu":
+        return time.process_time()
+    torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def run(engine: Engine, prompts: list[list[int]], new: int) -> tuple[float, list[list[int]]]:
+    """The seconds of the answers of `new` tokens, and the answers."""
+    begin = clock(engine.state.device)
+    requests = [engine.submit(prompt, max_new_tokens=new) for prompt in prompts]
+    engine.run()
+    return clock(engine.state.device) - begin, [request.completion.tokens for request in requests]
+
+
+def turns(engines: dict[str, Engine], prompts: list[list[int]], new: int, count: int) -> dict[str, list[float]]:
+    """The seconds of each engine, the first, the second ... time."""
+    seconds: dict[str, list[float]] = {name: [] for name in engines}
+    for turn in range(count):
+        answers = {}
+        for name in list(engines)[:: -1 if turn % 2 else 1]:
+            taken, answers[name] = run(engines[name], prompts, new)
+            seconds[name].append(taken)
+        equal = len({str(each) for each in answers.values()}) == 1
+        assert equal or next(iter(engines.values())).state.device.type == "cuda", "the answers differ"
+    return seconds
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("prompts", nargs="+", type=Path)
+    parser.add_argument("--field")
+    parser.add_argument("--drafters", nargs="*", default=list(DRAFTERS), choices=DRAFTERS)
+    parser.add_argument("--ways", nargs="*", default=list(WAYS[1:]), choices=WAYS[1:], help="beside plain decoding")
+    parser.add_argument("--rows", nargs="*", type=int, default=[1, 8, 32])
+    parser.add_argument("--new-tokens", nargs="*", type=int, default=[96, 128, 384])
+    parser.add_argument("--turns", type=int, default=3, help="at least 2")
+    parser.add_argument("--threads", type=int, default=1, help="on a CPU")
+    given = parser.parse_args()
+    torch.set_num_threads(given.threads)
+    model, tokenizer = load_target("smollm2")
+    target, shipped = load_pair(model, DRAFTER)
+    drafters = {"shipped": shipped, "useless": useless(target, shipped)}
+    sets = {
+        path.stem: [
+            encode(each, tokenizer, max_prompt_tokens=1024)
+            for each in read_conversations(path, field=given.field, limit=max(given.rows))
+        ]
+        for path in given.prompts
+    }
+    # What a process does once for all engines, such as loading kernels, is done before.
+    for drafter in (None, shipped):
+        run(Engine(target, drafter, slots=1, max_length=64), [[3]], 8)
+    name, rows = f"auto_{runner.gpu_name() if target.device.type == 'cuda' else 'cpu'}", []
+    for new, count, (stem, asked), which in product(given.new_tokens, given.rows, sets.items(), given.drafters):
+        sizes = {"slots": count, "max_length": max(map(len, asked[:count])) + new}
+        engines = {"plain": Engine(target, None, **sizes)}
+        for way in given.ways:
+            engines[way] = Engine(target, drafters[which], **sizes, block_size="auto" if way == "auto" else None)
+        seconds = turns(engines, asked[:count], new, given.turns)
+        for way, each in seconds.items():
+            for state, at in {"cold": slice(1), "warm": slice(1, None)}.items():
+                taken, plain = (min(x[at]) for x in (each, seconds["plain"]))
+                row = {"case": f"SmolLM2-135M, {stem}, {count} rows, {new} tokens", "impl": way, "pass": state}
+                row["impl"] += "" if way == "plain" else f", {which} drafter"
+                row |= {"ms": 1e3 * taken, "tokens_per_second": count * new / taken, "over_plain": taken / plain}
+                rows.append(row)
+                print("{case:48} {impl:22} {pass}  {ms:8.1f} ms, {over_plain:.3f} of plain".format(**row), flush=True)
+        runner.write(name, rows)
+        del engines
+        gc.collect()
+    print(runner.RESULTS / f"{name}.json")
+
+
+if __name__ == "__main__":
+    main()
