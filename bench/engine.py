@@ -16,7 +16,6 @@ import torch
 from bench import engine_peers, runner
 from bench.engine_models import SHAPES, bytes_of, caches_of, loaded, pair, replay, timed
 from dflash_ext.decode import Engine, decode
-from dflash_ext.decode.pace import Pace
 from dflash_ext.models import DFlashDrafter, Target
 
 PARTS = ("engine", "exact", "auto", "memory", "peers", "compiled")
@@ -83,7 +82,7 @@ class Bench:
 
         def seconds(engine: Engine, new: int) -> float:
             if engine.pace is not None:
-                engine.pace = Pace(engine.pace.widths)  # it learns anew that drafts are wrong
+                engine.pace = type(engine.pace)(engine.pace.widths)
             for prompt in prompts:
                 engine.submit(prompt, max_new_tokens=new)
             torch.cuda.synchronize()

@@ -25,11 +25,12 @@ from .arguments import (
     token_bias,
 )
 from .completion import Completion, Decoded
+from .costs import Costs, draft_widths
 from .drawing import Drawing
 from .faults import detached
 from .graphs import runner
 from .kinds import Drafter, loaded, make_cycle
-from .pace import Costs, Pace, draft_widths
+from .pace import Pace, Rows
 from .prefill import TOKENS, prefill, wave
 from .request import Request
 from .state import State
@@ -323,7 +324,9 @@ class Engine:
         if self.pace is None:
             return self.runner.run(slots, drawing, self.cycle.width)
         rows = self.runner.size(len(slots))
-        width = self.costs.choose(rows, self.pace)
+        table, width = self.costs.table(rows), 0
+        if table is not None:
+            width = self.pace.choose(table, self.costs.longest(rows), self._rows(requests))
         if self.costs.is_measured(rows, width):
             records = self.runner.run(slots, drawing, width)
         else:
@@ -331,6 +334,9 @@ class Engine:
             self.costs.add(rows, width, *seconds)
         self.pace.spend(self.costs.of(rows, width))
         return records
+
+    def _rows(self, requests: list[Request]) -> Rows:
+        return Rows([request.pace for request in requests], [request.left for request in requests], bool(self.waiting))
 
     def _read_but(self, count: int) -> None:
         """Reads all records but the last `count`."""
@@ -340,10 +346,9 @@ class Engine:
     def _read(self, record: Record) -> None:
         values = record.read()
         if not record.is_prefill:
-            active = [row for row in values if row[0]]
-            self.cycles += bool(active)
+            self.cycles += any(active for active, *_ in values)
             if self.pace is not None:
-                self.pace.observe([(verified, accepted) for _, verified, accepted, token, *_ in active if token >= 0])
+                self._observe(record.requests, values)
         interrupt = None
         for request, row in zip(record.requests, values, strict=True):
             if request.done:
@@ -357,6 +362,18 @@ class Engine:
                 self._release(request)
         if interrupt is not None:
             raise interrupt
+
+    def _observe(self, requests: list[Request], values: list) -> None:
+        """Tells the pace what a cycle has accepted, before it is committed."""
+        read = [(request, *row[1:3]) for request, row in zip(requests, values, strict=True) if row[0] and row[3] >= 0]
+        if not read:
+            return
+        if self.waiting:
+            saved = sum(accepted for *_, accepted in read) / len(read)
+        else:
+            left = [request.left for request, *_ in read]
+            saved = max(left) - max(n - accepted for n, (*_, accepted) in zip(left, read, strict=True))
+        self.pace.observe([(request.pace, verified, accepted) for request, verified, accepted in read], saved)
 
     def _commit(self, request: Request, row, is_prefill: bool) -> None:
         _, verified, accepted, token, *drafted = (True, 0, 0, row) if is_prefill else row

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from .completion import Completion
+from .pace import RowPace
 from .text import Text
 
 
@@ -21,6 +22,7 @@ class Request:
         on_finish: called with the completion when the request ends.
         decoded: the number of tokens that were decoded. The completion may have fewer, if a stop string ended it, or if
             the last ones may be the beginning of one.
+        pace: what was accepted of its drafts.
     """
 
     prompt: Sequence[int]
@@ -36,6 +38,12 @@ class Request:
     completion: Completion = field(default_factory=Completion)
     slot: int | None = None
     decoded: int = 0
+    pace: RowPace = field(default_factory=RowPace)
+
+    @property
+    def left(self) -> int:
+        """The number of tokens that may yet be decoded."""
+        return self.max_new_tokens - self.decoded
 
     @property
     def done(self) -> bool:

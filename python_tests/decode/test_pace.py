@@ -9,7 +9,8 @@ from dflash_ext.decode import Engine, decode
 from dflash_ext.decode.cycle import Cycle
 from dflash_ext.decode.drawing import Drawing
 from dflash_ext.decode.graphs import PlainRunner
-from dflash_ext.decode.pace import LOSS, LOSS_SHARE, PROBE, RUNS, Costs, Pace, draft_widths
+from dflash_ext.decode.costs import RUNS, Costs, draft_widths
+from dflash_ext.decode.pace import LOSS, LOSS_SHARE, PROBE, Pace, RowPace, Rows
 from python_tests.decode.oracle import Oracle, own_output
 from python_tests.tiny import random_prompts, tiny_pair
 
