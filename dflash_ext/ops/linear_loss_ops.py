@@ -71,6 +71,10 @@ class _Call(NamedTuple):
         """The weights if rows that do not count may be among those that are computed, otherwise None."""
         return None if self.max_rows is None else self.weight
 
+    def rows_that_count(self) -> tuple[Tensor | None, Tensor | None]:
+        """The rows to compute, and those that are too many, as the function of this name gives them."""
+        return rows_that_count(_OP, len(self.target), self.weight, self.max_rows)
+
 
 # ------------------------------------------------------------------- what is computed
 
@@ -284,7 +288,7 @@ def _added(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
 def loss_of_rows(sized: tuple, options: tuple, per_row: bool, train_hidden: bool, train_head: bool) -> tuple:
     """What the operator below returns first: losses, nll, correct and entropy."""
     call = _Call.of(sized, options)
-    rows, overflow = rows_that_count(_OP, len(call.target), call.weight, call.max_rows)
+    rows, overflow = call.rows_that_count()
     x = call.hidden
     is_selected = train_head and (rows is not None or call.padding is not None)
     if is_selected:
@@ -353,7 +357,7 @@ def _forward(*inputs):
     these are all rows, and both are empty if K is more than kept_rows. What is not asked for is empty.
     """
     call, per_row, make_hidden, keep = _Call.of(inputs[:10], inputs[13:]), *inputs[10:13]
-    rows, overflow = rows_that_count(_OP, len(call.target), call.weight, call.max_rows)
+    rows, overflow = call.rows_that_count()
     (losses, *others), made, kept = _losses(call, rows, None, make_hidden, keep)
     if overflow is not None:
         losses.masked_fill_(overflow, torch.nan)
@@ -376,7 +380,7 @@ def _backward_of(grad_losses, made, kept, rows, *inputs):
     elif len(kept):
         rows = rows if len(rows) else None
     else:
-        rows, _ = rows_that_count(_OP, len(call.target), call.weight, call.max_rows)
+        rows, _ = call.rows_that_count()
     grad_rows, grad_head = _gradients(call, rows, grad_losses, made, kept, *trained)
     empty = call.hidden.new_empty(0)
     grad_hidden = empty if grad_rows is None else _in_place_of(rows, grad_rows, call.hidden)
