@@ -6,6 +6,8 @@ forward, which verifies a draft and makes the next one, is in `one_forward`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -43,6 +45,16 @@ class Cycle:
     def begin(self, slots: Tensor, drawing: Drawing) -> None:
         """What is to be done for new rows, whose prompts have been read."""
 
+    def before(self, slots: Sequence[int], width: int) -> None:
+        """What is to be done outside of a graph before a cycle of these slots that drafts `width` tokens."""
+        if self.draft is not None:
+            self.draft.catch_up(slots, width, self.state.numbers)
+
+    def after(self, slots: Sequence[int], width: int) -> None:
+        """What the host has to know of a cycle that did not fail."""
+        if self.draft is not None and self.draft.backlog is not None and not width:
+            self.draft.backlog.count(slots)
+
     def __call__(self, slots: Tensor, drawing: Drawing, width: int, watch: Stopwatch) -> Tensor:
         """Advances the rows in these slots (int64 [B]) by one cycle that drafts `width` tokens.
 
@@ -62,8 +74,10 @@ class Cycle:
         result = self._verify(rows, drafted, drawn, logits, filters, changes)
         watch.start("commit")
         records, kept = self._end(slots, rows, drafted, result, logits)
-        if self.draft is not None:
+        if self.draft is not None and (width or self.draft.backlog is None):
             self.draft.commit(tokens, features, kept, rows.slots)
+        elif self.draft is not None:
+            self.draft.backlog.keep(features, rows)
         self._count(slots, rows, drafted, result, changes)
         watch.stop()
         return records

@@ -128,6 +128,7 @@ class Engine:
         drafter = loaded(drafter, target)
         width = draft_width(target, drafter, None if block_size == AUTO else block_size)
         drafting = {"forwards": forwards, "groups": groups, "steps": denoising(denoising_steps), "greedy": greedy_draft}
+        drafting["lazy"] = block_size == AUTO
         self.target, self.max_length, self.tokenizer = target, max_length, tokenizer
         self.watch = Stopwatch(target.device)
         self.state = State(slots, target.vocab_size, target.device)

@@ -38,11 +38,14 @@ class PlainRunner:
         """
         numbers = self.cycle.state.numbers
         before = numbers.clone()
+        self.cycle.before(slots, width)
         try:
-            return self.cycle(torch.tensor(slots, device=self.device), drawing, width, watch or self.watch)
+            records = self.cycle(torch.tensor(slots, device=self.device), drawing, width, watch or self.watch)
         except BaseException:
             numbers.copy_(before)
             raise
+        self.cycle.after(slots, width)
+        return records
 
     def size(self, rows: int) -> int:
         """The number of slots that a cycle of so many rows computes."""
@@ -108,7 +111,9 @@ class GraphRunner(PlainRunner):
         if captured.shown != filled:
             captured.slots.copy_(torch.tensor(filled), non_blocking=True)
             captured.shown = filled
+        self.cycle.before(slots, width)
         captured.graph.replay()
+        self.cycle.after(slots, width)
         captured.replays += 1
         return captured.records[: len(slots)]
 

@@ -86,12 +86,14 @@ def make_cycle(
     exact: bool,
     steps: int,
     greedy: bool,
+    lazy: bool,
 ) -> Cycle:
     """The cycle for a drafter.
 
     Args:
         slots: those of the caches, the spare one included.
         width: the most drafted tokens of a block.
+        lazy: whether tokens that plain cycles commit may wait for the next draft until the drafter reads them.
 
     Raises ValueError for a drafter that the target's forward does not serve.
     """
@@ -111,7 +113,7 @@ def make_cycle(
         if isinstance(drafter, Denoiser):
             return Cycle(state, forward, CanvasDraft(drafter, target, **sizes, **options))
         kind = UniformDraft if drafter.config.noise == "uniform" else BlockDraft
-        return Cycle(state, forward, kind(drafter, target, **sizes, **options))
+        return Cycle(state, forward, kind(drafter, target, **sizes, **options, lazy=lazy))
     drafts = forward
     if drafter.base is not None:
         drafter.base.check_length(max_length, f"rows of {max_length} tokens")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -9,6 +11,7 @@ from ...models import Target
 from ...ops.cycle import CycleRows
 from ..drawing import draw
 from ..kv_cache import KVCache
+from .backlog import MOST, Backlog
 from .sampler import CandidateSampler
 
 
@@ -27,9 +30,11 @@ class Draft:
 
     Attributes:
         cache: the drafter's own; None if the target's serves it.
+        backlog: what plain cycles leave for the next draft; None if their tokens are kept at once.
     """
 
     cache: KVCache | None = None
+    backlog: Backlog | None = None
 
     def __init__(
         self,
@@ -51,6 +56,17 @@ class Draft:
     def commit(self, tokens: Tensor, features: Tensor | None, positions: Tensor, slots: Tensor) -> None:
         """Keeps what a cycle has committed; the arguments are those of `inject`."""
         self.inject(tokens, features, positions, slots)
+
+    def catch_up(self, slots: Sequence[int], width: int, state: Tensor) -> None:
+        """Keeps what waits in slots, if the next cycle drafts (`width` is not 0) or there is no room for its tokens.
+
+        state: the engine's numbers.
+        """
+        late = [slot for slot in slots if self.backlog is not None and self.backlog.counts[slot]]
+        if late and (width or max(self.backlog.counts[slot] for slot in late) == MOST):
+            features, positions, index = self.backlog.take(late, state)
+            self.inject(positions, features, positions, index)
+            self.backlog.forget(late)
 
     def denoise(self, rows: CycleRows, known: Tensor, count: int) -> tuple[Tensor, Tensor | None]:
         """The logits [B, count, V] of the next tokens of the blocks, in the target's vocabulary and dtype.

@@ -12,6 +12,7 @@ from ...ops.layer import add_rms_norm
 from ..forward.families import drafter_stack
 from ..forward.layers import Rows
 from ..kv_cache import KVCache, block_table
+from .backlog import Backlog
 from .base import Draft, narrow
 from .uniform import next_block, noise
 
@@ -22,6 +23,7 @@ class BlockDraft(Draft):
     Args:
         width, steps, greedy: as in `Draft`.
         slots, tokens: the number of rows, and the largest number of tokens in a row, as in `KVCache`.
+        lazy: whether features of plain cycles wait for the next draft.
     """
 
     def __init__(
@@ -34,6 +36,7 @@ class BlockDraft(Draft):
         tokens: int,
         steps: int = 1,
         greedy: bool = False,
+        lazy: bool = False,
     ):
         super().__init__(target, width=width, steps=steps, greedy=greedy, taps=target.tap_ids)
         self.drafter = drafter
@@ -48,6 +51,9 @@ class BlockDraft(Draft):
         self.weight = torch.cat([p.weight.detach() for p in projections])
         self.bias = torch.cat([p.bias.detach() for p in projections]) if config.attention_bias else None
         self.head = narrow(drafter.head(target), weight.dtype)
+        if lazy:
+            taps = len(target.tap_ids) * target.hidden_size
+            self.backlog = Backlog(slots, taps, dtype=weight.dtype, device=weight.device)
         self.k_norm = torch.stack([layer.self_attn.k_norm.weight.detach() for layer in drafter.layers])
 
     def inject(self, tokens: Tensor, features: Tensor | None, positions: Tensor, slots: Tensor) -> None:
