@@ -1,7 +1,7 @@
 """The decode engine at the shapes of real models, with random weights, beside other loops: ``python -m bench.engine``.
 
 A row is the time of a plain step, or of a cycle of drafting and verifying, as a replay of the engine's own CUDA graph.
-Exact decoding, the choice of "auto" and the memory have rows of their own.
+Exact decoding and the memory have rows of their own. ``bench.auto`` measures the choice of "auto".
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from bench.engine_models import SHAPES, bytes_of, caches_of, loaded, pair, repla
 from dflash_ext.decode import Engine, decode
 from dflash_ext.models import DFlashDrafter, Target
 
-PARTS = ("engine", "exact", "auto", "memory", "peers", "compiled")
+PARTS = ("engine", "exact", "memory", "peers", "compiled")
 LONG = 16384  # the second context of a single row
 Models = tuple[Target, DFlashDrafter]
 
@@ -71,39 +71,6 @@ class Bench:
             ms = 1e3 * (time.perf_counter() - begin)
         used = torch.cuda.max_memory_allocated() - before - sum(cache.bytes for cache in caches_of(engine))
         self.add(batch, context, "dflash_ext", "prompts and 16 tokens", {"ms": ms} | _mb(used))
-
-    def auto(self, batch: int, context: int, count: int = 384) -> None:
-        """The time of "auto" over that of plain decoding, with a drafter that is nearly always wrong."""
-        prompts = self.prompts(batch, 32).tolist()
-        engines = {
-            "plain": Engine(self.target, None, slots=batch, max_length=context),
-            "auto": Engine(self.target, self.drafter, slots=batch, max_length=context, block_size="auto"),
-        }
-
-        def seconds(engine: Engine, new: int) -> float:
-            if engine.pace is not None:
-                engine.pace = type(engine.pace)(engine.pace.widths)
-            for prompt in prompts:
-                engine.submit(prompt, max_new_tokens=new)
-            torch.cuda.synchronize()
-            begin = time.perf_counter()
-            engine.run()
-            return time.perf_counter() - begin
-
-        for engine in engines.values():
-            seconds(engine, 64)  # captures graphs and measures costs
-        taken = {name: [] for name in engines}
-        for _ in range(3):
-            for name, engine in engines.items():
-                taken[name].append(seconds(engine, count) - seconds(engine, 1))
-        plain, auto = (1e3 * min(taken[name]) / (count - 1) for name in engines)
-        costs = engines["auto"].costs.tables()[batch]
-        row = {
-            "ms": auto,
-            "ratio": round(auto / plain, 3),
-            "costs_ms": {k: round(1e3 * v, 3) for k, v in costs.items()},
-        }
-        self.add(batch, context, "dflash_ext, auto", "a token", row)
 
     def peers(self, batch: int, context: int, *, compiled: bool) -> None:
         prompts = self.prompts(batch, context)
@@ -186,7 +153,7 @@ def main() -> None:
     for shape in given.shapes:
         bench = Bench(shape, pair(SHAPES[shape]), copy_tbs)
         bench.check()
-        first, context = given.batches[0], given.context
+        context = given.context
         for batch in given.batches:
             if "engine" in given.parts:
                 bench.engine(batch, context)
@@ -197,8 +164,6 @@ def main() -> None:
                 bench.engine(batch, context, exact=True)
         if "memory" in given.parts:
             bench.memory(given.batches[-1], context)
-        if "auto" in given.parts:
-            bench.auto(first, context)
         for part in ("peers", "compiled"):
             for batch in given.batches:
                 if part in given.parts:

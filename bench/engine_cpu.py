@@ -2,24 +2,19 @@
 
 All three decode the prompts of the demo greedily in float32, to the same tokens, one prompt after another in turns. A
 time is that of a token, prompt and setting up included.
-
-``--auto prompts.jsonl --rows 7`` compares the block size "auto" with plain decoding instead, 7 prompts at a time. The
-time is the processor's, which other work on the machine changes little.
 """
 
 from __future__ import annotations
 
 import argparse
-import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 
 from bench import runner
 from bench.timing import Timing
-from dflash_ext.data import Conversation, encode, read_conversations
-from dflash_ext.decode import Engine, decode
+from dflash_ext.data import Conversation, encode
+from dflash_ext.decode import decode
 from dflash_ext.demo.real import BLOCK_ON_CPU, DRAFTER, PROMPTS
 from dflash_ext.eval.speed import GENERATE, PLAIN, SPECULATIVE, take_turns, transformers_generate
 from dflash_ext.models import DFlashDrafter, Target, load_drafter, load_target
@@ -38,47 +33,16 @@ def ways(target: Target, drafter: DFlashDrafter, new_tokens: int) -> dict[str, C
     }
 
 
-def auto_over_plain(target: Target, drafter: DFlashDrafter, prompts: list[list[int]], rows: int, new: int) -> float:
-    """The processor time of answers of `new` tokens with "auto" over that of plain ones, `rows` prompts at a time.
-
-    A group of prompts is decoded in both ways, in turns, to the same tokens. "auto" measures its costs in every group.
-    """
-    seconds = {"plain": 0.0, "auto": 0.0}
-    for first in range(0, len(prompts) - rows + 1, rows):
-        group, answers, before = prompts[first : first + rows], {}, dict(seconds)
-        for name in sorted(seconds, reverse=first // rows % 2 == 1):
-            way = {"drafter": drafter, "block_size": "auto"} if name == "auto" else {}
-            engine = Engine(target, slots=rows, max_length=max(map(len, group)) + new, **way)
-            requests = [engine.submit(prompt, max_new_tokens=new) for prompt in group]
-            begin = time.process_time()
-            engine.run()
-            seconds[name] += time.process_time() - begin
-            answers[name] = [request.completion.tokens for request in requests]
-        assert answers["auto"] == answers["plain"], "auto changes the answers"
-        plain, auto = (seconds[name] - before[name] for name in ("plain", "auto"))
-        print(f"  prompts {first} to {first + rows - 1}: plain {plain:.2f} s, auto {auto:.2f} s", flush=True)
-    return seconds["auto"] / seconds["plain"]
-
-
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--auto", type=Path, metavar="<prompts>")
-    parser.add_argument("--field")
-    parser.add_argument("--rows", type=int, default=7)
-    parser.add_argument("--groups", type=int, default=2)
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
     cpu = torch.device("cpu")
     model, tokenizer = load_target("smollm2", dtype=torch.float32, device=cpu)
     drafter = load_drafter(DRAFTER, dtype=torch.float32, device=cpu)
     target = Target(model, drafter.config.target_layer_ids)
-    if given.auto:
-        asked = read_conversations(given.auto, field=given.field, limit=given.rows * given.groups)
-        prompts = [encode(each, tokenizer, max_prompt_tokens=1024) for each in asked]
-        ratio = auto_over_plain(target, drafter, prompts, given.rows, given.new_tokens)
-        return print(f'"auto" takes {ratio:.3f} times the processor time of plain decoding, {given.rows} rows')
     prompts = [encode(Conversation.user(text), tokenizer, max_prompt_tokens=1024) for text in PROMPTS]
     for way in ways(target, drafter, 4).values():  # first calls take longer
         way(prompts[0])

@@ -25,10 +25,16 @@ class Costs:
     Args:
         widths: the numbers of drafted tokens to choose from.
         given: a table that replaces all measurements, as `tables` gave it in another run. Choices then repeat.
+        unknown: what a cycle with a draft is taken to cost, in plain ones, before any is measured.
     """
 
-    def __init__(self, widths: Sequence[int], given: Mapping[int, Mapping[int, float]] | None = None):
-        self.widths = widths
+    def __init__(
+        self,
+        widths: Sequence[int],
+        given: Mapping[int, Mapping[int, float]] | None = None,
+        unknown: float = 1.0,
+    ):
+        self.widths, self.unknown = widths, unknown
         self.is_given = given is not None
         self.seconds: dict[int, dict[int, float]] = {rows: dict(table) for rows, table in (given or {}).items()}
         self.drafting: dict[int, dict[int, float]] = {rows: {} for rows in self.seconds}
@@ -109,7 +115,7 @@ class Costs:
         longest = known[-1]
         if width > longest:
             verifying = table[longest] - table[0] - self.drafting[rows].get(longest, 0.0)
-            return table[longest] + max(verifying, 0.0) * (width / longest - 1) if longest else table[0]
+            return table[longest] + max(verifying, 0.0) * (width / longest - 1) if longest else self.unknown * table[0]
         above = next(each for each in known if each > width)
         below = max(each for each in known if each < above)
         return table[below] + (table[above] - table[below]) * (width - below) / (above - below)

@@ -24,13 +24,12 @@ from .arguments import (
     stop_texts,
     token_bias,
 )
+from .auto import Auto
 from .completion import Completion, Decoded
-from .costs import Costs, draft_widths
 from .drawing import Drawing
 from .faults import detached
 from .graphs import runner
 from .kinds import Drafter, loaded, make_cycle
-from .pace import Pace, Rows
 from .prefill import TOKENS, prefill, wave
 from .request import Request
 from .state import State
@@ -41,28 +40,40 @@ SLOTS_A_WAVE = 32  # where requests wait, one of so many slots has to be free be
 TOKENS_A_SLOT = 8  # tokens that are read at a time, by the number of slots
 
 
+# Of some requests: records, and what takes note of the time.
+Work = Callable[[list[Request]], tuple[Tensor, Callable[[], None] | None]]
+
+
 @dataclass
 class Record:
-    """What the device says of some requests. On a GPU the host reads it while the next cycle runs."""
+    """What the device says of some requests. On a GPU the host reads it while the next cycle runs.
+
+    add_cost: what takes note of the cycle's time, which can be read when the record can.
+    """
 
     requests: list[Request]
     values: Tensor
     is_prefill: bool
+    add_cost: Callable[[], None] | None = None
     ready: torch.cuda.Event | None = None
 
     @classmethod
-    def of(cls, requests: list[Request], values: Tensor, *, is_prefill: bool) -> Record:
+    def of(
+        cls, requests: list[Request], values: Tensor, add_cost: Callable[[], None] | None, *, is_prefill: bool
+    ) -> Record:
         if not values.is_cuda:
-            return cls(requests, values, is_prefill)
+            return cls(requests, values, is_prefill, add_cost)
         copy = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
         copy.copy_(values, non_blocking=True)
         ready = torch.cuda.Event()
         ready.record()
-        return cls(requests, copy, is_prefill, ready)
+        return cls(requests, copy, is_prefill, add_cost, ready)
 
     def read(self) -> list:
         if self.ready is not None:
             self.ready.synchronize()
+        if self.add_cost is not None:
+            self.add_cost()
         return self.values.tolist()
 
 
@@ -77,7 +88,7 @@ class Engine:
             in every slot.
         block_size: slots of a drafted block, anchor included. The drafter's own number is the default and the largest.
             "auto" chooses anew before each cycle, from what was accepted so far and from what cycles cost here
-            (`decode.pace`). It may also choose to draft nothing.
+            (`decode.auto`). It may also choose to draft nothing.
         costs: with "auto", what cycles cost, as `engine.costs.tables()` of an earlier engine: seconds by the number of
             rows and by that of drafted tokens. By default they are measured. With a table, a seed repeats an answer.
         denoising_steps: 1 to 3 forwards of the drafter fill a block, from left to right. Each sees what the ones before
@@ -136,9 +147,8 @@ class Engine:
         with torch.no_grad():
             self.cycle = make_cycle(self.state, target, drafter, **sizes, **drafting, exact=exact)
             self.runner = runner(self.cycle)
-        paced = draft_widths(self.cycle.width), self.cycle.lead, self.cycle.groups
-        self.pace = Pace(*paced) if block_size == AUTO and width else None
-        self.costs = Costs(self.pace.widths, costs) if self.pace else None
+        self.auto = Auto(self.cycle, self.runner, costs) if block_size == AUTO and width else None
+        self.costs = self.auto.costs if self.auto else None
         self.waiting: deque[Request] = deque()
         self.rows: dict[int, Request] = {}  # by slot, in the order of admission
         self.free = list(range(slots))
@@ -253,18 +263,19 @@ class Engine:
         Raises no fault of a request. An interrupt (such as Ctrl-C) in a callback is raised after all tokens have been
         handed out.
         """
-        on_gpu = self.state.device.type == "cuda"
         if self.waiting and len(self.free) >= min(len(self.waiting), self.least):
             self._admit(wave(self.waiting, len(self.free), self.most_read))
-        if not on_gpu:
-            self._read_but(0)
+        self._read_but(self.runner.lag)
         if self.rows:
             self._together(list(self.rows.values()), self._cycle, is_prefill=False)
-        # On a GPU the host reads one record behind, so that the device never waits for it.
-        self._read_but(1 if on_gpu and self.rows else 0)
-        return bool(self.waiting or self.rows or self.records)
+        # On a GPU the host reads one record behind or more, so that the device never waits for it.
+        self._read_but(self.runner.lag if self.rows else 0)
+        goes_on = bool(self.waiting or self.rows or self.records)
+        if self.auto is not None and not goes_on:
+            self.auto.pace.rest()
+        return goes_on
 
-    def _together(self, requests: list[Request], work: Callable[[list[Request]], Tensor], *, is_prefill: bool) -> None:
+    def _together(self, requests: list[Request], work: Work, *, is_prefill: bool) -> None:
         """Does `work` for these requests, in the models' own dtypes, and keeps its record.
 
         If it fails, it is done for each half of them, which takes less memory. So a request ends only by what it raises
@@ -278,12 +289,12 @@ class Engine:
             part = parts.popleft()
             try:
                 with torch.autocast(self.state.device.type, enabled=False):
-                    values = work(part)
+                    values, add_cost = work(part)
             except Exception as error:
                 lacks_memory |= len(part) > 1 and isinstance(error, torch.OutOfMemoryError)
                 fault = detached(error)
             else:
-                self.records.append(Record.of(part, values, is_prefill=is_prefill))
+                self.records.append(Record.of(part, values, add_cost, is_prefill=is_prefill))
                 fitted = max(fitted, len(part))
                 continue
             if len(part) == 1:
@@ -301,7 +312,7 @@ class Engine:
             self.rows[request.slot] = request
         self._together(requests, self._prefill, is_prefill=True)
 
-    def _prefill(self, requests: list[Request]) -> Tensor:
+    def _prefill(self, requests: list[Request]) -> tuple[Tensor, None]:
         if self.state.widen_stops(max(len(request.stops) for request in requests)):
             self.runner.reset()
         slots = torch.tensor([request.slot for request in requests], device=self.state.device)
@@ -317,27 +328,15 @@ class Engine:
         self.watch.start("prefill")
         first = prefill(self.cycle, requests, Drawing.of(requests))
         self.watch.stop()
-        return first
+        return first, None
 
-    def _cycle(self, requests: list[Request]) -> Tensor:
+    def _cycle(self, requests: list[Request]) -> tuple[Tensor, Callable[[], None] | None]:
         drawing = Drawing.of(requests)
-        slots = [request.slot for request in requests]
-        if self.pace is None:
-            return self.runner.run(slots, drawing, self.cycle.width)
-        rows = self.runner.size(len(slots))
-        table, width = self.costs.table(rows), 0
-        if table is not None:
-            width = self.pace.choose(table, self.costs.longest(rows), self._rows(requests))
-        if self.costs.is_measured(rows, width):
-            records = self.runner.run(slots, drawing, width)
-        else:
-            records, *seconds = self.runner.timed_run(slots, drawing, width)
-            self.costs.add(rows, width, *seconds)
-        self.pace.spend(self.costs.of(rows, width))
-        return records
-
-    def _rows(self, requests: list[Request]) -> Rows:
-        return Rows([request.pace for request in requests], [request.left for request in requests], bool(self.waiting))
+        if self.auto is not None:
+            return self.auto.run(requests, drawing, others_wait=bool(self.waiting))
+        slots, left = [request.slot for request in requests], max(request.left for request in requests)
+        size, width = self.runner.plan(len(slots), drawing, self.cycle.width, self.cycle.width, left)
+        return self.runner.run(slots, drawing, width, size), None
 
     def _read_but(self, count: int) -> None:
         """Reads all records but the last `count`."""
@@ -348,8 +347,10 @@ class Engine:
         values = record.read()
         if not record.is_prefill:
             self.cycles += any(active for active, *_ in values)
-            if self.pace is not None:
-                self._observe(record.requests, values)
+            if self.auto is not None:
+                pairs = zip(record.requests, values, strict=True)
+                read = [(request, *row[1:3]) for request, row in pairs if row[0] and row[3] >= 0]
+                self.auto.observe(read, others_wait=bool(self.waiting))
         interrupt = None
         for request, row in zip(record.requests, values, strict=True):
             if request.done:
@@ -363,18 +364,6 @@ class Engine:
                 self._release(request)
         if interrupt is not None:
             raise interrupt
-
-    def _observe(self, requests: list[Request], values: list) -> None:
-        """Tells the pace what a cycle has accepted, before it is committed."""
-        read = [(request, *row[1:3]) for request, row in zip(requests, values, strict=True) if row[0] and row[3] >= 0]
-        if not read:
-            return
-        if self.waiting:
-            saved = sum(accepted for *_, accepted in read) / len(read)
-        else:
-            left = [request.left for request, *_ in read]
-            saved = max(left) - max(n - accepted for n, (*_, accepted) in zip(left, read, strict=True))
-        self.pace.observe([(request.pace, verified, accepted) for request, verified, accepted in read], saved)
 
     def _commit(self, request: Request, row, is_prefill: bool) -> None:
         _, verified, accepted, token, *drafted = (True, 0, 0, row) if is_prefill else row

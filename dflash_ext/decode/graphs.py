@@ -5,15 +5,14 @@ from __future__ import annotations
 import time
 import traceback
 import warnings
-from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections import Counter, defaultdict
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from .capture import capture, warm_up_stream
+from .capture import capture, warm_up
 from .cycle import Cycle
 from .drawing import Drawing
 from .forward import ModuleForward
@@ -21,52 +20,85 @@ from .stopwatch import Stopwatch
 
 # A graph has one number of rows. Slots beyond the rows that are decoded are filled up with the spare slot.
 SIZES = (1, 2, 4, 8, 16, 24, 32)
+# A plain call and a capture take the host about 8 ms each. Before it, so many seconds of cycles are queued, or so many
+# cycles if it is not known how long they take, so that the device has work in the meantime.
+QUEUED, AHEAD = 16e-3, 20
+MISSED = 64  # as often a larger graph stands in for a smaller one, until that is made
+
+
+def sizes_of(slots: int) -> list[int]:
+    """The numbers of rows of an engine's graphs, ascending; the last one is that of all slots."""
+    return [*(size for size in SIZES if size < slots), slots]
+
+
+Cost = Callable[[], tuple[float, float]]
 
 
 class PlainRunner:
-    """Calls the cycle."""
+    """Calls the cycle.
+
+    Attributes:
+        lag: the number of last cycles whose records the host need not have read before the next one.
+        is_steady: whether a cycle hardly takes longer for more drafted tokens, as far as is known before it is run.
+    """
+
+    is_steady = False
 
     def __init__(self, cycle: Cycle):
         self.cycle = cycle
         self.device = cycle.state.device
         self.watch = Stopwatch(self.device)
+        self.lag = int(self.device.type == "cuda")
 
-    def run(self, slots: Sequence[int], drawing: Drawing, width: int, watch: Stopwatch | None = None) -> Tensor:
+    def plan(
+        self, rows: int, drawing: Drawing, width: int, other: int, left: int, seconds: float | None = None
+    ) -> tuple[int, int]:
+        """The number of slots that the next cycle computes, and the number of tokens that it drafts.
+
+        Args:
+            width: the tokens that it is to draft. other: what it drafts if that is not ready.
+            left: the number of tokens that the last of its rows may yet decode.
+            seconds: what a plain cycle takes; None if that is not known.
+        """
+        return rows, width
+
+    def size(self, rows: int, drawing: Drawing, width: int) -> int:
+        """The number of slots that such a cycle computes if it need not be made ready."""
+        return rows
+
+    def is_ready(self, rows: int, drawing: Drawing, width: int) -> bool:
+        """Whether such a cycle can be run at once."""
+        return True
+
+    def run(self, slots: Sequence[int], drawing: Drawing, width: int, size: int | None = None) -> Tensor:
         """One cycle of the rows in these slots, which drafts `width` tokens. Returns their records as `Cycle` does.
+
+        size: the number of slots that it computes, as `plan` gave it.
 
         If the cycle raises, the state is what it was before.
         """
-        numbers = self.cycle.state.numbers
-        before = numbers.clone()
-        self.cycle.before(slots, width)
-        try:
-            records = self.cycle(torch.tensor(slots, device=self.device), drawing, width, watch or self.watch)
-        except BaseException:
-            numbers.copy_(before)
-            raise
-        self.cycle.after(slots, width)
-        return records
+        return self._run(slots, drawing, width, size, self.watch)
 
-    def size(self, rows: int) -> int:
-        """The number of slots that a cycle of so many rows computes."""
-        return rows
+    def timed_run(
+        self, slots: Sequence[int], drawing: Drawing, width: int, size: int | None = None
+    ) -> tuple[Tensor, Cost | None]:
+        """As `run`. Also returns what gives the seconds that the cycle took, and those that passed while it drafted, to
+        be called when the records have been read. It is None if this cycle's time tells nothing of others.
 
-    def timed_run(self, slots: Sequence[int], drawing: Drawing, width: int) -> tuple[Tensor, float, float]:
-        """As `run`, and also returns the seconds that the cycle took, and those that passed while it drafted.
-
-        It waits for the device. On a CPU the seconds are those of the processor in this thread, so that other work on
-        the machine does not count.
+        On a CPU the seconds are those of the processor in this thread, so that other work on the machine does not
+        count.
         """
         clock = time.thread_time if self.device.type == "cpu" else time.perf_counter
         watch = Stopwatch(self.device)
         self._wait()
         start = clock()
-        records = self.run(slots, drawing, width, watch)
+        records = self._run(slots, drawing, width, size, watch)
         self._wait()
         seconds = clock() - start
         self.watch.marks += watch.marks
         phases = watch.lap()
-        return records, seconds, seconds * phases["draft"] / sum(phases.values())
+        drafting = seconds * phases["draft"] / sum(phases.values())
+        return records, lambda: (seconds, drafting)
 
     def reset(self) -> None:
         """Forgets what depends on the tensors of the state."""
@@ -74,6 +106,22 @@ class PlainRunner:
     def seconds(self) -> dict[str, float]:
         """The seconds of the phases of cycles ("draft", "verify", "commit") since the last call."""
         return self.watch.lap()
+
+    def _run(self, slots: Sequence[int], drawing: Drawing, width: int, size: int | None, watch: Stopwatch) -> Tensor:
+        numbers = self.cycle.state.numbers
+        before = numbers.clone()
+        filled = torch.tensor(self._filled(slots, size)).to(self.device, non_blocking=True)
+        self.cycle.before(slots, width)
+        try:
+            records = self.cycle(filled, drawing, width, watch)
+        except BaseException:
+            numbers.copy_(before)
+            raise
+        self.cycle.after(slots, width)
+        return records[: len(slots)]
+
+    def _filled(self, slots: Sequence[int], size: int | None) -> list[int]:
+        return [*slots, *[self.cycle.state.spare] * ((size or 0) - len(slots))]
 
     def _wait(self) -> None:
         if self.device.type == "cuda":
@@ -93,21 +141,62 @@ class Graph:
 
 
 class GraphRunner(PlainRunner):
-    """Replays a CUDA graph of the cycle, captured at its first use for each number of rows, width and way of drawing.
+    """Replays CUDA graphs of the cycle, one for each number of slots, width and way of drawing.
+
+    The first cycle of a kind is a plain call, and the second one makes its graph. Before each of the two, the host
+    queues cycles that have a graph, if there are any, so that the device does not wait for the host. A graph for
+    fewer rows is made only after a larger one has often stood in.
 
     Args:
         sizes: the numbers of slots of a graph, ascending; the last one is that of all slots.
     """
 
+    is_steady = True
+
     def __init__(self, cycle: Cycle, sizes: Sequence[int]):
         super().__init__(cycle)
         self.sizes = sizes
-        self.pool = torch.cuda.graph_pool_handle()
         self.graphs: dict[tuple[int, Drawing, int], Graph] = {}
+        self.called: set[tuple[int, Drawing, int]] = set()  # the kinds of cycles that were run by plain calls
+        self.missed: Counter[tuple[int, Drawing, int]] = Counter()
+        self.pool: tuple[int, int] | None = None
 
-    def run(self, slots: Sequence[int], drawing: Drawing, width: int) -> Tensor:
-        captured = self._graph(len(slots), drawing, width)
-        filled = [*slots, *[self.cycle.state.spare] * (len(captured.slots) - len(slots))]
+    def plan(
+        self, rows: int, drawing: Drawing, width: int, other: int, left: int, seconds: float | None = None
+    ) -> tuple[int, int]:
+        fitting, made = self._fitting(rows), self._made(rows, drawing, width)
+        is_made = made == fitting
+        if made is not None and not is_made:
+            key = fitting, drawing, width
+            self.missed[key] += 1
+            is_made = self.missed[key] < MISSED
+        if is_made:
+            self.lag = 1
+            return made, width
+        size, width_now = (made, width) if made is not None else (self._made(rows, drawing, other), other)
+        ahead = AHEAD if seconds is None else min(AHEAD, 1 + int(QUEUED / seconds))
+        if size is None or self.lag > ahead:
+            self.lag = 1
+            return fitting, width
+        # A row that ends meanwhile is known to have ended only when the host has read so far.
+        self.lag = self.lag + 1 if left > ahead + 4 else 1
+        return size, width_now
+
+    def size(self, rows: int, drawing: Drawing, width: int) -> int:
+        return self._made(rows, drawing, width) or self._fitting(rows)
+
+    def is_ready(self, rows: int, drawing: Drawing, width: int) -> bool:
+        return self._made(rows, drawing, width) is not None
+
+    def run(self, slots: Sequence[int], drawing: Drawing, width: int, size: int | None = None) -> Tensor:
+        key = size or self._fitting(len(slots)), drawing, width
+        if key not in self.graphs:
+            if key not in self.called:
+                records = self._run(slots, drawing, width, key[0], self.watch)
+                self.called.add(key)
+                return records
+            self.graphs[key] = self._capture(*key)
+        captured, filled = self.graphs[key], self._filled(slots, key[0])
         if captured.shown != filled:
             captured.slots.copy_(torch.tensor(filled), non_blocking=True)
             captured.shown = filled
@@ -117,21 +206,28 @@ class GraphRunner(PlainRunner):
         captured.replays += 1
         return captured.records[: len(slots)]
 
-    def timed_run(self, slots: Sequence[int], drawing: Drawing, width: int) -> tuple[Tensor, float, float]:
+    def timed_run(
+        self, slots: Sequence[int], drawing: Drawing, width: int, size: int | None = None
+    ) -> tuple[Tensor, Cost | None]:
         """As that of `PlainRunner`, but by the GPU's clock, so that the host's time does not count."""
-        records = self.run(slots, drawing, width)
-        phases = self._graph(len(slots), drawing, width).watch.lap()
-        return records, sum(phases.values()), phases["draft"]
+        records = self.run(slots, drawing, width, size)
+        captured = self.graphs.get((size or self._fitting(len(slots)), drawing, width))
+        if captured is None:
+            return records, None
+        last = captured.watch.last()
 
-    def size(self, rows: int) -> int:
-        return next(size for size in self.sizes if size >= rows)
+        def cost() -> tuple[float, float]:
+            phases = last()
+            return sum(phases.values()), phases["draft"]
+
+        return records, cost
 
     def reset(self) -> None:
         self.graphs.clear()
 
     def seconds(self) -> dict[str, float]:
         """All replays of a graph are taken to be as long as its last one."""
-        total: dict[str, float] = defaultdict(float)
+        total = defaultdict(float, super().seconds())
         for captured in self.graphs.values():
             if captured.replays:
                 for phase, seconds in captured.watch.lap().items():
@@ -139,37 +235,36 @@ class GraphRunner(PlainRunner):
                 captured.replays = 0
         return total
 
-    def _graph(self, rows: int, drawing: Drawing, width: int) -> Graph:
-        key = self.size(rows), drawing, width
-        if key not in self.graphs:
-            self.graphs[key] = self._capture(*key)
-        return self.graphs[key]
+    def try_one(self) -> None:
+        """Captures a cycle of one row. Raises what the capture does."""
+        key = 1, Drawing(), self.cycle.width
+        self.graphs[key] = self._capture(*key)
+
+    def _fitting(self, rows: int) -> int:
+        """The smallest number of slots that has room for so many rows."""
+        return next(size for size in self.sizes if size >= rows)
+
+    def _made(self, rows: int, drawing: Drawing, width: int) -> int | None:
+        """That of the smallest graph that does."""
+        return next((size for size in self.sizes if size >= rows and (size, drawing, width) in self.graphs), None)
 
     def _capture(self, size: int, drawing: Drawing, width: int) -> Graph:
         """Only the spare slot is decoded while a graph is made, so that no row changes."""
         slots = torch.full((size,), self.cycle.state.spare, device=self.device)
-        stream = warm_up_stream(self.device)
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            self.cycle(slots, drawing, width, Stopwatch(self.device))
-            with _waiting_raises():  # which would spoil a capture, together with the process's CUDA state
-                self.cycle(slots, drawing, width, Stopwatch(self.device))
-        torch.cuda.current_stream().wait_stream(stream)
+        if isinstance(self.cycle.target, ModuleForward):  # which may wait for the device
+            warm_up(lambda: self.cycle(slots, drawing, width, Stopwatch(self.device)), self.device)
+        if self.pool is None:
+            self.pool = torch.cuda.graph_pool_handle()
+        try:
+            return self._captured(slots, drawing, width, waits=False)
+        except torch.OutOfMemoryError:  # what PyTorch's cache of memory has may suffice
+            return self._captured(slots, drawing, width, waits=True)
+
+    def _captured(self, slots: Tensor, drawing: Drawing, width: int, *, waits: bool) -> Graph:
         graph, watch = torch.cuda.CUDAGraph(), Stopwatch(self.device, captured=True)
-        with capture(graph, pool=self.pool):
+        with capture(graph, pool=self.pool, waits=waits):
             records = self.cycle(slots, drawing, width, watch)
         return Graph(graph, slots, records, watch, shown=[])
-
-
-@contextmanager
-def _waiting_raises() -> Iterator[None]:
-    """Within it, an operator that waits for the device raises RuntimeError."""
-    before = torch.cuda.get_sync_debug_mode()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode(before)
 
 
 def runner(cycle: Cycle) -> PlainRunner:
@@ -181,12 +276,11 @@ def runner(cycle: Cycle) -> PlainRunner:
     halves = target.dtype in (torch.bfloat16, torch.float16)
     if cycle.state.device.type != "cuda" or not halves or target.is_spread:
         return PlainRunner(cycle)
-    most = cycle.state.spare
-    graphs = GraphRunner(cycle, [*(size for size in SIZES if size < most), most])
+    graphs = GraphRunner(cycle, sizes_of(cycle.state.spare))
     if isinstance(cycle.target, ModuleForward):
         try:
             cycle.target.lengthen_tables()
-            graphs.run([cycle.state.spare], Drawing(), cycle.width)
+            graphs.try_one()
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:

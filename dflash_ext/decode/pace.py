@@ -12,8 +12,9 @@ FIRST_GUESS = 0.7  # the rate at which a first drafted token is taken to be acce
 TRUST = 2.0  # as many cycles as an estimate counts, which a position takes over from the one before
 ROW_MEMORY, ROW_TRUST = 0.9, 4.0  # of a row's own luck: the weight of earlier cycles, and the tokens that 1 counts
 PROBE = 64  # among so many cycles without a draft one has the shortest draft, to see whether drafting pays again
-# What drafts may cost beyond what they gain: plain cycles, and a share of all of the time.
-LOSS, LOSS_SHARE = 1.0, 0.01
+# What drafts may cost beyond what they gain: a share of the plain cycles that are left (MOST_LEFT count at most), and a
+# share of the time that has passed.
+RISK, MOST_LEFT, SHARE = 0.03, 100, 0.01
 
 
 @dataclass
@@ -35,9 +36,9 @@ class RowPace:
 
 @dataclass
 class Rows:
-    """The rows of a cycle: the pace of each, the tokens that each may yet decode, and whether others wait for a place."""
+    """The rows of a cycle: the luck of each, the tokens that each may yet decode, and whether others wait."""
 
-    paces: Sequence[RowPace]
+    luck: Sequence[float]
     left: Sequence[int]
     others_wait: bool = False
 
@@ -47,7 +48,7 @@ class Rows:
         Where others wait, every token brings them nearer. Else the last row's end counts: the others leave, but the
         cycles go on.
         """
-        gains = [min(pace.luck * gain, left - 1) for pace, left in zip(self.paces, self.left, strict=True)]
+        gains = [min(luck * gain, left - 1) for luck, left in zip(self.luck, self.left, strict=True)]
         if self.others_wait:
             return sum(gains) / len(gains)
         return max(self.left) / max(left / (1 + gain) for left, gain in zip(self.left, gains, strict=True)) - 1
@@ -56,14 +57,13 @@ class Rows:
 class Pace:
     """Chooses the draft that promises the most tokens a second.
 
-    A mean row's promise is `1 + sum over k of P(the first k tokens are accepted)` tokens, by the acceptance rate of each
-    position. A row's own promise is by its luck so far. What counts is how many plain cycles that saves (`Rows.saved`),
-    beside the cost of the cycle. The choice depends on accepted counts of earlier cycles alone, so that output keeps the
-    target's distribution; given the costs, equal seeds give equal choices.
+    A mean row's promise is `1 + sum over k of P(the first k tokens are accepted)` tokens, by the acceptance rate of
+    each position, and a row's own is by its luck so far. What counts is how many plain cycles that saves (`Rows.saved`)
+    beside the cost of the cycle. The choice depends on accepted counts of earlier cycles alone, so that output keeps
+    the target's distribution; given the costs, equal seeds give equal choices.
 
     A promise may be wrong. So what drafts have cost beyond what they gained, together with what the next one is
-    expected to lose, stays below LOSS plain cycles and LOSS_SHARE of the time. Otherwise nothing is drafted. What the
-    next one is expected to gain counts for LOSS at most.
+    expected to lose, stays below a share of what is left and of what has passed. Otherwise nothing is drafted.
 
     Args:
         widths: the numbers of drafted tokens to choose from.
@@ -95,10 +95,20 @@ class Pace:
             self.tried[position] = decay * self.tried[position] + len(reached)
             self.kept[position] = decay * self.kept[position] + sum(accepted > position for accepted in reached)
 
-    def spend(self, cycles: float) -> None:
-        """Takes note of the time of a cycle, in plain ones."""
+    def spend(self, width: int, cycles: float) -> None:
+        """Takes note of a cycle that drafts so many tokens, and of its time in plain ones."""
         self.passed += cycles
         self.lost += cycles - 1
+        if not width:
+            self.without = min(self.without + 1, PROBE - 1)
+        elif PROBE - 1 <= self.without < PROBE - 1 + self.lead:
+            self.without += 1
+        else:
+            self.without = 0
+
+    def rest(self) -> None:
+        """All rows have ended. What comes next stands by itself: it neither spends what was gained nor pays for it."""
+        self.passed = self.lost = 0.0
 
     def rates(self) -> list[float]:
         """The estimated rate at which the token of each position is accepted if those before it are."""
@@ -117,23 +127,23 @@ class Pace:
         without = chances[self.groups - 1]  # the share of drafts that a cycle follows which commits one token
         return [each if width < self.groups else (each + without) / (1 + without) for width, each in enumerate(tokens)]
 
-    def choose(self, costs: Mapping[int, float], most: int, rows: Rows) -> int:
-        """The number of tokens to draft, at most `most`. costs: the seconds of a cycle for each of the widths."""
+    def choose(self, costs: Mapping[int, float], rows: Rows, ready: Sequence[int]) -> int:
+        """The number of tokens to draft.
+
+        Args:
+            costs: the seconds of a cycle for each of the widths that may be chosen, 0 among them.
+            ready: the widths of cycles that can be run at once.
+        """
         promises = self.promises()
         cycles = {width: seconds / costs[0] for width, seconds in costs.items()}
         saved = {width: rows.saved(promises[width] - 1) for width in costs}
-        width = min(max(costs, key=lambda width: (1 + saved[width]) / cycles[width]), most)
-        probes = not width and self.without >= PROBE - 1 and len(self.widths) > 1
+        width = max(costs, key=lambda width: (1 + saved[width]) / cycles[width])
+        probes = not width and self.without >= PROBE - 1 and len(costs) > 1
         if probes:
-            width = self.widths[1]
+            drafts = [each for each in costs if each]
+            width = min([each for each in drafts if each in ready] or drafts)
         loss = cycles[width] - 1 - saved[width] + probes * self.lead * (cycles[width] - 1)
         has_begun = probes and self.without >= PROBE
-        if not has_begun and self.lost + max(loss, -LOSS) > LOSS + LOSS_SHARE * self.passed:
+        if not has_begun and self.lost + max(loss, 0.0) > RISK * min(max(rows.left), MOST_LEFT) + SHARE * self.passed:
             width = 0
-        if not width:
-            self.without = min(self.without + 1, PROBE - 1)
-        elif probes and self.without < PROBE - 1 + self.lead:
-            self.without += 1
-        else:
-            self.without = 0
         return width

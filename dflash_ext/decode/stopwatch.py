@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -26,7 +27,8 @@ class Stopwatch:
         self.marks: list[tuple[str, object, object]] = []
         self.running: tuple[str, object] | None = None
         # Graphs share memory, so that one overwrites what another has left in its own. Times are kept outside.
-        self.times = iter(torch.zeros(MOST_MARKS, dtype=torch.int64, device=device) if captured else ())
+        self.clock = torch.zeros(MOST_MARKS if captured else 0, dtype=torch.int64, device=device)
+        self.times = iter(self.clock.unbind())
 
     def _now(self):
         if not self.cuda:
@@ -51,6 +53,20 @@ class Stopwatch:
         if self.running is not None:
             self.marks.append((*self.running, now))
             self.running = None
+
+    def last(self) -> Callable[[], dict[str, float]]:
+        """What gives the seconds by phase of the last replay of a captured cycle, once the device has done what is
+        queued until now."""
+        copy = torch.empty(self.clock.shape, dtype=torch.int64, pin_memory=True).copy_(self.clock, non_blocking=True)
+        marks = [(phase, begin.storage_offset(), end.storage_offset()) for phase, begin, end in self.marks]
+
+        def seconds() -> dict[str, float]:
+            times, total = copy.tolist(), defaultdict(float)
+            for phase, begin, end in marks:
+                total[phase] += (times[end] - times[begin]) / 1e9
+            return total
+
+        return seconds
 
     def lap(self) -> dict[str, float]:
         """Seconds by phase since the last lap."""

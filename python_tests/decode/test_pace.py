@@ -6,11 +6,11 @@ import time
 import pytest
 
 from dflash_ext.decode import Engine, decode
+from dflash_ext.decode.costs import RUNS, Costs, draft_widths
 from dflash_ext.decode.cycle import Cycle
 from dflash_ext.decode.drawing import Drawing
 from dflash_ext.decode.graphs import PlainRunner
-from dflash_ext.decode.costs import RUNS, Costs, draft_widths
-from dflash_ext.decode.pace import LOSS, LOSS_SHARE, PROBE, Pace, RowPace, Rows
+from dflash_ext.decode.pace import FIRST_GUESS, MOST_LEFT, PROBE, RISK, SHARE, Pace, RowPace, Rows
 from python_tests.decode.oracle import Oracle, own_output
 from python_tests.tiny import random_prompts, tiny_pair
 
@@ -21,59 +21,26 @@ CPU = {0: 1.0, 1: 1.3, 3: 1.5, 7: 2.0, 15: 3.2}
 SEVEN = {0: 1.0, 1: 1.53, 3: 2.7, 7: 4.3, 15: 7.4}
 MANY = {0: 1.0, 1: 2.0, 3: 4.0, 7: 8.1, 15: 16.3}
 LORA = {0: 1.0, 1: 2.1, 3: 2.15, 7: 2.2, 15: 2.4}
-DRAFTING = {id(GPU): 0.25, id(CPU): 0.15, id(SEVEN): 0.1, id(MANY): 0.05, id(LORA): 1.05}  # what a draft takes of them
+
+
+def rows(paces: list[RowPace], left: int = 1000) -> Rows:
+    return Rows([row.luck for row in paces], [left] * len(paces))
 
 
 def settled(costs: dict[int, float], rate: float, seed: int = 0) -> list[int]:
     """The last choices of many, where every drafted token is accepted with the same probability."""
-    chance, pace, chosen = random.Random(seed), Pace(draft_widths(15)), []
+    chance, pace, row, chosen = random.Random(seed), Pace(draft_widths(15)), RowPace(), []
     for _ in range(600):
-        chosen.append(pace.choose(costs, 15))
-        pace.spend(costs[chosen[-1]])
-        pace.observe([(chosen[-1], accepted(chance, rate, chosen[-1]))])
+        chosen.append(pace.choose(costs, rows([row]), list(costs)))
+        pace.spend(chosen[-1], costs[chosen[-1]])
+        count = accepted(chance, rate, chosen[-1])
+        pace.observe([(row, chosen[-1], count)], count)
     return chosen[-200:]
 
 
 def accepted(chance: random.Random, rate: float, drafted: int) -> int:
     """How many tokens of a draft are accepted."""
     return next((count for count in range(drafted) if chance.random() >= rate), drafted)
-
-
-def seconds(costs: dict[int, float], rate: float, seed: int, *, rows: int, tokens: int, width: int | None) -> float:
-    """What answers of so many tokens take with drafts of one width, or with those that are chosen from costs that are
-    measured on the way. A measurement is up to a quarter more than the cost."""
-    chance, pace = random.Random(seed), Pace(draft_widths(15))
-    measured, left, total = Costs(pace.widths), [tokens] * rows, 0.0
-    while any(count > 0 for count in left):
-        drafted = measured.choose(rows, pace) if width is None else width
-        total += costs[drafted]
-        if not measured.is_measured(rows, drafted):
-            more = chance.uniform(1, 1.25)
-            measured.add(rows, drafted, costs[drafted] * more, DRAFTING[id(costs)] * more if drafted else 0.0)
-        pace.spend(measured.of(rows, drafted))
-        outcomes = {row: accepted(chance, rate, drafted) for row, count in enumerate(left) if count > 0}
-        pace.observe([(drafted, count) for count in outcomes.values()])
-        for row, count in outcomes.items():
-            left[row] -= count + 1
-    return total
-
-
-@pytest.mark.parametrize(
-    "costs, rows",
-    [(GPU, 1), (CPU, 1), (SEVEN, 7), (MANY, 9), (LORA, 1), (LORA, 32)],
-    ids=["gpu", "cpu", "seven", "many", "lora", "lora, many"],
-)
-@pytest.mark.parametrize("rate", [0.02, 0.4, 0.7, 0.9])
-def test_what_is_chosen_while_costs_are_measured_pays(costs, rows, rate):
-    """Answers take hardly more time than plain ones, and longer ones little more than with the best width."""
-    runs = range(6)
-    mean = {
-        (width, tokens): sum(seconds(costs, rate, seed, rows=rows, tokens=tokens, width=width) for seed in runs) / 6
-        for width in (None, 0, 1, 3, 7, 15)
-        for tokens in (96, 256)
-    }
-    assert mean[None, 96] < 1.03 * 96 and mean[None, 256] < 1.03 * 256
-    assert mean[None, 256] < 1.35 * min(mean[width, 256] for width in (0, 1, 3, 7, 15))
 
 
 def test_widths():
@@ -94,30 +61,62 @@ def test_the_choice_settles_at_what_pays_most(costs, rate, best):
 
 
 def test_drafting_is_taken_up_again_when_it_pays():
-    pace = Pace(draft_widths(15))
+    pace, row = Pace(draft_widths(15)), RowPace()
+
+    def cycle(accepts: bool) -> int:
+        width = pace.choose(GPU, rows([row]), list(GPU))
+        pace.spend(width, GPU[width])
+        pace.observe([(row, width, width * accepts)], width * accepts)
+        return width
+
     for _ in range(200):
-        pace.observe([(pace.choose(GPU, 15), 0)])
-    assert pace.choose(GPU, 15) == 0
-    widths = []
-    for _ in range(40 * PROBE):
-        widths.append(pace.choose(GPU, 15))
-        pace.observe([(widths[-1], widths[-1])])
-    assert widths[-1] == 15
+        cycle(False)
+    assert [cycle(True) for _ in range(40 * PROBE)][-1] == 15
 
 
 @pytest.mark.parametrize("costs", [GPU, CPU, SEVEN, MANY, LORA], ids=["gpu", "cpu", "seven", "many", "lora"])
 def test_a_promise_that_is_always_wrong_loses_little(costs, monkeypatch):
     """Every draft promises the most tokens, and none of its tokens is accepted."""
     monkeypatch.setattr(Pace, "rates", lambda self: [0.95] * 15)
-    pace, drafted = Pace(draft_widths(15)), 0
+    monkeypatch.setattr(RowPace, "luck", 1.0)
+    pace, paces, drafted = Pace(draft_widths(15)), [RowPace(), RowPace(), RowPace()], 0
     for count in range(1, 1001):
-        width = pace.choose(costs, 15)
+        width = pace.choose(costs, rows(paces, 1001 - count), list(costs))
         drafted += width > 0
-        pace.spend(costs[width])
-        pace.observe([(width, 0)] * 3)
+        pace.spend(width, costs[width])
+        pace.observe([(row, width, 0) for row in paces], 0)
         most = max(costs[width] - 1 for width in costs)  # what the last one may lose more than it promised
-        assert pace.passed <= count + 2 * LOSS + LOSS_SHARE * pace.passed + most
+        assert pace.passed <= count + RISK * MOST_LEFT + SHARE * pace.passed + most
     assert drafted
+
+
+def test_what_counts_is_when_the_last_row_ends():
+    unlucky = RowPace(expected=96.0, accepted=46.0).luck
+    assert unlucky == 0.5
+    assert Rows([1.0], [100]).saved(2.0) == 2.0 and Rows([1.0], [2]).saved(2.0) == 1.0
+    assert Rows([1.0, 1.0], [100, 50]).saved(2.0) == pytest.approx(2.0)
+    assert Rows([1.0, unlucky], [100, 100]).saved(2.0) == pytest.approx(1.0)
+    assert Rows([1.0, unlucky], [100, 30]).saved(2.0) == pytest.approx(2.0)
+    assert Rows([1.0, unlucky], [100, 30], others_wait=True).saved(2.0) == pytest.approx(1.5)
+
+
+def test_a_row_that_ends_leaves_those_with_their_own_luck():
+    """The best row ends. What the others have accepted then counts."""
+    pace, good, bad = Pace((0, 1, 3)), RowPace(), RowPace()
+    costs = {0: 1.0, 1: 1.4, 3: 1.6}
+    for _ in range(30):
+        pace.observe([(good, 3, 3), (bad, 3, 0)], 0)
+    assert pace.choose(costs, rows([good]), list(costs)) == 3
+    assert pace.choose(costs, rows([bad]), list(costs)) == 0
+
+
+def test_all_rows_at_rest_close_the_account():
+    pace = Pace(draft_widths(3))
+    pace.spend(3, 1.5)
+    pace.observe([(RowPace(), 3, 3)], 3)
+    assert pace.lost == -2.5 and pace.passed == 1.5
+    pace.rest()
+    assert pace.lost == pace.passed == 0 and pace.rates()[0] > FIRST_GUESS
 
 
 def test_equal_observations_give_equal_choices():
@@ -168,27 +167,27 @@ def test_other_work_on_a_cpu_does_not_count(monkeypatch):
         watch.start("draft")
         time.sleep(0.5)
         watch.stop()
+        return slots
 
     monkeypatch.setattr(Cycle, "__call__", sleep)
-    _, seconds, drafting = engine.runner.timed_run([0], Drawing(), 0)
+    _, cost = engine.runner.timed_run([0], Drawing(), 0)
+    seconds, drafting = cost()
     assert drafting == seconds < 0.25
 
 
 def test_costs_that_are_not_measured_are_estimated():
-    costs, pace = Costs((0, 1, 3, 7)), Pace((0, 1, 3, 7))
-    assert costs.table(2) is None and costs.choose(2, pace) == 0 and costs.of(2, 0) == 1
+    costs = Costs((0, 1, 3, 7))
+    assert costs.table(2) is None and costs.of(2, 0) == 1
     for seconds in (1.5, 1.0):
         costs.add(2, 0, seconds, 0.0)
     assert costs.table(2) is None  # plain cycles are measured three times first, and the shortest counts
     costs.add(2, 0, 1.2, 0.0)
-    assert costs.table(2) == {0: 1.0, 1: 1.0, 3: 1.0, 7: 1.0} and costs.choose(2, pace) == 1
+    assert costs.table(2) == {0: 1.0, 1: 1.0, 3: 1.0, 7: 1.0} and costs.longest(2) == 1
     costs.add(2, 1, 1.4, 0.3)  # 0.1 to verify a token
-    assert costs.table(2) == pytest.approx({0: 1.0, 1: 1.4, 3: 1.6, 7: 2.0}) and costs.choose(2, pace) == 3
+    assert costs.table(2) == pytest.approx({0: 1.0, 1: 1.4, 3: 1.6, 7: 2.0}) and costs.longest(2) == 3
     assert costs.of(2, 3) == pytest.approx(1.6)
     costs.add(2, 3, 1.5, 0.3)
-    assert (
-        costs.table(2) == pytest.approx({0: 1.0, 1: 1.4, 3: 1.5, 7: 1.5 + 0.2 * 4 / 3}) and costs.choose(2, pace) == 7
-    )
+    assert costs.table(2) == pytest.approx({0: 1.0, 1: 1.4, 3: 1.5, 7: 1.5 + 0.2 * 4 / 3}) and costs.longest(2) == 7
     costs.add(2, 7, 3.0, 0.3)
     assert costs.table(2) == {0: 1.0, 1: 1.4, 3: 1.5, 7: 3.0}
     costs.add(4, 0, 2.0, 0.0)  # twice as much as for two rows
@@ -212,12 +211,14 @@ def test_a_bad_drafter_costs_less_than_a_twentieth(costs, prompts, monkeypatch):
     """The clock is that of the costs, and also runs while they are measured. Plain decoding takes 1 a step."""
     clock, own_run = [], PlainRunner.run
 
-    def run(self, slots, drawing, width):
+    def run(self, slots, drawing, width, size=None):
         clock.append(costs[width])
         return own_run(self, slots, drawing, width)
 
     monkeypatch.setattr(PlainRunner, "run", run)
-    monkeypatch.setattr(PlainRunner, "timed_run", lambda self, *given: (self.run(*given), costs[given[2]], 0.1))
+    monkeypatch.setattr(
+        PlainRunner, "timed_run", lambda self, *given: (self.run(*given), lambda: (costs[given[2]], 0.1))
+    )
     target, drafter = tiny_pair("qwen3", block_size=16)
     decode(target, drafter, prompts, max_new_tokens=257, block_size="auto")
     assert sum(clock) < 1.05 * 256

@@ -9,8 +9,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from ..capture import capture, warm_up_stream
-from ..graphs import SIZES
+from ..capture import capture, warm_up
+from ..graphs import sizes_of
 from .cycle import CanvasCycle
 
 
@@ -25,7 +25,7 @@ class Runner:
     def __init__(self, cycle: CanvasCycle):
         self.cycle = cycle
         self.graphs: dict[tuple[str, int], tuple[torch.cuda.CUDAGraph, Tensor]] = {}
-        self.sizes = [*(size for size in SIZES if size < cycle.spare), cycle.spare]
+        self.sizes = sizes_of(cycle.spare)
         halves = cycle.forward.like.dtype in (torch.bfloat16, torch.float16)
         self.capture_seconds = 0.0
         self.pool = torch.cuda.graph_pool_handle() if cycle.device.type == "cuda" and halves else None
@@ -54,12 +54,7 @@ class Runner:
     def _capture(self, function: Callable[[Tensor], None], size: int) -> tuple[torch.cuda.CUDAGraph, Tensor]:
         """Only the spare slot is computed while a graph is made, so that no row changes."""
         slots = torch.full((size,), self.cycle.spare, device=self.cycle.device)
-        stream = warm_up_stream(self.cycle.device)
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(2):
-                function(slots)
-        torch.cuda.current_stream().wait_stream(stream)
+        warm_up(lambda: function(slots), self.cycle.device)
         graph = torch.cuda.CUDAGraph()
         with capture(graph, pool=self.pool):
             function(slots)

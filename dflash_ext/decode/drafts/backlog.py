@@ -31,17 +31,18 @@ class Backlog:
 
     def keep(self, features: Tensor, rows: CycleRows) -> None:
         """Copies the features [B, 1, width] of the anchors of rows. A token's place depends on its position alone."""
-        self.features.index_copy_(0, self._places(rows.slots.long(), rows.start), features[:, 0].to(self.features.dtype))
+        self.features.index_copy_(
+            0, self._places(rows.slots.long(), rows.start), features[:, 0].to(self.features.dtype)
+        )
 
     def take(self, slots: Sequence[int], state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """What waits in slots: features [B, n, width], positions int64 [B, n] (-1: none), and the slots int32 [B].
 
         state: the engine's numbers, by which a row's last token stands before its anchor.
         """
-        index = torch.tensor(slots, device=state.device)
-        counts = torch.tensor([self.counts[slot] for slot in slots], device=state.device)
-        most = max(self.counts[slot] for slot in slots)
-        column = torch.arange(most, device=state.device)
+        waiting = [self.counts[slot] for slot in slots]
+        index, counts = torch.tensor([slots, waiting]).to(state.device, non_blocking=True)
+        column = torch.arange(max(waiting), device=state.device)
         positions = state[index, FIELDS.index("start")][:, None] - counts[:, None] + column
         features = self.features[self._places(index[:, None], positions)]
         return features, torch.where(column < counts[:, None], positions, -1), index.int()
