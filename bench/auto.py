@@ -4,7 +4,7 @@ SmolLM2-135M-Instruct answers the first prompts of each file greedily, with the 
 whose weights are random, for each number of rows and of new tokens. Nothing ends an answer early. A row of the results
 is the time of all answers, prompts included; all ways take turns. "cold" is the first time of a new engine, which
 captures graphs on a GPU and measures what cycles cost; "warm" is the shortest time of the same engine with the same
-prompts again.
+prompts again. What a process does once for all engines, such as loading kernels, is done before.
 
 On a CPU the time is the processor's, which other work on the machine changes little, and answers have to be equal.
 """
@@ -22,6 +22,7 @@ import torch
 from bench import runner
 from dflash_ext.data import encode, read_conversations
 from dflash_ext.decode import Engine
+from dflash_ext.decode.costs import draft_widths
 from dflash_ext.demo.real import DRAFTER
 from dflash_ext.models import DFlashDrafter, Target, load_pair, load_target
 
@@ -48,6 +49,17 @@ def run(engine: Engine, prompts: list[list[int]], new: int) -> tuple[float, list
     requests = [engine.submit(prompt, max_new_tokens=new) for prompt in prompts]
     engine.run()
     return clock(engine.state.device) - begin, [request.completion.tokens for request in requests]
+
+
+def load_kernels(target: Target, drafter: DFlashDrafter, rows: list[int]) -> None:
+    """Decodes some tokens in each shape, and with "auto"."""
+    first = drafter.config.first_draft_slot
+    for count in rows:
+        sizes, prompts = {"slots": count, "max_length": 128}, [[3]] * count
+        run(Engine(target, None, **sizes), prompts, 4)
+        for width in draft_widths(drafter.config.block_size - first)[1:]:
+            run(Engine(target, drafter, **sizes, block_size=width + first), prompts, 4)
+        run(Engine(target, drafter, **sizes, block_size="auto"), prompts, 64)
 
 
 def turns(engines: dict[str, Engine], prompts: list[list[int]], new: int, count: int) -> dict[str, list[float]]:
@@ -85,21 +97,20 @@ def main() -> None:
         ]
         for path in given.prompts
     }
-    # What a process does once for all engines, such as loading kernels, is done before.
-    for drafter in (None, shipped):
-        run(Engine(target, drafter, slots=1, max_length=64), [[3]], 8)
+    if target.device.type == "cuda":
+        load_kernels(target, shipped, given.rows)
     name, rows = f"auto_{runner.gpu_name() if target.device.type == 'cuda' else 'cpu'}", []
-    for new, count, (stem, asked), which in product(given.new_tokens, given.rows, sets.items(), given.drafters):
+    for new, count, (stem, asked) in product(given.new_tokens, given.rows, sets.items()):
         sizes = {"slots": count, "max_length": max(map(len, asked[:count])) + new}
         engines = {"plain": Engine(target, None, **sizes)}
-        for way in given.ways:
-            engines[way] = Engine(target, drafters[which], **sizes, block_size="auto" if way == "auto" else None)
+        for way, which in product(given.ways, given.drafters):
+            block_size = "auto" if way == "auto" else None
+            engines[f"{way}, {which} drafter"] = Engine(target, drafters[which], **sizes, block_size=block_size)
         seconds = turns(engines, asked[:count], new, given.turns)
-        for way, each in seconds.items():
+        for impl, each in seconds.items():
             for state, at in {"cold": slice(1), "warm": slice(1, None)}.items():
                 taken, plain = (min(x[at]) for x in (each, seconds["plain"]))
-                row = {"case": f"SmolLM2-135M, {stem}, {count} rows, {new} tokens", "impl": way, "pass": state}
-                row["impl"] += "" if way == "plain" else f", {which} drafter"
+                row = {"case": f"SmolLM2-135M, {stem}, {count} rows, {new} tokens", "impl": impl, "pass": state}
                 row |= {"ms": 1e3 * taken, "tokens_per_second": count * new / taken, "over_plain": taken / plain}
                 rows.append(row)
                 print("{case:48} {impl:22} {pass}  {ms:8.1f} ms, {over_plain:.3f} of plain".format(**row), flush=True)

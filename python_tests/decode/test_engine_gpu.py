@@ -1,13 +1,15 @@
 """The decode engine on a GPU: graphs replayed over changing lengths and rows, in bfloat16."""
 
 import gc
+import math
 
 import pytest
 import torch
 
-from dflash_ext.decode import Engine, decode
+from dflash_ext.decode import Engine, decode, graphs
 from dflash_ext.decode.graphs import GraphRunner, PlainRunner
 from dflash_ext.models import DFlashDrafter, Target
+from python_tests.decode.calls import with_calls
 from python_tests.decode.test_families import tiny
 from python_tests.decode.test_forward import MODELS
 from python_tests.tiny import MASK_TOKEN, random_prompts, tiny_model
@@ -87,7 +89,7 @@ def test_a_graph_does_what_the_cycle_does(temperature):
         engine = Engine(target, drafter, slots=4, max_length=200)
         assert isinstance(engine.runner, GraphRunner)
         if not captured:
-            engine.runner = PlainRunner(engine.cycle)
+            with_calls(engine)
         options = dict(max_new_tokens=40, temperature=temperature, top_p=0.9 if temperature else None)
         requests = [engine.submit(p, seed=i, **options) for i, p in enumerate(random_prompts(4, 9, 70, 31))]
         engine.run()
@@ -117,7 +119,7 @@ def test_the_times_of_a_graph_outlast_the_replays_of_others():
     """Graphs share their memory. One that was captured earlier runs again before the times are read."""
     target, drafter = pair("qwen3")
     engine = Engine(target, drafter, slots=8, max_length=200)
-    for count in (8, 1, 8):
+    for count in (1, 8, 1):
         for prompt in random_prompts(*[5] * count):
             engine.submit(prompt, max_new_tokens=20)
         engine.run()
@@ -143,6 +145,33 @@ def test_exact_mode_gives_the_same_bits_whatever_is_drafted(family):
     assert texts[0] == texts[1] == texts[2]
     assert sum(requests[0].completion.accepted) > 40
     assert all(torch.equal(caches[0], other) for other in caches[1:])
+
+
+@pytest.mark.parametrize("useful", [True, False])
+def test_auto_gives_the_same_bits_while_graphs_are_made(useful):
+    """The host is up to 20 cycles behind, rows end meanwhile, and others take their places."""
+    target, drafter = pair("qwen3")
+    (prompt,) = random_prompts(30)
+    lengths, options = (150, 90, 200, 260, 33, 70, 1, 120), dict(slots=3, max_length=300, exact=True)
+    plain = Engine(target, None, **options)
+    expected = plain.submit(prompt, max_new_tokens=260)
+    plain.run()
+    expected = expected.completion.tokens
+    if useful:
+        drafter = Scripted(drafter.config).to("cuda", torch.bfloat16).eval()
+        drafter.script(prompt + expected)
+    engine = Engine(target, drafter, block_size="auto", **options)
+    lags, plan = [], engine.runner.plan
+    engine.runner.plan = lambda *given: (plan(*given), lags.append(engine.runner.lag))[0]
+    for _ in range(3):
+        stop = expected[100]
+        requests = [engine.submit(prompt, max_new_tokens=n, stop_token_ids=stop) for n in lengths]
+        engine.run()
+        ends = expected.index(stop) + 1
+        assert [r.completion.tokens for r in requests] == [expected[: min(n, ends)] for n in lengths]
+    assert max(lags) > 5 and any(width for *_, width in engine.runner.called)
+    assert all(seconds > 0 for table in engine.costs.tables().values() for seconds in table.values())
+    assert sum(map(sum, (r.completion.accepted for r in requests))) > 50 or not useful
 
 
 def test_nothing_waits_for_the_device_in_a_cycle():
@@ -172,7 +201,7 @@ def graphs_and_calls(
     texts = []
     for captured in (True, False):
         engine = Engine(target, drafter, slots=slots, max_length=200, **dict(engine_options))
-        engine.runner = engine.runner if captured else PlainRunner(engine.cycle)
+        engine = engine if captured else with_calls(engine)
         requests = [engine.submit(p, seed=i, **options) for i, p in enumerate(prompts)]
         engine.run()
         texts.append([request.completion.tokens for request in requests])
@@ -234,7 +263,8 @@ def test_a_graph_that_cannot_be_captured_is_made_for_fewer_rows():
     assert all(len(tokens) == 24 for tokens in answers) and regret(target.model, prompts, answers) < 0.05
 
 
-def test_memory_is_given_back_and_faults_stay_with_their_requests():
+def test_memory_is_given_back_and_faults_stay_with_their_requests(monkeypatch):
+    monkeypatch.setattr(graphs, "MISSED", math.inf)  # the graph of all slots serves all rounds
     gc.collect()  # what earlier tests have left must not be given back meanwhile
     target, drafter = pair("qwen3")
     engine = Engine(target, drafter, slots=4, max_length=200)
@@ -254,6 +284,7 @@ def test_memory_is_given_back_and_faults_stay_with_their_requests():
         reasons = [request.completion.finish_reason for request in requests]
         assert reasons == ["error", "cancelled", "length", "error", "length", "length", "error"]
 
+    rounds()
     rounds()
     before = torch.cuda.memory_allocated()
     for _ in range(5):

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from dflash_ext.decode import Engine, decode
-from dflash_ext.decode.graphs import PlainRunner
 from dflash_ext.models import DFlashDrafter, Target
+from python_tests.decode.calls import with_calls
 from python_tests.decode.canvas.test_canvas_gpu import gated, uniform
 from python_tests.decode.test_engine_gpu import SHAPES, assert_nothing_waits, regret
 from python_tests.tiny import MASK_TOKEN, random_prompts, tiny_model
@@ -56,7 +56,7 @@ def test_a_graph_does_what_the_cycle_does(case, steps, temperature):
     told = []
     for captured in (True, False):
         engine = Engine(target, drafter, slots=4, max_length=200, denoising_steps=steps, block_size=5)
-        engine.runner = engine.runner if captured else PlainRunner(engine.cycle)
+        engine = engine if captured else with_calls(engine)
         options = dict(max_new_tokens=40, temperature=temperature)
         prompts = random_prompts(4, 9, 70, 31)
         requests = [engine.submit(prompt, seed=seed, **options) for seed, prompt in enumerate(prompts)]
