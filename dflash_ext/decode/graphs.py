@@ -23,7 +23,7 @@ SIZES = (1, 2, 4, 8, 16, 24, 32)
 # A plain call and a capture take the host about 8 ms each. Before it, so many seconds of cycles are queued, or so many
 # cycles if it is not known how long they take, so that the device has work in the meantime.
 QUEUED, AHEAD = 16e-3, 20
-MISSED = 64  # as often a larger graph stands in for a smaller one, until that is made
+MISSED = 16  # as often a larger graph stands in for a smaller one, until that is made
 
 
 def sizes_of(slots: int) -> list[int]:
@@ -90,6 +90,7 @@ class PlainRunner:
         """
         clock = time.thread_time if self.device.type == "cpu" else time.perf_counter
         watch = Stopwatch(self.device)
+        self.cycle.before(slots, width)
         self._wait()
         start = clock()
         records = self._run(slots, drawing, width, size, watch)

@@ -31,9 +31,8 @@ class Backlog:
 
     def keep(self, features: Tensor, rows: CycleRows) -> None:
         """Copies the features [B, 1, width] of the anchors of rows. A token's place depends on its position alone."""
-        self.features.index_copy_(
-            0, self._places(rows.slots.long(), rows.start), features[:, 0].to(self.features.dtype)
-        )
+        places = self._places(rows.slots.long(), rows.start)
+        self.features.index_copy_(0, places, features[:, 0].to(self.features.dtype))
 
     def take(self, slots: Sequence[int], state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """What waits in slots: features [B, n, width], positions int64 [B, n] (-1: none), and the slots int32 [B].
@@ -45,7 +44,9 @@ class Backlog:
         column = torch.arange(max(waiting), device=state.device)
         positions = state[index, FIELDS.index("start")][:, None] - counts[:, None] + column
         features = self.features[self._places(index[:, None], positions)]
-        return features, torch.where(column < counts[:, None], positions, -1), index.int()
+        # A row that has ended, as the host may have yet to read, has fewer. Nothing reads it any more.
+        is_there = (column < counts[:, None]) & (positions >= 0)
+        return features, torch.where(is_there, positions, -1), index.int()
 
     def count(self, slots: Sequence[int]) -> None:
         """A plain cycle of these slots has come to its end."""
