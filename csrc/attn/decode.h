@@ -12,6 +12,9 @@ constexpr int kDecodeRows = 64;
 // In exact mode a row's keys are summed in parts of this many keys, cut at multiples of this number.
 constexpr int kExactKeys = 256;
 
+// The largest head dimension of the Hopper kernel.
+constexpr int64_t kMostDecodeDim = 256;
+
 struct DecodeParams : AttentionParams {
   void* out;  // rows aligned to 4 bytes
   HeadStrides out_strides;
@@ -39,7 +42,7 @@ inline int64_t decode_fold(const AttentionParams& p) {
 // enough rows for the products to be, which exact mode does not look at. 0 means that the kernel has no tile for these
 // shapes.
 inline int64_t decode_warpgroups(const AttentionParams& p, bool exact = false) {
-  if (p.head_dim > 256 || decode_head_tiles(p) > 1) return 0;
+  if (p.head_dim > kMostDecodeDim || decode_head_tiles(p) > 1) return 0;
   return p.q_len * decode_fold(p) > kDecodeRows && p.head_dim > 64 && !exact ? 2 : 1;
 }
 

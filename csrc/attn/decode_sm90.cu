@@ -177,7 +177,7 @@ cudaError_t launch_decode(const DecodeParams& p, cudaStream_t stream) {
 
 uint32_t decode_sm90_misses(const DecodeParams& p) {
   if (!hopper_kernels_serve() || p.kv_len == 0) return kNoSuchKernel;
-  return (p.head_dim > 256 ? kDecodeHeadDim : 0) |
+  return (p.head_dim > kMostDecodeDim ? kDecodeHeadDim : 0) |
          (decode_head_tiles(p) > 1 ? kDecodeHeads : 0) |
          (p.pages.table != nullptr && p.pages.page_size % 16 != 0 ? kDecodePages : 0) |
          (copy_engine_serves(p) ? 0 : kDecodeLayout);

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <bit>
 
+#include "attn/decode_wide.h"
 #include "attn/kernels.h"
 
 namespace dflash {
@@ -153,12 +154,65 @@ void run_backward_on_gpu(BackwardParams& p, const Tensor& q, bool deterministic)
   check_launch(kOp, backward_sm90(p, scope.stream()));
 }
 
+namespace {
+
+// Decodes by the forward (attn/decode_wide.h).
+void run_wide_decode(const DecodeParams& p, const Tensor& q, const Mask& mask, void* stream) {
+  constexpr const char* kOp = "block_attn_decode";
+  const int64_t rows = 2 * p.q_len, entries = mask.ctx_lo.size(0);
+  const auto allocate = [&](int64_t heads, int64_t length) {
+    return new_empty(q, {p.batch, heads, length, p.head_dim}, q.scalar_type());
+  };
+  const Tensor both_q = allocate(p.heads, rows), both_out = allocate(p.heads, rows),
+               keys = allocate(p.kv_heads, p.kv_len), values = allocate(p.kv_heads, p.kv_len),
+               lse = new_empty(q, {p.batch, p.heads, rows}, ScalarType::Float),
+               bounds = new_empty(mask.ctx_lo, {4, entries, rows}, ScalarType::Int);
+  WideDecodeParams wide{};
+  static_cast<AttentionParams&>(wide) = p;
+  wide.mask_entries = entries;
+  wide.both_q = both_q.data_ptr();
+  wide.keys = keys.data_ptr();
+  wide.values = values.data_ptr();
+  wide.bounds = static_cast<int32_t*>(bounds.data_ptr());
+  wide.both_out = both_out.data_ptr();
+  wide.lse = static_cast<const float*>(lse.data_ptr());
+  wide.out = p.out;
+  wide.out_strides = p.out_strides;
+  check_launch(kOp, wide_decode_split(wide, stream));
+
+  const Tensor bound[] = {torch::stable::select(bounds, 0, 0), torch::stable::select(bounds, 0, 1),
+                          torch::stable::select(bounds, 0, 2), torch::stable::select(bounds, 0, 3)};
+  const Mask halves{bound[0], bound[1], bound[2], bound[3]};
+  const auto strides = [&](int64_t heads, int64_t length) {
+    return HeadStrides{heads * length * p.head_dim, length * p.head_dim, p.head_dim};
+  };
+  AttentionForwardParams forward{};
+  static_cast<AttentionParams&>(forward) = p;
+  forward.pages = {};
+  forward.q_len = rows;
+  forward.mask = intervals(kOp, halves, p.batch, rows);
+  forward.q = wide.both_q;
+  forward.k = wide.keys;
+  forward.v = wide.values;
+  forward.out = both_out.data_ptr();
+  forward.lse = lse.data_ptr();
+  forward.q_strides = forward.out_strides = strides(p.heads, rows);
+  forward.k_strides = forward.v_strides = strides(p.kv_heads, p.kv_len);
+  run_forward_on_gpu(forward, both_q, halves, std::nullopt);
+  check_launch(kOp, wide_decode_join(wide, stream));
+}
+
+}  // namespace
+
 void run_decode_on_gpu(DecodeParams& p, const Tensor& q, const Mask& mask, const std::optional<Tensor>& plan) {
   constexpr const char* kOp = "block_attn_decode";
   check(p.dtype == DType::kBFloat16 || p.dtype == DType::kFloat16, kOp,
         ": on a GPU q and the caches must be bfloat16 or float16");
   if (p.batch == 0 || p.heads == 0 || p.q_len == 0) return;
   const CudaScope scope(q);
+  if (forward_sm90_runs_here() && p.head_dim > kMostDecodeDim && p.q_len >= kLeastWideRows && p.kv_len > 0 && !p.exact) {
+    return run_wide_decode(p, q, mask, scope.stream());
+  }
   p.plan_entries = mask.ctx_lo.size(0);
   const bool hopper = hopper_serves(decode_sm90_misses(p));
   const UsedPlan used = plan_for(plan, q, mask, p.kv_len, decode_positions(p, hopper, p.exact),

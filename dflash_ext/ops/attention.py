@@ -12,9 +12,8 @@ from .. import reference
 from ..checks import check_numbers, check_tensors, shown
 from ..masks import BOUNDS, IntervalMask, check_head_dim
 from ..native import load
-from . import wide_decode
 from .autograd import differentiable, differentiable_once, has_no_gradient, refuse_forward_mode
-from .backends import hopper_kernels_serve, warn_of_portable_kernels, warn_once
+from .backends import warn_of_portable_kernels, warn_once
 from .devices import autocast
 
 load()
@@ -131,12 +130,6 @@ def block_attn_decode(
             warn_once("block_attn_decode", q.device)
             options = {"block_table": block_table, "scale": scale, "softcap": softcap}
             return reference.block_attn_decode(q.detach(), k_cache.detach(), v_cache.detach(), mask, **options)
-        wide = q.is_cuda and q.shape[3] > wide_decode.MOST_DIM and q.shape[2] >= wide_decode.LEAST_ROWS
-        if wide and not exact and hopper_kernels_serve(q.device):
-            with torch.no_grad():
-                return wide_decode.in_two_parts(
-                    block_attn, q, k_cache, v_cache, mask, block_table, scale=scale, softcap=softcap
-                )
         tiles = mask.tiles
         if tiles is not None:
             kv_heads = k_cache.shape[1 if block_table is None else 2]
