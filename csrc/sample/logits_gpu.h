@@ -158,14 +158,21 @@ struct PlainLogits {
   // Whether the chunks of tokens [begin, end) may be loaded at once.
   DFLASH_INLINE bool is_whole(uint32_t end) const { return is_aligned && end <= vocab; }
   DFLASH_INLINE Values load_whole(uint32_t i) const { return *reinterpret_cast<const Values*>(x + i); }
+  DFLASH_INLINE const PlainLogits& in_memory() const { return *this; }
 };
 
-// A row under a soft cap. Chunks have half of the size, because their logits take twice the registers.
+template <int kCount>
+struct alignas(16) FloatValues {
+  static constexpr int kSize = kCount;
+  float values[kSize];
+};
+
+// A row under a soft cap: softcap * unit(x), unit(x) = tanh(x / softcap).
 template <class T>
 struct CappedLogits {
   using Raw = PlainLogits<T>;
-  using Values = Chunk<float>;
-  static constexpr int kSize = Values::kSize;
+  static constexpr int kSize = Raw::kSize;
+  using Values = FloatValues<kSize>;
   static constexpr bool kIsPlain = true;
   static constexpr bool kIsRaw = false;
 
@@ -176,7 +183,7 @@ struct CappedLogits {
   DFLASH_INLINE CappedLogits(const Raw& raw, float softcap)
       : raw(raw), vocab(raw.vocab), softcap(softcap), inner((kIsCoarse ? 1 : 2 * kLog2E) / softcap) {}
 
-  DFLASH_INLINE float operator[](int64_t token) const { return capped(raw[token]); }
+  DFLASH_INLINE float operator[](int64_t token) const { return softcap * unit(raw[token]); }
   DFLASH_INLINE Values at(uint32_t i) const {
     Values own;
 #pragma unroll
@@ -185,31 +192,16 @@ struct CappedLogits {
   }
   DFLASH_INLINE CappedLogits within(uint32_t, uint32_t) const { return *this; }
   DFLASH_INLINE bool is_whole(uint32_t end) const { return raw.is_whole(end); }
-  DFLASH_INLINE Values load_whole(uint32_t i) const {
-    struct alignas(kSize * sizeof(T)) Part {
-      T values[kSize];
-    };
-    const Part part = *reinterpret_cast<const Part*>(raw.x + i);
-    Values own;
-#pragma unroll
-    for (int k = 0; k < kSize; ++k) own.values[k] = capped(to_float(part.values[k]));
-    return own;
+  DFLASH_INLINE const Raw& in_memory() const { return raw; }
+
+  // NaN for NaN.
+  DFLASH_INLINE float unit(float x) const {
+    if constexpr (kIsCoarse) return tanh_of(x * inner);
+    return 1 - __fdividef(2.f, exp2_of(x * inner) + 1);
   }
 
  private:
   static constexpr bool kIsCoarse = std::is_same_v<T, __nv_bfloat16>;  // rounding such logits errs by more than tanh_of
-
-  // softcap * tanh(x / softcap), or softcap - 2 softcap / (e^(2 x / softcap) + 1); NaN for NaN.
-  DFLASH_INLINE float capped(float x) const {
-    if constexpr (kIsCoarse) return softcap * tanh_of(x * inner);
-    return softcap - __fdividef(2 * softcap, exp2_of(x * inner) + 1);
-  }
-};
-
-template <int kCount>
-struct alignas(16) FloatValues {
-  static constexpr int kSize = kCount;
-  float values[kSize];
 };
 
 // A row as it lies in memory, of a dtype that is known only at run time. It serves rows with penalties, for which one

@@ -74,16 +74,17 @@ struct Batch {
   }
 };
 
-// Calls f(batch) for this lane's chunks of the tokens [begin, begin + 32 * kCount * kSize).
+// Calls f(batch) for this lane's chunks of the tokens [begin, begin + 32 * kCount * kSize). Chunks that are loaded at once
+// are as they lie in memory (Source::Raw).
 template <int kCount, class Source, class F>
 DFLASH_INLINE void with_batch(const Source& logits, uint32_t begin, F&& f) {
   constexpr uint32_t kTokens = 32 * kCount * Source::kSize;
   const uint32_t first = begin + lane_id() * Source::kSize;
   if constexpr (Source::kIsPlain) {
     if (logits.is_whole(begin + kTokens)) {
-      LoadedBatch<Source, kCount> batch{first};
+      LoadedBatch<typename Source::Raw, kCount> batch{first};
 #pragma unroll
-      for (int c = 0; c < kCount; ++c) batch.chunks[c] = logits.load_whole(first + c * 32 * Source::kSize);
+      for (int c = 0; c < kCount; ++c) batch.chunks[c] = logits.in_memory().load_whole(first + c * 32 * Source::kSize);
       return f(batch);
     }
   }

@@ -274,19 +274,24 @@ class Row : public RowShare<Source, Team> {
     Best best = Best::none();
     float e = 0, e_exponent = 0;
     this->template for_each_batch<kLoads, false>(t, [&](const auto& batch) {
+      using Loaded = typename std::remove_cvref_t<decltype(batch)>::Values;
       const float before = best.first;
-      BestOfChunks<Values> maxima;
-      batch.for_each([&](int c, uint32_t token, const Values& chunk) {
+      BestOfChunks<Loaded> maxima;
+      batch.for_each([&](int c, uint32_t token, const Loaded& chunk) {
         maxima.add(chunk);
         if constexpr (Team::kKeepsRow) *kept_chunk(token) = chunk;
       });
+      if constexpr (!std::is_same_v<Loaded, Values>) {
+        add_capped(best, e, e_exponent, batch, maxima.best());
+        return;
+      }
       best.merge(maxima.best());
       if (!with_sums) return;
       const Masses mass{-kInfinity, best.first, rate_, 1};
       const float shift = mass.exponent(before), scale = exp2_of(shift);
       e_exponent = scale * (e_exponent + shift * e);
       e *= scale;
-      const auto add_masses = [&](int, uint32_t, const Values& chunk) {
+      const auto add_masses = [&](int, uint32_t, const Loaded& chunk) {
 #pragma unroll
         for (int k = 0; k < kSize; ++k) {
           const float exponent = mass.exponent(to_float(chunk.values[k])), own = exp2_of(exponent);
@@ -300,6 +305,9 @@ class Row : public RowShare<Source, Team> {
         batch.for_each(add_masses);
       }
     });
+    if constexpr (Source::kIsPlain && !std::is_same_v<Source, typename Source::Raw>) {
+      if (!(e > 0)) best = Best::none();  // a cap gives a lane of nothing but NaN the cap of -inf
+    }
     const float lane_max = best.first;
     if constexpr (kFilters && kHasLaneMaxima) lane_maximum(t) = __float2bfloat16_ru(lane_max);
     best.merge_warp();
@@ -309,6 +317,29 @@ class Row : public RowShare<Source, Team> {
       e = warp_sum(scale * e);
     }
     return {best, e, e_exponent};
+  }
+
+  // Adds a batch of logits that lie in memory without their soft cap, of which `largest` are the two largest. Its sums
+  // are relative to its own maximum at first: differences of units are exact there, however small the temperature is.
+  template <class Batch>
+  DFLASH_INLINE void add_capped(Best& best, float& e, float& e_exponent, const Batch& batch, Best largest) const {
+    const float softcap = logits_.softcap, top = logits_.unit(largest.first), rate = fminf(softcap * rate_, 3e38f);
+    const float before = best.first, now = softcap * top;
+    float own = 0, own_exponent = 0;
+    batch.for_each([&](int, uint32_t, const auto& chunk) {
+#pragma unroll
+      for (int k = 0; k < kSize; ++k) {
+        const float exponent = fmaxf((logits_.unit(to_float(chunk.values[k])) - top) * rate, -1e4f);  // NaN: no mass
+        const float mass = exp2_of(exponent);
+        own += mass;
+        own_exponent += mass * exponent;
+      }
+    });
+    best.merge({now, softcap * logits_.unit(largest.second)});
+    const Masses mass{-kInfinity, best.first, rate_, 1};
+    const float shift = mass.exponent(before), own_shift = mass.exponent(now);
+    e_exponent = exp2_of(shift) * (e_exponent + shift * e) + exp2_of(own_shift) * (own_exponent + own_shift * own);
+    e = exp2_of(shift) * e + exp2_of(own_shift) * own;
   }
 
   // Calls f(first token) for this warp's groups of a tile, in which all warps of the block take part.

@@ -453,6 +453,27 @@ def test_a_soft_cap_comes_before_all_else(options, dtype, device):
             assert (uniform <= passed + 3 * slack).all() and (passed - drawn.prob <= uniform + 3 * slack).all()
 
 
+def test_a_soft_cap_on_rows_that_are_nearly_empty(device):
+    """NaN is no logit, and -inf is one. All others are whole tiles for a GPU."""
+    z = torch.full((3, 8192), math.nan, dtype=torch.bfloat16)
+    z[1, 5000] = -2.0
+    z[2] = -math.inf
+    drawn = sample(z.to(device), torch.arange(3, device=device), softcap=30.0)
+    assert drawn.token[:2].tolist() == [0, 5000] and drawn.argmax.tolist() == [0, 5000, 0]
+    assert drawn.prob[0].isnan() and drawn.max_prob[0].isnan()
+    close(drawn.prob[1:].cpu(), torch.tensor([1, 1 / 8192]).double())
+    close(drawn.entropy[1:].cpu(), torch.tensor([0, math.log(8192)]).double(), atol=1e-5)
+
+
+@pytest.mark.parametrize("temperature", [1e-3, 1e-12, 1e-30])
+def test_a_soft_cap_at_a_small_temperature(temperature, device):
+    z = logits(4, 8192, device=device).bfloat16()
+    z[:, 4000] = 25.0
+    drawn = sample(z, 0, temperature=temperature, softcap=30.0)
+    assert drawn.token.tolist() == [4000] * 4
+    close(drawn.prob.cpu(), torch.ones(4).double())
+
+
 def test_autocast_changes_nothing(device):
     z = logits(20, 500, device=device)
     want = sample(z, 3, temperature=0.7, top_p=0.9)
