@@ -128,4 +128,12 @@ struct ScaledExpParams {
   float* embedded;  // [rows, width], the sum of weights times embeddings so far
 };
 
+// A draw without filters and penalties from bfloat16 logits, and the weights of all of the vocabulary, as above but with
+// an origin of their own. The vocabulary is a multiple of 8, and rows of logits are aligned to 16 bytes.
+struct WeightedDrawParams {
+  SampleParams draw;
+  void* weights;  // [rows, vocab] bfloat16
+  float* sums;    // [rows], of the weights as they are stored
+};
+
 }  // namespace dflash

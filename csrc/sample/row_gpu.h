@@ -7,7 +7,13 @@
 
 namespace dflash::DFLASH_ISA {
 
-// Source: PlainLogits or PenalisedLogits.
+// Takes the masses of a chunk, exp2((x - top) * rate), as they are computed by Row::read. This one drops them.
+struct NoMasses {
+  template <int kCount>
+  DFLASH_INLINE void operator()(uint32_t, const float (&)[kCount], float) {}
+};
+
+// Source: PlainLogits, CappedLogits or PenalisedLogits.
 template <class Source, class Team>
 class Row : public RowShare<Source, Team> {
   using Share = RowShare<Source, Team>;
@@ -26,12 +32,13 @@ class Row : public RowShare<Source, Team> {
 
   // Reads the maxima of the row, and its sums if `with_sums`. This is the one read that goes to memory. The whole team
   // calls this once. kFilters: filters may follow. meanwhile(): what one warp does first, while the others read. next():
-  // what all warps do when the row has been read, before its sums are added up.
-  template <bool kFilters, class Meanwhile, class Next>
-  DFLASH_INLINE void read(bool with_sums, const Meanwhile& meanwhile, const Next& next) {
+  // what all warps do when the row has been read, before its sums are added up. taken(token, masses, top): takes the
+  // masses of every chunk, those of the tokens from `token` on. kCount: chunks that a lane loads at once.
+  template <bool kFilters, int kCount = kLoads, class Meanwhile, class Next, class Taken = NoMasses>
+  DFLASH_INLINE void read(bool with_sums, const Meanwhile& meanwhile, const Next& next, Taken&& taken = NoMasses()) {
     Team::wait_for_start();
     if (warp_id() == kWarps - 1) meanwhile();  // it has the fewest tiles
-    for_each_own_tile([&](int t) { publish(memory_.tiles, t, read_tile<kFilters>(t, with_sums)); });
+    for_each_own_tile([&](int t) { publish(memory_.tiles, t, read_tile<kFilters, kCount>(t, with_sums, taken)); });
     Team::sync();
     next();
     float max = -kInfinity;
@@ -269,11 +276,11 @@ class Row : public RowShare<Source, Team> {
     return true;
   }
 
-  template <bool kFilters>
-  DFLASH_INLINE Tile read_tile(int t, bool with_sums) const {
+  template <bool kFilters, int kCount, class Taken>
+  DFLASH_INLINE Tile read_tile(int t, bool with_sums, Taken& taken) const {
     Best best = Best::none();
     float e = 0, e_exponent = 0;
-    this->template for_each_batch<kLoads, false>(t, [&](const auto& batch) {
+    this->template for_each_batch<kCount, false>(t, [&](const auto& batch) {
       using Loaded = typename std::remove_cvref_t<decltype(batch)>::Values;
       const float before = best.first;
       BestOfChunks<Loaded> maxima;
@@ -282,7 +289,7 @@ class Row : public RowShare<Source, Team> {
         if constexpr (Team::kKeepsRow) *kept_chunk(token) = chunk;
       });
       if constexpr (!std::is_same_v<Loaded, Values>) {
-        add_capped(best, e, e_exponent, batch, maxima.best());
+        add_capped(best, e, e_exponent, batch, maxima.best(), taken);
         return;
       }
       best.merge(maxima.best());
@@ -291,16 +298,19 @@ class Row : public RowShare<Source, Team> {
       const float shift = mass.exponent(before), scale = exp2_of(shift);
       e_exponent = scale * (e_exponent + shift * e);
       e *= scale;
-      const auto add_masses = [&](int, uint32_t, const Loaded& chunk) {
+      const auto add_masses = [&](int, uint32_t token, const Loaded& chunk) {
+        float masses[kSize];
 #pragma unroll
         for (int k = 0; k < kSize; ++k) {
-          const float exponent = mass.exponent(to_float(chunk.values[k])), own = exp2_of(exponent);
-          e += own;
-          e_exponent += own * exponent;
+          const float exponent = mass.exponent(to_float(chunk.values[k]));
+          masses[k] = exp2_of(exponent);
+          e += masses[k];
+          e_exponent += masses[k] * exponent;
         }
+        taken(token, masses, best.first);
       };
       if constexpr (Team::kKeepsRow) {
-        KeptBatch<Source, kLoads>{batch.first, kept_chunk(batch.first)}.for_each(add_masses);
+        KeptBatch<Source, kCount>{batch.first, kept_chunk(batch.first)}.for_each(add_masses);
       } else {
         batch.for_each(add_masses);
       }
@@ -321,19 +331,22 @@ class Row : public RowShare<Source, Team> {
 
   // Adds a batch of logits that lie in memory without their soft cap, of which `largest` are the two largest. Its sums
   // are relative to its own maximum at first: differences of units are exact there, however small the temperature is.
-  template <class Batch>
-  DFLASH_INLINE void add_capped(Best& best, float& e, float& e_exponent, const Batch& batch, Best largest) const {
+  template <class Batch, class Taken>
+  DFLASH_INLINE void add_capped(Best& best, float& e, float& e_exponent, const Batch& batch, Best largest,
+                                Taken& taken) const {
     const float softcap = logits_.softcap, top = logits_.unit(largest.first), rate = fminf(softcap * rate_, 3e38f);
     const float before = best.first, now = softcap * top;
     float own = 0, own_exponent = 0;
-    batch.for_each([&](int, uint32_t, const auto& chunk) {
+    batch.for_each([&](int, uint32_t token, const auto& chunk) {
+      float masses[kSize];
 #pragma unroll
       for (int k = 0; k < kSize; ++k) {
         const float exponent = fmaxf((logits_.unit(to_float(chunk.values[k])) - top) * rate, -1e4f);  // NaN: no mass
-        const float mass = exp2_of(exponent);
-        own += mass;
-        own_exponent += mass * exponent;
+        masses[k] = exp2_of(exponent);
+        own += masses[k];
+        own_exponent += masses[k] * exponent;
       }
+      taken(token, masses, now);
     });
     best.merge({now, softcap * logits_.unit(largest.second)});
     const Masses mass{-kInfinity, best.first, rate_, 1};

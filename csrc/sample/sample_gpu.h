@@ -65,6 +65,22 @@ struct SampledRow {
   }
 };
 
+// Draws a token from a row whose sums are known, and writes what the operator returns. The whole team calls this.
+template <class Source, class Team>
+DFLASH_INLINE void finish_draw(const Row<Source, Team>& row, const SampledRow<Source, Team>& out, bool is_greedy,
+                               double uniform, float sum, float sum_at_1) {
+  const bool draws = !is_greedy && !row.is_certain();
+  const auto place = draws ? row.place_of(uniform) : typename Row<Source, Team>::Place{-1, 0};
+  const auto token = row.token_at(place, row.masses()), argmax = row.argmax();
+  if (Team::rank() == 0 && warp_id() == kWarps - 1) out.write_row(row, is_greedy);
+  if (lane_id() != 0) return;
+  if (argmax.id >= 0) out.set(kArgmax, argmax.id);
+  const bool is_drawn = place.tile >= 0;
+  const typename Row<Source, Team>::Token chosen{is_drawn ? token.id : argmax.id,
+                                                 is_drawn ? token.logit : argmax.logit};
+  if (chosen.id >= 0) out.write_token(row, chosen, sum, sum_at_1);
+}
+
 template <class Source, class Team, bool kFilters>
 __global__ void __launch_bounds__(kThreads, kSampleBlocks<kFilters>) sample_rows(const SampleParams params) {
   __shared__ RowMemory memory;
@@ -90,16 +106,7 @@ __global__ void __launch_bounds__(kThreads, kSampleBlocks<kFilters>) sample_rows
     row.sum_kept();
   }
 
-  const bool draws = !is_greedy && !row.is_certain();
-  const auto place = draws ? row.place_of(uniform) : typename Row<Source, Team>::Place{-1, 0};
-  const auto token = row.token_at(place, row.masses()), argmax = row.argmax();
-  if (Team::rank() == 0 && warp_id() == kWarps - 1) out.write_row(row, is_greedy);
-  if (lane_id() != 0) return;
-  if (argmax.id >= 0) out.set(kArgmax, argmax.id);
-  const bool is_drawn = place.tile >= 0;
-  const typename Row<Source, Team>::Token chosen{is_drawn ? token.id : argmax.id,
-                                                 is_drawn ? token.logit : argmax.logit};
-  if (chosen.id >= 0) out.write_token(row, chosen, sum, sum_at_1);
+  finish_draw(row, out, is_greedy, uniform, sum, sum_at_1);
 }
 
 template <class T, class Team>

@@ -10,7 +10,7 @@ from .penalties import count_tokens_
 from .reveal import reveal, reveal_count
 from .sampling import sample
 from .sharded_loss import sharded_linear_cross_entropy
-from .soft_embedding import soft_embedding
+from .soft_embedding import sample_and_embed, soft_embedding
 from .verify import verify
 
 __all__ = [
@@ -27,6 +27,7 @@ __all__ = [
     "reveal",
     "reveal_count",
     "sample",
+    "sample_and_embed",
     "sharded_linear_cross_entropy",
     "soft_embedding",
     "verify",

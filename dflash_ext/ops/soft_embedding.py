@@ -9,9 +9,12 @@ from torch import Tensor
 
 from ..checks import check_tensors, shown
 from ..native import load
+from ..reference import Sample
 from ..reference.numerics import softcapped
 from .backends import warn_once
 from .logits import LOGITS_DTYPES, by_row, cap_of, check_last_dim, number_and_tensor
+from .random import seed_tensor
+from .sampling import sample
 
 load()
 _native = torch.ops.dflash_ext
@@ -32,8 +35,8 @@ def soft_embedding(
     the chunk's embeddings and summed in float32; the result is normalised at the end.
 
     Args:
-        logits: ``[..., V]`` float32, bfloat16 or float16, the last dimension contiguous. NaN counts as -inf, and +inf
-            as the largest number.
+        logits: ``[..., V]`` float32, bfloat16 or float16, the last dimension contiguous. A NaN is no token, with a
+            softcap, too, and +inf counts as the largest number.
         embedding: ``[V, H]`` float32, bfloat16 or float16. Exponentials are rounded to its dtype.
         temperature: a number > 0, or a tensor ``[]`` or ``[...]``. What is outside of 1e-30 to 1e30 counts as the
             nearest of these.
@@ -44,18 +47,10 @@ def soft_embedding(
 
     Raises ValueError for arguments that do not fit together, TypeError for one of another type.
     """
-    check_tensors("soft_embedding", logits=logits, embedding=embedding, numbers={"temperature": temperature})
-    if logits.dim() == 0 or logits.dtype not in LOGITS_DTYPES or logits.shape[-1] == 0:
-        raise ValueError(f"soft_embedding: logits is {shown(logits)}; floating [..., V], V > 0, is needed")
-    vocab, shape = logits.shape[-1], logits.shape[:-1]
-    if embedding.dim() != 2 or len(embedding) != vocab or embedding.dtype not in LOGITS_DTYPES:
-        raise ValueError(f"soft_embedding: embedding is {shown(embedding)}; floating [{vocab}, H] is needed")
-    check_last_dim("soft_embedding", "logits", logits)
-    if not isinstance(temperature, Tensor) and (temperature is None or not temperature > 0):
-        raise ValueError(f"soft_embedding: temperature is {temperature}; a number above 0 is needed")
+    shape = _check("soft_embedding", logits, embedding, temperature)
     temperature = by_row("soft_embedding", shape, temperature=temperature)["temperature"]
     softcap = cap_of("soft_embedding", softcap)
-    logits, embedding = logits.detach().reshape(shape.numel(), vocab), embedding.detach()
+    logits, embedding = logits.detach().reshape(shape.numel(), logits.shape[-1]), embedding.detach()
     is_double = torch.float64 in (logits.dtype, embedding.dtype)
     if logits.is_cuda and not is_double:
         embedded = _on_gpu(logits, embedding, temperature, softcap)
@@ -64,6 +59,62 @@ def soft_embedding(
             warn_once("soft_embedding", logits.device)
         embedded = _in_pytorch(logits, embedding, temperature, softcap)
     return embedded.to(embedding.dtype).view(*shape, embedding.shape[1])
+
+
+def sample_and_embed(
+    logits: Tensor,
+    embedding: Tensor,
+    seed: int | Tensor | torch.Generator,
+    *,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+) -> tuple[Sample, Tensor]:
+    """A draw, and the expected embedding of the distribution that it is from: ``sample`` and ``soft_embedding``.
+
+    On a GPU one kernel does for bfloat16 what reads the logits in both, if V is a multiple of 8 and all weights fit
+    into one chunk.
+
+    Args:
+        logits, temperature, softcap: as in ``soft_embedding``.
+        embedding: ``[V, H]``.
+        seed: as in ``sample``.
+
+    Returns:
+        The Sample of ``logits [..., V]``, and ``[..., H]`` of the embedding's dtype.
+
+    Raises ValueError and TypeError as the two do.
+    """
+    shape = _check("sample_and_embed", logits, embedding, temperature)
+    rows, vocab = shape.numel(), logits.shape[-1]
+    is_one_read = logits.is_cuda and logits.dtype == embedding.dtype == torch.bfloat16 and vocab % 8 == 0
+    if not is_one_read or rows == 0 or len(_chunks(rows, vocab)) > 1:
+        options = {"temperature": temperature, "softcap": softcap}
+        return sample(logits, seed, **options), soft_embedding(logits, embedding, **options)
+    temperature = by_row("sample_and_embed", shape, temperature=temperature)["temperature"]
+    number, tensor = number_and_tensor(temperature, 1.0, torch.float32)
+    seed = seed_tensor("sample_and_embed", seed, shape, logits.device)
+    cap = cap_of("sample_and_embed", softcap)
+    ids, reals, weights, sums = _native.weighted_draw(logits.detach().reshape(rows, vocab), seed, tensor, number, cap)
+    embedded = _divided(torch.mm(weights, embedding.detach(), out_dtype=torch.float32), sums, embedding.dtype)
+    token, argmax = ids.unbind()
+    prob, logprob, entropy, margin, max_prob, pivot, normaliser, _ = reals.unbind()
+    drawn = Sample(token, prob, logprob, entropy, margin, argmax, max_prob, pivot, normaliser)
+    return Sample(*(field.view(shape) for field in drawn)), embedded.view(*shape, embedding.shape[1])
+
+
+def _check(op: str, logits: Tensor, embedding: Tensor, temperature: float | Tensor) -> torch.Size:
+    """Raises ValueError for arguments that do not fit together, TypeError for one of another type; returns the shape of
+    the rows."""
+    check_tensors(op, logits=logits, embedding=embedding, numbers={"temperature": temperature})
+    if logits.dim() == 0 or logits.dtype not in LOGITS_DTYPES or logits.shape[-1] == 0:
+        raise ValueError(f"{op}: logits is {shown(logits)}; floating [..., V], V > 0, is needed")
+    vocab = logits.shape[-1]
+    if embedding.dim() != 2 or len(embedding) != vocab or embedding.dtype not in LOGITS_DTYPES:
+        raise ValueError(f"{op}: embedding is {shown(embedding)}; floating [{vocab}, H] is needed")
+    check_last_dim(op, "logits", logits)
+    if not isinstance(temperature, Tensor) and (temperature is None or not temperature > 0):
+        raise ValueError(f"{op}: temperature is {temperature}; a number above 0 is needed")
+    return logits.shape[:-1]
 
 
 def _chunks(rows: int, vocab: int) -> list[tuple[int, int]]:
@@ -82,7 +133,11 @@ def _on_gpu(logits: Tensor, embedding: Tensor, temperature: float | Tensor, soft
         _native.scaled_exp_(logits, begin, by_row, number, softcap, weights, origins, sums, embedded)
         product = weights, embedding[begin:end]
         embedded = torch.addmm(embedded, *product, **in_float32) if begin > 0 else torch.mm(*product, **in_float32)
-    return torch.div(embedded, sums[:, None], out=logits.new_empty(embedded.shape, dtype=embedding.dtype))
+    return _divided(embedded, sums, embedding.dtype)
+
+
+def _divided(embedded: Tensor, sums: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.div(embedded, sums[:, None], out=embedded.new_empty(embedded.shape, dtype=dtype))
 
 
 def _in_pytorch(logits: Tensor, embedding: Tensor, temperature: float | Tensor, softcap: float) -> Tensor:
@@ -96,8 +151,8 @@ def _in_pytorch(logits: Tensor, embedding: Tensor, temperature: float | Tensor, 
 
     def scores(begin: int, end: int) -> Tensor:
         z = logits[:, begin:end].to(real)
-        z = z.masked_fill(z.isnan(), -math.inf).clamp(max=largest)
-        z = softcapped(z, softcap)
+        z = softcapped(z.clamp(max=largest), softcap)
+        z = z.masked_fill(z.isnan(), -math.inf)
         return (z / temperature).clamp(max=largest)
 
     parts = [(z.amax(-1), z.logsumexp(-1)) for z in (scores(*chunk) for chunk in chunks)]
@@ -113,3 +168,10 @@ def _in_pytorch(logits: Tensor, embedding: Tensor, temperature: float | Tensor, 
 @torch.library.register_fake("dflash_ext::scaled_exp_")
 def _(logits, begin, temperatures, temperature, softcap, weights, origins, sums, embedded):
     return None
+
+
+@torch.library.register_fake("dflash_ext::weighted_draw")
+def _(logits, seed, temperatures, temperature, softcap):
+    rows, real = logits.shape[0], torch.float32
+    ids, weights = logits.new_empty(2, rows, dtype=torch.int64), logits.new_empty(logits.shape)
+    return ids, logits.new_empty(8, rows, dtype=real), weights, logits.new_empty(rows, dtype=real)

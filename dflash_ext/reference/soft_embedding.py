@@ -13,7 +13,7 @@ def soft_embedding(
 ) -> Tensor:
     """``softmax(softcap(logits) / temperature) @ embedding``; see ``dflash_ext.soft_embedding`` for the rules."""
     real = torch.promote_types(torch.promote_types(logits.dtype, embedding.dtype), torch.float32)
-    z = without_nan(logits.to(real)).clamp(max=torch.finfo(real).max)
-    z = softcapped(z, softcap if softcap is not None and softcap > 0 else None)
+    z = logits.to(real).clamp(max=torch.finfo(real).max)
+    z = without_nan(softcapped(z, softcap if softcap is not None and softcap > 0 else None))
     z = z / per_row(temperature, z).clamp(1e-30, 1e30).to(real)
     return (torch.softmax(z.clamp(max=torch.finfo(real).max), dim=-1) @ embedding.to(real)).to(embedding.dtype)

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from dflash_ext import reference, soft_embedding
+from dflash_ext import reference, sample, sample_and_embed, soft_embedding
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -111,3 +111,48 @@ def test_compiles_without_graph_breaks(device):
     temperature = torch.tensor([0.5, 1.0, 2.0, 0.7], device=device)
     want = soft_embedding(logits, embedding, temperature=temperature, softcap=30.0)
     torch.testing.assert_close(compiled(logits, embedding, temperature), want)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("options", [{}, {"temperature": 0.4}, {"temperature": 2.5, "softcap": 30.0}], ids=str)
+@pytest.mark.parametrize("vocab", [8, 4104, 9001, 40_000])
+def test_a_draw_and_its_expected_embedding(options, dtype, vocab, device):
+    logits, embedding = inputs(12, vocab, 24, dtype, device)
+    seed = torch.arange(12, device=device).view(3, 4)
+    drawn, embedded = sample_and_embed(logits.view(3, 4, vocab), embedding, seed, **options)
+    alone = sample(logits.view(3, 4, vocab), seed, **options)
+    want = soft_embedding(logits, embedding, **options).double()
+    assert embedded.shape == (3, 4, 24) and embedded.dtype == dtype
+    assert error(embedded.view(12, 24), want) < 4 * torch.finfo(dtype).eps
+    for name, got, expected in zip(alone._fields, drawn, alone, strict=True):
+        if got.dtype == torch.int64:
+            assert torch.equal(got, expected), name
+        else:
+            torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("softcap", [None, 30.0])
+def test_a_draw_with_an_embedding_from_logits_that_are_not_finite(softcap, device):
+    """Late logits that are much larger, too, which the first ones of a row do not announce."""
+    logits, embedding = inputs(8, 16_384, 16, torch.bfloat16, device)
+    logits[0, 5:16_000], logits[1, ::2], logits[2], logits[3, 9999] = -math.inf, math.nan, math.nan, math.inf
+    logits[4, 12_000:] += 200
+    logits[5, :8000], logits[6] = -math.inf, -math.inf
+    logits[7] *= 1000
+    options = {"temperature": 0.05, "softcap": softcap}
+    drawn, embedded = sample_and_embed(logits, embedding, 5, **options)
+    want, alone = soft_embedding(logits, embedding, **options), sample(logits, 5, **options)
+    torch.testing.assert_close(embedded, want, rtol=2e-2, atol=2e-2, equal_nan=True)
+    assert embedded[2].isnan().all() and torch.equal(drawn.token, alone.token)
+    torch.testing.assert_close(drawn.max_prob, alone.max_prob, rtol=1e-3, atol=1e-5, equal_nan=True)
+    torch.testing.assert_close(drawn.entropy, alone.entropy, rtol=1e-3, atol=1e-4, equal_nan=True)
+
+
+def test_a_draw_with_an_embedding_refuses_what_does_not_fit():
+    logits, embedding = inputs(3, 8, 4, torch.float32)
+    with pytest.raises(ValueError, match="sample_and_embed: temperature is 0; a number above 0"):
+        sample_and_embed(logits, embedding, 1, temperature=0)
+    with pytest.raises(ValueError, match="sample_and_embed: embedding is"):
+        sample_and_embed(logits, embedding[:5], 1)
+    with pytest.raises(TypeError, match="seed is"):
+        sample_and_embed(logits, embedding, "1")

@@ -46,11 +46,12 @@ class CanvasCycle:
         """One denoising step of the rows in these slots (int64 [n])."""
         with self.rows.changing(slots) as rows:
             logits = self.forward.denoise(rows.canvas, *self._placed(rows, slots), rows.soft)
-            if self.forward.self_conditions:
-                temperature = self.process.temperature(rows)[:, None].expand(rows.canvas.shape)
-                soft = self.forward.condition(logits, temperature)
-                rows.soft = torch.where(rows.running[:, None, None], soft, rows.soft)
-            self.process.step(rows, logits, self.changes, self.randomness)
+            if not self.forward.self_conditions:
+                self.process.step(rows, logits, self.changes, self.randomness)
+                return
+            running = rows.running
+            expected = self.process.step(rows, logits, self.changes, self.randomness, self.forward.like)
+            rows.soft = torch.where(running[:, None, None], self.forward.condition(expected), rows.soft)
 
     def extend(self, slots: Tensor) -> None:
         """Commits the canvases of these rows, whose tokens are in `rows.best`, and begins the next ones."""

@@ -16,7 +16,6 @@ from ...integrations import as_attention_mask
 from ...integrations.attention import runs_block_attn
 from ...integrations.fused_layers import fused_forwards, replaced_forwards
 from ...models.target import cache_argument
-from ...ops import soft_embedding
 from ..forward.masks import Masks, block_masks, causal_masks
 from ..forward.modules import SlotCache
 
@@ -93,8 +92,7 @@ class DiffusionGemmaForward:
                 )
             return torch.nn.functional.linear(decoder.norm(hidden), self.head)
 
-    def condition(self, logits: Tensor, temperature: Tensor) -> Tensor:
-        expected = soft_embedding(logits, self.like, temperature=temperature, softcap=self.softcap)
+    def condition(self, expected: Tensor) -> Tensor:
         return expected * self.embedding.embed_scale.to(expected.dtype)
 
     def _given(self, masks: Masks, positions: Tensor, start: Tensor, counts: Tensor, slots: Tensor) -> dict:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ...models import Denoiser, Target
+from ...ops import soft_embedding
 from ...ops.cycle import CycleRows
 from ..drafts.base import Draft
 from ..drafts.uniform import next_block, noise, places_of
@@ -63,7 +64,7 @@ class CanvasDraft(Draft):
         for step in range(1, self.steps + 1):
             logits = self.forward.denoise(tokens, *where, soft)
             if step < self.steps:
-                soft = self.forward.condition(logits, torch.ones(tokens.shape, dtype=torch.float32, device=like.device))
+                soft = self.forward.condition(soft_embedding(logits, like))
                 tokens = next_block(rows, logits, step)
         known = filters if self.steps == 1 else {}
         return self.draw(logits, None, rows.anchor, rows.seed, places[:, 0], known, changes)

@@ -11,7 +11,6 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ...models import Denoiser, DFlashDrafter, Target, is_diffusion_gemma
-from ...ops import soft_embedding
 from ..forward import target_forward
 from ..forward.masks import Masks, block_masks, causal_masks
 from .diffusion_gemma import DiffusionGemmaForward
@@ -52,8 +51,8 @@ class CanvasForward(Protocol):
         soft: what `condition` returned for the step before, [B, R, H]; zeros in the first step.
         """
 
-    def condition(self, logits: Tensor, temperature: Tensor) -> Tensor:
-        """The expected embeddings [B, R, H] of a step's logits at its temperature (float32 [B, R])."""
+    def condition(self, expected: Tensor) -> Tensor:
+        """What conditions a step on the one before, whose expected embeddings, by `like`, are [B, R, H]."""
 
 
 class CausalForward:
@@ -107,8 +106,7 @@ class CausalForward:
         with self._embedded(is_masked, soft):
             return self.forward.read(tokens, positions, start, counts, slots, masks=self.block)[0]
 
-    def condition(self, logits: Tensor, temperature: Tensor) -> Tensor:
-        expected = soft_embedding(logits, self.like, temperature=temperature)
+    def condition(self, expected: Tensor) -> Tensor:
         return expected * (self.target.embedding_scale or 1.0)
 
     @contextmanager

@@ -163,11 +163,20 @@ class UniformDiffusion:
         rows.best = torch.full_like(rows.canvas, -1)
         rows.running = rows.length > 0
 
-    def step(self, rows: Rows, logits: Tensor, changes: dict, randomness: Randomness) -> None:
-        """One step with the logits [N, L, V]. changes: arguments of `ops.sample` that change them before the draw."""
+    def step(
+        self, rows: Rows, logits: Tensor, changes: dict, randomness: Randomness, embedding: Tensor | None = None
+    ) -> Tensor | None:
+        """One step with the logits [N, L, V]. changes: arguments of `ops.sample` that change them before the draw.
+
+        With an embedding [V, H] it returns the expected embeddings of the logits at the step's temperature, [N, L, H].
+        """
         live, running = rows.live, rows.running[:, None]
         temperature = self.temperature(rows)[:, None].expand(live.shape)
-        drawn = randomness.sample(logits, rows, temperature=temperature, **changes)
+        options, expected = {"temperature": temperature, **changes}, None
+        if embedding is None:
+            drawn = randomness.sample(logits, rows, **options)
+        else:
+            drawn, expected = randomness.sample_and_embed(logits, embedding, rows, **options)
         rows.accepted = running & reveal(-drawn.entropy, live, entropy=drawn.entropy, entropy_bound=self.entropy_bound)
         rows.finite = rows.finite & (drawn.max_prob.isfinite() | ~live).all(-1)
         same = ((drawn.argmax == rows.best) | ~live).all(-1)
@@ -181,6 +190,7 @@ class UniformDiffusion:
         if self.confidence is not None:
             ended = ended | ((rows.stable >= self.stability) & (entropy < self.confidence))
         rows.running = rows.running & ~ended
+        return expected
 
     def temperature(self, rows: Rows) -> Tensor:
         """The temperature of the next step, float32 [N]."""

@@ -7,7 +7,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ...ops import sample
+from ...ops import sample, sample_and_embed, soft_embedding
 from ...ops.random import advanced, uniform_tokens
 from ...reference import Sample
 from ...reference.numerics import softcapped
@@ -21,6 +21,9 @@ class Randomness(Protocol):
     def sample(self, logits: Tensor, rows: Rows, **options) -> Sample | tuple[Sample, Tensor]:
         """Draws from logits [N, L, V]; the options and what is returned are those of `ops.sample`."""
 
+    def sample_and_embed(self, logits: Tensor, embedding: Tensor, rows: Rows, **options) -> tuple[Sample, Tensor]:
+        """The same with what `ops.sample_and_embed` takes and returns."""
+
 
 class Seeded:
     """Every random number follows from a row's seed, its position in the row and the step on its canvas.
@@ -33,6 +36,9 @@ class Seeded:
 
     def sample(self, logits: Tensor, rows: Rows, **options) -> Sample | tuple[Sample, Tensor]:
         return sample(logits, self._seeds(rows), **options)
+
+    def sample_and_embed(self, logits: Tensor, embedding: Tensor, rows: Rows, **options) -> tuple[Sample, Tensor]:
+        return sample_and_embed(logits, embedding, self._seeds(rows), **options)
 
     def _seeds(self, rows: Rows) -> Tensor:
         return advanced(rows.seed, rows.step)[:, None] + rows.positions
@@ -54,3 +60,6 @@ class LikeTransformers:
         probabilities = torch.softmax(logits / temperature[..., None], dim=-1)
         tokens = torch.multinomial(probabilities.flatten(0, -2), 1).view(drawn.token.shape)
         return drawn._replace(token=tokens)
+
+    def sample_and_embed(self, logits: Tensor, embedding: Tensor, rows: Rows, **options) -> tuple[Sample, Tensor]:
+        return self.sample(logits, rows, **options), soft_embedding(logits, embedding, **options)
