@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from ..checks import check_tensors, shown
+from ..checks import check_operands, check_tensors, shown
 from ..native import load
 from ..reference import Sample
 from ..reference.numerics import softcapped
@@ -84,16 +84,18 @@ def sample_and_embed(
 
     Raises ValueError and TypeError as the two do.
     """
-    shape = _check("sample_and_embed", logits, embedding, temperature)
+    op = "sample_and_embed"
+    shape = _check(op, logits, embedding, temperature)
+    check_operands(op, logits=logits, seed=seed)
+    of_rows = by_row(op, shape, temperature=temperature)["temperature"]
+    cap, seed = cap_of(op, softcap), seed_tensor(op, seed, shape, logits.device)
     rows, vocab = shape.numel(), logits.shape[-1]
     is_one_read = logits.is_cuda and logits.dtype == embedding.dtype == torch.bfloat16 and vocab % 8 == 0
     if not is_one_read or rows == 0 or len(_chunks(rows, vocab)) > 1:
         options = {"temperature": temperature, "softcap": softcap}
+        seed = seed if len(seed) == 1 else seed.view(shape)
         return sample(logits, seed, **options), soft_embedding(logits, embedding, **options)
-    temperature = by_row("sample_and_embed", shape, temperature=temperature)["temperature"]
-    number, tensor = number_and_tensor(temperature, 1.0, torch.float32)
-    seed = seed_tensor("sample_and_embed", seed, shape, logits.device)
-    cap = cap_of("sample_and_embed", softcap)
+    number, tensor = number_and_tensor(of_rows, 1.0, torch.float32)
     ids, reals, weights, sums = _native.weighted_draw(logits.detach().reshape(rows, vocab), seed, tensor, number, cap)
     embedded = _divided(torch.mm(weights, embedding.detach(), out_dtype=torch.float32), sums, embedding.dtype)
     token, argmax = ids.unbind()

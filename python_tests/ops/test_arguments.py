@@ -11,6 +11,7 @@ from dflash_ext import (
     masked_cross_entropy,
     reveal,
     sample,
+    sample_and_embed,
     sharded_linear_cross_entropy,
     soft_embedding,
     verify,
@@ -65,6 +66,12 @@ CALLS = {
         "table_rows": torch.arange(ROWS),
     },
     soft_embedding: {"logits": real(ROWS, VOCAB), "embedding": real(VOCAB, WIDTH), "temperature": real(ROWS)},
+    sample_and_embed: {
+        "logits": real(ROWS, VOCAB),
+        "embedding": real(VOCAB, WIDTH),
+        "seed": index(ROWS),
+        "temperature": real(ROWS),
+    },
     linear: {
         "x": real(ROWS, WIDTH),
         "weight": real(VOCAB, WIDTH),

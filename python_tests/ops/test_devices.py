@@ -14,7 +14,7 @@ from dflash_ext import (
     sample,
     verify,
 )
-from dflash_ext.ops import count_tokens_, linear, soft_embedding
+from dflash_ext.ops import count_tokens_, linear, sample_and_embed, soft_embedding
 
 FILTERS = ("temperature", "top_k", "top_p", "min_p")
 DRAFT, TARGET = torch.zeros(2, 3, dtype=torch.int64), torch.zeros(2, 4, 5)
@@ -71,6 +71,7 @@ CACHE = [torch.zeros(1, 2, 4, 8)]
         (linear, {"x": ROWS, "weight": ROWS, "residual": ROWS[:, :4]}),
         (soft_embedding, {"logits": ROWS, "embedding": ROWS.T}),
         (sample, {"logits": ROWS, "seed": seed(1), "top_p": torch.ones(4)}),
+        (sample_and_embed, {"logits": ROWS, "embedding": ROWS.T, "seed": seed(1)}),
         (verify, {"draft_tokens": DRAFT, "target_logits": TARGET, "draft_logits": TARGET[:, 1:], "seed": seed(1)}),
         (reveal, {"masked": ROWS == 0, "scores": ROWS}),
         (count_tokens_, {"token_counts": DRAFT.int(), "tokens": DRAFT}),

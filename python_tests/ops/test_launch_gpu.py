@@ -24,6 +24,7 @@ from dflash_ext import (
     masked_cross_entropy,
     reveal,
     sample,
+    sample_and_embed,
     soft_embedding,
     verify,
 )
@@ -159,6 +160,7 @@ def calls(device="cuda"):
         "verify": lambda: verify(target[:4].view(2, 2), vocabulary).next_token,
         "reveal": lambda: reveal(logits, logits > 0, count=5),
         "soft_embedding": lambda: soft_embedding(logits, head),
+        "sample_and_embed": lambda: sample_and_embed(logits, head, 3)[1],
     }
 
 
