@@ -49,8 +49,9 @@ void run_scaled_exp([[maybe_unused]] Tensor logits, [[maybe_unused]] int64_t beg
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> run_weighted_draw(Tensor logits, Tensor seed,
-                                                             std::optional<Tensor> temperatures, double temperature,
-                                                             double softcap) {
+                                                             std::optional<Tensor> temperatures,
+                                                             [[maybe_unused]] double temperature,
+                                                             [[maybe_unused]] double softcap) {
   constexpr const char* kDraw = "sample_and_embed";
   check(logits.dim() == 2 && logits.scalar_type() == ScalarType::BFloat16 && logits.stride(1) == 1, kDraw,
         ": logits must be bfloat16 [N, V], their last dimension contiguous");
