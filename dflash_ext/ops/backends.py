@@ -26,6 +26,7 @@ SERVED_BY = {
     "count_tokens_": {"cpu": "PyTorch", "cuda": "PyTorch"},
     "reveal": {"cpu": NATIVE, "cuda": NATIVE},
     "soft_embedding": {"cpu": "PyTorch", "cuda": f"PyTorch GEMM and {NATIVE}, float64 by PyTorch"},
+    "sample_and_embed": {"cpu": f"PyTorch and {NATIVE}", "cuda": f"PyTorch GEMM and {NATIVE}, float64 by PyTorch"},
     "linear": {"cpu": NATIVE, "cuda": f"{NATIVE} (bf16, fp16, on Hopper), else PyTorch's operators"},
     "kv_inject": {"cpu": f"PyTorch GEMM and {NATIVE}", "cuda": f"PyTorch GEMM and {NATIVE}"},
 }
