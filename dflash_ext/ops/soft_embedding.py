@@ -143,7 +143,7 @@ def _divided(embedded: Tensor, sums: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _in_pytorch(logits: Tensor, embedding: Tensor, temperature: float | Tensor, softcap: float) -> Tensor:
-    """The same sums; two passes over the logits, the first of which finds the normaliser."""
+    """The same sums; two passes over the logits, the first of which finds the largest ones."""
     real = torch.promote_types(torch.promote_types(logits.dtype, embedding.dtype), torch.float32)
     chunks = _chunks(len(logits), logits.shape[1])
     if isinstance(temperature, Tensor):
@@ -157,14 +157,14 @@ def _in_pytorch(logits: Tensor, embedding: Tensor, temperature: float | Tensor, 
         z = z.masked_fill(z.isnan(), -math.inf)
         return (z / temperature).clamp(max=largest)
 
-    parts = [(z.amax(-1), z.logsumexp(-1)) for z in (scores(*chunk) for chunk in chunks)]
-    origin, normaliser = (torch.stack(part) for part in zip(*parts, strict=True))
-    origin, normaliser = origin.amax(0)[:, None], normaliser.logsumexp(0)[:, None]
+    origin = torch.stack([scores(*chunk).amax(-1) for chunk in chunks]).amax(0)[:, None]
     embedded = logits.new_zeros(len(logits), embedding.shape[1], dtype=real)
+    total = logits.new_zeros(len(logits), 1, dtype=real)  # no logarithm, which would round as large scores do
     for begin, end in chunks:
-        weights = (scores(begin, end) - origin).exp().to(embedding.dtype)
-        embedded += weights.to(real) @ embedding[begin:end].to(real)
-    return embedded / (normaliser - origin).exp()
+        weights = (scores(begin, end) - origin).exp()
+        total += weights.sum(-1, keepdim=True)
+        embedded += weights.to(embedding.dtype).to(real) @ embedding[begin:end].to(real)
+    return embedded / total
 
 
 @torch.library.register_fake("dflash_ext::scaled_exp_")

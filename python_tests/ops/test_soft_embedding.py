@@ -77,6 +77,14 @@ def test_a_flat_distribution_loses_nothing_to_rounding(device):
     assert (embedded - 1).abs().max() <= 2 * torch.finfo(torch.float16).eps
 
 
+def test_equal_logits_at_a_low_temperature_share_the_mass(device):
+    logits, embedding = inputs(2, 70, 16, torch.float32, device)
+    logits[:, 3::10] = 31.0  # over the temperature, a number beside which the logarithm of 7 is small
+    for temperature in (1e-3, torch.tensor([1e-5, 1e-8], device=device)):
+        got = soft_embedding(logits, embedding, temperature=temperature)
+        assert error(got, embedding[3::10].double().mean(0).expand(2, -1)) < 1e-5
+
+
 def test_strides_and_no_rows(device):
     logits, embedding = inputs(6, 1000, 16, torch.bfloat16, device)
     view = logits[::2, 3:900]
