@@ -127,12 +127,18 @@ def sample(
         arguments = *filter_arguments(logits, **filters), *penalty_arguments(logits, changes)
         cap = {"softcap": softcap} if softcap else {}
         ids, reals = _native.sample(logits, seed, *arguments, return_confidence, **cap)
-        token, argmax = ids.unbind()
-        prob, logprob, entropy, margin, max_prob, pivot, normaliser, filtered_entropy, *confidence = reals.unbind()
-        drawn = Sample(token, prob, logprob, entropy, margin, argmax, max_prob, pivot, normaliser)
+        drawn, filtered_entropy, *confidence = unpacked(ids, reals)
         more = [filtered_entropy, *confidence] if return_filtered_entropy else confidence
     drawn = Sample(*(field.view(shape) for field in drawn))
     return (drawn, *(each.view(shape) for each in more)) if more else drawn
+
+
+def unpacked(ids: Tensor, reals: Tensor) -> tuple[Sample | Tensor, ...]:
+    """The Sample that a kernel wrote (csrc/sample/params.h), the entropy after the filters, and the confidence if asked
+    for, each of them [N]."""
+    token, argmax = ids.unbind()
+    prob, logprob, entropy, margin, max_prob, pivot, normaliser, *more = reals.unbind()
+    return Sample(token, prob, logprob, entropy, margin, argmax, max_prob, pivot, normaliser), *more
 
 
 @torch.library.register_fake("dflash_ext::sample")

@@ -14,7 +14,7 @@ from ..reference.numerics import softcapped
 from .backends import warn_once
 from .logits import LOGITS_DTYPES, by_row, cap_of, check_last_dim, number_and_tensor
 from .random import seed_tensor
-from .sampling import sample
+from .sampling import sample, unpacked
 
 load()
 _native = torch.ops.dflash_ext
@@ -98,9 +98,7 @@ def sample_and_embed(
     number, tensor = number_and_tensor(of_rows, 1.0, torch.float32)
     ids, reals, weights, sums = _native.weighted_draw(logits.detach().reshape(rows, vocab), seed, tensor, number, cap)
     embedded = _divided(torch.mm(weights, embedding.detach(), out_dtype=torch.float32), sums, embedding.dtype)
-    token, argmax = ids.unbind()
-    prob, logprob, entropy, margin, max_prob, pivot, normaliser, _ = reals.unbind()
-    drawn = Sample(token, prob, logprob, entropy, margin, argmax, max_prob, pivot, normaliser)
+    drawn, _ = unpacked(ids, reals)
     return Sample(*(field.view(shape) for field in drawn)), embedded.view(*shape, embedding.shape[1])
 
 
