@@ -57,6 +57,7 @@ CASES = {
     "start": lambda: IntervalMask.decode(lengths(900, 70, 10), 9, kv_len=1000, kv_start=lengths(500, 69, 0)),
     "canvas": lambda: IntervalMask.decode(lengths(700, 70, 0), 256, kv_len=1000),
     "verify and draft": lambda: IntervalMask.verify_and_draft(lengths(900, 63, 10), 7, 7, kv_len=1000, window=100),
+    "few rows of a wide tile": lambda: IntervalMask.decode(lengths(900, 63, 0), 17, kv_len=1000),
     "any int32": lambda: any_int32().to("cuda"),
     # Two consumers take turns here: a cluster has 512 keys a block, or a block has an item alone.
     "long rows": lambda: IntervalMask.decode(lengths(5000, 63, 2500), 16, kv_len=5100, causal=True),
@@ -75,9 +76,11 @@ def test_any_lengths_in_a_dirty_cache(case, head_dim, dtype):
 
 
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
-@pytest.mark.parametrize("case", ["draft", "verify", "one token", "fewer rows", "window", "long"])
+@pytest.mark.parametrize(
+    "case", ["draft", "verify", "one token", "fewer rows", "window", "verify and draft", "canvas", "long"]
+)
 def test_a_constant_context_changes_no_bits(case, head_dim):
-    """The kernel in front of the attention writes the queries and the block's own keys, and ends late."""
+    """The kernel in front of the attention writes the last keys, one for each query row, and ends late."""
     long = IntervalMask.decode(lengths(1990, 2000, 0), 16, kv_len=2048, causal=True)
     mask = long if case == "long" else CASES[case]()
     mask = mask.plan(8, 2, head_dim, decode=True)
@@ -86,10 +89,9 @@ def test_a_constant_context_changes_no_bits(case, head_dim):
     pages = [cache.transpose(1, 2) for cache in (k, v)]
     table = torch.arange(mask.batch, dtype=torch.int32, device="cuda")[:, None]
     want = block_attn_decode(q, *pages, mask, block_table=table)
-    of_block = torch.zeros(mask.batch, size, dtype=torch.bool, device="cuda")
-    for entry, (low, high) in enumerate(zip(mask.blk_lo.tolist(), mask.blk_hi.tolist(), strict=True)):
-        of_block[entry, min(low) : max(high)] = True
-    positions = torch.where(of_block, torch.arange(size, device="cuda"), -1)
+    place, end = torch.arange(size, device="cuda"), torch.maximum(mask.ctx_hi, mask.blk_hi).amax(1, keepdim=True)
+    written = (place >= end - mask.q_len) & (place < end)
+    positions = torch.where(written, place, -1)
     projected = torch.cat(
         [
             x.transpose(1, 2).flatten(2)
@@ -99,7 +101,7 @@ def test_a_constant_context_changes_no_bits(case, head_dim):
     )
     angles = torch.ones(size, 1, device="cuda"), torch.zeros(size, 1, device="cuda")
     for cache in (k, v):
-        cache.masked_fill_(of_block[:, None, :, None], 0)
+        cache.masked_fill_(written[:, None, :, None], 0)
     rotate_to_cache(projected.flatten(0, 1), k, v, positions, positions, table[:, 0], *angles)
     got = block_attn_decode(q, *pages, mask, block_table=table, constant_context=True)
     assert torch.equal(got, want)
@@ -114,12 +116,13 @@ def test_every_ratio_of_heads(heads, kv_heads, head_dim):
 
 
 @pytest.mark.parametrize("tiles", range(1, 10))
+@pytest.mark.parametrize("kv_heads", [2, 11])  # with 11 there are enough tiles of 128 rows, so that they are not halved
 @pytest.mark.parametrize(("rows", "head_dim"), [(16, 64), (5, 72), (16, 128), (16, 256), (90, 120), (90, 256)])
-def test_any_number_of_blocks_shares_an_item(tiles, rows, head_dim):
+def test_any_number_of_blocks_shares_an_item(tiles, rows, head_dim, kv_heads):
     """A cluster has as many blocks as there are tiles of keys. What they send each other has the range of floats."""
     kv_len = 80 * tiles + 30
     mask = IntervalMask.decode(lengths(kv_len - rows, 3), rows, kv_len=kv_len, causal=tiles % 2 == 0)
-    q, k, v = filled(2, 4, 2, rows, kv_len, head_dim)
+    q, k, v = filled(2, 2 * kv_heads, kv_heads, rows, kv_len, head_dim)
     for scale in (1, 2.0**100, 2.0**-100):
         got = block_attn_decode(q, k, v * scale, mask)
         check(got / scale, q, k, v, mask)
@@ -133,14 +136,15 @@ def test_options(options):
 
 
 @pytest.mark.parametrize("page_size", [16, 24, 48, 64, 256])
-@pytest.mark.parametrize(("rows", "head_dim"), [(16, 128), (40, 128), (40, 256)])
+@pytest.mark.parametrize(("rows", "head_dim"), [(16, 128), (40, 128), (40, 256), (160, 128), (160, 256)])
 @pytest.mark.parametrize("exact", [False, True])
 def test_pages(page_size, rows, head_dim, exact):
-    mask = IntervalMask.decode(lengths(700, 33, 5), rows, kv_len=3 * 256)
+    cached = lengths(600, 33, 5)
+    mask = IntervalMask.decode(cached, rows, kv_len=3 * 256)
     q, k, v = filled(3, 8, 2, rows, 3 * 256, head_dim)
     order = torch.randperm(3 * (768 // page_size), device="cuda")
     (k_pages, table), (v_pages, _) = (paged(cache, page_size, order) for cache in dirty(mask, k, v))
-    last = (lengths(700, 33, 5) + rows + page_size - 1) // page_size
+    last = (cached + rows + page_size - 1) // page_size
     table = table.masked_fill(torch.arange(table.shape[1], device="cuda") >= last[:, None], -1)
     got = block_attn_decode(q, k_pages, v_pages, mask, block_table=table, exact=exact)
     check(got, q, k, v, mask)
