@@ -346,7 +346,7 @@ def test_verify_and_draft(lens, rows, group, groups, causal_group, window):
     # The rows that verify see what they see without groups.
     verified = IntervalMask.decode(cached, rows, q_lens=exist, causal=True, window=window, kv_len=25)
     assert torch.equal(mask.to_bool()[:, :, :rows], verified.to_bool())
-    # Their context is the cache alone, so that `constant_context` holds for them.
+    # Their context is the cache alone.
     assert torch.equal(mask.ctx_hi[:, :rows], verified.ctx_hi)
 
 

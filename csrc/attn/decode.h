@@ -27,8 +27,9 @@ struct DecodeParams : AttentionParams {
   // Exact mode: the bits of a row's result depend only on its own query and its own keys.
   bool exact;
 
-  // No kernel that may still run when this one starts writes the plan, the mask, the block table, or keys and values
-  // before the second run of a plan's tile. The Hopper kernel then loads these keys before the previous kernel has ended.
+  // No kernel that may still run when this one starts writes the plan, the mask, the block table, or keys and values that
+  // lie q_len places or more before the end of what a row sees. The Hopper kernel then loads these keys before the
+  // previous kernel has ended.
   bool context_is_constant;
 };
 

@@ -108,9 +108,9 @@ def block_attn_decode(
             the rest of the batch, the length or pages of the cache, or other rows' bounds. On the CPU they always do.
             A layout that only the portable kernel takes (`dflash-ext doctor` lists them) has bits of its own.
         constant_context: the caller promises that the kernel in front of this one in the stream, which may write q and
-            the block's own keys and values, writes neither mask nor block_table, nor keys and values before the later
-            one of the rows' two intervals. This holds for a decoding step, in which the cached tokens are older than
-            the block. The Hopper kernel then loads cached keys before the kernel in front of it has ended.
+            the keys and values of its Lq rows, writes neither mask nor block_table, nor keys and values that lie Lq
+            places or more before the end of what a row sees. This holds for a decoding step, whose own keys stand
+            behind the cached ones. The Hopper kernel then loads cached keys before the kernel in front of it has ended.
 
     Returns:
         ``[B, Hq, Lq, D]`` in q's dtype, 0 for rows that see no key.

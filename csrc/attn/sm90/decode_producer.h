@@ -24,9 +24,9 @@ struct DecodeProducer {
     int key = 0, within = 0, number = -1, entry = 0;
   } next;
 
-  // Loads tiles that lie before the second run of the plan's tile, as many as there are stages for.
+  // Loads tiles of keys that were there before this forward, as many as there are stages for.
   DFLASH_INLINE void load_context() {
-    const int end = slice.plan.lo[1] < slice.plan.hi[1] ? slice.plan.lo[1] : 0;
+    const int end = slice.plan.full_hi[0] - static_cast<int>(block.p.q_len);
     locate();
     for (int i = 0; i < Tiling::kStages; ++i) {
       if (visit >= slice.end || slice.key(visit) + Tiling::kKeys > end) break;

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import ClassVar, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -85,9 +85,6 @@ class Stack:
     scale, softcap: of the attention's scores. plus_one: norms multiply by 1 + weight.
     exact: the bits of a row depend on that row alone.
     """
-
-    # A row sees, as its context, tokens that are older than the forward alone.
-    context_is_older: ClassVar[bool] = True
 
     layers: Sequence[LayerWeights]
     final_norm: Tensor
@@ -170,7 +167,7 @@ class Stack:
             scale=self.scale,
             softcap=self.softcap,
             exact=self.exact,
-            constant_context=self.context_is_older,
+            constant_context=True,  # a forward's own keys are the last ones
         )
         return attended.transpose(1, 2).reshape(len(projected), -1)
 
