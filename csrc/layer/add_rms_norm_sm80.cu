@@ -1,6 +1,6 @@
-// Adds to the residual stream and normalises it. A block takes a row, which stays in shared memory between its two
-// reads. Where rows are short a warp takes one and keeps it in registers; all of its loads are then under way before the
-// first of them is waited for.
+// Adds to the residual stream and normalises it. A warp takes a short row, and a block a longer one. They keep it in
+// registers, and all of its loads are under way before the first of them is waited for. A row that is too long for that
+// stays in a block's shared memory between its two reads.
 #include "common/dependent_launch.h"
 #include "common/dispatch.h"
 #include "layer/launch.h"
@@ -10,7 +10,7 @@ namespace dflash {
 namespace device {
 namespace {
 
-constexpr int kThreads = 256, kShortRows = 4;  // of a block: its threads, or its short rows
+constexpr int kThreads = 512, kShortRows = 4;  // of a block: its threads, or its short rows
 
 struct Sum {
   float value = 0;
@@ -91,18 +91,19 @@ struct LongRow {
   }
 };
 
-// A row of at most 32 * kChunks chunks of 16 bytes, which a warp holds: chunk j of a lane is number lane + 32 * j.
-template <class T>
-struct ShortRow {
-  static constexpr int kSize = Chunk<T>::kSize, kChunks = 4, kMostWidth = 32 * kChunks * kSize;
+// A row of at most kLanes * kChunks chunks of 16 bytes, which the threads of a warp or of a block hold: chunk j of thread i
+// is number i + kLanes * j.
+template <class T, int kLanes, int kChunks>
+struct HeldRow {
+  static constexpr int kSize = Chunk<T>::kSize, kMostWidth = kLanes * kChunks * kSize;
   using Chunks = Chunk<T>[kChunks];
   using Values = float[kChunks][kSize];
 
   const AddRmsNormParams& p;
   const bool aligned;
-  const int lane = threadIdx.x % 32;
+  const int lane = threadIdx.x % kLanes;
 
-  DFLASH_INLINE int at(int j) const { return (lane + 32 * j) * kSize; }
+  DFLASH_INLINE int at(int j) const { return (lane + kLanes * j) * kSize; }
   DFLASH_INLINE bool has(int j) const { return at(j) < p.width; }
 
   // Starts to load a row. What is beyond it is zeros.
@@ -138,12 +139,18 @@ struct ShortRow {
     }
   }
 
+  // The sum over the threads that hold the row.
+  DFLASH_INLINE static float total_of(float x) {
+    if constexpr (kLanes > 32) return block_merge<kLanes>(Sum{x}).value;
+#pragma unroll
+    for (int mask = 16; mask > 0; mask >>= 1) x += __shfl_xor_sync(~0u, x, mask);
+    return x;
+  }
+
   DFLASH_INLINE void normalise(Values& x, const Chunks& weight) const {
     float squares = 0;
     for_each([&](int j, int k) { squares += x[j][k] * x[j][k]; });
-#pragma unroll
-    for (int mask = 16; mask > 0; mask >>= 1) squares += __shfl_xor_sync(~0u, squares, mask);
-    const float scale = rsqrtf(squares / p.width + float(p.eps)), one = p.plus_one ? 1.f : 0.f;
+    const float scale = rsqrtf(total_of(squares) / p.width + float(p.eps)), one = p.plus_one ? 1.f : 0.f;
     for_each([&](int j, int k) { x[j][k] *= scale * (to_float(weight[j].values[k]) + one); });
   }
 
@@ -188,10 +195,22 @@ __global__ void __launch_bounds__(kThreads) add_rms_norm_sm80(const AddRmsNormPa
 }
 
 template <class T>
-__global__ void __launch_bounds__(32 * kShortRows) add_rms_norm_short_sm80(const __grid_constant__ AddRmsNormParams params) {
+using ShortRow = HeldRow<T, 32, 4>;
+template <class T>
+using BlockRow = HeldRow<T, kThreads, 1>;
+
+template <class T>
+__global__ void __launch_bounds__(32 * kShortRows)
+    add_rms_norm_short_sm80(const __grid_constant__ AddRmsNormParams params) {
   overlap_with_neighbours();
   const int64_t row = int64_t(blockIdx.x) * kShortRows + threadIdx.x / 32;
   if (row < params.rows) ShortRow<T>{params, all_aligned<T>(params)}.run(row);
+}
+
+template <class T>
+__global__ void __launch_bounds__(kThreads) add_rms_norm_block_sm80(const __grid_constant__ AddRmsNormParams params) {
+  overlap_with_neighbours();
+  BlockRow<T>{params, all_aligned<T>(params)}.run(blockIdx.x);
 }
 
 }  // namespace
@@ -204,6 +223,9 @@ const char* add_rms_norm_sm80(const AddRmsNormParams& params, void* stream) {
       shape.blocks = (params.rows + device::kShortRows - 1) / device::kShortRows;
       shape.threads = 32 * device::kShortRows;
       return launch_layer_kernel(device::add_rms_norm_short_sm80<T>, shape, stream, params);
+    }
+    if (params.width <= device::BlockRow<T>::kMostWidth) {
+      return launch_layer_kernel(device::add_rms_norm_block_sm80<T>, shape, stream, params);
     }
     shape.shared_bytes = static_cast<int>(params.width * sizeof(float));
     return launch_layer_kernel(device::add_rms_norm_sm80<T>, shape, stream, params);
