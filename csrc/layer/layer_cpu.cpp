@@ -115,4 +115,36 @@ void gated(const GatedParams& p, int64_t begin, int64_t end) {
   });
 }
 
+// The kernel runs over rows.
+void add_halves(const AddHalvesParams& p, int64_t begin, int64_t end) {
+  with_types(p.dtype, [&](auto element, auto real) {
+    using T = decltype(element);
+    using Real = decltype(real);
+    const Array<T> sums(p.width);
+    for (int64_t row = begin; row < end; ++row) {
+      T* product = static_cast<T*>(p.product) + row * p.stride;
+      T* to = p.out ? sums.data() : product;
+      const bool has_adapter = row % p.entry_rows >= p.first;
+      for (int64_t column = 0; column < p.width && (has_adapter || p.out); ++column) {
+        const int64_t piece = (column >= p.ends[0]) + (column >= p.ends[1]);
+        const T* inner = static_cast<const T*>(p.inner) + row * p.inner_stride + p.inner_at[piece];
+        const T* halves = static_cast<const T*>(p.halves) + column * p.rank;
+        Real total = load<Vector<Real, 1>>(product + column)[0];
+        for_each_lanes<Real>(has_adapter ? p.rank : 0, [&](auto lanes, int64_t i) DFLASH_LAMBDA {
+          using X = decltype(lanes);
+          total += sum_lanes(load<X>(inner + i) * load<X>(halves + i));
+        });
+        store(to + column, Vector<Real, 1>{total});
+      }
+      if (!p.out) continue;
+      const int64_t width = p.width / 2;
+      T* out = static_cast<T*>(p.out) + row * width;
+      for_each_lanes<Real>(width, [&](auto lanes, int64_t i) DFLASH_LAMBDA {
+        using X = decltype(lanes);
+        store(out + i, activated<Real>(p.activation, load<X>(to + i)) * load<X>(to + width + i));
+      });
+    }
+  });
+}
+
 }  // namespace dflash::DFLASH_ISA

@@ -59,6 +59,22 @@ struct GatedParams {
   void* out;
 };
 
+// product[r, c] += sum over i of inner[r, inner_at + i] * halves[c, i], in rows that have an adapter: of the `entry_rows`
+// rows of an entry, those from `first` on. Columns up to ends[0], ends[1] and all others have inner_at[0], [1] and [2].
+// Blocks read `halves` while the previous kernel runs.
+struct AddHalvesParams {
+  DType dtype;
+  int64_t rows, entry_rows, first, width, rank;
+  void* product;  // [rows, width], rows `stride` elements apart
+  int64_t stride;
+  const void* inner;  // rows `inner_stride` elements apart
+  int64_t inner_stride;
+  const void* halves;  // [width, rank]
+  int64_t ends[2], inner_at[3];
+  Activation activation;
+  void* out;  // null, or [rows, width / 2] for activation(gate) * up of the sums, which `product` does not get then
+};
+
 // The gradients of gate and up from that of the result. They take its place and that of the result.
 struct GatedBackwardParams {
   DType dtype;
@@ -105,6 +121,7 @@ struct RotateHeadsBackwardParams {
 const char* add_rms_norm_sm80(const AddRmsNormParams& params, void* stream);
 const char* rotate_to_cache_sm80(const RotateToCacheParams& params, void* stream);
 const char* gated_sm80(const GatedParams& params, void* stream);
+const char* add_halves_sm80(const AddHalvesParams& params, void* stream);
 const char* gated_backward_sm80(const GatedBackwardParams& params, void* stream);
 const char* rms_norm_backward_sm80(const RmsNormBackwardParams& params, void* stream);
 const char* rotate_heads_sm80(const RotateHeadsParams& params, void* stream);

@@ -1,6 +1,8 @@
 // Operators of the layer family. dflash_ext/ops/layer.py documents the semantics.
 #include "ops/layer.h"
 
+#include <vector>
+
 #include "common/cpu.h"
 #include "layer/params.h"
 #include "ops/layer_common.h"
@@ -10,6 +12,7 @@ namespace dflash {
 DFLASH_CPU_KERNEL(AddRmsNormParams, add_rms_norm)
 DFLASH_CPU_KERNEL(RotateToCacheParams, rotate_to_cache)
 DFLASH_CPU_KERNEL(GatedParams, gated)
+DFLASH_CPU_KERNEL(AddHalvesParams, add_halves)
 
 Tensor add_rms_norm_op(Tensor residual, std::optional<Tensor> update, std::optional<Tensor> update_norm, Tensor norm,
                        double eps, bool plus_one) {
@@ -150,9 +153,69 @@ Tensor gated_op(Tensor gate_up, int64_t activation) {
   return out;
 }
 
+// The number of columns of a block's tile (csrc/layer/add_halves_sm80.cu), which lie in one projection.
+constexpr int64_t kHalvesColumns = 32;
+
+Tensor add_halves_op(Tensor product, Tensor inner, Tensor halves, std::vector<int64_t> ends,
+                     std::vector<int64_t> inner_at, int64_t entries, int64_t first, int64_t gate) {
+  constexpr const char* kOp = "add_halves_";
+  check(product.dim() == 2 && halves.dim() == 2 && inner.dim() == 2, kOp, ": each tensor must have two dimensions");
+  AddHalvesParams p{};
+  p.dtype = dtype_of(kOp, "product", product);
+  p.rows = product.size(0);
+  p.width = product.size(1);
+  p.rank = halves.size(1);
+  check(entries > 0 && p.rows % entries == 0 && first >= 0, kOp, ": ", p.rows, " rows in ", entries, " entries");
+  p.entry_rows = p.rows / entries;
+  p.first = first;
+  p.stride = stride_of(kOp, "product", product, product, p.rows, p.width);
+  p.inner_stride = stride_of(kOp, "inner", inner, product, p.rows, inner.size(1));
+  check_tensor(kOp, "halves", halves, product, product.scalar_type(), {p.width, p.rank});
+  check(gate >= 0 && gate <= 2, kOp, ": gate is ", gate);
+  const int64_t pieces = ends.size(), columns = kHalvesColumns * (gate > 0 ? 2 : 1);
+  check(1 <= pieces && pieces <= 3 && pieces == int64_t(inner_at.size()) && ends.back() == p.width, kOp,
+        ": 1 to 3 projections are supported, with an end and a place in inner for each");
+  p.ends[0] = p.ends[1] = p.width;
+  for (int64_t i = 0; i < pieces; ++i) {
+    check(ends[i] % kHalvesColumns == 0 && inner_at[i] % 8 == 0 && 0 <= inner_at[i] &&
+              inner_at[i] + p.rank <= inner.size(1),
+          kOp, ": a projection ends at ", ends[i], " and begins in inner at ", inner_at[i]);
+    if (i < 2) p.ends[i] = ends[i];
+    p.inner_at[i] = inner_at[i];
+  }
+  const auto is_aligned = [](const Tensor& x, int64_t stride) {
+    return reinterpret_cast<uintptr_t>(x.data_ptr()) % 16 == 0 && stride % 8 == 0;
+  };
+  check(p.width % columns == 0 && is_aligned(product, p.stride) && is_aligned(inner, p.inner_stride) &&
+            is_aligned(halves, 8),
+        kOp, ": rows must begin at multiples of 16 bytes, and have a multiple of ", columns, " columns");
+  check(p.rank == 16 || p.rank == 32 || p.rank == 64 || p.rank == 128, kOp, ": rank ", p.rank,
+        " is not supported; 16, 32, 64 and 128 are");
+  Tensor out = new_empty(product, {gate > 0 ? p.rows : 0, p.width / 2}, product.scalar_type());
+  if (p.rows == 0) return out;
+  p.product = product.data_ptr();
+  p.inner = inner.data_ptr();
+  p.halves = halves.data_ptr();
+  if (gate > 0) {
+    p.activation = Activation(gate - 1);
+    p.out = out.data_ptr();
+  }
+  if (product.is_cpu()) {
+    run_on_cpu(add_halves, p, p.rows, 1);
+  } else {
+    check(p.dtype == DType::kBFloat16 || p.dtype == DType::kFloat16, kOp,
+          ": on a GPU bfloat16 and float16 are supported");
+    DFLASH_RUN_ON_GPU(kOp, add_halves_sm80, p, product);
+  }
+  return out;
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(dflash_ext, m) {
+  m.def(
+      "add_halves_(Tensor(a!) product, Tensor inner, Tensor halves, int[] ends, int[] inner_at, int entries, "
+      "int first, int gate) -> Tensor");
   m.def(
       "add_rms_norm(Tensor(a!) residual, Tensor? update, Tensor? update_norm, Tensor norm, float eps, bool plus_one) "
       "-> Tensor");
@@ -166,12 +229,14 @@ STABLE_TORCH_LIBRARY_IMPL(dflash_ext, CPU, m) {
   m.impl("add_rms_norm", TORCH_BOX(&add_rms_norm_op));
   m.impl("rotate_to_cache", TORCH_BOX(&rotate_to_cache_op));
   m.impl("gated", TORCH_BOX(&gated_op));
+  m.impl("add_halves_", TORCH_BOX(&add_halves_op));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(dflash_ext, CUDA, m) {
   m.impl("add_rms_norm", TORCH_BOX(&add_rms_norm_op));
   m.impl("rotate_to_cache", TORCH_BOX(&rotate_to_cache_op));
   m.impl("gated", TORCH_BOX(&gated_op));
+  m.impl("add_halves_", TORCH_BOX(&add_halves_op));
 }
 
 }  // namespace dflash

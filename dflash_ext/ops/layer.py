@@ -14,9 +14,12 @@ load()
 _add_rms_norm = torch.ops.dflash_ext.add_rms_norm.default
 _rotate_to_cache = torch.ops.dflash_ext.rotate_to_cache.default
 _gated = torch.ops.dflash_ext.gated.default
+_add_halves = torch.ops.dflash_ext.add_halves_.default
 _run_layers = torch.ops.dflash_ext.run_layers.default
 
 ACTIVATIONS = ("silu", "gelu_tanh")  # the operator knows them by their places
+# What add_halves takes: ranks, and that of which each projection has a multiple of columns.
+HALVES_RANKS, HALVES_COLUMNS = (16, 32, 64, 128), 32
 # The order of a layer's weights in run_layers.
 WEIGHTS = (
     *("attention_norm", "qkv", "qkv_bias", "q_norm", "k_norm", "out", "out_bias", "after_attention"),
@@ -106,6 +109,41 @@ def gated(gate_up: Tensor, activation: str = "silu") -> Tensor:
     return _gated(gate_up, ACTIVATIONS.index(activation))
 
 
+def add_halves(
+    product: Tensor,
+    inner: Tensor,
+    halves: Tensor,
+    ends: Sequence[int],
+    places: Sequence[int],
+    *,
+    entries: int = 1,
+    first: int = 0,
+    activation: str | None = None,
+) -> Tensor:
+    """Adds the B halves of a LoRA adapter to a product whose rows have passed its A halves.
+
+    Args:
+        product: ``[B * R, N]``, bfloat16 or float16, on the CPU also float32 and float64. It is written in place,
+            unless there is an activation. Its rows may lie apart, as those of ``inner``.
+        inner: ``[B * R, I]``, the results of the A halves.
+        halves: ``[N, r]``, contiguous, r one of HALVES_RANKS. No kernel that still runs may write them.
+        ends: where each of 1 to 3 projections ends in the N columns, a multiple of HALVES_COLUMNS.
+        places: the first of the r columns of ``inner`` that each projection takes, a multiple of 8.
+        entries: B. Of the R rows of an entry, those from ``first`` on have the adapter.
+        activation: as in ``gated``. The two halves of the columns are then gate and up.
+
+    Sums are in float32 (float64 for float64) and are rounded once.
+
+    Returns:
+        ``product``, or with an activation ``activation(gate) * up`` of the sums, ``[B * R, N / 2]``.
+
+    Raises RuntimeError for tensors that do not fit together, or do not begin at multiples of 16 bytes.
+    """
+    gate = 0 if activation is None else 1 + ACTIVATIONS.index(activation)
+    out = _add_halves(product, inner, halves, ends, places, entries, first, gate)
+    return product if activation is None else out
+
+
 def run_layers(
     hidden: Tensor,
     weights: Sequence[Tensor],
@@ -169,6 +207,11 @@ def _(projected, k_cache, v_cache, positions, *others):
 @torch.library.register_fake("dflash_ext::gated")
 def _(gate_up, activation):
     return gate_up.new_empty(gate_up.shape[0], gate_up.shape[1] // 2)
+
+
+@torch.library.register_fake("dflash_ext::add_halves_")
+def _(product, inner, halves, ends, places, entries, first, gate):
+    return product.new_empty(len(product) if gate else 0, product.shape[1] // 2)
 
 
 @torch.library.register_fake("dflash_ext::run_layers")

@@ -1,11 +1,11 @@
-"""add_rms_norm, rotate_to_cache and gated against their definitions in float64."""
+"""add_rms_norm, rotate_to_cache, gated and add_halves against their definitions in float64."""
 
 import pytest
 import torch
 
 from dflash_ext import IntervalMask
 from dflash_ext.ops import block_attn_decode, linear
-from dflash_ext.ops.layer import WEIGHTS, add_rms_norm, gated, rotate_to_cache, run_layers
+from dflash_ext.ops.layer import HALVES_RANKS, WEIGHTS, add_halves, add_rms_norm, gated, rotate_to_cache, run_layers
 from python_tests.exactness import allowed_error
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -134,6 +134,61 @@ def test_gated(device, activation, width):
             off_by(torch_own[rows], want[rows]), rounding(dtype, 2)
         )
         torch.testing.assert_close(gated(x, activation)[0].double().cpu(), want[0], rtol=rounding(dtype, 4), atol=1e-4)
+
+
+@pytest.mark.parametrize("rank", HALVES_RANKS)
+@pytest.mark.parametrize("entries, rows, first", [(1, 14, 7), (1, 130, 0), (3, 40, 3)])
+@pytest.mark.parametrize("activation", [None, "silu", "gelu_tanh"])
+def test_add_halves(device, activation, entries, rows, first, rank):
+    """The second projection has no adapter, and the third one takes the columns behind those of the first."""
+    sizes, places = (64, 96, 160), (0, 0, rank)
+    ends, width = (64, 160, 320), sum(sizes)
+    for dtype in dtypes_on(device)[-2:]:
+        both = torch.randn(entries * rows, width + 2 * rank, dtype=torch.float64).to(dtype)
+        halves = torch.randn(width, rank, dtype=torch.float64).div(rank**0.5)
+        halves[64:160] = 0
+        halves, base = halves.to(dtype), both[:, :width].clone()
+        inner = [both[:, width + place : width + place + rank].double() for place in places]
+        added = [x @ half.double().T for x, half in zip(inner, halves.split(sizes), strict=True)]
+        has_adapter = torch.arange(rows).repeat(entries)[:, None] >= first
+        want = base.double() + has_adapter * torch.cat(added, dim=1)
+        mine = both.to(device)
+        product, inner = mine.split([width, 2 * rank], dim=1)
+        where = {"entries": entries, "first": first, "activation": activation}
+        out = add_halves(product, inner, halves.to(device), ends, places, **where)
+        assert torch.equal(inner.cpu(), both[:, width:])
+        if activation is None:
+            assert out is product and off_by(out, want) <= rounding(dtype, 2)
+            kept = ~has_adapter[:, 0]
+            assert torch.equal(out.cpu()[kept], base[kept])
+            continue
+        # The sums are rounded before the gate, as those of two operators.
+        assert torch.equal(product.cpu(), base)
+        apart = gated(want.to(dtype).to(device), activation).double()
+        assert off_by(out, apart.cpu()) <= rounding(dtype, 4)
+
+
+def test_halves_of_another_form_are_refused(device):
+    def call(width=64, rank=16, end=64, place=0, inner=16, columns=64):
+        rows = torch.zeros(4, columns + inner, dtype=torch.bfloat16, device=device).split([columns, inner], dim=1)
+        add_halves(*rows, torch.zeros(width, rank, dtype=torch.bfloat16, device=device), [end], [place])
+
+    call()
+    for what, message in (
+        (dict(rank=24, inner=24), "rank 24 is not supported; 16, 32, 64 and 128 are"),
+        (dict(width=32), r"halves must be contiguous \[64, 16\]"),
+        (dict(end=32), "an end and a place in inner for each"),
+        (dict(place=8), "begins in inner at 8"),
+        (dict(width=48, end=48, columns=48), "a projection ends at 48"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            call(**what)
+
+
+@pytest.mark.parametrize("gate", [0, 2])
+def test_add_halves_passes_opcheck(device, gate):
+    product, inner, halves = (torch.randn(size, device=device).half() for size in ((6, 64), (6, 16), (64, 16)))
+    torch.library.opcheck(torch.ops.dflash_ext.add_halves_.default, (product, inner, halves, [64], [0], 2, 1, gate))
 
 
 @pytest.mark.parametrize("behind", [8, 3])

@@ -38,7 +38,7 @@ class AdaptedForward:
         self.beside, self.merged, self.side = None, None, None
         if has_large_weights(forward.target):
             if forward.target.head.is_cuda and not stack.exact:
-                halves = join(stack.layers, halves, forward.target)
+                halves = join(stack.layers, halves, adapter.rank, forward.target)
             self.beside = BesideStack.of(stack, halves)
         else:
             self.merged = replace(stack, layers=_merged(stack.layers, halves), exact=False)

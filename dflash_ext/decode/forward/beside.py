@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn.functional import linear as product_of
 
 from ...ops import linear
-from ...ops.layer import add_rms_norm, gated
+from ...ops.layer import add_halves, add_rms_norm, gated
 from ..kv_cache import KVCache
 from .layers import LayerWeights, Rows, Stack
-from .lora import Halves, LayerHalves
+from .lora import Halves, JointHalves, LayerHalves
 
 
 @dataclass
@@ -37,9 +36,6 @@ class BesideStack(Stack):
 
     halves: of each layer. entries: the number of entries of a batch, each with as many rows.
     """
-
-    # A group of mask rows sees rows of its own forward as its context.
-    context_is_older: ClassVar[bool] = False
 
     halves: Sequence[LayerHalves] = ()
     first: int = 0
@@ -67,14 +63,13 @@ class BesideStack(Stack):
         return stream.summed(), None
 
     def _product(
-        self, stream: Stream, norm: Tensor, weight: Tensor, bias: Tensor | None, halves: Halves | None
+        self, stream: Stream, norm: Tensor, weight: Tensor, bias: Tensor | None, halves: Halves | JointHalves | None
     ) -> Tensor:
         """The product of the normalised rows."""
         if halves is None:
             return self._linear(stream.summed(), weight, bias, norm=norm)
-        normed = add_rms_norm(stream.hidden, norm, update=stream.update, eps=self.eps, plus_one=self.plus_one)
-        stream.update = None
-        if halves.joint is not None:
+        normed = self._normed(stream, norm)
+        if isinstance(halves, JointHalves):
             return self._joint(normed, bias, halves)
         # The base's rows keep their bits by the same call as without an adapter.
         rows, around = (stream.hidden, {"norm": norm}) if self._keeps_bits(normed) else (normed, {})
@@ -82,11 +77,19 @@ class BesideStack(Stack):
         self._add_rows(product, normed, halves)
         return product
 
-    def _middle(self, stream: Stream, layer: LayerWeights, halves: Halves | None) -> Tensor:
+    def _normed(self, stream: Stream, norm: Tensor) -> Tensor:
+        """The norm of the stream with the update, which is added in place."""
+        update, stream.update = stream.update, None
+        return add_rms_norm(stream.hidden, norm, update=update, eps=self.eps, plus_one=self.plus_one)
+
+    def _middle(self, stream: Stream, layer: LayerWeights, halves: Halves | JointHalves | None) -> Tensor:
         """The middle of the gated MLP."""
         given = layer.mlp_norm, layer.gate_up, layer.gate_up_bias
         if halves is None:
             return self._linear(stream.summed(), *given[1:], norm=layer.mlp_norm, gate=self.activation)
+        if isinstance(halves, JointHalves):
+            normed = self._normed(stream, layer.mlp_norm)
+            return self._joint(normed, layer.gate_up_bias, halves, activation=self.activation)
         if not (self.first and self._keeps_bits(stream.hidden)):
             return gated(self._product(stream, *given, halves), self.activation)
         # The base's rows take the product with the gate in it, which rounds once.
@@ -104,10 +107,10 @@ class BesideStack(Stack):
         weight: Tensor,
         bias: Tensor | None,
         norm: Tensor | None,
-        halves: Halves | None,
+        halves: Halves | JointHalves | None,
     ) -> Stream:
         """The residual stream after a sublayer, as `_add` gives it."""
-        if halves is not None and halves.joint is not None:
+        if isinstance(halves, JointHalves):
             update = self._joint(rows, bias, halves)
             if norm is None:
                 return Stream(stream.summed(), update)
@@ -127,26 +130,22 @@ class BesideStack(Stack):
         """Whether the bits of a row are to depend on that row alone."""
         return self.exact or not rows.is_cuda
 
-    def _joint(self, x: Tensor, bias: Tensor | None, halves: Halves) -> Tensor:
-        """The product of rows x with the adapter, [T, N], whose rows lie apart: one product reads both weights."""
-        both = self._linear(x, halves.joint)
-        product, inner = both.split([len(halves.up), len(halves.down)], dim=1)
+    def _joint(self, x: Tensor, bias: Tensor | None, halves: JointHalves, activation: str | None = None) -> Tensor:
+        """The product of rows x with the adapter, whose rows may lie apart: one product reads both weights. With an
+        activation, the middle of a gated MLP."""
+        product, inner = self._linear(x, halves.weight).tensor_split([len(halves.own)], dim=1)
         if bias is not None:
             product.add_(bias)
-        self._add_inner(product, inner, halves)
-        return product
+        where = {"entries": self.entries, "first": self.first, "activation": activation}
+        return add_halves(product, inner, halves.own, halves.ends, halves.places, **where)
 
     def _add_rows(self, product: Tensor, x: Tensor, halves: Halves) -> None:
         """Adds the adapter's product of rows x [T, K] to that of the base [T, N], in place."""
         (self._add_in_place if product.is_cuda else self._add_row_by_row)(product, x, halves)
 
     def _add_in_place(self, product: Tensor, x: Tensor, halves: Halves) -> None:
-        """By two products of torch."""
-        self._add_inner(product, product_of(x, halves.down), halves)
-
-    def _add_inner(self, product: Tensor, inner: Tensor, halves: Halves) -> None:
-        """Adds ``inner @ up.T``, in place. In a batch of several entries the base's rows add zeros."""
-        rows = slice(self.first if self.entries == 1 else 0, None)
+        """By two products of torch. In a batch of several entries the base's rows add zeros."""
+        rows, inner = slice(self.first if self.entries == 1 else 0, None), product_of(x, halves.down)
         if self.first and self.entries > 1:
             inner.unflatten(0, (self.entries, -1))[:, : self.first] = 0
         product[rows].addmm_(inner[rows], halves.up.t())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,7 @@ from torch.nn.functional import pad
 
 from ...models import Target
 from ...models.lora import LoraAdapter
+from ...ops.layer import HALVES_COLUMNS, HALVES_RANKS
 from .layers import LayerWeights
 from .packing import repoint
 
@@ -27,25 +29,40 @@ PROJECTIONS = {
 class Halves:
     """The adapter of one packed product: it adds ``x @ down.T @ up.T``.
 
-    down: [R, K], the A halves of the projections one below the other; R is the sum of their ranks, and in a joint
-        product rounded up to a multiple of 8, with zeros.
+    down: [R, K], the A halves of the projections one below the other; R is the sum of their ranks.
     up: [N, R], the scaled B halves, each in the rows and columns of its projection, with zeros elsewhere.
-    joint: [N + R, K], the base's weight and below it `down`, so that one product reads both; None if they are apart.
+    sizes: the rows of each projection in `up`. places: its first column there, None for one without an adapter.
     """
 
     down: Tensor
     up: Tensor
-    joint: Tensor | None = None
+    sizes: tuple[int, ...]
+    places: tuple[int | None, ...]
+
+
+@dataclass(frozen=True)
+class JointHalves:
+    """The adapter of one packed product in the form of `add_halves`.
+
+    weight: [N + R, K], the base's weight and below it the A halves, so that one product reads both.
+    own: [N, r], in the rows of each projection its own scaled B half, with zeros for one without an adapter.
+    ends: the end of each projection in the columns of the product. places: where its half A begins behind them.
+    """
+
+    weight: Tensor
+    own: Tensor
+    ends: tuple[int, ...]
+    places: tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class LayerHalves:
     """The adapter of one layer's products, by the names of `LayerWeights`; None for one that has none."""
 
-    qkv: Halves | None = None
-    out: Halves | None = None
-    gate_up: Halves | None = None
-    down: Halves | None = None
+    qkv: Halves | JointHalves | None = None
+    out: Halves | JointHalves | None = None
+    gate_up: Halves | JointHalves | None = None
+    down: Halves | JointHalves | None = None
 
 
 def halves_of(adapter: LoraAdapter, target: Target) -> list[LayerHalves]:
@@ -61,19 +78,22 @@ def halves_of(adapter: LoraAdapter, target: Target) -> list[LayerHalves]:
         down = torch.cat([a for a, _ in pairs.values()]).detach().to(like.device, like.dtype)
         up = down.new_zeros(sum(p.out_features for p in projections), len(down))
         row = column = 0
+        places: list[int | None] = []
         for path, projection in zip(paths, projections, strict=True):
+            places.append(column if path in pairs else None)
             if path in pairs:
                 _, b = pairs[path]
                 up[row : row + len(b), column : column + b.shape[1]] = b.detach() * adapter.scale
                 column += b.shape[1]
             row += projection.out_features
-        return Halves(down, up)
+        return Halves(down, up, tuple(p.out_features for p in projections), tuple(places))
 
     return [LayerHalves(**{part: halves(_projections(layer, part)) for part in PROJECTIONS}) for layer in target.layers]
 
 
-def join(layers: list[LayerWeights], halves: Sequence[LayerHalves], target: Target) -> list[LayerHalves]:
-    """Puts the A halves below the weights that they belong to, layer by layer, and gives the joint halves.
+def join(layers: list[LayerWeights], halves: Sequence[LayerHalves], rank: int, target: Target) -> list[LayerHalves]:
+    """Puts the A halves of an adapter of this rank below the weights that they belong to, layer by layer, and gives the
+    joint halves. Those that `add_halves` does not take stay apart.
 
     The model exists once: its own parameters and the entries of `layers`, which are replaced, become views of the joint
     matrices.
@@ -82,17 +102,29 @@ def join(layers: list[LayerWeights], halves: Sequence[LayerHalves], target: Targ
     for index, (module, of_layer) in enumerate(zip(target.layers, halves, strict=True)):
         weights, changes = {}, {}
         for part in PROJECTIONS:
-            if (pair := getattr(of_layer, part)) is None:
+            pair = getattr(of_layer, part)
+            if pair is None or rank > HALVES_RANKS[-1] or any(size % HALVES_COLUMNS for size in pair.sizes):
                 continue
-            weight, missing = getattr(layers[index], part), -len(pair.down) % 8
-            down, up = pad(pair.down, (0, 0, 0, missing)), pad(pair.up, (0, missing))
-            joint = torch.cat([weight, down])
-            repoint([projection.weight for projection in _projections(module, part)], joint)
-            weights[part] = joint[: len(weight)]
-            changes[part] = Halves(joint[len(weight) :], up, joint)
+            weight = getattr(layers[index], part)
+            changes[part] = joint = _joint(weight, pair, rank)
+            repoint([projection.weight for projection in _projections(module, part)], joint.weight)
+            weights[part] = joint.weight[: len(weight)]
         layers[index] = replace(layers[index], **weights)
         joined.append(replace(of_layer, **changes))
     return joined
+
+
+def _joint(weight: Tensor, halves: Halves, rank: int) -> JointHalves:
+    """The halves in the next larger rank that `add_halves` takes, with zeros for what they have not."""
+    wide = next(each for each in HALVES_RANKS if each >= rank)
+    downs = [pad(half, (0, 0, 0, wide - rank)) for half in halves.down.split(rank)]
+    own, row, places = weight.new_zeros(len(weight), wide), 0, []
+    for size, place in zip(halves.sizes, halves.places, strict=True):
+        places.append(0 if place is None else place // rank * wide)
+        if place is not None:
+            own[row : row + size, :rank] = halves.up[row : row + size, place : place + rank]
+        row += size
+    return JointHalves(torch.cat([weight, *downs]), own, tuple(accumulate(halves.sizes)), tuple(places))
 
 
 def _projections(layer: nn.Module, part: str) -> list[nn.Linear]:
