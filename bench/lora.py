@@ -27,16 +27,14 @@ def lora(target: Target, kind: str, rank: int, rows: int, sampler: int | None = 
     return drafter.to("cuda", torch.bfloat16).eval().requires_grad_(False)
 
 
-def drafters(target: Target, block: DFlashDrafter, rank: int, rows: int) -> dict[str, tuple]:
+def drafters(target: Target, block: DFlashDrafter, rank: int, rows: int, groups: list[int]) -> dict[str, tuple]:
     """Drafters, their options of the engine, and the rows of a row's largest forward."""
     gated = lora(target, "gated", rank, rows)
     refined = lora(target, "gated", rank, rows, sampler=512)
-    one, several = {"groups": rows}, one_forward_rows(rows, rows)
     return {
         "DFlash": (block, {}, block.config.block_size),
-        "gated, one forward": (gated, one, several),
-        "gated, one forward, sampler head": (refined, one, several),
-        "gated, one forward, one group": (gated, {"groups": 1}, one_forward_rows(rows, 1)),
+        **{f"gated, one forward, groups: {n}": (gated, {"groups": n}, one_forward_rows(rows, n)) for n in groups},
+        "gated, one forward, sampler head": (refined, {"groups": rows}, one_forward_rows(rows, rows)),
         "gated, two forwards": (gated, {"forwards": 2}, rows + 1),
         "whole, two forwards": (lora(target, "whole", rank, rows), {}, 2 * (rows + 1)),
     }
@@ -45,7 +43,8 @@ def drafters(target: Target, block: DFlashDrafter, rank: int, rows: int) -> dict
 def shape_rows(name: str, target: Target, block: DFlashDrafter, given: argparse.Namespace) -> Iterator[dict]:
     """The rows of one shape. Each cycle takes turns with a plain step."""
     case = f"{name}, ctx {given.context}, {given.rows} mask rows, rank {given.rank}"
-    found = drafters(target, block, given.rank, given.rows)
+    found = drafters(target, block, given.rank, given.rows, given.groups or [given.rows, 1])
+    found = {impl: each for impl, each in found.items() if any(part in impl for part in given.only)}
     for batch in given.batches:
         plain = loaded(target, None, batch, given.context)
         for impl, (drafter, options, count) in found.items():
@@ -69,6 +68,8 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=2048)
     parser.add_argument("--rank", type=int, default=64)
     parser.add_argument("--rows", type=int, default=7)
+    parser.add_argument("--groups", nargs="*", type=int, help="of cycles of one forward; all, and one, by default")
+    parser.add_argument("--only", nargs="*", default=[""], help="parts of the names of what is measured")
     parser.add_argument("--rounds", type=int, default=40)
     given = parser.parse_args()
     rows = []
