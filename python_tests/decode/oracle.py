@@ -2,6 +2,7 @@
 
 import hashlib
 import random
+from collections.abc import Sequence
 
 import torch
 
@@ -11,17 +12,25 @@ from python_tests.tiny import MASK_TOKEN
 _known: dict[tuple, list[int]] = {}  # many tests ask for the output of the same tiny models
 
 
-def own_output(model, prompt: list[int], count: int) -> list[int]:
-    """What the target itself decodes greedily."""
+def own_outputs(model, prompts: Sequence[list[int]], count: int) -> list[list[int]]:
+    """What the target itself decodes greedily behind each prompt: `generate`, with the prompts side by side."""
     numbers = hashlib.sha256(model.config.to_json_string().encode())
     for tensor in model.state_dict().values():
         numbers.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
-    key = type(model), model.config._attn_implementation, numbers.digest(), tuple(prompt)
-    if len(_known.get(key, ())) < count:
-        ids = torch.tensor([prompt])
-        options = dict(do_sample=False, eos_token_id=None, attention_mask=torch.ones_like(ids))
-        _known[key] = model.generate(ids, max_new_tokens=count, **options)[0, len(prompt) :].tolist()
-    return _known[key][:count]
+    key = type(model), model.config._attn_implementation, numbers.digest()
+    if unknown := [prompt for prompt in prompts if len(_known.get((*key, *prompt), ())) < count]:
+        longest = max(map(len, unknown))
+        ids = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in unknown])
+        mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in unknown])
+        options = dict(do_sample=False, eos_token_id=None, attention_mask=mask)
+        answers = model.generate(ids, max_new_tokens=count, **options)[:, longest:].tolist()
+        _known.update(((*key, *prompt), answer) for prompt, answer in zip(unknown, answers, strict=True))
+    return [_known[*key, *prompt][:count] for prompt in prompts]
+
+
+def own_output(model, prompt: list[int], count: int) -> list[int]:
+    """The same behind one prompt."""
+    return own_outputs(model, [prompt], count)[0]
 
 
 class Oracle(DFlashDrafter):

@@ -6,7 +6,7 @@ from safetensors.torch import load_file, save_file
 
 from dflash_ext.decode import Engine, decode
 from dflash_ext.models import DFlashDrafter, Target, load_drafter, save_drafter
-from python_tests.decode.test_speculative import Oracle, own_output
+from python_tests.decode.oracle import Oracle, own_output, own_outputs
 from python_tests.tiny import MASK_TOKEN, VOCAB, random_prompts, tiny_model, tiny_pair
 
 PROMPTS = random_prompts(1, 5, 9, 17)
@@ -27,7 +27,7 @@ def with_reduced_vocabulary(drafter: DFlashDrafter, folder, drafted: torch.Tenso
 @pytest.mark.parametrize("batch_size", [1, 4])
 def test_greedy_output_is_the_targets(batch_size, tmp_path):
     target, drafter = tiny_pair("qwen3")
-    expected = [own_output(target.model, prompt, 30) for prompt in PROMPTS]
+    expected = own_outputs(target.model, PROMPTS, 30)
     reduced = with_reduced_vocabulary(drafter, tmp_path, EVERY_THIRD, target.head[EVERY_THIRD].clone())
     drafter.config.sample_from_anchor = True
     for draft, width in ((drafter, 6), (reduced, 5)):
@@ -38,7 +38,7 @@ def test_greedy_output_is_the_targets(batch_size, tmp_path):
 
 def test_a_block_of_six_slots_that_all_draft_commits_seven_tokens():
     target, drafter = tiny_pair("llama")
-    known = [own_output(target.model, prompt, 40) for prompt in PROMPTS]
+    known = own_outputs(target.model, PROMPTS, 40)
     drafter.config.sample_from_anchor = True
     oracle = Oracle(drafter.config).eval()
     oracle.script(PROMPTS, known, 10**9)

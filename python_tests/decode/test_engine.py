@@ -7,7 +7,7 @@ import torch
 
 from dflash_ext.decode import Engine
 from dflash_ext.models import DFlashDrafter, Target
-from python_tests.decode.oracle import own_output
+from python_tests.decode.oracle import own_output, own_outputs
 from python_tests.tiny import MASK_TOKEN, random_prompts, tiny_model, tiny_pair
 
 
@@ -21,7 +21,7 @@ def test_requests_join_leave_and_are_cancelled_at_random(drafted):
     engine, target = engine_of("qwen3", drafted=drafted, slots=4)
     chance = random.Random(0)
     prompts = random_prompts(*(chance.randint(1, 60) for _ in range(60)))
-    expected = [own_output(target.model, prompt, 20) for prompt in prompts]
+    expected = own_outputs(target.model, prompts, 20)
     requests, cancelled, finished = [], [], []
     while len(requests) < len(prompts) or engine.step():
         while len(requests) < len(prompts) and chance.random() < 0.6:
@@ -138,7 +138,7 @@ def test_exact_mode_gives_the_same_bits_with_and_without_a_drafter():
         engine = Engine(target, draft, slots=3, max_length=400, exact=True)
         requests = [engine.submit(prompt, max_new_tokens=20) for prompt in prompts]
         engine.run()
-        assert [r.completion.tokens for r in requests] == [own_output(target.model, p, 20) for p in prompts]
+        assert [r.completion.tokens for r in requests] == own_outputs(target.model, prompts, 20)
         cache = engine.cycle.target.cache
         caches.append([x[:, i, :, : len(p) + 19] for x in (cache.keys, cache.values) for i, p in enumerate(prompts)])
     assert all(torch.equal(one, other) for one, other in zip(*caches, strict=True))

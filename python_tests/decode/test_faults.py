@@ -8,7 +8,7 @@ import torch
 
 from dflash_ext.decode import Engine, Request, decode
 from dflash_ext.decode.prefill import prefill
-from python_tests.decode.oracle import own_output
+from python_tests.decode.oracle import own_output, own_outputs
 from python_tests.decode.test_families import pair, tiny
 from python_tests.tiny import VOCAB, random_prompts, tiny_pair
 
@@ -32,8 +32,8 @@ def submit_all(engine: Engine, prompts, **options) -> list[Request]:
 
 
 def expect_own_output(engine: Engine, requests: list[Request]) -> None:
-    for request in requests:
-        assert request.completion.tokens == own_output(engine.target.model, list(request.prompt), NEW)
+    expected = own_outputs(engine.target.model, [list(request.prompt) for request in requests], NEW)
+    assert [request.completion.tokens for request in requests] == expected
     assert not engine.rows and not engine.waiting and sorted(engine.free) == [0, 1, 2, 3]
 
 
@@ -162,7 +162,7 @@ def test_logits_that_are_not_finite_end_their_row_alone(where, family):
         target, drafter = pair(tiny(family), [1, 2])
     engine = Engine(target, drafter, slots=2, max_length=100)
     prompts = [[token for token in prompt if token != bad] for prompt in random_prompts(4, 9, 17, 11)]
-    expected = [own_output(target.model, prompt, NEW) for prompt in prompts]
+    expected = own_outputs(target.model, prompts, NEW)
     assert not any(bad in tokens for tokens in expected)
     others = submit_all(engine, prompts[:1])
     prompt, bias = ([*[bad] * 40, 7], {}) if where == "prompt" else ([5] * 30, {bad: 1000.0})

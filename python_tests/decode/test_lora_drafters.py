@@ -9,7 +9,7 @@ import torch
 from dflash_ext import IntervalMask
 from dflash_ext.decode import Engine, decode
 from dflash_ext.models import LoraDrafter, Target
-from python_tests.decode.oracle import own_output
+from python_tests.decode.oracle import own_output, own_outputs
 from python_tests.decode.test_families import tiny
 from python_tests.decode.test_speculative import (
     FILTERS,
@@ -54,7 +54,7 @@ def test_greedy_equals_the_target(merged, cycle, family):
     causal, sampler, batch_size = (True, 8, 1) if merged else (False, None, 4)
     target, drafter, forwards = pair(family, cycle, causal=causal, sampler_width=sampler)
     decoded = decode(target, drafter, PROMPTS, max_new_tokens=30, batch_size=batch_size, **forwards)
-    assert [c.tokens for c in decoded.completions] == [own_output(target.model, p, 30) for p in PROMPTS]
+    assert [c.tokens for c in decoded.completions] == own_outputs(target.model, PROMPTS, 30)
     assert any(a for c in decoded.completions for a in c.accepted) or family != "llama"
 
 
@@ -121,7 +121,7 @@ def test_another_model_verifies(family, verifier, monkeypatch):
     target = Target(tiny_model(verifier, num_hidden_layers=3))
     drafter.base = base
     decoded = decode(target, drafter, PROMPTS, max_new_tokens=20)
-    assert [c.tokens for c in decoded.completions] == [own_output(target.model, p, 20) for p in PROMPTS]
+    assert [c.tokens for c in decoded.completions] == own_outputs(target.model, PROMPTS, 20)
     for prompt, completion in zip(PROMPTS, decoded.completions, strict=True):
         known = len(prompt) + 1
         for drafted, committed in zip(completion.drafted, completion.committed, strict=True):
@@ -191,7 +191,7 @@ def test_the_targets_keys_and_values_keep_their_bits(merged):
 def test_rows_join_and_leave(cycle):
     target, drafter, forwards = pair("llama", cycle, sampler_width=8)
     prompts = random_prompts(1, 5, 9, 17, 3, 12, 2)
-    expected = [own_output(target.model, p, 30) for p in prompts]
+    expected = own_outputs(target.model, prompts, 30)
     stop = expected[0][12]
     engine = Engine(target, drafter, slots=3, max_length=60, **forwards)
     requests = [
@@ -216,7 +216,7 @@ def test_blocks_of_other_sizes(cycle, block_size):
     options = dict(block_size=block_size, costs={1: {0: 1.0, 5: 1.1, 4: 1.1}}) if block_size == "auto" else {}
     options = options or dict(block_size=block_size)
     decoded = decode(target, drafter, PROMPTS, max_new_tokens=20, **options, **forwards)
-    assert [c.tokens for c in decoded.completions] == [own_output(target.model, p, 20) for p in PROMPTS]
+    assert [c.tokens for c in decoded.completions] == own_outputs(target.model, PROMPTS, 20)
 
 
 @CYCLES
@@ -233,7 +233,7 @@ def test_steps_of_denoising(cycle):
     target, drafter, forwards = pair("qwen3", cycle, sampler_width=8)
     options = dict(max_new_tokens=20, denoising_steps=3, **forwards)
     decoded = decode(target, drafter, PROMPTS, **options)
-    assert [c.tokens for c in decoded.completions] == [own_output(target.model, p, 20) for p in PROMPTS]
+    assert [c.tokens for c in decoded.completions] == own_outputs(target.model, PROMPTS, 20)
     once = decode(target, drafter, PROMPTS, max_new_tokens=20, **forwards)
     assert [c.drafted for c in decoded.completions] != [c.drafted for c in once.completions]
 
@@ -271,7 +271,7 @@ def test_a_cycle_that_lacks_memory_is_repeated_for_fewer_rows(cycle, monkeypatch
     monkeypatch.setattr(engine.cycle.draft, "draw", fail_at_times)
     requests = [engine.submit(prompt, max_new_tokens=20) for prompt in PROMPTS]
     engine.run()
-    expected = [own_output(target.model, p, 20) for p in PROMPTS]
+    expected = own_outputs(target.model, PROMPTS, 20)
     assert [request.completion.tokens for request in requests] == expected
 
 
@@ -291,10 +291,18 @@ def small_lora(cycle: str, **options) -> tuple[Target, LoraDrafter, dict]:
     return target, drafter, forwards
 
 
-@CYCLES
 @pytest.mark.parametrize(
-    ["sampler", *FILTERS],
-    [(None, 1.0, None, None, None), (8, 0.7, 3, None, None), (8, 1.3, None, 0.8, None), (None, 1.0, None, None, 0.4)],
+    ["cycle", "sampler", *FILTERS],
+    [
+        ("one forward", None, 1.0, None, None, None),
+        ("one forward", 8, 0.7, 3, None, None),
+        ("one forward, two groups", 8, 1.3, None, 0.8, None),
+        ("one forward, two groups", None, 1.0, None, None, 0.4),
+        ("two forwards", 8, 1.3, None, 0.8, None),
+        ("two forwards", None, 1.0, None, None, None),
+        ("whole", 8, 0.7, 3, None, None),
+        ("whole", None, 1.0, None, None, 0.4),
+    ],
 )
 def test_sampling_keeps_the_targets_distribution(cycle, sampler, temperature, top_k, top_p, min_p):
     """Answers are long enough that drafts are verified which one forward has drawn without the bonus token."""

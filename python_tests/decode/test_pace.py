@@ -11,7 +11,7 @@ from dflash_ext.decode.cycle import Cycle
 from dflash_ext.decode.drawing import Drawing
 from dflash_ext.decode.graphs import PlainRunner
 from dflash_ext.decode.pace import FIRST_GUESS, MOST_LEFT, PROBE, RISK, SHARE, Pace, RowPace, Rows
-from python_tests.decode.oracle import Oracle, own_output
+from python_tests.decode.oracle import Oracle, own_output, own_outputs
 from python_tests.tiny import random_prompts, tiny_pair
 
 # Cycles of a GPU, where a draft costs a third of a step at any width, and of a CPU, which pays for every slot, with one
@@ -128,7 +128,7 @@ def test_output_is_the_targets_own_at_any_width(costs):
     costs = {1: {width: costs.get(width, costs[3]) for width in (0, 1, 3, 5)}}
     target, drafter = tiny_pair("qwen3")
     prompts = random_prompts(3, 9, 5, 17, 2)
-    known = [own_output(target.model, prompt, 90) for prompt in prompts]
+    known = own_outputs(target.model, prompts, 90)
     oracle = Oracle(drafter.config).eval()
     by_length = sorted(range(5), key=lambda i: len(prompts[i]))
     oracle.script([prompts[i] for i in by_length], [known[i] for i in by_length], 3)

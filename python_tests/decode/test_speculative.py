@@ -13,7 +13,7 @@ from dflash_ext.decode import decode
 from dflash_ext.models import Denoiser, DFlashDrafter, Target
 from dflash_ext.models.uniform import SelfConditioning
 from dflash_ext.ops.random import derived, uniform_tokens
-from python_tests.decode.oracle import Oracle, own_output
+from python_tests.decode.oracle import Oracle, own_output, own_outputs
 from python_tests.tiny import FAMILIES, MASK_TOKEN, random_prompts, tiny_model, tiny_pair
 
 PROMPTS = random_prompts(1, 5, 9, 17)
@@ -23,7 +23,7 @@ PROMPTS = random_prompts(1, 5, 9, 17)
 @pytest.mark.parametrize("batch_size", [1, 4])
 def test_greedy_equals_the_target_with_a_random_drafter(family, batch_size):
     target, drafter = tiny_pair(family)
-    expected = [own_output(target.model, p, 30) for p in PROMPTS]
+    expected = own_outputs(target.model, PROMPTS, 30)
     for draft in (drafter, None):
         decoded = decode(target, draft, PROMPTS, max_new_tokens=30, batch_size=batch_size)
         assert [c.tokens for c in decoded.completions] == expected
@@ -34,7 +34,7 @@ def test_greedy_equals_the_target_with_a_random_drafter(family, batch_size):
 @pytest.mark.parametrize("period", [2, 4, 10**9])
 def test_greedy_equals_the_target_when_rows_accept_different_lengths(family, period):
     target, drafter = tiny_pair(family)
-    known = [own_output(target.model, p, 40) for p in PROMPTS]  # the last block reaches beyond the answer
+    known = own_outputs(target.model, PROMPTS, 40)  # the last block reaches beyond the answer
     oracle = Oracle(drafter.config).eval()
     oracle.script(PROMPTS, known, period)
     decoded = decode(target, oracle, PROMPTS, max_new_tokens=30, on_tokens=oracle.on_tokens)
@@ -49,7 +49,7 @@ def test_greedy_equals_the_target_when_rows_accept_different_lengths(family, per
 
 def test_statistics_add_up():
     target, drafter = tiny_pair("llama")
-    expected = [own_output(target.model, p, 40) for p in PROMPTS]
+    expected = own_outputs(target.model, PROMPTS, 40)
     oracle = Oracle(drafter.config).eval()
     oracle.script(PROMPTS, expected, 3)
     decoded = decode(target, oracle, PROMPTS, max_new_tokens=30, on_tokens=oracle.on_tokens)
@@ -74,7 +74,7 @@ def test_a_row_that_ends_first_writes_nothing_more(family):
     """The longest prompt ends first and rides along while the others go on, token by token."""
     target, drafter = tiny_pair(family)
     prompts = random_prompts(1, 2, 3, 4, 5, 20)
-    known = [own_output(target.model, p, 40) for p in prompts]
+    known = own_outputs(target.model, prompts, 40)
     oracle = Oracle(drafter.config).eval()
     oracle.script(prompts, known, *[1] * 5, 10**9)
     decoded = decode(target, oracle, prompts, max_new_tokens=20, on_tokens=oracle.on_tokens)
@@ -84,7 +84,7 @@ def test_a_row_that_ends_first_writes_nothing_more(family):
 
 def test_smaller_blocks_and_their_bounds():
     target, drafter = tiny_pair("qwen3")
-    expected = [own_output(target.model, p, 20) for p in PROMPTS]
+    expected = own_outputs(target.model, PROMPTS, 20)
     for block_size in (2, 4):
         decoded = decode(target, drafter, PROMPTS, max_new_tokens=20, block_size=block_size)
         assert [c.tokens for c in decoded.completions] == expected
@@ -100,7 +100,7 @@ def test_steps_of_denoising_change_no_greedy_token(family, steps, greedy):
     target, drafter = tiny_pair("llama")
     drafter.config.sample_from_anchor = family == "sample_from_anchor"
     drafter.config.noise = "uniform" if family == "uniform" else "mask"
-    expected = [own_output(target.model, p, 20) for p in PROMPTS]
+    expected = own_outputs(target.model, PROMPTS, 20)
     options = dict(max_new_tokens=20, denoising_steps=steps, greedy_draft=greedy)
     for block_size in (2, 3, 6, "auto"):
         decoded = decode(target, drafter, PROMPTS, block_size=block_size, **options)
@@ -116,7 +116,7 @@ def test_refuses_a_number_of_steps():
 
 def test_stop_tokens_and_callbacks():
     target, drafter = tiny_pair("llama")
-    expected = [own_output(target.model, p, 30) for p in PROMPTS]
+    expected = own_outputs(target.model, PROMPTS, 30)
     stop = expected[0][12]
     streamed = {i: [] for i in range(4)}
     finished = {}
@@ -153,7 +153,7 @@ def test_stop_tokens_of_every_kind():
 def test_very_short_answers(max_new_tokens):
     target, drafter = tiny_pair("llama")
     decoded = decode(target, drafter, PROMPTS, max_new_tokens=max_new_tokens)
-    assert [c.tokens for c in decoded.completions] == [own_output(target.model, p, max_new_tokens) for p in PROMPTS]
+    assert [c.tokens for c in decoded.completions] == own_outputs(target.model, PROMPTS, max_new_tokens)
 
 
 def test_a_long_prompt_is_prefilled_in_pieces():
@@ -162,7 +162,7 @@ def test_a_long_prompt_is_prefilled_in_pieces():
     drafter = DFlashDrafter.for_target(target, mask_token_id=MASK_TOKEN, num_layers=1, taps=1, block_size=4).eval()
     prompts = random_prompts(1500, 40)
     decoded = decode(Target(model, drafter.config.target_layer_ids), drafter, prompts, max_new_tokens=8)
-    assert [c.tokens for c in decoded.completions] == [own_output(model, p, 8) for p in prompts]
+    assert [c.tokens for c in decoded.completions] == own_outputs(model, prompts, 8)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from dflash_ext.models import Denoiser, Target, UniformAdaptation, load_pair, sa
 from dflash_ext.models.uniform import SelfConditioning
 from dflash_ext.ops.random import derived, uniform_tokens
 from python_tests.decode.canvas.models import tiny_denoiser
-from python_tests.decode.oracle import own_output
+from python_tests.decode.oracle import own_outputs
 from python_tests.tiny import random_prompts, tiny_model
 
 PROMPTS = random_prompts(5, 9, 3)
@@ -32,7 +32,7 @@ def noise_at(first: int, step: int, vocab_size: int) -> torch.Tensor:
 @pytest.mark.parametrize("steps", [1, 3])
 def test_no_greedy_token_changes(steps):
     target, drafter = Target(tiny_model("llama")), denoiser()
-    expected = [own_output(target.model, prompt, 20) for prompt in PROMPTS]
+    expected = own_outputs(target.model, PROMPTS, 20)
     for block_size in (2, 3, 8, "auto"):
         options = dict(max_new_tokens=20, denoising_steps=steps, block_size=block_size, batch_size=2)
         decoded = decode(target, drafter, PROMPTS, **options)
@@ -101,7 +101,7 @@ def test_the_folder_of_a_denoiser_is_that_of_a_drafter(tmp_path):
     _, drafter = load_pair(target.model, tmp_path)
     assert isinstance(drafter, Denoiser)
     decoded = decode(target, tmp_path, PROMPTS, max_new_tokens=6)
-    assert [c.tokens for c in decoded.completions] == [own_output(target.model, prompt, 6) for prompt in PROMPTS]
+    assert [c.tokens for c in decoded.completions] == own_outputs(target.model, PROMPTS, 6)
 
 
 def test_what_is_refused():
