@@ -49,9 +49,7 @@ def test_fsdp2_equals_one_rank_also_after_a_resume(tmp_path, optimizer, kind):
         torch.testing.assert_close(ours, checkpoints[1][name], rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    "kind, family, optimizer", [("gated", "llama", "muon"), ("whole", "qwen3", "adamw"), ("gated", "gemma3", "adamw")]
-)
+@pytest.mark.parametrize("kind, family, optimizer", [("gated", "gemma3", "muon"), ("whole", "qwen3", "adamw")])
 def test_ranks_that_share_the_layers_equal_one_rank(tmp_path, kind, family, optimizer):
     """The divergence reads the base, which the ranks share, too. Of an adapter's halves, one is divided."""
     settings = {"save_every": 0, "kl_weight": 0.5, "optimizer": optimizer}

@@ -14,7 +14,7 @@ from dflash_ext.models import drafter as drafter_module
 from dflash_ext.train import AnchorCollator, position_decay
 from dflash_ext.train.objectives import DFlashObjective
 from python_tests.exactness import allowed_error
-from python_tests.tiny import FAMILIES, MASK_TOKEN, tiny_pair
+from python_tests.tiny import MASK_TOKEN, tiny_pair
 
 LENGTH = 40
 
@@ -95,7 +95,7 @@ def test_compiles_whole_and_once_for_all_lengths(device):
     drafter, objective, *_ = a_step(device, torch.bfloat16 if device == "cuda" else torch.float32)
     compiled = copy.deepcopy(objective)
     compiled.drafter.compile(fullgraph=True, backend=graphs)
-    for length in (LENGTH, LENGTH - 1, 33, 51, 20):
+    for length in (LENGTH, LENGTH - 1, 33, 51):
         inputs = a_batch(objective.target, length, device)
         got, want = (gradients(one, *inputs) for one in (compiled, objective))
         assert distance(got, want) < (1e-2 if device == "cuda" else 1e-6)
@@ -201,9 +201,10 @@ def test_a_cuda_graph_holds_whole_steps(gamma):
         assert distance(one.detach(), other.detach()) < 2e-2
 
 
-@pytest.mark.parametrize("first_slot", [0, 1])
-@pytest.mark.parametrize(("loss", "mix"), [("kl", 1.0), ("tv", 1.0), ("kl", 0.3)])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("family", "loss", "mix", "first_slot"),
+    [("llama", "kl", 1.0, 0), ("qwen3", "tv", 1.0, 1), ("gemma3", "kl", 0.3, 0), ("gemma3", "kl", 1.0, 1)],
+)
 def test_the_teacher_is_the_targets_own_distribution(family, loss, mix, first_slot):
     """Against the target's logits and the drafter's, block by block."""
     target, drafter = tiny_pair(family)

@@ -10,6 +10,7 @@ from dflash_ext.train.anchors import one_forward_dpace
 from dflash_ext.train.objectives import LoraObjective
 from python_tests.models.lora.test_drafter import tiny_lora
 from python_tests.models.lora.test_rows import one_block
+from python_tests.pairwise import pairwise
 from python_tests.tiny import FAMILIES, MASK_TOKEN, tiny_model
 from python_tests.train.test_collator import samples
 
@@ -50,17 +51,20 @@ def expected(target, drafter, batch, *, gamma, kl_weight, forwards=2) -> torch.T
     return losses
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
-    "options, gamma, kl_weight, noise",
-    [
-        ({}, None, 0.0, {}),
-        ({"causal": True}, 3.0, 0.5, {}),
-        ({"sampler_width": 8}, None, 0.25, {"slot_noise": 0.5}),
-    ],
+    "family, kind, settings",
+    pairwise(
+        FAMILIES,
+        KINDS,
+        [
+            ({}, None, 0.0, {}),
+            ({"causal": True}, 3.0, 0.5, {}),
+            ({"sampler_width": 8}, None, 0.25, {"slot_noise": 0.5}),
+        ],
+    ),
 )
-def test_the_losses_are_their_definition(family, kind, options, gamma, kl_weight, noise):
+def test_the_losses_are_their_definition(family, kind, settings):
+    options, gamma, kl_weight, noise = settings
     target, drafter = tiny_lora(family, kind=kind, **options)
     objective = LoraObjective(drafter, target, gamma=gamma, kl_weight=kl_weight)
     batch = a_batch(**noise)
