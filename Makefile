@@ -36,13 +36,13 @@ demo: .venv/ready
 test: .venv/ready
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile $(ARGS)
 
-# What depends on the version of transformers: its attention, models, caches and generate, and its Trainer. The rest of
-# decode and train (the loop of the engine, canvases, losses, the order of samples) reaches transformers through these only.
+# What depends on the version of transformers: its attention, models, caches and generate, and its Trainer with
+# Accelerate. The rest of decode and train (the loop of the engine, canvases, losses, the order of samples, the kinds of
+# drafters) reaches transformers through these only.
 TRANSFORMERS := integrations models \
-	$(addprefix decode/,test_families.py test_forward.py test_modules.py test_drafter_layouts.py test_text.py) \
-	decode/canvas/test_like_transformers.py \
+	$(addprefix decode/,test_families.py test_forward.py test_modules.py test_text.py canvas/test_like_transformers.py) \
 	$(addprefix train/,test_training.py test_run.py test_checkpoints.py test_recipe.py test_reporting.py) \
-	$(addprefix train/,test_lora_drafters.py test_denoisers.py test_parallel.py)
+	train/test_denoisers.py train/test_parallel.py::test_fsdp2_equals_one_rank_also_after_a_resume
 
 # Packages whose versions differ from constraints.txt are installed in a separate folder. Python searches it first.
 test-oldest test-newest: test-%: build/%/ready
