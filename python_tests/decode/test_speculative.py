@@ -306,15 +306,16 @@ def expect_distribution(completions, exact: dict[tuple[int, ...], float]) -> Non
     assert z < 4.26, (chi_square, freedom)
 
 
-@pytest.mark.parametrize("drafted", [True, False])
 @pytest.mark.parametrize(
-    FILTERS,
+    ["drafted", *FILTERS],
     [
-        (1.0, None, None, None),
-        (0.7, None, None, None),
-        (1.0, 3, None, None),
-        (1.3, None, 0.8, None),
-        (1.0, None, None, 0.4),
+        (True, 1.0, None, None, None),
+        (True, 0.7, None, None, None),
+        (True, 1.0, 3, None, None),
+        (True, 1.3, None, 0.8, None),
+        (True, 1.0, None, None, 0.4),
+        (False, 0.7, None, None, None),
+        (False, 1.3, 3, 0.8, 0.4),
     ],
 )
 def test_sampling_keeps_the_targets_distribution(drafted, temperature, top_k, top_p, min_p):

@@ -74,8 +74,11 @@ PROCESSES = {
 }
 
 
-@pytest.mark.parametrize("process", PROCESSES.values(), ids=PROCESSES)
-@pytest.mark.parametrize("lengths", [(14,), (17, 3, 9, 1)], ids=str)
+@pytest.mark.parametrize(
+    "lengths, process",
+    [((17, 3, 9, 1), process) for process in PROCESSES.values()] + [((14,), PROCESSES["loose"])],
+    ids=[*PROCESSES, "one prompt"],
+)
 def test_tokens_are_those_of_transformers(model, lengths, process):
     """Prompts of unequal length, shorter and longer than the window, over three canvases."""
     prompts = random_prompts(*lengths)
