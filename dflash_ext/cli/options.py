@@ -186,7 +186,7 @@ Groups = Annotated[
     typer.Option(
         min=1,
         help="Put mask rows for the next draft behind the first N places at which a draft may end. This asks for "
-        "cycles of one forward, as --forwards 1 does. The default is all places at batch 1, and fewer in larger ones.",
+        "cycles of one forward, as --forwards 1 does. The default is all places in small batches, and else the first.",
     ),
 ]
 DecodeBatch = Annotated[int, typer.Option("--batch-size", min=1, help="The number of prompts decoded at a time.")]

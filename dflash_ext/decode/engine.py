@@ -100,7 +100,7 @@ class Engine:
             more. The default is 1 on a GPU, if all slots together have few rows (`decode.kinds`), and else 2.
         groups: of a cycle of one forward, for which they ask on any device: how many places at which a draft may end,
             from the first on, have a group behind them. A row whose draft ends at another place drafts nothing in its
-            next cycle. By default all have one at batch 1, and fewer the more slots there are.
+            next cycle. By default all have one if all slots together then have few rows, and else the first alone.
         exact: greedy tokens depend on the prompt alone, to the bit, also in bfloat16 or float16 on a GPU (Hopper): not
             on the drafter, on what it drafts, or on other requests. On a CPU that is so without this option.
         tokenizer: a tokenizer of transformers, from which completions get their text. Stop strings need it.

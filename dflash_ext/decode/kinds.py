@@ -18,9 +18,8 @@ Drafter = DFlashDrafter | LoraDrafter | Denoiser
 
 
 # A forward of so many rows on a GPU costs little more than one of a single row, so that a forward saved is worth more
-# than the longer drafts of two forwards, which know the bonus token. docs/lora.md has the measurements of all three.
+# than the longer drafts of two forwards, which know the bonus token. docs/lora.md has the measurements of both.
 FEW_ROWS, FEW_ROWS_OVER_LARGE_WEIGHTS = 64, 128
-MASK_ROWS = 64  # up to which the groups of all slots take about as long as one of them
 
 
 def loaded(drafter: Drafter | str | PathLike | None, target: Target) -> Drafter | None:
@@ -36,14 +35,20 @@ def one_forward_rows(width: int, groups: int) -> int:
     return width * (1 + groups)
 
 
-def groups_of(groups: int | None, *, slots: int, width: int) -> int:
-    """The groups of a cycle of one forward. By default they are as many as have MASK_ROWS rows in all slots together,
-    at least one, and at most one behind every row that verifies.
+def has_few_rows(target: Target, slots: int, width: int) -> bool:
+    """Whether a cycle of one forward has few rows in all slots together, with all of its groups."""
+    most = FEW_ROWS_OVER_LARGE_WEIGHTS if has_large_weights(target) else FEW_ROWS
+    return slots * one_forward_rows(width, width) <= most
+
+
+def groups_of(groups: int | None, target: Target, *, slots: int, width: int) -> int:
+    """The groups of a cycle of one forward. By default there is one behind every row that verifies if all slots
+    together then have few rows, and else only the first one, because rows take time.
 
     Raises ValueError for a number that is not supported.
     """
     if groups is None:
-        return min(max(1, MASK_ROWS // (slots * width)), width)
+        return width if has_few_rows(target, slots, width) else 1
     if not 1 <= groups <= width:
         raise ValueError(f"groups is {groups}: 1 to {width} groups are supported with blocks of {width + 1} slots")
     return groups
@@ -53,7 +58,7 @@ def forwards_of(
     drafter: Drafter | None, target: Target, forwards: int | None, *, slots: int, width: int, steps: int
 ) -> int:
     """The forwards of a cycle. By default a gated LoRA drafter has one on a GPU if all slots together have few rows in
-    it with all of their groups, and else two, as on a CPU, whose time grows with the rows.
+    it, and else two, as on a CPU, whose time grows with the rows.
 
     Raises ValueError for a number that the drafter does not have.
     """
@@ -68,9 +73,7 @@ def forwards_of(
         drafter.config.check_one_forward()
         if not can:
             raise ValueError("a cycle of one forward takes blocks of 3 slots or more, and one denoising step")
-    rows = slots * one_forward_rows(width, width)
-    most = FEW_ROWS_OVER_LARGE_WEIGHTS if has_large_weights(target) else FEW_ROWS
-    return forwards or (1 if can and target.device.type == "cuda" and rows <= most else 2)
+    return forwards or (1 if can and target.device.type == "cuda" and has_few_rows(target, slots, width) else 2)
 
 
 def make_cycle(
@@ -102,7 +105,7 @@ def make_cycle(
     forwards = 1 if groups is not None else forwards
     forwards = forwards_of(drafter, target, forwards, slots=slots - 1, width=width, steps=steps)
     is_lora = isinstance(drafter, LoraDrafter)
-    groups = groups_of(groups, slots=slots - 1, width=width) if forwards == 1 else 0
+    groups = groups_of(groups, target, slots=slots - 1, width=width) if forwards == 1 else 0
     rows = one_forward_rows(width, groups) if groups else 0
     sizes = {"slots": slots, "tokens": max_length + max(0, rows - SCRATCH)}
     options = {"width": width, "steps": steps, "greedy": greedy}
