@@ -27,7 +27,7 @@ from dflash_ext.demo.real import DRAFTER
 from dflash_ext.models import DFlashDrafter, Target, load_pair, load_target
 
 DRAFTERS = "shipped", "useless"
-WAYS = "plain", "block", "auto"
+WAYS = "block", "auto"  # beside plain decoding
 
 
 def useless(target: Target, like: DFlashDrafter) -> DFlashDrafter:
@@ -80,7 +80,7 @@ def main() -> None:
     parser.add_argument("prompts", nargs="+", type=Path)
     parser.add_argument("--field")
     parser.add_argument("--drafters", nargs="*", default=list(DRAFTERS), choices=DRAFTERS)
-    parser.add_argument("--ways", nargs="*", default=list(WAYS[1:]), choices=WAYS[1:], help="beside plain decoding")
+    parser.add_argument("--ways", nargs="*", default=list(WAYS), choices=WAYS)
     parser.add_argument("--rows", nargs="*", type=int, default=[1, 8, 32])
     parser.add_argument("--new-tokens", nargs="*", type=int, default=[96, 128, 384])
     parser.add_argument("--turns", type=int, default=3, help="at least 2")
@@ -110,7 +110,8 @@ def main() -> None:
         for impl, each in seconds.items():
             for state, at in {"cold": slice(1), "warm": slice(1, None)}.items():
                 taken, plain = (min(x[at]) for x in (each, seconds["plain"]))
-                row = {"case": f"SmolLM2-135M, {stem}, {count} rows, {new} tokens", "impl": impl, "pass": state}
+                shape = f"{count} row{'s' * (count > 1)}, {new} tokens"
+                row = {"case": f"SmolLM2-135M, {stem}, {shape}", "impl": impl, "pass": state}
                 row |= {"ms": 1e3 * taken, "tokens_per_second": count * new / taken, "over_plain": taken / plain}
                 rows.append(row)
                 print("{case:48} {impl:22} {pass}  {ms:8.1f} ms, {over_plain:.3f} of plain".format(**row), flush=True)

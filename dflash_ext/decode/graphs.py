@@ -25,13 +25,12 @@ SIZES = (1, 2, 4, 8, 16, 24, 32)
 QUEUED, AHEAD = 16e-3, 20
 MISSED = 16  # as often a larger graph stands in for a smaller one, until that is made
 
+Cost = Callable[[], tuple[float, float]]  # what gives the seconds of a cycle, and those that passed while it drafted
+
 
 def sizes_of(slots: int) -> list[int]:
     """The numbers of rows of an engine's graphs, ascending; the last one is that of all slots."""
     return [*(size for size in SIZES if size < slots), slots]
-
-
-Cost = Callable[[], tuple[float, float]]
 
 
 class PlainRunner:
