@@ -33,11 +33,12 @@ class Auto:
         self, requests: Sequence[Request], drawing: Drawing, *, others_wait: bool
     ) -> tuple[Tensor, Callable[[], None] | None]:
         """Runs a cycle of requests. Returns their records, and what takes note of its time once they can be read."""
-        runner = self.runner
-        slots, left = [request.slot for request in requests], max(request.left for request in requests)
-        width, other = self._widths(requests, drawing, others_wait)
-        plain = self.costs.table(runner.size(len(slots), drawing, 0))
-        size, width = runner.plan(len(slots), drawing, width, other, left, plain and plain[0])
+        runner, slots = self.runner, [request.slot for request in requests]
+        rows = Rows([request.pace.luck for request in requests], [request.left for request in requests], others_wait)
+        sizes = {width: runner.size(len(slots), drawing, width) for width in self.pace.widths}
+        plain = self.costs.table(sizes[0])
+        width, other = (0, 0) if plain is None else self._widths(rows, drawing, sizes, plain)
+        size, width = runner.plan(len(slots), drawing, width, other, rows.most_left, plain and plain[0])
         self.pace.spend(width, self.costs.of(size, width))
         if self.costs.is_measured(size, width):
             return runner.run(slots, drawing, width, size), None
@@ -46,7 +47,7 @@ class Auto:
 
     def observe(self, rows: Sequence[tuple[Request, int, int]], *, others_wait: bool) -> None:
         """Takes note of a cycle before it is committed: each request's verified and accepted drafted tokens."""
-        if not rows:
+        if not any(verified for _, verified, _ in rows):
             return
         if others_wait:
             saved = sum(accepted for *_, accepted in rows) / len(rows)
@@ -55,17 +56,20 @@ class Auto:
             saved = max(left) - max(n - accepted for n, (*_, accepted) in zip(left, rows, strict=True))
         self.pace.observe([(request.pace, verified, accepted) for request, verified, accepted in rows], saved)
 
-    def _widths(self, requests: Sequence[Request], drawing: Drawing, others_wait: bool) -> tuple[int, int]:
-        """How many tokens the next cycle is to draft, and how many of those that it can draft at once."""
-        runner = self.runner
-        sizes = {width: runner.size(len(requests), drawing, width) for width in self.pace.widths}
-        plain = self.costs.table(sizes[0])
-        if plain is None:
-            return 0, 0
-        most = self.pace.widths[-1] if runner.is_steady else self.costs.longest(sizes[0])
-        costs = {width: (self.costs.table(size) or plain)[width] for width, size in sizes.items() if width <= most}
-        ready = [width for width in costs if runner.is_ready(len(requests), drawing, width)]
-        rows = Rows([request.pace.luck for request in requests], [request.left for request in requests], others_wait)
+    def _widths(
+        self, rows: Rows, drawing: Drawing, sizes: Mapping[int, int], plain: Mapping[int, float]
+    ) -> tuple[int, int]:
+        """How many tokens the next cycle is to draft, and how many of those that it can draft at once.
+
+        sizes: the slots of a cycle that drafts so many tokens. plain: the costs with the slots of one without a draft.
+        """
+        most = self.pace.widths[-1] if self.runner.is_steady else self.costs.longest(sizes[0])
+        costs = {
+            width: (plain if size == sizes[0] else self.costs.table(size) or plain)[width]
+            for width, size in sizes.items()
+            if width <= most
+        }
+        ready = [width for width in costs if self.runner.is_ready(len(rows.left), drawing, width)]
         width = self.pace.choose(costs, rows, ready)
         if width in ready or 0 not in ready:
             return width, width

@@ -77,7 +77,7 @@ class Cycle:
         if self.draft is not None and (width or self.draft.backlog is None):
             self.draft.commit(tokens, features, kept, rows.slots)
         elif self.draft is not None:
-            self.draft.backlog.keep(features, rows)
+            self.draft.backlog.keep(features, rows.start, slots)
         self._count(slots, rows, drafted, result, changes)
         watch.stop()
         return records

@@ -22,7 +22,7 @@ from .stopwatch import Stopwatch
 SIZES = (1, 2, 4, 8, 16, 24, 32)
 # A plain call and a capture take the host about 8 ms each. Before it, so many seconds of cycles are queued, or so many
 # cycles if it is not known how long they take, so that the device has work in the meantime.
-QUEUED, AHEAD = 16e-3, 20
+QUEUED, AHEAD = 20e-3, 24
 MISSED = 16  # as often a larger graph stands in for a smaller one, until that is made
 
 Cost = Callable[[], tuple[float, float]]  # what gives the seconds of a cycle, and those that passed while it drafted

@@ -19,19 +19,19 @@ RISK, MOST_LEFT, SHARE = 0.03, 100, 0.01
 
 @dataclass
 class RowPace:
-    """The drafted tokens of a row that were expected to be accepted, and those that were."""
+    """The drafted tokens of a row that were expected to be accepted, and those that were.
+
+    luck: the accepted tokens of this row over those of a mean one.
+    """
 
     expected: float = 0.0
     accepted: float = 0.0
+    luck: float = 1.0
 
     def observe(self, expected: float, accepted: int) -> None:
         self.expected = ROW_MEMORY * self.expected + expected
         self.accepted = ROW_MEMORY * self.accepted + accepted
-
-    @property
-    def luck(self) -> float:
-        """The accepted tokens of this row over those of a mean one."""
-        return (self.accepted + ROW_TRUST) / (self.expected + ROW_TRUST)
+        self.luck = (self.accepted + ROW_TRUST) / (self.expected + ROW_TRUST)
 
 
 @dataclass
@@ -42,16 +42,19 @@ class Rows:
     left: Sequence[int]
     others_wait: bool = False
 
+    def __post_init__(self):
+        self.most_luck, self.most_left = max(self.luck), max(self.left)
+        self.each = list(zip(self.luck, self.left, strict=True))
+
     def saved(self, gain: float) -> float:
         """The plain cycles that a cycle saves in which a mean row has so many drafted tokens accepted.
 
         Where others wait, every token brings them nearer. Else the last row's end counts: the others leave, but the
         cycles go on.
         """
-        gains = [min(luck * gain, left - 1) for luck, left in zip(self.luck, self.left, strict=True)]
         if self.others_wait:
-            return sum(gains) / len(gains)
-        return max(self.left) / max(left / (1 + gain) for left, gain in zip(self.left, gains, strict=True)) - 1
+            return sum([min(luck * gain, left - 1) for luck, left in self.each]) / len(self.each)
+        return self.most_left / max([left / (1 + min(luck * gain, left - 1)) for luck, left in self.each]) - 1
 
 
 class Pace:
@@ -136,7 +139,12 @@ class Pace:
         """
         promises = self.promises()
         cycles = {width: seconds / costs[0] for width, seconds in costs.items()}
-        saved = {width: rows.saved(promises[width] - 1) for width in costs}
+        gains = {width: promises[width] - 1 for width in costs}
+        # At most the luckiest row's gain is saved. A draft that cannot pay need not be reckoned through.
+        saved = {
+            width: rows.saved(gain) if 1 + rows.most_luck * gain > cycles[width] else 0.0
+            for width, gain in gains.items()
+        }
         width = max(costs, key=lambda width: (1 + saved[width]) / cycles[width])
         probes = not width and self.without >= PROBE - 1 and len(costs) > 1
         if probes:
@@ -144,6 +152,6 @@ class Pace:
             width = min([each for each in drafts if each in ready] or drafts)
         loss = cycles[width] - 1 - saved[width] + probes * self.lead * (cycles[width] - 1)
         has_begun = probes and self.without >= PROBE
-        if not has_begun and self.lost + max(loss, 0.0) > RISK * min(max(rows.left), MOST_LEFT) + SHARE * self.passed:
+        if not has_begun and self.lost + max(loss, 0.0) > RISK * min(rows.most_left, MOST_LEFT) + SHARE * self.passed:
             width = 0
         return width

@@ -78,7 +78,7 @@ def test_drafting_is_taken_up_again_when_it_pays():
 def test_a_promise_that_is_always_wrong_loses_little(costs, monkeypatch):
     """Every draft promises the most tokens, and none of its tokens is accepted."""
     monkeypatch.setattr(Pace, "rates", lambda self: [0.95] * 15)
-    monkeypatch.setattr(RowPace, "luck", 1.0)
+    monkeypatch.setattr(RowPace, "observe", lambda self, *given: None)
     pace, paces, drafted = Pace(draft_widths(15)), [RowPace(), RowPace(), RowPace()], 0
     for count in range(1, 1001):
         width = pace.choose(costs, rows(paces, 1001 - count), list(costs))
@@ -91,8 +91,9 @@ def test_a_promise_that_is_always_wrong_loses_little(costs, monkeypatch):
 
 
 def test_what_counts_is_when_the_last_row_ends():
-    unlucky = RowPace(expected=96.0, accepted=46.0).luck
-    assert unlucky == 0.5
+    row, unlucky = RowPace(), 0.5
+    row.observe(expected=6.0, accepted=1)
+    assert row.luck == unlucky
     assert Rows([1.0], [100]).saved(2.0) == 2.0 and Rows([1.0], [2]).saved(2.0) == 1.0
     assert Rows([1.0, 1.0], [100, 50]).saved(2.0) == pytest.approx(2.0)
     assert Rows([1.0, unlucky], [100, 100]).saved(2.0) == pytest.approx(1.0)

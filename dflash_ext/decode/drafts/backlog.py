@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ...ops.cycle import FIELDS, CycleRows
+from ...ops.cycle import FIELDS
 
 MOST = 32  # the cycles of a row that may wait
 
@@ -29,9 +29,12 @@ class Backlog:
         self.features = torch.zeros(slots * MOST, width, dtype=dtype, device=device)
         self.counts = [0] * slots
 
-    def keep(self, features: Tensor, rows: CycleRows) -> None:
-        """Copies the features [B, 1, width] of the anchors of rows. A token's place depends on its position alone."""
-        places = self._places(rows.slots.long(), rows.start)
+    def keep(self, features: Tensor, start: Tensor, slots: Tensor) -> None:
+        """Copies the features [B, 1, width] of the anchors, at the positions `start` of rows in `slots` (int64 [B]).
+
+        A token's place depends on its position alone.
+        """
+        places = self._places(slots, start)
         self.features.index_copy_(0, places, features[:, 0].to(self.features.dtype))
 
     def take(self, slots: Sequence[int], state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -59,4 +62,4 @@ class Backlog:
             self.counts[slot] = 0
 
     def _places(self, slots: Tensor, positions: Tensor) -> Tensor:
-        return slots * MOST + positions % MOST
+        return torch.add(positions % MOST, slots, alpha=MOST)
