@@ -19,7 +19,7 @@ void run_scaled_exp([[maybe_unused]] Tensor logits, [[maybe_unused]] int64_t beg
   const int64_t rows = logits.size(0), count = weights.size(1);
   check(begin >= 0 && begin + count <= logits.size(1) && count < int64_t(1) << 30, kOp, ": tokens ", begin, " to ",
         begin + count, " are no chunk of ", logits.size(1));
-  check(logits.stride(1) == 1, kOp, ": the last dimension of logits must be contiguous");
+  check(logits.size(1) == 1 || logits.stride(1) == 1, kOp, ": the last dimension of logits must be contiguous");
   check_tensor(kOp, "weights", weights, logits, weights.scalar_type(), {rows, count});
   check_tensor(kOp, "origins", origins, logits, ScalarType::Float, {rows});
   check_tensor(kOp, "sums", sums, logits, ScalarType::Float, {rows});

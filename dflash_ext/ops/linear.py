@@ -75,19 +75,23 @@ def linear(
 
     On a Hopper GPU a kernel of this package serves bfloat16 and float16 where it is the faster one: up to 32 rows, up
     to 64 with a gate or, with a small weight, a residual, and up to 128 with a norm and a small weight, if K is a
-    multiple of 8. With exact it serves any number of rows. It sums in float32 and rounds x * norm and the result. The
-    norm before a large weight is a separate kernel. Other calls are served by PyTorch's operators, which round after
-    every step. Their bits depend on the number of rows.
+    multiple of 8 and the weight begins at a multiple of 16 bytes. With exact it serves any number of rows. It sums in
+    float32 and rounds x * norm and the result. The norm before a large weight is a separate kernel. Other calls are
+    served by PyTorch's operators, which round after every step. Their bits depend on the number of rows.
 
     Raises ValueError for arguments that do not fit together, or an exact product that no kernel serves; TypeError for
     one of another type.
     """
     try:
         x, weight, bias, norm, residual = autocast(x, weight, bias, norm, residual)
+        bias, norm = (each if each is None else each.contiguous() for each in (bias, norm))
         if x.is_cuda:
             is_large = weight.numel() >= _LARGE_WEIGHT
             fuses = gate is not None or (not is_large and (norm is not None or residual is not None))
-            serves = _hopper_serves(x, exact, 128 if norm is not None and not is_large else 64 if fuses else 32)
+            most_rows = 128 if norm is not None and not is_large else 64 if fuses else 32
+            serves = _hopper_serves(x, weight, exact, most_rows)
+            if serves:
+                x, norm = _aligned(x), norm if norm is None else _aligned(norm)
             if norm is not None and (is_large or not serves):
                 # A block that has much of x to normalise would keep the weight waiting.
                 x, norm = _normalised(x, norm, norm_eps, norm_plus_one), None
@@ -104,14 +108,26 @@ def linear(
         raise
 
 
-def _hopper_serves(x: Tensor, exact: bool, most_rows: int) -> bool:
+def _hopper_serves(x: Tensor, weight: Tensor, exact: bool, most_rows: int) -> bool:
     """Whether the Hopper kernel serves the call. Raises ValueError if nothing else may, because of `exact`."""
     served = x.dtype in (torch.bfloat16, torch.float16) and x.shape[-1] % 8 == 0 and hopper_kernels_serve(x.device)
     if exact and not served:
         raise ValueError(
             f"linear: exact=True on a GPU needs Hopper, bfloat16 or float16, and K a multiple of 8; x is {shown(x)}"
         )
-    return served and (exact or x.numel() <= most_rows * x.shape[-1])
+    if exact and not _is_aligned(weight):
+        raise ValueError("linear: exact=True on a GPU needs a weight that begins at a multiple of 16 bytes")
+    return served and _is_aligned(weight) and (exact or x.numel() <= most_rows * x.shape[-1])
+
+
+def _is_aligned(tensor: Tensor) -> bool:
+    """Whether a tensor begins at a multiple of 16 bytes of its memory. Compiled code copies inputs that do not."""
+    return torch.compiler.is_compiling() or tensor.storage_offset() * tensor.element_size() % 16 == 0
+
+
+def _aligned(tensor: Tensor) -> Tensor:
+    tensor = tensor.contiguous()
+    return tensor if _is_aligned(tensor) else tensor.clone()
 
 
 @torch.no_grad()

@@ -207,6 +207,8 @@ def _check_teacher(
         )
     if teacher_hidden.dtype not in DTYPES:
         raise ValueError(f"{_OP}: teacher_hidden is {shown(teacher_hidden)}; floating point is needed")
+    if teacher_hidden.numel() == 0 and target.numel() > 0:
+        raise ValueError(f"{_OP}: teacher_hidden is {shown(teacher_hidden)}; at least one row is needed")
     if teacher_row is None:
         if teacher_hidden.shape[:-1] != target.shape:
             raise ValueError(

@@ -7,8 +7,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .numerics import widened
-
 
 def kv_inject(
     features: Tensor,
@@ -34,7 +32,8 @@ def kv_inject(
     kv_heads, head_dim = k_caches[0].shape[1 if block_table is None else 2], k_caches[0].shape[-1]
     slots = positions if slots is None else slots
     with torch.autocast(features.device.type, enabled=False):
-        projected = widened(features) @ widened(weight).T
+        real = torch.promote_types(torch.promote_types(features.dtype, weight.dtype), torch.float32)
+        projected = features.to(real) @ weight.to(real).T
     if bias is not None:
         projected = projected + bias
     projected = projected.unflatten(-1, (layers, 2, kv_heads, head_dim))  # [B, S, L, 2, Hkv, D]

@@ -264,6 +264,26 @@ def test_matches_the_definition(dtype, cache_dtype, heads, head_dim, rotary, opt
         assert torch.equal(cache == 7.0, want == 7.0)  # nothing else is written
 
 
+@pytest.mark.parametrize("narrow", ["features", "weight"])
+def test_features_and_weights_of_two_dtypes(narrow, device):
+    inputs = {
+        "features": randn(BATCH, LENGTH, WIDTH),
+        "weight": randn(2 * HEADS * HEAD_DIM, WIDTH),
+        "positions": torch.arange(LENGTH).expand(BATCH, -1),
+        "cos": randn(LENGTH, HEAD_DIM // 2),
+        "sin": randn(LENGTH, HEAD_DIM // 2),
+    }
+    inputs = {name: x.to(device) for name, x in inputs.items()}
+    inputs[narrow] = inputs[narrow].float()
+    wide = inputs | {narrow: inputs[narrow].double()}
+    caches = torch.zeros(6, 1, BATCH, HEADS, LENGTH, HEAD_DIM, dtype=torch.float64, device=device)
+    kv_inject(k_caches=caches[0], v_caches=caches[1], **inputs)
+    reference.kv_inject(k_caches=caches[2], v_caches=caches[3], **inputs)
+    reference.kv_inject(k_caches=caches[4], v_caches=caches[5], **wide)
+    for other in (caches[:2], caches[2:4]):
+        torch.testing.assert_close(other, caches[4:])
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

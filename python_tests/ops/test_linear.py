@@ -110,6 +110,12 @@ def test_a_weight_in_bfloat16_counts_as_the_same_in_float32(shape, options):
     assert torch.equal(linear(x, narrow, **options), linear(x, narrow.float(), **options))
 
 
+def test_a_bias_and_a_norm_may_have_strides(device):
+    x, weight, options = random_case(3, 40, 30, torch.float32, device, bias=True, norm=True)
+    strided = {name: torch.stack((each, each), -1)[:, 0] for name, each in options.items()}
+    assert torch.equal(linear(x, weight, **strided), linear(x, weight, **options))
+
+
 def test_the_bits_do_not_depend_on_the_number_of_threads():
     x, weight, options = random_case(9, 576, 1000, torch.float32, norm=True, gate="silu")
     threads = torch.get_num_threads()

@@ -52,6 +52,24 @@ def test_the_bits_of_a_row_depend_on_that_row_alone(shape, options):
     assert torch.equal(run(order), alone[order])
 
 
+def test_views_may_begin_anywhere():
+    """The kernel reads by 16 bytes: x and norm are copied if they begin elsewhere, another weight is PyTorch's."""
+    x, weight, given = random_case(3, 64, 40, torch.bfloat16, "cuda", norm=True)
+    want = linear(x, weight, **given)
+
+    def moved(tensor):
+        return torch.cat([tensor.flatten()[:1], tensor.flatten()])[1:].view(tensor.shape)
+
+    for exact in (False, True):
+        got = linear(moved(x), weight, **given | {"norm": moved(given["norm"])}, exact=exact)
+        assert torch.equal(got, linear(x, weight, **given, exact=exact))
+    torch.testing.assert_close(linear(x, moved(weight), **given), want, rtol=0.02, atol=0.02)
+    strided = torch.stack((given["norm"], given["norm"]), -1)[:, 0]
+    assert torch.equal(linear(x, weight, **given | {"norm": strided}), want)
+    with pytest.raises(ValueError, match="a weight that begins at a multiple of 16 bytes"):
+        linear(x, moved(weight), **given, exact=True)
+
+
 def test_a_chain_of_products_in_a_graph():
     """Kernels that overlap their predecessors read what those have written."""
     torch.manual_seed(0)
