@@ -211,7 +211,8 @@ class Adaptation(nn.Module):
             with replaced_forwards(layers):
                 yield
             return
-        with self.adapter.applied(target.model, rows), replaced_forwards(target.fused_forwards):
+        fused = target.fused_forwards  # the modules are compared before the adapter acts on these rows alone
+        with self.adapter.applied(target.model, rows), replaced_forwards(fused):
             yield
 
     def _halves(self) -> dict[nn.Module, tuple[tuple[str, ...], list[tuple[Tensor, Tensor]], float]]:
