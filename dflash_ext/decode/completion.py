@@ -84,7 +84,8 @@ class Decoded:
 
     @property
     def acceptance(self) -> list[float]:
-        """For each drafted position, the share of accepted tokens among the cycles that verified this position.
+        """For each drafted position, the share of accepted tokens among the cycles that verified this position, 0 if
+        none did.
 
         A token is accepted only if all tokens before it in the block are accepted.
         """

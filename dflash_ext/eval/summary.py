@@ -9,7 +9,7 @@ from ..decode import Decoded
 
 _CAPTION = """tau: tokens committed per cycle, bonus included, as the mean over prompts
 ms: drafting, verifying and committing in a cycle of the whole batch
-accepted: of the cycles that verified a position, the share that accepted its token"""
+accepted: of the cycles that verified a position, the share that accepted its token (0 if no cycle verified it)"""
 
 
 def summarize(decoded: Decoded) -> dict:
