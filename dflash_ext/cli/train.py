@@ -315,7 +315,7 @@ def train(
     check_folder(output)
     check_output(output, resume=resume, overwrite=overwrite)
     chosen_taps = tap_choice(taps)
-    block_size = block_size or (8 if is_lora else 16)
+    block_size = (8 if is_lora else 16) if block_size is None else block_size
     settings = dict(
         steps=steps,
         batch_size=batch_size,

@@ -35,9 +35,9 @@ def soft_embedding(
     the chunk's embeddings and summed in float32; the result is normalised at the end.
 
     Args:
-        logits: ``[..., V]`` float32, bfloat16 or float16, the last dimension contiguous. A NaN is no token, with a
-            softcap, too, and +inf counts as the largest number.
-        embedding: ``[V, H]`` float32, bfloat16 or float16. Exponentials are rounded to its dtype.
+        logits: ``[..., V]`` float64, float32, bfloat16 or float16, the last dimension contiguous. A NaN is no token,
+            with a softcap, too, and +inf counts as the largest number.
+        embedding: ``[V, H]`` float64, float32, bfloat16 or float16. Exponentials are rounded to its dtype.
         temperature: a number > 0, or a tensor ``[]`` or ``[...]``. What is outside of 1e-30 to 1e30 counts as the
             nearest of these.
         softcap: ``softcap * tanh(logits / softcap)`` comes before the temperature; None or 0 for none.

@@ -118,6 +118,6 @@ def check_identity(checkpoint: Path, identity: Mapping[str, dict[str, Any]], nou
         for name in theirs | mine:
             if mine.get(name) != theirs.get(name):
                 whose = f"is of another {noun}" if part == "trained" else "is of a training with other options"
-                raise ValueError(
-                    f"{checkpoint} {whose}: its {name} is {theirs.get(name)}, this one's is {mine.get(name)}"
-                )
+                both = f"its {name} is {theirs.get(name)}, this one's is {mine.get(name)}"
+                difference = both if name in theirs and name in mine else f"only one of the two has a setting {name}"
+                raise ValueError(f"{checkpoint} {whose}: {difference}")

@@ -64,6 +64,13 @@ class TrainingProgress(TrainerCallback):
         self._show_steps(state, state.global_step - self.first_step)
 
 
+class LastLog(TrainerCallback):
+    """Logs the last steps, too. Trainer logs after every so many steps alone."""
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_log |= state.global_step >= state.max_steps
+
+
 def held_out_figures(entry: Mapping[str, float]) -> str:
     """The figures of an evaluation in words; `entry` is its entry in the log."""
     loss = f"loss {entry['eval_loss']:.2f} on held-out samples"

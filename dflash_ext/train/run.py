@@ -22,7 +22,7 @@ from .evaluation import Evaluation
 from .objectives import Objective
 from .parallel import is_sharded
 from .recipe import RunRecipe
-from .reporting import TrainingProgress, best_evaluation, has_diverged, summary
+from .reporting import LastLog, TrainingProgress, best_evaluation, has_diverged, summary
 from .saving import LOG, KeepBest, check_output, remove_checkpoints, replace_saved
 from .trainer import ObjectiveTrainer
 
@@ -103,6 +103,7 @@ def run(
     )
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(KeepBest(save, output, best))
+    trainer.add_callback(LastLog())
     if overwrite and not resume and trainer.is_world_process_zero():
         remove_checkpoints(output)
     if resume:

@@ -140,7 +140,7 @@ def test_a_refused_run_leaves_the_output_folder_alone(workspace, run):
     """A run that is refused changes nothing, and does not hold up the next one."""
     out = workspace / "trained"
     train = [*words(workspace), "--output", out]
-    for refused in (["--max-new-tokens", 999], ["--max-prompt-tokens", 1], ["--block-size", 1]):
+    for refused in (["--max-new-tokens", 999], ["--max-prompt-tokens", 1], ["--block-size", 1], ["--block-size", 0]):
         assert run(*train, *refused)[0] == 1
     code, _, errors = run(*train, "--save-every", 1)
     assert code == 0, errors

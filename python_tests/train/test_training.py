@@ -241,3 +241,9 @@ def test_one_process_of_torchrun_saves_for_all(tmp_path, monkeypatch):
     target, drafter = tiny_pair("llama")
     assert train_drafter(drafter, target, Cycles(8), tmp_path, Recipe(steps=1, batch_size=4))
     assert not list(tmp_path.iterdir())
+
+
+def test_the_last_steps_are_logged(tmp_path):
+    target, drafter = tiny_pair("llama")
+    log = train_drafter(drafter, target, Cycles(), tmp_path, Recipe(steps=5, batch_size=2, anchors=2, log_every=3))
+    assert [entry["step"] for entry in log if "loss" in entry] == [3, 5]
