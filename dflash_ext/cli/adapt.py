@@ -175,7 +175,7 @@ def adapt(
     """Turn a causal LM into a denoiser that fills in hidden tokens or replaces wrong ones."""
     from accelerate import PartialState
 
-    from ..data import AnswerDataset, NoiseCollator, TextDataset, UniformCollator, read_texts
+    from ..data import AnswerDataset, NoiseCollator, TextDataset, UniformCollator
     from ..models import Adaptation, Target, UniformAdaptation
     from ..noise import MaskNoise
     from ..progress import counted
@@ -239,8 +239,8 @@ def adapt(
     if answers is not None:
         rows = TextDataset.of_answers(AnswerDataset(answers, length, target=target), length, tok.bos_token_id)
     else:
-        rows = TextDataset(read_texts(text), tok, length)
-    kept_out = TextDataset(read_texts(held_out), tok, length).first(held_out_rows) if held_out else None
+        rows = TextDataset.of_files(text, tok, length)
+    kept_out = TextDataset.of_files(held_out, tok, length).first(held_out_rows) if held_out else None
     size = sum(parameter.numel() for parameter in adaptation.parameters())
     count = len(adaptation.adapter.paths)
     what = f"{count} weights" if kind == "full" else f"{kind} adapter of rank {rank} on {count} linear layers"

@@ -54,7 +54,7 @@ def reconstruct(
 
     The text should be other than that of the training.
     """
-    from ..data import TextDataset, read_texts
+    from ..data import TextDataset
     from ..eval import reconstruction
     from ..eval.plot import check_plot
     from ..models import Target, load_adaptation
@@ -72,7 +72,7 @@ def reconstruct(
     target.decoder.set_attn_implementation(attention)
     target.check_length(length, f"rows of {length} tokens")
     adaptations = {name: load_adaptation(path, target) for name, path in zip(names, denoiser, strict=True)}
-    dataset = TextDataset(read_texts(text), tok, length).first(rows)
+    dataset = TextDataset.of_files(text, tok, length).first(rows)
     results = {}
     for name, adaptation in adaptations.items():
         with progress(console, f"{name} fills in", len(rates) * len(dataset)) as advance:

@@ -73,12 +73,15 @@ class TextDataset(Dataset):
 
     Args:
         texts: documents, as from `read_texts`.
+        source: where they are from, for messages.
 
     Raises:
         DataError: the documents have fewer tokens than a row.
     """
 
-    def __init__(self, texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, length: int):
+    def __init__(
+        self, texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, length: int, *, source: object = "the text"
+    ):
         tokens, starts = array("i"), array("q")
         begin = tokenizer.bos_token_id
         end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
@@ -90,7 +93,12 @@ class TextDataset(Dataset):
                 if ids:
                     starts.append(len(tokens))
                     tokens.extend(_begun_in_each_row(ids, begin, len(tokens), length))
-        self._fill(tokens, starts, length)
+        self._fill(tokens, starts, length, source=source)
+
+    @classmethod
+    def of_files(cls, paths: Sequence[Path], tokenizer: PreTrainedTokenizerBase, length: int) -> TextDataset:
+        """Rows of the documents of files, which `read_texts` reads."""
+        return cls(read_texts(paths), tokenizer, length, source=", ".join(str(path) for path in paths))
 
     @classmethod
     def of_answers(cls, answers: AnswerDataset, length: int, begin: int | None = None) -> TextDataset:
@@ -110,11 +118,19 @@ class TextDataset(Dataset):
         made._fill(tokens, starts, length, torch.frombuffer(ends, dtype=torch.int64))
         return made
 
-    def _fill(self, tokens: array, starts: array, length: int, prompt_ends: Tensor | None = None) -> None:
+    def _fill(
+        self,
+        tokens: array,
+        starts: array,
+        length: int,
+        prompt_ends: Tensor | None = None,
+        *,
+        source: object = "the text",
+    ) -> None:
         self.length = length
         self.documents = len(starts)
         if len(tokens) < length:
-            raise DataError(f"the text has {len(tokens)} tokens: at least a row of {length} is needed")
+            raise DataError(f"{source} has {len(tokens)} tokens: at least a row of {length} is needed")
         self._tokens = torch.frombuffer(tokens, dtype=torch.int32)
         self._starts = torch.frombuffer(starts, dtype=torch.int64)
         self._prompt_ends = prompt_ends

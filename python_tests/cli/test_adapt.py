@@ -81,7 +81,7 @@ def test_answers_have_prefixes_of_their_own(workspace, run):
         (("--mask-rate", "0"), "a mask rate of 0 hides no token"),
         (("--pattern", "diagonal"), "pattern is 'diagonal': causal, prefix_block, block_causal are supported"),
         (("--block-size", 4), "a block size goes with the pattern block_causal, and only with it"),
-        (("--length", 5000), "the text has"),
+        (("--length", 5000), "text.jsonl has 213 tokens: at least a row of 5000 is needed"),
         (("--mask-token", "w999"), "mask token 'w999' is not in the tokenizer's vocabulary"),
         (("--text", "nowhere.txt"), "nowhere.txt: no such file"),
     ],

@@ -125,3 +125,6 @@ def test_no_file_and_too_little_text(tmp_path):
         list(read_texts([tmp_path / "a.txt"]))
     with pytest.raises(DataError, match="the text has 3 tokens: at least a row of 4 is needed"):
         TextDataset([words(3, 4)], word_tokenizer(), 4)
+    (tmp_path / "short.txt").write_text(words(3, 4))
+    with pytest.raises(DataError, match="short.txt has 3 tokens"):
+        TextDataset.of_files([tmp_path / "short.txt"], word_tokenizer(), 4)
