@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import warnings
 from typing import Annotated, Any
 
 import typer
@@ -35,10 +36,20 @@ def _is_reported(error: Exception) -> bool:
     return isinstance(error, kinds) or type(error).__name__ == "OutOfMemoryError"
 
 
+def _line(message: Warning | str, *_place: object) -> str:
+    """A warning without the place in the code that raised it."""
+    return f"dflash-ext: {message}\n"
+
+
 class Commands(TyperGroup):
-    """Runs a command; an error in its input is reported in one line on standard error, with exit code 1."""
+    """Runs a command. An error in its input is reported in one line on standard error, with exit code 1. A
+    warning is one line, too.
+    """
 
     def invoke(self, ctx: typer.Context) -> Any:
+        with_place = warnings.formatwarning
+        if not ctx.params["traceback"]:
+            warnings.formatwarning = _line
         try:
             return super().invoke(ctx)
         except Exception as error:
@@ -49,6 +60,8 @@ class Commands(TyperGroup):
         except KeyboardInterrupt:
             say("dflash-ext: interrupted; what was written so far is kept", style="red")
             raise typer.Exit(130) from None
+        finally:
+            warnings.formatwarning = with_place
 
 
 class Command(TyperCommand):

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 from typing import get_type_hints
 from unittest.mock import Mock
 
@@ -85,6 +86,20 @@ def test_a_mistake_is_one_line_or_a_traceback_on_request(workspace, run):
     assert code == 1 and len(errors.splitlines()) == 1
     with pytest.raises(ValueError, match="there is no such folder"):
         run("--traceback", *words)
+
+
+def test_a_warning_is_one_line(run, monkeypatch):
+    """Python adds the place in the code, which tells a user nothing."""
+    lines = []
+
+    def load(*args, **options):
+        lines.append(warnings.formatwarning("an odd tokenizer", UserWarning, "loading.py", 75))
+        raise ValueError("no model")
+
+    monkeypatch.setattr("dflash_ext.models.load_target", load)
+    before = warnings.formatwarning
+    assert run("probe", "--model", "any")[0] == 1
+    assert lines == ["dflash-ext: an odd tokenizer\n"] and warnings.formatwarning is before
 
 
 def test_a_file_is_replaced_when_the_new_one_is_complete(tmp_path):
