@@ -42,9 +42,7 @@ def _line(message: Warning | str, *_place: object) -> str:
 
 
 class Commands(TyperGroup):
-    """Runs a command. An error in its input is reported in one line on standard error, with exit code 1. A
-    warning is one line, too.
-    """
+    """Runs a command. An error in its input is one line on standard error, with exit code 1. A warning is one line."""
 
     def invoke(self, ctx: typer.Context) -> Any:
         with_place = warnings.formatwarning

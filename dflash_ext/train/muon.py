@@ -62,7 +62,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
         grads, momenta = [each.grad for each in matrices], [self.state[each]["momentum"] for each in matrices]
         beta = group["momentum"]
         torch._foreach_lerp_(momenta, grads, 1 - beta)
-        # In place, on copies: torch 2.11 makes no new lists of sharded tensors so.
+        # The copies are changed in place, because torch 2.11 interpolates sharded tensors in no other way.
         updates = [grad.clone() for grad in grads]
         torch._foreach_lerp_(updates, momenta, beta)
         whole = torch.stack([each.full_tensor() if isinstance(each, DTensor) else each for each in updates])

@@ -65,7 +65,7 @@ class TrainingProgress(TrainerCallback):
 
 
 class LastLog(TrainerCallback):
-    """Logs the last steps, too. Trainer logs after every so many steps alone."""
+    """Logs the figures of the last steps. Trainer itself logs only every `logging_steps` steps."""
 
     def on_step_end(self, args, state, control, **kwargs):
         control.should_log |= state.global_step >= state.max_steps

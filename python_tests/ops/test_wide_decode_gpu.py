@@ -95,7 +95,10 @@ def test_a_canvas_is_as_exact_as_in_one_part(rows):
 def test_a_replayed_graph_follows_its_inputs():
     q, k, v = inputs()
     lens = torch.tensor([150, 1, 0], device="cuda")
-    call = lambda: block_attn_decode(q, k, v, IntervalMask.decode(lens, ROWS, kv_len=CAPACITY))  # noqa: E731
+
+    def call():
+        return block_attn_decode(q, k, v, IntervalMask.decode(lens, ROWS, kv_len=CAPACITY))
+
     call()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
