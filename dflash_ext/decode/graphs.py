@@ -20,10 +20,10 @@ from .stopwatch import Stopwatch
 
 # A graph has one number of rows. Slots beyond the rows that are decoded are filled up with the spare slot.
 SIZES = (1, 2, 4, 8, 16, 24, 32)
-# A plain call and a capture take the host about 8 ms each. Before it, so many seconds of cycles are queued, or so many
-# cycles if it is not known how long they take, so that the device has work in the meantime.
+# A plain call and a capture take the host about 8 ms each. Before either, the host queues QUEUED seconds of cycles, or
+# AHEAD cycles if it does not know how long they take, so that the device has work in the meantime.
 QUEUED, AHEAD = 20e-3, 24
-MISSED = 16  # as often a larger graph stands in for a smaller one, until that is made
+MISSED = 16  # A larger graph stands in for a smaller one so many times. Then the smaller one is made.
 
 Cost = Callable[[], tuple[float, float]]  # what gives the seconds of a cycle, and those that passed while it drafted
 
@@ -245,7 +245,7 @@ class GraphRunner(PlainRunner):
         return next(size for size in self.sizes if size >= rows)
 
     def _made(self, rows: int, drawing: Drawing, width: int) -> int | None:
-        """That of the smallest graph that does."""
+        """The number of slots of the smallest graph that has room for so many rows; None if no graph has."""
         return next((size for size in self.sizes if size >= rows and (size, drawing, width) in self.graphs), None)
 
     def _capture(self, size: int, drawing: Drawing, width: int) -> Graph:

@@ -140,7 +140,7 @@ class Pace:
         promises = self.promises()
         cycles = {width: seconds / costs[0] for width, seconds in costs.items()}
         gains = {width: promises[width] - 1 for width in costs}
-        # At most the luckiest row's gain is saved. A draft that cannot pay need not be reckoned through.
+        # A cycle saves at most the gain of the luckiest row. So a draft that cannot pay is known without its rows.
         saved = {
             width: rows.saved(gain) if 1 + rows.most_luck * gain > cycles[width] else 0.0
             for width, gain in gains.items()
