@@ -127,8 +127,6 @@ Tensor rotate_to_cache_op(Tensor projected, Tensor k_cache, Tensor v_cache, Tens
   return queries;
 }
 
-namespace {
-
 Tensor gated_op(Tensor gate_up, int64_t activation) {
   constexpr const char* kOp = "gated";
   check(gate_up.dim() == 2 && gate_up.size(1) % 2 == 0, kOp, ": gate_up must be [T, 2 * I]");
@@ -152,6 +150,8 @@ Tensor gated_op(Tensor gate_up, int64_t activation) {
   DFLASH_RUN_ON_GPU(kOp, gated_sm80, p, gate_up);
   return out;
 }
+
+namespace {
 
 // The number of columns of a block's tile (csrc/layer/add_halves_sm80.cu), which lie in one projection.
 constexpr int64_t kHalvesColumns = 32;

@@ -13,6 +13,8 @@ Tensor linear_op(Tensor x, Tensor weight, std::optional<Tensor> bias, std::optio
 Tensor add_rms_norm_op(Tensor residual, std::optional<Tensor> update, std::optional<Tensor> update_norm, Tensor norm,
                        double eps, bool plus_one);
 
+Tensor gated_op(Tensor gate_up, int64_t activation);
+
 Tensor rotate_to_cache_op(Tensor projected, Tensor k_cache, Tensor v_cache, Tensor positions, Tensor places,
                           Tensor caches, Tensor cos, Tensor sin, std::optional<Tensor> q_norm,
                           std::optional<Tensor> k_norm, double eps, bool plus_one);

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..masks import IntervalMask
 from ..native import load
+from .backends import warn_of_portable_kernels
 
 load()
 _add_rms_norm = torch.ops.dflash_ext.add_rms_norm.default
@@ -17,6 +18,7 @@ _gated = torch.ops.dflash_ext.gated.default
 _add_halves = torch.ops.dflash_ext.add_halves_.default
 _run_layers = torch.ops.dflash_ext.run_layers.default
 
+WIDEST = 24576  # the most columns of rows that have a norm on a GPU
 ACTIVATIONS = ("silu", "gelu_tanh")  # the operator knows them by their places
 # What add_halves takes: ranks, and that of which each projection has a multiple of columns.
 HALVES_RANKS, HALVES_COLUMNS = (16, 32, 64, 128), 32
@@ -157,20 +159,23 @@ def run_layers(
     rotary: Sequence[Tensor],
     masks: Sequence[IntervalMask],
     *,
+    forms: Sequence[int] = (),
     taps: Sequence[int] = (),
     eps: float,
     plus_one: bool,
     activation: str,
     scale: float,
     softcap: float | None,
+    exact: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Runs rows through layers of a model on the CPU, and adds their keys and values to the caches.
+    """Runs rows through layers of a model, and adds their keys and values to the caches.
 
     A layer is `linear`, `rotate_to_cache`, `block_attn_decode`, `linear`, `linear` and `linear`; the results are theirs
-    to the bit. As one operator they take one wake-up of the threads, and nothing of Python stands between them.
+    to the bit. Nothing of Python stands between them: on the CPU threads are woken once, and the host of a GPU takes
+    microseconds to launch a kernel.
 
     Args:
-        hidden: ``[B * R, H]``, contiguous.
+        hidden: ``[B * R, H]``, contiguous; on a GPU bfloat16 or float16, with H a multiple of 8.
         weights: those of the first layer in the order of WEIGHTS, then those of the next. An empty tensor is none.
         kinds: the kind of each layer, by its place in the arguments below.
         k_caches, v_caches: of each layer, ``[N, Hkv, S, D]``, as in ``rotate_to_cache``; written in place.
@@ -178,9 +183,13 @@ def run_layers(
             and caches in ``rotate_to_cache``.
         tables: of each kind, int32 ``[B, pages]``, the block table of ``block_attn_decode``.
         rotary: cos and sin of the first kind, then of the next.
-        masks: of each kind, over ``kv_len`` keys.
+        masks: of each kind, over ``kv_len`` keys. On a GPU they may be planned.
+        forms: on a GPU, how each layer's four products are computed, as `linear.product_form` says; else empty.
         taps: the layers whose outputs are wanted.
         eps, plus_one: of all norms. activation: of the gate. scale, softcap: of the attention's scores.
+        exact: as in `linear` and `block_attn_decode`.
+
+    On a GPU it promises what `constant_weight` and `constant_context` do in these operators.
 
     Returns:
         The output of the last layer ``[B * R, H]``, and those of ``taps``, ``[B * R, taps, H]``.
@@ -188,9 +197,13 @@ def run_layers(
     Raises RuntimeError for tensors that do not fit together.
     """
     bounds = [bound for mask in masks for bound in (mask.ctx_lo, mask.ctx_hi, mask.blk_lo, mask.blk_hi)]
-    where = positions, places, pages, tables, rotary, bounds, masks[0].kv_len
-    gate = 1 + ACTIVATIONS.index(activation)
-    return _run_layers(hidden, weights, kinds, k_caches, v_caches, *where, taps, eps, plus_one, gate, scale, softcap)
+    plans = [hidden.new_empty(0) if mask.tiles is None else mask.tiles for mask in masks]
+    where = positions, places, pages, tables, rotary, bounds, masks[0].kv_len, plans
+    options = forms, taps, eps, plus_one, 1 + ACTIVATIONS.index(activation), scale, softcap, exact
+    outputs = _run_layers(hidden, weights, kinds, k_caches, v_caches, *where, *options)
+    if hidden.is_cuda:
+        warn_of_portable_kernels(hidden.device)
+    return outputs
 
 
 @torch.library.register_fake("dflash_ext::add_rms_norm")
@@ -216,5 +229,5 @@ def _(product, inner, halves, ends, places, entries, first, gate):
 
 @torch.library.register_fake("dflash_ext::run_layers")
 def _(hidden, *others):
-    taps = others[11]
+    taps = others[13]
     return torch.empty_like(hidden), hidden.new_empty(len(hidden), len(taps), hidden.shape[1])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -11,7 +13,7 @@ from ..native import load
 from .autograd import has_no_gradient
 from .backends import hopper_kernels_serve
 from .devices import autocast
-from .layer import add_rms_norm, gated
+from .layer import WIDEST, add_rms_norm, gated
 
 load()
 _linear = torch.ops.dflash_ext.linear.default
@@ -19,6 +21,9 @@ _linear = torch.ops.dflash_ext.linear.default
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _LARGE_WEIGHT = 1 << 23  # elements
 GATES = {None: 0, "silu": 1, "gelu_tanh": 2}
+# How a GPU computes a product: by the Hopper kernel; by it behind a norm of its own; by PyTorch's operators.
+KERNEL, NORM_APART, STEPS = range(3)
+MOST_ROWS = 128  # that the Hopper kernel serves, unless it is to be exact
 
 
 def linear(
@@ -86,16 +91,13 @@ def linear(
         x, weight, bias, norm, residual = autocast(x, weight, bias, norm, residual)
         bias, norm = (each if each is None else each.contiguous() for each in (bias, norm))
         if x.is_cuda:
-            is_large = weight.numel() >= _LARGE_WEIGHT
-            fuses = gate is not None or (not is_large and (norm is not None or residual is not None))
-            most_rows = 128 if norm is not None and not is_large else 64 if fuses else 32
-            serves = _hopper_serves(x, weight, exact, most_rows)
-            if serves:
-                x, norm = _aligned(x), norm if norm is None else _aligned(norm)
-            if norm is not None and (is_large or not serves):
-                # A block that has much of x to normalise would keep the weight waiting.
+            around = {"norm": norm is not None, "gate": gate is not None, "residual": residual is not None}
+            form = product_form(math.prod(x.shape[:-1]), weight, **around, exact=exact)
+            if form != STEPS:
+                x, norm = aligned(x), norm if norm is None else aligned(norm)
+            if norm is not None and form != KERNEL:
                 x, norm = _normalised(x, norm, norm_eps, norm_plus_one), None
-            if not serves:
+            if form == STEPS:
                 _check(x, weight, bias, norm, norm_eps, gate, residual)
                 return _by_steps(x, weight, bias, gate, residual, overwrites_residual)
         if residual is not None:
@@ -108,16 +110,27 @@ def linear(
         raise
 
 
-def _hopper_serves(x: Tensor, weight: Tensor, exact: bool, most_rows: int) -> bool:
-    """Whether the Hopper kernel serves the call. Raises ValueError if nothing else may, because of `exact`."""
-    served = x.dtype in (torch.bfloat16, torch.float16) and x.shape[-1] % 8 == 0 and hopper_kernels_serve(x.device)
+def product_form(rows: int, weight: Tensor, *, norm: bool, gate: bool, residual: bool, exact: bool) -> int:
+    """KERNEL, NORM_APART or STEPS: what serves a product of so many rows on a GPU, with a norm, a gate or a residual.
+
+    Raises ValueError if it has to be exact, and nothing that is serves it.
+    """
+    served = weight.dtype in (torch.bfloat16, torch.float16) and weight.shape[1] % 8 == 0
+    served = served and hopper_kernels_serve(weight.device)
     if exact and not served:
         raise ValueError(
-            f"linear: exact=True on a GPU needs Hopper, bfloat16 or float16, and K a multiple of 8; x is {shown(x)}"
+            "linear: exact=True on a GPU needs Hopper, bfloat16 or float16, and K a multiple of 8; "
+            f"weight is {shown(weight)}"
         )
     if exact and not _is_aligned(weight):
         raise ValueError("linear: exact=True on a GPU needs a weight that begins at a multiple of 16 bytes")
-    return served and _is_aligned(weight) and (exact or x.numel() <= most_rows * x.shape[-1])
+    is_large = weight.numel() >= _LARGE_WEIGHT
+    fuses = gate or (not is_large and (norm or residual))
+    most_rows = MOST_ROWS if norm and not is_large else 64 if fuses else 32
+    if not (served and _is_aligned(weight) and (exact or rows <= most_rows)):
+        return STEPS
+    # A block that has much of x to normalise would keep a large weight waiting.
+    return NORM_APART if norm and is_large else KERNEL
 
 
 def _is_aligned(tensor: Tensor) -> bool:
@@ -125,7 +138,7 @@ def _is_aligned(tensor: Tensor) -> bool:
     return torch.compiler.is_compiling() or tensor.storage_offset() * tensor.element_size() % 16 == 0
 
 
-def _aligned(tensor: Tensor) -> Tensor:
+def aligned(tensor: Tensor) -> Tensor:
     tensor = tensor.contiguous()
     return tensor if _is_aligned(tensor) else tensor.clone()
 
@@ -133,7 +146,7 @@ def _aligned(tensor: Tensor) -> Tensor:
 @torch.no_grad()
 def _normalised(x: Tensor, norm: Tensor, eps: float, plus_one: bool) -> Tensor:
     width = x.shape[-1]
-    if x.dtype == torch.float64 or width % 8 or width > 24576:
+    if x.dtype == torch.float64 or width % 8 or width > WIDEST:
         return F.rms_norm(x, (width,), norm + 1 if plus_one else norm, eps)
     return add_rms_norm(x.reshape(-1, width).contiguous(), norm, eps=eps, plus_one=plus_one).view(x.shape)
 

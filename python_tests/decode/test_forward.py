@@ -15,6 +15,7 @@ from transformers import (
 
 from dflash_ext.decode.forward import LeanForward
 from dflash_ext.decode.forward.families import FAMILIES, has_lean_forward
+from dflash_ext.decode.forward.layers import Stack
 from dflash_ext.models import Target
 from python_tests.tiny import GEMMA, SHAPE, tiny_model
 
@@ -134,3 +135,35 @@ def test_what_has_no_forward_of_our_own():
         assert not has_lean_forward(target)
     mlp.up_proj = own
     assert has_lean_forward(target)
+
+
+@pytest.mark.gpu
+@torch.no_grad()
+@pytest.mark.parametrize("entries, rows", [(1, 1), (3, 11), (5, 16), (2, 40), (3, 100)])
+@pytest.mark.parametrize("dtype, exact", [(torch.bfloat16, False), (torch.float16, False), (torch.bfloat16, True)])
+@pytest.mark.parametrize("name", MODELS)
+def test_layers_at_once_have_the_bits_of_layers_one_by_one_on_a_gpu(name, dtype, exact, entries, rows, monkeypatch):
+    """With few rows, which a kernel of the package serves, and with so many that PyTorch's products do."""
+    target = made(name, dtype)
+    target.model.cuda()
+    target = Target(target.model, TAPS)
+    slots = torch.arange(1, entries + 1, dtype=torch.int32, device="cuda")
+    results = []
+    for at_once in (True, False):
+        if not at_once:
+            monkeypatch.setattr(Stack, "_runs_at_once", lambda *_: False)
+        forward = LeanForward(target, slots=entries + 1, tokens=2 * rows, exact=exact)
+        torch.manual_seed(1)
+        found = []
+        for part in range(2):
+            ids = torch.randint(3, 96, (entries, rows), device="cuda")
+            start = torch.full((entries,), part * rows, device="cuda")
+            positions = start[:, None] + torch.arange(rows, device="cuda")
+            counts = torch.full((entries,), rows, device="cuda")
+            # With and without the last layer's output.
+            found += [*forward.hidden(ids, positions, start, counts, slots, TAPS[: 3 - part])]
+        results.append(
+            [*found, forward.hidden(ids, positions, start, counts, slots)[0], *forward.cache.buffers.values()]
+        )
+    for one, other in zip(*results, strict=True):
+        assert torch.equal(one, other) and one.isfinite().all()

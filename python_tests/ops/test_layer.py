@@ -343,5 +343,6 @@ def test_layers_that_do_not_fit_change_nothing():
 def test_layers_at_once_pass_opcheck():
     weights, (*where, masks) = stack(torch.float32, KINDS["Qwen 3"])
     bounds = [bound for mask in masks for bound in (mask.ctx_lo, mask.ctx_hi, mask.blk_lo, mask.blk_hi)]
-    arguments = torch.randn(6, 24), flat(weights, torch.float32), *where, bounds, 32, [0], 1e-5, False, 1, 0.3, None
-    torch.library.opcheck(torch.ops.dflash_ext.run_layers.default, arguments)
+    planned = 32, [torch.empty(0)] * 2, [], [0]
+    arguments = torch.randn(6, 24), flat(weights, torch.float32), *where, bounds, *planned, 1e-5, False, 1, 0.3, None
+    torch.library.opcheck(torch.ops.dflash_ext.run_layers.default, (*arguments, False))

@@ -12,8 +12,11 @@ from torch import Tensor
 
 from ...masks import IntervalMask
 from ...ops import block_attn_decode, linear
-from ...ops.layer import WEIGHTS, add_rms_norm, rotate_to_cache, run_layers
+from ...ops.layer import WEIGHTS, WIDEST, add_rms_norm, rotate_to_cache, run_layers
+from ...ops.linear import MOST_ROWS, aligned, product_form
 from ..kv_cache import KVCache, Where
+
+HALVES = torch.bfloat16, torch.float16
 
 
 @dataclass(frozen=True)
@@ -117,14 +120,35 @@ class Stack:
             The output of the last layer before the final norm [B * R, H], and the tapped outputs side by side,
             [B * R, taps * H] (None without taps).
         """
-        if hidden.device.type == "cpu":
-            return self._on_cpu(hidden, rows, cache, taps)
-        tapped = {}
-        for index, output in enumerate(self.layer_by_layer(hidden, rows, cache, taps)):
-            hidden = output
-            if index in taps:
-                tapped[index] = self.normed(hidden) if index == len(self.layers) - 1 else hidden
-        return hidden, torch.cat([tapped[tap] for tap in taps], dim=1) if taps else None
+        if not self._runs_at_once(hidden):
+            tapped = {}
+            for index, output in enumerate(self.layer_by_layer(hidden, rows, cache, taps)):
+                hidden = output
+                if index in taps:
+                    tapped[index] = self.normed(hidden) if index == len(self.layers) - 1 else hidden
+            return hidden, torch.cat([tapped[tap] for tap in taps], dim=1) if taps else None
+        where = self._where(rows, cache)
+        masks = rows.masks if hidden.device.type == "cpu" else self.planned(rows.masks)
+        hidden, features = run_layers(
+            hidden,
+            *self._flat,
+            *zip(*cache.layers, strict=True),
+            *zip(*(where[kind] for kind in self.rotary), strict=True),
+            [table for tables in self.rotary.values() for table in tables],
+            [masks[kind] for kind in self.rotary],
+            forms=self._forms(len(hidden)) if hidden.is_cuda else (),
+            taps=taps,
+            eps=self.eps,
+            plus_one=self.plus_one,
+            activation=self.activation,
+            scale=self.scale,
+            softcap=self.softcap,
+            exact=self.exact,
+        )
+        for at, tap in enumerate(taps):
+            if tap == len(self.layers) - 1:
+                features[:, at] = self.normed(hidden)
+        return hidden, features.flatten(1) if taps else None
 
     def layer_by_layer(self, hidden: Tensor, rows: Rows, cache: KVCache, taps: Sequence[int] = ()) -> Iterator[Tensor]:
         """The output of each layer [B * R, H], by kernels of their own. Those of `taps` are not overwritten."""
@@ -176,33 +200,43 @@ class Stack:
         layers = {layer.kind: index for index, layer in enumerate(self.layers)}
         return {kind: cache.where(layers[kind], rows.positions, rows.places, rows.slots) for kind in self.rotary}
 
-    def _on_cpu(self, hidden: Tensor, rows: Rows, cache: KVCache, taps: Sequence[int]) -> tuple[Tensor, Tensor | None]:
-        where = self._where(rows, cache)
-        hidden, features = run_layers(
-            hidden,
-            *self._for_cpu,
-            *zip(*cache.layers, strict=True),
-            *zip(*(where[kind] for kind in self.rotary), strict=True),
-            [table for tables in self.rotary.values() for table in tables],
-            [rows.masks[kind] for kind in self.rotary],
-            taps=taps,
-            eps=self.eps,
-            plus_one=self.plus_one,
-            activation=self.activation,
-            scale=self.scale,
-            softcap=self.softcap,
-        )
-        for at, tap in enumerate(taps):
-            if tap == len(self.layers) - 1:
-                features[:, at] = self.normed(hidden)
-        return hidden, features.flatten(1) if taps else None
+    def _runs_at_once(self, hidden: Tensor) -> bool:
+        """Whether one operator runs all layers. On a GPU its kernels take half precision and rows of 16 bytes."""
+        if hidden.device.type == "cpu":
+            return True
+        inner = self.layers[0].down.shape[1]
+        return hidden.dtype in HALVES and hidden.shape[1] <= WIDEST and hidden.shape[1] % 8 == inner % 8 == 0
 
     @cached_property
-    def _for_cpu(self) -> tuple[list[Tensor], list[int]]:
-        """The weights and the kinds of the layers in the form of `run_layers`."""
+    def _flat(self) -> tuple[list[Tensor], list[int]]:
+        """The weights and the kinds of the layers in the form of `run_layers`, in which kernels read vectors, too."""
         none, kinds = self.final_norm.new_empty(0), list(self.rotary)
         weights = (getattr(layer, name) for layer in self.layers for name in WEIGHTS)
-        return [none if each is None else each for each in weights], [kinds.index(layer.kind) for layer in self.layers]
+        given = [none if each is None else aligned(each) if each.dim() == 1 else each for each in weights]
+        return given, [kinds.index(layer.kind) for layer in self.layers]
+
+    def _forms(self, rows: int) -> list[int]:
+        """How a GPU computes the products of each layer with so many rows."""
+        rows = min(rows, MOST_ROWS + 1)
+        if rows not in self._known_forms:
+            self._known_forms[rows] = [form for layer in self.layers for form in self._forms_of(layer, rows)]
+        return self._known_forms[rows]
+
+    @cached_property
+    def _known_forms(self) -> dict[int, list[int]]:
+        return {}
+
+    def _forms_of(self, layer: LayerWeights, rows: int) -> list[int]:
+        around = [
+            (layer.qkv, True, False, False),
+            (layer.out, False, False, layer.after_attention is None),
+            (layer.gate_up, True, True, False),
+            (layer.down, False, False, layer.after_mlp is None),
+        ]
+        return [
+            product_form(rows, weight, norm=norm, gate=gate, residual=residual, exact=self.exact)
+            for weight, norm, gate, residual in around
+        ]
 
     def normed(self, hidden: Tensor) -> Tensor:
         """The output of the final norm, [T, H]."""
