@@ -200,7 +200,9 @@ def adapt(
         raise ValueError("--decay goes with --noise uniform")
     if answers is not None and not held_out:
         refuse(ctx, ("prefix_share",), "is for text, and --answers have their prompts as prefixes")
-    drawn = share(mask_rate or ("0.001,1" if is_uniform else "0.25"), "--mask-rate")
+    if mask_rate is None:
+        mask_rate = "0.001,1" if is_uniform else "0.25"
+    drawn = share(mask_rate, "--mask-rate")
     noising = MaskNoise(drawn, 1.0 if is_uniform else span)
     options = noising, share(prefix_share, "--prefix-share"), block_size, complementary, inverse_rate
     collator = UniformCollator(*options, 1, decay) if is_uniform else NoiseCollator(*options)

@@ -63,7 +63,7 @@ def ablate(
     if plot:
         check_plot(plot)
     asked = ablation.PROMPTS if prompts is None else read_prompts(prompts)
-    chosen = dict(_variant(text) for text in variant) if variant else ablation.VARIANTS
+    chosen = _variants(variant) if variant else ablation.VARIANTS
     loaded, tok = load_target(model, tokenizer, dtype, device)
     base = Target(loaded)
     with console.status("decoding") as status:
@@ -93,30 +93,45 @@ def ablate(
             file.write(ablation.shown_samples(found))
         console.print(f"answers are in {answers}")
     if plot:
-        ablation.plot_ablation(found, plot)
+        ablation.plot_ablation(found, plot, seed)
         console.print(f"the plot is in {plot}")
 
 
 def read_prompts(path: Path) -> list[AblationPrompt]:
-    """The prompts of a JSONL file."""
+    """The prompts of a JSONL file.
+
+    Raises DataError, which names the line, for one that is no prompt, and for a file without any.
+    """
     from ..data.errors import DataError
     from ..data.parsing import excerpt, json_value, require_file, utf8_text
     from ..eval.ablation import AblationPrompt
 
     require_file(path)
     found = []
-    for number, line in enumerate(utf8_text(path.read_bytes(), str(path)).splitlines(), 1):
+    for number, line in enumerate(utf8_text(path.read_bytes(), str(path)).split("\n"), 1):
         if not line.strip():
             continue
         row = json_value(line, f"{path}, line {number}")
-        try:
-            found.append(AblationPrompt(**row))
-        except TypeError:
+        has_texts = isinstance(row, dict) and all(isinstance(text, str) for text in row.values())
+        if not has_texts or not {"kind", "prompt"} <= set(row) <= {"kind", "prompt", "suffix"}:
             raise DataError(
-                f"{path}, line {number}: 'kind', 'prompt' and perhaps 'suffix' are expected: {excerpt(row)}"
-            ) from None
+                f"{path}, line {number}: the texts 'kind', 'prompt' and perhaps 'suffix' are expected: {excerpt(row)}"
+            )
+        found.append(AblationPrompt(**row))
     if not found:
         raise DataError(f"{path}: there is no prompt in it")
+    return found
+
+
+def _variants(texts: list[str]) -> dict[str, MaskedDiffusion]:
+    from ..eval.ablation import BASE
+
+    found = {}
+    for text in texts:
+        name, process = _variant(text)
+        if not name or name in found or name == BASE:
+            raise ValueError(f"--variant {text}: a name of its own is needed before the =")
+        found[name] = process
     return found
 
 

@@ -94,5 +94,5 @@ def reconstruct(
             file.write(json.dumps(told, indent=1) + "\n")
         console.print(f"the figures are in {output}")
     if plot:
-        reconstruction.plot_reconstruction(results, plot)
+        reconstruction.plot_reconstruction(results, plot, seed)
         console.print(f"the plot is in {plot}")

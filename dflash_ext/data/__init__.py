@@ -6,7 +6,7 @@ from .encoding import encode, encode_all, unused_template_args
 from .errors import DataError, PromptError, PromptTooLong
 from .features import FeatureDataset, write_features
 from .left_out import LeftOut
-from .noised import NoiseCollator
+from .noised import NoiseCollator, check_blocks
 from .prompts import Conversation, Message, read_conversations, read_references
 from .server import Server
 from .text import TextDataset, read_texts
@@ -26,6 +26,7 @@ __all__ = [
     "TextDataset",
     "UniformCollator",
     "answer_prompts",
+    "check_blocks",
     "conversation_numbers",
     "encode",
     "encode_all",

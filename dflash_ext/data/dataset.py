@@ -29,6 +29,7 @@ class AnswerDataset(Dataset):
         min_response: answers that have fewer tokens than this after the cut are left out.
 
     Attributes:
+        path: the file.
         header: the first line of the file.
         dropped: the number of answers that were left out because they are too short.
         no_round_trip: the number of a server's answers that were left out because their text does not stand for the
@@ -48,7 +49,7 @@ class AnswerDataset(Dataset):
             raise DataError(f"{path}: not a file of answers: it has no complete line")
         if target is not None:
             check_target(path, header, target)
-        self.header = header
+        self.path, self.header = path, header
         # One flat array instead of a list for each row: a list of Python ints takes ten times the memory.
         tokens, ends, prompt_lengths, is_cut = array("i"), array("q", [0]), array("q"), array("b")
         prompt_keys, conversations = array("q"), array("q")

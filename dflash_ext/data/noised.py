@@ -10,10 +10,20 @@ import torch
 from torch import Tensor
 
 from ..noise import MaskNoise, Share
+from .errors import DataError
 from .fingerprints import generator
+from .text import TextDataset
 
 SHORTEST = 4  # tokens of a document that has a block to denoise
 ROOMS = 32  # how many sizes "room" may have
+
+
+def check_blocks(text: TextDataset) -> None:
+    """Raises DataError if no document of `text` is long enough to have a block to denoise."""
+    if text.longest < SHORTEST:
+        raise DataError(
+            f"{text.source}: there is nothing to denoise, since no document has {SHORTEST} tokens or more in a row"
+        )
 
 
 @dataclass(frozen=True)

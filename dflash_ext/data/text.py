@@ -75,6 +75,11 @@ class TextDataset(Dataset):
         texts: documents, as from `read_texts`.
         source: where they are from, for messages.
 
+    Attributes:
+        length: the tokens of a row.
+        documents: the number of documents.
+        source: as it was given.
+
     Raises:
         DataError: the documents have fewer tokens than a row.
     """
@@ -93,7 +98,8 @@ class TextDataset(Dataset):
                 if ids:
                     starts.append(len(tokens))
                     tokens.extend(_begun_in_each_row(ids, begin, len(tokens), length))
-        self._fill(tokens, starts, length, source=source)
+        self.source = source
+        self._fill(tokens, starts, length)
 
     @classmethod
     def of_files(cls, paths: Sequence[Path], tokenizer: PreTrainedTokenizerBase, length: int) -> TextDataset:
@@ -115,22 +121,15 @@ class TextDataset(Dataset):
             ends.append(len(tokens) + len(_begun_in_each_row(ids[:prompt], begin, len(tokens), length)))
             tokens.extend(_begun_in_each_row(ids, begin, len(tokens), length))
         made = object.__new__(cls)
+        made.source = answers.path
         made._fill(tokens, starts, length, torch.frombuffer(ends, dtype=torch.int64))
         return made
 
-    def _fill(
-        self,
-        tokens: array,
-        starts: array,
-        length: int,
-        prompt_ends: Tensor | None = None,
-        *,
-        source: object = "the text",
-    ) -> None:
+    def _fill(self, tokens: array, starts: array, length: int, prompt_ends: Tensor | None = None) -> None:
         self.length = length
         self.documents = len(starts)
         if len(tokens) < length:
-            raise DataError(f"{source} has {len(tokens)} tokens: at least a row of {length} is needed")
+            raise DataError(f"{self.source} has {len(tokens)} tokens: at least a row of {length} is needed")
         self._tokens = torch.frombuffer(tokens, dtype=torch.int32)
         self._starts = torch.frombuffer(starts, dtype=torch.int64)
         self._prompt_ends = prompt_ends
@@ -153,6 +152,13 @@ class TextDataset(Dataset):
     def lengths(self) -> Tensor:
         """The number of tokens of each row: int64 [len(self)]."""
         return torch.full((len(self),), self.length)
+
+    @property
+    def longest(self) -> int:
+        """The tokens of the longest document. One that goes on in another row is a document of its own there."""
+        edges = torch.cat([self._starts, torch.arange(len(self._tokens) // self.length + 1) * self.length]).unique()
+        lengths, rows = edges.diff(), edges[:-1] // self.length
+        return int(lengths[torch.isin(rows, self._rows)].max())
 
     def count(self, token: int) -> int:
         """How often the text has a token."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from math import isnan, nan
 from pathlib import Path
 from statistics import fmean
 
@@ -14,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from ..decode import decode
 from ..decode.canvas import MaskedDiffusion, decode_canvas
 from ..models import Denoiser, Target, stop_tokens
-from .metrics import Interval, answer_nll, bigram_repetition, distinct, filler_rate, interval, resamples
+from .metrics import Interval, answer_nll, as_json, bigram_repetition, distinct, filler_rate, interval, resamples
 
 # The nine variants of the build log. Its linear and cosine schedules reveal from left to right.
 VARIANTS = {
@@ -179,7 +180,7 @@ def _until_end(tokens: Sequence[int], ends: Sequence[int]) -> list[int]:
 
 def figures(found: Mapping[str, Sequence[Sample]], seed: int = 0) -> dict:
     """The figures of each variant, ready for JSON: over all answers with an interval, and by kind of prompt."""
-    return {name: _of(samples, seed) | {"kinds": _by_kind(samples)} for name, samples in found.items()}
+    return as_json({name: _of(samples, seed) | {"kinds": _by_kind(samples)} for name, samples in found.items()})
 
 
 def _of(samples: Sequence[Sample], seed: int = 0) -> dict:
@@ -200,11 +201,17 @@ def _by_kind(samples: Sequence[Sample]) -> dict:
     kinds = dict.fromkeys(each.prompt.kind for each in samples)
     return {
         kind: {
-            name: fmean(getattr(each, name) for each in samples if each.prompt.kind == kind)
+            name: _mean(getattr(each, name) for each in samples if each.prompt.kind == kind)
             for name in ("filler", "repetition", "nll")
         }
         for kind in kinds
     }
+
+
+def _mean(values: Iterable[float]) -> float:
+    """The mean of what is known: the likelihood of an empty answer is NaN."""
+    known = [value for value in values if not isnan(value)]
+    return fmean(known) if known else nan
 
 
 def table(found: Mapping[str, Sequence[Sample]], seed: int = 0) -> Table:
@@ -235,14 +242,14 @@ def shown_samples(found: Mapping[str, Sequence[Sample]]) -> str:
     return "\n".join(lines)
 
 
-def plot_ablation(found: Mapping[str, Sequence[Sample]], path: str | Path) -> None:
+def plot_ablation(found: Mapping[str, Sequence[Sample]], path: str | Path, seed: int = 0) -> None:
     """Draws the filler rate of each variant with its interval, and the likelihood under the base beside it."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    told = figures(found)
+    told = {name: _of(samples, seed) for name, samples in found.items()}
     names = list(told)
     pane, panels = pyplot.subplots(1, 2, figsize=(10, 0.4 * len(names) + 1.2), layout="constrained", sharey=True)
     for axes, figure, label in zip(

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..decode import decode
 from ..decode.canvas import MaskedDiffusion, UniformDiffusion, decode_canvas
 from ..models import Denoiser, DFlashDrafter, Target
-from .metrics import Interval, answer_nll, bigram_repetition, filler_rate, is_right, mean_interval
+from .metrics import Interval, answer_nll, as_json, bigram_repetition, filler_rate, is_right, mean_interval
 
 BASE = "base, token by token"
 
@@ -130,9 +130,8 @@ def figures(points: Mapping[str, Point]) -> dict:
     """The points, ready for JSON: NaN is null, and an interval has its mean, low and high."""
     told = {}
     for name, point in points.items():
-        nlls = [None if nll != nll else nll for nll in point.nlls]
         means = {of: interval and interval._asdict() for of, interval in _intervals(point).items()}
-        told[name] = means | asdict(point) | {"nlls": nlls}
+        told[name] = as_json(means | asdict(point))
     return told
 
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from math import isnan
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from math import isfinite, isnan
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -82,6 +82,15 @@ def answer_nll(target: Target, prompts: Sequence[Sequence[int]], answers: Sequen
         )
         found += (result.loss.sum(1).cpu() / lengths[:, 1]).tolist()
     return found
+
+
+def as_json(figures: Any) -> Any:
+    """Figures in dicts and sequences, with None for those that are NaN or infinite, which JSON does not have."""
+    if isinstance(figures, Mapping):
+        return {name: as_json(figure) for name, figure in figures.items()}
+    if isinstance(figures, list | tuple):
+        return [as_json(figure) for figure in figures]
+    return None if isinstance(figures, float) and not isfinite(figures) else figures
 
 
 class Interval(NamedTuple):

@@ -12,11 +12,11 @@ from rich.box import SIMPLE
 from rich.table import Table
 from torch import Tensor
 
-from ..data import NoiseCollator, TextDataset
+from ..data import NoiseCollator, TextDataset, check_blocks
 from ..models import Adaptation
 from ..noise import MaskNoise, Share
 from ..ops import linear_cross_entropy
-from .metrics import Interval, interval, resamples
+from .metrics import Interval, as_json, interval, resamples
 
 HALF = Share(0.5, 0.5)
 FIGURES = ("accuracy", "nll", "spans")  # what is reported; spans are runs of hidden tokens, all of them right
@@ -71,7 +71,11 @@ def reconstruct(
         span, prefix: as in `MaskNoise` and `NoiseCollator`.
         batch_size: rows in a forward.
         on_progress: called with the number of rows of each forward.
+
+    Raises:
+        DataError: no document of the text is long enough to be denoised.
     """
+    check_blocks(text)
     found = {}
     for rate in rates:
         collator = NoiseCollator(MaskNoise(Share(rate, rate), span), prefix, adaptation.config.block_size)
@@ -134,7 +138,7 @@ def figures(results: Mapping[str, Mapping[float, Reconstruction]], seed: int = 0
                     absolute, relative = found.difference(base[rate], figure, seed)
                     row[figure] |= {"absolute": absolute._asdict(), "relative": relative._asdict()}
             told[name][f"{rate:g}"] = row
-    return told
+    return as_json(told)
 
 
 def table(results: Mapping[str, Mapping[float, Reconstruction]], seed: int = 0) -> Table:
@@ -160,7 +164,7 @@ def table(results: Mapping[str, Mapping[float, Reconstruction]], seed: int = 0) 
             more = ("", "")
             if name != first:
                 more = (_percent(of, "+") for of in found.difference(base[rate], "accuracy", seed))
-            view.add_row(f"{rate:.0%}", name, _percent(accuracy), *more, nll.shown(".3f"), _percent(spans))
+            view.add_row(f"{100 * rate:.4g}%", name, _percent(accuracy), *more, nll.shown(".3f"), _percent(spans))
     return view
 
 
@@ -168,7 +172,7 @@ def _percent(of: Interval, sign: str = "") -> str:
     return Interval(*(100 * value for value in of)).shown(f"{sign}.1f")
 
 
-def plot_reconstruction(results: Mapping[str, Mapping[float, Reconstruction]], path: str | Path) -> None:
+def plot_reconstruction(results: Mapping[str, Mapping[float, Reconstruction]], path: str | Path, seed: int = 0) -> None:
     """Draws accuracy and span recovery over the rate into a PNG or SVG, with intervals."""
     import matplotlib
 
@@ -178,7 +182,7 @@ def plot_reconstruction(results: Mapping[str, Mapping[float, Reconstruction]], p
     figure, panels = pyplot.subplots(1, 2, figsize=(9, 4), layout="constrained")
     for axes, name, label in zip(panels, ("accuracy", "spans"), ("right tokens, %", "right spans, %"), strict=True):
         for denoiser, by_rate in results.items():
-            found = [each.interval(name) for each in by_rate.values()]
+            found = [each.interval(name, seed) for each in by_rate.values()]
             means = [100 * each.mean for each in found]
             errors = [
                 [100 * (each.mean - each.low) for each in found],

@@ -7,6 +7,7 @@ window trains a model that sees something else than it should.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -105,8 +106,10 @@ def _adapted(target: Target, targets: str | list[str]) -> Iterator[Verdict]:
     except ValueError as error:
         yield Verdict("wrong", "adapter", str(error))
         return
-    leaves = sorted({path.rpartition(".")[2] for path in paths})
-    yield Verdict("ok", "adapter", f"{len(paths)} linear layers ({', '.join(leaves)}), such as {paths[0]}")
+    stacks = Counter(re.sub(r"\.\d+\b", ".*", path) for path in paths)
+    told = ", ".join(f"{name} ({count})" for name, count in stacks.items())
+    yield Verdict("ok", "adapter", f"{len(paths)} linear layers: {told}")
+    leaves = {path.rpartition(".")[2] for path in paths}
     others = [name for name, _ in model.named_modules() if name.rpartition(".")[2] in leaves and name not in set(paths)]
     if others:
         parts = sorted({re.sub(r"\.\d+\..*", "", name) for name in others})

@@ -7,7 +7,7 @@ from pathlib import Path
 from accelerate import PartialState
 from rich.console import Console
 
-from ..data import NoiseCollator, TextDataset
+from ..data import NoiseCollator, TextDataset, check_blocks
 from ..models import Adaptation, UniformAdaptation, save_adaptation
 from ..progress import counted
 from .evaluation import Evaluation
@@ -41,9 +41,13 @@ def train_denoiser(
         resume, overwrite, console: as in `run`, whose log is returned.
 
     Raises:
-        ValueError: the rows are longer than the base's positions, or as in `run` and `DenoisingObjective`.
+        ValueError: the rows are longer than the base's positions, no document is long enough to be denoised, or as in
+            `run` and `DenoisingObjective`.
     """
     adaptation.target.check_length(text.length, f"rows of {text.length} tokens")
+    check_blocks(text)
+    if held_out is not None:
+        check_blocks(held_out)
     mask_id = adaptation.config.mask_id
     if console is not None and mask_id is not None and (times := text.count(mask_id)):
         console.print(

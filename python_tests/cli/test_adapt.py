@@ -79,6 +79,7 @@ def test_answers_have_prefixes_of_their_own(workspace, run):
         (("--prefix-share", "1"), "a prefix of 1 leaves no token to denoise: a share below 1 is needed"),
         (("--cuda-graphs",), "cuda_graphs is for LoRA drafters, and for denoisers of masked noise"),
         (("--mask-rate", "0"), "a mask rate of 0 hides no token"),
+        (("--mask-rate", ""), "--mask-rate is ''"),
         (("--pattern", "diagonal"), "pattern is 'diagonal': causal, prefix_block, block_causal are supported"),
         (("--block-size", 4), "a block size goes with the pattern block_causal, and only with it"),
         (("--length", 5000), "text.jsonl has 213 tokens: at least a row of 5000 is needed"),

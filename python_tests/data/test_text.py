@@ -5,7 +5,7 @@ import lzma
 import pytest
 import torch
 
-from dflash_ext.data import AnswerDataset, DataError, NoiseCollator, TextDataset, read_texts
+from dflash_ext.data import AnswerDataset, DataError, NoiseCollator, TextDataset, check_blocks, read_texts
 from dflash_ext.noise import MaskNoise, Share
 from python_tests.data.words import word_tokenizer
 
@@ -128,3 +128,19 @@ def test_no_file_and_too_little_text(tmp_path):
     (tmp_path / "short.txt").write_text(words(3, 4))
     with pytest.raises(DataError, match="short.txt has 3 tokens"):
         TextDataset.of_files([tmp_path / "short.txt"], word_tokenizer(), 4)
+    header, ids = {"format": "dflash_ext.responses", "vocab_size": 97}, {"prompt_ids": [5], "response_ids": [6] * 9}
+    (tmp_path / "answers.jsonl").write_text(
+        f"{json.dumps(header)}\n{json.dumps({'index': 0, 'temperature': 0.0} | ids)}\n"
+    )
+    with pytest.raises(DataError, match="answers.jsonl has 10 tokens"):
+        TextDataset.of_answers(AnswerDataset(tmp_path / "answers.jsonl", 64), 64)
+
+
+def test_a_text_without_a_document_to_denoise():
+    lengths = (2, 7, 1, 3)  # with the end tokens, in rows of 6: 3 and 3, 5 and 1, 1 and 4
+    dataset = TextDataset([words(*[5] * length) for length in lengths], word_tokenizer(), 6)
+    assert [len(dataset[row]["starts"]) for row in range(len(dataset))] == [2, 2]
+    assert dataset.longest == 5 and dataset.first(1).longest == 3
+    check_blocks(dataset)
+    with pytest.raises(DataError, match="the text: there is nothing to denoise, since no document has 4 tokens"):
+        check_blocks(dataset.first(1))

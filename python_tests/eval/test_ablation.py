@@ -1,5 +1,6 @@
 import io
 import json
+import math
 from dataclasses import replace
 
 import pytest
@@ -10,6 +11,7 @@ from dflash_ext.eval.ablation import (
     BASE,
     VARIANTS,
     AblationPrompt,
+    Sample,
     ablate,
     figures,
     plot_ablation,
@@ -44,6 +46,15 @@ def test_answers_and_their_figures(found):
     told = json.loads(json.dumps(figures(found)))
     assert set(told["argmax"]) == {"filler", "repetition", "nll", "distinct_1", "distinct_2", "distinct_3", "kinds"}
     assert set(told["argmax"]["kinds"]) == {"narrative", "infill"}
+
+
+def test_an_answer_without_a_token_has_no_likelihood():
+    one = Sample(PROMPTS[0], "w005", [5], 0.5, 0.0, 2.0)
+    none = replace(one, text="", tokens=[], nll=math.nan)
+    told = figures({"some": [one, none], "none": [none, none]})
+    json.dumps(told, allow_nan=False)
+    assert told["some"]["nll"]["mean"] == told["some"]["kinds"]["narrative"]["nll"] == 2.0
+    assert told["none"]["nll"]["mean"] is None and told["none"]["kinds"]["narrative"]["nll"] is None
 
 
 def test_what_is_shown(found, tmp_path):

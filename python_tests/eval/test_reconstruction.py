@@ -67,11 +67,12 @@ def test_differences_are_paired():
 
 
 def test_what_is_shown(tmp_path):
-    results = {"L1": {0.15: of(0.3), 0.5: of(0.2)}, "L2": {0.15: of(0.6), 0.5: of(0.4)}}
-    told = json.loads(json.dumps(figures(results)))
+    results = {"L1": {0.125: of(0.0), 0.15: of(0.3), 0.5: of(0.2)}, "L2": {0.125: of(0.1), 0.15: of(0.6), 0.5: of(0.4)}}
+    told = json.loads(json.dumps(figures(results), allow_nan=False))
+    assert told["L2"]["0.125"]["accuracy"]["relative"]["mean"] is None  # more than nothing
     assert set(told["L2"]["0.15"]["accuracy"]) == {"mean", "low", "high", "absolute", "relative"}
     assert set(told["L1"]["0.5"]["nll"]) == {"mean", "low", "high"}
-    assert table(results).row_count == 4
+    assert table(results).row_count == 6 and list(table(results).columns[0].cells)[::2] == ["12.5%", "15%", "50%"]
     out = io.StringIO()
     Console(file=out, width=80).print(table(results))
     assert "…" not in out.getvalue() and "nan" not in out.getvalue()

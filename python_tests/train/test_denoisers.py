@@ -4,7 +4,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from dflash_ext.data import NoiseCollator, TextDataset
+from dflash_ext.data import DataError, NoiseCollator, TextDataset
 from dflash_ext.models import Adaptation, load_adaptation
 from dflash_ext.noise import MaskNoise, Share
 from dflash_ext.train import RunRecipe, train_denoiser
@@ -158,6 +158,14 @@ def test_rows_longer_than_the_model(tmp_path):
     adaptation = Adaptation.for_target(target_of("llama"), mask_id=MASK_TOKEN)
     with pytest.raises(ValueError, match="rows of 600 tokens do not fit: the target has 512 positions"):
         train_denoiser(adaptation, text(60, 600), tmp_path, RunRecipe(steps=1), collator=COLLATOR)
+
+
+def test_text_without_a_document_to_denoise(tmp_path):
+    adaptation = Adaptation.for_target(target_of("llama"), mask_id=MASK_TOKEN)
+    lone = TextDataset(["w005"] * 40, word_tokenizer(), 32)
+    for rows, held_out in ((lone, None), (text(), lone)):
+        with pytest.raises(DataError, match="there is nothing to denoise"):
+            train_denoiser(adaptation, rows, tmp_path, RunRecipe(steps=1), collator=COLLATOR, held_out=held_out)
 
 
 @pytest.mark.parametrize(

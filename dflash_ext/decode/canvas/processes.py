@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...checks import check_numbers, is_int, shown
 from ...ops import reveal, reveal_count
 from ...ops.logits import by_row
 from .randomness import Randomness
@@ -40,6 +41,7 @@ class MaskedDiffusion:
 
     Raises:
         ValueError: a value is not supported, or not exactly one of the schedule and the limits is given.
+        TypeError: a value is of another kind.
     """
 
     steps: int = 16
@@ -55,6 +57,8 @@ class MaskedDiffusion:
     min_p: float | None = None
 
     def __post_init__(self) -> None:
+        check_numbers("MaskedDiffusion", **{name: getattr(self, name) for name in (*_LIMITS, *self._filters)})
+        _check_integers(steps=self.steps, **{} if self.top_k is None else {"top_k": self.top_k})
         _check_steps(self.steps)
         if self.order not in ORDERS:
             raise ValueError(f"order is {self.order!r}; {', '.join(ORDERS)} are supported")
@@ -127,6 +131,7 @@ class UniformDiffusion:
 
     Raises:
         ValueError: a number is out of its range.
+        TypeError: a value is no number.
     """
 
     steps: int = 48
@@ -137,6 +142,9 @@ class UniformDiffusion:
     confidence: float | None = 0.005
 
     def __post_init__(self) -> None:
+        numbers = {name: getattr(self, name) for name in ("entropy_bound", "t_min", "t_max")}
+        check_numbers("UniformDiffusion", needed=numbers, confidence=self.confidence)
+        _check_integers(steps=self.steps, stability=self.stability)
         _check_steps(self.steps)
         if not self.entropy_bound >= 0:
             raise ValueError(f"entropy_bound is {self.entropy_bound}; a number of at least 0 is needed")
@@ -203,7 +211,7 @@ def process_of(
     """A process with these settings, as a user wrote them in JSON.
 
     Raises:
-        ValueError: the settings are no mapping, one of them does not exist, or as the process.
+        ValueError, TypeError: the settings are no mapping, one of them does not exist, or as the process.
     """
     known = [each.name for each in fields(kind)]
     if not isinstance(settings, Mapping):
@@ -219,6 +227,12 @@ def _restart(rows: Rows) -> None:
     rows.accepted, rows.finite = torch.zeros_like(rows.accepted), torch.ones_like(rows.finite)
     if rows.soft is not None:
         rows.soft = torch.zeros_like(rows.soft)
+
+
+def _check_integers(**numbers: Any) -> None:
+    for name, value in numbers.items():
+        if not is_int(value):
+            raise TypeError(f"{name} is {shown(value)}; an integer is needed")
 
 
 def _check_steps(steps: int) -> None:

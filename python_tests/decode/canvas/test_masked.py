@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from dflash_ext import IntervalMask
-from dflash_ext.decode.canvas import MaskedDiffusion, decode_canvas
+from dflash_ext.decode.canvas import MaskedDiffusion, UniformDiffusion, decode_canvas, process_of
 from dflash_ext.decode.canvas.cycle import CanvasCycle
 from dflash_ext.decode.canvas.forward import canvas_forward
 from dflash_ext.decode.canvas.randomness import Seeded
@@ -242,6 +242,17 @@ def test_a_row_whose_logits_are_not_finite_fails_alone():
 def test_settings_that_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         MaskedDiffusion(**options)
+
+
+@pytest.mark.parametrize("options", [{"steps": 2.5}, {"steps": "8"}, {"steps": True}, {"top_k": 1.5}, {"top_p": "0.9"}])
+def test_settings_of_another_kind(options):
+    """As JSON may give them."""
+    with pytest.raises(TypeError, match=f"{next(iter(options))} is .* is needed"):
+        process_of(MaskedDiffusion, options)
+    with pytest.raises(TypeError, match="stability is 1.5"):
+        process_of(UniformDiffusion, {"stability": 1.5})
+    with pytest.raises(TypeError, match="t_min is None"):
+        process_of(UniformDiffusion, {"t_min": None})
 
 
 @pytest.mark.parametrize(
