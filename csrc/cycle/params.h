@@ -1,5 +1,6 @@
 // The state of the decode engine's rows, and how a cycle reads and advances it. The functions below are those of the
-// CPU and of the GPU alike: `lanes` threads share a row, of which this is number `lane`.
+// CPU and of the GPU alike: `lanes` threads share a row, of which this is number `lane`. And the ring of what waits
+// until a drafter reads it.
 // dflash_ext/ops/cycle.py documents the semantics.
 #pragma once
 
@@ -39,6 +40,28 @@ struct EndCycleParams {
   int64_t* records;                           // [rows, 4 + width]
   int64_t* kept;                              // [rows, width + 1]: the positions of committed tokens, or -1
 };
+
+// What belongs to the last tokens of every slot. That of position p is in place p % size.
+struct RingParams {
+  int64_t rows, tokens, bytes;              // the rows of the batch, the tokens of each, the bytes of a token
+  int64_t ring_slots, size;                 // the slots of the ring, the tokens of each
+  const int32_t* slots;                     // [rows]
+  const int64_t *start, *counts;            // [rows], when the ring is read
+  int64_t* positions;                       // [rows, tokens], -1 for no token; they are given when the ring is written
+  char *ring, *values;                      // [ring_slots, size, bytes], [rows, tokens, bytes]
+};
+
+// The position of column `column` of a row when the ring is read: `counts` tokens end before `start`. It is -1 if there
+// is no such token, or if a later one has its place.
+DFLASH_HOST_DEVICE inline int64_t waiting_position(const RingParams& p, int64_t row, int64_t column) {
+  const int64_t start = p.start[row], position = start - p.counts[row] + column;
+  return position >= 0 && position < start && position >= start - p.size ? position : -1;
+}
+
+// Where a token is in the ring.
+DFLASH_HOST_DEVICE inline char* place_in_ring(const RingParams& p, int64_t row, int64_t position) {
+  return p.ring + (p.slots[row] * p.size + position % p.size) * p.bytes;
+}
 
 DFLASH_HOST_DEVICE inline void begin_cycle_row(const BeginCycleParams& p, int64_t row, int lane, int lanes) {
   const int64_t* state = p.state + p.slots[row] * kFields;
@@ -108,6 +131,8 @@ DFLASH_HOST_DEVICE inline void end_cycle_row(const EndCycleParams& p, int64_t ro
 
 const char* begin_cycle_sm80(const BeginCycleParams& params, void* stream);
 const char* end_cycle_sm80(const EndCycleParams& params, void* stream);
+const char* write_ring_sm80(const RingParams& params, void* stream);
+const char* read_ring_sm80(const RingParams& params, void* stream);
 const char* mark_time_sm80(int64_t* nanoseconds, void* stream);
 
 }  // namespace dflash

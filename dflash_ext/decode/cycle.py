@@ -52,8 +52,8 @@ class Cycle:
 
     def after(self, slots: Sequence[int], width: int) -> None:
         """What the host has to know of a cycle that did not fail."""
-        if self.draft is not None and self.draft.backlog is not None and not width:
-            self.draft.backlog.count(slots)
+        if self.draft is not None and self.draft.backlog is not None:
+            self.draft.backlog.count(slots, width)
 
     def __call__(self, slots: Tensor, drawing: Drawing, width: int, watch: Stopwatch) -> Tensor:
         """Advances the rows in these slots (int64 [B]) by one cycle that drafts `width` tokens.
@@ -74,10 +74,8 @@ class Cycle:
         result = self._verify(rows, drafted, drawn, logits, filters, changes)
         watch.start("commit")
         records, kept = self._end(slots, rows, drafted, result, logits)
-        if self.draft is not None and (width or self.draft.backlog is None):
+        if self.draft is not None:
             self.draft.commit(tokens, features, kept, rows.slots)
-        elif self.draft is not None:
-            self.draft.backlog.keep(features, rows.start, slots)
         self._count(slots, rows, drafted, result, changes)
         watch.stop()
         return records

@@ -65,8 +65,8 @@ def prefill(cycle: Cycle, requests: Sequence[Request], drawing: Drawing) -> Tens
     if has_penalties:
         count_tokens_(state.counts, anchors[:, None], table_rows=slots)
     stopped = (anchors[:, None] == state.stops.index_select(0, slots)).any(1)
-    if cycle.draft is not None and cycle.draft.backlog is not None:
-        cycle.draft.backlog.forget([request.slot for request in requests])
+    if cycle.draft is not None:
+        cycle.draft.begin([request.slot for request in requests], rows)
     state.set_anchors(slots, anchors.clamp(min=0), (anchors >= 0) & ~stopped & (rows.start <= rows.last))
     cycle.begin(slots, drawing)
     return anchors

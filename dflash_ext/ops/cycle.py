@@ -1,4 +1,5 @@
-"""The two ends of a decoding cycle: what its forwards need of the rows' state, and the commit. And a GPU's clock."""
+"""The two ends of a decoding cycle: what its forwards need of the rows' state, and the commit. What its tokens leave for
+the drafter to read, in a ring. And a GPU's clock."""
 
 from __future__ import annotations
 
@@ -12,6 +13,8 @@ from ..native import load
 load()
 _begin_cycle = torch.ops.dflash_ext.begin_cycle.default
 _end_cycle = torch.ops.dflash_ext.end_cycle.default
+_write_ring = torch.ops.dflash_ext.write_ring.default
+_read_ring = torch.ops.dflash_ext.read_ring.default
 _mark_time = torch.ops.dflash_ext.mark_time.default
 
 FIELDS = ("start", "anchor", "last", "active", "seed")  # the columns of the state
@@ -88,6 +91,37 @@ def end_cycle(
     return _end_cycle(state, slots, stops, rows.readings, drafted, accepted, next_token, logits)
 
 
+def write_ring(ring: Tensor, values: Tensor, positions: Tensor, slots: Tensor) -> None:
+    """Keeps what belongs to tokens in the ring of their row's slot. That of position p is in place p % N.
+
+    Args:
+        ring: ``[S, N, W]`` of any dtype, contiguous: the last N tokens of every slot. It is written.
+        values: ``[B, R, W]`` in the ring's dtype, contiguous.
+        positions: int64 ``[B, R]``. Tokens with a negative position are not kept. Those of a row differ by less than N.
+        slots: int32 ``[B]``.
+
+    Raises RuntimeError for tensors that do not fit together, and on the CPU for a slot that does not exist.
+    """
+    _write_ring(ring, values, positions, slots)
+
+
+def read_ring(ring: Tensor, start: Tensor, counts: Tensor, slots: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
+    """What `write_ring` has kept of the last ``counts`` tokens before ``start``.
+
+    Args:
+        ring: ``[S, N, W]``, as in `write_ring`.
+        start, counts: int64 ``[B]``, one more than the last token's position, and the number of tokens.
+        slots: int32 ``[B]``.
+        tokens: R, the number of columns, at least the largest number of tokens.
+
+    Returns the values ``[B, R, W]``, with zeros behind the last token, and the positions int64 ``[B, R]``, with -1 there.
+    Tokens whose position is negative, or whose place a later one has taken, are left out in the same way.
+
+    Raises RuntimeError for tensors that do not fit together, and on the CPU for a slot that does not exist.
+    """
+    return _read_ring(ring, start, counts, slots, tokens)
+
+
 def mark_time(like: Tensor) -> Tensor:
     """The time at which the GPU reaches this call, in nanoseconds of its clock: int64 ``[]`` on the device of `like`.
 
@@ -104,6 +138,17 @@ def _(state, slots, width, block):
     shapes = (rows, width + 1), (rows, block), (rows, block)
     readings, slots32 = state.new_empty(len(FIELDS) + 2, rows), state.new_empty(rows, dtype=torch.int32)
     return readings, slots32, *(state.new_empty(shape) for shape in shapes)
+
+
+@torch.library.register_fake("dflash_ext::write_ring")
+def _(ring, values, positions, slots):
+    return None
+
+
+@torch.library.register_fake("dflash_ext::read_ring")
+def _(ring, start, counts, slots, tokens):
+    rows = slots.shape[0]
+    return ring.new_empty(rows, tokens, ring.shape[2]), start.new_empty(rows, tokens)
 
 
 @torch.library.register_fake("dflash_ext::mark_time")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -135,59 +135,87 @@ def kv_inject(
         raise ValueError(f"kv_inject: block_table is {shown(block_table)}; int32 [{batch}, max_pages] is needed")
     dtype = torch.promote_types(features.dtype, weight.dtype)
     real = torch.promote_types(dtype, torch.float32)
-    if features.is_cuda and (torch.float64 in (dtype, cache.dtype, v_caches[0].dtype) or head_dim > _MOST_ON_GPU):
-        warn_once("kv_inject", features.device)
-        with torch.no_grad():
-            reference.kv_inject(
-                features,
-                weight,
-                k_caches,
-                v_caches,
-                positions,
-                cos,
-                sin,
-                bias=bias,
-                k_norm=k_norm,
-                norm_eps=norm_eps,
-                norm_plus_one=norm_plus_one,
-                norm_after_rope=norm_after_rope,
-                v_norm=v_norm,
-                rope_interleaved=rope_interleaved,
-                slots=slots,
-                block_table=block_table,
-            )
-        return
-    if any((other.dtype == torch.float64) != (real == torch.float64) for other in (cache, v_caches[0])):
+    is_wide = [x == torch.float64 for x in (real, cache.dtype, v_caches[0].dtype)]
+    if not features.is_cuda and len(set(is_wide)) > 1:
         raise ValueError(f"kv_inject: features are {dtype}, a cache {cache.dtype}; both or neither may be float64")
     positions = _as(positions, torch.int64)
-    slots = positions if slots is None else _as(slots, torch.int64)
-    with torch.no_grad(), torch.autocast("cuda" if features.is_cuda else "cpu", enabled=False):
-        if not features.is_cuda:
-            # A token without a slot may hold anything, which must not reach its neighbours through the product.
-            features = features.masked_fill((slots < 0)[..., None], 0.0)
-        # Contiguous: oneDNN's bfloat16 product reads between the rows too, and lets NaN from there through.
-        features, weight = features.reshape(-1, width).to(dtype).contiguous(), weight.to(dtype)
-        few = features.is_cuda or len(features) <= 32
-        projected = linear(features, weight.contiguous()) if few else features @ weight.T
     # The CUDA kernel reads the weights of norms and projections in their own dtype.
     weights = [None if x is None else x.detach().contiguous() if x.is_cuda else _as(x, real) for x in (bias, k_norm)]
-    _native.kv_write(
-        projected,
-        k_caches,
-        v_caches,
-        positions,
-        slots,
-        _as(cos, real),
-        _as(sin, real),
-        *weights,
-        _as(block_table, torch.int32),
-        norm_eps,
-        norm_plus_one,
-        norm_after_rope,
-        v_norm,
-        rope_interleaved,
-    )
+    with torch.no_grad(), torch.autocast("cuda" if features.is_cuda else "cpu", enabled=False):
+        inject_fitting(
+            features.to(dtype).contiguous(),
+            weight.to(dtype).contiguous(),
+            k_caches,
+            v_caches,
+            positions,
+            positions if slots is None else _as(slots, torch.int64),
+            _as(cos, real),
+            _as(sin, real),
+            *weights,
+            _as(block_table, torch.int32),
+            norm_eps,
+            norm_plus_one,
+            norm_after_rope,
+            v_norm,
+            rope_interleaved,
+        )
     _count_writes(*k_caches, *v_caches)
+
+
+def inject_fitting(
+    features: Tensor,
+    weight: Tensor,
+    k_caches: Sequence[Tensor],
+    v_caches: Sequence[Tensor],
+    positions: Tensor,
+    slots: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    bias: Tensor | None,
+    k_norm: Tensor | None,
+    block_table: Tensor | None,
+    norm_eps: float,
+    norm_plus_one: bool = False,
+    norm_after_rope: bool = False,
+    v_norm: bool = False,
+    rope_interleaved: bool = False,
+) -> None:
+    """`kv_inject` for arguments that are known to fit together, in the form that its kernels read. It checks and casts
+    nothing, so that the host is soon done.
+
+    All tensors but the caches are contiguous; features and weight are of one dtype, positions and slots int64, the
+    tables float32 (float64 for float64), and on the CPU bias and k_norm, too. Autocast and gradients are off.
+    """
+    is_wide = torch.float64 in (features.dtype, k_caches[0].dtype, v_caches[0].dtype)
+    if features.is_cuda and (is_wide or k_caches[0].shape[3] > _MOST_ON_GPU):
+        warn_once("kv_inject", features.device)
+        reference.kv_inject(
+            *(features, weight, k_caches, v_caches, positions, cos, sin),
+            bias=bias,
+            k_norm=k_norm,
+            norm_eps=norm_eps,
+            norm_plus_one=norm_plus_one,
+            norm_after_rope=norm_after_rope,
+            v_norm=v_norm,
+            rope_interleaved=rope_interleaved,
+            slots=slots,
+            block_table=block_table,
+        )
+        return
+    if not features.is_cuda:
+        # A token without a slot may hold anything, which must not reach its neighbours through the product.
+        features = features.masked_fill((slots < 0)[..., None], 0.0)
+    # Contiguous rows: oneDNN's bfloat16 product reads between the rows too, and lets NaN from there through.
+    projected = product(features.flatten(0, 1), weight)
+    where = positions, slots, cos, sin, bias, k_norm, block_table
+    how = norm_eps, norm_plus_one, norm_after_rope, v_norm, rope_interleaved
+    _native.kv_write(projected, k_caches, v_caches, *where, *how)
+
+
+def product(rows: Tensor, weight: Tensor) -> Tensor:
+    """``rows @ weight.T`` of contiguous ``[T, K]`` and ``[N, K]``, without checks: by `linear` for few rows, and for many
+    by PyTorch's product, which is then the faster one."""
+    return linear(rows, weight) if len(rows) <= 32 else rows @ weight.T
 
 
 def _by_layer(name: str, caches: Iterable[Tensor] | Tensor) -> list[Tensor]:

@@ -1,12 +1,49 @@
-"""What plain cycles leave for the next draft: the drafter then reads the same context as without it."""
+"""What cycles leave for the next draft: the drafter then knows the same context as one that reads at once."""
+
+import pytest
+import torch
 
 from dflash_ext.decode import Engine
-from dflash_ext.decode.drafts.backlog import MOST
+from dflash_ext.decode.cycle import Cycle
+from dflash_ext.decode.drafts.backlog import Backlog, UnreadTokens
 from dflash_ext.decode.pace import Pace
+from dflash_ext.models import Target
+from python_tests.decode.calls import with_calls
+from python_tests.decode.canvas.models import tiny_denoiser
 from python_tests.decode.oracle import own_output
-from python_tests.tiny import random_prompts, tiny_pair
+from python_tests.decode.test_lora_drafters import pair_of
+from python_tests.tiny import random_prompts, tiny_model, tiny_pair
 
-WIDTHS = [*[0] * (MOST + 5), 5, *[0] * MOST, 3, 0, 5, 5, 0, 0, 1]  # of cycles, again and again
+MOST = 16
+# Of cycles, again and again: what each drafts, by its place among the widths that the engine may choose.
+CHOICES = [*[0] * (MOST + 5), -1, *[0] * MOST, 2, 0, -1, -1, 0, 0, 1, *[0] * 7, 1, 0, 0, 2]
+
+
+def canvas_pair():
+    torch.manual_seed(0)
+    return Target(tiny_model("llama")), tiny_denoiser("qwen3", mask_id=None)
+
+
+PAIRS = {
+    "features": lambda: tiny_pair("qwen3"),
+    "whole": lambda: pair_of(tiny_model("gemma3"), "whole")[:2],
+    "canvas": canvas_pair,
+}
+
+
+@pytest.fixture(params=PAIRS)
+def make(request, monkeypatch):
+    """Makes engines that draft as CHOICES say, with a short backlog."""
+    monkeypatch.setattr("dflash_ext.decode.drafts.backlog.MOST", MOST)
+
+    def made(slots: int = 2) -> Engine:
+        choices = iter(CHOICES * 99)
+        monkeypatch.setattr(Pace, "choose", lambda self, *given: self.widths[next(choices)])
+        target, drafter = PAIRS[request.param]()
+        costs = {1: {0: 1.0, 5: 1.0, 7: 1.0}}
+        return Engine(target, drafter, slots=slots, max_length=140, block_size="auto", costs=costs)
+
+    return made
 
 
 def drafts(engine: Engine, prompts: list[list[int]], new: int) -> list:
@@ -17,27 +54,97 @@ def drafts(engine: Engine, prompts: list[list[int]], new: int) -> list:
     return [request.completion.drafted for request in requests]
 
 
-def test_a_draft_reads_what_plain_cycles_left(monkeypatch):
-    target, drafter = tiny_pair("qwen3")
+def at_once(self, slots, width):
+    """Everything is read before each cycle."""
+    yield from ([slot] for slot in slots if self.counts[slot])
+
+
+def test_a_draft_reads_what_cycles_left(make, monkeypatch):
     found = {}
-    for how in ("late", "at once", "never"):
-        widths = iter(WIDTHS * 9)
-        monkeypatch.setattr(Pace, "choose", lambda self, *given, widths=widths: next(widths))
-        costs = {1: {0: 1.0, 5: 1.0}}
-        engine = Engine(target, drafter, slots=2, max_length=140, block_size="auto", costs=costs)
-        draft = engine.cycle.draft
-        if how == "at once":
-            draft.backlog = None
-        if how == "never":
-            monkeypatch.setattr(draft, "catch_up", lambda *given: None)
-        found[how] = drafts(engine, random_prompts(3, 9, 5, 17, 2), 120)
-    assert found["late"] == found["at once"] != found["never"]
+    for how, late in ("late", Backlog.late), ("at once", at_once), ("never", lambda *given: iter(())):
+        monkeypatch.setattr(Backlog, "late", late)
+        # A draft of tokens has room for a few by itself. What exceeds it must have been read.
+        if how != "never" or not isinstance(make().cycle.draft.backlog, UnreadTokens):
+            found[how] = drafts(make(), random_prompts(3, 9, 5, 17, 2), 120)
+    assert found["late"] == found["at once"] != found.get("never")
 
 
-def test_plain_cycles_only_copy_features(monkeypatch):
-    engine = Engine(*tiny_pair("qwen3"), slots=1, max_length=140, block_size="auto", costs={1: {0: 1.0, 5: 99.0}})
-    reads = []
+def expect_caches(engine: Engine, make) -> int:
+    """What the drafter has read of rows is what it reads of the same texts as prompts. Returns the number of rows."""
+    backlog, checked = engine.cycle.draft.backlog, 0
+    for slot, request in engine.rows.items():
+        start, _, _, active, _ = engine.state.numbers[slot].tolist()
+        if not active:
+            continue
+        is_read = int(backlog.read[slot]) if isinstance(backlog, UnreadTokens) else start - backlog.counts[slot]
+        assert start - MOST <= is_read <= start
+        text = [*request.prompt, *own_output(engine.target.model, request.prompt, request.max_new_tokens)][:is_read]
+        fresh = make()
+        fresh.submit(text, max_new_tokens=1)
+        fresh.run()
+        for mine, others in zip(engine.cycle.draft.cache.layers, fresh.cycle.draft.cache.layers, strict=True):
+            for ours, expected in zip(mine, others, strict=True):
+                torch.testing.assert_close(ours[slot, :, :is_read], expected[0, :, :is_read], atol=2e-5, rtol=1e-4)
+        checked += 1
+    return checked
+
+
+@pytest.mark.parametrize("how", ["plain calls", "behind", "faults"])
+@torch.no_grad()
+def test_the_context_of_rows_that_come_and_go(make, how, monkeypatch):
+    """Also if the host is behind the device, and if cycles fail at their very end and are run again."""
+    engine = make(slots=3)
+    if how == "behind":
+        with_calls(engine)
+    calls, own = [], Cycle._count
+
+    def fails(self, slots, *given):
+        calls.append(len(slots))
+        if how == "faults" and len(slots) > 1 and len(calls) % 3 == 0:
+            raise RuntimeError("a fault")
+        own(self, slots, *given)
+
+    monkeypatch.setattr(Cycle, "_count", fails)
+    prompts = random_prompts(3, 9, 5, 17, 2, 30)
+    requests = [engine.submit(prompt, max_new_tokens=90 - 13 * i) for i, prompt in enumerate(prompts)]
+    choose, checked, steps = Pace.choose, 0, 0
+    while engine.step():
+        steps += 1
+        if steps % 23 == 0:
+            checked += expect_caches(engine, make)
+            monkeypatch.setattr(Pace, "choose", choose)
+        if steps == 30:
+            engine.cancel(requests[1])
+    for i, request in enumerate(requests):
+        expected = own_output(engine.target.model, request.prompt, request.max_new_tokens)
+        tokens = request.completion.tokens
+        assert tokens == (expected[: len(tokens)] if i == 1 else expected)
+    assert checked > 5
+
+
+def test_plain_cycles_only_copy(make, monkeypatch):
+    engine, reads = make(slots=1), []
+    monkeypatch.setattr(Pace, "choose", lambda *given: 0)
     own = engine.cycle.draft.inject
-    monkeypatch.setattr(engine.cycle.draft, "inject", lambda *given: reads.append(given[1].shape[1]) or own(*given))
+    monkeypatch.setattr(engine.cycle.draft, "inject", lambda *given: reads.append(given[2].shape[1]) or own(*given))
     drafts(engine, random_prompts(9), 2 + 2 * MOST)
     assert reads == [9, MOST, MOST]
+
+
+def test_many_late_rows_are_read_in_parts(make, monkeypatch):
+    monkeypatch.setattr("dflash_ext.decode.drafts.backlog.AT_ONCE", 3 * MOST)
+    engine, reads = make(slots=8), []
+    own = engine.cycle.draft.inject
+    monkeypatch.setattr(engine.cycle.draft, "inject", lambda *given: reads.append(tuple(given[2].shape)) or own(*given))
+    drafts(engine, random_prompts(*range(3, 11)), 60)
+    assert (3, MOST) in reads and all(rows * tokens <= 3 * MOST for rows, tokens in reads[1:])
+
+
+def test_a_cleared_slot_keeps_nothing(make):
+    engine = make()
+    draft = engine.cycle.draft
+    draft.backlog.ring.fill_(5)
+    draft.cache.keys.fill_(5)
+    draft.clear(1)
+    assert not draft.backlog.ring[1].any() and not draft.cache.keys[:, 1].any()
+    assert draft.backlog.ring[0].all() and draft.cache.keys[:, 0].all()

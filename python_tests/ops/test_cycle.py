@@ -1,9 +1,9 @@
-"""begin_cycle and end_cycle against their rules, written out row by row."""
+"""begin_cycle, end_cycle, write_ring and read_ring against their rules, written out row by row."""
 
 import pytest
 import torch
 
-from dflash_ext.ops.cycle import FIELDS, begin_cycle, end_cycle, mark_time
+from dflash_ext.ops.cycle import FIELDS, begin_cycle, end_cycle, mark_time, read_ring, write_ring
 
 DTYPES = torch.float32, torch.bfloat16, torch.float16, torch.float64
 START, ANCHOR, LAST, ACTIVE = range(4)
@@ -70,10 +70,68 @@ def test_end_cycle(device, width):
     assert 0 < ended < 40 and bad > 0
 
 
+def numbered(dtype: torch.dtype, device: str, *shape: int) -> torch.Tensor:
+    """Numbers that no two neighbours share."""
+    return (torch.arange(torch.Size(shape).numel()) % 251).view(shape).to(dtype).to(device)
+
+
+# Tokens of 6,144 bytes are more than one block's share; the others are moved in pieces of 1 to 16 bytes.
+@pytest.mark.parametrize(
+    "dtype, width",
+    [
+        *[(torch.int64, 1), (torch.uint8, 3), (torch.bfloat16, 5), (torch.bfloat16, 6), (torch.float32, 6)],
+        *[(torch.bfloat16, 8), (torch.float64, 768)],
+    ],
+)
+def test_rings(device, dtype, width):
+    """Rows go through a ring of 7 places, which does not hold what it never got, several times."""
+    ring, slots = numbered(dtype, device, 5, 7, width), torch.tensor([4, 0, 2], dtype=torch.int32, device=device)
+    known, starts = {}, [0, 5, 40]
+    torch.manual_seed(0)
+    for seed in range(12):
+        new = torch.randint(0, 4, (3,)).tolist()
+        positions = torch.tensor([[s + j if j < n else -1 for j in range(3)] for s, n in zip(starts, new, strict=True)])
+        values = numbered(dtype, device, 3, 4, width)[:, seed % 2 : seed % 2 + 3].contiguous() + seed
+        before = ring.clone()
+        write_ring(ring, values, positions.to(device), slots)
+        for i in range(3):
+            for j in range(min(new[i], 3)):
+                known[i, starts[i] + j] = before[slots[i], (starts[i] + j) % 7] = values[i, j]
+        assert torch.equal(ring, before)
+        starts = [s + min(n, 3) for s, n in zip(starts, new, strict=True)]
+        counts = torch.randint(-1, 10, (3,))
+        got, places = read_ring(ring, torch.tensor(starts, device=device), counts.to(device), slots, 9)
+        for i, (start, count) in enumerate(zip(starts, counts.tolist(), strict=True)):
+            for j in range(9):
+                at = start - count + j
+                is_there = j < count and at >= max(0, start - 7)
+                assert places[i, j] == (at if is_there else -1)
+                if not is_there:
+                    assert not got[i, j].any()
+                elif (i, at) in known:
+                    assert torch.equal(got[i, j], known[i, at])
+    assert max(starts) > 50 and len(known) > 40
+
+
 def test_slots_that_do_not_exist_are_refused_on_the_cpu():
     state, _ = made(3, "cpu")
+    slots, numbers = torch.tensor([0, 3]), torch.zeros(2, dtype=torch.int64)
     with pytest.raises(RuntimeError, match="begin_cycle: slot 3 is outside the state of 3"):
-        begin_cycle(state, torch.tensor([0, 3]), 1, 1)
+        begin_cycle(state, slots, 1, 1)
+    with pytest.raises(RuntimeError, match="write_ring: slot 3 is outside the ring of 3"):
+        write_ring(torch.zeros(3, 4, 1), torch.zeros(2, 1, 1), numbers[:, None], slots.int())
+    with pytest.raises(RuntimeError, match="read_ring: slot 3 is outside the ring of 3"):
+        read_ring(torch.zeros(3, 4, 1), numbers, numbers, slots.int(), 1)
+
+
+def test_rings_that_do_not_fit_are_refused():
+    ring, numbers = torch.zeros(3, 4, 2), torch.zeros(2, dtype=torch.int64)
+    with pytest.raises(RuntimeError, match=r"write_ring: values must be contiguous \[2, 1, 2\]"):
+        write_ring(ring, torch.zeros(2, 1, 3), numbers[:, None], numbers.int())
+    with pytest.raises(RuntimeError, match="write_ring: ring has no place for a token"):
+        write_ring(ring[:, :0], torch.zeros(2, 1, 2), numbers[:, None], numbers.int())
+    with pytest.raises(RuntimeError, match=r"read_ring: counts must be contiguous \[2\]"):
+        read_ring(ring, numbers, numbers.int(), numbers.int(), 1)
 
 
 def test_a_replayed_graph_reads_the_clock_anew(device):
@@ -102,4 +160,7 @@ def test_opcheck(device):
     tokens = torch.zeros(2, 3, dtype=torch.int64, device=device)
     committed = tokens, tokens[:, 0] * 1, slots, torch.zeros(2, 4, 5, device=device)
     torch.library.opcheck(ops.end_cycle.default, (state, slots, stops, rows.readings, *committed))
+    ring, values = torch.zeros(4, 3, 5, device=device), torch.ones(2, 2, 5, device=device)
+    torch.library.opcheck(ops.write_ring.default, (ring, values, tokens[:, :2].contiguous(), slots.int()))
+    torch.library.opcheck(ops.read_ring.default, (ring, slots, slots, slots.int(), 2))
     assert len(FIELDS) == state.shape[1]

@@ -8,9 +8,9 @@ from torch import Tensor
 from ...models import Denoiser, Target
 from ...ops import soft_embedding
 from ...ops.cycle import CycleRows
+from ..drafts.backlog import UnreadTokens
 from ..drafts.base import Draft
 from ..drafts.uniform import next_block, noise, places_of
-from ..drafts.waiting import WaitingTokens, places_from
 from ..kv_cache import MOST_ROWS
 from .forward import CausalForward
 
@@ -39,25 +39,21 @@ class CanvasDraft(Draft):
         super().__init__(target, **options)
         self.forward = CausalForward(denoiser, slots=slots, tokens=tokens, rows=MOST_ROWS)
         self.cache = self.forward.forward.cache
-        self.unread = WaitingTokens(slots, self.width + 1, target.device)
+        self.backlog = UnreadTokens(slots, self.width + 1, target.device)
 
     def inject(self, tokens: Tensor, features: Tensor | None, positions: Tensor, slots: Tensor) -> None:
-        """Reads a part of a prompt."""
+        """Reads tokens."""
         counts, start = (positions >= 0).sum(dim=1), positions[:, 0].clamp(min=0)
         self.forward.encode(tokens, positions, start, counts, slots)
-        self.unread.drop(slots)
 
     def commit(self, tokens: Tensor, features: Tensor | None, positions: Tensor, slots: Tensor) -> None:
-        """Keeps the tokens for the next draft. A cycle without a draft, of one token, has those before it read."""
-        if tokens.shape[1] == 1:
-            self._read(slots, positions[:, 0], positions[:, 0] >= 0)
-        self.unread.keep(tokens, positions, slots)
+        self.backlog.keep(tokens[..., None], positions, slots)
 
     def draft(
         self, rows: CycleRows, width: int, filters: dict[str, Tensor], changes: dict[str, Tensor]
     ) -> tuple[Tensor, dict[str, Tensor]]:
         active, places = rows.active.bool(), places_of(rows, width)
-        self._read(rows.slots, rows.start, active, rows.anchor)
+        self._read_to_anchors(rows)
         where = torch.where(active[:, None], places, -1), places[:, 0], rows.active * width, rows.slots
         tokens, like = noise(rows, width, self.target.vocab_size), self.forward.like
         soft = torch.zeros(*tokens.shape, like.shape[1], dtype=like.dtype, device=like.device)
@@ -72,20 +68,10 @@ class CanvasDraft(Draft):
     def block_len(self, width: int) -> int:
         return width + 1 if width else 0
 
-    def clear(self, slot: int) -> None:
-        self.cache.clear(slot)
-        self.unread.counts[slot] = 0
-
-    def _read(self, slots: Tensor, start: Tensor, live: Tensor, anchor: Tensor | None = None) -> None:
-        """Reads what is yet to be read of the tokens before `start` (int64 [B]), and the anchor, if given.
-
-        live: bool [B], the rows that read something.
-        """
-        tokens, counts = self.unread.of(slots)
-        first = (start - counts).clamp(min=0)
-        if anchor is not None:
-            tokens = torch.nn.functional.pad(tokens, (0, 1)).scatter(1, counts[:, None], anchor[:, None])
-            counts = counts + 1
-        counts = counts * live
-        positions = places_from(first, counts, tokens.shape[1])
-        self.forward.encode(tokens, positions, first, counts, slots)
+    def _read_to_anchors(self, rows: CycleRows) -> None:
+        """Reads what waits, and the anchors behind it."""
+        self.backlog.keep(rows.anchor[:, None, None], rows.positions[:, :1].contiguous(), rows.slots)
+        end, counts = rows.start + 1, (self.backlog.waiting(rows) + 1) * rows.active
+        tokens, _, positions = self.backlog.take(end, counts, rows.slots, self.backlog.room + 1)
+        self.forward.encode(tokens, positions, end - counts, counts, rows.slots)
+        self.backlog.mark(rows)

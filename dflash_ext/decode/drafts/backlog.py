@@ -1,15 +1,16 @@
-"""What plain cycles leave for the drafter's context, which only a draft needs."""
+"""What cycles leave for a drafter to read: the features of tokens, or the tokens themselves."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-from ...ops.cycle import FIELDS
+from ...ops.cycle import CycleRows, read_ring, write_ring
 
-MOST = 32  # the cycles of a row that may wait
+MOST = 128  # the tokens of a row that may wait
+AT_ONCE = 2048  # the tokens of all rows that are read at a time, with those that fill up shorter rows
 
 
 class Backlog:
@@ -22,44 +23,85 @@ class Backlog:
         slots: the number of slots. width: the size of a token's features.
 
     Attributes:
-        counts: of every slot, the tokens that wait; kept by the host, which knows that a plain cycle commits one.
+        ring: [slots, MOST, width], as `write_ring` keeps it.
+        counts: of every slot, the most tokens that wait; kept by the host, which reads a cycle's records later.
+        room: the tokens of a row that a draft reads by itself.
     """
 
+    room = 0
+
     def __init__(self, slots: int, width: int, *, dtype: torch.dtype, device: torch.device):
-        self.features = torch.zeros(slots * MOST, width, dtype=dtype, device=device)
+        self.ring = torch.zeros(slots, MOST, width, dtype=dtype, device=device)
         self.counts = [0] * slots
 
-    def keep(self, features: Tensor, start: Tensor, slots: Tensor) -> None:
-        """Copies the features [B, 1, width] of the anchors, at the positions `start` of rows in `slots` (int64 [B]).
+    def keep(self, values: Tensor, positions: Tensor, slots: Tensor) -> None:
+        """Keeps what belongs to tokens, [B, R, width], at `positions` (int64 [B, R], -1: none) of rows in `slots` (int32
+        [B])."""
+        write_ring(self.ring, values.to(self.ring.dtype).contiguous(), positions, slots)
 
-        A token's place depends on its position alone.
+    def late(self, slots: Sequence[int], width: int) -> Iterator[list[int]]:
+        """Those of these slots whose tokens must be read before a cycle that drafts `width` tokens, in parts that are
+        read at a time."""
+        most = max(self.counts[slot] for slot in slots)
+        if most > self.room and (width or most == MOST):
+            late, count = [slot for slot in slots if self.counts[slot] > self.room], max(1, AT_ONCE // most)
+            yield from (late[first : first + count] for first in range(0, len(late), count))
+
+    def waiting(self, rows: CycleRows, counts: Tensor) -> Tensor:
+        """How many tokens wait in the slots of rows, int64 [B]. counts: what the host knows of it.
+
+        A row that has ended, as the host may have yet to read, has fewer. Nothing reads what becomes of it.
         """
-        places = self._places(slots, start)
-        self.features.index_copy_(0, places, features[:, 0].to(self.features.dtype))
+        return counts
 
-    def take(self, slots: Sequence[int], state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """What waits in slots: features [B, n, width], positions int64 [B, n] (-1: none), and the slots int32 [B].
+    def take(self, start: Tensor, counts: Tensor, slots: Tensor, most: int) -> tuple[Tensor, Tensor | None, Tensor]:
+        """The first arguments of `Draft.inject` for the last `counts` tokens before `start` (int64 [B]), at most `most`
+        a row."""
+        features, positions = read_ring(self.ring, start, counts, slots, most)
+        return positions, features, positions
 
-        state: the engine's numbers, by which a row's last token stands before its anchor.
-        """
-        waiting = [self.counts[slot] for slot in slots]
-        index, counts = torch.tensor([slots, waiting]).to(state.device, non_blocking=True)
-        column = torch.arange(max(waiting), device=state.device)
-        positions = state[index, FIELDS.index("start")][:, None] - counts[:, None] + column
-        features = self.features[self._places(index[:, None], positions)]
-        # A row that has ended, as the host may have yet to read, has fewer. Nothing reads it any more.
-        is_there = (column < counts[:, None]) & (positions >= 0)
-        return features, torch.where(is_there, positions, -1), index.int()
-
-    def count(self, slots: Sequence[int]) -> None:
-        """A plain cycle of these slots has come to its end."""
+    def count(self, slots: Sequence[int], width: int) -> None:
+        """A cycle of these slots that drafted `width` tokens has come to its end."""
         for slot in slots:
-            self.counts[slot] += 1
+            self.counts[slot] = min(width + 1, self.room) if width else self.counts[slot] + 1
 
-    def forget(self, slots: Sequence[int]) -> None:
-        """Nothing waits in these slots any more."""
+    def forget(self, slots: Sequence[int], rows: CycleRows) -> None:
+        """The drafter has read all tokens before the anchors of `rows`, which are in these slots."""
         for slot in slots:
             self.counts[slot] = 0
 
-    def _places(self, slots: Tensor, positions: Tensor) -> Tensor:
-        return torch.add(positions % MOST, slots, alpha=MOST)
+    def clear(self, slot: int) -> None:
+        """Empties a slot."""
+        self.ring[slot] = 0
+
+
+class UnreadTokens(Backlog):
+    """The committed tokens of every slot that a drafter with a forward of its own has yet to read.
+
+    A draft reads the tokens that the cycle before it committed in its own forward, which has `room` for them. Those of
+    plain cycles are read when there are more.
+
+    Attributes:
+        read: int64 [slots], the number of tokens that the drafter has read.
+    """
+
+    def __init__(self, slots: int, room: int, device: torch.device):
+        super().__init__(slots, 1, dtype=torch.int64, device=device)
+        self.room = room
+        self.read = torch.zeros(slots, dtype=torch.int64, device=device)
+
+    def waiting(self, rows: CycleRows, counts: Tensor | None = None) -> Tensor:
+        """As that of `Backlog`. The host knows a bound alone."""
+        return rows.start - self.read.index_select(0, rows.slots)
+
+    def take(self, start: Tensor, counts: Tensor, slots: Tensor, most: int) -> tuple[Tensor, None, Tensor]:
+        tokens, positions = read_ring(self.ring, start, counts, slots, most)
+        return tokens[..., 0], None, positions
+
+    def mark(self, rows: CycleRows) -> None:
+        """The drafter has read all tokens before the anchors."""
+        self.read.index_copy_(0, rows.slots.long(), rows.start)
+
+    def forget(self, slots: Sequence[int], rows: CycleRows) -> None:
+        super().forget(slots, rows)
+        self.mark(rows)

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from ...models import Target
-from ...ops.cycle import CycleRows
+from ...ops.cycle import CycleRows, begin_cycle
 from ..drawing import draw
 from ..kv_cache import KVCache
-from .backlog import MOST, Backlog
+from .backlog import Backlog
 from .sampler import CandidateSampler
 
 
@@ -30,7 +30,7 @@ class Draft:
 
     Attributes:
         cache: the drafter's own; None if the target's serves it.
-        backlog: what plain cycles leave for the next draft; None if their tokens are kept at once.
+        backlog: what cycles leave for the next draft; None if nothing waits.
     """
 
     cache: KVCache | None = None
@@ -54,19 +54,28 @@ class Draft:
         (int32 [B]), and their features [B, R, taps * H] (None without taps)."""
 
     def commit(self, tokens: Tensor, features: Tensor | None, positions: Tensor, slots: Tensor) -> None:
-        """Keeps what a cycle has committed; the arguments are those of `inject`."""
+        """Keeps what a cycle has committed; the arguments are those of `inject`. A plain cycle has one token a row."""
         self.inject(tokens, features, positions, slots)
+
+    def begin(self, slots: Sequence[int], rows: CycleRows) -> None:
+        """The prompts of rows, which are in these slots, have been kept."""
+        if self.backlog is not None:
+            self.backlog.forget(slots, rows)
 
     def catch_up(self, slots: Sequence[int], width: int, state: Tensor) -> None:
         """Keeps what waits in slots, if the next cycle drafts (`width` is not 0) or there is no room for its tokens.
 
         state: the engine's numbers.
         """
-        late = [slot for slot in slots if self.backlog is not None and self.backlog.counts[slot]]
-        if late and (width or max(self.backlog.counts[slot] for slot in late) == MOST):
-            features, positions, index = self.backlog.take(late, state)
-            self.inject(positions, features, positions, index)
-            self.backlog.forget(late)
+        if self.backlog is None:
+            return
+        for late in self.backlog.late(slots, width):
+            known = [self.backlog.counts[slot] for slot in late]
+            index, counts = torch.tensor([late, known]).to(state.device, non_blocking=True)
+            rows = begin_cycle(state, index, 0, 0)
+            counts = self.backlog.waiting(rows, counts)
+            self.inject(*self.backlog.take(rows.start, counts, rows.slots, max(known)), rows.slots)
+            self.backlog.forget(late, rows)
 
     def denoise(self, rows: CycleRows, known: Tensor, count: int) -> tuple[Tensor, Tensor | None]:
         """The logits [B, count, V] of the next tokens of the blocks, in the target's vocabulary and dtype.
@@ -84,6 +93,9 @@ class Draft:
 
     def clear(self, slot: int) -> None:
         """Empties a slot of what the drafter keeps."""
+        for kept in (self.cache, self.backlog):
+            if kept is not None:
+                kept.clear(slot)
 
     def draft(
         self, rows: CycleRows, width: int, filters: dict[str, Tensor], changes: dict[str, Tensor]

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from ...models import DFlashDrafter, Target
-from ...ops import kv_inject, linear
 from ...ops.cycle import CycleRows
+from ...ops.kv import inject_fitting, product
 from ...ops.layer import add_rms_norm
 from ..forward.families import drafter_stack
 from ..forward.layers import Rows
@@ -46,32 +46,35 @@ class BlockDraft(Draft):
         self.cache = KVCache(layers, slots, heads, head_dim, tokens, dtype=weight.dtype, device=weight.device)
         self.stack = drafter_stack(drafter, self.cache.capacity)
         self.rotary = next(iter(self.stack.rotary.values()))
-        # A copy of the layers' key and value projections, one below the other.
-        projections = [p for layer in drafter.layers for p in (layer.self_attn.k_proj, layer.self_attn.v_proj)]
+        # Copies of the layers' key and value projections, one below the other, and of what comes behind them.
+        attentions = [layer.self_attn for layer in drafter.layers]
+        projections = [p for attention in attentions for p in (attention.k_proj, attention.v_proj)]
         self.weight = torch.cat([p.weight.detach() for p in projections])
-        self.bias = torch.cat([p.bias.detach() for p in projections]) if config.attention_bias else None
+        bias = torch.cat([p.bias.detach() for p in projections]) if config.attention_bias else None
+        k_norm = torch.stack([attention.k_norm.weight.detach() for attention in attentions])
+        real = weight.dtype if weight.is_cuda else self.rotary[0].dtype
+        self.behind = *self.rotary, None if bias is None else bias.to(real), k_norm.to(real)
+        self.pages = [list(cache.transpose(2, 3)) for cache in (self.cache.keys, self.cache.values)]
+        self.fuse, self.norm = drafter.fc.weight.detach(), drafter.hidden_norm.weight.detach()
         self.head = narrow(drafter.head(target), weight.dtype)
         if lazy:
             taps = len(target.tap_ids) * target.hidden_size
             self.backlog = Backlog(slots, taps, dtype=weight.dtype, device=weight.device)
-        self.k_norm = torch.stack([layer.self_attn.k_norm.weight.detach() for layer in drafter.layers])
 
     def inject(self, tokens: Tensor, features: Tensor | None, positions: Tensor, slots: Tensor) -> None:
         """Adds the features to the context."""
-        fused = linear(features.flatten(0, 1).to(self.weight.dtype), self.drafter.fc.weight.detach())
         eps = self.drafter.config.rms_norm_eps
-        context = add_rms_norm(fused, self.drafter.hidden_norm.weight.detach(), eps=eps)
-        kv_inject(
-            context.view(*positions.shape, -1),
-            self.weight,
-            *(cache.transpose(2, 3) for cache in (self.cache.keys, self.cache.values)),
-            positions,
-            *self.rotary,
-            bias=self.bias,
-            k_norm=self.k_norm,
-            norm_eps=eps,
-            block_table=block_table(slots),
-        )
+        fused = product(features.flatten(0, 1).to(self.weight.dtype).contiguous(), self.fuse)
+        context = add_rms_norm(fused, self.norm, eps=eps).view(*positions.shape, -1)
+        positions = positions.contiguous()
+        where = positions, positions, *self.behind, block_table(slots)
+        inject_fitting(context, self.weight, *self.pages, *where, eps)
+
+    def commit(self, tokens: Tensor, features: Tensor | None, positions: Tensor, slots: Tensor) -> None:
+        if self.backlog is not None and tokens.shape[1] == 1:
+            self.backlog.keep(features, positions, slots)
+        else:
+            self.inject(tokens, features, positions, slots)
 
     def denoise(self, rows: CycleRows, known: Tensor, count: int) -> tuple[Tensor, None]:
         drafter = self.drafter
@@ -92,9 +95,6 @@ class BlockDraft(Draft):
 
     def block_len(self, width: int) -> int:
         return width + self.drafter.config.first_draft_slot if width else 0
-
-    def clear(self, slot: int) -> None:
-        self.cache.clear(slot)
 
 
 class UniformDraft(BlockDraft):

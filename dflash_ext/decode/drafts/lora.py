@@ -14,9 +14,9 @@ from ..forward.adapted import AdaptedForward
 from ..forward.layers import Rows
 from ..forward.masks import causal_masks
 from ..kv_cache import MOST_ROWS
+from .backlog import UnreadTokens
 from .base import Draft, narrow
 from .sampler import CandidateSampler
-from .waiting import WaitingTokens, places_from
 
 
 class LoraDraft(Draft):
@@ -91,8 +91,8 @@ class GatedDraft(LoraDraft):
 class WholeDraft(LoraDraft):
     """An adapter on every row, the context's too, which has a cache of its own.
 
-    The block is the anchor and the mask rows, and sees the context strictly before the anchor. What a cycle commits is
-    read by the next draft, in the same forward.
+    The block is the anchor and the mask rows, and sees the context strictly before the anchor. What the cycle before has
+    committed is read by the draft, in the same forward.
 
     Args:
         slots, tokens: the number of rows, and the largest number of tokens in a row, as in `KVCache`.
@@ -102,24 +102,21 @@ class WholeDraft(LoraDraft):
         super().__init__(drafter, forward, **options)
         # The cache of a base that verifies has the keys and values without the adapter.
         self.cache = forward.make_cache(slots, tokens, MOST_ROWS) if drafter.base is None else forward.cache
-        self.unread = WaitingTokens(slots, self.width + 1, forward.target.device)
+        self.backlog = UnreadTokens(slots, self.width + 1, forward.target.device)
 
     def inject(self, tokens: Tensor, features: Tensor | None, positions: Tensor, slots: Tensor) -> None:
-        """Reads a part of a prompt with the adapter."""
+        """Reads tokens with the adapter."""
         counts, start = (positions >= 0).sum(dim=1), positions[:, 0].clamp(min=0)
         self._read(self.forward.embed(tokens), positions, slots, self._causal(start, tokens.shape[1], counts))
-        self.unread.drop(slots)
 
     def commit(self, tokens: Tensor, features: Tensor | None, positions: Tensor, slots: Tensor) -> None:
-        """Keeps the tokens for the next draft. A cycle without a draft, of one token, has them read."""
-        if tokens.shape[1] == 1:
-            waiting, places, masks = self._waiting(slots, positions[:, 0])
-            self._read(self.forward.embed(waiting), places, slots, masks)
-        self.unread.keep(tokens, positions, slots)
+        self.backlog.keep(tokens[..., None], positions, slots)
 
     def denoise(self, rows: CycleRows, known: Tensor, count: int) -> tuple[Tensor, Tensor | None]:
         block, first = rows.block_positions.shape[1], known.shape[1]
-        waiting, places, before = self._waiting(rows.slots, rows.start)
+        counts = self.backlog.waiting(rows)
+        waiting, _, places = self.backlog.take(rows.start, counts, rows.slots, self.backlog.room)
+        before = self._causal(rows.start - counts, waiting.shape[1], counts)
         embedded = self.forward.embed(torch.cat([waiting, known], dim=1))
         embedded = torch.cat([embedded, self.embed_masks(len(known), block - first)], dim=1)
         options = {"q_lens": rows.active * block, "causal": self.causal, "kv_len": self.cache.capacity}
@@ -132,17 +129,8 @@ class WholeDraft(LoraDraft):
         positions = torch.cat([places, self.positions(rows.block_positions)], dim=1)
         places = torch.cat([places, rows.block_places], dim=1)
         hidden = self._read(embedded, positions, rows.slots, masks, places)[:, waiting.shape[1] :]
+        self.backlog.mark(rows)
         return self.read_out(hidden[:, first : first + count])
-
-    def clear(self, slot: int) -> None:
-        self.cache.clear(slot)
-        self.unread.counts[slot] = 0
-
-    def _waiting(self, slots: Tensor, start: Tensor) -> tuple[Tensor, Tensor, dict[str, IntervalMask]]:
-        """The committed tokens before `start` (int64 [B]) that are yet to be read, their places, and their masks."""
-        tokens, counts = self.unread.of(slots)
-        first, width = start - counts, tokens.shape[1]
-        return tokens, places_from(first, counts, width), self._causal(first, width, counts)
 
     def _causal(self, start: Tensor, count: int, exist: Tensor) -> dict[str, IntervalMask]:
         return causal_masks(self.forward.windows, start, count, exist, self.cache.capacity)
