@@ -43,12 +43,11 @@ struct EndCycleParams {
 
 // What belongs to the last tokens of every slot. That of position p is in place p % size.
 struct RingParams {
-  int64_t rows, tokens, bytes;              // the rows of the batch, the tokens of each, the bytes of a token
-  int64_t ring_slots, size;                 // the slots of the ring, the tokens of each
-  const int32_t* slots;                     // [rows]
-  const int64_t *start, *counts;            // [rows], when the ring is read
-  int64_t* positions;                       // [rows, tokens], -1 for no token; they are given when the ring is written
-  char *ring, *values;                      // [ring_slots, size, bytes], [rows, tokens, bytes]
+  int64_t rows, tokens, bytes, size;  // rows of the batch, tokens of each, bytes of a token, places of a slot
+  const int32_t* slots;               // [rows]
+  const int64_t *start, *counts;      // [rows], when the ring is read
+  int64_t* positions;                 // [rows, tokens], -1 for no token; given when the ring is written
+  char *ring, *values;                // [slots, size, bytes], [rows, tokens, bytes]
 };
 
 // The position of column `column` of a row when the ring is read: `counts` tokens end before `start`. It is -1 if there

@@ -126,7 +126,6 @@ RingParams ring_params(const char* op, const Tensor& ring, const Tensor& slots, 
   p.rows = slots.size(0);
   p.tokens = tokens;
   p.bytes = ring.size(2) * int64_t(ring.element_size());
-  p.ring_slots = ring.size(0);
   p.size = ring.size(1);
   p.ring = static_cast<char*>(ring.data_ptr());
   return p;

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -38,30 +39,36 @@ def prefill(cycle: Cycle, requests: Sequence[Request], drawing: Drawing) -> Tens
     Returns int64 [B], the first token of each, -1 if its logit is not finite.
     """
     state = cycle.state
-    slots = torch.tensor([request.slot for request in requests], device=state.device)
     lengths = [len(request.prompt) for request in requests]
     longest = max(lengths)
     chunk = min(CHUNK, longest)
-    padded = [[*request.prompt, *[0] * (longest - n)] for request, n in zip(requests, lengths, strict=True)]
-    tokens = torch.tensor(padded).to(state.device, non_blocking=True)
+    order = sorted(range(len(requests)), key=lambda row: (lengths[row] - 1) // chunk)  # by the chunk in which rows end
+    padded = chain.from_iterable(
+        [*request.prompt, *[0] * (longest - n)] for request, n in zip(requests, lengths, strict=True)
+    )
+    # All numbers go to the device in one copy, for which the host does not wait.
+    given = torch.tensor([*(request.slot for request in requests), *order, *padded]).to(state.device, non_blocking=True)
+    slots, ending, tokens = given.split([len(requests), len(requests), longest * len(requests)])
+    tokens = tokens.view(-1, longest)
     rows = begin_cycle(state.numbers, slots, 0, 0)
+    column = torch.arange(longest, device=state.device)
+    positions = torch.where(column < rows.start[:, None], column, -1)
     if has_penalties := any(name in PENALTIES for name in drawing.changes):
         state.counts[slots] = 0
         count_tokens_(state.counts, tokens, lens=rows.start, table_rows=slots, prompt=True)
     anchors = torch.full_like(rows.start, -1)
     for first in range(0, longest, chunk):
-        part = tokens[:, first : first + chunk]
+        part, places = tokens[:, first : first + chunk], positions[:, first : first + chunk].contiguous()
         counts = (rows.start - first).clamp(0, part.shape[1])
-        column = torch.arange(part.shape[1], device=state.device)
-        positions = torch.where(column < counts[:, None], first + column, -1)
         begin = torch.full_like(rows.start, first)
-        ends = [(row, n - 1 - first) for row, n in enumerate(lengths) if first < n <= first + part.shape[1]]
-        logits, features = cycle.target.read(part, positions, begin, counts, rows.slots, cycle.taps, ends)
+        ended = [row for row in order if first < lengths[row] <= first + part.shape[1]]
+        ends = [(row, lengths[row] - 1 - first) for row in ended]
+        logits, features = cycle.target.read(part, places, begin, counts, rows.slots, cycle.taps, ends)
         if cycle.draft is not None:
-            cycle.draft.inject(part, features, positions, rows.slots)
-        if ends:
-            ended = torch.tensor([row for row, _ in ends], device=state.device)
-            anchors[ended] = _first_tokens(state, slots[ended], logits, drawing)
+            cycle.draft.inject(part, features, places, rows.slots)
+        if ended:
+            index, ending = ending[: len(ended)], ending[len(ended) :]
+            anchors[index] = _first_tokens(state, slots[index], logits, drawing)
     if has_penalties:
         count_tokens_(state.counts, anchors[:, None], table_rows=slots)
     stopped = (anchors[:, None] == state.stops.index_select(0, slots)).any(1)

@@ -1,5 +1,5 @@
-"""The two ends of a decoding cycle: what its forwards need of the rows' state, and the commit. What its tokens leave for
-the drafter to read, in a ring. And a GPU's clock."""
+"""The two ends of a decoding cycle: what its forwards need of the rows' state, and the commit. Beside them the ring of
+what waits for the drafter, and a GPU's clock."""
 
 from __future__ import annotations
 
@@ -114,8 +114,8 @@ def read_ring(ring: Tensor, start: Tensor, counts: Tensor, slots: Tensor, tokens
         slots: int32 ``[B]``.
         tokens: R, the number of columns, at least the largest number of tokens.
 
-    Returns the values ``[B, R, W]``, with zeros behind the last token, and the positions int64 ``[B, R]``, with -1 there.
-    Tokens whose position is negative, or whose place a later one has taken, are left out in the same way.
+    Returns the values ``[B, R, W]`` and the positions int64 ``[B, R]``: zeros and -1 behind the last token, and for
+    tokens whose position is negative or whose place a later one has taken.
 
     Raises RuntimeError for tensors that do not fit together, and on the CPU for a slot that does not exist.
     """

@@ -213,8 +213,8 @@ def inject_fitting(
 
 
 def product(rows: Tensor, weight: Tensor) -> Tensor:
-    """``rows @ weight.T`` of contiguous ``[T, K]`` and ``[N, K]``, without checks: by `linear` for few rows, and for many
-    by PyTorch's product, which is then the faster one."""
+    """``rows @ weight.T`` of contiguous ``[T, K]`` and ``[N, K]``, without checks: by `linear` for few rows, and by
+    PyTorch's product for many, for which it is the faster one."""
     return linear(rows, weight) if len(rows) <= 32 else rows @ weight.T
 
 

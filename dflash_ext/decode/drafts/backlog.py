@@ -35,8 +35,8 @@ class Backlog:
         self.counts = [0] * slots
 
     def keep(self, values: Tensor, positions: Tensor, slots: Tensor) -> None:
-        """Keeps what belongs to tokens, [B, R, width], at `positions` (int64 [B, R], -1: none) of rows in `slots` (int32
-        [B])."""
+        """Keeps what belongs to tokens, [B, R, width], at `positions` (int64 [B, R], -1: none) of the rows in `slots`
+        (int32 [B])."""
         write_ring(self.ring, values.to(self.ring.dtype).contiguous(), positions, slots)
 
     def late(self, slots: Sequence[int], width: int) -> Iterator[list[int]]:

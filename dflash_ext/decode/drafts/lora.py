@@ -91,8 +91,8 @@ class GatedDraft(LoraDraft):
 class WholeDraft(LoraDraft):
     """An adapter on every row, the context's too, which has a cache of its own.
 
-    The block is the anchor and the mask rows, and sees the context strictly before the anchor. What the cycle before has
-    committed is read by the draft, in the same forward.
+    The block is the anchor and the mask rows, and sees the context strictly before the anchor. The draft reads what the
+    cycle before has committed in the same forward.
 
     Args:
         slots, tokens: the number of rows, and the largest number of tokens in a row, as in `KVCache`.
