@@ -69,22 +69,26 @@ def test_a_draft_reads_what_cycles_left(make, monkeypatch):
     assert found["late"] == found["at once"] != found.get("never")
 
 
-def expect_caches(engine: Engine, make) -> int:
-    """What the drafter has read of rows is what it reads of the same texts as prompts. Returns the number of rows."""
+def expect_caches(engine: Engine, answers: dict, make, tolerance: float = 1e-3) -> int:
+    """What the drafter has read of rows is what it reads of the same texts as prompts. Returns the number of rows.
+
+    answers: what the requests will get.
+    """
     backlog, checked = engine.cycle.draft.backlog, 0
     for slot, request in engine.rows.items():
         start, _, _, active, _ = engine.state.numbers[slot].tolist()
         if not active:
             continue
         is_read = int(backlog.read[slot]) if isinstance(backlog, UnreadTokens) else start - backlog.counts[slot]
-        assert start - MOST <= is_read <= start
-        text = [*request.prompt, *own_output(engine.target.model, request.prompt, request.max_new_tokens)][:is_read]
+        assert start - backlog.ring.shape[1] <= is_read <= start
         fresh = make()
-        fresh.submit(text, max_new_tokens=1)
+        fresh.submit([*request.prompt, *answers[request]][:is_read], max_new_tokens=1)
         fresh.run()
         for mine, others in zip(engine.cycle.draft.cache.layers, fresh.cycle.draft.cache.layers, strict=True):
             for ours, expected in zip(mine, others, strict=True):
-                torch.testing.assert_close(ours[slot, :, :is_read], expected[0, :, :is_read], atol=2e-5, rtol=1e-4)
+                ours, expected = ours[slot, :, :is_read].float(), expected[0, :, :is_read].float()
+                wrong = (ours - expected).norm(dim=(0, 2)) > tolerance * expected.norm(dim=(0, 2))
+                assert not wrong.any(), wrong.nonzero()
         checked += 1
     return checked
 
@@ -105,20 +109,21 @@ def test_the_context_of_rows_that_come_and_go(make, how, monkeypatch):
         own(self, slots, *given)
 
     monkeypatch.setattr(Cycle, "_count", fails)
-    prompts = random_prompts(3, 9, 5, 17, 2, 30)
-    requests = [engine.submit(prompt, max_new_tokens=90 - 13 * i) for i, prompt in enumerate(prompts)]
+    requests = [
+        engine.submit(prompt, max_new_tokens=90 - 13 * i) for i, prompt in enumerate(random_prompts(3, 9, 5, 17, 2, 30))
+    ]
+    answers = {r: own_output(engine.target.model, r.prompt, r.max_new_tokens) for r in requests}
     choose, checked, steps = Pace.choose, 0, 0
     while engine.step():
         steps += 1
         if steps % 23 == 0:
-            checked += expect_caches(engine, make)
+            checked += expect_caches(engine, answers, make)
             monkeypatch.setattr(Pace, "choose", choose)
         if steps == 30:
             engine.cancel(requests[1])
-    for i, request in enumerate(requests):
-        expected = own_output(engine.target.model, request.prompt, request.max_new_tokens)
+    for request, expected in answers.items():
         tokens = request.completion.tokens
-        assert tokens == (expected[: len(tokens)] if i == 1 else expected)
+        assert tokens == (expected[: len(tokens)] if request is requests[1] else expected)
     assert checked > 5
 
 
