@@ -96,7 +96,7 @@ def make_cycle(
     Args:
         slots: those of the caches, the spare one included.
         width: the most drafted tokens of a block.
-        lazy: whether tokens that plain cycles commit may wait for the next draft until the drafter reads them.
+        lazy: as in `BlockDraft`. Drafters that read tokens themselves always let those of plain cycles wait.
 
     Raises ValueError for a drafter that the target's forward does not serve.
     """
