@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..ops import sample
 from .request import Request
-from .state import FILTERS, OFF, PENALTIES
+from .state import FILTERS, PENALTIES
 
 TABLES = ("token_counts", "logit_bias")  # of all slots, which rows of logits reach by their `table_rows`
 
@@ -28,10 +28,9 @@ class Drawing:
 
     @classmethod
     def of(cls, requests: Sequence[Request]) -> Drawing:
-        used = [name for name, off in OFF.items() if any(request.options[name] != off for request in requests)]
-        filters = tuple(name for name in used if name in FILTERS) if "temperature" in used else ()
-        changes = [name for name in used if name in PENALTIES]
-        return cls(filters, (*changes, *(["logit_bias"] if any(request.bias for request in requests) else [])))
+        used = frozenset().union(*[request.uses for request in requests])
+        filters = tuple(name for name in FILTERS if name in used) if "temperature" in used else ()
+        return cls(filters, tuple(name for name in (*PENALTIES, "logit_bias") if name in used))
 
 
 def draw(

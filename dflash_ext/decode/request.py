@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from .completion import Completion
 from .pace import RowPace
+from .state import OFF
 from .text import Text
 
 
@@ -40,6 +42,12 @@ class Request:
     decoded: int = 0
     pace: RowPace = field(default_factory=RowPace)
 
+    @cached_property
+    def uses(self) -> frozenset[str]:
+        """The options that are not off, and "logit_bias" if there is one."""
+        used = {name for name, value in self.options.items() if value != OFF[name]}
+        return frozenset(used | ({"logit_bias"} if self.bias else set()))
+
     @property
     def left(self) -> int:
         """The number of tokens that may yet be decoded."""
@@ -51,33 +59,34 @@ class Request:
 
     def commit_cycle(self, drafted: list[int], accepted: int, bonus: int) -> None:
         """Adds what a cycle has committed: the first `accepted` of the `drafted` tokens, and the bonus token."""
-        self.completion.verified.append(len(drafted))
-        self.completion.accepted.append(accepted)
-        self.completion.drafted.append(drafted)
+        completion = self.completion
+        completion.verified.append(len(drafted))
+        completion.accepted.append(accepted)
+        completion.drafted.append(drafted)
         self.commit([*drafted[:accepted], bonus], in_cycle=True)
 
     def commit(self, tokens: list[int], *, in_cycle: bool = False) -> None:
         """Adds tokens up to a stop token or stop string, and ends the request there or at its largest length."""
-        stop = next((i for i, token in enumerate(tokens) if token in self.stops), None)
-        tokens = tokens if stop is None else tokens[: stop + 1]
+        stops = not self.stops.isdisjoint(tokens)
+        if stops:
+            tokens = tokens[: 1 + next(i for i, token in enumerate(tokens) if token in self.stops)]
         if self.text is not None:
             tokens = tokens[: self.text.add(tokens)]
+            stops = stops or self.text.stopped
         self.decoded += len(tokens)
         if in_cycle:
             self.completion.committed.append(len(tokens))
-        if stop is not None or (self.text is not None and self.text.stopped):
-            self.completion.finish_reason = "stop"
-        elif self.decoded == self.max_new_tokens:
-            self.completion.finish_reason = "length"
-        if self.done and self.text is not None:
-            self.text.finish()
-        ended = self.done  # a callback may cancel the request, and then it is not called back again
+        ended = stops or self.decoded == self.max_new_tokens
+        if ended:
+            self.completion.finish_reason = "stop" if stops else "length"
+            if self.text is not None:
+                self.text.finish()
         tokens, text = self._add(tokens)
         if tokens and self.on_tokens:
             self.on_tokens(tokens)
         if text and self.on_text:
             self.on_text(text)
-        if ended:
+        if ended:  # a callback may cancel the request, and then it is not called back again
             self.finish()
 
     def end(self, reason: str, error: BaseException | None = None) -> None:
