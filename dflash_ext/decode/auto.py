@@ -25,7 +25,7 @@ class Auto:
     """
 
     def __init__(self, cycle: Cycle, runner: PlainRunner, given: Mapping[int, Mapping[int, float]] | None = None):
-        self.runner = runner
+        self.cycle, self.runner = cycle, runner
         self.pace = Pace(draft_widths(cycle.width), cycle.lead, cycle.groups)
         self.costs = Costs(self.pace.widths, given, UNKNOWN if runner.is_steady else 1.0)
 
@@ -33,17 +33,24 @@ class Auto:
         self, requests: Sequence[Request], drawing: Drawing, *, others_wait: bool
     ) -> tuple[Tensor, Callable[[], None] | None]:
         """Runs a cycle of requests. Returns their records, and what takes note of its time once they can be read."""
-        runner, slots = self.runner, [request.slot for request in requests]
+        slots = [request.slot for request in requests]
         rows = Rows([request.pace.luck for request in requests], [request.left for request in requests], others_wait)
-        sizes = {width: runner.size(len(slots), drawing, width) for width in self.pace.widths}
-        plain = self.costs.table(sizes[0])
-        width, other = (0, 0) if plain is None else self._widths(rows, drawing, sizes, plain)
-        size, width = runner.plan(len(slots), drawing, width, other, rows.most_left, plain and plain[0])
-        self.pace.spend(width, self.costs.of(size, width))
+        size, width, plain = self._plan(slots, drawing, rows)
+        unread = self.cycle.unread(slots, width)
+        late = self.costs.catching_up(unread) / plain if plain else 0.0
+        self.pace.spend(width, self.costs.of(size, width) + late)
+        add_catching_up = self._timed_catch_up(slots, drawing, width, unread)
         if self.costs.is_measured(size, width):
-            return runner.run(slots, drawing, width, size), None
-        records, cost = runner.timed_run(slots, drawing, width, size)
-        return records, cost and (lambda: self.costs.add(size, width, *cost()))
+            return self.runner.run(slots, drawing, width, size), add_catching_up
+        records, cost = self.runner.timed_run(slots, drawing, width, size)
+
+        def add() -> None:
+            if add_catching_up is not None:
+                add_catching_up()
+            if cost is not None:
+                self.costs.add(size, width, *cost())
+
+        return records, add
 
     def observe(self, rows: Sequence[tuple[Request, int, int]], *, others_wait: bool) -> None:
         """Takes note of a cycle before it is committed: each request's verified and accepted drafted tokens."""
@@ -56,21 +63,38 @@ class Auto:
             saved = max(left) - max(n - accepted for n, (*_, accepted) in zip(left, rows, strict=True))
         self.pace.observe([(request.pace, verified, accepted) for request, verified, accepted in rows], saved)
 
-    def _widths(
-        self, rows: Rows, drawing: Drawing, sizes: Mapping[int, int], plain: Mapping[int, float]
-    ) -> tuple[int, int]:
-        """How many tokens the next cycle is to draft, and how many of those that it can draft at once.
-
-        sizes: the slots of a cycle that drafts so many tokens. plain: the costs with the slots of one without a draft.
-        """
-        most = self.pace.widths[-1] if self.runner.is_steady else self.costs.longest(sizes[0])
-        costs = {
-            width: (plain if size == sizes[0] else self.costs.table(size) or plain)[width]
+    def _plan(self, slots: Sequence[int], drawing: Drawing, rows: Rows) -> tuple[int, int, float | None]:
+        """The slots that the next cycle computes, the tokens that it drafts, and the seconds of a plain one."""
+        count = len(slots)
+        sizes = {width: self.runner.ready(count, drawing, width) for width in self.pace.widths}
+        fitting = self.runner.fitting(count)
+        plain_size = sizes[0] or fitting
+        table = self.costs.table(plain_size)
+        if table is None:
+            return *self.runner.plan(count, drawing, 0, 0, rows.most_left), None
+        plain = table[0]
+        late = self.costs.catching_up(self.cycle.unread(slots, self.cycle.width)) / plain
+        most = self.pace.widths[-1] if self.runner.is_steady else self.costs.longest(plain_size)
+        cycles = {
+            width: (self.costs.table(size or fitting) or table)[width] / plain
             for width, size in sizes.items()
             if width <= most
         }
-        ready = [width for width in costs if self.runner.is_ready(len(rows.left), drawing, width)]
-        width = self.pace.choose(costs, rows, ready)
-        if width in ready or 0 not in ready:
-            return width, width
-        return width, self.pace.choose({each: costs[each] for each in ready}, rows, ready)
+        ready = [width for width in cycles if sizes[width]]
+        width = other = self.pace.choose(cycles, rows, ready, late)
+        if width not in ready and 0 in ready:
+            other = self.pace.choose({each: cycles[each] for each in ready}, rows, ready, late)
+        return *self.runner.plan(count, drawing, width, other, rows.most_left, plain), plain
+
+    def _timed_catch_up(
+        self, slots: Sequence[int], drawing: Drawing, width: int, unread: int
+    ) -> Callable[[], None] | None:
+        """Measures how long the drafter reads so many tokens that plain cycles have left, if that is not known. Returns
+        what takes note of it.
+
+        Before a cycle that has to be made ready the device has other work meanwhile, so that the time tells nothing.
+        """
+        if not unread or self.costs.knows_catching_up(unread) or not self.runner.ready(len(slots), drawing, width):
+            return None
+        seconds = self.runner.timed_catch_up(slots, width)
+        return lambda: self.costs.add_catching_up(unread, seconds())

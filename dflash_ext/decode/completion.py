@@ -56,7 +56,8 @@ class Decoded:
         cycles: the number of the target's forward passes after prefill, each for a whole batch.
         draft_seconds, verify_seconds, commit_seconds: the parts of these cycles. To commit is to keep the accepted
             tokens and, for the drafter, their features.
-        costs: with the block size "auto", the seconds of a cycle by its number of rows and of drafted tokens.
+        costs: with the block size "auto", the seconds of a cycle by its number of rows and of drafted tokens, as
+            `Engine` takes them.
     """
 
     completions: list[Completion]

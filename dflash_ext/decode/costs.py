@@ -6,6 +6,7 @@ import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 
+CATCHING_UP = 0  # stands in a table for the number of rows where a drafter reads what plain cycles have left for it
 RUNS = 3  # a cost is the shortest time of so many cycles, as a disturbance only adds to it
 
 
@@ -14,8 +15,16 @@ def draft_widths(most: int) -> tuple[int, ...]:
     return tuple(sorted({0, most, *(width for width in (1, 3, 7, 15, 31) if width < most)}))
 
 
+def rounded(tokens: int) -> int:
+    """The next power of two."""
+    return 1 << (tokens - 1).bit_length()
+
+
 class Costs:
     """The seconds of a cycle, by its number of rows and of drafted tokens.
+
+    In the place of no rows stand those in which the drafter reads what plain cycles have left for it, by the number of
+    tokens, which is rounded up to a power of two.
 
     They are measured once, in the first cycles of each kind, which decode tokens as all others do: plain ones first,
     which lose nothing against plain decoding, and then drafts that grow as long as they promise to pay. What is not
@@ -55,6 +64,21 @@ class Costs:
         for table, values in zip((self.seconds, self.drafting), zip(*runs, strict=True), strict=True):
             table.setdefault(rows, {})[width] = min(values)
 
+    def add_catching_up(self, tokens: int, seconds: float) -> None:
+        """Takes note of the time in which the drafter has read so many tokens."""
+        self.add(CATCHING_UP, rounded(tokens), seconds, 0.0)
+
+    def knows_catching_up(self, tokens: int) -> bool:
+        return self.is_measured(CATCHING_UP, rounded(tokens))
+
+    def catching_up(self, tokens: int) -> float:
+        """The seconds in which the drafter reads so many tokens: those of the nearest number that is measured and not
+        larger. They are 0 as long as nothing is known."""
+        table = self.seconds.get(CATCHING_UP)
+        if not tokens or not table:
+            return 0.0
+        return table[max((known for known in table if known <= rounded(tokens)), default=min(table))]
+
     def is_measured(self, rows: int, width: int) -> bool:
         return self.is_given or len(self.runs.get((rows, width), ())) >= RUNS
 
@@ -64,8 +88,8 @@ class Costs:
 
     def tables(self) -> dict[int, dict[int, float]]:
         """The table of each number of rows that cycles had, with estimates in the place of what is not measured."""
-        tables = {rows: self.table(rows) for rows in self.seconds}
-        return {rows: table for rows, table in tables.items() if table is not None}
+        tables = {rows: table if rows == CATCHING_UP else self.table(rows) for rows, table in self.seconds.items()}
+        return {rows: dict(table) for rows, table in tables.items() if table is not None}
 
     def longest(self, rows: int) -> int:
         """The longest draft that may be run: the next one after those measured."""

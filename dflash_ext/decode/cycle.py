@@ -45,6 +45,13 @@ class Cycle:
     def begin(self, slots: Tensor, drawing: Drawing) -> None:
         """What is to be done for new rows, whose prompts have been read."""
 
+    def unread(self, slots: Sequence[int], width: int) -> int:
+        """The number of tokens that the drafter reads `before` such a cycle."""
+        backlog = None if self.draft is None else self.draft.backlog
+        if backlog is None:
+            return 0
+        return sum(backlog.counts[slot] for late in backlog.late(slots, width) for slot in late)
+
     def before(self, slots: Sequence[int], width: int) -> None:
         """What is to be done outside of a graph before a cycle of these slots that drafts `width` tokens."""
         if self.draft is not None:

@@ -37,6 +37,7 @@ from .stopwatch import Stopwatch
 from .text import Text
 
 SLOTS_A_WAVE = 32  # where requests wait, one of so many slots has to be free before some are admitted
+BEFORE_DRAFTED = 4  # the numbers of a cycle's record that stand before the drafted tokens
 TOKENS_A_SLOT = 8  # tokens that are read at a time, by the number of slots
 
 
@@ -90,7 +91,9 @@ class Engine:
             "auto" chooses anew before each cycle, from what was accepted so far and from what cycles cost here
             (`decode.auto`). It may also choose to draft nothing.
         costs: with "auto", what cycles cost, as `engine.costs.tables()` of an earlier engine: seconds by the number of
-            rows and by that of drafted tokens. By default they are measured. With a table, a seed repeats an answer.
+            rows and by that of drafted tokens. In the place of no rows may stand those in which the drafter reads what
+            plain cycles have left, by the number of tokens. By default all are measured. With a table, a seed repeats
+            an answer.
         denoising_steps: 1 to 3 forwards of the drafter fill a block, from left to right. Each sees what the ones before
             it have drafted.
         greedy_draft: the draft is the likeliest one also at a temperature above 0. Such a token x is accepted with the
@@ -346,8 +349,8 @@ class Engine:
     def _read(self, record: Record) -> None:
         values = record.read()
         if not record.is_prefill:
-            self.cycles += any(active for active, *_ in values)
-            if self.auto is not None:
+            self.cycles += any(row[0] for row in values)
+            if self.auto is not None and len(values[0]) > BEFORE_DRAFTED:
                 pairs = zip(record.requests, values, strict=True)
                 read = [(request, *row[1:3]) for request, row in pairs if row[0] and row[3] >= 0]
                 self.auto.observe(read, others_wait=bool(self.waiting))
@@ -371,8 +374,8 @@ class Engine:
             raise FloatingPointError(f"the target's logits are not finite after {request.decoded} decoded tokens")
         if is_prefill:
             request.commit([token])
-            return
-        request.commit_cycle(drafted[:verified], accepted, token)
+        else:
+            request.commit_cycle(drafted[:verified], accepted, token)
 
     def _fail(self, request: Request, fault: BaseException) -> None:
         """Ends a request that has raised."""

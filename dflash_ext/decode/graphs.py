@@ -20,9 +20,9 @@ from .stopwatch import Stopwatch
 
 # A graph has one number of rows. Slots beyond the rows that are decoded are filled up with the spare slot.
 SIZES = (1, 2, 4, 8, 16, 24, 32)
-# A plain call and a capture take the host about 8 ms each. Before either, the host queues QUEUED seconds of cycles, or
+# A plain call and a capture take the host about 4 ms each. Before either, the host queues QUEUED seconds of cycles, or
 # AHEAD cycles if it does not know how long they take, so that the device has work in the meantime.
-QUEUED, AHEAD = 20e-3, 24
+QUEUED, AHEAD = 12e-3, 15
 MISSED = 16  # A larger graph stands in for a smaller one so many times. Then the smaller one is made.
 
 Cost = Callable[[], tuple[float, float]]  # what gives the seconds of a cycle, and those that passed while it drafted
@@ -61,13 +61,13 @@ class PlainRunner:
         """
         return rows, width
 
-    def size(self, rows: int, drawing: Drawing, width: int) -> int:
-        """The number of slots that such a cycle computes if it need not be made ready."""
+    def fitting(self, rows: int) -> int:
+        """The smallest number of slots of a cycle that has room for so many rows."""
         return rows
 
-    def is_ready(self, rows: int, drawing: Drawing, width: int) -> bool:
-        """Whether such a cycle can be run at once."""
-        return True
+    def ready(self, rows: int, drawing: Drawing, width: int) -> int | None:
+        """The smallest number of slots of such a cycle that can be run at once; None if none can."""
+        return rows
 
     def run(self, slots: Sequence[int], drawing: Drawing, width: int, size: int | None = None) -> Tensor:
         """One cycle of the rows in these slots, which drafts `width` tokens. Returns their records as `Cycle` does.
@@ -99,6 +99,19 @@ class PlainRunner:
         phases = watch.lap()
         drafting = seconds * phases["draft"] / sum(phases.values())
         return records, lambda: (seconds, drafting)
+
+    def timed_catch_up(self, slots: Sequence[int], width: int) -> Callable[[], float]:
+        """Does what is to be done before a cycle of the rows in these slots that drafts `width` tokens. Returns what
+        gives the seconds by which that delays the cycle, to be called when its records have been read.
+
+        On a GPU they are those of its stream, which may wait for the host.
+        """
+        watch, start = Stopwatch(self.device), time.thread_time()
+        watch.start("catch up")
+        self.cycle.before(slots, width)
+        watch.stop()
+        seconds = time.thread_time() - start
+        return lambda: watch.lap()["catch up"] if watch.cuda else seconds
 
     def reset(self) -> None:
         """Forgets what depends on the tensors of the state."""
@@ -164,7 +177,7 @@ class GraphRunner(PlainRunner):
     def plan(
         self, rows: int, drawing: Drawing, width: int, other: int, left: int, seconds: float | None = None
     ) -> tuple[int, int]:
-        fitting, made = self._fitting(rows), self._made(rows, drawing, width)
+        fitting, made = self.fitting(rows), self.ready(rows, drawing, width)
         is_made = made == fitting
         if made is not None and not is_made:
             key = fitting, drawing, width
@@ -173,7 +186,7 @@ class GraphRunner(PlainRunner):
         if is_made:
             self.lag = 1
             return made, width
-        size, width_now = (made, width) if made is not None else (self._made(rows, drawing, other), other)
+        size, width_now = (made, width) if made is not None else (self.ready(rows, drawing, other), other)
         ahead = AHEAD if seconds is None else min(AHEAD, 1 + int(QUEUED / seconds))
         if size is None or self.lag > ahead:
             self.lag = 1
@@ -182,14 +195,17 @@ class GraphRunner(PlainRunner):
         self.lag = self.lag + 1 if left > ahead + 4 else 1
         return size, width_now
 
-    def size(self, rows: int, drawing: Drawing, width: int) -> int:
-        return self._made(rows, drawing, width) or self._fitting(rows)
+    def fitting(self, rows: int) -> int:
+        return next(size for size in self.sizes if size >= rows)
 
-    def is_ready(self, rows: int, drawing: Drawing, width: int) -> bool:
-        return self._made(rows, drawing, width) is not None
+    def ready(self, rows: int, drawing: Drawing, width: int) -> int | None:
+        for size in self.sizes:
+            if size >= rows and (size, drawing, width) in self.graphs:
+                return size
+        return None
 
     def run(self, slots: Sequence[int], drawing: Drawing, width: int, size: int | None = None) -> Tensor:
-        key = size or self._fitting(len(slots)), drawing, width
+        key = size or self.fitting(len(slots)), drawing, width
         if key not in self.graphs:
             if key not in self.called:
                 records = self._run(slots, drawing, width, key[0], self.watch)
@@ -211,7 +227,7 @@ class GraphRunner(PlainRunner):
     ) -> tuple[Tensor, Cost | None]:
         """As that of `PlainRunner`, but by the GPU's clock, so that the host's time does not count."""
         records = self.run(slots, drawing, width, size)
-        captured = self.graphs.get((size or self._fitting(len(slots)), drawing, width))
+        captured = self.graphs.get((size or self.fitting(len(slots)), drawing, width))
         if captured is None:
             return records, None
         last = captured.watch.last()
@@ -239,14 +255,6 @@ class GraphRunner(PlainRunner):
         """Captures a cycle of one row. Raises what the capture does."""
         key = 1, Drawing(), self.cycle.width
         self.graphs[key] = self._capture(*key)
-
-    def _fitting(self, rows: int) -> int:
-        """The smallest number of slots that has room for so many rows."""
-        return next(size for size in self.sizes if size >= rows)
-
-    def _made(self, rows: int, drawing: Drawing, width: int) -> int | None:
-        """The number of slots of the smallest graph that has room for so many rows; None if no graph has."""
-        return next((size for size in self.sizes if size >= rows and (size, drawing, width) in self.graphs), None)
 
     def _capture(self, size: int, drawing: Drawing, width: int) -> Graph:
         """Only the spare slot is decoded while a graph is made, so that no row changes."""

@@ -72,6 +72,9 @@ class Pace:
         widths: the numbers of drafted tokens to choose from.
         lead: the number of cycles that pass, after one without a draft, until one verifies a draft again.
         groups: of a cycle of one forward. If so many tokens are accepted, the next cycle has no draft to verify.
+
+    Attributes:
+        promises: the expected number of tokens from a cycle of a mean row, by the number of drafted tokens from 0 on.
     """
 
     def __init__(self, widths: Sequence[int], lead: int = 0, groups: int | None = None):
@@ -79,6 +82,7 @@ class Pace:
         self.tried = [0.0] * widths[-1]
         self.kept = [0.0] * widths[-1]
         self.without = 0  # cycles without a draft in a row
+        self.promises = self.promised()
         self.passed = 0.0  # the time of all cycles, in plain ones
         self.lost = 0.0  # of it, what drafts have cost beyond what they gained
 
@@ -89,17 +93,19 @@ class Pace:
         drafted = [row for row in rows if row[1]]
         if not drafted:
             return
-        promises = self.promises()
+        promises = self.promises
         for row, verified, accepted in drafted:
             row.observe(promises[verified] - 1, accepted)
         decay = MEMORY ** len(drafted)
-        for position in range(max(verified for _, verified, _ in drafted)):
-            reached = [accepted for _, verified, accepted in drafted if verified > position and accepted >= position]
+        reached = [(verified, accepted) for _, verified, accepted in drafted]
+        for position in range(max(verified for verified, _ in reached)):
+            reached = [row for row in reached if row[0] > position <= row[1]]
             self.tried[position] = decay * self.tried[position] + len(reached)
-            self.kept[position] = decay * self.kept[position] + sum(accepted > position for accepted in reached)
+            self.kept[position] = decay * self.kept[position] + sum([row[1] > position for row in reached])
+        self.promises = self.promised()
 
     def spend(self, width: int, cycles: float) -> None:
-        """Takes note of a cycle that drafts so many tokens, and of its time in plain ones."""
+        """Takes note of a cycle that drafts so many tokens, and of its time in plain ones, catching up included."""
         self.passed += cycles
         self.lost += cycles - 1
         if not width:
@@ -121,8 +127,8 @@ class Pace:
             rates.append(before)
         return rates
 
-    def promises(self) -> list[float]:
-        """The expected number of tokens from a cycle, by the number of drafted tokens from 0 on."""
+    def promised(self) -> list[float]:
+        """What `promises` are by what was observed so far."""
         chances = list(accumulate(self.rates(), mul))
         tokens = list(accumulate(chances, initial=1.0))
         if self.groups is None or self.groups > len(chances):
@@ -130,27 +136,26 @@ class Pace:
         without = chances[self.groups - 1]  # the share of drafts that a cycle follows which commits one token
         return [each if width < self.groups else (each + without) / (1 + without) for width, each in enumerate(tokens)]
 
-    def choose(self, costs: Mapping[int, float], rows: Rows, ready: Sequence[int]) -> int:
+    def choose(self, cycles: Mapping[int, float], rows: Rows, ready: Sequence[int], late: float = 0.0) -> int:
         """The number of tokens to draft.
 
         Args:
-            costs: the seconds of a cycle for each of the widths that may be chosen, 0 among them.
+            cycles: the time of a cycle, in plain ones, for each of the widths that may be chosen, 0 among them.
             ready: the widths of cycles that can be run at once.
+            late: the time in which the drafter reads what plain cycles have left for it, in plain cycles.
         """
-        promises = self.promises()
-        cycles = {width: seconds / costs[0] for width, seconds in costs.items()}
-        gains = {width: promises[width] - 1 for width in costs}
+        gains = {width: self.promises[width] - 1 for width in cycles}
         # A cycle saves at most the gain of the luckiest row. So a draft that cannot pay is known without its rows.
         saved = {
             width: rows.saved(gain) if 1 + rows.most_luck * gain > cycles[width] else 0.0
             for width, gain in gains.items()
         }
-        width = max(costs, key=lambda width: (1 + saved[width]) / cycles[width])
-        probes = not width and self.without >= PROBE - 1 and len(costs) > 1
+        width = max(cycles, key=lambda width: (1 + saved[width]) / cycles[width])
+        probes = not width and self.without >= PROBE - 1 and len(cycles) > 1
         if probes:
-            drafts = [each for each in costs if each]
+            drafts = [each for each in cycles if each]
             width = min([each for each in drafts if each in ready] or drafts)
-        loss = cycles[width] - 1 - saved[width] + probes * self.lead * (cycles[width] - 1)
+        loss = cycles[width] - 1 - saved[width] + probes * self.lead * (cycles[width] - 1) + bool(width) * late
         has_begun = probes and self.without >= PROBE
         if not has_begun and self.lost + max(loss, 0.0) > RISK * min(rows.most_left, MOST_LEFT) + SHARE * self.passed:
             width = 0

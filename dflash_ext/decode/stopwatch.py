@@ -70,8 +70,6 @@ class Stopwatch:
 
     def lap(self) -> dict[str, float]:
         """Seconds by phase since the last lap."""
-        if self.cuda:
-            torch.cuda.synchronize()
         seconds: dict[str, float] = defaultdict(float)
         for phase, begin, end in self.marks:
             seconds[phase] += _seconds(begin, end)
@@ -83,4 +81,7 @@ class Stopwatch:
 def _seconds(begin, end) -> float:
     if isinstance(begin, float):
         return end - begin
-    return (end - begin).item() / 1e9 if isinstance(begin, Tensor) else begin.elapsed_time(end) / 1e3
+    if isinstance(begin, Tensor):
+        return (end - begin).item() / 1e9
+    end.synchronize()
+    return begin.elapsed_time(end) / 1e3

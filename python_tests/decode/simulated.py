@@ -10,6 +10,8 @@ from types import SimpleNamespace
 import torch
 
 from dflash_ext.decode.auto import Auto
+from dflash_ext.decode.cycle import Cycle
+from dflash_ext.decode.drafts.backlog import Backlog
 from dflash_ext.decode.drawing import Drawing
 from dflash_ext.decode.graphs import GraphRunner, PlainRunner, sizes_of
 from dflash_ext.decode.request import Request
@@ -33,67 +35,123 @@ class Clock:
 
     Args:
         host: what the host takes for a cycle. making: what it takes more for a plain call on a GPU, and for a graph.
+        late: what the host takes to have a drafter read what plain cycles have left for it.
+        token: what the device takes for each token of that.
         noise: the largest share by which a measurement is too long.
     """
 
-    def __init__(self, times: Times, *, host: float = 0.0, making: float = 0.0, noise: float = 0.25, seed: int = 0):
-        self.times, self.each, self.making = times, host, making
+    def __init__(
+        self,
+        times: Times,
+        *,
+        host: float = 0.0,
+        making: float = 0.0,
+        late: float = 0.0,
+        token: float = 0.0,
+        noise: float = 0.25,
+        seed: int = 0,
+    ):
+        self.times, self.each, self.making, self.late, self.token = times, host, making, late, token
         self.chance, self.noise = random.Random(seed), noise
-        self.host, self.ends = 0.0, deque([0.0])
+        self.host, self.free, self.ends = 0.0, 0.0, deque([0.0])
 
     def queue(self, rows: int, width: int, *, made: bool = True) -> float:
         """Adds a cycle to the queue, and returns how long it takes."""
         self.host += self.each + (0.0 if made else self.making)
         taken = time_of(self.times, rows, width)
-        self.ends.append(max(self.ends[-1], self.host) + taken)
+        self.free = max(self.free, self.host) + taken
+        self.ends.append(self.free)
         return taken
+
+    def catch_up(self, tokens: int) -> float:
+        """Has a drafter read so many tokens. Returns the time from where the device is free until it has read them."""
+        begin = max(self.free, self.host)
+        self.host += self.late
+        self.free = max(self.free, self.host) + tokens * self.token
+        return self.free - begin
 
     def wait(self, behind: int) -> None:
         """The host waits for the cycle that is so many behind the last one."""
         self.host = max(self.host, self.ends[-1 - behind])
 
-    def measured(self, taken: float, width: int) -> tuple[float, float]:
-        taken *= self.chance.uniform(1, 1 + self.noise)
-        return taken, 0.2 * taken if width else 0.0
+    def drafting(self, rows: int, width: int) -> float:
+        """What a draft of one token takes more than none, without what a token more takes in longer drafts."""
+        none, one, most = (time_of(self.times, rows, each) for each in (0, 1, 15))
+        return max(one - none - (most - one) / 14, 0.0) if width else 0.0
+
+    def measured(self, taken: float, drafting: float = 0.0) -> tuple[float, float]:
+        """What a clock says of these times."""
+        slower = self.chance.uniform(1, 1 + self.noise)
+        return slower * taken, slower * drafting
 
 
-class Plain(PlainRunner):
+class Drafted(Cycle):
+    """A cycle of 15 drafted tokens at most, which only knows what waits for the drafter."""
+
+    def __init__(self, clock: Clock, slots: int):
+        self.clock, self.width = clock, 15
+        self.state = SimpleNamespace(device=torch.device("cpu"))
+        self.draft = SimpleNamespace(backlog=Backlog(slots, 1, dtype=torch.float32, device=self.state.device))
+
+    def before(self, slots, width) -> float:
+        """Returns how long it takes."""
+        unread = self.unread(slots, width)
+        if not unread:
+            return 0.0
+        self.draft.backlog.forget(slots, None)
+        return self.clock.catch_up(unread)
+
+
+class Timed:
+    """How both runners measure what takes place before a cycle."""
+
+    def timed_catch_up(self, slots, width):
+        taken = self.cycle.before(slots, width)
+        return lambda: self.clock.measured(taken)[0]
+
+
+class Plain(Timed, PlainRunner):
     """A CPU."""
 
-    def __init__(self, clock: Clock):
-        self.clock, self.lag = clock, 0
+    def __init__(self, clock: Clock, slots: int):
+        super().__init__(Drafted(clock, slots))
+        self.clock = clock
 
     def run(self, slots, drawing, width, size=None):
+        self.cycle.before(slots, width)
         self.clock.queue(len(slots), width)
+        self.cycle.after(slots, width)
         return width
 
     def timed_run(self, slots, drawing, width, size=None):
-        taken = self.clock.queue(len(slots), width)
-        return width, lambda: self.clock.measured(taken, width)
+        times = time_of(self.clock.times, len(slots), width), self.clock.drafting(len(slots), width)
+        return self.run(slots, drawing, width), lambda: self.clock.measured(*times)
 
 
-class Graphs(GraphRunner):
+class Graphs(Timed, GraphRunner):
     """A GPU."""
 
     def __init__(self, clock: Clock, slots: int):
-        super().__init__(SimpleNamespace(state=SimpleNamespace(device=torch.device("cpu"))), sizes_of(slots))
+        super().__init__(Drafted(clock, slots), sizes_of(slots))
         self.clock, self.lag = clock, 1
 
     def run(self, slots, drawing, width, size=None):
+        self.cycle.before(slots, width)
         key = size, drawing, width
         made = key in self.graphs
         if key in self.called:
             self.graphs[key] = None
         self.called.add(key)
         self.clock.queue(size, width, made=made)
+        self.cycle.after(slots, width)
         return width
 
     def timed_run(self, slots, drawing, width, size=None):
         records = self.run(slots, drawing, width, size)
         if (size, drawing, width) not in self.graphs:
             return records, None
-        taken = time_of(self.clock.times, size, width)
-        return records, lambda: self.clock.measured(taken, width)
+        times = time_of(self.clock.times, size, width), self.clock.drafting(size, width)
+        return records, lambda: self.clock.measured(*times)
 
 
 def requests_of(rows: int, tokens: int) -> list[Request]:
@@ -105,9 +163,14 @@ def decode(
 ) -> float:
     """Decodes requests whose drafted tokens are accepted with these probabilities. Returns the time.
 
-    It does what the engine does: the host reads records when the runner lets it be so far behind.
+    It does what the engine does: the host reads records when the runner lets it be so far behind. Without `auto` there
+    is no drafter.
     """
     chance, drawing, clock, unread = random.Random(seed), Drawing(), runner.clock, deque()
+    if auto is None:
+        runner.cycle.draft = None
+    else:
+        runner.cycle.draft.backlog.forget([request.slot for request in requests], None)
     begin = clock.host
     rest = {request.slot: request.left for request in requests}  # what the device has yet to decode
     rows = list(requests)

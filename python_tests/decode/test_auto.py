@@ -1,11 +1,11 @@
 """What "auto" takes beside plain decoding, by the times of simulated devices."""
 
 import random
-from types import SimpleNamespace
 
 import pytest
 
 from dflash_ext.decode.auto import Auto
+from dflash_ext.decode.costs import CATCHING_UP
 from python_tests.decode.simulated import Clock, Graphs, Plain, decode, requests_of
 
 # Milliseconds of a cycle, by the numbers of rows and of drafted tokens: SmolLM2-135M on a CPU and on an H200, and a
@@ -22,14 +22,16 @@ GPU = {
     32: {0: 1.33, 1: 1.65, 3: 1.85, 7: 2.1, 15: 2.38},
 }
 DEVICES = {"cpu": CPU, "lora": LORA, "gpu": GPU}
+# Seconds: in which a GPU's host has a drafter catch up, and makes a graph, and in which a CPU's drafter reads a token.
+LATE, MAKING, TOKEN = 0.7e-3, 4e-3, 0.1e-3
 
 
 def runner(device: str, rows: int, seed: int) -> Plain | Graphs:
     times = {rows: {width: ms / 1e3 for width, ms in each.items()} for rows, each in DEVICES[device].items()}
     if device != "gpu":
-        return Plain(Clock(times, seed=seed))
-    making = 7e-3 if rows < 16 else 10e-3
-    return Graphs(Clock(times, host=0.25e-3 + rows * 0.01e-3, making=making, seed=seed), rows)
+        return Plain(Clock(times, token=TOKEN, seed=seed), rows)
+    making = MAKING if rows < 16 else 1.4 * MAKING
+    return Graphs(Clock(times, host=0.1e-3 + rows * 0.005e-3, making=making, late=LATE, seed=seed), rows)
 
 
 def over_plain(device: str, rows: int, tokens: int, rate: float, *, calls: int = 2, seed: int = 0) -> list[float]:
@@ -37,7 +39,7 @@ def over_plain(device: str, rows: int, tokens: int, rate: float, *, calls: int =
     chance = random.Random(seed)
     rates = [min(0.95, max(0.0, rate + chance.uniform(-0.15, 0.15))) if rate else 0.0 for _ in range(rows)]
     plain, own = runner(device, rows, seed), runner(device, rows, seed)
-    auto = Auto(SimpleNamespace(width=15, lead=0, groups=None), own)
+    auto = Auto(own.cycle, own)
     ratios = []
     for call in range(calls):
         seconds = [
@@ -78,10 +80,25 @@ def test_auto_gains_with_a_good_drafter(device, rows, tokens, most):
     assert first < most and second < max(most - 0.1, 0.55), (first, second)
 
 
+def test_a_draft_that_would_have_to_catch_up_for_long_is_left_out():
+    """By the given table alone, so that choices repeat."""
+    drafts = []
+    for table in {}, {CATCHING_UP: {64: 9.0}}:
+        own = runner("cpu", 1, 0)
+        auto = Auto(own.cycle, own, {1: {0: 1.0, 1: 1.2, 15: 1.5}} | table)
+        widths, run = [], own.run
+        own.run = lambda slots, drawing, width, size=None, run=run, widths=widths: (
+            widths.append(width) or run(slots, drawing, width)
+        )
+        decode(auto, own, requests_of(1, 400), [0.0], 0)
+        drafts.append([at for at, width in enumerate(widths) if width])
+    assert drafts[0][0] == drafts[1][0] == 0 and len(drafts[0]) > len(drafts[1])
+
+
 def test_a_graph_is_made_while_the_device_has_work():
     """The host makes graphs in a time in which a device that waited for it could do a tenth of the answers."""
     own = runner("gpu", 1, 0)
-    auto = Auto(SimpleNamespace(width=15, lead=0, groups=None), own)
+    auto = Auto(own.cycle, own)
     decode(auto, own, requests_of(1, 384), [0.0], 0)
     drafts = [key for key in own.called if key[2]]
     assert drafts and 384 * 0.79e-3 < own.clock.ends[-1] < 1.03 * 384 * 0.79e-3 + 3 * own.clock.making

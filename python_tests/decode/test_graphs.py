@@ -48,11 +48,10 @@ def test_requests_join_leave_and_are_cancelled_at_random(drafted, block_size, mo
 
 def test_the_first_cycle_of_a_kind_is_a_call_and_the_second_makes_the_graph():
     runner, drawing = engine_of(False).runner, Drawing()
-    assert not runner.is_ready(3, drawing, 0) and runner.plan(3, drawing, 0, 0, 100) == (4, 0)
-    runner.run([0, 1, 2], drawing, 0, 4)
-    assert not runner.is_ready(3, drawing, 0) and runner.plan(3, drawing, 0, 0, 100) == (4, 0)
-    runner.run([0, 1, 2], drawing, 0, 4)
-    assert runner.is_ready(1, drawing, 0) and runner.size(1, drawing, 0) == 4 and runner.lag == 1
+    for _ in range(2):
+        assert runner.ready(3, drawing, 0) is None and runner.plan(3, drawing, 0, 0, 100) == (4, 0)
+        runner.run([0, 1, 2], drawing, 0, 4)
+    assert runner.ready(1, drawing, 0) == 4 and runner.fitting(1) == 1 and runner.lag == 1
 
 
 def made(runner: Calls, *keys: tuple[int, int]) -> Calls:
@@ -65,8 +64,8 @@ def test_what_has_a_graph_stands_in_until_the_device_has_enough_to_do():
     while not plan or plan[-1] == (4, 0):
         plan.append(runner.plan(3, Drawing(), 5, 0, 100))
     assert len(plan) == module.AHEAD + 1 and plan[-1] == (4, 5) and runner.lag == 1
-    # 20 ms of cycles are enough
-    assert [runner.plan(3, Drawing(), 5, 0, 100, 4e-3) for _ in range(7)] == [(4, 0)] * 6 + [(4, 5)]
+    # 12 ms of cycles are enough
+    assert [runner.plan(3, Drawing(), 5, 0, 100, 4e-3) for _ in range(5)] == [(4, 0)] * 4 + [(4, 5)]
 
 
 def test_nothing_is_queued_shortly_before_the_end():

@@ -6,7 +6,7 @@ import time
 import pytest
 
 from dflash_ext.decode import Engine, decode
-from dflash_ext.decode.costs import RUNS, Costs, draft_widths
+from dflash_ext.decode.costs import CATCHING_UP, RUNS, Costs, draft_widths
 from dflash_ext.decode.cycle import Cycle
 from dflash_ext.decode.drawing import Drawing
 from dflash_ext.decode.graphs import PlainRunner
@@ -153,10 +153,11 @@ def test_costs_are_measured_in_cycles_that_are_needed_anyway():
         cycles += 1
     for request, prompt in zip(requests, prompts, strict=True):
         assert request.completion.tokens == own_output(target.model, prompt, request.max_new_tokens)
-    assert {rows for rows, _ in engine.costs.runs} == {1, 2, 3}
-    counts = [len(seconds) for seconds in engine.costs.runs.values()]
+    assert {rows for rows, _ in engine.costs.runs} == {CATCHING_UP, 1, 2, 3}
+    counts = [len(seconds) for (rows, _), seconds in engine.costs.runs.items() if rows != CATCHING_UP]
     assert sum(counts) <= cycles and max(counts) <= RUNS
     tables = engine.costs.tables()
+    assert min(tables.pop(CATCHING_UP).values()) > 0
     assert all({*table} == {0, 1, 3, 5} and min(table.values()) > 0 for table in tables.values())
 
 
@@ -174,6 +175,31 @@ def test_other_work_on_a_cpu_does_not_count(monkeypatch):
     _, cost = engine.runner.timed_run([0], Drawing(), 0)
     seconds, drafting = cost()
     assert drafting == seconds < 0.25
+
+
+def test_catching_up_is_measured_by_the_number_of_tokens():
+    costs = Costs((0, 1, 3))
+    assert costs.catching_up(5) == 0
+    costs.add_catching_up(5, 2.0)
+    costs.add_catching_up(100, 3.0)
+    assert [costs.catching_up(tokens) for tokens in (0, 1, 8, 64, 65, 999)] == [0.0, 2.0, 2.0, 2.0, 3.0, 3.0]
+    assert costs.table(1) is None and costs.tables() == {CATCHING_UP: {8: 2.0, 128: 3.0}}
+    assert not costs.knows_catching_up(5)
+    for seconds in (1.0, 4.0):
+        costs.add_catching_up(7, seconds)
+    assert costs.knows_catching_up(5) and not costs.knows_catching_up(9) and costs.catching_up(5) == 1.0
+    given = Costs((0, 1, 3), costs.tables() | {2: {0: 1.0, 3: 1.5}})
+    assert (
+        given.knows_catching_up(9) and given.catching_up(5) == 1.0 and given.tables()[2][1] == pytest.approx(1 + 1 / 6)
+    )
+
+
+def test_what_a_draft_has_to_catch_up_counts_as_its_loss():
+    cycles, each = {0: 1.0, 1: 1.2, 3: 1.3}, rows([RowPace()])
+    pace = Pace((0, 1, 3))
+    assert [pace.choose(cycles, each, list(cycles), late) for late in (0.0, 3.0, 9.0)] == [3, 3, 0]
+    pace.spend(0, 1.0 + 4.0)  # a row had no room for more
+    assert pace.lost == 4.0 and pace.choose(cycles, each, list(cycles), 3.0) == 0
 
 
 def test_costs_that_are_not_measured_are_estimated():
@@ -239,7 +265,7 @@ def test_a_promise_counts_the_cycles_that_have_no_draft(groups, monkeypatch):
     """A cycle of one forward whose draft ends behind the last group is followed by one that has nothing to verify."""
     chance, pace = random.Random(0), Pace(draft_widths(7), 1, groups)
     monkeypatch.setattr(pace, "rates", lambda: [0.6] * 7)
-    for width, promise in enumerate(pace.promises()):
+    for width, promise in enumerate(pace.promised()):
         tokens, has_draft = 0, True
         for _ in range(4000):
             count = accepted(chance, 0.6, width) if has_draft else 0
