@@ -56,12 +56,12 @@ def drafts(engine: Engine, prompts: list[list[int]], new: int) -> list:
 
 def at_once(self, slots, width):
     """Everything is read before each cycle."""
-    yield from ([slot] for slot in slots if self.counts[slot])
+    return [[slot] for slot in slots if self.counts[slot]]
 
 
 def test_a_draft_reads_what_cycles_left(make, monkeypatch):
     found = {}
-    for how, late in ("late", Backlog.late), ("at once", at_once), ("never", lambda *given: iter(())):
+    for how, late in ("late", Backlog.late), ("at once", at_once), ("never", lambda *given: []):
         monkeypatch.setattr(Backlog, "late", late)
         # A draft of tokens has room for a few by itself. What exceeds it must have been read.
         if how != "never" or not isinstance(make().cycle.draft.backlog, UnreadTokens):

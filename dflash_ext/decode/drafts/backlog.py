@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -39,13 +39,14 @@ class Backlog:
         (int32 [B])."""
         write_ring(self.ring, values.to(self.ring.dtype).contiguous(), positions, slots)
 
-    def late(self, slots: Sequence[int], width: int) -> Iterator[list[int]]:
+    def late(self, slots: Sequence[int], width: int) -> list[list[int]]:
         """Those of these slots whose tokens must be read before a cycle that drafts `width` tokens, in parts that are
         read at a time."""
-        most = max(self.counts[slot] for slot in slots)
-        if most > self.room and (width or most == MOST):
-            late, count = [slot for slot in slots if self.counts[slot] > self.room], max(1, AT_ONCE // most)
-            yield from (late[first : first + count] for first in range(0, len(late), count))
+        most = max(map(self.counts.__getitem__, slots))
+        if most <= self.room or not (width or most == MOST):
+            return []
+        late, count = [slot for slot in slots if self.counts[slot] > self.room], max(1, AT_ONCE // most)
+        return [late[first : first + count] for first in range(0, len(late), count)]
 
     def waiting(self, rows: CycleRows, counts: Tensor) -> Tensor:
         """How many tokens wait in the slots of rows, int64 [B]. counts: what the host knows of it.
@@ -62,8 +63,13 @@ class Backlog:
 
     def count(self, slots: Sequence[int], width: int) -> None:
         """A cycle of these slots that drafted `width` tokens has come to its end."""
-        for slot in slots:
-            self.counts[slot] = min(width + 1, self.room) if width else self.counts[slot] + 1
+        counts = self.counts
+        if width:  # it has read what waited before
+            for slot in slots:
+                counts[slot] = min(width + 1, self.room)
+        else:
+            for slot in slots:
+                counts[slot] += 1
 
     def forget(self, slots: Sequence[int], rows: CycleRows) -> None:
         """The drafter has read all tokens before the anchors of `rows`, which are in these slots."""
