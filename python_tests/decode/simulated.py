@@ -11,7 +11,7 @@ import torch
 
 from dflash_ext.decode.auto import Auto
 from dflash_ext.decode.cycle import Cycle
-from dflash_ext.decode.drafts.backlog import Backlog
+from dflash_ext.decode.drafts.backlog import MOST, Backlog
 from dflash_ext.decode.drawing import Drawing
 from dflash_ext.decode.graphs import GraphRunner, PlainRunner, sizes_of
 from dflash_ext.decode.request import Request
@@ -91,14 +91,14 @@ class Drafted(Cycle):
     def __init__(self, clock: Clock, slots: int):
         self.clock, self.width = clock, 15
         self.state = SimpleNamespace(device=torch.device("cpu"))
-        self.draft = SimpleNamespace(backlog=Backlog(slots, 1, dtype=torch.float32, device=self.state.device))
+        self.draft = SimpleNamespace(backlog=Backlog(slots, MOST, 1, dtype=torch.float32, device=self.state.device))
 
     def before(self, slots, width) -> float:
         """Returns how long it takes."""
         unread = self.unread(slots, width)
         if not unread:
             return 0.0
-        self.draft.backlog.forget(slots, None)
+        self.draft.backlog.forget(slots)
         return self.clock.catch_up(unread)
 
 
@@ -170,7 +170,7 @@ def decode(
     if auto is None:
         runner.cycle.draft = None
     else:
-        runner.cycle.draft.backlog.forget([request.slot for request in requests], None)
+        runner.cycle.draft.backlog.forget([request.slot for request in requests])
     begin = clock.host
     rest = {request.slot: request.left for request in requests}  # what the device has yet to decode
     rows = list(requests)

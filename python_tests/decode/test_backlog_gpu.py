@@ -7,7 +7,7 @@ from dflash_ext.decode import Engine
 from dflash_ext.decode.graphs import GraphRunner
 from dflash_ext.decode.pace import Pace
 from dflash_ext.models import Denoiser, Target
-from python_tests.decode.test_backlog import CHOICES, MOST, expect_caches
+from python_tests.decode.test_backlog import CHOICES, MOST, expect_caches, shorten
 from python_tests.decode.test_engine_gpu import SHAPES, pair
 from python_tests.decode.test_lora_drafters_gpu import pair as lora_pair
 from python_tests.tiny import random_prompts, tiny_model
@@ -28,11 +28,12 @@ PAIRS = {
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("most", [MOST, 128])
+@pytest.mark.parametrize("most", [MOST, None])
 @pytest.mark.parametrize("kind", PAIRS)
 def test_graphs_leave_what_a_draft_needs(kind, most, monkeypatch):
     """The host neither waits for the device when it catches up, nor knows at once which rows have ended."""
-    monkeypatch.setattr("dflash_ext.decode.drafts.backlog.MOST", most)
+    if most is not None:
+        shorten(monkeypatch, most)
     prompts = random_prompts(3, 9, 270, 17, 2, 30)
     lengths = [150, 260, 90, 33, 200, 70]
 

@@ -39,7 +39,7 @@ class CanvasDraft(Draft):
         super().__init__(target, **options)
         self.forward = CausalForward(denoiser, slots=slots, tokens=tokens, rows=MOST_ROWS)
         self.cache = self.forward.forward.cache
-        self.backlog = UnreadTokens(slots, self.width + 1, target.device)
+        self.backlog = UnreadTokens(slots, tokens, self.width + 1, target.device)
 
     def inject(self, tokens: Tensor, features: Tensor | None, positions: Tensor, slots: Tensor) -> None:
         """Reads tokens."""

@@ -8,31 +8,33 @@ import torch
 from torch import Tensor
 
 from ...ops.cycle import CycleRows, read_ring, write_ring
+from ..kv_cache import MOST_ROWS
 
-MOST = 128  # the tokens of a row that may wait
+MOST = 128  # the tokens of a row whose features may wait
+CHUNK = MOST_ROWS  # the tokens of a row that are read at a time
 AT_ONCE = 2048  # the tokens of all rows that are read at a time, with those that fill up shorter rows
 
 
 class Backlog:
     """The features of the last plain cycles of every slot, which the drafter has yet to read.
 
-    A cycle without a draft only copies its features here. They are read together, before the next draft, or when a row
-    has MOST of them. So a row that never drafts hardly pays for its drafter.
+    A cycle without a draft only copies its features here. They are read together, before the next draft, or when there
+    is no room for more. So a row that never drafts hardly pays for its drafter.
 
     Args:
-        slots: the number of slots. width: the size of a token's features.
+        slots: the number of slots. most: the tokens of each that may wait. width: the size of a token's features.
 
     Attributes:
-        ring: [slots, MOST, width], as `write_ring` keeps it.
+        ring: [slots, most, width], as `write_ring` keeps it.
         counts: of every slot, the most tokens that wait; kept by the host, which reads a cycle's records later.
         room: the tokens of a row that a draft reads by itself.
     """
 
     room = 0
 
-    def __init__(self, slots: int, width: int, *, dtype: torch.dtype, device: torch.device):
-        self.ring = torch.zeros(slots, MOST, width, dtype=dtype, device=device)
-        self.counts = [0] * slots
+    def __init__(self, slots: int, most: int, width: int, *, dtype: torch.dtype, device: torch.device):
+        self.ring = torch.zeros(slots, most, width, dtype=dtype, device=device)
+        self.most, self.counts = most, [0] * slots
 
     def keep(self, values: Tensor, positions: Tensor, slots: Tensor) -> None:
         """Keeps what belongs to tokens, [B, R, width], at `positions` (int64 [B, R], -1: none) of the rows in `slots`
@@ -43,9 +45,9 @@ class Backlog:
         """Those of these slots whose tokens must be read before a cycle that drafts `width` tokens, in parts that are
         read at a time."""
         most = max(map(self.counts.__getitem__, slots))
-        if most <= self.room or not (width or most == MOST):
+        if most <= self.room or not (width or most >= self.most):
             return []
-        late, count = [slot for slot in slots if self.counts[slot] > self.room], max(1, AT_ONCE // most)
+        late, count = [slot for slot in slots if self.counts[slot] > self.room], max(1, AT_ONCE // min(most, CHUNK))
         return [late[first : first + count] for first in range(0, len(late), count)]
 
     def waiting(self, rows: CycleRows, counts: Tensor) -> Tensor:
@@ -56,8 +58,8 @@ class Backlog:
         return counts
 
     def take(self, start: Tensor, counts: Tensor, slots: Tensor, most: int) -> tuple[Tensor, Tensor | None, Tensor]:
-        """The first arguments of `Draft.inject` for the last `counts` tokens before `start` (int64 [B]), at most `most`
-        a row."""
+        """The first arguments of `Draft.inject` for the last `counts` tokens before `start` (int64 [B]), or the first
+        `most` of these."""
         features, positions = read_ring(self.ring, start, counts, slots, most)
         return positions, features, positions
 
@@ -71,8 +73,11 @@ class Backlog:
             for slot in slots:
                 counts[slot] += 1
 
-    def forget(self, slots: Sequence[int], rows: CycleRows) -> None:
-        """The drafter has read all tokens before the anchors of `rows`, which are in these slots."""
+    def mark(self, rows: CycleRows, count: int | None = None) -> None:
+        """The drafter has read `count` more tokens of rows, or all that are left before their anchors."""
+
+    def forget(self, slots: Sequence[int]) -> None:
+        """Nothing waits in these slots any more."""
         for slot in slots:
             self.counts[slot] = 0
 
@@ -84,15 +89,18 @@ class Backlog:
 class UnreadTokens(Backlog):
     """The committed tokens of every slot that a drafter with a forward of its own has yet to read.
 
-    A draft reads the tokens that the cycle before it committed in its own forward, which has `room` for them. Those of
-    plain cycles are read when there are more.
+    A draft reads the tokens that the cycle before it committed in its own forward, which has `room` for them. If plain
+    cycles have left more, they are read before it. All tokens of a row may wait.
+
+    Args:
+        tokens: the largest number of tokens in a row.
 
     Attributes:
         read: int64 [slots], the number of tokens that the drafter has read.
     """
 
-    def __init__(self, slots: int, room: int, device: torch.device):
-        super().__init__(slots, 1, dtype=torch.int64, device=device)
+    def __init__(self, slots: int, tokens: int, room: int, device: torch.device):
+        super().__init__(slots, tokens, 1, dtype=torch.int64, device=device)
         self.room = room
         self.read = torch.zeros(slots, dtype=torch.int64, device=device)
 
@@ -104,10 +112,8 @@ class UnreadTokens(Backlog):
         tokens, positions = read_ring(self.ring, start, counts, slots, most)
         return tokens[..., 0], None, positions
 
-    def mark(self, rows: CycleRows) -> None:
-        """The drafter has read all tokens before the anchors."""
-        self.read.index_copy_(0, rows.slots.long(), rows.start)
-
-    def forget(self, slots: Sequence[int], rows: CycleRows) -> None:
-        super().forget(slots, rows)
-        self.mark(rows)
+    def mark(self, rows: CycleRows, count: int | None = None) -> None:
+        read = rows.start
+        if count is not None:
+            read = torch.minimum(self.read.index_select(0, rows.slots) + count, read)
+        self.read.index_copy_(0, rows.slots.long(), read)

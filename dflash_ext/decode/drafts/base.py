@@ -11,7 +11,7 @@ from ...models import Target
 from ...ops.cycle import CycleRows, begin_cycle
 from ..drawing import draw
 from ..kv_cache import KVCache
-from .backlog import Backlog
+from .backlog import CHUNK, Backlog
 from .sampler import CandidateSampler
 
 
@@ -60,7 +60,8 @@ class Draft:
     def begin(self, slots: Sequence[int], rows: CycleRows) -> None:
         """The prompts of rows, which are in these slots, have been kept."""
         if self.backlog is not None:
-            self.backlog.forget(slots, rows)
+            self.backlog.forget(slots)
+            self.backlog.mark(rows)
 
     def catch_up(self, slots: Sequence[int], width: int, state: Tensor) -> None:
         """Keeps what waits in slots, if the next cycle drafts (`width` is not 0) or there is no room for its tokens.
@@ -73,9 +74,11 @@ class Draft:
             known = [self.backlog.counts[slot] for slot in late]
             index, counts = torch.tensor([late, known]).to(state.device, non_blocking=True)
             rows = begin_cycle(state, index, 0, 0)
-            counts = self.backlog.waiting(rows, counts)
-            self.inject(*self.backlog.take(rows.start, counts, rows.slots, max(known)), rows.slots)
-            self.backlog.forget(late, rows)
+            for left in range(max(known), 0, -CHUNK):
+                count, waiting = min(left, CHUNK), self.backlog.waiting(rows, counts)
+                self.inject(*self.backlog.take(rows.start, waiting, rows.slots, count), rows.slots)
+                self.backlog.mark(rows, count)
+            self.backlog.forget(late)
 
     def denoise(self, rows: CycleRows, known: Tensor, count: int) -> tuple[Tensor, Tensor | None]:
         """The logits [B, count, V] of the next tokens of the blocks, in the target's vocabulary and dtype.

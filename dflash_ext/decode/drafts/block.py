@@ -12,7 +12,7 @@ from ...ops.layer import add_rms_norm
 from ..forward.families import drafter_stack
 from ..forward.layers import Rows
 from ..kv_cache import KVCache, block_table
-from .backlog import Backlog
+from .backlog import MOST, Backlog
 from .base import Draft, narrow
 from .uniform import next_block, noise
 
@@ -59,7 +59,7 @@ class BlockDraft(Draft):
         self.head = narrow(drafter.head(target), weight.dtype)
         if lazy:
             taps = len(target.tap_ids) * target.hidden_size
-            self.backlog = Backlog(slots, taps, dtype=weight.dtype, device=weight.device)
+            self.backlog = Backlog(slots, MOST, taps, dtype=weight.dtype, device=weight.device)
 
     def inject(self, tokens: Tensor, features: Tensor | None, positions: Tensor, slots: Tensor) -> None:
         """Adds the features to the context."""

@@ -102,7 +102,7 @@ class WholeDraft(LoraDraft):
         super().__init__(drafter, forward, **options)
         # The cache of a base that verifies has the keys and values without the adapter.
         self.cache = forward.make_cache(slots, tokens, MOST_ROWS) if drafter.base is None else forward.cache
-        self.backlog = UnreadTokens(slots, self.width + 1, forward.target.device)
+        self.backlog = UnreadTokens(slots, tokens, self.width + 1, forward.target.device)
 
     def inject(self, tokens: Tensor, features: Tensor | None, positions: Tensor, slots: Tensor) -> None:
         """Reads tokens with the adapter."""
