@@ -73,7 +73,6 @@ class Auto:
         if table is None:
             return *self.runner.plan(count, drawing, 0, 0, rows.most_left), None
         plain = table[0]
-        late = self.costs.catching_up(self.cycle.unread(slots, self.cycle.width)) / plain
         most = self.pace.widths[-1] if self.runner.is_steady else self.costs.longest(plain_size)
         cycles = {
             width: (self.costs.table(size or fitting) or table)[width] / plain
@@ -81,6 +80,10 @@ class Auto:
             if width <= most
         }
         ready = [width for width in cycles if sizes[width]]
+
+        def late() -> float:
+            return self.costs.catching_up(self.cycle.unread(slots, self.cycle.width)) / plain
+
         width = other = self.pace.choose(cycles, rows, ready, late)
         if width not in ready and 0 in ready:
             other = self.pace.choose({each: cycles[each] for each in ready}, rows, ready, late)

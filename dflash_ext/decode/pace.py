@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from operator import mul
@@ -136,13 +136,15 @@ class Pace:
         without = chances[self.groups - 1]  # the share of drafts that a cycle follows which commits one token
         return [each if width < self.groups else (each + without) / (1 + without) for width, each in enumerate(tokens)]
 
-    def choose(self, cycles: Mapping[int, float], rows: Rows, ready: Sequence[int], late: float = 0.0) -> int:
+    def choose(
+        self, cycles: Mapping[int, float], rows: Rows, ready: Sequence[int], late: Callable[[], float] = lambda: 0.0
+    ) -> int:
         """The number of tokens to draft.
 
         Args:
             cycles: the time of a cycle, in plain ones, for each of the widths that may be chosen, 0 among them.
             ready: the widths of cycles that can be run at once.
-            late: the time in which the drafter reads what plain cycles have left for it, in plain cycles.
+            late: gives the time in which the drafter reads what plain cycles have left for it, in plain cycles.
         """
         gains = {width: self.promises[width] - 1 for width in cycles}
         # A cycle saves at most the gain of the luckiest row. So a draft that cannot pay is known without its rows.
@@ -155,7 +157,9 @@ class Pace:
         if probes:
             drafts = [each for each in cycles if each]
             width = min([each for each in drafts if each in ready] or drafts)
-        loss = cycles[width] - 1 - saved[width] + probes * self.lead * (cycles[width] - 1) + bool(width) * late
+        if not width:
+            return 0
+        loss = cycles[width] - 1 + late() - saved[width] + probes * self.lead * (cycles[width] - 1)
         has_begun = probes and self.without >= PROBE
         if not has_begun and self.lost + max(loss, 0.0) > RISK * min(rows.most_left, MOST_LEFT) + SHARE * self.passed:
             width = 0

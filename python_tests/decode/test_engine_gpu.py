@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from dflash_ext.decode import Engine, decode, graphs
+from dflash_ext.decode.costs import CATCHING_UP
 from dflash_ext.decode.graphs import GraphRunner, PlainRunner
 from dflash_ext.decode.pace import Pace
 from dflash_ext.models import DFlashDrafter, Target
@@ -176,6 +177,7 @@ def test_auto_gives_the_same_bits_while_graphs_are_made(useful, monkeypatch):
         assert [r.completion.tokens for r in requests] == [expected[: min(n, ends)] for n in lengths]
         accepted += sum(map(sum, (r.completion.accepted for r in requests)))
     assert max(lags) > 5 and any(width for *_, width in engine.runner.called)
+    assert CATCHING_UP in engine.costs.tables()
     assert all(seconds > 0 for table in engine.costs.tables().values() for seconds in table.values())
     assert accepted > 50 or not useful
 

@@ -197,9 +197,9 @@ def test_catching_up_is_measured_by_the_number_of_tokens():
 def test_what_a_draft_has_to_catch_up_counts_as_its_loss():
     cycles, each = {0: 1.0, 1: 1.2, 3: 1.3}, rows([RowPace()])
     pace = Pace((0, 1, 3))
-    assert [pace.choose(cycles, each, list(cycles), late) for late in (0.0, 3.0, 9.0)] == [3, 3, 0]
+    assert [pace.choose(cycles, each, list(cycles), lambda late=late: late) for late in (0.0, 3.0, 9.0)] == [3, 3, 0]
     pace.spend(0, 1.0 + 4.0)  # a row had no room for more
-    assert pace.lost == 4.0 and pace.choose(cycles, each, list(cycles), 3.0) == 0
+    assert pace.lost == 4.0 and pace.choose(cycles, each, list(cycles), lambda: 3.0) == 0
 
 
 def test_costs_that_are_not_measured_are_estimated():
