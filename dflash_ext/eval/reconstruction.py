@@ -146,6 +146,7 @@ def table(results: Mapping[str, Mapping[float, Reconstruction]], seed: int = 0) 
     view = Table(
         box=SIMPLE,
         pad_edge=False,
+        padding=(0, 1, 0, 0),  # so that names and figures fit into 80 columns
         caption="right: the share of hidden tokens that are right\n"
         "more: how many more are right than with the first denoiser, in points and relative\n"
         "spans: the share of runs of hidden tokens that are all right\n"
@@ -163,13 +164,14 @@ def table(results: Mapping[str, Mapping[float, Reconstruction]], seed: int = 0) 
             accuracy, nll, spans = (found.interval(figure, seed) for figure in FIGURES)
             more = ("", "")
             if name != first:
-                more = (_percent(of, "+") for of in found.difference(base[rate], "accuracy", seed))
-            view.add_row(f"{100 * rate:.4g}%", name, _percent(accuracy), *more, nll.shown(".3f"), _percent(spans))
+                absolute, relative = found.difference(base[rate], "accuracy", seed)
+                more = _percent(absolute, "+.1f"), _percent(relative, "+.0f")
+            view.add_row(f"{100 * rate:.4g}%", name, _percent(accuracy), *more, nll.shown(".2f"), _percent(spans))
     return view
 
 
-def _percent(of: Interval, sign: str = "") -> str:
-    return Interval(*(100 * value for value in of)).shown(f"{sign}.1f")
+def _percent(of: Interval, form: str = ".1f") -> str:
+    return Interval(*(100 * value for value in of)).shown(form)
 
 
 def plot_reconstruction(results: Mapping[str, Mapping[float, Reconstruction]], path: str | Path, seed: int = 0) -> None:

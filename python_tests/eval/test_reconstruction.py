@@ -73,8 +73,10 @@ def test_what_is_shown(tmp_path):
     assert set(told["L2"]["0.15"]["accuracy"]) == {"mean", "low", "high", "absolute", "relative"}
     assert set(told["L1"]["0.5"]["nll"]) == {"mean", "low", "high"}
     assert table(results).row_count == 6 and list(table(results).columns[0].cells)[::2] == ["12.5%", "15%", "50%"]
+    results = {"L1_of_2000": results["L1"], "L2_of_2000": results["L2"]}
     out = io.StringIO()
     Console(file=out, width=80).print(table(results))
-    assert "…" not in out.getvalue() and "nan" not in out.getvalue()
+    shown = [line for line in out.getvalue().splitlines() if "L1_of_2000" in line or "L2_of_2000" in line]
+    assert [line.count("±") for line in shown] == [3, 4, 3, 5, 3, 5] and "nan" not in out.getvalue()
     plot_reconstruction(results, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 1000
