@@ -185,7 +185,7 @@ def adapt(
 
     shown = console_of_this_process()
     # Everything that does not need the model is checked before it is loaded.
-    check_folder(output)
+    check_folder(output, model)
     if bool(text) == (answers is not None):
         raise ValueError("adapt needs either --text or --answers")
     check_output(output, resume=resume, overwrite=overwrite)

@@ -28,10 +28,15 @@ def check_outputs(outputs: Mapping[str, Path | None], read: Iterable[Path | None
         taken.add(path.resolve())
 
 
-def check_folder(path: Path) -> None:
-    """Raises ValueError if `path`, which --output names, cannot be a folder."""
+def check_folder(path: Path, model: str | None = None) -> None:
+    """Raises ValueError if `path`, which --output names, cannot be a folder, or is the one that `model` is read from.
+
+    What a training saves takes the place of a model's weights.
+    """
     if path.exists() and not path.is_dir():
         raise ValueError(f"--output {path}: a folder is expected, this is a file")
+    if model is not None and path.exists() and Path(model).exists() and path.samefile(model):
+        raise ValueError(f"--output {path}: the model is read from this folder, name another one")
 
 
 def write_text(_index: int, text: str) -> None:

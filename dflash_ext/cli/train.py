@@ -312,7 +312,7 @@ def train(
         conversations = read_conversations(prompts, field=field, limit=limit, left_out=left_out)
     else:
         require_file(answers)
-    check_folder(output)
+    check_folder(output, target)
     check_output(output, resume=resume, overwrite=overwrite)
     chosen_taps = tap_choice(taps)
     block_size = (8 if is_lora else 16) if block_size is None else block_size

@@ -65,6 +65,17 @@ def test_full_weights_are_a_model_with_its_tokenizer(workspace, text, run):
     assert code == 1 and "another denoiser: its kind is full, this one's is gated" in errors, errors
 
 
+def test_the_folder_of_the_model_is_not_overwritten(workspace, text, run):
+    before = (workspace / "target" / "model.safetensors").read_bytes()
+    link = workspace / "link"
+    link.symlink_to(workspace / "target")
+    for output in (workspace / "target", link):
+        for command in (words(workspace, text), ("train", "--target", workspace / "target", "--prompts", text)):
+            code, _, errors = run(*command, "--output", output, "--overwrite")
+            assert code == 1 and f"--output {output}: the model is read from this folder" in errors, errors
+    assert (workspace / "target" / "model.safetensors").read_bytes() == before
+
+
 def test_answers_have_prefixes_of_their_own(workspace, run):
     options = ("--answers", "answers.jsonl", "--output", workspace / "denoiser", "--prefix-share", 0.3)
     code, _, errors = run("adapt", "--model", workspace / "target", *options)
