@@ -99,13 +99,14 @@ def expect_caches(engine: Engine, answers: dict, make, tolerance: float = 1e-3) 
     return checked
 
 
-@pytest.mark.parametrize("how", ["plain calls", "behind", "faults"])
+@pytest.mark.parametrize("how", ["plain calls", "behind", "faults", "filled up"])
 @torch.no_grad()
 def test_the_context_of_rows_that_come_and_go(make, how, monkeypatch):
-    """Also if the host is behind the device, and if cycles fail at their very end and are run again."""
+    """Also if the host is behind the device, if cycles fail at their very end and are run again, and in few shapes."""
     engine = make(slots=3)
     if how == "behind":
         with_calls(engine)
+    engine.cycle.draft.backlog.has_few_shapes = how == "filled up"
     calls, own = [], Cycle._count
 
     def fails(self, slots, *given):
@@ -142,13 +143,24 @@ def test_plain_cycles_only_copy(make, monkeypatch):
     assert reads == ([9] if isinstance(engine.cycle.draft.backlog, UnreadTokens) else [9, MOST, MOST])
 
 
-def test_many_late_rows_are_read_in_parts(make, monkeypatch):
-    monkeypatch.setattr("dflash_ext.decode.drafts.backlog.AT_ONCE", 3 * MOST)
+@pytest.mark.parametrize("few_shapes", [False, True])
+def test_many_late_rows_are_read_in_parts(make, few_shapes, monkeypatch):
+    monkeypatch.setattr("dflash_ext.decode.drafts.backlog.AT_ONCE", 2 * MOST)
     engine, reads = make(slots=8), []
-    own = engine.cycle.draft.inject
-    monkeypatch.setattr(engine.cycle.draft, "inject", lambda *given: reads.append(tuple(given[2].shape)) or own(*given))
+    draft = engine.cycle.draft
+    draft.backlog.has_few_shapes = few_shapes
+    own_inject, own_catch_up = draft.inject, draft.catch_up
+
+    def catch_up(*given):
+        draft.inject = lambda *what: reads.append(tuple(what[2].shape)) or own_inject(*what)
+        own_catch_up(*given)
+        draft.inject = own_inject
+
+    monkeypatch.setattr(draft, "catch_up", catch_up)
     drafts(engine, random_prompts(*range(3, 11)), 60)
-    assert (3, MOST) in reads and all(rows * tokens <= 3 * MOST for rows, tokens in reads[1:])
+    assert (2, MOST) in reads
+    assert all(rows * tokens <= 2 * MOST for rows, tokens in reads)
+    assert not few_shapes or all(count.bit_count() == 1 for shape in reads for count in shape)
 
 
 def test_a_cleared_slot_keeps_nothing(make):

@@ -28,13 +28,15 @@ class Backlog:
         ring: [slots, most, width], as `write_ring` keeps it.
         counts: of every slot, the most tokens that wait; kept by the host, which reads a cycle's records later.
         room: the tokens of a row that a draft reads by itself.
+        spare: the last slot, which belongs to no row.
     """
 
     room = 0
 
     def __init__(self, slots: int, most: int, width: int, *, dtype: torch.dtype, device: torch.device):
         self.ring = torch.zeros(slots, most, width, dtype=dtype, device=device)
-        self.most, self.counts = most, [0] * slots
+        self.most, self.counts, self.spare = most, [0] * slots, slots - 1
+        self.has_few_shapes = device.type == "cuda"
 
     def keep(self, values: Tensor, positions: Tensor, slots: Tensor) -> None:
         """Keeps what belongs to tokens, [B, R, width], at `positions` (int64 [B, R], -1: none) of the rows in `slots`
@@ -47,8 +49,17 @@ class Backlog:
         most = max(map(self.counts.__getitem__, slots))
         if most <= self.room or not (width or most >= self.most):
             return []
-        late, count = [slot for slot in slots if self.counts[slot] > self.room], max(1, AT_ONCE // min(most, CHUNK))
+        late = [slot for slot in slots if self.counts[slot] > self.room]
+        count = max(1, AT_ONCE // self.filled(min(most, CHUNK)))
         return [late[first : first + count] for first in range(0, len(late), count)]
+
+    def filled(self, count: int) -> int:
+        """The number of rows, or of tokens of a row, up to which so many are filled up when they are read.
+
+        On a GPU it is a power of two: a product of features takes little time, but the first one of a shape loads a
+        kernel, which takes the host 8 ms on an H200.
+        """
+        return 1 << (count - 1).bit_length() if self.has_few_shapes else count
 
     def waiting(self, rows: CycleRows, counts: Tensor) -> Tensor:
         """How many tokens wait in the slots of rows, int64 [B]. counts: what the host knows of it.
@@ -101,6 +112,7 @@ class UnreadTokens(Backlog):
 
     def __init__(self, slots: int, tokens: int, room: int, device: torch.device):
         super().__init__(slots, tokens, 1, dtype=torch.int64, device=device)
+        self.has_few_shapes = False  # a forward takes time for every token
         self.room = room
         self.read = torch.zeros(slots, dtype=torch.int64, device=device)
 

@@ -70,15 +70,17 @@ class Draft:
         """
         if self.backlog is None:
             return
-        for late in self.backlog.late(slots, width):
-            known = [self.backlog.counts[slot] for slot in late]
-            index, counts = torch.tensor([late, known]).to(state.device, non_blocking=True)
+        backlog = self.backlog
+        for late in backlog.late(slots, width):
+            filled = [*late, *[backlog.spare] * (backlog.filled(len(late)) - len(late))]
+            known = [backlog.counts[slot] for slot in filled]
+            index, counts = torch.tensor([filled, known]).to(state.device, non_blocking=True)
             rows = begin_cycle(state, index, 0, 0)
             for left in range(max(known), 0, -CHUNK):
-                count, waiting = min(left, CHUNK), self.backlog.waiting(rows, counts)
-                self.inject(*self.backlog.take(rows.start, waiting, rows.slots, count), rows.slots)
-                self.backlog.mark(rows, count)
-            self.backlog.forget(late)
+                count, waiting = backlog.filled(min(left, CHUNK)), backlog.waiting(rows, counts)
+                self.inject(*backlog.take(rows.start, waiting, rows.slots, count), rows.slots)
+                backlog.mark(rows, count)
+            backlog.forget(late)
 
     def denoise(self, rows: CycleRows, known: Tensor, count: int) -> tuple[Tensor, Tensor | None]:
         """The logits [B, count, V] of the next tokens of the blocks, in the target's vocabulary and dtype.

@@ -12,7 +12,7 @@ from ...ops.layer import add_rms_norm
 from ..forward.families import drafter_stack
 from ..forward.layers import Rows
 from ..kv_cache import KVCache, block_table
-from .backlog import MOST, Backlog
+from .backlog import AT_ONCE, MOST, Backlog
 from .base import Draft, narrow
 from .uniform import next_block, noise
 
@@ -60,6 +60,8 @@ class BlockDraft(Draft):
         if lazy:
             taps = len(target.tap_ids) * target.hidden_size
             self.backlog = Backlog(slots, MOST, taps, dtype=weight.dtype, device=weight.device)
+            if weight.is_cuda:
+                self._load_kernels(taps)
 
     def inject(self, tokens: Tensor, features: Tensor | None, positions: Tensor, slots: Tensor) -> None:
         """Adds the features to the context."""
@@ -75,6 +77,14 @@ class BlockDraft(Draft):
             self.backlog.keep(features, positions, slots)
         else:
             self.inject(tokens, features, positions, slots)
+
+    def _load_kernels(self, taps: int) -> None:
+        """Reads nothing, in all shapes in which features of late rows are read, so that their kernels are loaded."""
+        weight = self.weight
+        for count in (1 << i for i in range(AT_ONCE.bit_length())):
+            places = torch.full((1, count), -1, device=weight.device)
+            slots = torch.zeros(1, dtype=torch.int32, device=weight.device)
+            self.inject(places, weight.new_zeros(1, count, taps), places, slots)
 
     def denoise(self, rows: CycleRows, known: Tensor, count: int) -> tuple[Tensor, None]:
         drafter = self.drafter
