@@ -2,9 +2,10 @@
 
 SmolLM2-135M-Instruct answers the first prompts of each file greedily, with the shipped drafter and with a useless one,
 whose weights are random, for each number of rows and of new tokens. Nothing ends an answer early. A row of the results
-is the time of all answers, prompts included; all ways take turns. "cold" is the first time of a new engine, which
-captures graphs on a GPU and measures what cycles cost; "warm" is the shortest time of the same engine with the same
-prompts again. What a process does once for all engines, such as loading kernels, is done before.
+is the time of all answers, prompts included: the median over several engines of each way, which take turns. "cold" is
+the first time of a new engine, which captures graphs on a GPU and measures what cycles cost; "warm" is the second time
+of the same engine, with the same prompts. What a process does once for all engines, such as loading kernels, is done
+before.
 
 On a CPU the time is the processor's, which other work on the machine changes little, and answers have to be equal.
 """
@@ -14,8 +15,11 @@ from __future__ import annotations
 import argparse
 import gc
 import time
+from collections.abc import Callable
+from functools import partial
 from itertools import product
 from pathlib import Path
+from statistics import median
 
 import torch
 
@@ -28,6 +32,7 @@ from dflash_ext.models import DFlashDrafter, Target, load_pair, load_target
 
 DRAFTERS = "shipped", "useless"
 WAYS = "block", "auto"  # beside plain decoding
+Seconds = tuple[list[float], list[float]]  # of the first and of the second call of engines
 
 
 def useless(target: Target, like: DFlashDrafter) -> DFlashDrafter:
@@ -62,16 +67,22 @@ def load_kernels(target: Target, drafter: DFlashDrafter, rows: list[int]) -> Non
         run(Engine(target, drafter, **sizes, block_size="auto"), prompts, 64)
 
 
-def turns(engines: dict[str, Engine], prompts: list[list[int]], new: int, count: int) -> dict[str, list[float]]:
-    """The seconds of each engine, the first, the second ... time."""
-    seconds: dict[str, list[float]] = {name: [] for name in engines}
+def turns(make: dict[str, Callable[[], Engine]], prompts: list[list[int]], new: int, count: int) -> dict[str, Seconds]:
+    """The cold and the warm seconds of `count` new engines of each kind."""
+    for each in make.values():
+        run(each(), prompts, 2)  # a process's first products of some shapes take long
+    seconds: dict[str, Seconds] = {name: ([], []) for name in make}
     for turn in range(count):
         answers = {}
-        for name in list(engines)[:: -1 if turn % 2 else 1]:
-            taken, answers[name] = run(engines[name], prompts, new)
-            seconds[name].append(taken)
-        equal = len({str(each) for each in answers.values()}) == 1
-        assert equal or next(iter(engines.values())).state.device.type == "cuda", "the answers differ"
+        for name in list(make)[:: -1 if turn % 2 else 1]:
+            engine = make[name]()
+            for taken in seconds[name]:
+                passed, answers[name, len(taken)] = run(engine, prompts, new)
+                taken.append(passed)
+            is_gpu = engine.state.device.type == "cuda"
+            del engine
+            gc.collect()
+        assert is_gpu or len(set(map(str, answers.values()))) == 1, "the answers differ"
     return seconds
 
 
@@ -83,7 +94,7 @@ def main() -> None:
     parser.add_argument("--ways", nargs="*", default=list(WAYS), choices=WAYS)
     parser.add_argument("--rows", nargs="*", type=int, default=[1, 8, 32])
     parser.add_argument("--new-tokens", nargs="*", type=int, default=[96, 128, 384])
-    parser.add_argument("--turns", type=int, default=3, help="at least 2")
+    parser.add_argument("--engines", type=int, default=3, help="new engines of each way")
     parser.add_argument("--threads", type=int, default=1, help="on a CPU")
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
@@ -102,22 +113,21 @@ def main() -> None:
     name, rows = f"auto_{runner.gpu_name() if target.device.type == 'cuda' else 'cpu'}", []
     for new, count, (stem, asked) in product(given.new_tokens, given.rows, sets.items()):
         sizes = {"slots": count, "max_length": max(map(len, asked[:count])) + new}
-        engines = {"plain": Engine(target, None, **sizes)}
+        make = {"plain": partial(Engine, target, None, **sizes)}
         for way, which in product(given.ways, given.drafters):
             block_size = "auto" if way == "auto" else None
-            engines[f"{way}, {which} drafter"] = Engine(target, drafters[which], **sizes, block_size=block_size)
-        seconds = turns(engines, asked[:count], new, given.turns)
+            drafted = partial(Engine, target, drafters[which], **sizes, block_size=block_size)
+            make[f"{way}, {which} drafter"] = drafted
+        seconds = turns(make, asked[:count], new, given.engines)
         for impl, each in seconds.items():
-            for state, at in {"cold": slice(1), "warm": slice(1, None)}.items():
-                taken, plain = (min(x[at]) for x in (each, seconds["plain"]))
+            for at, state in enumerate(("cold", "warm")):
+                taken, plain = median(each[at]), median(seconds["plain"][at])
                 shape = f"{count} row{'s' * (count > 1)}, {new} tokens"
                 row = {"case": f"SmolLM2-135M, {stem}, {shape}", "impl": impl, "pass": state}
                 row |= {"ms": 1e3 * taken, "tokens_per_second": count * new / taken, "over_plain": taken / plain}
                 rows.append(row)
                 print("{case:48} {impl:22} {pass}  {ms:8.1f} ms, {over_plain:.3f} of plain".format(**row), flush=True)
         runner.write(name, rows)
-        del engines
-        gc.collect()
     print(runner.RESULTS / f"{name}.json")
 
 
