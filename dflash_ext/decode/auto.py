@@ -13,6 +13,9 @@ from .graphs import PlainRunner
 from .pace import Pace, Rows
 from .request import Request
 
+# If the last row may yet decode more tokens than these, one cycle's accepted tokens say little of when it will end, and
+# its luck so far says more.
+NEAR = 64
 UNKNOWN = 1.75  # what the first draft of a graph is taken to cost, in plain cycles
 
 
@@ -56,10 +59,10 @@ class Auto:
         """Takes note of a cycle before it is committed: each request's verified and accepted drafted tokens."""
         if not any(verified for _, verified, _ in rows):
             return
-        if others_wait:
-            saved = sum(accepted for *_, accepted in rows) / len(rows)
+        luck, left = [request.pace.luck for request, *_ in rows], [request.left for request, *_ in rows]
+        if others_wait or max(left) > NEAR:
+            saved = Rows(luck, left, others_wait).saved(sum([accepted for *_, accepted in rows]) / sum(luck))
         else:
-            left = [request.left for request, *_ in rows]
             saved = max(left) - max(n - accepted for n, (*_, accepted) in zip(left, rows, strict=True))
         self.pace.observe([(request.pace, verified, accepted) for request, verified, accepted in rows], saved)
 

@@ -20,9 +20,9 @@ from .stopwatch import Stopwatch
 
 # A graph has one number of rows. Slots beyond the rows that are decoded are filled up with the spare slot.
 SIZES = (1, 2, 4, 8, 16, 24, 32)
-# A plain call and a capture take the host about 4 ms each. Before either, the host queues QUEUED seconds of cycles, or
+# A plain call and a capture take the host 5 to 13 ms each. Before either, the host queues QUEUED seconds of cycles, or
 # AHEAD cycles if it does not know how long they take, so that the device has work in the meantime.
-QUEUED, AHEAD = 12e-3, 15
+QUEUED, AHEAD = 16e-3, 20
 MISSED = 16  # A larger graph stands in for a smaller one so many times. Then the smaller one is made.
 
 Cost = Callable[[], tuple[float, float]]  # what gives the seconds of a cycle, and those that passed while it drafted

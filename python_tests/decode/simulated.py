@@ -34,7 +34,8 @@ class Clock:
     """A host that queues cycles, and a device that runs them one after another. Times are in seconds.
 
     Args:
-        host: what the host takes for a cycle. making: what it takes more for a plain call on a GPU, and for a graph.
+        host: what the host takes for a cycle. reading: what it takes to read what came of it.
+        making: what it takes more for a plain call on a GPU, and for a graph.
         late: what the host takes to have a drafter read what plain cycles have left for it.
         token: what the device takes for each token of that.
         noise: the largest share by which a measurement is too long.
@@ -45,13 +46,15 @@ class Clock:
         times: Times,
         *,
         host: float = 0.0,
+        reading: float = 0.0,
         making: float = 0.0,
         late: float = 0.0,
         token: float = 0.0,
         noise: float = 0.25,
         seed: int = 0,
     ):
-        self.times, self.each, self.making, self.late, self.token = times, host, making, late, token
+        self.times, self.each, self.reading, self.making = times, host, reading, making
+        self.late, self.token = late, token
         self.chance, self.noise = random.Random(seed), noise
         self.host, self.free, self.ends = 0.0, 0.0, deque([0.0])
 
@@ -71,8 +74,8 @@ class Clock:
         return self.free - begin
 
     def wait(self, behind: int) -> None:
-        """The host waits for the cycle that is so many behind the last one."""
-        self.host = max(self.host, self.ends[-1 - behind])
+        """The host waits for the cycle that is so many behind the last one, and reads what came of it."""
+        self.host = max(self.host, self.ends[-1 - behind]) + self.reading
 
     def drafting(self, rows: int, width: int) -> float:
         """What a draft of one token takes more than none, without what a token more takes in longer drafts."""

@@ -151,18 +151,21 @@ def test_exact_mode_gives_the_same_bits_whatever_is_drafted(family):
 
 @pytest.mark.parametrize("useful", [True, False])
 def test_auto_gives_the_same_bits_while_graphs_are_made(useful, monkeypatch):
-    """The host is up to 15 cycles behind, rows end meanwhile, and others take their places.
+    """The host is up to 20 cycles behind, rows end meanwhile, and others take their places.
 
     Plain cycles have their graph when drafts begin, so that they stand in for them.
     """
     monkeypatch.setattr(Pace, "choose", lambda self, cycles, *given: max(cycles) if self.passed % 60 > 20 else 0)
     target, drafter = pair("qwen3")
-    (prompt,) = random_prompts(30)
     lengths, options = (150, 90, 200, 260, 33, 70, 1, 120), dict(slots=3, max_length=300, exact=True)
     plain = Engine(target, None, **options)
-    expected = plain.submit(prompt, max_new_tokens=260)
+    requests = [plain.submit(prompt, max_new_tokens=260) for prompt in random_prompts(*[30] * 20)]
     plain.run()
-    expected = expected.completion.tokens
+    texts = [(request.prompt, request.completion.tokens) for request in requests]
+    # Most texts of so small a model repeat a few tokens. The rows shall not end before one that comes late.
+    prompt, expected, end = next(
+        (prompt, text, at) for prompt, text in texts for at in range(60, 150) if text[at] not in text[:at]
+    )
     if useful:
         drafter = Scripted(drafter.config).to("cuda", torch.bfloat16).eval()
         drafter.script(prompt + expected)
@@ -170,11 +173,9 @@ def test_auto_gives_the_same_bits_while_graphs_are_made(useful, monkeypatch):
     lags, accepted, plan = [], 0, engine.runner.plan
     engine.runner.plan = lambda *given: (plan(*given), lags.append(engine.runner.lag))[0]
     for _ in range(3):
-        stop = expected[100]
-        requests = [engine.submit(prompt, max_new_tokens=n, stop_token_ids=stop) for n in lengths]
+        requests = [engine.submit(prompt, max_new_tokens=n, stop_token_ids=expected[end]) for n in lengths]
         engine.run()
-        ends = expected.index(stop) + 1
-        assert [r.completion.tokens for r in requests] == [expected[: min(n, ends)] for n in lengths]
+        assert [r.completion.tokens for r in requests] == [expected[: min(n, end + 1)] for n in lengths]
         accepted += sum(map(sum, (r.completion.accepted for r in requests)))
     assert max(lags) > 5 and any(width for *_, width in engine.runner.called)
     assert CATCHING_UP in engine.costs.tables()
