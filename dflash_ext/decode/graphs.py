@@ -19,7 +19,7 @@ from .forward import ModuleForward
 from .stopwatch import Stopwatch
 
 # A graph has one number of rows. Slots beyond the rows that are decoded are filled up with the spare slot.
-SIZES = (1, 2, 4, 8, 16, 24, 32)
+SIZES = (1, 2, 4, 8, 16, 32)
 # A plain call and a capture take the host 5 to 13 ms each. Before either, the host queues QUEUED seconds of cycles, or
 # AHEAD cycles if it does not know how long they take, so that the device has work in the meantime.
 QUEUED, AHEAD = 16e-3, 20
