@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 from torch import Tensor
 
@@ -30,7 +31,8 @@ class Auto:
     def __init__(self, cycle: Cycle, runner: PlainRunner, given: Mapping[int, Mapping[int, float]] | None = None):
         self.cycle, self.runner = cycle, runner
         self.pace = Pace(draft_widths(cycle.width), cycle.lead, cycle.groups)
-        self.costs = Costs(self.pace.widths, given, UNKNOWN if runner.is_steady else 1.0)
+        steady = runner.is_steady
+        self.costs = Costs(self.pace.widths, given, UNKNOWN if steady else 1.0, grows=not steady)
 
     def run(
         self, requests: Sequence[Request], drawing: Drawing, *, others_wait: bool
@@ -38,11 +40,9 @@ class Auto:
         """Runs a cycle of requests. Returns their records, and what takes note of its time once they can be read."""
         slots = [request.slot for request in requests]
         rows = Rows([request.pace.luck for request in requests], [request.left for request in requests], others_wait)
-        size, width, plain = self._plan(slots, drawing, rows)
-        unread = self.cycle.unread(slots, width)
-        late = self.costs.catching_up(unread) / plain if plain else 0.0
-        self.pace.spend(width, self.costs.of(size, width) + late)
-        add_catching_up = self._timed_catch_up(slots, drawing, width, unread)
+        size, width, table = self._plan(slots, drawing, rows)
+        self.pace.spend(width, self.costs.of(size, width) + (self._late(slots, width, table) if table else 0.0))
+        add_catching_up = self._timed_catch_up(slots, drawing, width)
         if self.costs.is_measured(size, width):
             return self.runner.run(slots, drawing, width, size), add_catching_up
         records, cost = self.runner.timed_run(slots, drawing, width, size)
@@ -66,8 +66,9 @@ class Auto:
             saved = max(left) - max(n - accepted for n, (*_, accepted) in zip(left, rows, strict=True))
         self.pace.observe([(request.pace, verified, accepted) for request, verified, accepted in rows], saved)
 
-    def _plan(self, slots: Sequence[int], drawing: Drawing, rows: Rows) -> tuple[int, int, float | None]:
-        """The slots that the next cycle computes, the tokens that it drafts, and the seconds of a plain one."""
+    def _plan(self, slots: Sequence[int], drawing: Drawing, rows: Rows) -> tuple[int, int, Mapping[int, float] | None]:
+        """The slots that the next cycle computes, the tokens that it drafts, and the costs with the slots of a plain
+        one, if they are known."""
         count = len(slots)
         sizes = {width: self.runner.ready(count, drawing, width) for width in self.pace.widths}
         fitting = self.runner.fitting(count)
@@ -84,22 +85,35 @@ class Auto:
         }
         ready = [width for width in cycles if sizes[width]]
 
-        def late() -> float:
-            return self.costs.catching_up(self.cycle.unread(slots, self.cycle.width)) / plain
-
+        late = partial(self._late, slots, self.cycle.width, table)
         width = other = self.pace.choose(cycles, rows, ready, late)
         if width not in ready and 0 in ready:
             other = self.pace.choose({each: cycles[each] for each in ready}, rows, ready, late)
-        return *self.runner.plan(count, drawing, width, other, rows.most_left, plain), plain
+        return *self.runner.plan(count, drawing, width, other, rows.most_left, plain), table
 
-    def _timed_catch_up(
-        self, slots: Sequence[int], drawing: Drawing, width: int, unread: int
-    ) -> Callable[[], None] | None:
-        """Measures how long the drafter reads so many tokens that plain cycles have left, if that is not known. Returns
-        what takes note of it.
+    def _late(self, slots: Sequence[int], width: int, table: Mapping[int, float]) -> float:
+        """How long the drafter reads what it needs of earlier tokens for such a cycle, in plain cycles.
+
+        As long as nothing of that is known, a forward of the drafter's own is taken to need one for all tokens on a
+        GPU, and on a CPU for each as long as a plain cycle does for a row. Features take little time.
+
+        table: the costs with the slots of a plain cycle.
+        """
+        unread = self.cycle.unread(slots, width)
+        seconds = self.costs.catching_up(unread)
+        if seconds is not None:
+            return seconds / table[0]
+        if not self.cycle.reads_by_forward:
+            return 0.0
+        return 1.0 if self.runner.is_steady else unread / len(slots)
+
+    def _timed_catch_up(self, slots: Sequence[int], drawing: Drawing, width: int) -> Callable[[], None] | None:
+        """Measures how long the drafter reads what it needs for such a cycle, if that is not known. Returns what takes
+        note of it.
 
         Before a cycle that has to be made ready the device has other work meanwhile, so that the time tells nothing.
         """
+        unread = self.cycle.unread(slots, width)
         if not unread or self.costs.knows_catching_up(unread) or not self.runner.ready(len(slots), drawing, width):
             return None
         seconds = self.runner.timed_catch_up(slots, width)

@@ -35,6 +35,7 @@ class Costs:
         widths: the numbers of drafted tokens to choose from.
         given: a table that replaces all measurements, as `tables` gave it in another run. Choices then repeat.
         unknown: what a cycle with a draft is taken to cost, in plain ones, before any is measured.
+        grows: whether every token that a drafter reads takes it time, as on a CPU.
     """
 
     def __init__(
@@ -42,8 +43,9 @@ class Costs:
         widths: Sequence[int],
         given: Mapping[int, Mapping[int, float]] | None = None,
         unknown: float = 1.0,
+        grows: bool = False,
     ):
-        self.widths, self.unknown = widths, unknown
+        self.widths, self.unknown, self.grows = widths, unknown, grows
         self.is_given = given is not None
         self.seconds: dict[int, dict[int, float]] = {rows: dict(table) for rows, table in (given or {}).items()}
         self.drafting: dict[int, dict[int, float]] = {rows: {} for rows in self.seconds}
@@ -71,13 +73,19 @@ class Costs:
     def knows_catching_up(self, tokens: int) -> bool:
         return self.is_measured(CATCHING_UP, rounded(tokens))
 
-    def catching_up(self, tokens: int) -> float:
-        """The seconds in which the drafter reads so many tokens: those of the nearest number that is measured and not
-        larger. They are 0 as long as nothing is known."""
+    def catching_up(self, tokens: int) -> float | None:
+        """The seconds in which the drafter reads so many tokens, None as long as nothing is known of it.
+
+        They are taken from the nearest number of tokens that is measured and not larger. On a CPU, where time grows
+        with the tokens, they are as many times longer, but at most those of the next larger number.
+        """
         table = self.seconds.get(CATCHING_UP)
         if not tokens or not table:
-            return 0.0
-        return table[max((known for known in table if known <= rounded(tokens)), default=min(table))]
+            return None if tokens else 0.0
+        tokens = rounded(tokens)
+        known = max((known for known in table if known <= tokens), default=min(table))
+        longest = min((seconds for other, seconds in table.items() if other >= tokens), default=math.inf)
+        return min(table[known] * max(1.0, tokens / known), longest) if self.grows else table[known]
 
     def is_measured(self, rows: int, width: int) -> bool:
         return self.is_given or len(self.runs.get((rows, width), ())) >= RUNS

@@ -15,6 +15,7 @@ from ..ops import count_tokens_, verify
 from ..ops.cycle import CycleRows, begin_cycle, end_cycle
 from ..reference import Verification
 from .drafts import Draft
+from .drafts.backlog import UnreadTokens
 from .drawing import Drawing
 from .forward import TargetForward
 from .state import State
@@ -51,6 +52,11 @@ class Cycle:
         if backlog is None:
             return 0
         return sum(backlog.counts[slot] for late in backlog.late(slots, width) for slot in late)
+
+    @property
+    def reads_by_forward(self) -> bool:
+        """Whether it reads them in a forward of its own, and not from features."""
+        return isinstance(self.draft.backlog, UnreadTokens)
 
     def before(self, slots: Sequence[int], width: int) -> None:
         """What is to be done outside of a graph before a cycle of these slots that drafts `width` tokens."""

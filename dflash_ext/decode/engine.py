@@ -318,7 +318,7 @@ class Engine:
     def _prefill(self, requests: list[Request]) -> tuple[Tensor, None]:
         if self.state.widen_stops(max(len(request.stops) for request in requests)):
             self.runner.reset()
-        slots = torch.tensor([request.slot for request in requests], device=self.state.device)
+        slots = torch.tensor([request.slot for request in requests]).to(self.state.device, non_blocking=True)
         self.state.admit(
             slots,
             start=[len(request.prompt) for request in requests],
@@ -400,7 +400,7 @@ class Engine:
         self.free.append(request.slot)
         if not self.rows:
             self.most.clear()
-        self.state.freeze(torch.tensor([request.slot], device=self.state.device))
+        self.state.freeze(request.slot)
         if request.completion.finish_reason in ("error", "cancelled"):
             self.cycle.clear(request.slot)  # what such a row leaves there may not be finite
 

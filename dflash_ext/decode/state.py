@@ -100,6 +100,6 @@ class State:
         self.numbers[slots, FIELDS.index("anchor")] = anchors
         self.numbers[slots, FIELDS.index("active")] = active.long()
 
-    def freeze(self, slots: Tensor) -> None:
-        """Ends rows from outside of a cycle."""
-        self.numbers[slots, FIELDS.index("active")] = 0
+    def freeze(self, slot: int) -> None:
+        """Ends a row from outside of a cycle."""
+        self.numbers[slot, FIELDS.index("active")] = 0

@@ -11,7 +11,7 @@ import torch
 
 from dflash_ext.decode.auto import Auto
 from dflash_ext.decode.cycle import Cycle
-from dflash_ext.decode.drafts.backlog import MOST, Backlog
+from dflash_ext.decode.drafts.backlog import MOST, Backlog, UnreadTokens
 from dflash_ext.decode.drawing import Drawing
 from dflash_ext.decode.graphs import GraphRunner, PlainRunner, sizes_of
 from dflash_ext.decode.request import Request
@@ -89,12 +89,17 @@ class Clock:
 
 
 class Drafted(Cycle):
-    """A cycle of 15 drafted tokens at most, which only knows what waits for the drafter."""
+    """A cycle of 15 drafted tokens at most, which only knows what waits for the drafter: features, or tokens."""
 
-    def __init__(self, clock: Clock, slots: int):
+    def __init__(self, clock: Clock, slots: int, *, reads_tokens: bool = False):
         self.clock, self.width = clock, 15
         self.state = SimpleNamespace(device=torch.device("cpu"))
-        self.draft = SimpleNamespace(backlog=Backlog(slots, MOST, 1, dtype=torch.float32, device=self.state.device))
+        backlog = (
+            UnreadTokens(slots, 4096, self.width + 1, self.state.device)
+            if reads_tokens
+            else Backlog(slots, MOST, 1, dtype=torch.float32, device=self.state.device)
+        )
+        self.draft = SimpleNamespace(backlog=backlog)
 
     def before(self, slots, width) -> float:
         """Returns how long it takes."""
@@ -116,8 +121,8 @@ class Timed:
 class Plain(Timed, PlainRunner):
     """A CPU."""
 
-    def __init__(self, clock: Clock, slots: int):
-        super().__init__(Drafted(clock, slots))
+    def __init__(self, clock: Clock, slots: int, *, reads_tokens: bool = False):
+        super().__init__(Drafted(clock, slots, reads_tokens=reads_tokens))
         self.clock = clock
 
     def run(self, slots, drawing, width, size=None):

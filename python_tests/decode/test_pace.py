@@ -179,7 +179,7 @@ def test_other_work_on_a_cpu_does_not_count(monkeypatch):
 
 def test_catching_up_is_measured_by_the_number_of_tokens():
     costs = Costs((0, 1, 3))
-    assert costs.catching_up(5) == 0
+    assert costs.catching_up(0) == 0 and costs.catching_up(5) is None
     costs.add_catching_up(5, 2.0)
     costs.add_catching_up(100, 3.0)
     assert [costs.catching_up(tokens) for tokens in (0, 1, 8, 64, 65, 999)] == [0.0, 2.0, 2.0, 2.0, 3.0, 3.0]
@@ -192,6 +192,14 @@ def test_catching_up_is_measured_by_the_number_of_tokens():
     assert (
         given.knows_catching_up(9) and given.catching_up(5) == 1.0 and given.tables()[2][1] == pytest.approx(1 + 1 / 6)
     )
+
+
+def test_on_a_cpu_every_token_takes_time():
+    costs = Costs((0, 1, 3), grows=True)
+    costs.add_catching_up(8, 2.0)
+    assert [costs.catching_up(tokens) for tokens in (1, 8, 16, 60)] == [2.0, 2.0, 4.0, 16.0]
+    costs.add_catching_up(64, 9.0)
+    assert [costs.catching_up(tokens) for tokens in (16, 60, 100)] == [4.0, 9.0, 18.0]
 
 
 def test_what_a_draft_has_to_catch_up_counts_as_its_loss():
