@@ -50,8 +50,7 @@ class Auto:
         def add() -> None:
             if add_catching_up is not None:
                 add_catching_up()
-            if cost is not None:
-                self.costs.add(size, width, *cost())
+            self.costs.add(size, width, *cost())
 
         return records, add
 

@@ -20,8 +20,8 @@ from .stopwatch import Stopwatch
 
 # A graph has one number of rows. Slots beyond the rows that are decoded are filled up with the spare slot.
 SIZES = (1, 2, 4, 8, 16, 32)
-# A plain call and a capture take the host 5 to 13 ms each. Before either, the host queues QUEUED seconds of cycles, or
-# AHEAD cycles if it does not know how long they take, so that the device has work in the meantime.
+# A capture takes the host 6 to 14 ms. Before, it queues QUEUED seconds of cycles, or AHEAD cycles if it does not know how
+# long they take, so that the device has work in the meantime.
 QUEUED, AHEAD = 16e-3, 20
 MISSED = 16  # A larger graph stands in for a smaller one so many times. Then the smaller one is made.
 
@@ -80,9 +80,9 @@ class PlainRunner:
 
     def timed_run(
         self, slots: Sequence[int], drawing: Drawing, width: int, size: int | None = None
-    ) -> tuple[Tensor, Cost | None]:
+    ) -> tuple[Tensor, Cost]:
         """As `run`. Also returns what gives the seconds that the cycle took, and those that passed while it drafted, to
-        be called when the records have been read. It is None if this cycle's time tells nothing of others.
+        be called when the records have been read.
 
         On a CPU the seconds are those of the processor in this thread, so that other work on the machine does not
         count.
@@ -156,9 +156,9 @@ class Graph:
 class GraphRunner(PlainRunner):
     """Replays CUDA graphs of the cycle, one for each number of slots, width and way of drawing.
 
-    The first cycle of a kind is a plain call, and the second one makes its graph. Before each of the two, the host
-    queues cycles that have a graph, if there are any, so that the device does not wait for the host. A graph for
-    fewer rows is made only after a larger one has often stood in.
+    The first cycle of a kind makes its graph. Before, the host queues cycles that have a graph, if there are any, so
+    that the device does not wait for the host. A graph for fewer rows is made only after a larger one has often stood
+    in.
 
     Args:
         sizes: the numbers of slots of a graph, ascending; the last one is that of all slots.
@@ -170,7 +170,6 @@ class GraphRunner(PlainRunner):
         super().__init__(cycle)
         self.sizes = sizes
         self.graphs: dict[tuple[int, Drawing, int], Graph] = {}
-        self.called: set[tuple[int, Drawing, int]] = set()  # the kinds of cycles that were run by plain calls
         self.missed: Counter[tuple[int, Drawing, int]] = Counter()
         self.pool: tuple[int, int] | None = None
 
@@ -207,10 +206,6 @@ class GraphRunner(PlainRunner):
     def run(self, slots: Sequence[int], drawing: Drawing, width: int, size: int | None = None) -> Tensor:
         key = size or self.fitting(len(slots)), drawing, width
         if key not in self.graphs:
-            if key not in self.called:
-                records = self._run(slots, drawing, width, key[0], self.watch)
-                self.called.add(key)
-                return records
             self.graphs[key] = self._capture(*key)
         captured, filled = self.graphs[key], self._filled(slots, key[0])
         if captured.shown != filled:
@@ -224,13 +219,10 @@ class GraphRunner(PlainRunner):
 
     def timed_run(
         self, slots: Sequence[int], drawing: Drawing, width: int, size: int | None = None
-    ) -> tuple[Tensor, Cost | None]:
+    ) -> tuple[Tensor, Cost]:
         """As that of `PlainRunner`, but by the GPU's clock, so that the host's time does not count."""
         records = self.run(slots, drawing, width, size)
-        captured = self.graphs.get((size or self.fitting(len(slots)), drawing, width))
-        if captured is None:
-            return records, None
-        last = captured.watch.last()
+        last = self.graphs[size or self.fitting(len(slots)), drawing, width].watch.last()
 
         def cost() -> tuple[float, float]:
             phases = last()

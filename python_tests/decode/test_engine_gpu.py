@@ -177,7 +177,7 @@ def test_auto_gives_the_same_bits_while_graphs_are_made(useful, monkeypatch):
         engine.run()
         assert [r.completion.tokens for r in requests] == [expected[: min(n, end + 1)] for n in lengths]
         accepted += sum(map(sum, (r.completion.accepted for r in requests)))
-    assert max(lags) > 5 and any(width for *_, width in engine.runner.called)
+    assert max(lags) > 5 and any(width for *_, width in engine.runner.graphs)
     assert CATCHING_UP in engine.costs.tables()
     assert all(seconds > 0 for table in engine.costs.tables().values() for seconds in table.values())
     assert accepted > 50 or not useful

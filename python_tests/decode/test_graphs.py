@@ -46,11 +46,10 @@ def test_requests_join_leave_and_are_cancelled_at_random(drafted, block_size, mo
     assert not engine.rows and sorted(engine.free) == [0, 1, 2, 3]
 
 
-def test_the_first_cycle_of_a_kind_is_a_call_and_the_second_makes_the_graph():
+def test_the_first_cycle_of_a_kind_makes_its_graph():
     runner, drawing = engine_of(False).runner, Drawing()
-    for _ in range(2):
-        assert runner.ready(3, drawing, 0) is None and runner.plan(3, drawing, 0, 0, 100) == (4, 0)
-        runner.run([0, 1, 2], drawing, 0, 4)
+    assert runner.ready(3, drawing, 0) is None and runner.plan(3, drawing, 0, 0, 100) == (4, 0)
+    runner.run([0, 1, 2], drawing, 0, 4)
     assert runner.ready(1, drawing, 0) == 4 and runner.fitting(1) == 1 and runner.lag == 1
 
 
