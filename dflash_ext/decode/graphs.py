@@ -20,8 +20,8 @@ from .stopwatch import Stopwatch
 
 # A graph has one number of rows. Slots beyond the rows that are decoded are filled up with the spare slot.
 SIZES = (1, 2, 4, 8, 16, 32)
-# A capture takes the host 6 to 14 ms. Before, it queues QUEUED seconds of cycles, or AHEAD cycles if it does not know how
-# long they take, so that the device has work in the meantime.
+# A capture takes the host 6 to 14 ms. Before, it queues QUEUED seconds of cycles, or AHEAD cycles if it does not know
+# how long they take, so that the device has work in the meantime.
 QUEUED, AHEAD = 16e-3, 20
 MISSED = 16  # A larger graph stands in for a smaller one so many times. Then the smaller one is made.
 

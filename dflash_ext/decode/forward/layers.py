@@ -102,6 +102,10 @@ class Stack:
     activation: str
     exact: bool = False
 
+    def __post_init__(self):
+        # Here, because a tensor that is made while a graph is captured holds nothing until the graph is replayed.
+        object.__setattr__(self, "_flat", self._flattened())
+
     def planned(self, masks: dict[str, IntervalMask]) -> dict[str, IntervalMask]:
         """The masks with the tile lists of the attention kernel, made once for all layers."""
         shapes = self.heads, self.kv_heads, self.head_dim
@@ -207,8 +211,7 @@ class Stack:
         inner = self.layers[0].down.shape[1]
         return hidden.dtype in HALVES and hidden.shape[1] <= WIDEST and hidden.shape[1] % 8 == inner % 8 == 0
 
-    @cached_property
-    def _flat(self) -> tuple[list[Tensor], list[int]]:
+    def _flattened(self) -> tuple[list[Tensor], list[int]]:
         """The weights and the kinds of the layers in the form of `run_layers`, in which kernels read vectors, too."""
         none, kinds = self.final_norm.new_empty(0), list(self.rotary)
         weights = (getattr(layer, name) for layer in self.layers for name in WEIGHTS)
