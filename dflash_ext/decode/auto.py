@@ -87,7 +87,9 @@ class Auto:
         late = partial(self._late, slots, self.cycle.width, table)
         width = other = self.pace.choose(cycles, rows, ready, late)
         if width not in ready and 0 in ready:
-            other = self.pace.choose({each: cycles[each] for each in ready}, rows, ready, late)
+            # Many such cycles may be queued before the host reads what came of the first.
+            known = [each for each in ready if not each or self.costs.is_measured(sizes[each], each)]
+            other = self.pace.choose({each: cycles[each] for each in known}, rows, known, late)
         return *self.runner.plan(count, drawing, width, other, rows.most_left, plain), table
 
     def _late(self, slots: Sequence[int], width: int, table: Mapping[int, float]) -> float:

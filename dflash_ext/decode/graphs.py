@@ -22,7 +22,7 @@ from .stopwatch import Stopwatch
 SIZES = (1, 2, 4, 8, 16, 32)
 # A capture takes the host 6 to 14 ms. Before, it queues QUEUED seconds of cycles, or AHEAD cycles if it does not know
 # how long they take, so that the device has work in the meantime.
-QUEUED, AHEAD = 16e-3, 20
+QUEUED, AHEAD = 20e-3, 25
 MISSED = 16  # A larger graph stands in for a smaller one so many times. Then the smaller one is made.
 
 Cost = Callable[[], tuple[float, float]]  # what gives the seconds of a cycle, and those that passed while it drafted

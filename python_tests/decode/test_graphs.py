@@ -63,8 +63,9 @@ def test_what_has_a_graph_stands_in_until_the_device_has_enough_to_do():
     while not plan or plan[-1] == (4, 0):
         plan.append(runner.plan(3, Drawing(), 5, 0, 100))
     assert len(plan) == module.AHEAD + 1 and plan[-1] == (4, 5) and runner.lag == 1
-    # 16 ms of cycles are enough
-    assert [runner.plan(3, Drawing(), 5, 0, 100, 4e-3) for _ in range(6)] == [(4, 0)] * 5 + [(4, 5)]
+    # QUEUED seconds of cycles are enough.
+    seconds = module.QUEUED / 4.5
+    assert [runner.plan(3, Drawing(), 5, 0, 100, seconds) for _ in range(6)] == [(4, 0)] * 5 + [(4, 5)]
 
 
 def test_nothing_is_queued_shortly_before_the_end():
