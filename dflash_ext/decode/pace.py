@@ -14,7 +14,7 @@ ROW_MEMORY, ROW_TRUST = 0.9, 4.0  # of a row's own luck: the weight of earlier c
 PROBE = 64  # among so many cycles without a draft one has the shortest draft, to see whether drafting pays again
 # What drafts may cost beyond what they gain: a share of the plain cycles that are left (MOST_LEFT count at most), and a
 # share of the time that has passed.
-RISK, MOST_LEFT, SHARE = 0.03, 100, 0.01
+RISK, MOST_LEFT, SHARE = 0.02, 100, 0.01
 
 
 @dataclass
