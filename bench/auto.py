@@ -93,7 +93,7 @@ def main() -> None:
     parser.add_argument("--drafters", nargs="*", default=list(DRAFTERS), choices=DRAFTERS)
     parser.add_argument("--ways", nargs="*", default=list(WAYS), choices=WAYS)
     parser.add_argument("--rows", nargs="*", type=int, default=[1, 8, 32])
-    parser.add_argument("--new-tokens", nargs="*", type=int, default=[96, 128, 384])
+    parser.add_argument("--new-tokens", nargs="*", type=int, default=[96, 384])
     parser.add_argument("--engines", type=int, default=3, help="new engines of each way")
     parser.add_argument("--threads", type=int, default=1, help="on a CPU")
     given = parser.parse_args()
