@@ -29,7 +29,6 @@ def capture(
     """
     current, collects = torch.cuda.current_stream(), gc.isenabled()
     stream = stream or capture_stream(current.device)
-    torch.cuda.current_blas_handle()  # the first use makes it, which a capture does not allow
     gc.disable()
     try:
         if waits:

@@ -251,6 +251,7 @@ class GraphRunner(PlainRunner):
     def _capture(self, size: int, drawing: Drawing, width: int) -> Graph:
         """Only the spare slot is decoded while a graph is made, so that no row changes."""
         slots = torch.full((size,), self.cycle.state.spare, device=self.device)
+        torch.cuda.current_blas_handle()  # its first use makes it, which may be no part of a capture
         if isinstance(self.cycle.target, ModuleForward):  # which may wait for the device
             warm_up(lambda: self.cycle(slots, drawing, width, Stopwatch(self.device)), self.device)
         if self.pool is None:
