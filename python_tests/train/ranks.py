@@ -34,14 +34,16 @@ def torchrun(*words, processes: int = 2) -> str:
 
 
 def in_processes(function: Callable, *arguments, processes: int = 2) -> None:
-    """Calls a function in forks of this process, which find each other as those of torchrun do.
+    """Calls a function in processes that find each other as those of torchrun do.
 
-    Unlike those of torchrun they need no seconds to import torch and transformers.
+    Unlike those of torchrun they need no seconds to import torch and transformers: they are forks of a process that has
+    imported this module and done nothing else. A fork of this process, which has threads, crashed once.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    context = multiprocessing.get_context("fork")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
     ranks = [
         context.Process(target=_as_rank, args=(rank, processes, port, function, arguments)) for rank in range(processes)
     ]
