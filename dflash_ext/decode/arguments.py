@@ -44,12 +44,25 @@ def positive(name: str, number: object, what: str) -> int:
     return number
 
 
+def seed_of(number: object) -> int:
+    """A seed to which positions can be added. Raises ValueError unless it is in [0, 2**62)."""
+    number = integer("seed", number)
+    if not 0 <= number < 2**62:
+        raise ValueError(f"decode: seed is {number}; 0 to 2**62 - 1 are supported")
+    return number
+
+
 def stop_ids(tokens: int | Iterable[int] | None) -> frozenset[int]:
-    """The tokens that end a row, given as one id, several ids or None. Raises TypeError for anything else."""
+    """The tokens that end a row, given as one id, several ids or None.
+
+    Raises TypeError for anything else, and ValueError for a negative id.
+    """
     each = [] if tokens is None else [tokens] if is_int(tokens) else tokens
     each = list(each) if isinstance(each, Iterable) else [each]
     if not all(is_int(token) for token in each):
         raise TypeError(f"decode: stop_token_ids is {shown(tokens)}; a token id, a sequence of them or None is needed")
+    if negative := [token for token in each if token < 0]:
+        raise ValueError(f"decode: stop_token_ids has {negative[0]}; token ids begin at 0")
     return frozenset(int(token) for token in each)
 
 
@@ -85,8 +98,10 @@ def token_bias(target: Target, given: Mapping[int, float] | None) -> dict[int, f
     """
     if given is None:
         return {}
-    if not isinstance(given, Mapping) or not all(is_int(token) for token in given):
+    if not isinstance(given, Mapping):
         raise TypeError(f"decode: logit_bias is {shown(given)}; a dict of token ids and numbers, or None, is needed")
+    if wrong := [token for token in given if not is_int(token)]:
+        raise TypeError(f"decode: logit_bias has the key {wrong[0]!r}; token ids are needed")
     bias = {int(token): _number("logit_bias", number) for token, number in given.items()}
     for token, number in bias.items():
         if not 0 <= token < target.vocab_size:
@@ -154,6 +169,8 @@ def draft_width(target: Target, drafter: DFlashDrafter | LoraDrafter | Denoiser 
         drafter.check_verifier(target)
         # Its rows know how far they are from the anchor by their positions alone, so that there may be more of them.
         first, largest, own = 1, SCRATCH, drafter.config.block_size
+    elif not isinstance(drafter, DFlashDrafter):
+        raise TypeError(f"decode: drafter is {shown(drafter)}; what load_pair gives, a folder, or None is needed")
     else:
         drafter.check_target(target)
         if tuple(drafter.config.target_layer_ids) != target.tap_ids:

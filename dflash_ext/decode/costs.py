@@ -6,6 +6,8 @@ import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 
+from ..checks import is_int
+
 CATCHING_UP = 0  # stands in a table for the number of rows where a drafter reads what plain cycles have left for it
 RUNS = 3  # a cost is the shortest time of so many cycles, as a disturbance only adds to it
 
@@ -47,6 +49,8 @@ class Costs:
     ):
         self.widths, self.unknown, self.grows = widths, unknown, grows
         self.is_given = given is not None
+        if self.is_given and not all(is_int(rows) and isinstance(table, Mapping) for rows, table in given.items()):
+            raise TypeError(f"costs is {dict(given)}; seconds by number of rows and of drafted tokens are needed")
         self.seconds: dict[int, dict[int, float]] = {rows: dict(table) for rows, table in (given or {}).items()}
         self.drafting: dict[int, dict[int, float]] = {rows: {} for rows in self.seconds}
         self.runs: defaultdict[tuple[int, int], list[tuple[float, float]]] = defaultdict(list)

@@ -10,6 +10,7 @@ from os import PathLike
 import torch
 from torch import Tensor
 
+from ..checks import shown
 from ..models import Target
 from ..ops.backends import hopper_kernels_serve
 from .arguments import (
@@ -17,9 +18,9 @@ from .arguments import (
     check_prompt,
     denoising,
     draft_width,
-    integer,
     per_prompt,
     positive,
+    seed_of,
     stop_ids,
     stop_texts,
     token_bias,
@@ -134,11 +135,16 @@ class Engine:
         exact: bool = False,
         tokenizer=None,
     ):
-        slots, max_length = positive("slots", slots, "row is decoded at a time"), integer("max_length", max_length)
+        slots = positive("slots", slots, "row is decoded at a time")
+        max_length = positive("max_length", max_length, "token has to fit")
         target.check_length(max_length, f"rows of {max_length} tokens")
         halves = target.dtype in (torch.bfloat16, torch.float16)
         if exact and target.device.type == "cuda" and not (halves and hopper_kernels_serve(target.device)):
             raise ValueError(f"exact=True on a GPU needs Hopper and bfloat16 or float16; the target is {target.dtype}")
+        if tokenizer is not None and not hasattr(tokenizer, "decode"):
+            raise TypeError(f"decode: tokenizer is {shown(tokenizer)}; a tokenizer of transformers is needed")
+        if costs is not None and block_size != AUTO:
+            raise ValueError('costs are for block_size="auto", which chooses by them')
         drafter = loaded(drafter, target)
         width = draft_width(target, drafter, None if block_size == AUTO else block_size)
         drafting = {"forwards": forwards, "groups": groups, "steps": denoising(denoising_steps), "greedy": greedy_draft}
@@ -160,6 +166,7 @@ class Engine:
         self.records: deque[Record] = deque()
         self.most: dict[bool, int] = {}  # the rows of a prefill (True) or cycle that memory sufficed for, if it ran out
         self.fault: BaseException | None = None  # the first one since `run` began
+        self.is_stepping = False
         self.cycles = 0
 
     def submit(
@@ -209,8 +216,10 @@ class Engine:
         options = {name: per_prompt(name, value, 1)[0] for name, value in given.items()}
         stops = stop_ids(stop_token_ids)
         strings = stop_texts(stop_strings, self.tokenizer)
+        if on_text is not None and self.tokenizer is None:
+            raise ValueError("decode: on_text needs a tokenizer, by which tokens become text")
         text = None if self.tokenizer is None else Text(self.tokenizer, strings)
-        seed = integer("seed", seed)
+        seed = seed_of(seed)
         bias = token_bias(self.target, logit_bias)
         request = Request(prompt, max_new_tokens, options, bias, stops, seed, text, on_tokens, on_text, on_finish)
         self.waiting.append(request)
@@ -221,9 +230,9 @@ class Engine:
 
         Raises ValueError for a request of another engine.
         """
+        self._check_own(request)
         if request.done:
             return
-        self._check_own(request)
         request.end("cancelled")
         if request.slot is None:
             self.waiting.remove(request)
@@ -250,7 +259,11 @@ class Engine:
                 self.step()
 
     def run(self) -> None:
-        """Steps until every request has ended. Then raises the first fault of a request, if there was one."""
+        """Steps until every request has ended. Then raises the first fault of a request, if there was one.
+
+        Raises RuntimeError within a callback.
+        """
+        self._check_is_outside()
         self.fault = None
         while self.step():
             pass
@@ -264,8 +277,16 @@ class Engine:
         Returns whether there is more to do.
 
         Raises no fault of a request. An interrupt (such as Ctrl-C) in a callback is raised after all tokens have been
-        handed out.
+        handed out. Raises RuntimeError within a callback.
         """
+        self._check_is_outside()
+        self.is_stepping = True
+        try:
+            return self._step()
+        finally:
+            self.is_stepping = False
+
+    def _step(self) -> bool:
         if self.waiting and len(self.free) >= min(len(self.waiting), self.least):
             self._admit(wave(self.waiting, len(self.free), self.most_read))
         self._read_but(self.runner.lag)
@@ -388,7 +409,13 @@ class Engine:
             another.__context__ = fault
             request.completion.error = detached(another)
 
+    def _check_is_outside(self) -> None:
+        if self.is_stepping:
+            raise RuntimeError("an engine's callbacks may submit and cancel requests, but not step, run or stream")
+
     def _check_own(self, request: Request) -> None:
+        if not isinstance(request, Request):
+            raise TypeError(f"Engine: a request is {shown(request)}; what submit has returned is needed")
         if not (request.done or request in self.waiting or self.rows.get(request.slot) is request):
             raise ValueError("the request was submitted to another engine")
 

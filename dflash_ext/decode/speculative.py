@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..checks import shown
 from ..models import Target
-from .arguments import AUTO, check_prompt, integer, per_prompt, positive, stop_ids, stop_texts
+from .arguments import AUTO, check_prompt, integer, per_prompt, positive, seed_of, stop_ids, stop_texts
 from .completion import Completion, Decoded
 from .engine import Engine
 from .kinds import Drafter
@@ -158,8 +158,8 @@ def decode(
 def _seeds(seed: int | Sequence[int], count: int) -> list[int]:
     """A seed of 62 bits for each prompt. Positions are added to it."""
     if not isinstance(seed, Sequence):
-        seed = integer("seed", seed)
+        seed = seed_of(seed)
         return [(seed * 0x9E3779B97F4A7C15 + (index << 24)) % 2**62 for index in range(count)]
     if len(seed) != count:
         raise ValueError(f"decode: seed has {len(seed)} entries; one number, or one for each prompt, is needed")
-    return [integer("seed", each) for each in seed]
+    return [seed_of(each) for each in seed]

@@ -71,6 +71,31 @@ def test_a_request_of_another_engine_is_refused():
     assert request.completion.finish_reason == "length"
 
 
+def stream_one(engine: Engine) -> None:
+    list(engine.stream(next(iter(engine.rows.values()))))
+
+
+@pytest.mark.parametrize("use", [Engine.run, Engine.step, stream_one])
+def test_a_callback_does_not_step_its_engine(use):
+    """Its own request ends with the fault, and the other one goes on."""
+    engine, target = engine_of("llama")
+    prompts = random_prompts(4, 9)
+    bad = engine.submit(prompts[0], max_new_tokens=12, on_tokens=lambda tokens: use(engine))
+    good = engine.submit(prompts[1], max_new_tokens=12)
+    with pytest.raises(RuntimeError, match="^an engine's callbacks may submit and cancel requests, but not"):
+        engine.run()
+    assert bad.completion.finish_reason == "error"
+    assert good.completion.tokens == own_output(target.model, prompts[1], 12)
+
+
+def test_refuses_what_is_no_request_and_rows_without_room():
+    engine, target = engine_of("llama")
+    with pytest.raises(TypeError, match="^Engine: a request is None"):
+        engine.cancel(None)
+    with pytest.raises(ValueError, match="^max_length is 0"):
+        Engine(target, None, max_length=0)
+
+
 def test_rows_of_other_temperatures_and_seeds_do_not_change_a_row():
     engine, target = engine_of("llama")
     prompts = random_prompts(4, 9, 17, 5)

@@ -157,7 +157,7 @@ def test_sampling_under_penalties_keeps_the_targets_distribution(changes, top_p,
         (dict(logit_bias={VOCAB: 1.0}), f"logit_bias has token {VOCAB}; the target's vocabulary has {VOCAB}"),
         (dict(logit_bias={5: float("inf")}), "logit_bias of token 5 is inf; a finite number or -inf is needed"),
         (dict(logit_bias={5: "more"}), "logit_bias is 'more'"),
-        (dict(logit_bias={"a": 1.0}), "logit_bias is "),
+        (dict(logit_bias={"a": 1.0}), "logit_bias has the key 'a'; token ids are needed"),
     ],
 )
 def test_refuses_penalties(options, message):

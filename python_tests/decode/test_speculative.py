@@ -193,6 +193,14 @@ def test_a_long_prompt_is_prefilled_in_pieces():
         (dict(stop_token_ids="</s>"), "^decode: stop_token_ids is '</s>'"),
         (dict(stop_token_ids=[2.0]), "^decode: stop_token_ids is "),
         (dict(stop_token_ids=2.0), r"^decode: stop_token_ids is 2.0 \(float\); a token id, a sequence of them or None"),
+        (dict(stop_token_ids=[2, -1]), "^decode: stop_token_ids has -1; token ids begin at 0"),
+        (dict(seed=2**62), "^decode: seed is 4611686018427387904; 0 to 2"),
+        (dict(seed=[0, 1, -1, 2]), "^decode: seed is -1; 0 to 2"),
+        (dict(on_text=print), "^decode: on_text needs a tokenizer"),
+        (dict(tokenizer="smollm2"), r"^decode: tokenizer is 'smollm2' \(str\); a tokenizer of transformers is needed"),
+        (dict(logit_bias={3: 1, "13": 1}), "^decode: logit_bias has the key '13'; token ids are needed"),
+        (dict(costs={1: {0: 1.0, 5: 1.0}}), '^costs are for block_size="auto"'),
+        (dict(block_size="auto", costs={"a": 1}), "^costs is {'a': 1}; seconds by number of rows"),
     ],
 )
 def test_refuses_before_the_prefill(options, message, monkeypatch):
@@ -219,6 +227,12 @@ def test_refuses_prompts_that_are_no_token_ids(prompts, what):
         decode(target, None, prompts, max_new_tokens=4)
     with pytest.raises(TypeError, match="^decode: target is of type LlamaForCausalLM; a Target is needed"):
         decode(target.model, None, [[5]], max_new_tokens=4)
+
+
+def test_refuses_a_model_in_the_place_of_a_drafter():
+    target, _ = tiny_pair("llama")
+    with pytest.raises(TypeError, match="^decode: drafter is of type LlamaForCausalLM; what load_pair gives"):
+        decode(target, target.model, [[5]], max_new_tokens=4)
 
 
 def test_refuses_a_target_tapped_elsewhere():
