@@ -67,6 +67,7 @@ def check_lossless(
     from ..data import LeftOut, read_conversations
     from ..eval.lossless import LARGEST_Z, greedy_divergences, sampling_z
     from ..models import stop_tokens
+    from ..progress import progress
 
     left_out = LeftOut()
     conversations = read_conversations(prompts, field=field, limit=limit, left_out=left_out)
@@ -86,7 +87,9 @@ def check_lossless(
     drafting = {"block_size": block_size, "denoising_steps": denoising_steps, "greedy_draft": greedy_draft}
     options = drafting | {"forwards": forwards, "groups": groups, "batch_size": batch_size, "exact": exact}
     stops = stop_tokens(tok, model)
-    found = greedy_divergences(tapped, draft, asked, max_new_tokens=max_new_tokens, stop_token_ids=stops, **options)
+    with progress(console, "decoding greedily", 2 * len(asked)) as advance:  # plainly, too
+        options["on_finish"] = lambda *_: advance(1)
+        found = greedy_divergences(tapped, draft, asked, max_new_tokens=max_new_tokens, stop_token_ids=stops, **options)
     wrong = [each for each in found if each.regret > tolerance]
     console.print(f"greedy: {len(asked) - len(found)} of {len(asked)} answers are equal token by token")
     for each in found:
@@ -96,8 +99,9 @@ def check_lossless(
         console.print(f"{line} drafter, regret {each.regret:.3f} nats: {verdict}", soft_wrap=True, markup=False)
     z = None
     if draws:
-        drawn = {"draws": draws, "temperature": temperature, "seed": seed} | options
-        z = sampling_z(tapped, draft, asked[0], **drawn)
+        with progress(console, "sampling answers", draws) as advance:
+            options["on_finish"] = lambda *_: advance(1)
+            z = sampling_z(tapped, draft, asked[0], draws=draws, temperature=temperature, seed=seed, **options)
         compared = f"the second token of {draws} answers"
         if z is None:
             told = f"{compared} says nothing at this temperature: no two tokens are expected in 5 of them each"

@@ -1,5 +1,8 @@
+from functools import partial
+
 import pytest
 
+from dflash_ext import progress
 from dflash_ext.decode import cycle
 from python_tests.eval.test_lossless import believing
 
@@ -18,6 +21,15 @@ def test_a_lossless_drafter_passes(workspace, run, draws, drafting):
     assert code == 0
     assert "greedy: 3 of 3 answers are equal token by token" in printed
     assert ("the second token of 200 answers fits the target's distribution" in printed) == bool(draws)
+
+
+def test_progress_is_shown_while_it_decodes(workspace, run, monkeypatch):
+    monkeypatch.setattr(progress, "_lines", partial(progress._lines, every=0))
+    code, printed, _ = checked(workspace, run, "--draws", 20)
+    assert code == 0
+    for what, total in (("decoding greedily", 6), ("sampling answers", 20)):
+        shown = [line for line in printed.splitlines() if line.startswith(what)]
+        assert [line.partition(",")[0] for line in shown] == [f"{what}: {n} of {total}" for n in range(1, total + 1)]
 
 
 def test_too_few_draws_say_nothing(workspace, run):
