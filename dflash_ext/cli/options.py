@@ -153,12 +153,13 @@ def _block_size_option(default: str) -> Any:
         parser=_block_size,
         metavar="<n>|auto",
         show_default=False,
-        help=f"Slots of a drafted block, at most the drafter's own number; the default is {default}. With 'auto' each "
-        "cycle drafts as many tokens as pay, by what was accepted before and what cycles cost here.",
+        help=f"Slots of a drafted block; the default is {default}. A DFlash drafter's own number is its largest; "
+        "a LoRA drafter and a denoiser take up to 64. With 'auto' each cycle drafts as many tokens as pay, by what was "
+        "accepted before and what cycles cost here.",
     )
 
 
-BlockSize = Annotated[Any, _block_size_option("that number")]
+BlockSize = Annotated[Any, _block_size_option("the drafter's own number")]
 AutoBlockSize = Annotated[Any, _block_size_option("'auto'")]
 DenoisingSteps = Annotated[
     int,

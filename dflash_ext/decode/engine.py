@@ -88,7 +88,8 @@ class Engine:
         slots: the number of requests that are decoded at a time. Others wait.
         max_length: the largest number of tokens of a request, prompt and answer together. The caches have room for it
             in every slot.
-        block_size: slots of a drafted block, anchor included. The drafter's own number is the default and the largest.
+        block_size: slots of a drafted block, anchor included. The default is the drafter's own number, which is the
+            largest of a DFlash drafter; a LoRA drafter and a denoiser take up to 64.
             "auto" chooses anew before each cycle, from what was accepted so far and from what cycles cost here
             (`decode.auto`). It may also choose to draft nothing.
         costs: with "auto", what cycles cost, as `engine.costs.tables()` of an earlier engine: seconds by the number of

@@ -73,7 +73,8 @@ def decode(
         stop_strings: one or several strings that end a row, wherever they are in its text. The text ends before them,
             and the tokens before the one with which they begin (`Completion`).
         tokenizer: a tokenizer of transformers, from which completions get their text. Stop strings need it.
-        block_size: slots of a drafted block, anchor included. The drafter's own number is the default and the largest.
+        block_size: slots of a drafted block, anchor included. The default is the drafter's own number, which is the
+            largest of a DFlash drafter; a LoRA drafter and a denoiser take up to 64.
             "auto" chooses before each cycle, as in `Engine`.
         costs: as in `Engine`: with "auto", the `costs` of an earlier call, so that a seed repeats its answers.
         denoising_steps, greedy_draft, forwards, groups: as in `Engine`.

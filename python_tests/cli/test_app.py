@@ -16,6 +16,8 @@ from typer.main import get_command
 import dflash_ext
 from dflash_ext.cli import app
 from dflash_ext.cli.output import replacing
+from dflash_ext.decode import Engine, decode
+from dflash_ext.decode.kv_cache import SCRATCH
 
 COMMANDS = (
     *("demo", "train", "answers", "features", "adapt", "generate", "canvas", "evaluate"),
@@ -78,6 +80,18 @@ def test_commands_that_decode_have_the_same_options():
     assert set(evaluate) - set(generate) == {"compare", "plot", "tau_only"}
     for name in set(evaluate) - {"drafter", "prompts", "output", "compare", "plot", "tau_only", "block_size"}:
         assert evaluate[name].help == generate[name].help, name
+
+
+def test_the_largest_block_is_in_the_help():
+    commands = get_command(app).commands
+    told = [
+        p.help
+        for name in ("generate", "evaluate", "check-lossless")
+        for p in commands[name].params
+        if p.name == "block_size"
+    ]
+    told += [" ".join(decoder.__doc__.split()) for decoder in (Engine, decode)]
+    assert len(told) == 5 and all(f"a LoRA drafter and a denoiser take up to {SCRATCH}" in text for text in told)
 
 
 def test_a_mistake_is_one_line_or_a_traceback_on_request(workspace, run):
