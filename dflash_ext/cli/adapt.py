@@ -191,6 +191,10 @@ def adapt(
     check_output(output, resume=resume, overwrite=overwrite)
     if noise not in ("masked", "uniform"):
         raise ValueError(f"--noise {noise}: masked and uniform are supported")
+    if pattern == "block_causal" and block_size is None:
+        raise ValueError("--pattern block_causal needs --block-size, which is missing")
+    if pattern != "block_causal" and block_size is not None:
+        raise ValueError(f"--block-size goes with --pattern block_causal alone, and the pattern is {pattern}")
     if kind == "full":
         refuse(ctx, ("rank", "alpha", "linear_layers"), "is an option of adapters, and --kind full has none")
     is_uniform = noise == "uniform"

@@ -58,8 +58,12 @@ class AdaptationConfig:
         for name, known in (("pattern", PATTERNS), ("context", CONTEXTS), ("kind", KINDS)):
             if (value := getattr(self, name)) not in known:
                 raise ValueError(f"{name} is '{value}': {', '.join(known)} are supported")
-        if (self.pattern == "block_causal") != (self.block_size is not None):
-            raise ValueError("a block size goes with the pattern block_causal, and only with it")
+        if self.pattern == "block_causal" and self.block_size is None:
+            raise ValueError("the pattern block_causal needs a block size")
+        if self.pattern != "block_causal" and self.block_size is not None:
+            raise ValueError(
+                f"a block size goes with the pattern block_causal alone, and the pattern is {self.pattern}"
+            )
         if self.block_size is not None and self.block_size < 1:
             raise ValueError(f"block_size is {self.block_size}: at least 1 is needed")
         if self.context == "block_causal" and self.pattern != "block_causal":

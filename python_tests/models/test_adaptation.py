@@ -233,8 +233,8 @@ def test_files_that_do_not_fit(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"pattern": "block_causal"}, "a block size goes with the pattern block_causal"),
-        ({"block_size": 4}, "a block size goes with the pattern block_causal"),
+        ({"pattern": "block_causal"}, "the pattern block_causal needs a block size"),
+        ({"block_size": 4}, "goes with the pattern block_causal alone, and the pattern is prefix_block"),
         ({"context": "block_causal"}, "with the pattern prefix_block the context is causal"),
         ({"context": "full"}, "context is 'full': causal, block_causal are supported"),
         ({"targets": "c_attn"}, "no linear layer c_attn"),
