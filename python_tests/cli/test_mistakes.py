@@ -38,6 +38,10 @@ def wrong_cases(workspace):
     config = json.loads((drafter / "config.json").read_text())
     changes = {
         "other": {"num_target_layers": 9},
+        "foreign": {
+            "num_target_layers": 50,
+            "dflash_config": {"mask_token_id": 96, "target_layer_ids": [1, 3, 40]},
+        },
         "far": {"dflash_config": {"mask_token_id": 96, "target_layer_ids": [1, 3, 40]}},
         "wide": {"intermediate_size": 128},
     }
@@ -102,8 +106,15 @@ def wrong_cases(workspace):
         ([*generate, "w3", "--tokenizer", tokenizers / "larger"], "the tokenizer is another model's"),
         ([*generate, "w3", "--drafter", workspace / "nowhere"], "there is no such folder"),
         ([*generate, "w3", "--drafter", target], "no drafter in"),
-        ([*generate, "w3", "--drafter", other], "made for another target: its num_target_layers is 9"),
-        ([*generate, "w3", "--drafter", far], "tap 40 is out of range"),
+        (
+            [*generate, "w3", "--drafter", other],
+            f"'{other}': the drafter was made for another target: its num_target_layers is 9",
+        ),
+        (
+            [*generate, "w3", "--drafter", workspace / "foreign"],
+            "foreign': the drafter was made for another target: its num_target_layers is 50",
+        ),
+        ([*generate, "w3", "--drafter", far], f"'{far}': tap 40 is out of range"),
         ([*generate, "w3", "--drafter", workspace / "wide"], "does not fit its config: 6 mismatched keys"),
         ([*generate, "w3", "--drafter", drafter, "--block-size", 1], "block size 1"),
         ([*generate, "w3", "--drafter", drafter, "--block-size", 40], "block size 40"),

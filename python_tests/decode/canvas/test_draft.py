@@ -5,12 +5,12 @@ import torch
 
 from dflash_ext.decode import decode
 from dflash_ext.decode.canvas import UniformDiffusion, decode_canvas
-from dflash_ext.models import Denoiser, Target, UniformAdaptation, load_pair, save_adaptation
+from dflash_ext.models import Adaptation, Denoiser, Target, UniformAdaptation, load_pair, save_adaptation
 from dflash_ext.models.uniform import SelfConditioning
 from dflash_ext.ops.random import derived, uniform_tokens
 from python_tests.decode.canvas.models import tiny_denoiser
 from python_tests.decode.oracle import own_outputs
-from python_tests.tiny import random_prompts, tiny_model
+from python_tests.tiny import MASK_TOKEN, random_prompts, tiny_model
 
 PROMPTS = random_prompts(5, 9, 3)
 
@@ -102,6 +102,15 @@ def test_the_folder_of_a_denoiser_is_that_of_a_drafter(tmp_path):
     assert isinstance(drafter, Denoiser)
     decoded = decode(target, tmp_path, PROMPTS, max_new_tokens=6)
     assert [c.tokens for c in decoded.completions] == own_outputs(target.model, PROMPTS, 6)
+
+
+def test_a_denoiser_that_holds_no_lora_drafter_is_named(tmp_path):
+    target = Target(tiny_model("llama"))
+    for kind in ("full", "whole"):
+        save_adaptation(Adaptation.for_target(target, mask_id=MASK_TOKEN, kind=kind), tmp_path / kind)
+        (tmp_path / kind / "lora_drafter.json").unlink(missing_ok=kind == "full")
+        with pytest.raises(ValueError, match=rf"no drafter in '.*{kind}': .* there is no lora_drafter.json"):
+            load_pair(target.model, tmp_path / kind)
 
 
 def test_what_is_refused():
