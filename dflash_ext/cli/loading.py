@@ -114,7 +114,11 @@ def asked(
     """The prompts of a command that takes them as arguments or in a file, but not both."""
     from ..data import Conversation, read_conversations
 
-    if bool(texts) == (file is not None):
+    if texts and file is not None:
+        raise ValueError(
+            f"{command} takes prompts either as arguments or in the file of --prompts: leave one of them out"
+        )
+    if not texts and file is None:
         raise ValueError(f"{command} needs prompts, either as arguments or in a file that --prompts names")
     if texts:
         return [Conversation.user(text) for text in texts]

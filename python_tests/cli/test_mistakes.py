@@ -119,6 +119,7 @@ def wrong_cases(workspace):
         ([*generate, "w3", "--drafter", drafter, "--block-size", 1], "block size 1"),
         ([*generate, "w3", "--drafter", drafter, "--block-size", 40], "block size 40"),
         ([*generate], "needs prompts"),
+        ([*generate, "w3", "--prompts", prompts], "either as arguments or in the file of --prompts: leave one of them"),
         ([*generate, "w3", "--dtype", "float8"], "dtype 'float8' is not supported"),
         ([*generate, "w3", "--device", "cuda:99"], "no CUDA device for --device cuda:99"),
         ([*train, "--prompts", prompts, "--block-size", 1], "block_size is 1"),
