@@ -87,4 +87,18 @@ inline void check_launch(const char* op, const char* error) {
   check(error == nullptr, op, ": the CUDA launch failed: ", error ? error : "");
 }
 
+// Launches a kernel on the device of `tensor`, in torch's current stream. A macro, because a build without CUDA does not
+// have the kernel.
+#ifdef DFLASH_EXT_CUDA
+template <class Params>
+void run_on_gpu(const char* op, const char* (*launch)(const Params&, void*), const Params& params,
+                const Tensor& tensor) {
+  const CudaScope cuda(tensor);
+  check_launch(op, launch(params, cuda.stream()));
+}
+#define DFLASH_RUN_ON_GPU(op, kernel, params, tensor) run_on_gpu(op, kernel, params, tensor)
+#else
+#define DFLASH_RUN_ON_GPU(op, kernel, params, tensor) fail(op, ": this build has no CUDA kernels")
+#endif
+
 }  // namespace dflash

@@ -57,12 +57,7 @@ Tensor decode_mask(Tensor cache_lens, std::optional<Tensor> q_lens, std::optiona
     }
     return bounds;
   }
-#ifdef DFLASH_EXT_CUDA
-  const CudaScope cuda(cache_lens);
-  check_launch(kOp, decode_mask_sm80(p, cuda.stream()));
-#else
-  fail(kOp, ": this build has no CUDA kernels");
-#endif
+  DFLASH_RUN_ON_GPU(kOp, decode_mask_sm80, p, cache_lens);
   return bounds;
 }
 

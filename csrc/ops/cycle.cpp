@@ -53,12 +53,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> begin_cycle(Tensor state, Ten
   if (state.is_cpu()) {
     for (int64_t row = 0; row < p.rows; ++row) begin_cycle_row(p, row, 0, 1);
   } else if (p.rows > 0) {
-#ifdef DFLASH_EXT_CUDA
-    const CudaScope cuda(state);
-    check_launch(kOp, begin_cycle_sm80(p, cuda.stream()));
-#else
-    fail(kOp, ": this build has no CUDA kernels");
-#endif
+    DFLASH_RUN_ON_GPU(kOp, begin_cycle_sm80, p, state);
   }
   return {readings, slots32, positions, block_positions, block_places};
 }
@@ -107,12 +102,7 @@ std::tuple<Tensor, Tensor> end_cycle(Tensor state, Tensor slots, Tensor stops, T
   if (state.is_cpu()) {
     for (int64_t row = 0; row < p.rows; ++row) end_cycle_row(p, row, finds_stop(p, row, 0, 1), 0, 1);
   } else if (p.rows > 0) {
-#ifdef DFLASH_EXT_CUDA
-    const CudaScope cuda(state);
-    check_launch(kOp, end_cycle_sm80(p, cuda.stream()));
-#else
-    fail(kOp, ": this build has no CUDA kernels");
-#endif
+    DFLASH_RUN_ON_GPU(kOp, end_cycle_sm80, p, state);
   }
   return {records, kept};
 }
@@ -146,12 +136,7 @@ void write_ring(Tensor ring, Tensor values, Tensor positions, Tensor slots) {
       std::memcpy(place, p.values + token * p.bytes, size_t(p.bytes));
     }
   } else if (p.rows * p.tokens > 0) {
-#ifdef DFLASH_EXT_CUDA
-    const CudaScope cuda(ring);
-    check_launch(kOp, write_ring_sm80(p, cuda.stream()));
-#else
-    fail(kOp, ": this build has no CUDA kernels");
-#endif
+    DFLASH_RUN_ON_GPU(kOp, write_ring_sm80, p, ring);
   }
 }
 
@@ -178,12 +163,7 @@ std::tuple<Tensor, Tensor> read_ring(Tensor ring, Tensor start, Tensor counts, T
       }
     }
   } else if (p.rows * tokens > 0) {
-#ifdef DFLASH_EXT_CUDA
-    const CudaScope cuda(ring);
-    check_launch(kOp, read_ring_sm80(p, cuda.stream()));
-#else
-    fail(kOp, ": this build has no CUDA kernels");
-#endif
+    DFLASH_RUN_ON_GPU(kOp, read_ring_sm80, p, ring);
   }
   return {values, positions};
 }

@@ -6,18 +6,6 @@
 
 namespace dflash {
 
-#ifdef DFLASH_EXT_CUDA
-template <class Params>
-void run_on_gpu(const char* op, const char* (*launch)(const Params&, void*), const Params& params,
-                const Tensor& tensor) {
-  const CudaScope cuda(tensor);
-  check_launch(op, launch(params, cuda.stream()));
-}
-#define DFLASH_RUN_ON_GPU(op, kernel, params, tensor) run_on_gpu(op, kernel, params, tensor)
-#else
-#define DFLASH_RUN_ON_GPU(op, kernel, params, tensor) fail(op, ": this build has no CUDA kernels")
-#endif
-
 // The parameters of a norm of rows [T, H] by a weight [H], which are checked. `name` and `weight_name` are for errors.
 template <class Params>
 Params norm_of(const char* op, const char* name, const Tensor& rows, const char* weight_name, const Tensor& weight,

@@ -114,7 +114,7 @@ struct Stack {
     const Tensor update = steps ? torch_product(x, by, shift, std::nullopt)
                                 : linear_op(x, by, shift, std::nullopt, eps, plus_one, 0, std::nullopt, true);
     const Tensor sum = overwrites ? hidden : copy(hidden);
-    // Without a norm after the sublayer, the one of this call is not used.
+    // The call also returns a norm of the sum, which nothing uses here.
     const Tensor normed = add_rms_norm_op(sum, update, norm, norm ? *norm : *at(layer, kMlpNorm), eps, plus_one);
     after_kernels([update, normed] {});
     return sum;
