@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 
 from torch import Tensor
 
@@ -41,8 +40,10 @@ class Auto:
         slots = [request.slot for request in requests]
         rows = Rows([request.pace.luck for request in requests], [request.left for request in requests], others_wait)
         size, width, table = self._plan(slots, drawing, rows)
-        self.pace.spend(width, self.costs.of(size, width) + (self._late(slots, width, table) if table else 0.0))
-        add_catching_up = self._timed_catch_up(slots, drawing, width)
+        unread = self.cycle.unread(slots, width)
+        late = self._late(unread, len(slots), table) if table else 0.0
+        self.pace.spend(width, self.costs.of(size, width) + late)
+        add_catching_up = self._timed_catch_up(slots, drawing, width, unread)
         if self.costs.is_measured(size, width):
             return self.runner.run(slots, drawing, width, size), add_catching_up
         records, cost = self.runner.timed_run(slots, drawing, width, size)
@@ -84,7 +85,9 @@ class Auto:
         }
         ready = [width for width in cycles if sizes[width]]
 
-        late = partial(self._late, slots, self.cycle.width, table)
+        def late() -> float:
+            return self._late(self.cycle.unread(slots, self.cycle.width), count, table)
+
         width = other = self.pace.choose(cycles, rows, ready, late)
         if width not in ready and 0 in ready:
             # Many such cycles may be queued before the host reads what came of the first.
@@ -92,29 +95,30 @@ class Auto:
             other = self.pace.choose({each: cycles[each] for each in known}, rows, known, late)
         return *self.runner.plan(count, drawing, width, other, rows.most_left, plain), table
 
-    def _late(self, slots: Sequence[int], width: int, table: Mapping[int, float]) -> float:
-        """How long the drafter reads what it needs of earlier tokens for such a cycle, in plain cycles.
+    def _late(self, unread: int, count: int, table: Mapping[int, float]) -> float:
+        """How many plain cycles the drafter takes to read so many tokens of `count` rows.
 
-        As long as nothing of that is known, a forward of the drafter's own is taken to need one for all tokens on a
-        GPU, and on a CPU for each as long as a plain cycle does for a row. Features take little time.
+        As long as no such time is measured, a drafter that reads them in a forward of its own is taken to need one
+        plain cycle on a GPU, and on a CPU as long for each token as a plain cycle takes for a row. Features are taken
+        to need no time.
 
         table: the costs with the slots of a plain cycle.
         """
-        unread = self.cycle.unread(slots, width)
         seconds = self.costs.catching_up(unread)
         if seconds is not None:
             return seconds / table[0]
         if not self.cycle.reads_by_forward:
             return 0.0
-        return 1.0 if self.runner.is_steady else unread / len(slots)
+        return 1.0 if self.runner.is_steady else unread / count
 
-    def _timed_catch_up(self, slots: Sequence[int], drawing: Drawing, width: int) -> Callable[[], None] | None:
-        """Measures how long the drafter reads what it needs for such a cycle, if that is not known. Returns what takes
-        note of it.
+    def _timed_catch_up(
+        self, slots: Sequence[int], drawing: Drawing, width: int, unread: int
+    ) -> Callable[[], None] | None:
+        """Measures how long the drafter reads so many tokens before such a cycle, if that is not known. Returns what
+        takes note of it.
 
         Before a cycle that has to be made ready the device has other work meanwhile, so that the time tells nothing.
         """
-        unread = self.cycle.unread(slots, width)
         if not unread or self.costs.knows_catching_up(unread) or not self.runner.ready(len(slots), drawing, width):
             return None
         seconds = self.runner.timed_catch_up(slots, width)
